@@ -1,0 +1,160 @@
+"""Which kernel runs an op here, and why."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import platform
+from collections.abc import Iterator
+from functools import cache
+from types import ModuleType
+
+import torch
+
+# Best first. Each is a separate extension module built from the same sources (setup.py says why).
+ISAS = ("avx512", "avx2", "portable")
+BACKENDS = ("auto", "cpu", "torch")
+KERNEL_DTYPES = (torch.float32, torch.float64)
+
+
+@cache
+def _builds() -> tuple[dict[str, ModuleType], dict[str, str]]:
+    """The importable builds by instruction set, best first, and why each other one is missing."""
+    builds: dict[str, ModuleType] = {}
+    missing: dict[str, str] = {}
+    features: dict[str, bool] = {"portable": True}
+    for isa in reversed(ISAS):  # the portable build runs everywhere and knows the CPU's features
+        if not features.get(isa, False):
+            missing[isa] = (
+                "this CPU or operating system lacks it" if builds else "no build to ask the CPU with"
+            )
+            continue
+        try:
+            builds[isa] = importlib.import_module(f"cibp_fast._cpu_{isa}")
+        except ImportError as error:
+            missing[isa] = f"not built ({error})"
+            continue
+        features.update(builds[isa].cpu_features())
+    return {isa: builds[isa] for isa in ISAS if isa in builds}, missing
+
+
+def available_isas() -> tuple[str, ...]:
+    """Instruction sets whose kernels are built and run on this CPU, best first."""
+    return tuple(_builds()[0])
+
+
+_forced_isa: str | None = None
+
+
+@contextlib.contextmanager
+def use_isa(isa: str) -> Iterator[None]:
+    """Within the block, ops run the kernels built for ``isa`` ("avx512", "avx2" or "portable").
+
+    Raises ValueError where ``isa`` is not among :func:`available_isas`.
+    """
+    global _forced_isa
+    _require_isa(isa)
+    previous, _forced_isa = _forced_isa, isa
+    try:
+        yield
+    finally:
+        _forced_isa = previous
+
+
+def _require_isa(isa: str) -> None:
+    if isa not in available_isas():
+        reason = _builds()[1].get(isa, "unknown instruction set")
+        allowed = ", ".join(available_isas()) or "none: the kernels are not built"
+        raise ValueError(f"CPU kernels for {isa!r} cannot run: {reason}; available: {allowed}")
+
+
+def kernels() -> ModuleType:
+    """The extension module whose kernels run now: the forced one, CIBP_FAST_ISA's, or the best."""
+    isa = _forced_isa or os.environ.get("CIBP_FAST_ISA")
+    if isa:
+        _require_isa(isa)
+        return _builds()[0][isa]
+    return next(iter(_builds()[0].values()))
+
+
+def select(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """The backend that runs an op on tensors of this device and dtype, and the reason.
+
+    Returns:
+        ("cpu" | "torch", reason).
+
+    Raises:
+        ValueError: an unknown backend, or an explicit one that cannot run.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "torch":
+        return "torch", "asked for"
+    obstacle = ""
+    if device.type != "cpu":
+        obstacle = f"no kernels for device {device.type!r} yet"
+    elif dtype not in KERNEL_DTYPES:
+        obstacle = f"no kernels for {dtype}, only float32 and float64"
+    elif not available_isas():
+        missing = "; ".join(f"{isa}: {why}" for isa, why in _builds()[1].items())
+        obstacle = f"no CPU kernels are built here ({missing})"
+    if not obstacle:
+        return "cpu", "built for this CPU"
+    if backend == "cpu":
+        raise ValueError(f"backend='cpu' cannot run: {obstacle}")
+    return "torch", obstacle
+
+
+_forked = False
+
+
+def _after_fork_in_child() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def threads() -> int:
+    """Threads of a kernel: torch's; one in a forked child, which has lost the OpenMP threads."""
+    return 1 if _forked else torch.get_num_threads()
+
+
+def describe() -> list[tuple[str, str]]:
+    """What is built, which kernel runs where, and why: (name, text) rows for ``cibp-fast info``."""
+    builds, missing = _builds()
+    rows = [("processor", f"{_processor()}, {os.cpu_count()} logical cores")]
+    for isa in ISAS:
+        if isa in builds:
+            build = builds[isa]
+            openmp = "OpenMP" if build.openmp else "without OpenMP"
+            text = f"built, {8 * build.vector_bytes}-bit vectors, {openmp}, compiler {build.compiler}"
+        else:
+            text = missing[isa]
+        rows.append((f"CPU kernels {isa}", text))
+    rows.append(("CUDA and Triton kernels", "none in this version"))
+    forced = os.environ.get("CIBP_FAST_ISA")
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        name, reason = select("auto", torch.device("cpu"), dtype)
+        if name == "cpu":
+            isa = forced or next(iter(builds))
+            why = "CIBP_FAST_ISA asks for it" if forced else "the widest built that this CPU runs"
+            reason = f"CPU kernels {isa}: {why}"
+        else:
+            reason = f"plain PyTorch: {reason}"
+        rows.append((f"runs on cpu, {str(dtype).removeprefix('torch.')}", reason))
+    reason = select("auto", torch.device("cuda"), torch.float32)[1]
+    rows.append(("runs on cuda", f"plain PyTorch: {reason}"))
+    rows.append(("threads", str(threads())))
+    return rows
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,445 @@
+"""The interval ops as torch ops: one entry, one autograd Function and one registration per op.
+
+Tensors come in as (lower, upper, nominal); the nominal may be None throughout. The kernels
+(``csrc/cpu``) fill what is allocated here; whatever they cannot take runs in plain PyTorch
+(``reference.py``), and ``_backend.select`` says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cibp_fast import _backend
+
+Streams = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+Pair = Sequence[int]
+
+
+def conv2d(
+    lower: Tensor,
+    upper: Tensor,
+    nominal: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    *,
+    width: bool = False,
+    backend: str = "auto",
+) -> Streams:
+    """Interval convolution (paper, section 3.2), nominal, centre and radius in one pass.
+
+    Equals ``c, r = conv2d((lower + upper) / 2, weight, bias), conv2d((upper - lower) / 2,
+    weight.abs())``, ``(c - r, c + r, conv2d(nominal, weight, bias), (2 * r).square().sum())``.
+
+    Args:
+        lower, upper, nominal: [N, C, H, W]; nominal may be None.
+        weight: [out_channels, C / groups, kernel_height, kernel_width].
+        bias: [out_channels] or None.
+        stride, padding, dilation: (vertical, horizontal); padding with zeros, the same on both sides.
+        width: whether the width is wanted (and may be differentiated).
+        backend: "auto", "cpu" (the C++ kernels) or "torch" (plain PyTorch).
+
+    Returns:
+        lower', upper', nominal' (or None): [N, out_channels, out_height, out_width]; and the
+        0-dimensional sum of ``(upper' - lower') ** 2`` over all elements, None unless ``width``.
+
+    Raises:
+        TypeError, ValueError: an argument of another dtype, device or shape than the rest; a
+            backend that is unknown or cannot run.
+    """
+    _check("conv2d", 4, lower, upper, nominal, weight, bias)
+    if len({len(stride), len(padding), len(dilation), 2}) != 1:
+        raise ValueError(
+            f"conv2d: stride, padding and dilation must be pairs, got {stride}, {padding}, {dilation}"
+        )
+    if min(*stride, *dilation, groups) < 1 or min(padding) < 0:
+        raise ValueError(
+            "conv2d: stride, dilation and groups must be at least 1 and padding at least 0, got "
+            f"stride={tuple(stride)}, dilation={tuple(dilation)}, groups={groups}, padding={tuple(padding)}"
+        )
+    if weight.shape[0] % groups or lower.shape[1] != weight.shape[1] * groups:
+        raise ValueError(
+            f"conv2d: weight {tuple(weight.shape)} with groups={groups} needs inputs of "
+            f"{weight.shape[1] * groups} channels and out_channels divisible by groups; "
+            f"lower is {tuple(lower.shape)}"
+        )
+    height, width_ = _conv2d_size(lower, weight, stride, padding, dilation)
+    if height < 1 or width_ < 1:
+        raise ValueError(
+            f"conv2d: weight {tuple(weight.shape)} with dilation={tuple(dilation)} is larger than the "
+            f"input {tuple(lower.shape)} padded by {tuple(padding)}"
+        )
+    if _runs_in_torch(backend, lower, weight):
+        from cibp_fast import reference
+
+        out = reference.conv2d(
+            lower, upper, nominal, weight, bias, stride, padding, dilation, groups
+        )
+        return out[0], out[1], out[2], out[3] if width else None
+    arguments = (lower, upper, nominal, weight, bias, stride, padding, dilation, groups)
+    if _needs_gradient(lower, upper, nominal, weight, bias):
+        result = _Conv2d.apply(*arguments, width)
+    else:
+        result = torch.ops.cibp_fast.conv2d_forward(*arguments)
+    return result[0], result[1], result[2] if nominal is not None else None, result[3] if width else None
+
+
+def linear(
+    lower: Tensor,
+    upper: Tensor,
+    nominal: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    width: bool = False,
+    backend: str = "auto",
+) -> Streams:
+    """Interval linear layer (paper, section 3.2), nominal, centre and radius in one pass.
+
+    Equals ``c, r = linear((lower + upper) / 2, weight, bias), linear((upper - lower) / 2,
+    weight.abs())``, ``(c - r, c + r, linear(nominal, weight, bias), (2 * r).square().sum())``.
+
+    Args:
+        lower, upper, nominal: [..., in_features]; nominal may be None.
+        weight: [out_features, in_features].
+        bias: [out_features] or None.
+        width, backend: as for :func:`conv2d`.
+
+    Returns:
+        lower', upper', nominal' (or None): [..., out_features]; and the width as in :func:`conv2d`.
+
+    Raises:
+        TypeError, ValueError: as for :func:`conv2d`.
+    """
+    _check("linear", 2, lower, upper, nominal, weight, bias)
+    if lower.dim() < 1 or lower.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"linear: weight {tuple(weight.shape)} needs inputs of {weight.shape[1]} features, "
+            f"lower is {tuple(lower.shape)}"
+        )
+    if _runs_in_torch(backend, lower, weight):
+        from cibp_fast import reference
+
+        out = reference.linear(lower, upper, nominal, weight, bias)
+        return out[0], out[1], out[2], out[3] if width else None
+    shape = (*lower.shape[:-1], weight.shape[0])
+    flat = [t if t is None or t.dim() == 2 else t.reshape(-1, t.shape[-1]) for t in (lower, upper, nominal)]
+    if _needs_gradient(lower, upper, nominal, weight, bias):
+        result = _Linear.apply(*flat, weight, bias, width)
+    else:
+        result = torch.ops.cibp_fast.linear_forward(*flat, weight, bias)
+    outputs = [t if lower.dim() == 2 else t.reshape(shape) for t in result[: 3 if nominal is not None else 2]]
+    return (
+        outputs[0],
+        outputs[1],
+        outputs[2] if nominal is not None else None,
+        result[3] if width else None,
+    )
+
+
+def _check(
+    op: str,
+    weight_dimensions: int,
+    lower: Tensor,
+    upper: Tensor,
+    nominal: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> None:
+    named = {"lower": lower, "upper": upper, "nominal": nominal, "weight": weight, "bias": bias}
+    for name, tensor in named.items():
+        if tensor is None and name in ("nominal", "bias"):
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} must be a Tensor, got {type(tensor).__name__}")
+        if not tensor.dtype.is_floating_point:
+            raise TypeError(f"{op}: {name} must have a floating point dtype, got {tensor.dtype}")
+        if tensor.dtype != lower.dtype:
+            raise TypeError(f"{op}: {name} is {tensor.dtype}, lower is {lower.dtype}; they must agree")
+        if tensor.device != lower.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, lower on {lower.device}")
+    for name in ("upper", "nominal"):
+        if named[name] is not None and named[name].shape != lower.shape:
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(named[name].shape)}, lower {tuple(lower.shape)}"
+            )
+    if op == "conv2d" and lower.dim() != 4:
+        raise ValueError(f"{op}: lower must be [N, C, H, W], got shape {tuple(lower.shape)}")
+    if weight.dim() != weight_dimensions:
+        raise ValueError(
+            f"{op}: weight must have {weight_dimensions} dimensions, got shape {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{op}: bias must be [{weight.shape[0]}], got shape {tuple(bias.shape)}")
+
+
+def _runs_in_torch(backend: str, lower: Tensor, weight: Tensor) -> bool:
+    name, _ = _backend.select(backend, lower.device, lower.dtype)
+    return name == "torch" or 0 in weight.shape
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _conv2d_size(
+    lower: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair
+) -> tuple[int, int]:
+    """Output height and width."""
+    height, width = (
+        (lower.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
+        for i in range(2)
+    )
+    return height, width
+
+
+def _save(ctx: Any, width: bool, result: Sequence[Tensor], *inputs: Tensor | None) -> None:
+    """Saves what a backward pass reads, and marks the outputs that nothing flows through.
+
+    The bounds themselves are needed for the width's gradient only.
+    """
+    nominal = inputs[2]
+    ctx.save_for_backward(*inputs, *(result[:2] if width else (None, None)))
+    ctx.set_materialize_grads(False)
+    dead = [result[i] for i, used in ((2, nominal is not None), (3, width)) if not used]
+    ctx.mark_non_differentiable(*dead)
+
+
+def _no_double_backward(op: str) -> None:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{op}: the kernels have no second derivative; with create_graph=True use backend='torch'"
+        )
+
+
+class _Conv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        lower: Tensor,
+        upper: Tensor,
+        nominal: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: Pair,
+        padding: Pair,
+        dilation: Pair,
+        groups: int,
+        width: bool,
+    ) -> tuple[Tensor, ...]:
+        result = torch.ops.cibp_fast.conv2d_forward(
+            lower, upper, nominal, weight, bias, stride, padding, dilation, groups
+        )
+        _save(ctx, width, result, lower, upper, nominal, weight)
+        ctx.geometry = (stride, padding, dilation, groups)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        _no_double_backward("conv2d")
+        needs = ctx.needs_input_grad
+        grads = torch.ops.cibp_fast.conv2d_backward(
+            *gradients, *ctx.saved_tensors, *ctx.geometry, any(needs[:3]), needs[3] or needs[4]
+        )
+        return *(g if need else None for g, need in zip(grads, needs, strict=False)), *([None] * 5)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        lower: Tensor,
+        upper: Tensor,
+        nominal: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        width: bool,
+    ) -> tuple[Tensor, ...]:
+        result = torch.ops.cibp_fast.linear_forward(lower, upper, nominal, weight, bias)
+        _save(ctx, width, result, lower, upper, nominal, weight)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        _no_double_backward("linear")
+        needs = ctx.needs_input_grad
+        grads = torch.ops.cibp_fast.linear_backward(
+            *gradients, *ctx.saved_tensors, any(needs[:3]), needs[3] or needs[4]
+        )
+        return *(g if need else None for g, need in zip(grads, needs, strict=False)), None
+
+
+# Registration. Outputs and gradients that do not exist (no nominal, not wanted) are empty tensors,
+# since an op cannot return None.
+
+_library = torch.library.Library("cibp_fast", "DEF")
+_INPUTS = "Tensor lower, Tensor upper, Tensor? nominal, Tensor weight"
+_GEOMETRY = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
+_GRADIENTS = "Tensor? grad_lower, Tensor? grad_upper, Tensor? grad_nominal, Tensor? grad_width"
+_SAVED = f"{_INPUTS}, Tensor? lower_out, Tensor? upper_out"
+_WANTED = "bool wants_input, bool wants_weight"
+_RETURNS = "(Tensor, Tensor, Tensor, Tensor)"
+_library.define(f"conv2d_forward({_INPUTS}, Tensor? bias, {_GEOMETRY}) -> {_RETURNS}")
+_library.define(
+    f"conv2d_backward({_GRADIENTS}, {_SAVED}, {_GEOMETRY}, {_WANTED}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(f"linear_forward({_INPUTS}, Tensor? bias) -> {_RETURNS}")
+_library.define(
+    f"linear_backward({_GRADIENTS}, {_SAVED}, {_WANTED}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _forward_outputs(lower: Tensor, nominal: Tensor | None, shape: Sequence[int]) -> tuple[Tensor, ...]:
+    return (
+        lower.new_empty(shape),
+        lower.new_empty(shape),
+        lower.new_empty(shape if nominal is not None else 0),
+        lower.new_empty(()),
+    )
+
+
+def _backward_outputs(
+    lower: Tensor, nominal: Tensor | None, weight: Tensor, wants_input: bool, wants_weight: bool
+) -> tuple[Tensor, ...]:
+    return (
+        lower.new_empty(lower.shape if wants_input else 0),
+        lower.new_empty(lower.shape if wants_input else 0),
+        lower.new_empty(lower.shape if wants_input and nominal is not None else 0),
+        lower.new_empty(weight.shape if wants_weight else 0),
+        lower.new_empty(weight.shape[0] if wants_weight else 0),
+    )
+
+
+def _address(tensor: Tensor | None) -> tuple[int, ...]:
+    """What the kernels take for a tensor: its data pointer and strides, all 0 where it is absent."""
+    if tensor is None:
+        return (0, 0, 0, 0, 0)
+    return (tensor.data_ptr(), *tensor.stride(), *([0] * (4 - tensor.dim())))
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _kernel(name: str, dtype: torch.dtype) -> Any:
+    return getattr(_backend.kernels(), f"{name}_{str(dtype).removeprefix('torch.')}")
+
+
+def _run_forward(
+    name: str,
+    shape: Sequence[int],
+    outputs: Sequence[Tensor],
+    lower: Tensor,
+    upper: Tensor,
+    nominal: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> None:
+    bias = None if bias is None else bias.contiguous()
+    inputs = [_address(t) for t in (lower, upper, nominal, weight)]
+    _kernel(name, lower.dtype)(
+        shape, _backend.threads(), inputs, _pointer(bias), [t.data_ptr() for t in outputs]
+    )
+
+
+def _run_backward(
+    name: str,
+    shape: Sequence[int],
+    out_shape: Sequence[int],
+    outputs: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    saved: Sequence[Tensor | None],
+) -> None:
+    grad_lower, grad_upper, grad_nominal, grad_width = gradients
+    lower, upper, nominal, weight, lower_out, upper_out = saved
+    assert lower is not None
+    zero = lower.new_zeros(()).expand(out_shape)
+    if grad_width is None:
+        lower_out = upper_out = None
+    tensors = [
+        zero if grad_lower is None else grad_lower,
+        zero if grad_upper is None else grad_upper,
+        None if nominal is None else zero if grad_nominal is None else grad_nominal,
+        *(lower_out, upper_out, lower, upper, nominal, weight),
+    ]
+    _kernel(name, lower.dtype)(
+        shape,
+        _backend.threads(),
+        [_address(t) for t in tensors],
+        0.0 if grad_width is None else grad_width.item(),
+        [t.data_ptr() for t in outputs],
+    )
+
+
+def _conv2d_shape(
+    lower: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int
+) -> tuple[int, ...]:
+    """csrc/cpu/conv2d.h: Conv2dShape."""
+    out = _conv2d_size(lower, weight, stride, padding, dilation)
+    return (*lower.shape, weight.shape[0], *out, *weight.shape[2:], *stride, *padding, *dilation, groups)
+
+
+@torch.library.register_fake("cibp_fast::conv2d_forward", lib=_library)
+def _(lower, upper, nominal, weight, bias, stride, padding, dilation, groups):  # type: ignore[no-untyped-def]
+    size = _conv2d_size(lower, weight, stride, padding, dilation)
+    return _forward_outputs(lower, nominal, (lower.shape[0], weight.shape[0], *size))
+
+
+@torch.library.impl(_library, "conv2d_forward", "CPU")
+def _(lower, upper, nominal, weight, bias, stride, padding, dilation, groups):  # type: ignore[no-untyped-def]
+    shape = _conv2d_shape(lower, weight, stride, padding, dilation, groups)
+    outputs = _forward_outputs(lower, nominal, (shape[0], *shape[4:7]))
+    _run_forward("conv2d_forward", shape, outputs, lower, upper, nominal, weight, bias)
+    return outputs
+
+
+@torch.library.register_fake("cibp_fast::conv2d_backward", lib=_library)
+def _(*arguments):  # type: ignore[no-untyped-def]
+    lower, _, nominal, weight = arguments[4:8]
+    return _backward_outputs(lower, nominal, weight, *arguments[14:])
+
+
+@torch.library.impl(_library, "conv2d_backward", "CPU")
+def _(*arguments):  # type: ignore[no-untyped-def]
+    gradients, saved, geometry, wanted = arguments[:4], arguments[4:10], arguments[10:14], arguments[14:]
+    lower, _, nominal, weight = saved[:4]
+    shape = _conv2d_shape(lower, weight, *geometry)
+    outputs = _backward_outputs(lower, nominal, weight, *wanted)
+    _run_backward("conv2d_backward", shape, (shape[0], *shape[4:7]), outputs, gradients, saved)
+    return outputs
+
+
+@torch.library.register_fake("cibp_fast::linear_forward", lib=_library)
+def _(lower, upper, nominal, weight, bias):  # type: ignore[no-untyped-def]
+    return _forward_outputs(lower, nominal, (lower.shape[0], weight.shape[0]))
+
+
+@torch.library.impl(_library, "linear_forward", "CPU")
+def _(lower, upper, nominal, weight, bias):  # type: ignore[no-untyped-def]
+    outputs = _forward_outputs(lower, nominal, (lower.shape[0], weight.shape[0]))
+    shape = (*lower.shape, weight.shape[0])
+    _run_forward("linear_forward", shape, outputs, lower, upper, nominal, weight, bias)
+    return outputs
+
+
+@torch.library.register_fake("cibp_fast::linear_backward", lib=_library)
+def _(*arguments):  # type: ignore[no-untyped-def]
+    lower, _, nominal, weight = arguments[4:8]
+    return _backward_outputs(lower, nominal, weight, *arguments[10:])
+
+
+@torch.library.impl(_library, "linear_backward", "CPU")
+def _(*arguments):  # type: ignore[no-untyped-def]
+    gradients, saved, wanted = arguments[:4], arguments[4:10], arguments[10:]
+    lower, _, nominal, weight = saved[:4]
+    outputs = _backward_outputs(lower, nominal, weight, *wanted)
+    shape = (*lower.shape, weight.shape[0])
+    _run_backward("linear_backward", shape, (lower.shape[0], weight.shape[0]), outputs, gradients, saved)
+    return outputs

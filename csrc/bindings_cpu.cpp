@@ -1,0 +1,117 @@
+// One build of the CPU kernels as a Python module: raw pointers and strides in, no torch headers.
+//
+// cibp_fast/ops.py checks dtypes, devices and shapes, allocates the outputs and keeps every tensor alive.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+
+#include "cpu/conv2d.h"
+#include "cpu/linear.h"
+
+#ifndef CIBP_MODULE
+#define CIBP_MODULE _cpu_portable
+#endif
+
+namespace py = pybind11;
+using namespace cibp;
+
+namespace {
+
+using Tensor = std::array<int64_t, 5>;  // data pointer (0: absent), strides in elements
+using Pointers = std::array<int64_t, 5>;
+
+template <class T>
+T* pointer(int64_t address) {
+  return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
+}
+
+template <class T>
+Tensor4<const T> tensor4(const Tensor& t) {
+  return {pointer<const T>(t[0]), {t[1], t[2], t[3], t[4]}};
+}
+
+template <class T>
+Tensor2<const T> tensor2(const Tensor& t) {
+  return {pointer<const T>(t[0]), {t[1], t[2]}};
+}
+
+Conv2dShape conv2d_shape(const std::array<int64_t, 16>& s) {
+  return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11], s[12], s[13], s[14], s[15]};
+}
+
+template <class T>
+void conv2d_forward_py(const std::array<int64_t, 16>& shape, int threads, const std::array<Tensor, 4>& in, int64_t bias,
+                       const std::array<int64_t, 4>& out) {
+  conv2d_forward<T>({conv2d_shape(shape), threads, tensor4<T>(in[0]), tensor4<T>(in[1]), tensor4<T>(in[2]), tensor4<T>(in[3]),
+                     pointer<const T>(bias), pointer<T>(out[0]), pointer<T>(out[1]), pointer<T>(out[2]), pointer<T>(out[3])});
+}
+
+template <class T>
+void conv2d_backward_py(const std::array<int64_t, 16>& shape, int threads, const std::array<Tensor, 9>& in, double grad_width,
+                        const Pointers& out) {
+  conv2d_backward<T>({conv2d_shape(shape), threads, tensor4<T>(in[0]), tensor4<T>(in[1]), tensor4<T>(in[2]), tensor4<T>(in[3]),
+                      tensor4<T>(in[4]), static_cast<T>(grad_width), tensor4<T>(in[5]), tensor4<T>(in[6]), tensor4<T>(in[7]),
+                      tensor4<T>(in[8]), pointer<T>(out[0]), pointer<T>(out[1]), pointer<T>(out[2]), pointer<T>(out[3]),
+                      pointer<T>(out[4])});
+}
+
+template <class T>
+void linear_forward_py(const std::array<int64_t, 3>& s, int threads, const std::array<Tensor, 4>& in, int64_t bias,
+                       const std::array<int64_t, 4>& out) {
+  linear_forward<T>({{s[0], s[1], s[2]}, threads, tensor2<T>(in[0]), tensor2<T>(in[1]), tensor2<T>(in[2]), tensor2<T>(in[3]),
+                     pointer<const T>(bias), pointer<T>(out[0]), pointer<T>(out[1]), pointer<T>(out[2]), pointer<T>(out[3])});
+}
+
+template <class T>
+void linear_backward_py(const std::array<int64_t, 3>& s, int threads, const std::array<Tensor, 9>& in, double grad_width,
+                        const Pointers& out) {
+  linear_backward<T>({{s[0], s[1], s[2]}, threads, tensor2<T>(in[0]), tensor2<T>(in[1]), tensor2<T>(in[2]), tensor2<T>(in[3]),
+                      tensor2<T>(in[4]), static_cast<T>(grad_width), tensor2<T>(in[5]), tensor2<T>(in[6]), tensor2<T>(in[7]),
+                      tensor2<T>(in[8]), pointer<T>(out[0]), pointer<T>(out[1]), pointer<T>(out[2]), pointer<T>(out[3]),
+                      pointer<T>(out[4])});
+}
+
+template <class T>
+void define(py::module_& m, const char* suffix) {
+  const auto def = [&](const char* name, auto function) {
+    m.def((std::string(name) + suffix).c_str(), function, py::call_guard<py::gil_scoped_release>());
+  };
+  def("conv2d_forward_", &conv2d_forward_py<T>);
+  def("conv2d_backward_", &conv2d_backward_py<T>);
+  def("linear_forward_", &linear_forward_py<T>);
+  def("linear_backward_", &linear_backward_py<T>);
+}
+
+// Instruction sets of this CPU that a build may need, as the operating system lets them be used.
+py::dict cpu_features() {
+  py::dict features;
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+  __builtin_cpu_init();
+  features["avx2"] = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  features["avx512"] = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+#endif
+  return features;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(CIBP_MODULE, m) {
+  m.doc() = "Interval kernels for one CPU instruction set; see cibp_fast.ops.";
+  define<float>(m, "float32");
+  define<double>(m, "float64");
+  m.def("cpu_features", &cpu_features);
+  m.attr("vector_bytes") = CIBP_VECTOR_BYTES;
+#ifdef _OPENMP
+  m.attr("openmp") = true;
+#else
+  m.attr("openmp") = false;
+#endif
+#ifdef __VERSION__
+  m.attr("compiler") = __VERSION__;
+#else
+  m.attr("compiler") = "unknown";
+#endif
+}
