@@ -39,6 +39,7 @@ def _builds() -> tuple[dict[str, ModuleType], dict[str, str]]:
     return {isa: builds[isa] for isa in ISAS if isa in builds}, missing
 
 
+@torch.compiler.assume_constant_result  # dynamo need not trace the imports
 def available_isas() -> tuple[str, ...]:
     """Instruction sets whose kernels are built and run on this CPU, best first."""
     return tuple(_builds()[0])

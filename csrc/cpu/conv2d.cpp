@@ -201,21 +201,6 @@ std::vector<PixelClass> input_gradient_classes(const Conv2dShape& s) {
   return classes;
 }
 
-// The channels from one block to the next: two vectors, the last block one where that is enough.
-template <class T>
-constexpr int64_t kBlock = 2 * kLanes<T>;
-
-// Calls body(first channel, vectors) for each block.
-template <class T, class Body>
-void for_blocks(int64_t channels, const Body& body) {
-  for (int64_t c = 0; c < channels; c += kBlock<T>) {
-    if (channels - c > kLanes<T>)
-      body(c, std::integral_constant<int, 2>{});
-    else
-      body(c, std::integral_constant<int, 1>{});
-  }
-}
-
 // The weight panel: for each group, block of output channels, tap and input channel a vector block of weights. What
 // is input and output is as the plan sees it: the input gradient has them exchanged.
 template <class T>
@@ -346,13 +331,6 @@ void input_gradient(const Conv2dBackward<T>& op, const Prologue& prologue, const
 
 // Pixels of one pass of the outer tiles: what they read of both operands stays in the first-level cache.
 constexpr int64_t kTilePixelsInCache = 64;
-
-// Channels from one pixel to the next: an odd number of cache lines, as even ones would crowd into few cache sets.
-template <class T>
-int64_t spread_pitch(int64_t channels) {
-  constexpr int64_t line = 64 / sizeof(T);
-  return channels % (2 * line) == 0 ? channels + line : channels;
-}
 
 // Each thread sums its images' strips into its own [row, channel] sums, row = (tap, input channel); the sums of the
 // threads are then added in their order.

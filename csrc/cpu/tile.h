@@ -14,6 +14,29 @@ namespace cibp {
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+// Channels from one pixel to the next of what many pixels are read of at a time: an odd number of cache lines, as even
+// ones would crowd into few cache sets.
+template <class T>
+constexpr int64_t spread_pitch(int64_t channels) {
+  constexpr int64_t line = 64 / sizeof(T);
+  return channels % (2 * line) == 0 ? channels + line : channels;
+}
+
+// Channels of a weight block: two vectors; the last block of a layer has one where that is enough.
+template <class T>
+constexpr int64_t kBlock = 2 * kLanes<T>;
+
+// Calls body(first channel, vectors) for each block.
+template <class T, class Body>
+void for_blocks(int64_t channels, const Body& body) {
+  for (int64_t c = 0; c < channels; c += kBlock<T>) {
+    if (channels - c > kLanes<T>)
+      body(c, std::integral_constant<int, 2>{});
+    else
+      body(c, std::integral_constant<int, 1>{});
+  }
+}
+
 // Consecutive products of one pixel: `length` scalars from `source` on, relative to the pixel, with the rows of the
 // weight panel from `row` on.
 struct Run {

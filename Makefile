@@ -1,0 +1,107 @@
+# Each target does its own set-up in .venv, and does it again only when something it needs changed.
+#   PYTHON=python3.12      the Python that .venv is made from (default: python3)
+#   PYTEST_ARGS="-k conv"  what `make test` passes on to pytest
+.DEFAULT_GOAL := help
+MAKEFLAGS += --jobs=2
+
+# Packages are installed without bytecode, in half the time; Python then writes it on first use.
+unexport PYTHONDONTWRITEBYTECODE
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+INSTALL := $(PIP) install --no-compile -c constraints.txt
+
+CPP_FILES := $(sort $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h tests/cpp/*.cpp))
+PACKAGE_FILES := pyproject.toml setup.py README.md LICENSE $(CPP_FILES) \
+  $(wildcard cibp_fast/*.py cibp_fast/*.pyi cibp_fast/py.typed)
+
+.PHONY: help quickstart test lint format sanitize bench clean
+
+help:
+	@echo 'make quickstart   train two networks on 5,000 digits and compare them (some minutes)'
+	@echo 'make test         lint, and the tests against the installed package'
+	@echo 'make lint         ruff, mypy and clang-format'
+	@echo 'make format       let ruff and clang-format rewrite the sources'
+	@echo 'make sanitize     the kernels without Python, under ASan and UBSan'
+	@echo 'make bench        time each layer against plain PyTorch'
+	@echo 'make clean        remove .venv and everything built'
+
+quickstart: $(VENV)/demo
+	$(BIN)/cibp-fast quickstart --output quickstart
+
+# `pytest`, not `python -m pytest`: that would import the unbuilt tree instead of the package.
+test: lint
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+	$(BIN)/mypy
+
+format: $(VENV)/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+bench: $(VENV)/dev
+	for script in bench/bench_*.py; do $(BIN)/python "$$script" || exit 1; done
+
+clean:
+	rm -rf $(VENV) build dist quickstart *.egg-info cibp_fast/*.so
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+
+# Set-up. The files below are stamps; what they stand for is in the recipe.
+
+$(VENV)/tools: constraints.txt
+	@echo 'Setting up $(VENV)'
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python >= 3.10 is needed")'
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) setuptools pybind11 ninja
+	@touch $@
+
+# The kernels compile while the large libraries are installed.
+build/wheel/stamp: $(PACKAGE_FILES) $(VENV)/tools
+	@echo 'Compiling the kernels'
+	@rm -rf build/wheel build/lib.* build/bdist.*
+	$(PIP) wheel --no-deps --no-build-isolation -w build/wheel .
+	@touch $@
+
+$(VENV)/libraries: $(VENV)/tools
+	@echo 'Installing PyTorch and the rest'
+	$(INSTALL) torch mlxtend
+	@touch $@
+
+# The wheel is installed even where pip finds the same version, and then what it asks for.
+install_wheel = $(INSTALL) --force-reinstall --no-deps build/wheel/*.whl && \
+  $(INSTALL) "$$(echo build/wheel/*.whl)[$(1)]"
+
+$(VENV)/demo: build/wheel/stamp $(VENV)/libraries
+	$(call install_wheel,demo)
+	@touch $@
+
+$(VENV)/dev: build/wheel/stamp $(VENV)/libraries
+	$(call install_wheel,dev)
+	@touch $(VENV)/demo $@
+
+# The kernels of each instruction set (flags as in setup.py) with tests/cpp/driver.cpp. One that
+# this CPU does not have is compiled, and not run.
+
+SANITIZE := -std=c++17 -O1 -g -fopenmp -fsanitize=address,undefined -fno-sanitize-recover=all
+ISA_portable := -DCIBP_VECTOR_BYTES=16
+ISA_avx2 := -mavx2 -mfma -DCIBP_VECTOR_BYTES=32
+ISA_avx512 := -mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -DCIBP_VECTOR_BYTES=64
+NEEDS_avx2 := avx2
+NEEDS_avx512 := avx512vl
+
+sanitize: $(foreach isa,portable avx2 avx512,build/sanitize/$(isa))
+	@for isa in portable $(foreach isa,avx2 avx512, \
+	    $(shell grep -qsw $(NEEDS_$(isa)) /proc/cpuinfo && echo $(isa))); do \
+	  echo "$$isa under ASan and UBSan" && build/sanitize/$$isa || exit 1; \
+	done
+
+build/sanitize/%: $(filter csrc/cpu/% tests/cpp/%,$(CPP_FILES))
+	@mkdir -p $(@D)
+	$(CXX) $(SANITIZE) $(ISA_$*) -Icsrc $(filter %.cpp,$^) -o $@

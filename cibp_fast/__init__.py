@@ -1,0 +1,51 @@
+"""Interval bound propagation at the speed of the hardware, and training on top of it.
+
+`cf.Interval` runs through ordinary torch modules; `cf.bounds` gives a network's bounds, margins and
+widths. The training layer (`models`, `losses`, `train`, `certify`, ...) is imported on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from cibp_fast import functional
+from cibp_fast.bounds import Bounds, bounds
+from cibp_fast.interval import Interval, UnsupportedOpError
+from cibp_fast.nn import IntervalConv2d, IntervalLinear
+
+__version__ = "0.1.0"
+
+_MODULES = ("attacks", "config", "data", "losses", "models", "schedules")
+_FUNCTIONS = {"certify": "certificates", "train": "training"}
+
+__all__ = [
+    "Bounds",
+    "Interval",
+    "IntervalConv2d",
+    "IntervalLinear",
+    "UnsupportedOpError",
+    "__version__",
+    "attacks",
+    "bounds",
+    "certify",
+    "config",
+    "data",
+    "functional",
+    "losses",
+    "models",
+    "schedules",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"cibp_fast.{name}")
+    if name in _FUNCTIONS:
+        return getattr(import_module(f"cibp_fast.{_FUNCTIONS[name]}"), name)
+    raise AttributeError(f"module 'cibp_fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,110 @@
+"""Certificates: for which examples do the bounds prove that the whole box is classified right?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cibp_fast.bounds import bounds
+from cibp_fast.interval import Interval
+
+SEMANTICS = ("real", "float32")
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What the bounds say about N examples.
+
+    Attributes:
+        verified: [N] bool: the margin is above 0, every margin is finite, and y is predicted.
+        margin: [N], the least of `margins` over the other classes.
+        margins: [N, classes], lower bounds over the box of z_y - z_j through the elided last layer;
+            +inf at y.
+        predicted: [N] int64, the class of the nominal logits; -1 where a logit is NaN.
+        sound: whether the bounds hold in floating point.
+    """
+
+    verified: Tensor
+    margin: Tensor
+    margins: Tensor
+    predicted: Tensor
+    sound: bool
+
+
+def certify(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    eps: float | Tensor,
+    clip: tuple[float, float] | None = (0.0, 1.0),
+    sound: bool = True,
+    semantics: str = "real",
+    *,
+    batch_size: int = 500,
+) -> Certificate:
+    """Interval bounds of every example's box, in evaluation mode, `batch_size` examples at a time.
+
+    x: [N, ...]; y: [N] int64; eps and clip as in `Interval.ball`. sound=False gives the ordinary
+    bounds, computed in rounded arithmetic: good for curves and comparisons, but no proof.
+    sound=True raises NotImplementedError until the sound bounds exist. A NaN or infinite bound is
+    never verified. Raises TypeError or ValueError for inputs that do not fit.
+    """
+    if semantics not in SEMANTICS:
+        raise ValueError(f"semantics must be one of {', '.join(SEMANTICS)}, not {semantics!r}")
+    if sound:
+        raise NotImplementedError(
+            "certify(sound=True): bounds that are proven in floating point do not exist yet; "
+            "sound=False gives the ordinary bounds, which are not a certificate"
+        )
+    if semantics != "real":
+        raise ValueError(
+            f"semantics={semantics!r} is a promise of sound bounds: it needs sound=True"
+        )
+    check_examples(x, y, batch_size)
+    box = Interval.ball(x, eps, clip)
+    margins, predicted = [], []
+    with evaluation(model), torch.no_grad():
+        for first in range(0, max(len(x), 1), batch_size):
+            chosen = slice(first, first + batch_size)
+            out = bounds(model, x[chosen], box[chosen])
+            margins.append(out.margins(y[chosen]))
+            predicted.append(predict(out.logits))
+    all_margins, all_predicted = torch.cat(margins), torch.cat(predicted)
+    others = all_margins.scatter(1, y[:, None], 0.0)
+    margin = all_margins.amin(1)  # amin, not min over a mask: it propagates NaN
+    verified = (margin > 0) & others.isfinite().all(1) & (all_predicted == y)
+    return Certificate(verified, margin, all_margins, all_predicted, sound)
+
+
+def predict(logits: Tensor) -> Tensor:
+    """`logits.argmax(1)` of logits [N, classes], but -1 (no class) where a logit is NaN."""
+    return logits.argmax(1).where(~logits.isnan().any(1), -1)
+
+
+def check_examples(x: Tensor, y: Tensor, batch_size: int) -> None:
+    """Raises TypeError or ValueError unless x is [N, ...] floating point, y [N] int64 beside it."""
+    if not x.is_floating_point() or y.dtype != torch.int64:
+        raise TypeError(f"x must be floating point and y int64, not {x.dtype} and {y.dtype}")
+    if x.dim() < 2 or y.shape != x.shape[:1] or y.device != x.device:
+        raise ValueError(
+            f"x must be [N, ...] and y [N] on the same device, not {list(x.shape)} on {x.device} "
+            f"and {list(y.shape)} on {y.device}"
+        )
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; every submodule's own mode comes back after it."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,282 @@
+"""The command line `cibp-fast` (also `python -m cibp_fast`)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn, get_type_hints
+
+import torch
+from torch import Tensor, nn
+
+from cibp_fast import _backend, data, plotting, runs, training
+from cibp_fast.attacks import pgd
+from cibp_fast.certificates import certify
+from cibp_fast.config import PRESET_GRAMMAR, Config, parse, preset
+
+DEFAULT_PRESET = "mnist5k-small-0.1-cibp"
+
+# What a user can cause: each message names the thing. Anything else is a bug, with a traceback.
+USER_ERRORS = (ValueError, OSError, ImportError, NotImplementedError, FloatingPointError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code.
+
+    0, or 2 for bad input (with one line on stderr), or 130 for Ctrl-C.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        if options.threads is not None:
+            if options.threads < 1:
+                raise ValueError(f"threads must be 1 or more, not {options.threads}")
+            torch.set_num_threads(options.threads)
+        options.command(options)
+    except KeyboardInterrupt:
+        print("\ncibp-fast: interrupted", file=sys.stderr)
+        return 130
+    except USER_ERRORS as error:
+        print(f"cibp-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _info(options: argparse.Namespace) -> None:
+    facts = [*training.versions().items(), *_backend.describe()]
+    indent = max(len(name) for name, _ in facts) + 2
+    for name, value in facts:
+        print(f"{name:<{indent}}" + value.replace("\n", "\n" + " " * indent))
+
+
+def _train(options: argparse.Namespace) -> None:
+    given = {option.name: getattr(options, option.name) for option in fields(Config)}
+    overrides = {
+        name: parse(name, value) if isinstance(value, str) else value
+        for name, value in given.items()
+        if value is not None
+    }
+    config = preset(options.preset, **overrides)
+    run_dir = options.run_dir or training.default_run_dir(config)
+    result = training.train(config, run_dir, overwrite=options.overwrite)
+    print(f"\n{_table({config.name: result})}\n\nThe run is in {run_dir}")
+
+
+def _certify(options: argparse.Namespace) -> None:
+    config, model, x, y, eps = _trained(options)
+    certificate = certify(
+        model, x, y, eps, config.clip, sound=False, batch_size=config.eval_batch_size
+    )
+    print(_share("verified error", ~certificate.verified, eps))
+    print("sound: false (these bounds are computed in rounded arithmetic and are not yet a proof)")
+
+
+def _attack(options: argparse.Namespace) -> None:
+    config, model, x, y, eps = _trained(options)
+    attack = pgd(
+        model,
+        x,
+        y,
+        eps,
+        steps=options.steps,
+        restarts=options.restarts,
+        step_size=options.step_size,
+        clip=config.clip,
+        seed=options.seed,
+        batch_size=config.eval_batch_size,
+    )
+    print(
+        _share(f"PGD error ({options.steps} steps, {options.restarts} restarts)", attack.found, eps)
+    )
+
+
+def _plot(options: argparse.Namespace) -> None:
+    plotting.plot(options.run_dirs, options.output)
+    print(f"wrote {options.output}")
+
+
+def _quickstart(options: argparse.Namespace) -> None:
+    plotting.require_matplotlib()  # now, not after the training
+    results, run_dirs = {}, []
+    for method in ("ibp", "cibp"):
+        config = preset(f"mnist5k-small-0.1-{method}", seed=options.seed)
+        label = plotting.METHOD_LABELS[method]
+        print(f"Training the small network with {label}, {config.steps} steps:", flush=True)
+        run_dirs.append(options.output / config.name)
+        results[label] = training.train(config, run_dirs[-1], overwrite=True)
+    picture = options.output / "quickstart.png"
+    plotting.plot(run_dirs, picture)
+    print(f"\n{_table(results)}")
+    print(
+        f"\nErrors on the 1,000 held-out digits, pixels changed by at most eps = {config.eps:g}. "
+        "PGD: the share that an\nattack breaks. Verified: the share that the bounds cannot prove "
+        "unbreakable. Lower is better.\n"
+        f"The curves are in {picture}, the runs beside it."
+    )
+
+
+def _trained(options: argparse.Namespace) -> tuple[Config, nn.Module, Tensor, Tensor, float]:
+    """A run's config, network, first --examples held-out x [N, C, H, W] and y [N], and radius."""
+    config = runs.read_config(options.run_dir)
+    model = runs.read_model(options.run_dir)
+    split = data.load(config.dataset).test
+    count = len(split) if options.examples is None else options.examples
+    if not 1 <= count <= len(split):
+        raise ValueError(
+            f"examples must be from 1 to the {len(split)} of the test set, not {count}"
+        )
+    eps = config.eps if options.eps is None else options.eps
+    return config, model, split.pixels()[:count], split.labels[:count], eps
+
+
+def _share(name: str, chosen: Tensor, eps: float) -> str:
+    count, total = int(chosen.sum()), len(chosen)
+    percent = 100 * count / total
+    return f"{name} at eps {eps:.4g}: {percent:.2f} % ({count} of {total} held-out examples)"
+
+
+def _table(results: Mapping[str, dict[str, Any]]) -> str:
+    """Test, PGD and verified error of each result, a row each, aligned."""
+    first = next(iter(results.values()))
+    indent = max(len(name) for name in results)
+    attack = f"PGD ({first['pgd_steps']} steps)"
+    rows = [f"{'':{indent}}  {'test error':>12}  {attack:>16}  {'verified':>10}  {'time':>8}"]
+    for name, result in results.items():
+        test, attacked, verified = (
+            100 * result[f"{kind}_error"] for kind in ("test", "pgd", "verified")
+        )
+        rows.append(
+            f"{name:{indent}}  {test:10.1f} %  {attacked:14.1f} %  {verified:8.1f} %  "
+            f"{result['seconds']:6.0f} s"
+        )
+    return "\n".join(rows)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, like every other error of the command line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"cibp-fast: error: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="cibp-fast",
+        description="Train and certify provably robust networks with interval bounds.",
+        epilog="examples:\n"
+        "  cibp-fast quickstart                    two networks on 5,000 digits, a few minutes\n"
+        f"  cibp-fast train --preset {DEFAULT_PRESET} --run-dir runs/first\n"
+        "  cibp-fast certify runs/first --eps 0.05\n"
+        "  cibp-fast attack runs/first --steps 200 --restarts 10\n"
+        "  cibp-fast plot runs/first -o curves.png\n"
+        "  cibp-fast info                          what is installed, which kernel runs and why",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Any, help: str, epilog: str = "") -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name,
+            help=help,
+            description=help,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        added.set_defaults(command=run)
+        added.add_argument(
+            "--threads", type=int, metavar="N", help="processor threads (default: torch's choice)"
+        )
+        return added
+
+    command("info", _info, "Show versions, the processor, and which kernel runs where and why.")
+
+    quickstart = command(
+        "quickstart",
+        _quickstart,
+        "Train the small network on 5,000 digits with IBP and with constrained IBP, and compare.",
+        "Needs the extra demo. Runs of an earlier quickstart in the same folder are replaced.",
+    )
+    quickstart.add_argument(
+        "--output", type=Path, default=Path("quickstart"), metavar="DIR", help="default: quickstart"
+    )
+    quickstart.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+
+    train = command(
+        "train",
+        _train,
+        "Train and evaluate one network, and write a run folder.",
+        f"{PRESET_GRAMMAR}\n\nexamples:\n"
+        f"  cibp-fast train --preset {DEFAULT_PRESET} --run-dir runs/first\n"
+        "  cibp-fast train --preset mnist5k-medium-0.2-ibp --seed 1\n"
+        "  cibp-fast train --steps 400 --lr-decay-at none --eps-ramp 0,150 --kappa-ramp 30,400",
+    )
+    train.add_argument(
+        "--preset",
+        default=DEFAULT_PRESET,
+        metavar="NAME",
+        help=f"recipe (default: {DEFAULT_PRESET})",
+    )
+    train.add_argument(
+        "--run-dir", type=Path, metavar="DIR", help="run folder (default: runs/PRESET-seedN)"
+    )
+    train.add_argument(
+        "--overwrite", action="store_true", help="replace the run that the folder holds"
+    )
+    recipe = train.add_argument_group(
+        "recipe", f"Each replaces what the preset says: in brackets, what {DEFAULT_PRESET} does."
+    )
+    shown, hints = preset(DEFAULT_PRESET), get_type_hints(Config)
+    for option in fields(Config):
+        flag, text = f"--{option.name.replace('_', '-')}", option.metadata["help"]
+        value = getattr(shown, option.name)
+        text += f" [{','.join(map(str, value)) if isinstance(value, tuple) else value}]"
+        if hints[option.name] is bool:
+            recipe.add_argument(
+                flag, action=argparse.BooleanOptionalAction, default=None, help=text
+            )
+        else:
+            choices = option.metadata["choices"]
+            recipe.add_argument(flag, metavar="|".join(choices) if choices else "VALUE", help=text)
+
+    certify_run = command(
+        "certify", _certify, "Bound a trained network on its held-out examples: the verified error."
+    )
+    attack = command(
+        "attack",
+        _attack,
+        "Attack a trained network on its held-out examples with PGD.",
+        "example:\n  cibp-fast attack runs/first --steps 200 --restarts 10 --examples 100",
+    )
+    for trained in (certify_run, attack):
+        trained.add_argument(
+            "run_dir", type=Path, metavar="RUN_DIR", help="folder that `cibp-fast train` wrote"
+        )
+        trained.add_argument(
+            "--eps", type=float, metavar="EPS", help="radius of the box (default: the run's)"
+        )
+        trained.add_argument(
+            "--examples", type=int, metavar="N", help="only the first N (default: all)"
+        )
+    attack.add_argument("--steps", type=int, default=200, metavar="N", help="default: 200")
+    attack.add_argument(
+        "--restarts", type=int, default=10, metavar="N", help="random starts (default: 10)"
+    )
+    attack.add_argument("--step-size", type=float, default=0.01, metavar="S", help="default: 0.01")
+    attack.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of the random starts (default: 0)"
+    )
+
+    plot = command("plot", _plot, "Draw the errors and bound widths of one or several runs.")
+    plot.add_argument(
+        "run_dirs",
+        type=Path,
+        nargs="+",
+        metavar="RUN_DIR",
+        help="folder that `cibp-fast train` wrote",
+    )
+    plot.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE", help=".png, .pdf or .svg"
+    )
+    return parser

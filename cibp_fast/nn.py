@@ -1,0 +1,46 @@
+"""`nn.Conv2d` and `nn.Linear` that say in their signature that they take an Interval.
+
+Parameters, initialisation, repr and state_dict are those of the torch modules. The plain torch
+modules take an Interval as well (see `cibp_fast.interval`); these refuse anything but a Tensor or
+an Interval by name.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from cibp_fast.interval import Interval
+
+__all__ = ["IntervalConv2d", "IntervalLinear"]
+
+Box = TypeVar("Box", Interval, Tensor)
+
+
+class IntervalConv2d(nn.Conv2d):
+    """`nn.Conv2d`: a Tensor [N, C, H, W] gives a Tensor, an Interval of that shape an Interval."""
+
+    def forward(self, input: Box) -> Box:
+        out: Any = super().forward(_checked("IntervalConv2d", input))
+        return out
+
+    def _get_name(self) -> str:
+        return "Conv2d"
+
+
+class IntervalLinear(nn.Linear):
+    """`nn.Linear`: a Tensor [..., in_features] gives a Tensor, an Interval an Interval."""
+
+    def forward(self, input: Box) -> Box:
+        out: Any = super().forward(_checked("IntervalLinear", input))
+        return out
+
+    def _get_name(self) -> str:
+        return "Linear"
+
+
+def _checked(name: str, input: object) -> Any:
+    if not isinstance(input, Tensor | Interval):
+        raise TypeError(f"{name} takes a Tensor or an Interval, not a {type(input).__name__}")
+    return input

@@ -1,0 +1,369 @@
+"""Every interval op in plain PyTorch, forward and explicit backward: what the kernels must equal.
+
+It is the oracle of the tests, which run it in float64, and the explicit ``backend="torch"``; no
+fast path imports it. Any floating dtype and device; autograd follows every forward. Three streams
+travel together: ``lower`` and ``upper``, the box, and ``nominal``, the point (None throughout where
+there is none). NaN propagates: torch's ops keep it.
+
+An affine map ``x -> W x + b`` takes a box by its center and radius (Morawiecki et al. 2019)::
+
+    center' = W center + b    radius' = |W| radius
+    lower' = center' - radius'    upper' = center' + radius'
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+Pair = tuple[int, int]
+Streams = tuple[Tensor, Tensor, Tensor | None]  # lower, upper, nominal
+StreamsAndWidth = tuple[Tensor, Tensor, Tensor | None, Tensor]
+# of lower, upper, nominal, weight, bias
+AffineGrads = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]
+
+
+def center_radius(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """``(lower + upper) / 2, (upper - lower) / 2``, halved first so that nothing overflows."""
+    return 0.5 * lower + 0.5 * upper, 0.5 * upper - 0.5 * lower
+
+
+def conv2d(
+    lower: Tensor,  # [N, C, H, W], as upper and nominal
+    upper: Tensor,
+    nominal: Tensor | None,
+    weight: Tensor,  # [K, C / groups, R, S]
+    bias: Tensor | None,  # [K]
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    groups: int = 1,
+) -> StreamsAndWidth:  # [N, K, H', W'] each, and the 0-dim width
+    """Bounds of ``F.conv2d(x, weight, bias, ...)`` over the box, its value at nominal, the width.
+
+    Equals ``c, r = F.conv2d((l + u) / 2, W, b), F.conv2d((u - l) / 2, W.abs())``, then
+    ``c - r, c + r, F.conv2d(z, W, b), (2 * r).square().sum()``.
+    """
+
+    def apply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+    return _affine(apply, lower, upper, nominal, weight, bias)
+
+
+def conv2d_backward(
+    grad_lower: Tensor,  # [N, K, H', W'], as grad_upper and grad_nominal
+    grad_upper: Tensor,
+    grad_nominal: Tensor | None,  # None: the nominal output was not used (or there is none)
+    grad_width: Tensor | None,  # 0-dim; None: the width was not used
+    lower: Tensor,  # [N, C, H, W], as upper and nominal
+    upper: Tensor,
+    nominal: Tensor | None,
+    weight: Tensor,  # [K, C / groups, R, S]
+    bias_given: bool,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    groups: int = 1,
+) -> AffineGrads:
+    """Gradients of :func:`conv2d` in ``(lower, upper, nominal, weight, bias)``, written out.
+
+    ``d|w|/dw`` at 0 is taken to be 0, as autograd does.
+    """
+    geometry = (stride, padding, dilation, groups)
+
+    def apply(x: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(x, weight, None, *geometry)
+
+    def transposed(grad: Tensor, weight: Tensor) -> Tensor:
+        return conv2d_input(lower.shape, weight, grad, *geometry)
+
+    def outer(grad: Tensor, x: Tensor) -> Tensor:
+        return conv2d_weight(x, weight.shape, grad, *geometry)
+
+    grads = (grad_lower, grad_upper, grad_nominal, grad_width)
+    return _affine_backward(
+        apply, transposed, outer, (0, 2, 3), *grads, lower, upper, nominal, weight, bias_given
+    )
+
+
+def linear(
+    lower: Tensor,  # [..., I], as upper and nominal
+    upper: Tensor,
+    nominal: Tensor | None,
+    weight: Tensor,  # [O, I]
+    bias: Tensor | None,  # [O]
+) -> StreamsAndWidth:  # [..., O] each, and the 0-dim width
+    """Bounds of ``F.linear(x, weight, bias)`` over the box, its value at nominal, the width.
+
+    Equals ``c, r = F.linear((l + u) / 2, W, b), F.linear((u - l) / 2, W.abs())``, then
+    ``c - r, c + r, F.linear(z, W, b), (2 * r).square().sum()``.
+    """
+    return _affine(F.linear, lower, upper, nominal, weight, bias)
+
+
+def linear_backward(
+    grad_lower: Tensor,  # [..., O], as grad_upper and grad_nominal
+    grad_upper: Tensor,
+    grad_nominal: Tensor | None,  # None: the nominal output was not used (or there is none)
+    grad_width: Tensor | None,  # 0-dim; None: the width was not used
+    lower: Tensor,  # [..., I], as upper and nominal
+    upper: Tensor,
+    nominal: Tensor | None,
+    weight: Tensor,  # [O, I]
+    bias_given: bool,
+) -> AffineGrads:
+    """Gradients of :func:`linear` in ``(lower, upper, nominal, weight, bias)``, written out."""
+
+    def transposed(grad: Tensor, weight: Tensor) -> Tensor:
+        return grad @ weight
+
+    def outer(grad: Tensor, x: Tensor) -> Tensor:
+        return grad.flatten(0, -2).T @ x.flatten(0, -2) if grad.dim() > 1 else torch.outer(grad, x)
+
+    batch_dims = tuple(range(lower.dim() - 1))
+    grads = (grad_lower, grad_upper, grad_nominal, grad_width)
+    return _affine_backward(
+        F.linear, transposed, outer, batch_dims, *grads, lower, upper, nominal, weight, bias_given
+    )
+
+
+def _affine(
+    apply: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+    lower: Tensor,
+    upper: Tensor,
+    nominal: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> StreamsAndWidth:
+    center, radius = center_radius(lower, upper)
+    center_out = apply(center, weight, bias)
+    radius_out = apply(radius, weight.abs(), None)
+    nominal_out = None if nominal is None else apply(nominal, weight, bias)
+    # upper' - lower' is 2 radius'; the subtraction would only add cancellation
+    return (
+        center_out - radius_out,
+        center_out + radius_out,
+        nominal_out,
+        4 * radius_out.square().sum(),
+    )
+
+
+def _affine_backward(
+    apply: Callable[[Tensor, Tensor], Tensor],  # x, W -> W x
+    transposed: Callable[[Tensor, Tensor], Tensor],  # g, W -> W^T g
+    outer: Callable[[Tensor, Tensor], Tensor],  # g, x -> the gradient of <g, W x> in W
+    bias_dims: tuple[int, ...],
+    grad_lower: Tensor,
+    grad_upper: Tensor,
+    grad_nominal: Tensor | None,
+    grad_width: Tensor | None,
+    lower: Tensor,
+    upper: Tensor,
+    nominal: Tensor | None,
+    weight: Tensor,
+    bias_given: bool,
+) -> AffineGrads:
+    center, radius = center_radius(lower, upper)
+    grad_center_out = grad_lower + grad_upper
+    grad_radius_out = grad_upper - grad_lower
+    if grad_width is not None:  # width = sum (2 radius')^2
+        grad_radius_out = grad_radius_out + 8 * grad_width * apply(radius, weight.abs())
+
+    grad_center = transposed(grad_center_out, weight)
+    grad_radius = transposed(grad_radius_out, weight.abs())
+    grad_weight = outer(grad_center_out, center) + weight.sign() * outer(grad_radius_out, radius)
+    grad_preactivation, grad_nominal_in = grad_center_out, None
+    if grad_nominal is not None and nominal is not None:
+        grad_nominal_in = transposed(grad_nominal, weight)
+        grad_weight = grad_weight + outer(grad_nominal, nominal)
+        grad_preactivation = grad_center_out + grad_nominal
+    grad_bias = _sum(grad_preactivation, bias_dims) if bias_given else None
+    # center = (lower + upper) / 2 and radius = (upper - lower) / 2
+    return (
+        (grad_center - grad_radius) / 2,
+        (grad_center + grad_radius) / 2,
+        grad_nominal_in,
+        grad_weight,
+        grad_bias,
+    )
+
+
+def _sum(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """``x.sum(dims)``, where no dims mean no sum (torch would sum all)."""
+    return x.sum(dims) if dims else x
+
+
+def activation(
+    function: Callable[[Tensor], Tensor], lower: Tensor, upper: Tensor, nominal: Tensor | None
+) -> Streams:
+    """Bounds of a non-decreasing ``function`` such as ``torch.relu``: it maps bounds to bounds."""
+    return function(lower), function(upper), None if nominal is None else function(nominal)
+
+
+def avg_pool2d(
+    lower: Tensor,  # [N, C, H, W], as upper and nominal
+    upper: Tensor,
+    nominal: Tensor | None,
+    kernel_size: int | Pair,
+    stride: int | Pair | None = None,
+    padding: int | Pair = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Streams:
+    """``F.avg_pool2d`` of each stream: non-decreasing in every input."""
+
+    def pool(x: Tensor) -> Tensor:
+        return F.avg_pool2d(
+            x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
+        )
+
+    return activation(pool, lower, upper, nominal)
+
+
+def adaptive_avg_pool2d(
+    lower: Tensor,
+    upper: Tensor,
+    nominal: Tensor | None,
+    output_size: int | tuple[int | None, int | None],
+) -> Streams:
+    """``F.adaptive_avg_pool2d`` of each stream, [N, C, H, W]: non-decreasing in every input."""
+    return activation(lambda x: F.adaptive_avg_pool2d(x, output_size), lower, upper, nominal)
+
+
+def max_pool2d(
+    lower: Tensor,  # [N, C, H, W], as upper and nominal
+    upper: Tensor,
+    nominal: Tensor | None,
+    kernel_size: int | Pair,
+    stride: int | Pair | None = None,
+    padding: int | Pair = 0,
+    dilation: int | Pair = 1,
+    ceil_mode: bool = False,
+) -> Streams:
+    """``F.max_pool2d`` of each stream: a maximum is non-decreasing in every input."""
+
+    def pool(x: Tensor) -> Tensor:
+        return F.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode)
+
+    return activation(pool, lower, upper, nominal)
+
+
+def batch_norm(
+    lower: Tensor,  # [N, C, ...], as upper and nominal
+    upper: Tensor,
+    nominal: Tensor | None,
+    running_mean: Tensor | None,  # [C], as running_var, weight and bias
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Streams:
+    """``F.batch_norm`` of the nominal stream, and the box through the same affine map per channel.
+
+    With ``training`` the statistics are the nominal batch's (so the gradients of the box reach
+    ``nominal``), and the running ones are updated from it; else they are the running ones.
+
+    Raises:
+        RuntimeError: ``training`` without a nominal stream.
+        ValueError: no running statistics outside of training.
+    """
+    if training:
+        if nominal is None:
+            raise RuntimeError("batch_norm: training=True needs the nominal stream, which is None")
+        dims = [d for d in range(nominal.dim()) if d != 1]
+        mean, var = nominal.mean(dims), nominal.var(dims, unbiased=False)
+    elif running_mean is None or running_var is None:
+        raise ValueError("batch_norm: training=False needs running_mean and running_var")
+    else:
+        mean, var = running_mean, running_var
+
+    shape = [1, -1] + [1] * (lower.dim() - 2)
+    scale = torch.rsqrt(var + eps) if weight is None else weight * torch.rsqrt(var + eps)
+    center, radius = center_radius(lower, upper)
+    center_out = (center - mean.view(shape)) * scale.view(shape)
+    if bias is not None:
+        center_out = center_out + bias.view(shape)
+    radius_out = radius * scale.abs().view(shape)
+    nominal_out = None
+    if nominal is not None:
+        nominal_out = F.batch_norm(
+            nominal, running_mean, running_var, weight, bias, training, momentum, eps
+        )
+    return center_out - radius_out, center_out + radius_out, nominal_out
+
+
+def width(lower: Tensor, upper: Tensor, reduction: str = "mean") -> Tensor:
+    """Squared width of a layer's box [N, ...], 0-dim; both definitions average over the batch.
+
+    ``"mean"``: ``(upper - lower).square().mean()``, as in the authors' code; ``"sum"``: the same
+    summed over the units, the ``||u_k - l_k||^2`` of the paper.
+    """
+    if reduction == "mean":
+        return (upper - lower).square().mean()
+    if reduction == "sum":
+        return (upper - lower).square().sum() / lower.shape[0]
+    raise ValueError(f"width: reduction must be 'mean' or 'sum', not {reduction!r}")
+
+
+def elided_margins(
+    lower: Tensor,  # [N, I], the input of the last layer, as upper
+    upper: Tensor,
+    weight: Tensor,  # [C, I], the last layer
+    bias: Tensor | None,  # [C]
+    y: Tensor,  # [N] int64
+) -> Tensor:  # [N, C]
+    """Lower bounds of ``z_y - z_j`` through the one affine map ``W_y - W_j``; +inf at ``y``.
+
+    This elides the last layer: never looser than :func:`margins` of its bounds.
+    """
+    center, radius = center_radius(lower, upper)
+    difference = weight[y].unsqueeze(1) - weight  # [N, C, I]
+    margins = (difference @ center.unsqueeze(2) - difference.abs() @ radius.unsqueeze(2)).squeeze(2)
+    if bias is not None:
+        margins = margins + (bias[y].unsqueeze(1) - bias)
+    return margins.masked_fill(_one_hot(y, margins), torch.inf)
+
+
+def margins(lower: Tensor, upper: Tensor, y: Tensor) -> Tensor:
+    """Lower bounds ``lower_y - upper_j`` of ``z_y - z_j`` from logits [N, C]; +inf at ``y``."""
+    differences = lower.gather(1, y.unsqueeze(1)) - upper
+    return differences.masked_fill(_one_hot(y, lower), torch.inf)
+
+
+def elided_worst_logits(margins: Tensor, y: Tensor) -> Tensor:
+    """Worst-case ``z_j - z_y`` from margins [N, C]: ``-margins``, and 0 at ``y``."""
+    return (-margins).masked_fill(_one_hot(y, margins), 0.0)
+
+
+def worst_logits(lower: Tensor, upper: Tensor, y: Tensor) -> Tensor:
+    """Worst-case logits of the box [N, C]: the lower bound at ``y``, the upper bounds elsewhere."""
+    return torch.where(_one_hot(y, lower), lower, upper)
+
+
+def _one_hot(y: Tensor, like: Tensor) -> Tensor:
+    return F.one_hot(y, like.shape[1]).bool()
+
+
+def nominal_loss(logits: Tensor, y: Tensor) -> Tensor:
+    """Mean cross-entropy of the nominal logits [N, C]."""
+    return F.cross_entropy(logits, y)
+
+
+def ibp_loss(logits: Tensor, worst: Tensor, y: Tensor, kappa: float) -> Tensor:
+    """``kappa CE(logits, y) + (1 - kappa) CE(worst, y)``; logits and worst-case logits [N, C]."""
+    return kappa * F.cross_entropy(logits, y) + (1 - kappa) * F.cross_entropy(worst, y)
+
+
+def constrained_ibp_loss(
+    logits: Tensor, worst: Tensor, y: Tensor, width: Tensor, kappa: float, width_weight: float
+) -> Tensor:
+    """:func:`ibp_loss` plus ``width_weight`` times the 0-dim sum of the layers' widths."""
+    return ibp_loss(logits, worst, y, kappa) + width_weight * width

@@ -1,0 +1,199 @@
+"""Builds the compiled modules of cibp_fast from csrc/; pyproject.toml holds everything else.
+
+Environment variables:
+  CXX, CXXFLAGS, LDFLAGS   the C++17 compiler, and flags added to its calls, as everywhere
+  CIBP_FAST_CUDA           CUDA kernels: auto (default) builds them where sources and nvcc are,
+                           0 never, 1 fails where they cannot be built
+
+A C++ compiler alone suffices: OpenMP and each instruction set are used where the compiler takes
+them. Objects stay in build/ninja-*, so that the next build compiles only what changed.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+import pybind11
+from ninja import ninja_syntax
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, OptionError, PlatformError
+
+KERNELS = ["csrc/cpu/conv2d.cpp", "csrc/cpu/linear.cpp"]
+BINDINGS = "csrc/bindings_cpu.cpp"
+
+# One module for each instruction set; one of them is chosen at run time. They are separate shared
+# objects because an inline function or template has one name whatever it is compiled for: within
+# one object the linker keeps any one copy, and an older CPU would run the AVX-512 one.
+INSTRUCTION_SETS = {
+    "_cpu_portable": ["-DCIBP_VECTOR_BYTES=16"],
+    "_cpu_avx2": ["-mavx2", "-mfma", "-DCIBP_VECTOR_BYTES=32"],
+    "_cpu_avx512": [
+        *("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"),
+        "-DCIBP_VECTOR_BYTES=64",
+    ],
+}
+# Without -ffast-math: it reorders sums and flushes to zero, and a bound may not move by either.
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-Wall", "-Wextra"]
+
+PROBE_CXX17 = "#include <optional>\nint main() { return std::optional<int>{0}.value(); }\n"
+PROBE_OPENMP = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
+PROBE_X86 = "#include <immintrin.h>\nint main() { return 0; }\n"
+
+
+class NinjaBuild(build_ext):
+    """Builds the modules that this compiler can build, with ninja, and puts them in place."""
+
+    def build_extensions(self) -> None:
+        if platform.system() not in ("Linux", "Darwin"):
+            raise PlatformError(
+                f"cibp_fast builds on Linux (tested) and macOS, not on {platform.system()}: "
+                "on Windows, use the Windows Subsystem for Linux"
+            )
+        require_no_cuda()
+        python_include = sysconfig.get_path("include")
+        if not Path(python_include, "Python.h").is_file():
+            raise CompileError(
+                f"no Python.h in {python_include}: install Python's development headers "
+                "(Debian and Ubuntu: apt install python3-dev)"
+            )
+        compiler = find_compiler()
+        flags = FLAGS + shlex.split(os.environ.get("CXXFLAGS", ""))
+        link_flags = shlex.split(os.environ.get("LDFLAGS", ""))
+
+        rejected = probe(compiler, [*flags, *link_flags], PROBE_CXX17)
+        if rejected is not None:
+            raise CompileError(f"{shlex.join(compiler)} does not build a C++17 program: {rejected}")
+        if probe(compiler, [*flags, "-fopenmp", *link_flags], PROBE_OPENMP) is None:
+            flags.append("-fopenmp")
+        else:
+            warn(f"{compiler[0]} does not take -fopenmp: the kernels will run on one thread")
+
+        built = []
+        for extension in self.extensions:
+            isa_flags = INSTRUCTION_SETS[extension.name.split(".")[-1]]
+            source = PROBE_X86 if any(f.startswith("-m") for f in isa_flags) else PROBE_CXX17
+            if probe(compiler, [*flags, *isa_flags, *link_flags], source) is None:
+                built.append(extension)
+            else:
+                warn(f"{compiler[0]} does not take {shlex.join(isa_flags)}: no {extension.name}")
+                # or the module of an earlier build would be taken for one of these sources
+                Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
+                if self.editable_mode:
+                    Path(self.get_ext_filename(extension.name)).unlink(missing_ok=True)
+        self.extensions = built
+
+        # Not self.build_temp: an editable install makes that a temporary folder, and the next build
+        # would start from nothing.
+        folder = Path("build", f"ninja-{sysconfig.get_config_var('SOABI')}").resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        names = [extension.name.split(".")[-1] for extension in built]
+        write_ninja(folder, compiler, flags, link_flags, names, python_include)
+        if subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder)]).returncode != 0:
+            raise CompileError("the kernels did not compile: see the messages above")
+        for extension, name in zip(built, names, strict=True):
+            target = Path(self.get_ext_fullpath(extension.name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # a new file, never new bytes in the old one: a running process may have that one mapped
+            target.unlink(missing_ok=True)
+            shutil.copyfile(folder / f"{name}.so", target)
+
+
+def require_no_cuda() -> None:
+    """Check CIBP_FAST_CUDA. There are no CUDA sources yet, so `auto` and `0` both build none."""
+    choice = os.environ.get("CIBP_FAST_CUDA", "auto")
+    if choice not in ("auto", "0", "1"):
+        raise OptionError(f"CIBP_FAST_CUDA={choice!r}: auto, 0 and 1 are allowed")
+    if choice == "1":
+        raise OptionError(
+            "CIBP_FAST_CUDA=1 asks for CUDA kernels, but this version has no CUDA sources "
+            "(csrc/cuda): use auto or 0"
+        )
+
+
+def find_compiler() -> list[str]:
+    """The command in CXX (with arguments, as in `ccache g++`), else the first usual name found."""
+    command = shlex.split(os.environ.get("CXX", ""))
+    if command:
+        if shutil.which(command[0]) is None:
+            raise CompileError(f"CXX={os.environ['CXX']!r} is not found")
+        return command
+    for name in ("c++", "g++", "clang++"):
+        if shutil.which(name):
+            return [name]
+    raise CompileError("no C++ compiler (c++, g++ or clang++) on the PATH: install one or set CXX")
+
+
+def probe(compiler: list[str], flags: list[str], source: str) -> str | None:
+    """Compile and link a small program. None if that works, else what the compiler said."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "probe.cpp").write_text(source)
+        command = [*compiler, "probe.cpp", *flags, "-o", "probe"]
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    return None if result.returncode == 0 else result.stderr.strip()
+
+
+def write_ninja(
+    folder: Path,
+    compiler: list[str],
+    flags: list[str],
+    link_flags: list[str],
+    names: list[str],
+    python_include: str,
+) -> None:
+    """Write folder/build.ninja, which builds NAME.so in that folder for each of names."""
+    shared = ["-shared"]
+    if platform.system() == "Darwin":
+        shared = ["-bundle", "-undefined", "dynamic_lookup"]
+    # Only the bindings see Python and pybind11. An isolated build has pybind11 in a new place each
+    # time, and the kernels need not be compiled again for it.
+    binding_flags = ["-isystem", python_include, "-isystem", pybind11.get_include()]
+
+    with open(folder / "build.ninja", "w") as file:
+        ninja = ninja_syntax.Writer(file)
+        ninja.comment("written by setup.py")
+        ninja.variable("cxx", quote(compiler))
+        ninja.rule(
+            "compile",
+            command="$cxx -MMD -MF $out.d $flags -c $in -o $out",
+            depfile="$out.d",
+            deps="gcc",
+            description="compile $out",
+        )
+        ninja.rule("link", command="$cxx $flags $in -o $out $link_flags", description="link $out")
+        for name in names:
+            module_flags = [*flags, *INSTRUCTION_SETS[name]]
+            objects = []
+            for source in [*KERNELS, BINDINGS]:
+                compile_flags = module_flags
+                if source == BINDINGS:
+                    compile_flags = [*module_flags, f"-DCIBP_MODULE={name}", *binding_flags]
+                target = f"{name}/{Path(source).stem}.o"
+                variables = {"flags": quote(compile_flags)}
+                path = str(Path(source).resolve())
+                objects += ninja.build(target, "compile", path, variables=variables)
+            variables = {"flags": quote([*module_flags, *shared]), "link_flags": quote(link_flags)}
+            ninja.build(f"{name}.so", "link", objects, variables=variables)
+
+
+def quote(words: list[str]) -> str:
+    """The words as one shell command inside a ninja variable."""
+    return ninja_syntax.escape(shlex.join(words))
+
+
+def warn(message: str) -> None:
+    print(f"cibp_fast: {message}", file=sys.stderr)
+
+
+setup(
+    ext_modules=[Extension(f"cibp_fast.{name}", [*KERNELS, BINDINGS]) for name in INSTRUCTION_SETS],
+    cmdclass={"build_ext": NinjaBuild},
+)

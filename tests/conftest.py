@@ -1,0 +1,51 @@
+"""Every test: one thread, one seed, the same hypothesis examples. Slow ones only with --slow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile(
+    "cibp_fast",
+    deadline=None,  # shared machines stall
+    derandomize=True,
+    database=None,
+    # the fixtures choose a kernel build for all examples of a test, on purpose
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("cibp_fast")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+
+
+@pytest.fixture(autouse=True)
+def _reproducible() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once with each build of the CPU kernels that this machine can execute."""
+    from cibp_fast import _backend
+
+    if request.param not in _backend.available_isas():
+        pytest.skip(f"no {request.param} kernels here, only {_backend.available_isas()}")
+    with _backend.use_isa(request.param):
+        assert _backend.kernels().__name__.endswith(request.param)
+        yield request.param

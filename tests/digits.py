@@ -1,0 +1,35 @@
+"""A small stand-in for the digits, for tests of what surrounds them: ten patterns with noise."""
+
+from __future__ import annotations
+
+import torch
+
+from cibp_fast.data import Dataset, Split
+
+
+def toy_dataset() -> Dataset:
+    """80 training and 40 test images [N, 1, 28, 28] of ten classes that a few steps can learn."""
+    random = torch.Generator().manual_seed(0)
+    patterns = torch.randint(0, 2, (10, 1, 28, 28), generator=random)
+
+    def split(count: int) -> Split:
+        labels = torch.arange(count) % 10
+        noise = torch.randint(0, 40, (count, 1, 28, 28), generator=random)
+        return Split((200 * patterns[labels] + noise).to(torch.uint8), labels)
+
+    return Dataset("mnist5k", split(80), split(40))
+
+
+# The recipe cut down to a few steps: overrides of a preset.
+SHORT = {
+    "steps": 12,
+    "batch_size": 16,
+    "lr": 1e-3,
+    "lr_decay_at": (10,),
+    "eps_ramp": (0, 6),
+    "kappa_ramp": (2, 12),
+    "pgd_steps": 2,
+    "pgd_restarts": 1,
+    "eval_every": 1,
+    "eval_batch_size": 25,
+}

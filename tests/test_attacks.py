@@ -1,0 +1,151 @@
+"""PGD: stays in the certified box, finds what is there, and leaves the model alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import cibp_fast as cf
+from cibp_fast import models
+from cibp_fast.attacks import pgd
+
+
+class _Difference(nn.Module):
+    """Class 0 where the mean of x is below the threshold, else class 1."""
+
+    def __init__(self, threshold: float) -> None:
+        super().__init__()
+        self.threshold = nn.Parameter(torch.tensor(threshold))
+
+    def forward(self, x):
+        score = x.flatten(1).mean(1) - self.threshold
+        return torch.stack([-score, score], dim=1)
+
+
+def test_finds_exactly_the_examples_within_reach():
+    x = torch.full((3, 4), 0.5)
+    x[1], x[2] = 0.35, 0.75  # the threshold 0.58 is 0.08 away from the first, 0.23 from the second
+    y = torch.tensor([0, 0, 0])
+    attack = pgd(_Difference(0.58), x, y, 0.1, steps=20, restarts=0)
+    assert attack.found.tolist() == [True, False, True]  # the third is misclassified as it is
+    assert torch.equal(attack.adversarial[1:], x[1:])
+    assert (attack.adversarial[0].mean() > 0.58) and (attack.adversarial[0] <= 0.6).all()
+
+
+@pytest.mark.parametrize("clip", [(0.0, 1.0), (0.2, 0.9), None])
+def test_adversarial_examples_are_misclassified_points_of_the_certified_box(clip):
+    model = models.small((1, 28, 28))
+    x = 0.2 + 0.7 * torch.rand(6, 1, 28, 28)
+    y = model(x).argmax(1)
+    attack = pgd(model, x, y, 0.3, steps=10, restarts=1, step_size=0.1, clip=clip)
+    assert attack.found.any()
+    box = cf.Interval.ball(x, 0.3, clip)
+    assert ((attack.adversarial >= box.lower) & (attack.adversarial <= box.upper)).all()
+    logits = model(attack.adversarial)
+    assert torch.equal(logits.argmax(1) != y, attack.found)
+    certificate = cf.certify(model, x, y, 0.3, clip, sound=False)
+    assert not (certificate.verified & attack.found).any()
+
+
+def test_x_is_a_start_and_counts_without_any_step():
+    x, y = torch.full((2, 4), 0.5), torch.tensor([0, 1])
+    attack = pgd(_Difference(0.6), x, y, 0.3, steps=0, restarts=0)
+    assert attack.found.tolist() == [False, True]
+
+
+def test_random_starts_reach_what_the_gradient_does_not_show():
+    class Pocket(nn.Module):
+        """Flat, so without a gradient, but for a side of the box where class 1 wins."""
+
+        def forward(self, x):
+            return torch.stack([0 * x[:, 0], (x[:, 0] > 0.6).to(x.dtype) - 0.5 + 0 * x[:, 1]], 1)
+
+    x, y = torch.full((50, 2), 0.5), torch.zeros(50, dtype=torch.int64)
+    assert not pgd(Pocket(), x, y, 0.3, steps=3, restarts=0).found.any()
+    assert pgd(Pocket(), x, y, 0.3, steps=3, restarts=20).found.all()
+
+
+def test_seeded_and_independent_of_torchs_random_state():
+    model, x = models.small((1, 28, 28)), torch.rand(4, 1, 28, 28)
+    y = model(x).argmax(1)
+    first = pgd(model, x, y, 0.2, steps=3, restarts=2)
+    state = torch.get_rng_state()
+    torch.manual_seed(99)
+    assert torch.equal(pgd(model, x, y, 0.2, steps=3, restarts=2).adversarial, first.adversarial)
+    torch.set_rng_state(state)
+    pgd(model, x, y, 0.2, steps=1, restarts=1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_nan_logits_count_as_misclassified_and_stay_in_the_box():
+    class NaNFor(nn.Module):
+        """NaN logits where x is above 0.55, at a distance from every start; NaN gradients too."""
+
+        def forward(self, x):
+            good = torch.stack([1 - x[:, 0], x[:, 0] - 1], 1)
+            return good.where((x[:, :1] < 0.55), torch.nan)
+
+    x, y = torch.tensor([[0.5], [0.3], [0.6]]), torch.zeros(3, dtype=torch.int64)
+    attack = pgd(NaNFor(), x, y, 0.1, steps=20, restarts=1)
+    assert attack.found.tolist() == [True, False, True]
+    assert attack.adversarial.isfinite().all()
+    assert ((attack.adversarial - x).abs() <= 0.1 + 1e-6).all()
+
+
+def test_nan_gradients_do_not_leave_the_box():
+    class NaNGradient(nn.Module):
+        def forward(self, x):
+            root = (x - x).sqrt().sum(1)  # value 0, gradient NaN
+            return torch.stack([root + 1, root], 1)
+
+    x, y = torch.rand(3, 2), torch.zeros(3, dtype=torch.int64)
+    attack = pgd(NaNGradient(), x, y, 0.1, steps=3, restarts=1)
+    assert not attack.found.any() and torch.equal(attack.adversarial, x)
+
+
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad])
+def test_leaves_gradients_modes_and_inputs_alone(context):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    model[1].eval()
+    model[3].weight.grad = torch.ones_like(model[3].weight)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x, y = torch.rand(3, 4), torch.zeros(3, dtype=torch.int64)
+    kept = x.clone()
+    with context():
+        attack = pgd(model, x, y, 0.1, steps=2, restarts=1)
+    assert not attack.adversarial.requires_grad
+    assert [module.training for module in model] == [True, False, True, True]
+    assert torch.equal(model[3].weight.grad, torch.ones_like(model[3].weight))
+    assert model[1].weight.grad is None
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(x, kept)
+
+
+def test_batches_and_no_example():
+    model, x = models.small((1, 28, 28)), torch.rand(5, 1, 28, 28)
+    y = model(x).argmax(1)
+    attack = pgd(model, x, y, 0.3, steps=3, restarts=1, step_size=0.1, batch_size=2)
+    assert attack.found.shape == (5,) and attack.adversarial.shape == x.shape
+    assert torch.equal(model(attack.adversarial).argmax(1) != y, attack.found)
+    assert pgd(model, x[:0], y[:0], 0.1).found.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"eps": -0.1}, ValueError, "eps"),
+        ({"steps": -1}, ValueError, "steps must be 0 or more, not -1"),
+        ({"restarts": -1}, ValueError, "restarts must be 0 or more, not -1"),
+        ({"step_size": -0.1}, ValueError, "step_size must be 0 or more, not -0.1"),
+        ({"batch_size": 0}, ValueError, "batch_size must be 1 or more, not 0"),
+        ({"x": torch.full((2, 4), -0.5)}, ValueError, "clip"),
+        ({"y": torch.tensor([0, -100])}, ValueError, "y must be classes from 0 on, not -100"),
+        ({"y": torch.tensor([0])}, ValueError, r"y \[N\]"),
+        ({"y": torch.tensor([True, False])}, TypeError, "y int64"),
+    ],
+)
+def test_bad_input(change, error, message):
+    arguments = {"x": torch.rand(2, 4), "y": torch.tensor([0, 1]), "eps": 0.1}
+    with pytest.raises(error, match=message):
+        pgd(_Difference(0.5), **arguments | change)

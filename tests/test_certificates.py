@@ -1,0 +1,154 @@
+"""certify: hand-computed margins, NaN is never verified, and refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import cibp_fast as cf
+from cibp_fast import certificates, models
+
+
+def _linear(weight, bias):
+    layer = nn.Linear(len(weight[0]), len(weight))
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor(weight))
+        layer.bias.copy_(torch.tensor(bias))
+    return nn.Sequential(layer)
+
+
+def test_margins_of_a_linear_network_by_hand():
+    # z0 - z1 = 2 x0 - x1 + 0.5: at (0.5, 0.5) that is 1, and eps 0.25 can take 0.75 from it.
+    model = _linear([[1.0, 0.0], [-1.0, 1.0]], [0.5, 0.0])
+    x = torch.tensor([[0.5, 0.5], [0.5, 0.5]])
+    result = cf.certify(model, x, torch.tensor([0, 1]), 0.25, sound=False)
+    assert torch.equal(result.margins, torch.tensor([[torch.inf, 0.25], [-1.75, torch.inf]]))
+    assert torch.equal(result.margin, torch.tensor([0.25, -1.75]))
+    assert result.verified.tolist() == [True, False]
+    assert result.predicted.tolist() == [0, 0]
+    assert result.sound is False
+
+
+def test_a_margin_of_zero_is_not_verified():
+    model = _linear([[1.0, 0.0], [-1.0, 1.0]], [0.25, 0.0])
+    x, y = torch.tensor([[0.5, 0.5]]), torch.tensor([0])
+    assert cf.certify(model, x, y, 0.25, sound=False).margin.item() == 0
+    assert not cf.certify(model, x, y, 0.25, sound=False).verified.item()
+
+
+def test_clip_cuts_the_box():
+    model = _linear([[1.0], [0.0]], [0.0, 0.05])
+    x, y = torch.tensor([[0.1]]), torch.tensor([0])
+    assert not cf.certify(model, x, y, 0.3, sound=False).verified.item()
+    assert cf.certify(model, x, y, 0.3, clip=(0.1, 1.0), sound=False).verified.item()
+    wide = cf.certify(model, x, y, 0.3, clip=None, sound=False)
+    assert wide.margin.item() == pytest.approx(-0.25)
+
+
+def test_batches_do_not_change_the_result():
+    model = models.small((1, 28, 28))
+    x, y = torch.rand(7, 1, 28, 28), torch.arange(7)
+    eps = 0.01 * torch.rand_like(x)
+    whole = cf.certify(model, x, y, eps, sound=False)
+    parts = cf.certify(model, x, y, eps, sound=False, batch_size=3)
+    torch.testing.assert_close(parts.margins, whole.margins, rtol=0, atol=1e-6)
+    assert torch.equal(parts.predicted, whole.predicted)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("layer", [0, 2, 5, 7])
+@pytest.mark.parametrize("kind", ["weight", "bias"])
+def test_nan_or_inf_in_any_parameter_is_never_verified(layer, kind, bad):
+    model = models.small((1, 28, 28))
+    x, y = torch.rand(4, 1, 28, 28), torch.full((4,), 3)
+    with torch.no_grad():
+        model[7].bias[3] = 1e6  # verified by a wide margin, were it not for the bad value
+        assert cf.certify(model, x, y, 0.1, sound=False).verified.all()
+        getattr(model[layer], kind).flatten()[0] = bad
+    assert not cf.certify(model, x, y, 0.1, sound=False).verified.any()
+
+
+class _NaNAfter(nn.Module):
+    """A layer whose output has a NaN in every example's first unit, Tensor or Interval."""
+
+    def forward(self, x):
+        return x + torch.tensor([torch.nan] + [0.0] * (x.shape[-1] - 1))
+
+
+@pytest.mark.parametrize("position", range(6))
+def test_nan_injected_after_any_layer_is_never_verified(position):
+    layers = [nn.Flatten(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)]
+    with torch.no_grad():
+        layers[-1].bias[1] = 1e6
+    x, y = torch.rand(4, 2, 4), torch.ones(4, dtype=torch.int64)
+    assert cf.certify(nn.Sequential(*layers), x, y, 0.1, sound=False).verified.all()
+    layers.insert(position + 1, _NaNAfter())
+    result = cf.certify(nn.Sequential(*layers), x, y, 0.1, sound=False)
+    assert not result.verified.any()
+    assert (result.predicted == -1).all()
+
+
+def test_predict_knows_no_class_for_nan():
+    logits = torch.tensor([[1.0, 2.0], [torch.nan, 2.0], [1.0, torch.nan]])
+    assert certificates.predict(logits).tolist() == [1, -1, -1]
+
+
+def test_evaluation_mode_inside_and_the_own_modes_after():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    model[2].eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x, y = torch.rand(3, 4), torch.zeros(3, dtype=torch.int64)
+    cf.certify(model, x, y, 0.1, sound=False)
+    assert [module.training for module in model] == [True, True, False, True]
+    model.train()
+    cf.certify(model, x, y, 0.1, sound=False)
+    assert model[2].training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_no_example():
+    model = _linear([[1.0], [0.0]], [0.0, 0.05])
+    result = cf.certify(
+        model, torch.rand(0, 1), torch.zeros(0, dtype=torch.int64), 0.1, sound=False
+    )
+    assert result.verified.shape == (0,) and result.margins.shape == (0, 2)
+
+
+def test_sound_is_refused_until_it_exists():
+    with pytest.raises(NotImplementedError, match=r"sound=True.*sound=False"):
+        cf.certify(_linear([[1.0], [0.0]], [0.0, 0.0]), torch.rand(1, 1), torch.tensor([0]), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"eps": -0.1}, ValueError, "eps"),
+        ({"eps": torch.nan}, ValueError, "eps"),
+        ({"x": torch.full((2, 1), 1.5)}, ValueError, "clip"),
+        ({"x": torch.full((2, 1), torch.nan)}, ValueError, "clip"),
+        ({"x": torch.ones(2, 1, dtype=torch.int64)}, TypeError, "x must be floating point"),
+        ({"x": torch.rand(2)}, ValueError, r"x must be \[N, ...\]"),
+        ({"y": torch.tensor([0, 2])}, ValueError, "y must be"),
+        ({"y": torch.tensor([0, -1])}, ValueError, "y must be"),
+        ({"y": torch.tensor([0])}, ValueError, r"y \[N\]"),
+        (
+            {"y": torch.tensor([0.0, 1.0])},
+            TypeError,
+            "y int64, not torch.float32 and torch.float32",
+        ),
+        ({"batch_size": 0}, ValueError, "batch_size must be 1 or more, not 0"),
+        ({"semantics": "exact"}, ValueError, "semantics must be one of real, float32, not 'exact'"),
+        ({"semantics": "float32"}, ValueError, "needs sound=True"),
+    ],
+)
+def test_bad_input(change, error, message):
+    arguments = {"x": torch.rand(2, 1), "y": torch.tensor([0, 1]), "eps": 0.1, "sound": False}
+    with pytest.raises(error, match=message):
+        cf.certify(_linear([[1.0], [0.0]], [0.0, 0.0]), **arguments | change)
+
+
+def test_unsupported_layer_is_named():
+    model = nn.Sequential(nn.Linear(2, 2), nn.GELU(), nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="gelu"):
+        cf.certify(model, torch.rand(1, 2), torch.tensor([0]), 0.1, sound=False)

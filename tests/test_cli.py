@@ -1,0 +1,242 @@
+"""The command line: what it prints, and one clear line for bad input."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+import torch
+from digits import SHORT, toy_dataset
+
+from cibp_fast import cli, data, runs, training
+from cibp_fast.config import Config, preset
+
+PRESET = "mnist5k-small-0.001-cibp"
+
+
+def _short_options() -> list[str]:
+    """SHORT in its command-line form."""
+    options = []
+    for name, value in SHORT.items():
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        options += [f"--{name.replace('_', '-')}", text]
+    return options
+
+
+@pytest.fixture(autouse=True)
+def _toy_data(monkeypatch):
+    monkeypatch.setattr(data, "load", lambda name: toy_dataset())
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A finished toy run."""
+    path = tmp_path_factory.mktemp("runs") / "toy"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "load", lambda name: toy_dataset())
+        training.train(preset(PRESET, **SHORT), path)
+    return path
+
+
+def _error(capsys, *arguments: str) -> str:
+    """The one line on stderr of a command that fails with exit code 2."""
+    try:
+        code = cli.main(list(arguments))
+    except SystemExit as exit:
+        code = exit.code
+    captured = capsys.readouterr()
+    assert code == 2
+    (line,) = captured.err.splitlines()
+    assert line.startswith("cibp-fast: error: ")
+    return line
+
+
+def test_train_certify_attack_and_plot(tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    options = _short_options()
+    assert (
+        cli.main(["train", "--preset", PRESET, "--run-dir", str(run_dir), "--seed", "5", *options])
+        == 0
+    )
+    printed = capsys.readouterr().out
+    result = runs.read_result(run_dir)
+    assert runs.read_config(run_dir) == preset(PRESET, **SHORT, seed=5)
+    for error in ("test_error", "pgd_error", "verified_error"):
+        assert f"{100 * result[error]:.1f} %" in printed
+    assert "PGD (2 steps)" in printed and str(run_dir) in printed
+
+    assert cli.main(["certify", str(run_dir)]) == 0
+    printed = capsys.readouterr().out
+    count = round(40 * result["verified_error"])
+    assert f"verified error at eps 0.001: {100 * count / 40:.2f} % ({count} of 40" in printed
+    assert "sound: false" in printed
+
+    assert cli.main(["certify", str(run_dir), "--eps", "1"]) == 0
+    assert "100.00 % (40 of 40" in capsys.readouterr().out
+
+    assert (
+        cli.main(["attack", str(run_dir), "--steps", "1", "--restarts", "1", "--examples", "20"])
+        == 0
+    )
+    assert "PGD error (1 steps, 1 restarts)" in capsys.readouterr().out
+
+    picture = tmp_path / "pictures" / "curves.png"
+    pytest.importorskip("matplotlib")
+    assert cli.main(["plot", str(run_dir), "-o", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_quickstart(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    real = cli.preset
+    monkeypatch.setattr(cli, "preset", lambda name, **overrides: real(name, **SHORT, **overrides))
+    for _ in range(2):  # a second one replaces the first
+        assert cli.main(["quickstart", "--output", str(tmp_path / "quick")]) == 0
+    table = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith(("IBP", "constr"))
+    ]
+    assert len(table) == 4 and len({len(line) for line in table}) == 1
+    assert sorted(path.name for path in (tmp_path / "quick").iterdir()) == [
+        "mnist5k-small-0.1-cibp",
+        "mnist5k-small-0.1-ibp",
+        "quickstart.png",
+    ]
+
+
+def test_info(capsys):
+    assert cli.main(["info"]) == 0
+    printed = capsys.readouterr().out
+    for word in (
+        "python",
+        torch.__version__,
+        "cibp_fast",
+        "processor",
+        "CPU kernels",
+        "runs on cpu",
+    ):
+        assert word in printed
+
+
+def test_every_field_of_the_config_is_an_option_with_help(capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["train", "--help"])
+    assert exit.value.code == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    for option in fields(Config):
+        assert f"--{option.name.replace('_', '-')}" in printed
+        assert option.metadata["help"] in printed
+    assert "examples: cibp-fast train" in printed
+
+
+@pytest.mark.parametrize("command", ["info", "quickstart", "train", "certify", "attack", "plot"])
+def test_help_of_every_command(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main([command, "--help"])
+    assert exit.value.code == 0
+    assert f"cibp-fast {command}" in capsys.readouterr().out
+
+
+def test_options_replace_the_preset(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        training, "train", lambda config, *args, **kwargs: seen.append(config) or {}
+    )
+    monkeypatch.setattr(cli, "_table", lambda results: "")
+    options = ["--clip", "none", "--no-elide", "--lr-decay-at", "none", "--method", "ibp"]
+    cli.main(["train", "--preset", PRESET, *options, "--width-weight", "0", "--eps", "0.25"])
+    expected = {"clip": None, "elide": False, "lr_decay_at": (), "eps": 0.25}
+    assert seen == [preset("mnist5k-small-0.001-ibp", **expected)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "--preset", "mnist5k-smal-0.1-cibp"], "did you mean 'mnist5k-small-0.1-cibp'"),
+        (["train", "--eps", "-1"], "eps must be 0 or more, not -1.0"),
+        (["train", "--eps", "nan"], "eps must be a finite number, not nan"),
+        (["train", "--steps", "many"], "steps must be a whole number, not 'many'"),
+        (["train", "--eps-ramp", "10,5"], "eps_ramp must be first,last"),
+        (
+            ["train", "--steps", "100"],
+            "eps_ramp must be first,last with 0 <= first <= last <= steps (100)",
+        ),
+        (["train", "--net", "tiny"], "net must be small, medium or large, not 'tiny'"),
+        (["train", "--threads", "0"], "threads must be 1 or more, not 0"),
+        (["train", "--stpes", "5"], "unrecognized arguments: --stpes 5 (see cibp-fast --help)"),
+        (["certify", "nowhere"], "nowhere is not a run folder: config.json is missing"),
+        (["attack", "nowhere"], "nowhere is not a run folder"),
+        (["plot", "nowhere", "-o", "a.png"], "nowhere is not a run folder"),
+        (["plot", "nowhere"], "required: -o/--output (see cibp-fast plot --help)"),
+        ([], "required: COMMAND"),
+        (["trian"], "invalid choice: 'trian'"),
+    ],
+)
+def test_bad_input_is_one_line(capsys, monkeypatch, tmp_path, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    assert words in _error(capsys, *arguments)
+    assert list(tmp_path.iterdir()) == []  # nothing written, half or whole
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["certify", "--eps", "-0.5"], "eps must be at least 0"),
+        (
+            ["certify", "--examples", "0"],
+            "examples must be from 1 to the 40 of the test set, not 0",
+        ),
+        (["certify", "--examples", "41"], "examples must be from 1 to the 40"),
+        (["attack", "--steps", "-1"], "steps must be 0 or more, not -1"),
+        (["attack", "--steps", "x"], "argument --steps: invalid int value: 'x'"),
+    ],
+)
+def test_bad_input_about_a_run(capsys, run_dir, arguments, words):
+    assert words in _error(capsys, arguments[0], str(run_dir), *arguments[1:])
+
+
+def test_unwritable_folder(capsys, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    run_dir = str(tmp_path / "file" / "run")
+    words = _error(capsys, "train", *_short_options(), "--run-dir", run_dir)
+    assert "cannot make the folder" in words and "Not a directory" in words
+
+
+def test_a_run_is_not_replaced_unless_asked(capsys, run_dir):
+    before = (run_dir / "result.json").read_bytes()
+    words = _error(capsys, "train", *_short_options(), "--run-dir", str(run_dir))
+    assert "holds a finished run already" in words
+    assert (run_dir / "result.json").read_bytes() == before
+
+
+def test_overwrite(tmp_path):
+    options = ["train", "--preset", PRESET, "--run-dir", str(tmp_path), *_short_options()]
+    assert cli.main([*options, "--seed", "1"]) == 0
+    assert cli.main([*options, "--seed", "2", "--overwrite"]) == 0
+    assert runs.read_config(tmp_path).seed == runs.read_result(tmp_path)["seed"] == 2
+
+
+def test_missing_data_package(capsys, monkeypatch, tmp_path):
+    monkeypatch.undo()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install 'cibp-fast[demo]'" in _error(
+        capsys, "train", "--run-dir", str(tmp_path / "run")
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_interrupt(capsys, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "train", interrupt)
+    assert cli.main(["train"]) == 130
+    assert capsys.readouterr().err == "\ncibp-fast: interrupted\n"
+
+
+def test_python_dash_m_has_no_traceback(tmp_path):
+    command = [sys.executable, "-m", "cibp_fast", "certify", str(tmp_path / "nowhere")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("cibp-fast: error: ") and done.stderr.count("\n") == 1

@@ -1,0 +1,151 @@
+"""Configs: presets, checks, JSON, and the command line's form of each field."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from cibp_fast.config import Config, parse, preset
+
+
+def test_the_quickstart_recipe_is_the_one_of_the_issue():
+    cibp, ibp = preset("mnist5k-small-0.1-cibp"), preset("mnist5k-small-0.1-ibp")
+    assert dataclasses.replace(cibp, method="ibp", width_weight=0.0) == ibp
+    assert (cibp.steps, cibp.batch_size, cibp.clip) == (4000, 100, (0.0, 1.0))
+    assert (cibp.width_weight, cibp.width, cibp.width_reduction) == (1.0, "post", "mean")
+    eps, kappa, lr = cibp.eps_schedule(), cibp.kappa_schedule(), cibp.lr_schedule()
+    assert [eps(0), eps(750), eps(1500), eps(3999)] == [0, 0.05, 0.1, 0.1]
+    assert [kappa(0), kappa(300), kappa(2150), kappa(4000)] == [1, 1, 0.75, 0.5]
+    assert [lr(0), lr(2799)] == [1e-3, 1e-3]
+    assert [lr(2800), lr(3600)] == pytest.approx([1e-4, 1e-5])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mnist5k-small-0.1-cibp",
+        "mnist5k-medium-8of255-ibp",
+        "mnist5k-large-0.4-nominal",
+        "mnist5k-small-1of255-cibp",
+    ],
+)
+def test_preset_names_round_trip(name):
+    assert preset(name).name == name
+
+
+def test_eps_of_255():
+    assert preset("mnist5k-small-8of255-ibp").eps == 8 / 255
+
+
+def test_json_round_trip():
+    config = preset("mnist5k-medium-8of255-cibp", clip=None, lr_decay_at=(), seed=7, elide=False)
+    assert Config.from_json(config.to_json()) == config
+    assert json.loads(config.to_json())["clip"] is None
+
+
+def test_whole_numbers_are_accepted_as_floats():
+    config = preset("mnist5k-small-1-cibp", lr=1)
+    assert type(config.lr) is float
+    assert config == preset("mnist5k-small-1.0-cibp", lr=1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mnist5k-smal-0.1-cibp", "did you mean 'mnist5k-small-0.1-cibp'"),
+        ("mnist-small-0.1-ibp", "did you mean 'mnist5k-small-0.1-ibp'"),
+        ("mnist5k-small-0.1-trades", "method nominal, ibp or cibp"),
+        ("mnist5k-small-8/255-cibp", "eps as 0.1 or 8of255"),
+        ("mnist5k-small--0.1-cibp", "eps as 0.1 or 8of255"),
+        ("", r"unknown preset ''\. A preset is"),
+    ],
+)
+def test_unknown_presets(name, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        preset(name)
+    assert "net small, medium or large" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"eps": -0.1}, "eps must be 0 or more, not -0.1"),
+        ({"eps": float("nan")}, "eps must be a finite number, not nan"),
+        ({"eps": "0.1"}, "eps must be a finite number, not '0.1'"),
+        ({"steps": 0}, "steps must be 1 or more, not 0"),
+        ({"steps": 10.5}, "steps must be a whole number, not 10.5"),
+        ({"steps": True}, "steps must be a whole number, not True"),
+        ({"net": "tiny"}, "net must be small, medium or large, not 'tiny'"),
+        ({"width": "both"}, "width must be post, pre or all, not 'both'"),
+        ({"clip": (1.0, 0.0)}, "clip must be low,high with low < high"),
+        ({"clip": (1.0,)}, r"clip must be 2 finite numbers \(a,b,...\) or none"),
+        ({"eps_ramp": (1500, 100)}, "eps_ramp must be first,last .* not 1500,100"),
+        ({"steps": 1000}, r"eps_ramp must be .*steps \(1000\), not 0,1500"),
+        ({"lr_decay_at": (3600, 2800)}, "lr_decay_at must be increasing.*not 3600,2800"),
+        ({"lr_decay_at": (5000,)}, "lr_decay_at must be increasing"),
+        ({"kappa_end": 1.5}, "kappa_end must be from 0 to 1, not 1.5"),
+        ({"width_weight": 0.0}, "width_weight must be above 0 for method cibp, not 0.0"),
+        ({"method": "ibp"}, "width_weight must be 0 for method ibp, not 1.0"),
+        ({"method": "nominal", "width_weight": 0.0}, "kappa_end must be 1 for method nominal"),
+        ({"batchsize": 10}, "unknown config field 'batchsize': did you mean 'batch_size'"),
+    ],
+)
+def test_bad_fields_are_named(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        preset("mnist5k-small-0.1-cibp", **overrides)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda values: values.update(stpes=3),
+            "unknown config field 'stpes': did you mean 'steps'",
+        ),
+        (lambda values: values.pop("eps"), "config field 'eps' is missing"),
+        (lambda values: values.update(eps="big"), "eps must be a finite number, not 'big'"),
+    ],
+)
+def test_bad_json_is_named(change, message):
+    values = json.loads(preset("mnist5k-small-0.1-cibp").to_json())
+    change(values)
+    with pytest.raises(ValueError, match=message):
+        Config.from_json(json.dumps(values))
+
+
+def test_json_that_is_no_object():
+    with pytest.raises(ValueError, match="must be a JSON object, not list"):
+        Config.from_json("[]")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("eps", "0.25", 0.25),
+        ("steps", "12", 12),
+        ("clip", "none", None),
+        ("clip", "-1,1", (-1.0, 1.0)),
+        ("lr_decay_at", "none", ()),
+        ("lr_decay_at", "3,4,5", (3, 4, 5)),
+        ("eps_ramp", "0,10", (0, 10)),
+        ("net", "large", "large"),
+    ],
+)
+def test_parse(name, text, value):
+    assert parse(name, text) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("steps", "1e3", "steps must be a whole number, not '1e3'"),
+        ("steps", "none", "steps must be a whole number, not 'none'"),
+        ("eps_ramp", "0,x", "eps_ramp must be 2 whole numbers"),
+        ("clip", "zero", "clip must be 2 finite numbers .* or none, not 'zero'"),
+    ],
+)
+def test_parse_bad_input(name, text, message):
+    with pytest.raises(ValueError, match=message):
+        parse(name, text)

@@ -1,0 +1,222 @@
+"""The training loop on a toy data set: what it writes, repeats, refuses and never calls right."""
+
+from __future__ import annotations
+
+import json
+import platform
+
+import pytest
+import torch
+from digits import SHORT, toy_dataset
+
+import cibp_fast as cf
+from cibp_fast import data, runs, training
+from cibp_fast.config import preset
+
+
+@pytest.fixture(autouse=True)
+def _toy_data(monkeypatch):
+    monkeypatch.setattr(data, "load", lambda name: toy_dataset())
+
+
+def _without_times(records):
+    return [
+        {key: value for key, value in record.items() if "seconds" not in key} for record in records
+    ]
+
+
+@pytest.mark.parametrize("method", ["nominal", "ibp", "cibp"])
+def test_a_run_folder(tmp_path, method, capsys):
+    config = preset(f"mnist5k-small-0.001-{method}", **SHORT)
+    result = cf.train(config, tmp_path)
+    assert runs.read_config(tmp_path) == config
+    assert runs.read_result(tmp_path) == result
+
+    metrics = runs.read_metrics(tmp_path)
+    assert [(record["epoch"], record["step"]) for record in metrics] == [(1, 5), (2, 10), (3, 12)]
+    assert [record["eps"] for record in metrics] == pytest.approx([0.001 * 4 / 6, 0.001, 0.001])
+    assert [record["lr"] for record in metrics] == pytest.approx([1e-3, 1e-3, 1e-4])
+    last = metrics[-1]
+    assert metrics[0]["loss"] > last["loss"] > 0
+    assert last["train_error"] < 0.5 and last["test_error"] < 0.5
+    if method == "nominal":
+        assert last["width"] is None and last["robust"] is None and last["widths"] == []
+    else:
+        assert last["width"] == pytest.approx(sum(last["widths"])) and len(last["widths"]) == 4
+        assert last["robust"] > last["nominal"] > 0
+
+    assert 0 <= result["test_error"] <= result["pgd_error"] <= result["verified_error"] <= 1
+    assert (result["pgd_steps"], result["pgd_restarts"], result["examples"]) == (2, 1, 40)
+    assert (result["sound"], result["eps"], result["eps_space"]) == (False, 0.001, "pixel")
+    assert platform.node() not in (tmp_path / "result.json").read_text()
+
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == ["1/3", "2/3", "3/3"]
+    assert len({line.index("verified") for line in lines}) == 1  # fixed format
+
+    # What the folder holds is the network that was evaluated.
+    test, model = toy_dataset().test, runs.read_model(tmp_path)
+    wrong = model(test.pixels()).argmax(1) != test.labels
+    assert wrong.double().mean().item() == result["test_error"]
+
+
+def test_repeats_bitwise_and_leaves_the_global_random_state_alone(tmp_path):
+    config = preset("mnist5k-small-0.001-cibp", **SHORT)
+    state = torch.get_rng_state()
+    first = training.train(config, tmp_path / "first")
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(77)
+    second = training.train(config, tmp_path / "second")
+    other = training.train(preset("mnist5k-small-0.001-cibp", **SHORT, seed=1), tmp_path / "other")
+
+    def weights(run):
+        return (tmp_path / run / "model.safetensors").read_bytes()
+
+    def metrics(run):
+        return _without_times(runs.read_metrics(tmp_path / run))
+
+    assert weights("first") == weights("second") != weights("other")
+    assert metrics("first") == metrics("second") != metrics("other")
+    assert _without_times([first]) == _without_times([second])
+    assert other["seed"] == 1
+
+
+def test_the_steps_are_the_papers(tmp_path):
+    """The loop against the recipe written out with autograd: same batches, same weights."""
+    config = preset("mnist5k-small-0.001-cibp", **SHORT)
+    training.train(config, tmp_path)
+
+    torch.manual_seed(config.seed)
+    model = cf.models.small((1, 28, 28))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    step = 0
+    for epoch in (1, 2, 3):
+        for x, y in data.batches(toy_dataset().train, 16, seed=0, epoch=epoch):
+            if step == 12:
+                break
+            eps = 0.001 * min(step / 6, 1)
+            kappa = 1 - 0.5 * min(max(step - 2, 0) / 10, 1)
+            optimizer.param_groups[0]["lr"] = 1e-3 if step < 10 else 1e-4
+            out = cf.bounds(model, x, cf.Interval.ball(x, eps))
+            loss = cf.losses.constrained_ibp_loss(out, y, kappa=kappa, width_weight=1.0)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            step += 1
+    x = toy_dataset().test.pixels()
+    torch.testing.assert_close(runs.read_model(tmp_path)(x), model(x), rtol=1e-3, atol=1e-3)
+
+
+def test_eval_every(tmp_path):
+    training.train(preset("mnist5k-small-0.001-ibp", **SHORT | {"eval_every": 2}), tmp_path)
+    errors = [record["verified_error"] for record in runs.read_metrics(tmp_path)]
+    assert [error is None for error in errors] == [True, False, False]  # the last one always
+
+
+def test_nan_is_never_right_and_never_verified():
+    config = preset("mnist5k-small-0.001-cibp", **SHORT)
+    model = runs.build_model(config)
+    with torch.no_grad():
+        model[-1].bias[3] = torch.nan
+    errors = training.evaluate(model, toy_dataset().test, config)
+    assert errors["test_error"] == errors["pgd_error"] == errors["verified_error"] == 1
+
+
+def test_nan_for_some_examples_is_counted_for_those_alone():
+    class NaNForClass3(torch.nn.Module):
+        """Right by a wide margin, but NaN for class 3's pattern: Tensor or Interval."""
+
+        def forward(self, x):
+            seen = x.flatten(1)
+            return (
+                seen @ weight.T
+                if isinstance(x, torch.Tensor)
+                else torch.nn.functional.linear(seen, weight)
+            )
+
+    test = toy_dataset().test
+    patterns = torch.stack([test.images[test.labels == digit][0] for digit in range(10)])
+    weight = 2 * (patterns.flatten(1) > 100).float() - 1
+    config = preset("mnist5k-small-0.001-cibp", **SHORT)
+    assert training.evaluate(NaNForClass3(), test, config)["verified_error"] == 0
+    weight[3] = torch.nan
+    assert training.evaluate(NaNForClass3(), test, config)["verified_error"] == 1
+
+
+def test_an_attack_on_a_verified_example_is_an_error(monkeypatch):
+    config = preset("mnist5k-small-0.001-cibp", **SHORT)
+    model, test = runs.build_model(config), toy_dataset().test
+
+    def everything(model, x, y, *args, **kwargs):
+        shape = (len(x), 10)
+        return cf.certificates.Certificate(
+            torch.ones_like(y, dtype=torch.bool), torch.ones(len(x)), torch.ones(shape), y, False
+        )
+
+    monkeypatch.setattr(training, "certify", everything)
+    with pytest.raises(RuntimeError, match="verify examples that an attack breaks"):
+        training.evaluate(model, test, config)
+
+
+def test_divergence_stops_with_the_metrics_kept(tmp_path):
+    config = preset("mnist5k-small-0.001-ibp", **SHORT | {"lr": 1e30})
+    with pytest.raises(FloatingPointError, match="training diverged: the loss of epoch 1 is nan"):
+        training.train(config, tmp_path)
+    (record,) = runs.read_metrics(tmp_path)
+    assert record["loss"] is None and record["verified_error"] == 1
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_a_folder_that_holds_a_run_is_refused_before_training(tmp_path, monkeypatch):
+    config = preset("mnist5k-small-0.001-cibp", **SHORT)
+    runs.create(tmp_path, config)
+    monkeypatch.setattr(runs, "build_model", lambda config: pytest.fail("training started"))
+    with pytest.raises(FileExistsError, match="unfinished run"):
+        training.train(config, tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot make the folder"):
+        training.train(config, tmp_path / "file" / "run")
+
+
+def test_a_batch_larger_than_the_data_is_refused_before_anything_is_written(tmp_path):
+    config = preset("mnist5k-small-0.001-cibp", **SHORT | {"batch_size": 81})
+    with pytest.raises(
+        ValueError, match="batch_size must be at most the 80 training examples, not 81"
+    ):
+        training.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_interrupted_run_keeps_its_finished_epochs(tmp_path, monkeypatch):
+    real, seen = training._bounds_errors, []
+
+    def interrupt(*arguments):
+        seen.append(1)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(training, "_bounds_errors", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(preset("mnist5k-small-0.001-cibp", **SHORT), tmp_path)
+    assert len(runs.read_metrics(tmp_path)) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "metrics.jsonl"]
+
+
+def test_default_run_dir(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    training.train(preset("mnist5k-small-0.001-nominal", **SHORT | {"steps": 12, "seed": 3}))
+    assert (tmp_path / "runs" / "mnist5k-small-0.001-nominal-seed3" / "result.json").exists()
+
+
+def test_progress_bar_on_a_terminal(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tqdm")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    training.train(preset("mnist5k-small-0.001-nominal", **SHORT), tmp_path)
+    captured = capsys.readouterr()
+    assert captured.out == "" and "12/12" in captured.err
+
+
+def test_hardware_and_versions_are_json():
+    json.dumps([training.hardware(), training.versions()], allow_nan=False)
+    assert training.versions()["cibp_fast"] == cf.__version__
