@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 INSTALL := $(PIP) install --no-compile -c constraints.txt
 
 CPP_FILES := $(sort $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h tests/cpp/*.cpp))
-PACKAGE_FILES := pyproject.toml setup.py README.md LICENSE $(CPP_FILES) \
+PACKAGE_FILES := pyproject.toml setup.py README.md LICENSE $(filter csrc/%,$(CPP_FILES)) \
   $(wildcard cibp_fast/*.py cibp_fast/*.pyi cibp_fast/py.typed)
 
 .PHONY: help quickstart test lint format sanitize bench clean

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cibp_fast.interval import Head, Interval, Recorder, may_inspect, recording
+from cibp_fast.interval import Interval, may_inspect
+from cibp_fast.recorder import Head, Recorder, recording
 
 __all__ = ["Bounds", "bounds"]
 
-# width -> (affine outputs count, activation outputs count)
-_WIDTHS = {"post": (False, True), "pre": (True, False), "all": (True, True)}
+# width -> the kinds of layers that count
+_WIDTHS = {"post": ("activation",), "pre": ("affine",), "all": ("affine", "activation")}
 _REDUCTIONS = ("mean", "sum")
 
 
@@ -101,7 +102,8 @@ class Bounds:
         """The margins [N, classes] before +inf is put at y."""
         if self._head is None:
             return self.box.lower.gather(1, y.unsqueeze(1)) - self.box.upper
-        input, weight, bias = self._head
+        lower, upper, weight, bias = self._head
+        input = Interval(lower, upper, validate=False)
         batch, classes = self.logits.shape
         center = torch.nn.functional.linear(input.center, weight, bias)
         if classes <= batch:  # |W_i - W_j| for all pairs of classes: [classes^2, K], not [N, ...]
@@ -160,8 +162,7 @@ def bounds(
                 f"{getattr(box, name)}"
             )
 
-    affine, activation = _WIDTHS[width]
-    recorder = Recorder(affine, activation)
+    recorder = Recorder(*_WIDTHS[width])
     with recording(recorder):
         out = model(Interval(box.lower, box.upper, x, validate=False))
     if not isinstance(out, Interval):
@@ -175,10 +176,10 @@ def bounds(
     layers, origin = recorder.layers, out._origin
     recorded = None if origin is None else origin.layer
     if recorded is None:
-        recorded = recorder.add(out)
+        recorded = recorder.add(out.lower, out.upper)
     layers.append(layers.pop(recorded))
     head = None if origin is None else origin.head
-    if head is not None and (len(head.input), len(head.weight)) != tuple(out.shape):
+    if head is not None and (len(head.lower), len(head.weight)) != tuple(out.shape):
         head = None  # the logits are a linear layer's output, but in another shape
     widths = torch.stack(
         [

@@ -19,7 +19,7 @@ from typing import TypeVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from cibp_fast import interval
+from cibp_fast import rules
 from cibp_fast.interval import Interval
 
 __all__ = ["interval_conv1d", "interval_conv2d", "interval_linear"]
@@ -41,7 +41,7 @@ def interval_conv1d(
     """`F.conv1d(x, weight, bias, ...)` over all x of the box."""
     if not isinstance(box, Interval):
         return F.conv1d(box, weight, bias, stride, padding, dilation, groups)
-    return interval.conv1d(box, weight, bias, stride, padding, dilation, groups, backend=backend)
+    return rules.conv1d(box, weight, bias, stride, padding, dilation, groups, backend=backend)
 
 
 def interval_conv2d(
@@ -58,7 +58,7 @@ def interval_conv2d(
     """`F.conv2d(x, weight, bias, ...)` over all x of the box."""
     if not isinstance(box, Interval):
         return F.conv2d(box, weight, bias, stride, padding, dilation, groups)
-    return interval.conv2d(box, weight, bias, stride, padding, dilation, groups, backend=backend)
+    return rules.conv2d(box, weight, bias, stride, padding, dilation, groups, backend=backend)
 
 
 def interval_linear(
@@ -71,4 +71,4 @@ def interval_linear(
     """`F.linear(x, weight, bias)` over all x of the box."""
     if not isinstance(box, Interval):
         return F.linear(box, weight, bias)
-    return interval.linear(box, weight, bias, backend=backend)
+    return rules.linear(box, weight, bias, backend=backend)

@@ -1,6 +1,7 @@
 // One build of the CPU kernels as a Python module: raw pointers and strides in, no torch headers.
 //
-// cibp_fast/ops.py checks dtypes, devices and shapes, allocates the outputs and keeps every tensor alive.
+// cibp_fast/ops.py checks dtypes, devices and shapes, allocates the outputs and keeps every tensor
+// alive.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -38,38 +39,66 @@ Tensor2<const T> tensor2(const Tensor& t) {
 }
 
 Conv2dShape conv2d_shape(const std::array<int64_t, 16>& s) {
-  return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8], s[9], s[10], s[11], s[12], s[13], s[14], s[15]};
+  return {s[0], s[1], s[2],  s[3],  s[4],  s[5],  s[6],  s[7],
+          s[8], s[9], s[10], s[11], s[12], s[13], s[14], s[15]};
 }
 
 template <class T>
-void conv2d_forward_py(const std::array<int64_t, 16>& shape, int threads, const std::array<Tensor, 4>& in, int64_t bias,
+void conv2d_forward_py(const std::array<int64_t, 16>& shape, int threads,
+                       const std::array<Tensor, 4>& in, int64_t bias,
                        const std::array<int64_t, 4>& out) {
-  conv2d_forward<T>({conv2d_shape(shape), threads, tensor4<T>(in[0]), tensor4<T>(in[1]), tensor4<T>(in[2]), tensor4<T>(in[3]),
-                     pointer<const T>(bias), pointer<T>(out[0]), pointer<T>(out[1]), pointer<T>(out[2]), pointer<T>(out[3])});
+  conv2d_forward<T>({conv2d_shape(shape), threads, tensor4<T>(in[0]), tensor4<T>(in[1]),
+                     tensor4<T>(in[2]), tensor4<T>(in[3]), pointer<const T>(bias),
+                     pointer<T>(out[0]), pointer<T>(out[1]), pointer<T>(out[2]),
+                     pointer<T>(out[3])});
 }
 
 template <class T>
-void conv2d_backward_py(const std::array<int64_t, 16>& shape, int threads, const std::array<Tensor, 9>& in, double grad_width,
-                        const Pointers& out) {
-  conv2d_backward<T>({conv2d_shape(shape), threads, tensor4<T>(in[0]), tensor4<T>(in[1]), tensor4<T>(in[2]), tensor4<T>(in[3]),
-                      tensor4<T>(in[4]), static_cast<T>(grad_width), tensor4<T>(in[5]), tensor4<T>(in[6]), tensor4<T>(in[7]),
-                      tensor4<T>(in[8]), pointer<T>(out[0]), pointer<T>(out[1]), pointer<T>(out[2]), pointer<T>(out[3]),
-                      pointer<T>(out[4])});
+void conv2d_backward_py(const std::array<int64_t, 16>& shape, int threads,
+                        const std::array<Tensor, 9>& in, double grad_width, const Pointers& out) {
+  conv2d_backward<T>({conv2d_shape(shape), threads, tensor4<T>(in[0]), tensor4<T>(in[1]),
+                      tensor4<T>(in[2]), tensor4<T>(in[3]), tensor4<T>(in[4]),
+                      static_cast<T>(grad_width), tensor4<T>(in[5]), tensor4<T>(in[6]),
+                      tensor4<T>(in[7]), tensor4<T>(in[8]), pointer<T>(out[0]), pointer<T>(out[1]),
+                      pointer<T>(out[2]), pointer<T>(out[3]), pointer<T>(out[4])});
 }
 
 template <class T>
-void linear_forward_py(const std::array<int64_t, 3>& s, int threads, const std::array<Tensor, 4>& in, int64_t bias,
+void linear_forward_py(const std::array<int64_t, 3>& s, int threads,
+                       const std::array<Tensor, 4>& in, int64_t bias,
                        const std::array<int64_t, 4>& out) {
-  linear_forward<T>({{s[0], s[1], s[2]}, threads, tensor2<T>(in[0]), tensor2<T>(in[1]), tensor2<T>(in[2]), tensor2<T>(in[3]),
-                     pointer<const T>(bias), pointer<T>(out[0]), pointer<T>(out[1]), pointer<T>(out[2]), pointer<T>(out[3])});
+  linear_forward<T>({{s[0], s[1], s[2]},
+                     threads,
+                     tensor2<T>(in[0]),
+                     tensor2<T>(in[1]),
+                     tensor2<T>(in[2]),
+                     tensor2<T>(in[3]),
+                     pointer<const T>(bias),
+                     pointer<T>(out[0]),
+                     pointer<T>(out[1]),
+                     pointer<T>(out[2]),
+                     pointer<T>(out[3])});
 }
 
 template <class T>
-void linear_backward_py(const std::array<int64_t, 3>& s, int threads, const std::array<Tensor, 9>& in, double grad_width,
-                        const Pointers& out) {
-  linear_backward<T>({{s[0], s[1], s[2]}, threads, tensor2<T>(in[0]), tensor2<T>(in[1]), tensor2<T>(in[2]), tensor2<T>(in[3]),
-                      tensor2<T>(in[4]), static_cast<T>(grad_width), tensor2<T>(in[5]), tensor2<T>(in[6]), tensor2<T>(in[7]),
-                      tensor2<T>(in[8]), pointer<T>(out[0]), pointer<T>(out[1]), pointer<T>(out[2]), pointer<T>(out[3]),
+void linear_backward_py(const std::array<int64_t, 3>& s, int threads,
+                        const std::array<Tensor, 9>& in, double grad_width, const Pointers& out) {
+  linear_backward<T>({{s[0], s[1], s[2]},
+                      threads,
+                      tensor2<T>(in[0]),
+                      tensor2<T>(in[1]),
+                      tensor2<T>(in[2]),
+                      tensor2<T>(in[3]),
+                      tensor2<T>(in[4]),
+                      static_cast<T>(grad_width),
+                      tensor2<T>(in[5]),
+                      tensor2<T>(in[6]),
+                      tensor2<T>(in[7]),
+                      tensor2<T>(in[8]),
+                      pointer<T>(out[0]),
+                      pointer<T>(out[1]),
+                      pointer<T>(out[2]),
+                      pointer<T>(out[3]),
                       pointer<T>(out[4])});
 }
 
@@ -91,7 +120,8 @@ py::dict cpu_features() {
   __builtin_cpu_init();
   features["avx2"] = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   features["avx512"] = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                       __builtin_cpu_supports("fma");
 #endif
   return features;
 }

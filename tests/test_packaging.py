@@ -35,19 +35,24 @@ def test_version_is_the_metadata_s() -> None:
 def test_typed_package_is_installed() -> None:
     package = Path(cf.__file__).parent
     assert (package / "py.typed").is_file()
-    stubs = {path.name for path in (ROOT / "cibp_fast").glob("*.pyi")}
-    assert stubs <= {path.name for path in package.glob("*.pyi")}
+    for isa in ("avx2", "avx512"):
+        assert (package / f"_cpu_{isa}.pyi").is_file()
+    stub = (package / "_cpu_portable.pyi").read_text()
+    portable = importlib.import_module("cibp_fast._cpu_portable")
+    typed = set(re.findall(r"^(?:def )?(\w+)(?=[:(]| =)", stub, re.MULTILINE))
+    assert typed == {name for name in vars(portable) if not name.startswith("__")}
 
 
 def test_portable_kernels_are_built() -> None:
     portable = importlib.import_module("cibp_fast._cpu_portable")
     assert portable.vector_bytes == 16
-    # Others may be missing, for the compiler's sake. They are not imported here: an import may
-    # already execute what this processor lacks.
-    for isa, features in (("avx2", "avx2"), ("avx512", "avx512")):
-        if importlib.util.find_spec(f"cibp_fast._cpu_{isa}") and portable.cpu_features()[features]:
+    # The compiler may not know the others, and where the processor does not, importing one would
+    # already execute what it lacks.
+    features = portable.cpu_features()
+    for isa, vector_bytes in (("avx2", 32), ("avx512", 64)):
+        if features.get(isa) and importlib.util.find_spec(f"cibp_fast._cpu_{isa}"):
             module = importlib.import_module(f"cibp_fast._cpu_{isa}")
-            assert module.vector_bytes == {"avx2": 32, "avx512": 64}[isa]
+            assert module.vector_bytes == vector_bytes
 
 
 def test_console_script_and_module(tmp_path: Path) -> None:

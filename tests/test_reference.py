@@ -207,11 +207,22 @@ MONOTONE: dict[str, Callable[..., reference.Streams]] = {
 }
 
 
+PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "tanh": torch.tanh,
+    "avg": lambda x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False),
+    "adaptive": lambda x: F.adaptive_avg_pool2d(x, (2, 3)),
+    "max": lambda x: F.max_pool2d(x, (2, 3), 2, 1, ceil_mode=True),
+}
+
+
 @pytest.mark.parametrize("name", MONOTONE)
 def test_samples_stay_inside_and_nan_survives(name: str) -> None:
     lower, upper, nominal = box((2, 3, 6, 7), DOUBLE)
     out_lower, out_upper, out_nominal = MONOTONE[name](lower, upper, nominal)
     assert out_nominal is not None
+    for x, out in ((lower, out_lower), (upper, out_upper), (nominal, out_nominal)):
+        assert torch.equal(out, PLAIN[name](x))
     assert MONOTONE[name](lower, upper, None)[2] is None
     for _ in range(20):
         x = lower + torch.rand_like(lower) * (upper - lower)

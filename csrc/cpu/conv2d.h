@@ -1,4 +1,5 @@
-// Interval convolution: F.conv2d of the centre and the nominal with W, of the radius with |W|, in one pass.
+// Interval convolution: F.conv2d of the centre and the nominal with W, of the radius with |W|, in
+// one pass.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +17,8 @@ struct Conv2dShape {
   int64_t batch, in_channels, in_height, in_width;
   int64_t out_channels, out_height, out_width;
   int64_t kernel_height, kernel_width;
-  int64_t stride_height, stride_width, padding_height, padding_width, dilation_height, dilation_width;
+  int64_t stride_height, stride_width, padding_height, padding_width, dilation_height,
+      dilation_width;
   int64_t groups;
 };
 
@@ -25,19 +27,21 @@ struct Conv2dForward {
   Conv2dShape shape;
   int threads;
   Tensor4<const T> lower, upper, nominal;  // [N, C, H, W]; nominal may be absent
-  Tensor4<const T> weight;                 // [out_channels, in_channels / groups, kernel_height, kernel_width]
-  const T* bias;                           // [out_channels] or null
+  Tensor4<const T> weight;  // [out_channels, in_channels / groups, kernel_height, kernel_width]
+  const T* bias;            // [out_channels] or null
   // outputs, contiguous
-  T *lower_out, *upper_out, *nominal_out;  // [N, out_channels, out_height, out_width]; nominal_out as nominal
-  T* width;                                // [1] sum of (upper_out - lower_out)^2
+  T *lower_out, *upper_out,
+      *nominal_out;  // [N, out_channels, out_height, out_width]; nominal_out as nominal
+  T* width;          // [1] sum of (upper_out - lower_out)^2
 };
 
 template <class T>
 struct Conv2dBackward {
   Conv2dShape shape;
   int threads;
-  Tensor4<const T> grad_lower, grad_upper, grad_nominal;  // [N, out_channels, out_height, out_width]
-  Tensor4<const T> lower_out, upper_out;                  // the same; absent where width has no gradient
+  Tensor4<const T> grad_lower, grad_upper,
+      grad_nominal;                       // [N, out_channels, out_height, out_width]
+  Tensor4<const T> lower_out, upper_out;  // the same; absent where width has no gradient
   T grad_width;
   Tensor4<const T> lower, upper, nominal;  // as in the forward pass
   Tensor4<const T> weight;

@@ -1,4 +1,5 @@
-// Interval linear layer: F.linear of the centre and the nominal with W, of the radius with |W|, in one pass.
+// Interval linear layer: F.linear of the centre and the nominal with W, of the radius with |W|, in
+// one pass.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +34,7 @@ struct LinearBackward {
   LinearShape shape;
   int threads;
   Tensor2<const T> grad_lower, grad_upper, grad_nominal;  // [N, out_features]
-  Tensor2<const T> lower_out, upper_out;                  // the same; absent where width has no gradient
+  Tensor2<const T> lower_out, upper_out;  // the same; absent where width has no gradient
   T grad_width;
   Tensor2<const T> lower, upper, nominal;  // as in the forward pass
   Tensor2<const T> weight;

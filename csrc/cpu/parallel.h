@@ -15,7 +15,8 @@
 
 namespace cibp {
 
-// Calls body(thread, threads) once on each of at most `threads` threads; rethrows the first exception.
+// Calls body(thread, threads) once on each of at most `threads` threads; rethrows the first
+// exception.
 template <class Body>
 void parallel(int threads, const Body& body) {
 #ifdef _OPENMP
@@ -38,11 +39,12 @@ void parallel(int threads, const Body& body) {
   body(0, 1);
 }
 
-// The contiguous part [begin, end) of `count` items that falls to one thread: fixed by the thread count, so
-// that sums over a part repeat bitwise.
+// The contiguous part [begin, end) of `count` items that falls to one thread: fixed by the thread
+// count, so that sums over a part repeat bitwise.
 struct Part {
   int64_t begin, end;
-  Part(int64_t count, int thread, int threads) : begin(count * thread / threads), end(count * (thread + 1) / threads) {}
+  Part(int64_t count, int thread, int threads)
+      : begin(count * thread / threads), end(count * (thread + 1) / threads) {}
 };
 
 template <class Body>

@@ -1,5 +1,5 @@
-// Prologues and epilogues: between torch's tensors (lower, upper, nominal; any strides) and the packed streams
-// (center, radius, nominal; channels last) that the tiles read and write.
+// Prologues and epilogues: between torch's tensors (lower, upper, nominal; any strides) and the
+// packed streams (center, radius, nominal; channels last) that the tiles read and write.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,8 @@
 
 namespace cibp {
 
-// A tensor argument seen as channels x pixels. A pixel is a column of an image row, or a row of a matrix.
+// A tensor argument seen as channels x pixels. A pixel is a column of an image row, or a row of a
+// matrix.
 template <class T>
 struct Plane {
   const T* data;
@@ -22,7 +23,8 @@ struct Plane {
 // Most sources of one prologue: the three gradients, and both bounds for the width's gradient.
 constexpr int kMaxSources = 5;
 
-// (lower, upper, nominal) -> (center, radius, nominal). Halves are taken first, so that large bounds do not overflow.
+// (lower, upper, nominal) -> (center, radius, nominal). Halves are taken first, so that large
+// bounds do not overflow.
 template <class T, int STREAMS_>
 struct CenterRadius {
   static constexpr int STREAMS = STREAMS_, SOURCES = STREAMS_;
@@ -35,7 +37,8 @@ struct CenterRadius {
   }
 };
 
-// Gradients of (lower', upper', nominal') and of width = sum (upper' - lower')^2 -> those of (center', radius', nominal').
+// Gradients of (lower', upper', nominal') and of width = sum (upper' - lower')^2 -> those of
+// (center', radius', nominal').
 template <class T, int STREAMS_, bool WIDTH>
 struct OutputGradient {
   static constexpr int STREAMS = STREAMS_, SOURCES = STREAMS_ + (WIDTH ? 2 : 0);
@@ -51,19 +54,23 @@ struct OutputGradient {
 
 namespace detail {
 
-// rows[x][c] of at most kLanes pixels and channels; what lies beyond `pixels` and `channels` is unspecified.
+// rows[x][c] of at most kLanes pixels and channels; what lies beyond `pixels` and `channels` is
+// unspecified.
 template <class T>
-inline void load_block(const Plane<T>& plane, int64_t channel, int64_t channels, int64_t pixel, int64_t pixels, Vec<T>* rows) {
+inline void load_block(const Plane<T>& plane, int64_t channel, int64_t channels, int64_t pixel,
+                       int64_t pixels, Vec<T>* rows) {
   constexpr int L = kLanes<T>;
   const T* p = plane.data + channel * plane.channel_stride + pixel * plane.pixel_stride;
-  if (plane.pixel_stride == 1 && channels == L && p + (L - 1) * plane.channel_stride + L <= plane.end) {
+  if (plane.pixel_stride == 1 && channels == L &&
+      p + (L - 1) * plane.channel_stride + L <= plane.end) {
 #pragma GCC unroll 16
     for (int c = 0; c < L; ++c) rows[c] = load(p + c * plane.channel_stride);
     transpose<T>(rows);
   } else {
     T block[L * L] = {};
     for (int x = 0; x < pixels; ++x)
-      for (int c = 0; c < channels; ++c) block[x * L + c] = p[c * plane.channel_stride + x * plane.pixel_stride];
+      for (int c = 0; c < channels; ++c)
+        block[x * L + c] = p[c * plane.channel_stride + x * plane.pixel_stride];
     for (int x = 0; x < pixels; ++x) rows[x] = load(block + x * L);
   }
 }
@@ -72,21 +79,24 @@ inline void load_block(const Plane<T>& plane, int64_t channel, int64_t channels,
 
 // Packs channels x pixels: out[pixel * pixel_stride + stream * stream_stride + channel].
 template <class T, class Prologue>
-void pack(const Prologue& prologue, const Plane<T>* sources, int64_t channels, int64_t pixels, int64_t pixel_stride,
-          int64_t stream_stride,
+void pack(const Prologue& prologue, const Plane<T>* sources, int64_t channels, int64_t pixels,
+          int64_t pixel_stride, int64_t stream_stride,
           // outputs
           T* out) {
   constexpr int L = kLanes<T>, S = Prologue::STREAMS, K = Prologue::SOURCES;
-  const bool contiguous = std::all_of(sources, sources + K, [](const Plane<T>& p) { return p.channel_stride == 1; });
+  const bool contiguous =
+      std::all_of(sources, sources + K, [](const Plane<T>& p) { return p.channel_stride == 1; });
   // A vector of few channels, as the first layer's 1 or 3, would be mostly empty.
-  const int64_t vector_channels = channels % L >= L / 2 && !contiguous ? channels : channels / L * L;
+  const int64_t vector_channels =
+      channels % L >= L / 2 && !contiguous ? channels : channels / L * L;
   if (contiguous)
     for (int64_t x = 0; x < pixels; ++x)
       for (int64_t c = 0; c < vector_channels; c += L) {
         Vec<T> in[K], streams[S];
         for (int k = 0; k < K; ++k) in[k] = load(sources[k].data + x * sources[k].pixel_stride + c);
         prologue(in, streams);
-        for (int s = 0; s < S; ++s) store<T>(out + x * pixel_stride + s * stream_stride + c, streams[s]);
+        for (int s = 0; s < S; ++s)
+          store<T>(out + x * pixel_stride + s * stream_stride + c, streams[s]);
       }
   for (int64_t c = contiguous ? vector_channels : 0; c < vector_channels; c += L) {
     const int64_t count = channels - c < L ? channels - c : L;
@@ -145,19 +155,20 @@ struct InputGradient {
   }
 };
 
-// Where an epilogue writes: element (pixel, channel) at pixel * pixel_stride + channel * channel_stride, one of the
-// strides being 1.
+// Where an epilogue writes: element (pixel, channel) at pixel * pixel_stride + channel *
+// channel_stride, one of the strides being 1.
 template <class T>
 struct Target {
   T* data[3];  // lower, upper, nominal
   int64_t channel_stride, pixel_stride;
 };
 
-// Unpacks product[pixel][stream][channel] (a pixel's stream being `block` long) and returns the sum of (upper -
-// lower)^2 where the epilogue has a width, else 0. Vectors of product are read whole, past `pixels` too.
+// Unpacks product[pixel][stream][channel] (a pixel's stream being `block` long) and returns the sum
+// of (upper - lower)^2 where the epilogue has a width, else 0. Vectors of product are read whole,
+// past `pixels` too.
 template <class T, class Epilogue>
-double unpack(const Epilogue& epilogue, const T* product, int64_t block, int64_t channel, int64_t channels, int64_t pixels,
-              const Target<T>& target) {
+double unpack(const Epilogue& epilogue, const T* product, int64_t block, int64_t channel,
+              int64_t channels, int64_t pixels, const Target<T>& target) {
   constexpr int L = kLanes<T>, S = Epilogue::STREAMS;
   const bool planar = target.pixel_stride == 1 && target.channel_stride != 1;
   double width = 0;
@@ -177,7 +188,8 @@ double unpack(const Epilogue& epilogue, const T* product, int64_t block, int64_t
       const int64_t lines = planar ? count : columns, length = planar ? columns : count;
       const int64_t stride = planar ? target.channel_stride : target.pixel_stride;
       for (int s = 0; s < S; ++s) {
-        T* corner = target.data[s] + (channel + c) * target.channel_stride + x * target.pixel_stride;
+        T* corner =
+            target.data[s] + (channel + c) * target.channel_stride + x * target.pixel_stride;
         if (length == L)
           for (int i = 0; i < lines; ++i) store<T>(corner + i * stride, rows[s][i]);
         else

@@ -1,7 +1,8 @@
 // The two register tiles that do all arithmetic of the interval ops.
 //
-// Streams are numbered 0 center, 1 radius, 2 nominal; STREAMS is 3, or 2 without a nominal. Centre and nominal go
-// through W, the radius through |W|, which is made in registers from the W just loaded.
+// Streams are numbered 0 center, 1 radius, 2 nominal; STREAMS is 3, or 2 without a nominal. Centre
+// and nominal go through W, the radius through |W|, which is made in registers from the W just
+// loaded.
 #pragma once
 
 #include <algorithm>
@@ -14,8 +15,8 @@ namespace cibp {
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Channels from one pixel to the next of what many pixels are read of at a time: an odd number of cache lines, as even
-// ones would crowd into few cache sets.
+// Channels from one pixel to the next of what many pixels are read of at a time: an odd number of
+// cache lines, as even ones would crowd into few cache sets.
 template <class T>
 constexpr int64_t spread_pitch(int64_t channels) {
   constexpr int64_t line = 64 / sizeof(T);
@@ -37,8 +38,8 @@ void for_blocks(int64_t channels, const Body& body) {
   }
 }
 
-// Consecutive products of one pixel: `length` scalars from `source` on, relative to the pixel, with the rows of the
-// weight panel from `row` on.
+// Consecutive products of one pixel: `length` scalars from `source` on, relative to the pixel, with
+// the rows of the weight panel from `row` on.
 struct Run {
   int64_t source, row, length;
 };
@@ -47,17 +48,19 @@ struct Run {
 template <int STREAMS>
 constexpr int kTilePixels = kAccumulators / (2 * STREAMS);
 
-// product[targets[t]][stream][v] (+)= sum over runs and k of source[pixels[t] + run + k][stream] * panel[row + k][v]
+// product[targets[t]][stream][v] (+)= sum over runs and k of source[pixels[t] + run + k][stream] *
+// panel[row + k][v]
 template <class T, int STREAMS, int VECTORS>
-[[gnu::noinline]] void multiply_tile(const T* source,        // packed streams
-                                     const int64_t* pixels,  // [kTilePixels] offsets into source
-                                     int64_t stream_stride,  // from one stream to the next in source
-                                     const Run* runs, int64_t run_count,
-                                     const T* panel,          // [rows, VECTORS * kLanes]
-                                     const int64_t* targets,  // [kTilePixels] rows of product; repeats are fine
-                                     bool accumulate,         // add to product instead of writing it
-                                     // outputs
-                                     T* product) {  // [.., STREAMS, VECTORS * kLanes]
+[[gnu::noinline]] void multiply_tile(
+    const T* source,        // packed streams
+    const int64_t* pixels,  // [kTilePixels] offsets into source
+    int64_t stream_stride,  // from one stream to the next in source
+    const Run* runs, int64_t run_count,
+    const T* panel,          // [rows, VECTORS * kLanes]
+    const int64_t* targets,  // [kTilePixels] rows of product; repeats are fine
+    bool accumulate,         // add to product instead of writing it
+    // outputs
+    T* product) {  // [.., STREAMS, VECTORS * kLanes]
   constexpr int P = kTilePixels<STREAMS>, L = kLanes<T>, N = VECTORS * L;
   Vec<T> acc[STREAMS][P][VECTORS];
 #pragma GCC unroll 16
@@ -66,7 +69,8 @@ template <class T, int STREAMS, int VECTORS>
     for (int t = 0; t < P; ++t)
 #pragma GCC unroll 16
       for (int v = 0; v < VECTORS; ++v)
-        acc[s][t][v] = accumulate ? load(product + (targets[t] * STREAMS + s) * N + v * L) : Vec<T>{};
+        acc[s][t][v] =
+            accumulate ? load(product + (targets[t] * STREAMS + s) * N + v * L) : Vec<T>{};
 
   for (const Run* run = runs; run < runs + run_count; ++run) {
     const T* w = panel + run->row * N;
@@ -105,76 +109,75 @@ template <class T, int STREAMS, int VECTORS>
 #pragma GCC unroll 16
     for (int t = 0; t < P; ++t)
 #pragma GCC unroll 16
-      for (int v = 0; v < VECTORS; ++v) store<T>(product + (targets[t] * STREAMS + s) * N + v * L, acc[s][t][v]);
+      for (int v = 0; v < VECTORS; ++v)
+        store<T>(product + (targets[t] * STREAMS + s) * N + v * L, acc[s][t][v]);
 }
 
 // Rows of the weight gradient an outer tile computes at once.
-constexpr int kTileRows = kAccumulators / 4;
+constexpr int kTileRows = 6;
 
-// One operand of outer_tile: `rows` x `columns` pixels of packed streams.
+// One operand of outer_tile: packed streams of rows x columns pixels.
 template <class T>
 struct Operand {
   const T* data;
   int64_t row_stride, pixel_stride, stream_stride;
 };
 
-// signed_sum[j][v]   += sum over pixels and the streams 0 and 2 of scalars[offsets[j]] * vectors[v]
-// absolute_sum[j][v] += the same of stream 1; the weight gradient is signed_sum + sign(W) * absolute_sum
-template <class T, int STREAMS, int VECTORS>
-[[gnu::noinline]] void outer_tile(Operand<T> vectors,      // data: the first of VECTORS * kLanes channels
-                                  Operand<T> scalars,      // data: the first pixel
-                                  const int64_t* offsets,  // [kTileRows] relative to a pixel of scalars
-                                  int64_t rows, int64_t columns, int64_t sum_stride,
-                                  // outputs
-                                  T* signed_sum,      // [kTileRows, sum_stride]
-                                  T* absolute_sum) {  // [kTileRows, sum_stride]
-  constexpr int R = kTileRows, L = kLanes<T>;
-  Vec<T> plus[R][VECTORS], magnitude[R][VECTORS];
+// sums[j][v] += sum over pixels and the streams FIRST, FIRST + 2, .. of scalars[offsets[j]] *
+// vectors[v]
+//
+// The weight gradient is that of FIRST = 0 plus sign(W) times that of FIRST = 1.
+template <class T, int FIRST, int STREAMS, int VECTORS>
+[[gnu::noinline]] void outer_tile(
+    const Operand<T>& vectors,  // data: the first of VECTORS * kLanes channels
+    const Operand<T>& scalars,  // data: the first pixel
+    const int64_t* offsets,     // [kTileRows] relative to a pixel of scalars
+    int64_t rows, int64_t columns,
+    // outputs
+    T* sums) {  // [kTileRows, VECTORS * kLanes]
+  constexpr int R = kTileRows, L = kLanes<T>, N = VECTORS * L;
+  Vec<T> acc[R][VECTORS];
+  const T* g = vectors.data + FIRST * vectors.stream_stride;
+  const T* x[R];
 #pragma GCC unroll 16
-  for (int j = 0; j < R; ++j)
+  for (int j = 0; j < R; ++j) {
+    x[j] = scalars.data + FIRST * scalars.stream_stride + offsets[j];
 #pragma GCC unroll 16
-    for (int v = 0; v < VECTORS; ++v) {
-      plus[j][v] = load(signed_sum + j * sum_stride + v * L);
-      magnitude[j][v] = load(absolute_sum + j * sum_stride + v * L);
-    }
-  for (int64_t y = 0; y < rows; ++y) {
-    const T* g = vectors.data + y * vectors.row_stride;
-    const T* x[R];
-#pragma GCC unroll 16
-    for (int j = 0; j < R; ++j) x[j] = scalars.data + y * scalars.row_stride + offsets[j];
+    for (int v = 0; v < VECTORS; ++v) acc[j][v] = load(sums + j * N + v * L);
+  }
+  const int64_t g_pixel = vectors.pixel_stride, g_second = 2 * vectors.stream_stride;
+  const int64_t x_pixel = scalars.pixel_stride, x_second = 2 * scalars.stream_stride;
+  const int64_t g_row = vectors.row_stride - columns * g_pixel,
+                x_row = scalars.row_stride - columns * x_pixel;
+  for (; rows > 0; --rows) {
     for (int64_t column = columns; column > 0; --column) {
-#pragma GCC unroll 16
-      for (int s = 0; s < STREAMS; ++s) {
+#pragma GCC unroll 2
+      for (int s = FIRST; s < STREAMS; s += 2) {
         Vec<T> value[VECTORS];
 #pragma GCC unroll 16
         for (int v = 0; v < VECTORS; ++v) {
-          value[v] = load(g + s * vectors.stream_stride + v * L);
+          value[v] = load(g + (s > FIRST ? g_second : 0) + v * L);
           pin<T>(value[v]);
         }
 #pragma GCC unroll 16
         for (int j = 0; j < R; ++j) {
-          const Vec<T> scalar = broadcast(x[j][s * scalars.stream_stride]);
+          const Vec<T> scalar = broadcast(x[j][s > FIRST ? x_second : 0]);
 #pragma GCC unroll 16
-          for (int v = 0; v < VECTORS; ++v) {
-            if (s == 1)
-              magnitude[j][v] += value[v] * scalar;
-            else
-              plus[j][v] += value[v] * scalar;
-          }
+          for (int v = 0; v < VECTORS; ++v) acc[j][v] += value[v] * scalar;
         }
       }
-      g += vectors.pixel_stride;
+      g += g_pixel;
 #pragma GCC unroll 16
-      for (int j = 0; j < R; ++j) x[j] += scalars.pixel_stride;
+      for (int j = 0; j < R; ++j) x[j] += x_pixel;
     }
+    g += g_row;
+#pragma GCC unroll 16
+    for (int j = 0; j < R; ++j) x[j] += x_row;
   }
 #pragma GCC unroll 16
   for (int j = 0; j < R; ++j)
 #pragma GCC unroll 16
-    for (int v = 0; v < VECTORS; ++v) {
-      store<T>(signed_sum + j * sum_stride + v * L, plus[j][v]);
-      store<T>(absolute_sum + j * sum_stride + v * L, magnitude[j][v]);
-    }
+    for (int v = 0; v < VECTORS; ++v) store<T>(sums + j * N + v * L, acc[j][v]);
 }
 
 // torch.sign: 0 at 0, NaN at NaN.

@@ -1,7 +1,7 @@
 // SIMD vectors of one width per build, written once for every instruction set and element type.
 //
-// Each build of these sources (see setup.py) sets CIBP_VECTOR_BYTES to 16, 32 or 64; GCC's and Clang's vector
-// extensions then compile the same arithmetic to SSE2 or NEON, AVX2 or AVX-512.
+// Each build of these sources (see setup.py) sets CIBP_VECTOR_BYTES to 16, 32 or 64; GCC's and
+// Clang's vector extensions then compile the same arithmetic to SSE2 or NEON, AVX2 or AVX-512.
 #pragma once
 
 #include <cstdint>
@@ -65,7 +65,9 @@ inline Vec<T> absolute(Vec<T> v) {
 // Keeps v in a register: without it GCC folds one load into every multiply-add that uses it.
 template <class T>
 inline void pin(Vec<T>& v) {
-#if defined(__AVX512F__)
+#if CIBP_VECTOR_BYTES > __BIGGEST_ALIGNMENT__
+  (void)v;  // no register holds it: a build for tests, for another CPU's vectors
+#elif defined(__AVX512F__)
   asm("" : "+v"(v));
 #elif defined(__x86_64__)
   asm("" : "+x"(v));
@@ -82,9 +84,11 @@ template <class T, int H, bool HIGH, int... J>
 inline Vec<T> exchange(Vec<T> a, Vec<T> b, std::integer_sequence<int, J...>) {
   constexpr int L = kLanes<T>;
 #if defined(__clang__) || __GNUC__ >= 12
-  return __builtin_shufflevector(a, b, (HIGH ? (J & H ? L + J : J + H) : (J & H ? L + J - H : J))...);
+  return __builtin_shufflevector(a, b,
+                                 (HIGH ? (J & H ? L + J : J + H) : (J & H ? L + J - H : J))...);
 #else
-  return __builtin_shuffle(a, b, Vec<Bits<T>>{(HIGH ? (J & H ? L + J : J + H) : (J & H ? L + J - H : J))...});
+  return __builtin_shuffle(
+      a, b, Vec<Bits<T>>{(HIGH ? (J & H ? L + J : J + H) : (J & H ? L + J - H : J))...});
 #endif
 }
 

@@ -1,0 +1,51 @@
+"""One build of csrc/bindings_cpu.cpp; the other instruction sets' modules have the same names.
+
+Tensors cross as integers, and nothing is checked: cibp_fast.ops does that. A tensor argument is
+(data pointer or 0 for an absent one, then strides in elements), padded with zeros to five; bias and
+outputs are data pointers (0: absent or not wanted). csrc/cpu/{conv2d,linear}.h name the arguments.
+"""
+
+from collections.abc import Sequence
+
+vector_bytes: int
+openmp: bool
+compiler: str
+
+def cpu_features() -> dict[str, bool]: ...
+def conv2d_forward_float32(
+    shape: Sequence[int],  # 16 numbers: Conv2dShape
+    threads: int,
+    tensors: Sequence[Sequence[int]],  # 4
+    bias: int,
+    outputs: Sequence[int],  # 4
+    /,
+) -> None: ...
+def conv2d_backward_float32(
+    shape: Sequence[int],
+    threads: int,
+    tensors: Sequence[Sequence[int]],  # 9
+    grad_width: float,
+    outputs: Sequence[int],  # 5
+    /,
+) -> None: ...
+def linear_forward_float32(
+    shape: Sequence[int],  # 3 numbers: LinearShape
+    threads: int,
+    tensors: Sequence[Sequence[int]],  # 4
+    bias: int,
+    outputs: Sequence[int],  # 4
+    /,
+) -> None: ...
+def linear_backward_float32(
+    shape: Sequence[int],
+    threads: int,
+    tensors: Sequence[Sequence[int]],  # 9
+    grad_width: float,
+    outputs: Sequence[int],  # 5
+    /,
+) -> None: ...
+
+conv2d_forward_float64 = conv2d_forward_float32
+conv2d_backward_float64 = conv2d_backward_float32
+linear_forward_float64 = linear_forward_float32
+linear_backward_float64 = linear_backward_float32

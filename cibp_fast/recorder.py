@@ -1,0 +1,88 @@
+"""What `bounds` notes about the layers of a model while a box runs through it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["Head", "Layer", "Origin", "Recorder", "note", "recording", "wanted"]
+
+
+class Head(NamedTuple):
+    """A linear layer and the box that it was given."""
+
+    lower: Tensor  # [..., in_features]
+    upper: Tensor  # as lower
+    weight: Tensor  # [out_features, in_features]
+    bias: Tensor | None  # [out_features]
+
+
+class Origin(NamedTuple):
+    """Where the values of an Interval come from."""
+
+    layer: int | None  # its index in Recorder.layers, if its width is wanted
+    head: Head | None  # the linear layer that made it
+
+
+class Layer(NamedTuple):
+    """The width of one layer's output."""
+
+    squares: Tensor  # 0-dim: the sum over all elements of (upper - lower)^2
+    elements: int
+    batch: int
+
+
+class Recorder:
+    """The widths of all layers of the wanted kinds, "affine" and "activation", in their order."""
+
+    def __init__(self, *kinds: str) -> None:
+        self.kinds = kinds
+        self.layers: list[Layer] = []
+
+    def add(self, lower: Tensor, upper: Tensor, squares: Tensor | None = None) -> int:
+        """Appends the layer whose output is lower, upper [N, ...], and returns its index."""
+        if squares is None:
+            squares = F.mse_loss(upper, lower, reduction="sum")  # one pass, no square kept
+        self.layers.append(Layer(squares, lower.numel(), lower.shape[0] if lower.dim() else 1))
+        return len(self.layers) - 1
+
+
+class _Active(threading.local):
+    recorder: Recorder | None = None
+
+
+_active = _Active()
+
+
+@contextmanager
+def recording(recorder: Recorder) -> Iterator[None]:
+    """Has `recorder` told of every layer that an Interval passes in this thread."""
+    previous, _active.recorder = _active.recorder, recorder
+    try:
+        yield
+    finally:
+        _active.recorder = previous
+
+
+def wanted(kind: str) -> bool:
+    """Whether someone records the widths of this kind of layer."""
+    return _active.recorder is not None and kind in _active.recorder.kinds
+
+
+def note(
+    kind: str,
+    lower: Tensor,
+    upper: Tensor,
+    squares: Tensor | None = None,
+    head: Head | None = None,
+) -> Origin | None:
+    """Tells the recorder, if there is one, of a layer's output; returns where it comes from."""
+    recorder = _active.recorder
+    if recorder is None:
+        return None
+    return Origin(recorder.add(lower, upper, squares) if wanted(kind) else None, head)

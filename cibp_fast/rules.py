@@ -1,0 +1,470 @@
+"""The interval rules of torch's functions: affine layers, activations, pooling, shapes, arithmetic.
+
+Importing this module fills the table `RULES` of `cibp_fast.interval`. Each rule gives the tightest
+bounds of its own output, in the arithmetic of the streams: they hold up to its rounding. Arguments
+are named as torch names them, for callers who name them.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import product
+from numbers import Real
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cibp_fast import ops
+from cibp_fast.interval import RULES, SEVERAL, Interval, Rule, UnsupportedOpError
+from cibp_fast.recorder import Head, note, wanted
+
+__all__ = ["conv1d", "conv2d", "linear"]
+
+RuleT = TypeVar("RuleT", bound=Rule)
+
+
+def _functions(*names: str) -> Iterator[Callable[..., Any]]:
+    """torch.name, Tensor.name and F.name, whichever exist."""
+    for name, namespace in product(names, (torch, Tensor, F)):
+        if callable(getattr(namespace, name, None)):  # torch.float and torch.cuda are not
+            yield getattr(namespace, name)
+
+
+def _rule(*names: str, several: bool = False) -> Callable[[RuleT], RuleT]:
+    """Makes a function the rule of all torch functions of these names, and of `name_`, in place."""
+
+    def register(rule: RuleT) -> RuleT:
+        for name in names:
+            in_place = partial(_in_place, name + "_", rule)
+            RULES.update(dict.fromkeys(_functions(name), rule))
+            RULES.update(dict.fromkeys(_functions(name + "_"), in_place))
+            if several:
+                SEVERAL.update((rule, in_place))
+        return rule
+
+    return register
+
+
+def _in_place(name: str, rule: Rule, input: Any, *args: Any, **kwargs: Any) -> Interval:
+    if not isinstance(input, Interval):
+        raise UnsupportedOpError(name, "a tensor cannot become an Interval in place")
+    return input._assign(rule(input, *args, **kwargs))
+
+
+def _rules(how: Rule, *names: str) -> None:
+    """Makes `how(function, input, ...)` the rule of all torch functions of these names."""
+    for function in _functions(*names):
+        RULES[function] = partial(how, function)
+
+
+def _each(function: Callable[..., Tensor], input: Interval, *args: Any, **kwargs: Any) -> Interval:
+    """Runs every stream through a function that is non-decreasing in all elements of its input."""
+    nominal = input.nominal
+    return Interval._make(
+        function(input.lower, *args, **kwargs),
+        function(input.upper, *args, **kwargs),
+        None if nominal is None else function(nominal, *args, **kwargs),
+    )
+
+
+def _view(function: Callable[..., Tensor], input: Interval, *args: Any, **kwargs: Any) -> Interval:
+    """As _each; the result may share memory with input."""
+    out = _each(function, input, *args, **kwargs)
+    out._version, out._seen = input._version, input._seen
+    return out
+
+
+def _ordered_view(
+    function: Callable[..., Tensor], input: Interval, *args: Any, **kwargs: Any
+) -> Interval:
+    """As _view; the result has the values of input in the same order."""
+    out = _view(function, input, *args, **kwargs)
+    out._origin = input._origin
+    return out
+
+
+def _exchanged(box: Interval, where: Tensor) -> Interval:
+    """Lower and upper change places where a mask says so."""
+    lower = torch.where(where, box.upper, box.lower)
+    return Interval._make(lower, torch.where(where, box.lower, box.upper), box.nominal)
+
+
+def _require(holds: bool, name: str, argument: str, value: Any, allowed: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} is monotone for {argument} {allowed} only, got {value}")
+
+
+@_rule("conv2d")
+def conv2d(
+    input: Interval,  # [N, C, H, W] or [C, H, W]
+    weight: Tensor,  # [K, C / groups, R, S]
+    bias: Tensor | None = None,  # [K]
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    backend: str = "auto",
+) -> Interval:
+    """The rule of F.conv2d; see `functional.interval_conv2d`."""
+    if input.dim() == 3:
+        batch = _each(torch.unsqueeze, input, 0)
+        out = conv2d(batch, weight, bias, stride, padding, dilation, groups, backend=backend)
+        return _ordered_view(torch.squeeze, out, 0)
+    pads, dilations = (0, 0), _pair("dilation", dilation)
+    if padding == "same":
+        if _pair("stride", stride) != (1, 1):
+            raise ValueError(f"conv2d: padding='same' needs stride 1, got {stride}")
+        total = [d * (k - 1) for d, k in zip(dilations, weight.shape[-2:], strict=True)]
+        pads = (total[0] // 2, total[1] // 2)
+        if total[0] % 2 or total[1] % 2:  # torch puts the odd one after
+            after = (0, total[1] % 2, 0, total[0] % 2)
+            input = _each(F.pad, input, after)
+    elif isinstance(padding, str):
+        if padding != "valid":
+            raise ValueError(f"conv2d: padding must be 'same', 'valid' or ints, got {padding!r}")
+    else:
+        pads = _pair("padding", padding)
+    lower, upper, nominal, squares = ops.conv2d(
+        input.lower,
+        input.upper,
+        input.nominal,
+        weight,
+        bias,
+        _pair("stride", stride),
+        pads,
+        dilations,
+        groups,
+        width=wanted("affine"),
+        backend=backend,
+    )
+    return Interval._make(lower, upper, nominal, note("affine", lower, upper, squares))
+
+
+@_rule("conv1d")
+def conv1d(
+    input: Interval,  # [N, C, L] or [C, L]
+    weight: Tensor,  # [K, C / groups, R]
+    bias: Tensor | None = None,  # [K]
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    backend: str = "auto",
+) -> Interval:
+    """The rule of F.conv1d: conv2d of images one pixel high."""
+    if weight.dim() != 3 or input.dim() not in (2, 3):
+        raise ValueError(
+            f"conv1d: expected weight [K, C / groups, R] and an Interval [N, C, L] or [C, L], got "
+            f"{list(weight.shape)} and {list(input.shape)}"
+        )
+    out = conv2d(
+        _each(torch.unsqueeze, input, -2),
+        weight.unsqueeze(2),
+        bias,
+        (1, _single("stride", stride)),
+        padding if isinstance(padding, str) else (0, _single("padding", padding)),
+        (1, _single("dilation", dilation)),
+        groups,
+        backend=backend,
+    )
+    return _ordered_view(torch.squeeze, out, -2)
+
+
+def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
+    values = (value,) if isinstance(value, int) else tuple(value)
+    if len(values) not in (1, 2):
+        raise ValueError(f"conv2d: {name} must be an int or two, got {value}")
+    return values[0], values[-1]
+
+
+def _single(name: str, value: int | Sequence[int]) -> int:
+    values = (value,) if isinstance(value, int) else tuple(value)
+    if len(values) != 1:
+        raise ValueError(f"conv1d: {name} must be one int, got {value}")
+    return values[0]
+
+
+@_rule("linear")
+def linear(
+    input: Interval,  # [..., in_features]
+    weight: Tensor,  # [out_features, in_features]
+    bias: Tensor | None = None,  # [out_features]
+    *,
+    backend: str = "auto",
+) -> Interval:
+    """The rule of F.linear; see `functional.interval_linear`."""
+    lower, upper, nominal, squares = ops.linear(
+        input.lower,
+        input.upper,
+        input.nominal,
+        weight,
+        bias,
+        width=wanted("affine"),
+        backend=backend,
+    )
+    head = Head(input.lower, input.upper, weight, bias)
+    return Interval._make(lower, upper, nominal, note("affine", lower, upper, squares, head))
+
+
+@_rule("batch_norm")
+def _batch_norm(
+    input: Interval,  # [N, C, ...]
+    running_mean: Tensor | None,  # [C], as all that follow
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Interval:
+    # A channel's map takes the lower bound to the upper one where its weight is negative. In
+    # training its statistics are the nominal batch's, and gradients reach nominal through them.
+    channels = (1, -1) + (1,) * (input.dim() - 2)
+    box = input if weight is None else _exchanged(input, (weight < 0).view(channels))
+    nominal = box.nominal
+    if not training:
+        out = _each(
+            F.batch_norm, box, running_mean, running_var, weight, bias, False, momentum, eps
+        )
+    elif nominal is None:
+        raise RuntimeError(
+            "batch_norm in training mode takes its statistics from the nominal stream, and "
+            "this Interval has none: give it one, or call model.eval()"
+        )
+    else:
+        dims = [dim for dim in range(nominal.dim()) if dim != 1]
+        var, mean = torch.var_mean(nominal, dims, correction=0, keepdim=True)
+        scale = torch.rsqrt(var + eps)
+        if weight is not None:
+            scale = scale * weight.view(channels)
+        shift = 0.0 if bias is None else bias.view(channels)
+        out = Interval._make(
+            (box.lower - mean) * scale + shift,
+            (box.upper - mean) * scale + shift,
+            F.batch_norm(  # it also updates the running statistics
+                nominal, running_mean, running_var, weight, bias, True, momentum, eps
+            ),
+        )
+    out._origin = note("affine", out.lower, out.upper)
+    return out
+
+
+def _activation(
+    function: Callable[..., Tensor],
+    input: Interval,
+    *args: Any,
+    inplace: bool = False,
+    **kwargs: Any,
+) -> Interval:
+    out = _each(function, input, *args, **kwargs)
+    out._origin = note("activation", out.lower, out.upper)
+    return input._assign(out) if inplace else out
+
+
+for _name in (
+    *("relu", "relu6", "selu", "sigmoid", "logsigmoid", "tanh", "softsign", "hardsigmoid"),
+    *("tanhshrink", "softshrink", "hardshrink", "hardtanh"),
+    *("clamp", "clip", "clamp_min", "clamp_max"),
+):
+    _rule(_name)(partial(_activation, next(_functions(_name))))
+
+
+@_rule("leaky_relu")
+def _leaky_relu(input: Interval, negative_slope: float = 0.01, inplace: bool = False) -> Interval:
+    _require(negative_slope >= 0, "leaky_relu", "negative_slope", negative_slope, ">= 0")
+    return _activation(F.leaky_relu, input, negative_slope, inplace=inplace)
+
+
+@_rule("prelu")
+def _prelu(input: Interval, weight: Tensor) -> Interval:
+    _require(bool((weight >= 0).all()), "prelu", "weight", weight.min().item(), ">= 0")
+    return _activation(F.prelu, input, weight)
+
+
+@_rule("rrelu")
+def _rrelu(
+    input: Interval,
+    lower: float = 1 / 8,
+    upper: float = 1 / 3,
+    training: bool = False,
+    inplace: bool = False,
+) -> Interval:
+    if training:
+        raise UnsupportedOpError("rrelu", "it is random in training mode; call model.eval()")
+    _require(lower + upper >= 0, "rrelu", "lower + upper", lower + upper, ">= 0")
+    return _activation(F.rrelu, input, lower, upper, inplace=inplace)
+
+
+@_rule("elu")
+def _elu(input: Interval, alpha: float = 1.0, inplace: bool = False) -> Interval:
+    _require(alpha >= 0, "elu", "alpha", alpha, ">= 0")
+    return _activation(F.elu, input, alpha, inplace=inplace)
+
+
+@_rule("celu")
+def _celu(input: Interval, alpha: float = 1.0, inplace: bool = False) -> Interval:
+    _require(alpha > 0, "celu", "alpha", alpha, "> 0")
+    return _activation(F.celu, input, alpha, inplace=inplace)
+
+
+@_rule("threshold")
+def _threshold(input: Interval, threshold: float, value: float, inplace: bool = False) -> Interval:
+    _require(value <= threshold, "threshold", "value", value, f"<= threshold = {threshold}")
+    return _activation(F.threshold, input, threshold, value, inplace=inplace)
+
+
+@_rule("softplus")
+def _softplus(input: Interval, beta: float = 1.0, threshold: float = 20.0) -> Interval:
+    _require(beta > 0, "softplus", "beta", beta, "> 0")
+    # torch switches to the identity where beta x > threshold: a step down, seldom seen but real. A
+    # box that holds the step may have its infimum just after it, its maximum just before.
+    out = _each(F.softplus, input, beta, threshold)
+    step = threshold / beta
+    peak = step + F.softplus(torch.tensor(-threshold, dtype=torch.float64)).item() / beta
+    held = (input.lower <= step) & (input.upper > step)
+    lower = torch.where(held, out.lower.clamp(max=step), out.lower)
+    upper = torch.where(held, out.upper.clamp(min=peak), out.upper)
+    return Interval._make(lower, upper, out.nominal, note("activation", lower, upper))
+
+
+def _dropout(
+    function: Callable[..., Tensor],
+    input: Interval,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+) -> Interval:
+    if training and p > 0:
+        name = function.__name__
+        raise UnsupportedOpError(name, "it is random in training mode; call model.eval()")
+    return input
+
+
+_rules(_dropout, "dropout", "dropout1d", "dropout2d", "dropout3d")
+_rules(_dropout, "alpha_dropout", "feature_alpha_dropout")
+
+_rules(_each, "avg_pool1d", "adaptive_avg_pool1d", "adaptive_avg_pool2d")
+_rules(_each, "max_pool1d", "max_pool2d", "adaptive_max_pool1d", "adaptive_max_pool2d")
+_rules(_each, "pad", "mean", "sum", "flip", "roll")
+
+
+@_rule("avg_pool2d")
+def _avg_pool2d(
+    input: Interval,  # [N, C, H, W]
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] | None = None,
+    padding: int | tuple[int, int] = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Interval:
+    positive = divisor_override is None or divisor_override > 0
+    _require(positive, "avg_pool2d", "divisor_override", divisor_override, "> 0")
+    geometry = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+    return _each(F.avg_pool2d, input, *geometry)
+
+
+_rules(_ordered_view, "flatten", "reshape", "view", "unflatten")
+_rules(_ordered_view, "squeeze", "unsqueeze", "contiguous")
+_rules(_view, "permute", "transpose", "swapaxes", "movedim", "narrow", "select", "t", "__getitem__")
+_rules(_view, "expand", "expand_as", "to", "cpu", "cuda", "float", "double", "detach")
+
+
+@_rule("clone")
+def _clone(input: Interval, **kwargs: Any) -> Interval:
+    out = _each(torch.clone, input, **kwargs)
+    out._origin = input._origin
+    return out
+
+
+def _pieces(
+    function: Callable[..., Sequence[Tensor]], input: Interval, *args: Any, **kwargs: Any
+) -> tuple[Interval, ...]:
+    def piece(i: int) -> Interval:
+        return _view(lambda stream: function(stream, *args, **kwargs)[i], input)
+
+    return tuple(piece(i) for i in range(len(function(input.lower, *args, **kwargs))))
+
+
+_rules(_pieces, "chunk", "split", "unbind")
+
+
+def _streams(name: str, value: Any) -> tuple[Any, Any, Any]:
+    """lower, upper and nominal of an operand; a constant is all three."""
+    if isinstance(value, Interval):
+        return value.lower, value.upper, value.nominal
+    if isinstance(value, Real) or (isinstance(value, Tensor) and not value.is_complex()):
+        return value, value, value
+    raise UnsupportedOpError(f"{name} with a {type(value).__name__}")
+
+
+def _joined(name: str, function: Callable[..., Tensor], operands: Sequence[Any]) -> Interval:
+    """`function(*streams)` is non-decreasing in the streams of all operands."""
+    lower, upper, nominal = zip(*[_streams(name, each) for each in operands], strict=True)
+    given = all(stream is not None for stream in nominal)
+    return Interval._make(function(*lower), function(*upper), function(*nominal) if given else None)
+
+
+@_rule("cat", "concat", "concatenate", several=True)
+def _cat(tensors: Sequence[Any], dim: int = 0) -> Interval:
+    return _joined("cat", lambda *streams: torch.cat(streams, dim), tensors)
+
+
+@_rule("stack", several=True)
+def _stack(tensors: Sequence[Any], dim: int = 0) -> Interval:
+    return _joined("stack", lambda *streams: torch.stack(streams, dim), tensors)
+
+
+@_rule("neg", "negative")
+def _neg(input: Interval) -> Interval:
+    nominal = input.nominal
+    return Interval._make(-input.upper, -input.lower, None if nominal is None else -nominal)
+
+
+@_rule("add", several=True)
+def _add(input: Any, other: Any, *, alpha: float = 1) -> Interval:
+    return _joined("add", operator.add, (input, other if alpha == 1 else other * alpha))
+
+
+@_rule("sub", "subtract", several=True)
+def _sub(input: Any, other: Any, *, alpha: float = 1) -> Interval:
+    other = other if alpha == 1 else other * alpha
+    if isinstance(other, Interval):  # what is subtracted counts the other way round
+        other = Interval._make(other.upper, other.lower, other.nominal)
+    return _joined("sub", operator.sub, (input, other))
+
+
+@_rule("mul", "multiply", several=True)
+def _mul(input: Any, other: Any) -> Interval:
+    if isinstance(input, Interval) and isinstance(other, Interval):
+        raise UnsupportedOpError("mul", "the product of two Intervals is not supported")
+    box, factor = (input, other) if isinstance(input, Interval) else (other, input)
+    _streams("mul", factor)
+    return _scaled(operator.mul, box, factor)
+
+
+@_rule("div", "divide", "true_divide", several=True)
+def _div(input: Any, other: Any, *, rounding_mode: str | None = None) -> Interval:
+    if isinstance(other, Interval):
+        raise UnsupportedOpError("div", "division by an Interval is not supported")
+    if rounding_mode is not None:
+        raise UnsupportedOpError("div", "rounding_mode is not supported")
+    _streams("div", other)
+    return _scaled(operator.truediv, input, other)
+
+
+def _scaled(function: Callable[..., Tensor], box: Interval, factor: Any) -> Interval:
+    """Multiplies or divides by a constant: a negative one exchanges the bounds."""
+    if isinstance(factor, Tensor):
+        # signbit and not < 0: a division by -0.0 exchanges the infinities
+        box = _exchanged(box, torch.signbit(factor))
+    elif math.copysign(1.0, factor) < 0:
+        box = Interval._make(box.upper, box.lower, box.nominal)
+    return _each(function, box, factor)

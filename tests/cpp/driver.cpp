@@ -1,0 +1,416 @@
+// The CPU kernels without Python, to run under sanitizers (tests/test_sanitizers.py): random small layers, forward and
+// backward, against plain loops in double.
+//
+// driver [case]   all cases, or the one of that number; the exit status says whether all agree
+//
+// Every tensor has a heap block of its own that ends with its last element, and NaN between its elements; outputs begin
+// as NaN, and -DCIBP_POISON makes scratch memory begin as NaN too. lower <= upper is not asked for: no formula needs it.
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "cpu/conv2d.h"
+#include "cpu/linear.h"
+
+using namespace cibp;
+
+namespace {
+
+constexpr int kCases = 200;
+constexpr int64_t kMaxProducts = 400000;  // of one layer and stream: the loops are slow under sanitizers
+
+class Random {
+ public:
+  explicit Random(uint64_t seed) : engine_(seed) {}
+  int64_t integer(int64_t low, int64_t high) {  // both may come up
+    return low + static_cast<int64_t>(engine_() % static_cast<uint64_t>(high - low + 1));
+  }
+  bool one_in(int64_t n) { return integer(1, n) == 1; }
+  double real() { return std::ldexp(static_cast<double>(engine_() >> 11), -52) - 1; }  // in [-1, 1)
+
+ private:
+  std::mt19937_64 engine_;
+};
+
+struct Case {
+  bool linear;  // then the convolution of one pixel that it equals
+  Conv2dShape shape;
+  bool nominal, bias, width, wants_input, wants_weight;
+};
+
+Case draw_case(Random& random) {
+  Case c{};
+  c.nominal = random.one_in(2);
+  c.bias = random.one_in(2);
+  c.width = random.one_in(2);
+  const int64_t wanted = random.integer(1, 3);
+  c.wants_input = wanted & 1;
+  c.wants_weight = wanted & 2;
+  c.linear = random.one_in(4);
+  for (;;) {
+    Conv2dShape& s = c.shape;
+    s = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1};
+    s.batch = random.one_in(12) ? 0 : random.one_in(3) ? 1 : 2 * random.integer(1, 2) + 1;
+    if (c.linear) {
+      if (random.one_in(4)) s.batch = random.integer(1, 300);
+      s.in_channels = random.integer(1, random.one_in(3) ? 600 : 70);
+      s.out_channels = random.integer(1, random.one_in(3) ? 150 : 70);
+    } else {
+      const bool large = random.one_in(2);  // a large image or many channels
+      s.groups = random.one_in(2) ? 1 : random.integer(2, 5);
+      const int64_t channels = std::max<int64_t>(1, (large ? 12 : 70) / s.groups);
+      s.in_channels = s.groups * random.integer(1, channels) + (s.groups == 1 && random.one_in(16) ? 256 : 0);
+      s.out_channels = s.groups * random.integer(1, channels);
+      for (const auto [in, out, kernel, stride, padding, dilation] :
+           {std::array{&s.in_height, &s.out_height, &s.kernel_height, &s.stride_height, &s.padding_height, &s.dilation_height},
+            std::array{&s.in_width, &s.out_width, &s.kernel_width, &s.stride_width, &s.padding_width, &s.dilation_width}}) {
+        *in = random.integer(1, large ? 40 : 9);
+        *kernel = random.integer(1, 5);
+        *stride = random.integer(1, 3);
+        *padding = random.integer(0, 3);
+        *dilation = random.integer(1, 3);
+        const int64_t room = *in + 2 * *padding - *dilation * (*kernel - 1) - 1;
+        *out = room < 0 ? 0 : room / *stride + 1;
+      }
+    }
+    const int64_t pixels = s.batch * s.out_channels * s.out_height * s.out_width;
+    const int64_t products = pixels * s.in_channels / s.groups * s.kernel_height * s.kernel_width;
+    if (s.out_height > 0 && s.out_width > 0 && products <= kMaxProducts) return c;
+  }
+}
+
+using Size = std::array<int64_t, 4>;
+using Values = std::vector<double>;
+
+size_t count(const Size& size) { return static_cast<size_t>(size[0] * size[1] * size[2] * size[3]); }
+
+enum class Layout { kContiguous, kChannelsLast, kGaps, kExpanded, kMixed };
+
+Layout draw_layout(Random& random) { return static_cast<Layout>(random.integer(0, 4)); }
+
+// A tensor argument. One without elements has no data, as in torch.
+template <class T>
+struct Argument {
+  Size stride;
+  std::vector<T> block;
+  Values values;  // in the order of the indices
+
+  // Random elements; kMixed: one of the other layouts, so that the tensors of an op differ.
+  Argument(Random& random, const Size& size, Layout layout) {
+    if (layout == Layout::kMixed) layout = static_cast<Layout>(random.integer(0, 3));
+    std::array<int, 4> order{3, 2, 1, 0};  // innermost first
+    if (layout == Layout::kChannelsLast) order = {1, 3, 2, 0};
+    if (layout == Layout::kGaps)
+      for (int i = 3; i > 0; --i) std::swap(order[i], order[random.integer(0, i)]);
+    int64_t step = layout == Layout::kGaps ? random.integer(1, 2) : 1, extent = 1;
+    for (int d : order) {
+      if (layout == Layout::kExpanded && random.one_in(2)) {
+        stride[d] = 0;
+        continue;
+      }
+      stride[d] = step;
+      extent += (size[d] - 1) * step;
+      step *= std::max<int64_t>(1, size[d]);
+      if (layout == Layout::kGaps) step += random.integer(0, 2);
+    }
+    if (count(size) == 0) return;
+    block = std::vector<T>(static_cast<size_t>(extent), std::numeric_limits<T>::quiet_NaN());
+    const auto each = [&](const auto& body) {
+      for (int64_t n = 0; n < size[0]; ++n)
+        for (int64_t c = 0; c < size[1]; ++c)
+          for (int64_t y = 0; y < size[2]; ++y)
+            for (int64_t x = 0; x < size[3]; ++x)
+              body(block[static_cast<size_t>(n * stride[0] + c * stride[1] + y * stride[2] + x * stride[3])]);
+    };
+    each([&](T& element) { element = random.one_in(8) ? T{0} : static_cast<T>(random.real()); });
+    each([&](T& element) { values.push_back(static_cast<double>(element)); });
+  }
+};
+
+template <class T>
+struct Inputs {
+  Argument<T> lower, upper, nominal, weight, bias, grad_lower, grad_upper, grad_nominal, lower_out, upper_out;
+  T grad_width;
+
+  Inputs(Random& random, const Conv2dShape& s)
+      : Inputs(random, {s.batch, s.in_channels, s.in_height, s.in_width}, {s.batch, s.out_channels, s.out_height, s.out_width},
+               {s.out_channels, s.in_channels / s.groups, s.kernel_height, s.kernel_width}, draw_layout(random), draw_layout(random)) {}
+
+ private:
+  Inputs(Random& random, const Size& in, const Size& out, const Size& kernel, Layout layout, Layout grad_layout)
+      : lower(random, in, layout),
+        upper(random, in, layout),
+        nominal(random, in, layout),
+        weight(random, kernel, draw_layout(random)),
+        bias(random, {1, 1, 1, kernel[0]}, Layout::kContiguous),
+        grad_lower(random, out, grad_layout),
+        grad_upper(random, out, grad_layout),
+        grad_nominal(random, out, grad_layout),
+        lower_out(random, out, grad_layout),
+        upper_out(random, out, grad_layout),
+        grad_width(static_cast<T>(random.real())) {}
+};
+
+// What an output should be, and the sum of the magnitudes of its terms: a result whose every term was rounded at most
+// n times is off by at most gamma_n times that, gamma_n = n u / (1 - n u), in whatever order it was summed.
+struct Expected {
+  Values value, magnitude;
+  explicit Expected(size_t size = 0) : value(size), magnitude(size) {}
+  void add(int64_t i, double term, double size) {
+    value[static_cast<size_t>(i)] += term;
+    magnitude[static_cast<size_t>(i)] += size;
+  }
+  void add(int64_t i, double term) { add(i, term, std::abs(term)); }
+};
+
+// (a - b, a + b)
+std::array<Expected, 2> bounds(const Expected& a, const Expected& b) {
+  std::array<Expected, 2> result{a, a};
+  for (size_t i = 0; i < a.value.size(); ++i) {
+    result[0].add(static_cast<int64_t>(i), -b.value[i], b.magnitude[i]);
+    result[1].add(static_cast<int64_t>(i), b.value[i], b.magnitude[i]);
+  }
+  return result;
+}
+
+// Calls body(output, input, weight) with the indices of the factors of each product.
+template <class Body>
+void for_products(const Conv2dShape& s, const Body& body) {
+  const int64_t in_channels = s.in_channels / s.groups, out_channels = s.out_channels / s.groups;
+  int64_t output = 0;
+  for (int64_t n = 0; n < s.batch; ++n)
+    for (int64_t o = 0; o < s.out_channels; ++o)
+      for (int64_t y = 0; y < s.out_height; ++y)
+        for (int64_t x = 0; x < s.out_width; ++x, ++output)
+          for (int64_t c = 0; c < in_channels; ++c)
+            for (int64_t ky = 0; ky < s.kernel_height; ++ky)
+              for (int64_t kx = 0; kx < s.kernel_width; ++kx) {
+                const int64_t row = y * s.stride_height - s.padding_height + ky * s.dilation_height;
+                const int64_t column = x * s.stride_width - s.padding_width + kx * s.dilation_width;
+                if (row < 0 || row >= s.in_height || column < 0 || column >= s.in_width) continue;
+                const int64_t channel = o / out_channels * in_channels + c;
+                body(output, ((n * s.in_channels + channel) * s.in_height + row) * s.in_width + column,
+                     ((o * in_channels + c) * s.kernel_height + ky) * s.kernel_width + kx);
+              }
+}
+
+struct Reference {
+  std::array<Expected, 2> out, grad_in;  // lower, upper
+  Expected nominal_out, grad_nominal_in, grad_weight, grad_bias;
+
+  template <class T>
+  Reference(const Case& c, const Inputs<T>& in) {
+    const Conv2dShape& s = c.shape;
+    const size_t inputs = in.lower.values.size(), outputs = in.grad_lower.values.size();
+    const auto channel = [&](size_t i) { return static_cast<int64_t>(i) / (s.out_height * s.out_width) % s.out_channels; };
+    Values center(inputs), radius(inputs);
+    for (size_t i = 0; i < inputs; ++i) {
+      center[i] = 0.5 * in.lower.values[i] + 0.5 * in.upper.values[i];
+      radius[i] = 0.5 * in.upper.values[i] - 0.5 * in.lower.values[i];
+    }
+    Expected center_out(outputs), radius_out(outputs), grad_center(outputs), grad_radius(outputs);
+    nominal_out = Expected(outputs);
+    grad_bias = Expected(static_cast<size_t>(s.out_channels));
+    for (size_t i = 0; i < outputs; ++i) {
+      const int64_t at = static_cast<int64_t>(i);
+      if (c.bias) {
+        center_out.add(at, in.bias.values[static_cast<size_t>(channel(i))]);
+        nominal_out.add(at, in.bias.values[static_cast<size_t>(channel(i))]);
+      }
+      grad_center.add(at, in.grad_lower.values[i] + in.grad_upper.values[i]);
+      grad_radius.add(at, in.grad_upper.values[i] - in.grad_lower.values[i]);
+      // d/dradius' of width = sum (upper' - lower')^2 = sum 4 radius'^2, times grad_width
+      if (c.width) grad_radius.add(at, 4 * static_cast<double>(in.grad_width) * (in.upper_out.values[i] - in.lower_out.values[i]));
+      grad_bias.add(channel(i), grad_center.value[i]);
+      if (c.nominal) grad_bias.add(channel(i), in.grad_nominal.values[i]);
+    }
+    Expected grad_center_in(inputs), grad_radius_in(inputs);
+    grad_nominal_in = Expected(inputs);
+    grad_weight = Expected(in.weight.values.size());
+    for_products(s, [&](int64_t output, int64_t input, int64_t weight) {
+      const size_t o = static_cast<size_t>(output), i = static_cast<size_t>(input);
+      const double w = in.weight.values[static_cast<size_t>(weight)], sign = (w > 0) - (w < 0);
+      center_out.add(output, w * center[i]);
+      radius_out.add(output, std::abs(w) * radius[i]);
+      nominal_out.add(output, w * in.nominal.values[i]);
+      grad_center_in.add(input, w * grad_center.value[o]);
+      grad_radius_in.add(input, std::abs(w) * grad_radius.value[o], std::abs(w) * grad_radius.magnitude[o]);
+      grad_nominal_in.add(input, w * in.grad_nominal.values[o]);
+      grad_weight.add(weight, grad_center.value[o] * center[i]);
+      grad_weight.add(weight, sign * grad_radius.value[o] * radius[i], std::abs(sign * radius[i]) * grad_radius.magnitude[o]);
+      if (c.nominal) grad_weight.add(weight, in.grad_nominal.values[o] * in.nominal.values[i]);
+    });
+    out = bounds(center_out, radius_out);
+    for (Expected* e : {&grad_center_in, &grad_radius_in})  // lower and upper enter both of center and radius by half
+      for (Values* v : {&e->value, &e->magnitude})
+        for (double& x : *v) x *= 0.5;
+    grad_in = bounds(grad_center_in, grad_radius_in);
+  }
+};
+
+template <class T>
+double gamma(int64_t n) {
+  const double nu = static_cast<double>(n) * static_cast<double>(std::numeric_limits<T>::epsilon()) / 2;
+  return nu / (1 - nu);
+}
+
+template <class T>
+constexpr const char* kName = sizeof(T) == 4 ? "float" : "double";
+
+// Prints the first wrong element; `roundings` of each term, in T by the kernel and in double by the reference.
+template <class T>
+bool agrees(const char* quantity, const std::vector<T>& found, const Expected& expected, int64_t roundings) {
+  const double relative = gamma<T>(roundings) + gamma<double>(roundings);
+  for (size_t i = 0; i < found.size(); ++i) {
+    const double value = static_cast<double>(found[i]), limit = relative * expected.magnitude[i];
+    if (std::abs(value - expected.value[i]) <= limit) continue;  // NaN does not
+    std::printf("MISMATCH of %s in %s: element %zu of %zu is %.9g, expected %.9g +- %.2g\n", quantity, kName<T>, i, found.size(), value,
+                expected.value[i], limit);
+    return false;
+  }
+  return true;
+}
+
+template <class Tensor, class T>
+Tensor view(const Argument<T>& argument, bool present = true) {
+  Tensor tensor;
+  if (present) tensor.data = argument.block.data();
+  std::copy_n(argument.stride.begin(), std::size(tensor.stride), tensor.stride);
+  return tensor;
+}
+
+template <class T>
+struct Outputs {
+  std::vector<T> lower, upper, nominal, width{std::numeric_limits<T>::quiet_NaN()};
+  std::vector<T> grad_lower, grad_upper, grad_nominal, grad_weight, grad_bias;
+
+  Outputs(const Case& c, const Inputs<T>& in) {
+    const auto make = [](std::vector<T>& output, bool wanted, size_t size) {
+      if (wanted) output = std::vector<T>(size, std::numeric_limits<T>::quiet_NaN());
+    };
+    const size_t inputs = in.lower.values.size(), outputs = in.grad_lower.values.size();
+    make(lower, true, outputs);
+    make(upper, true, outputs);
+    make(nominal, c.nominal, outputs);
+    make(grad_lower, c.wants_input, inputs);
+    make(grad_upper, c.wants_input, inputs);
+    make(grad_nominal, c.wants_input && c.nominal, inputs);
+    make(grad_weight, c.wants_weight, in.weight.values.size());
+    make(grad_bias, c.wants_weight && c.bias, in.bias.values.size());
+  }
+};
+
+// The arguments of either op: they have the same members in the same order.
+template <class Forward, class Backward, class Tensor, class Shape, class T>
+std::pair<Forward, Backward> arguments(const Case& c, const Shape& shape, int threads, const Inputs<T>& in, Outputs<T>& out) {
+  const Tensor lower = view<Tensor>(in.lower), upper = view<Tensor>(in.upper), weight = view<Tensor>(in.weight);
+  const Tensor nominal = view<Tensor>(in.nominal, c.nominal);
+  return {{shape, threads, lower, upper, nominal, weight, c.bias ? in.bias.block.data() : nullptr, out.lower.data(), out.upper.data(),
+           out.nominal.data(), out.width.data()},
+          {shape, threads, view<Tensor>(in.grad_lower), view<Tensor>(in.grad_upper), view<Tensor>(in.grad_nominal, c.nominal),
+           view<Tensor>(in.lower_out, c.width), view<Tensor>(in.upper_out, c.width), in.grad_width, lower, upper, nominal, weight,
+           out.grad_lower.data(), out.grad_upper.data(), out.grad_nominal.data(), out.grad_weight.data(), out.grad_bias.data()}};
+}
+
+template <class T>
+bool check(const Case& c, const Inputs<T>& in, const Reference& expected, int threads) {
+  const Conv2dShape& s = c.shape;
+  Outputs<T> out(c, in);
+  if (c.linear) {
+    const auto [forward, backward] = arguments<LinearForward<T>, LinearBackward<T>, Tensor2<const T>>(
+        c, LinearShape{s.batch, s.in_channels, s.out_channels}, threads, in, out);
+    linear_forward(forward);
+    linear_backward(backward);
+  } else {
+    const auto [forward, backward] = arguments<Conv2dForward<T>, Conv2dBackward<T>, Tensor4<const T>>(c, s, threads, in, out);
+    conv2d_forward(forward);
+    conv2d_backward(backward);
+  }
+
+  Expected width(1);  // of the bounds found, which are checked themselves
+  for (size_t i = 0; i < out.lower.size(); ++i)
+    width.add(0, std::pow(static_cast<double>(out.upper[i]) - static_cast<double>(out.lower[i]), 2));
+
+  // Roundings of a term: center or radius 1; the gradient of radius' 3 (a difference, its product with grad_width, the
+  // sum with another difference); n products in a sum n; each sum of two results 1.
+  const int64_t taps = s.kernel_height * s.kernel_width;
+  const int64_t forward = 1 + s.in_channels / s.groups * taps + 2, backward = 3 + s.out_channels / s.groups * taps + 1;
+  const int64_t pixels = s.batch * s.out_height * s.out_width, weights = 3 + 1 + 2 * pixels + 1;
+  const int64_t squares = static_cast<int64_t>(out.lower.size());  // each of a rounded difference, and a last rounding to T
+  bool good = agrees("lower'", out.lower, expected.out[0], forward);
+  good &= agrees("upper'", out.upper, expected.out[1], forward);
+  good &= agrees("nominal'", out.nominal, expected.nominal_out, forward);
+  good &= agrees("width", out.width, width, 2 + squares + 1);
+  good &= agrees("the gradient of lower", out.grad_lower, expected.grad_in[0], backward);
+  good &= agrees("the gradient of upper", out.grad_upper, expected.grad_in[1], backward);
+  good &= agrees("the gradient of nominal", out.grad_nominal, expected.grad_nominal_in, backward);
+  good &= agrees("the gradient of weight", out.grad_weight, expected.grad_weight, weights);
+  good &= agrees("the gradient of bias", out.grad_bias, expected.grad_bias, weights);
+  if (!good) std::printf("  with %d threads\n", threads);
+  return good;
+}
+
+template <class T>
+bool check(const Case& c, Random& random) {
+  const Inputs<T> in(random, c.shape);
+  const Reference expected(c, in);
+  return check(c, in, expected, 1) & check(c, in, expected, 3);
+}
+
+void describe(int number, const Case& c) {
+  const Conv2dShape& s = c.shape;
+  std::printf("  in case %d, %s: batch %d, ", number, c.linear ? "linear" : "conv2d", static_cast<int>(s.batch));
+  const auto print = [](const char* name, int64_t a, int64_t b) {
+    std::printf("%s %d x %d, ", name, static_cast<int>(a), static_cast<int>(b));
+  };
+  print("in x out channels", s.in_channels, s.out_channels);
+  if (!c.linear) {
+    print("image", s.in_height, s.in_width);
+    print("kernel", s.kernel_height, s.kernel_width);
+    print("stride", s.stride_height, s.stride_width);
+    print("padding", s.padding_height, s.padding_width);
+    print("dilation", s.dilation_height, s.dilation_width);
+    std::printf("groups %d, ", static_cast<int>(s.groups));
+  }
+  std::printf("nominal %d, bias %d, width gradient %d, wants input %d, wants weight %d\n", c.nominal, c.bias, c.width, c.wants_input,
+              c.wants_weight);
+}
+
+#if defined(__AVX512F__)
+constexpr const char* kInstructions = "AVX-512";
+#elif defined(__AVX2__)
+constexpr const char* kInstructions = "AVX2";
+#else
+constexpr const char* kInstructions = "baseline";
+#endif
+
+#ifdef _OPENMP
+constexpr const char* kThreads = "OpenMP";
+#else
+constexpr const char* kThreads = "no OpenMP";
+#endif
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int only = argc > 1 ? std::atoi(argv[1]) : -1;
+  int failures = 0;
+  for (int number = 0; number < kCases; ++number) {
+    if (only >= 0 && number != only) continue;
+    Random random(static_cast<uint64_t>(number));
+    const Case c = draw_case(random);
+    if (only >= 0) describe(number, c);
+    if (check<float>(c, random) & check<double>(c, random)) continue;
+    describe(number, c);
+    ++failures;
+  }
+  std::printf("%d-byte vectors, %s instructions, %s: %d of %d cases wrong\n", CIBP_VECTOR_BYTES, kInstructions, kThreads, failures,
+              only >= 0 ? 1 : kCases);
+  return failures == 0 ? 0 : 1;
+}
