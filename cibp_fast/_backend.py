@@ -12,7 +12,7 @@ from types import ModuleType
 
 import torch
 
-# Best first. Each is a separate extension module built from the same sources (setup.py says why).
+# Best first. Each is an extension module of its own, built from the same sources (see setup.py).
 ISAS = ("avx512", "avx2", "portable")
 BACKENDS = ("auto", "cpu", "torch")
 KERNEL_DTYPES = (torch.float32, torch.float64)
@@ -27,7 +27,9 @@ def _builds() -> tuple[dict[str, ModuleType], dict[str, str]]:
     for isa in reversed(ISAS):  # the portable build runs everywhere and knows the CPU's features
         if not features.get(isa, False):
             missing[isa] = (
-                "this CPU or operating system lacks it" if builds else "no build to ask the CPU with"
+                "this CPU or operating system lacks it"
+                if builds
+                else "no build to ask the CPU with"
             )
             continue
         try:
@@ -124,36 +126,44 @@ def threads() -> int:
     return 1 if _forked else torch.get_num_threads()
 
 
+def in_use(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """The kernels that backend="auto" runs ("CPU avx2", "PyTorch"), and the reason."""
+    name, reason = select("auto", device, dtype)
+    if name == "torch":
+        return "PyTorch", reason
+    isa = kernels().__name__.rpartition("_")[2]
+    asked = _forced_isa or os.environ.get("CIBP_FAST_ISA")
+    return f"CPU {isa}", "asked for" if asked else "the widest vectors built that this CPU has"
+
+
 def describe() -> list[tuple[str, str]]:
     """What is built, which kernel runs where, and why: (name, text) rows for ``cibp-fast info``."""
     builds, missing = _builds()
-    rows = [("processor", f"{_processor()}, {os.cpu_count()} logical cores")]
+    rows = [("processor", f"{processor()}, {os.cpu_count()} logical cores")]
     for isa in ISAS:
         if isa in builds:
             build = builds[isa]
             openmp = "OpenMP" if build.openmp else "without OpenMP"
-            text = f"built, {8 * build.vector_bytes}-bit vectors, {openmp}, compiler {build.compiler}"
+            vectors = f"{8 * build.vector_bytes}-bit vectors"
+            text = f"built, {vectors}, {openmp}, compiler {build.compiler}"
         else:
             text = missing[isa]
         rows.append((f"CPU kernels {isa}", text))
     rows.append(("CUDA and Triton kernels", "none in this version"))
-    forced = os.environ.get("CIBP_FAST_ISA")
-    for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        name, reason = select("auto", torch.device("cpu"), dtype)
-        if name == "cpu":
-            isa = forced or next(iter(builds))
-            why = "CIBP_FAST_ISA asks for it" if forced else "the widest built that this CPU runs"
-            reason = f"CPU kernels {isa}: {why}"
-        else:
-            reason = f"plain PyTorch: {reason}"
-        rows.append((f"runs on cpu, {str(dtype).removeprefix('torch.')}", reason))
-    reason = select("auto", torch.device("cuda"), torch.float32)[1]
-    rows.append(("runs on cuda", f"plain PyTorch: {reason}"))
+    for device, dtype in (
+        ("cpu", torch.float32),
+        ("cpu", torch.float64),
+        ("cpu", torch.bfloat16),
+        ("cuda", torch.float32),
+    ):
+        name, reason = in_use(torch.device(device), dtype)
+        rows.append((f"on {device}, {str(dtype).removeprefix('torch.')}", f"{name}: {reason}"))
     rows.append(("threads", str(threads())))
     return rows
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The CPU's name."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
         for line in lines:
             if line.startswith("model name"):

@@ -16,7 +16,7 @@ from torch import Tensor
 from cibp_fast import _backend
 
 Streams = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-Pair = Sequence[int]
+Pair = tuple[int, int]
 
 
 def conv2d(
@@ -42,7 +42,7 @@ def conv2d(
         lower, upper, nominal: [N, C, H, W]; nominal may be None.
         weight: [out_channels, C / groups, kernel_height, kernel_width].
         bias: [out_channels] or None.
-        stride, padding, dilation: (vertical, horizontal); padding with zeros, the same on both sides.
+        stride, padding, dilation: (vertical, horizontal); padding is with zeros, on both sides.
         width: whether the width is wanted (and may be differentiated).
         backend: "auto", "cpu" (the C++ kernels) or "torch" (plain PyTorch).
 
@@ -57,12 +57,14 @@ def conv2d(
     _check("conv2d", 4, lower, upper, nominal, weight, bias)
     if len({len(stride), len(padding), len(dilation), 2}) != 1:
         raise ValueError(
-            f"conv2d: stride, padding and dilation must be pairs, got {stride}, {padding}, {dilation}"
+            "conv2d: stride, padding and dilation must be pairs, got "
+            f"{stride}, {padding} and {dilation}"
         )
     if min(*stride, *dilation, groups) < 1 or min(padding) < 0:
         raise ValueError(
             "conv2d: stride, dilation and groups must be at least 1 and padding at least 0, got "
-            f"stride={tuple(stride)}, dilation={tuple(dilation)}, groups={groups}, padding={tuple(padding)}"
+            f"stride={tuple(stride)}, dilation={tuple(dilation)}, groups={groups} and "
+            f"padding={tuple(padding)}"
         )
     if weight.shape[0] % groups or lower.shape[1] != weight.shape[1] * groups:
         raise ValueError(
@@ -73,8 +75,8 @@ def conv2d(
     height, width_ = _conv2d_size(lower, weight, stride, padding, dilation)
     if height < 1 or width_ < 1:
         raise ValueError(
-            f"conv2d: weight {tuple(weight.shape)} with dilation={tuple(dilation)} is larger than the "
-            f"input {tuple(lower.shape)} padded by {tuple(padding)}"
+            f"conv2d: weight {tuple(weight.shape)} with dilation={tuple(dilation)} is larger than "
+            f"the input {tuple(lower.shape)} padded by {tuple(padding)}"
         )
     if _runs_in_torch(backend, lower, weight):
         from cibp_fast import reference
@@ -88,7 +90,7 @@ def conv2d(
         result = _Conv2d.apply(*arguments, width)
     else:
         result = torch.ops.cibp_fast.conv2d_forward(*arguments)
-    return result[0], result[1], result[2] if nominal is not None else None, result[3] if width else None
+    return _streams(result, nominal, width)
 
 
 def linear(
@@ -129,17 +131,26 @@ def linear(
 
         out = reference.linear(lower, upper, nominal, weight, bias)
         return out[0], out[1], out[2], out[3] if width else None
-    shape = (*lower.shape[:-1], weight.shape[0])
-    flat = [t if t is None or t.dim() == 2 else t.reshape(-1, t.shape[-1]) for t in (lower, upper, nominal)]
+    flat = [None if t is None else t.reshape(-1, t.shape[-1]) for t in (lower, upper, nominal)]
     if _needs_gradient(lower, upper, nominal, weight, bias):
         result = _Linear.apply(*flat, weight, bias, width)
     else:
         result = torch.ops.cibp_fast.linear_forward(*flat, weight, bias)
-    outputs = [t if lower.dim() == 2 else t.reshape(shape) for t in result[: 3 if nominal is not None else 2]]
+    lower_out, upper_out, nominal_out, squares = _streams(result, nominal, width)
+    shape = (*lower.shape[:-1], weight.shape[0])
     return (
-        outputs[0],
-        outputs[1],
-        outputs[2] if nominal is not None else None,
+        lower_out.reshape(shape),
+        upper_out.reshape(shape),
+        None if nominal_out is None else nominal_out.reshape(shape),
+        squares,
+    )
+
+
+def _streams(result: Sequence[Tensor], nominal: Tensor | None, width: bool) -> Streams:
+    return (
+        result[0],
+        result[1],
+        None if nominal is None else result[2],
         result[3] if width else None,
     )
 
@@ -162,19 +173,21 @@ def _check(
         if not tensor.dtype.is_floating_point:
             raise TypeError(f"{op}: {name} must have a floating point dtype, got {tensor.dtype}")
         if tensor.dtype != lower.dtype:
-            raise TypeError(f"{op}: {name} is {tensor.dtype}, lower is {lower.dtype}; they must agree")
+            raise TypeError(
+                f"{op}: {name} is {tensor.dtype}, lower is {lower.dtype}; they must agree"
+            )
         if tensor.device != lower.device:
             raise ValueError(f"{op}: {name} is on {tensor.device}, lower on {lower.device}")
-    for name in ("upper", "nominal"):
-        if named[name] is not None and named[name].shape != lower.shape:
+    for name, tensor in (("upper", upper), ("nominal", nominal)):
+        if tensor is not None and tensor.shape != lower.shape:
             raise ValueError(
-                f"{op}: {name} has shape {tuple(named[name].shape)}, lower {tuple(lower.shape)}"
+                f"{op}: {name} has shape {tuple(tensor.shape)}, lower {tuple(lower.shape)}"
             )
     if op == "conv2d" and lower.dim() != 4:
         raise ValueError(f"{op}: lower must be [N, C, H, W], got shape {tuple(lower.shape)}")
     if weight.dim() != weight_dimensions:
         raise ValueError(
-            f"{op}: weight must have {weight_dimensions} dimensions, got shape {tuple(weight.shape)}"
+            f"{op}: weight must have {weight_dimensions} dimensions, got {tuple(weight.shape)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{op}: bias must be [{weight.shape[0]}], got shape {tuple(bias.shape)}")
@@ -193,11 +206,12 @@ def _conv2d_size(
     lower: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair
 ) -> tuple[int, int]:
     """Output height and width."""
-    height, width = (
-        (lower.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
-        for i in range(2)
-    )
-    return height, width
+
+    def size(i: int) -> int:
+        reach = dilation[i] * (weight.shape[2 + i] - 1) + 1
+        return (lower.shape[2 + i] + 2 * padding[i] - reach) // stride[i] + 1
+
+    return size(0), size(1)
 
 
 def _save(ctx: Any, width: bool, result: Sequence[Tensor], *inputs: Tensor | None) -> None:
@@ -215,13 +229,13 @@ def _save(ctx: Any, width: bool, result: Sequence[Tensor], *inputs: Tensor | Non
 def _no_double_backward(op: str) -> None:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
-            f"{op}: the kernels have no second derivative; with create_graph=True use backend='torch'"
+            f"{op}: the kernels have no second derivative; create_graph needs backend='torch'"
         )
 
 
 class _Conv2d(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         lower: Tensor,
         upper: Tensor,
@@ -242,7 +256,7 @@ class _Conv2d(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         _no_double_backward("conv2d")
         needs = ctx.needs_input_grad
         grads = torch.ops.cibp_fast.conv2d_backward(
@@ -253,7 +267,7 @@ class _Conv2d(torch.autograd.Function):
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         lower: Tensor,
         upper: Tensor,
@@ -267,7 +281,7 @@ class _Linear(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         _no_double_backward("linear")
         needs = ctx.needs_input_grad
         grads = torch.ops.cibp_fast.linear_backward(
@@ -285,18 +299,17 @@ _GEOMETRY = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt gro
 _GRADIENTS = "Tensor? grad_lower, Tensor? grad_upper, Tensor? grad_nominal, Tensor? grad_width"
 _SAVED = f"{_INPUTS}, Tensor? lower_out, Tensor? upper_out"
 _WANTED = "bool wants_input, bool wants_weight"
-_RETURNS = "(Tensor, Tensor, Tensor, Tensor)"
-_library.define(f"conv2d_forward({_INPUTS}, Tensor? bias, {_GEOMETRY}) -> {_RETURNS}")
-_library.define(
-    f"conv2d_backward({_GRADIENTS}, {_SAVED}, {_GEOMETRY}, {_WANTED}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-_library.define(f"linear_forward({_INPUTS}, Tensor? bias) -> {_RETURNS}")
-_library.define(
-    f"linear_backward({_GRADIENTS}, {_SAVED}, {_WANTED}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
+_FOUR = "(Tensor, Tensor, Tensor, Tensor)"
+_FIVE = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+_library.define(f"conv2d_forward({_INPUTS}, Tensor? bias, {_GEOMETRY}) -> {_FOUR}")
+_library.define(f"conv2d_backward({_GRADIENTS}, {_SAVED}, {_GEOMETRY}, {_WANTED}) -> {_FIVE}")
+_library.define(f"linear_forward({_INPUTS}, Tensor? bias) -> {_FOUR}")
+_library.define(f"linear_backward({_GRADIENTS}, {_SAVED}, {_WANTED}) -> {_FIVE}")
 
 
-def _forward_outputs(lower: Tensor, nominal: Tensor | None, shape: Sequence[int]) -> tuple[Tensor, ...]:
+def _forward_outputs(
+    lower: Tensor, nominal: Tensor | None, shape: Sequence[int]
+) -> tuple[Tensor, ...]:
     return (
         lower.new_empty(shape),
         lower.new_empty(shape),
@@ -318,7 +331,7 @@ def _backward_outputs(
 
 
 def _address(tensor: Tensor | None) -> tuple[int, ...]:
-    """What the kernels take for a tensor: its data pointer and strides, all 0 where it is absent."""
+    """What the kernels take for a tensor: data pointer and strides, all 0 where it is absent."""
     if tensor is None:
         return (0, 0, 0, 0, 0)
     return (tensor.data_ptr(), *tensor.stride(), *([0] * (4 - tensor.dim())))
@@ -383,7 +396,8 @@ def _conv2d_shape(
 ) -> tuple[int, ...]:
     """csrc/cpu/conv2d.h: Conv2dShape."""
     out = _conv2d_size(lower, weight, stride, padding, dilation)
-    return (*lower.shape, weight.shape[0], *out, *weight.shape[2:], *stride, *padding, *dilation, groups)
+    channels, kernel = weight.shape[0], weight.shape[2:]
+    return (*lower.shape, channels, *out, *kernel, *stride, *padding, *dilation, groups)
 
 
 @torch.library.register_fake("cibp_fast::conv2d_forward", lib=_library)
@@ -408,10 +422,10 @@ def _(*arguments):  # type: ignore[no-untyped-def]
 
 @torch.library.impl(_library, "conv2d_backward", "CPU")
 def _(*arguments):  # type: ignore[no-untyped-def]
-    gradients, saved, geometry, wanted = arguments[:4], arguments[4:10], arguments[10:14], arguments[14:]
+    gradients, saved = arguments[:4], arguments[4:10]
     lower, _, nominal, weight = saved[:4]
-    shape = _conv2d_shape(lower, weight, *geometry)
-    outputs = _backward_outputs(lower, nominal, weight, *wanted)
+    shape = _conv2d_shape(lower, weight, *arguments[10:14])
+    outputs = _backward_outputs(lower, nominal, weight, *arguments[14:])
     _run_backward("conv2d_backward", shape, (shape[0], *shape[4:7]), outputs, gradients, saved)
     return outputs
 
@@ -437,9 +451,10 @@ def _(*arguments):  # type: ignore[no-untyped-def]
 
 @torch.library.impl(_library, "linear_backward", "CPU")
 def _(*arguments):  # type: ignore[no-untyped-def]
-    gradients, saved, wanted = arguments[:4], arguments[4:10], arguments[10:]
+    gradients, saved = arguments[:4], arguments[4:10]
     lower, _, nominal, weight = saved[:4]
-    outputs = _backward_outputs(lower, nominal, weight, *wanted)
+    outputs = _backward_outputs(lower, nominal, weight, *arguments[10:])
+    out_shape = (lower.shape[0], weight.shape[0])
     shape = (*lower.shape, weight.shape[0])
-    _run_backward("linear_backward", shape, (lower.shape[0], weight.shape[0]), outputs, gradients, saved)
+    _run_backward("linear_backward", shape, out_shape, outputs, gradients, saved)
     return outputs

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cibp_fast import __version__, data, losses, runs
+from cibp_fast import __version__, _backend, data, losses, runs
 from cibp_fast.attacks import pgd
 from cibp_fast.bounds import bounds
 from cibp_fast.certificates import certify, evaluation, predict
@@ -284,13 +284,10 @@ def versions() -> dict[str, str]:
 
 def hardware() -> dict[str, Any]:
     """The processor, its cores and torch's threads; nothing that names the machine."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    kernels, _ = _backend.in_use(torch.device("cpu"), torch.float32)
     return {
-        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cpu": _backend.processor(),
+        "kernels": kernels,
         "machine": platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -9,7 +9,6 @@ import torch
 from hypothesis import strategies as st
 from tolerances import LAYOUTS, Case, arrange, box, signed_weight
 
-
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
 
 

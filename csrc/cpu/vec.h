@@ -65,14 +65,14 @@ inline Vec<T> absolute(Vec<T> v) {
 // Keeps v in a register: without it GCC folds one load into every multiply-add that uses it.
 template <class T>
 inline void pin(Vec<T>& v) {
-#if CIBP_VECTOR_BYTES > __BIGGEST_ALIGNMENT__
-  (void)v;  // no register holds it: a build for tests, for another CPU's vectors
-#elif defined(__AVX512F__)
+#if defined(__AVX512F__)
   asm("" : "+v"(v));
-#elif defined(__x86_64__)
+#elif defined(__x86_64__) && CIBP_VECTOR_BYTES == 16 || defined(__AVX__) && CIBP_VECTOR_BYTES == 32
   asm("" : "+x"(v));
-#elif defined(__aarch64__)
+#elif defined(__aarch64__) && CIBP_VECTOR_BYTES == 16
   asm("" : "+w"(v));
+#else
+  (void)v;  // nothing known, or (in tests) vectors of another CPU, that no register here holds
 #endif
 }
 

@@ -1,10 +1,11 @@
-// The CPU kernels without Python, to run under sanitizers (tests/test_sanitizers.py): random small layers, forward and
-// backward, against plain loops in double.
+// The CPU kernels without Python, to run under sanitizers (tests/test_sanitizers.py): random small
+// layers, forward and backward, against plain loops in double.
 //
 // driver [case]   all cases, or the one of that number; the exit status says whether all agree
 //
-// Every tensor has a heap block of its own that ends with its last element, and NaN between its elements; outputs begin
-// as NaN, and -DCIBP_POISON makes scratch memory begin as NaN too. lower <= upper is not asked for: no formula needs it.
+// Every tensor has a heap block of its own that ends with its last element, and NaN between its
+// elements; outputs begin as NaN, and -DCIBP_POISON makes scratch memory begin as NaN too. lower <=
+// upper is not asked for: no formula needs it.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -23,7 +24,8 @@ using namespace cibp;
 namespace {
 
 constexpr int kCases = 200;
-constexpr int64_t kMaxProducts = 400000;  // of one layer and stream: the loops are slow under sanitizers
+constexpr int64_t kMaxProducts =
+    400000;  // of one layer and stream: the loops are slow under sanitizers
 
 class Random {
  public:
@@ -65,11 +67,14 @@ Case draw_case(Random& random) {
       const bool large = random.one_in(2);  // a large image or many channels
       s.groups = random.one_in(2) ? 1 : random.integer(2, 5);
       const int64_t channels = std::max<int64_t>(1, (large ? 12 : 70) / s.groups);
-      s.in_channels = s.groups * random.integer(1, channels) + (s.groups == 1 && random.one_in(16) ? 256 : 0);
+      s.in_channels =
+          s.groups * random.integer(1, channels) + (s.groups == 1 && random.one_in(16) ? 256 : 0);
       s.out_channels = s.groups * random.integer(1, channels);
       for (const auto [in, out, kernel, stride, padding, dilation] :
-           {std::array{&s.in_height, &s.out_height, &s.kernel_height, &s.stride_height, &s.padding_height, &s.dilation_height},
-            std::array{&s.in_width, &s.out_width, &s.kernel_width, &s.stride_width, &s.padding_width, &s.dilation_width}}) {
+           {std::array{&s.in_height, &s.out_height, &s.kernel_height, &s.stride_height,
+                       &s.padding_height, &s.dilation_height},
+            std::array{&s.in_width, &s.out_width, &s.kernel_width, &s.stride_width,
+                       &s.padding_width, &s.dilation_width}}) {
         *in = random.integer(1, large ? 40 : 9);
         *kernel = random.integer(1, 5);
         *stride = random.integer(1, 3);
@@ -88,7 +93,9 @@ Case draw_case(Random& random) {
 using Size = std::array<int64_t, 4>;
 using Values = std::vector<double>;
 
-size_t count(const Size& size) { return static_cast<size_t>(size[0] * size[1] * size[2] * size[3]); }
+size_t count(const Size& size) {
+  return static_cast<size_t>(size[0] * size[1] * size[2] * size[3]);
+}
 
 enum class Layout { kContiguous, kChannelsLast, kGaps, kExpanded, kMixed };
 
@@ -126,7 +133,8 @@ struct Argument {
         for (int64_t c = 0; c < size[1]; ++c)
           for (int64_t y = 0; y < size[2]; ++y)
             for (int64_t x = 0; x < size[3]; ++x)
-              body(block[static_cast<size_t>(n * stride[0] + c * stride[1] + y * stride[2] + x * stride[3])]);
+              body(block[static_cast<size_t>(n * stride[0] + c * stride[1] + y * stride[2] +
+                                             x * stride[3])]);
     };
     each([&](T& element) { element = random.one_in(8) ? T{0} : static_cast<T>(random.real()); });
     each([&](T& element) { values.push_back(static_cast<double>(element)); });
@@ -135,15 +143,19 @@ struct Argument {
 
 template <class T>
 struct Inputs {
-  Argument<T> lower, upper, nominal, weight, bias, grad_lower, grad_upper, grad_nominal, lower_out, upper_out;
+  Argument<T> lower, upper, nominal, weight, bias, grad_lower, grad_upper, grad_nominal, lower_out,
+      upper_out;
   T grad_width;
 
   Inputs(Random& random, const Conv2dShape& s)
-      : Inputs(random, {s.batch, s.in_channels, s.in_height, s.in_width}, {s.batch, s.out_channels, s.out_height, s.out_width},
-               {s.out_channels, s.in_channels / s.groups, s.kernel_height, s.kernel_width}, draw_layout(random), draw_layout(random)) {}
+      : Inputs(random, {s.batch, s.in_channels, s.in_height, s.in_width},
+               {s.batch, s.out_channels, s.out_height, s.out_width},
+               {s.out_channels, s.in_channels / s.groups, s.kernel_height, s.kernel_width},
+               draw_layout(random), draw_layout(random)) {}
 
  private:
-  Inputs(Random& random, const Size& in, const Size& out, const Size& kernel, Layout layout, Layout grad_layout)
+  Inputs(Random& random, const Size& in, const Size& out, const Size& kernel, Layout layout,
+         Layout grad_layout)
       : lower(random, in, layout),
         upper(random, in, layout),
         nominal(random, in, layout),
@@ -157,8 +169,9 @@ struct Inputs {
         grad_width(static_cast<T>(random.real())) {}
 };
 
-// What an output should be, and the sum of the magnitudes of its terms: a result whose every term was rounded at most
-// n times is off by at most gamma_n times that, gamma_n = n u / (1 - n u), in whatever order it was summed.
+// What an output should be, and the sum of the magnitudes of its terms: a result whose every term
+// was rounded at most n times is off by at most gamma_n times that, gamma_n = n u / (1 - n u), in
+// whatever order it was summed.
 struct Expected {
   Values value, magnitude;
   explicit Expected(size_t size = 0) : value(size), magnitude(size) {}
@@ -195,7 +208,8 @@ void for_products(const Conv2dShape& s, const Body& body) {
                 const int64_t column = x * s.stride_width - s.padding_width + kx * s.dilation_width;
                 if (row < 0 || row >= s.in_height || column < 0 || column >= s.in_width) continue;
                 const int64_t channel = o / out_channels * in_channels + c;
-                body(output, ((n * s.in_channels + channel) * s.in_height + row) * s.in_width + column,
+                body(output,
+                     ((n * s.in_channels + channel) * s.in_height + row) * s.in_width + column,
                      ((o * in_channels + c) * s.kernel_height + ky) * s.kernel_width + kx);
               }
 }
@@ -208,7 +222,9 @@ struct Reference {
   Reference(const Case& c, const Inputs<T>& in) {
     const Conv2dShape& s = c.shape;
     const size_t inputs = in.lower.values.size(), outputs = in.grad_lower.values.size();
-    const auto channel = [&](size_t i) { return static_cast<int64_t>(i) / (s.out_height * s.out_width) % s.out_channels; };
+    const auto channel = [&](size_t i) {
+      return static_cast<int64_t>(i) / (s.out_height * s.out_width) % s.out_channels;
+    };
     Values center(inputs), radius(inputs);
     for (size_t i = 0; i < inputs; ++i) {
       center[i] = 0.5 * in.lower.values[i] + 0.5 * in.upper.values[i];
@@ -226,7 +242,9 @@ struct Reference {
       grad_center.add(at, in.grad_lower.values[i] + in.grad_upper.values[i]);
       grad_radius.add(at, in.grad_upper.values[i] - in.grad_lower.values[i]);
       // d/dradius' of width = sum (upper' - lower')^2 = sum 4 radius'^2, times grad_width
-      if (c.width) grad_radius.add(at, 4 * static_cast<double>(in.grad_width) * (in.upper_out.values[i] - in.lower_out.values[i]));
+      if (c.width)
+        grad_radius.add(at, 4 * static_cast<double>(in.grad_width) *
+                                (in.upper_out.values[i] - in.lower_out.values[i]));
       grad_bias.add(channel(i), grad_center.value[i]);
       if (c.nominal) grad_bias.add(channel(i), in.grad_nominal.values[i]);
     }
@@ -240,14 +258,18 @@ struct Reference {
       radius_out.add(output, std::abs(w) * radius[i]);
       nominal_out.add(output, w * in.nominal.values[i]);
       grad_center_in.add(input, w * grad_center.value[o]);
-      grad_radius_in.add(input, std::abs(w) * grad_radius.value[o], std::abs(w) * grad_radius.magnitude[o]);
+      grad_radius_in.add(input, std::abs(w) * grad_radius.value[o],
+                         std::abs(w) * grad_radius.magnitude[o]);
       grad_nominal_in.add(input, w * in.grad_nominal.values[o]);
       grad_weight.add(weight, grad_center.value[o] * center[i]);
-      grad_weight.add(weight, sign * grad_radius.value[o] * radius[i], std::abs(sign * radius[i]) * grad_radius.magnitude[o]);
+      grad_weight.add(weight, sign * grad_radius.value[o] * radius[i],
+                      std::abs(sign * radius[i]) * grad_radius.magnitude[o]);
       if (c.nominal) grad_weight.add(weight, in.grad_nominal.values[o] * in.nominal.values[i]);
     });
     out = bounds(center_out, radius_out);
-    for (Expected* e : {&grad_center_in, &grad_radius_in})  // lower and upper enter both of center and radius by half
+    for (Expected* e :
+         {&grad_center_in,
+          &grad_radius_in})  // lower and upper enter both of center and radius by half
       for (Values* v : {&e->value, &e->magnitude})
         for (double& x : *v) x *= 0.5;
     grad_in = bounds(grad_center_in, grad_radius_in);
@@ -256,22 +278,25 @@ struct Reference {
 
 template <class T>
 double gamma(int64_t n) {
-  const double nu = static_cast<double>(n) * static_cast<double>(std::numeric_limits<T>::epsilon()) / 2;
+  const double nu =
+      static_cast<double>(n) * static_cast<double>(std::numeric_limits<T>::epsilon()) / 2;
   return nu / (1 - nu);
 }
 
 template <class T>
 constexpr const char* kName = sizeof(T) == 4 ? "float" : "double";
 
-// Prints the first wrong element; `roundings` of each term, in T by the kernel and in double by the reference.
+// Prints the first wrong element; `roundings` of each term, in T by the kernel and in double by the
+// reference.
 template <class T>
-bool agrees(const char* quantity, const std::vector<T>& found, const Expected& expected, int64_t roundings) {
+bool agrees(const char* quantity, const std::vector<T>& found, const Expected& expected,
+            int64_t roundings) {
   const double relative = gamma<T>(roundings) + gamma<double>(roundings);
   for (size_t i = 0; i < found.size(); ++i) {
     const double value = static_cast<double>(found[i]), limit = relative * expected.magnitude[i];
     if (std::abs(value - expected.value[i]) <= limit) continue;  // NaN does not
-    std::printf("MISMATCH of %s in %s: element %zu of %zu is %.9g, expected %.9g +- %.2g\n", quantity, kName<T>, i, found.size(), value,
-                expected.value[i], limit);
+    std::printf("MISMATCH of %s in %s: element %zu of %zu is %.9g, expected %.9g +- %.2g\n",
+                quantity, kName<T>, i, found.size(), value, expected.value[i], limit);
     return false;
   }
   return true;
@@ -308,14 +333,18 @@ struct Outputs {
 
 // The arguments of either op: they have the same members in the same order.
 template <class Forward, class Backward, class Tensor, class Shape, class T>
-std::pair<Forward, Backward> arguments(const Case& c, const Shape& shape, int threads, const Inputs<T>& in, Outputs<T>& out) {
-  const Tensor lower = view<Tensor>(in.lower), upper = view<Tensor>(in.upper), weight = view<Tensor>(in.weight);
+std::pair<Forward, Backward> arguments(const Case& c, const Shape& shape, int threads,
+                                       const Inputs<T>& in, Outputs<T>& out) {
+  const Tensor lower = view<Tensor>(in.lower), upper = view<Tensor>(in.upper),
+               weight = view<Tensor>(in.weight);
   const Tensor nominal = view<Tensor>(in.nominal, c.nominal);
-  return {{shape, threads, lower, upper, nominal, weight, c.bias ? in.bias.block.data() : nullptr, out.lower.data(), out.upper.data(),
-           out.nominal.data(), out.width.data()},
-          {shape, threads, view<Tensor>(in.grad_lower), view<Tensor>(in.grad_upper), view<Tensor>(in.grad_nominal, c.nominal),
-           view<Tensor>(in.lower_out, c.width), view<Tensor>(in.upper_out, c.width), in.grad_width, lower, upper, nominal, weight,
-           out.grad_lower.data(), out.grad_upper.data(), out.grad_nominal.data(), out.grad_weight.data(), out.grad_bias.data()}};
+  return {{shape, threads, lower, upper, nominal, weight, c.bias ? in.bias.block.data() : nullptr,
+           out.lower.data(), out.upper.data(), out.nominal.data(), out.width.data()},
+          {shape, threads, view<Tensor>(in.grad_lower), view<Tensor>(in.grad_upper),
+           view<Tensor>(in.grad_nominal, c.nominal), view<Tensor>(in.lower_out, c.width),
+           view<Tensor>(in.upper_out, c.width), in.grad_width, lower, upper, nominal, weight,
+           out.grad_lower.data(), out.grad_upper.data(), out.grad_nominal.data(),
+           out.grad_weight.data(), out.grad_bias.data()}};
 }
 
 template <class T>
@@ -323,26 +352,32 @@ bool check(const Case& c, const Inputs<T>& in, const Reference& expected, int th
   const Conv2dShape& s = c.shape;
   Outputs<T> out(c, in);
   if (c.linear) {
-    const auto [forward, backward] = arguments<LinearForward<T>, LinearBackward<T>, Tensor2<const T>>(
-        c, LinearShape{s.batch, s.in_channels, s.out_channels}, threads, in, out);
+    const auto [forward, backward] =
+        arguments<LinearForward<T>, LinearBackward<T>, Tensor2<const T>>(
+            c, LinearShape{s.batch, s.in_channels, s.out_channels}, threads, in, out);
     linear_forward(forward);
     linear_backward(backward);
   } else {
-    const auto [forward, backward] = arguments<Conv2dForward<T>, Conv2dBackward<T>, Tensor4<const T>>(c, s, threads, in, out);
+    const auto [forward, backward] =
+        arguments<Conv2dForward<T>, Conv2dBackward<T>, Tensor4<const T>>(c, s, threads, in, out);
     conv2d_forward(forward);
     conv2d_backward(backward);
   }
 
   Expected width(1);  // of the bounds found, which are checked themselves
   for (size_t i = 0; i < out.lower.size(); ++i)
-    width.add(0, std::pow(static_cast<double>(out.upper[i]) - static_cast<double>(out.lower[i]), 2));
+    width.add(0,
+              std::pow(static_cast<double>(out.upper[i]) - static_cast<double>(out.lower[i]), 2));
 
-  // Roundings of a term: center or radius 1; the gradient of radius' 3 (a difference, its product with grad_width, the
-  // sum with another difference); n products in a sum n; each sum of two results 1.
+  // Roundings of a term: center or radius 1; the gradient of radius' 3 (a difference, its product
+  // with grad_width, the sum with another difference); n products in a sum n; each sum of two
+  // results 1.
   const int64_t taps = s.kernel_height * s.kernel_width;
-  const int64_t forward = 1 + s.in_channels / s.groups * taps + 2, backward = 3 + s.out_channels / s.groups * taps + 1;
+  const int64_t forward = 1 + s.in_channels / s.groups * taps + 2,
+                backward = 3 + s.out_channels / s.groups * taps + 1;
   const int64_t pixels = s.batch * s.out_height * s.out_width, weights = 3 + 1 + 2 * pixels + 1;
-  const int64_t squares = static_cast<int64_t>(out.lower.size());  // each of a rounded difference, and a last rounding to T
+  const int64_t squares = static_cast<int64_t>(
+      out.lower.size());  // each of a rounded difference, and a last rounding to T
   bool good = agrees("lower'", out.lower, expected.out[0], forward);
   good &= agrees("upper'", out.upper, expected.out[1], forward);
   good &= agrees("nominal'", out.nominal, expected.nominal_out, forward);
@@ -360,12 +395,14 @@ template <class T>
 bool check(const Case& c, Random& random) {
   const Inputs<T> in(random, c.shape);
   const Reference expected(c, in);
-  return check(c, in, expected, 1) & check(c, in, expected, 3);
+  const bool one = check(c, in, expected, 1), three = check(c, in, expected, 3);
+  return one && three;
 }
 
 void describe(int number, const Case& c) {
   const Conv2dShape& s = c.shape;
-  std::printf("  in case %d, %s: batch %d, ", number, c.linear ? "linear" : "conv2d", static_cast<int>(s.batch));
+  std::printf("  in case %d, %s: batch %d, ", number, c.linear ? "linear" : "conv2d",
+              static_cast<int>(s.batch));
   const auto print = [](const char* name, int64_t a, int64_t b) {
     std::printf("%s %d x %d, ", name, static_cast<int>(a), static_cast<int>(b));
   };
@@ -378,8 +415,8 @@ void describe(int number, const Case& c) {
     print("dilation", s.dilation_height, s.dilation_width);
     std::printf("groups %d, ", static_cast<int>(s.groups));
   }
-  std::printf("nominal %d, bias %d, width gradient %d, wants input %d, wants weight %d\n", c.nominal, c.bias, c.width, c.wants_input,
-              c.wants_weight);
+  std::printf("nominal %d, bias %d, width gradient %d, wants input %d, wants weight %d\n",
+              c.nominal, c.bias, c.width, c.wants_input, c.wants_weight);
 }
 
 #if defined(__AVX512F__)
@@ -406,11 +443,12 @@ int main(int argc, char** argv) {
     Random random(static_cast<uint64_t>(number));
     const Case c = draw_case(random);
     if (only >= 0) describe(number, c);
-    if (check<float>(c, random) & check<double>(c, random)) continue;
+    const bool in_float = check<float>(c, random), in_double = check<double>(c, random);
+    if (in_float && in_double) continue;
     describe(number, c);
     ++failures;
   }
-  std::printf("%d-byte vectors, %s instructions, %s: %d of %d cases wrong\n", CIBP_VECTOR_BYTES, kInstructions, kThreads, failures,
-              only >= 0 ? 1 : kCases);
+  std::printf("%d-byte vectors, %s instructions, %s: %d of %d cases wrong\n", CIBP_VECTOR_BYTES,
+              kInstructions, kThreads, failures, only >= 0 ? 1 : kCases);
   return failures == 0 ? 0 : 1;
 }
