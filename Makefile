@@ -4,6 +4,9 @@
 .DEFAULT_GOAL := help
 MAKEFLAGS += --jobs=2
 
+# Threads that wait sleep: where other programs want the cores, spinning ones hold each other up.
+export OMP_WAIT_POLICY ?= passive
+
 # Packages are installed without bytecode, in half the time; Python then writes it on first use.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -25,7 +28,7 @@ help:
 	@echo 'make lint         ruff, mypy and clang-format'
 	@echo 'make format       let ruff and clang-format rewrite the sources'
 	@echo 'make sanitize     the kernels without Python, under ASan and UBSan'
-	@echo 'make bench        time each layer against plain PyTorch'
+	@echo 'make bench        time each layer against plain PyTorch, and renew the README'
 	@echo 'make clean        remove .venv and everything built'
 
 quickstart: $(VENV)/demo
@@ -47,7 +50,8 @@ format: $(VENV)/dev
 	$(BIN)/clang-format -i $(CPP_FILES)
 
 bench: $(VENV)/dev
-	for script in bench/bench_*.py; do $(BIN)/python "$$script" || exit 1; done
+	$(BIN)/python bench/bench_layers.py --output bench/results/layers.csv
+	$(BIN)/python bench/update_readme.py
 
 clean:
 	rm -rf $(VENV) build dist quickstart *.egg-info cibp_fast/*.so

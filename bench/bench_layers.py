@@ -1,6 +1,6 @@
 """Each layer of the paper's nets: the fused interval op against the naive two-pass layer.
 
-    python -m bench.bench_layers --models small medium --threads 2 --output bench/results/layers.csv
+    python bench/bench_layers.py --models small medium --threads 2 --output bench/results/layers.csv
 
 The naive layer is what one writes in PyTorch (:func:`naive`): center and radius of the bounds, one
 pass with W for the center, one with W.abs() for the radius, one for the nominal, and the width. It
@@ -227,7 +227,7 @@ def conditions() -> dict[str, Any]:
         "cpu": dict(_backend.describe())["processor"],
         "torch": torch.__version__,
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "command": shlex.join(["python", "-m", "bench.bench_layers", *sys.argv[1:]]),
+        "command": shlex.join(["python", "bench/bench_layers.py", *sys.argv[1:]]),
     }
 
 

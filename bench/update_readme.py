@@ -1,0 +1,121 @@
+"""Writes the figures of README.md from the committed results; --check only compares.
+
+    python bench/update_readme.py [--check]
+
+Each section between `<!-- NAME: ... -->` and `<!-- end NAME -->` is made anew: "quickstart" from
+the runs in results/quickstart, "layers" from bench/results/layers.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = {"IBP": "mnist5k-small-0.1-ibp", "constrained IBP": "mnist5k-small-0.1-cibp"}
+
+
+def quickstart() -> list[str]:
+    folder = ROOT / "results" / "quickstart"
+    results = {
+        label: json.loads((folder / name / "result.json").read_text())
+        for label, name in RUNS.items()
+    }
+    first = next(iter(results.values()))
+    lines = [
+        "`make quickstart` trains the paper's small network on 4,000 digits and evaluates it on",
+        f"1,000 others, at radius eps {first['eps']:g} (seed {first['seed']}):",
+        "",
+        f"| method | test error | PGD error ({first['pgd_steps']} steps) | verified error | time |",
+        "|---|---|---|---|---|",
+    ]
+    for label, result in results.items():
+        test, pgd, verified = (
+            f"{100 * result[f'{kind}_error']:.1f} %" for kind in ("test", "pgd", "verified")
+        )
+        lines.append(f"| {label} | {test} | {pgd} | {verified} | {result['seconds']:.0f} s |")
+    machine = first["hardware"]
+    return [
+        *lines,
+        "",
+        "![Errors and bound widths by epoch](results/quickstart/quickstart.png)",
+        "",
+        f"Measured on {machine['threads']} threads of an {machine['cpu']} ({machine['kernels']}), "
+        f"torch {first['versions']['torch']}; runs in `results/quickstart`.",
+    ]
+
+
+def layers() -> list[str]:
+    with (ROOT / "bench" / "results" / "layers.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    groups: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for row in rows:
+        groups.setdefault((row["model"], row["dataset"]), []).append(row)
+    lines = [
+        "Time of the naive two-pass layer (the better of NCHW and channels_last) over that of the",
+        "fused op, all layers of a network together, and in brackets the range of its layers:",
+        "",
+        "| network, data, batch | forward | forward + backward |",
+        "|---|---|---|",
+    ]
+    for (model, dataset), group in groups.items():
+        cells = [f"{model} {dataset} {group[0]['batch']}"]
+        for kind in ("forward", "training"):
+            chosen = [row for row in group if row["pass"] == kind]
+            fused, naive = (
+                sum(float(row[f"{name}_ms"]) for row in chosen) for name in ("fused", "naive")
+            )
+            ratios = [float(row["ratio"]) for row in chosen]
+            cells.append(f"{naive / fused:.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        lines.append(f"| {' | '.join(cells)} |")
+    where = rows[0]
+    return [
+        *lines,
+        "",
+        f"{where['cpu']}, {where['isa']} kernels, {where['threads']} threads, torch "
+        f"{where['torch']}, {where['date']}: `{where['command']}`. Every layer is in "
+        "`bench/results/layers.csv`.",
+    ]
+
+
+SECTIONS: dict[str, Callable[[], list[str]]] = {"quickstart": quickstart, "layers": layers}
+
+
+def updated(text: str) -> str:
+    """README text with every section made anew."""
+    for name, make in SECTIONS.items():
+        pattern = rf"(<!-- {name}: [^\n]*-->\n).*?(<!-- end {name} -->)"
+        body = "\n".join(make())
+
+        def section(match: re.Match[str], body: str = body) -> Any:
+            return f"{match[1]}\n{body}\n\n{match[2]}"
+
+        text, count = re.subn(pattern, section, text, flags=re.DOTALL)
+        if count != 1:
+            sys.exit(f"README.md must have one section {name}, found {count}")
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="fail where README.md is out of date")
+    options = parser.parse_args()
+    path = ROOT / "README.md"
+    text = path.read_text()
+    new = updated(text)
+    if options.check and new != text:
+        sys.exit("README.md is out of date: python bench/update_readme.py")
+    if not options.check:
+        path.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
