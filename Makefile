@@ -90,22 +90,5 @@ $(VENV)/dev: build/wheel/stamp $(VENV)/libraries
 	$(call install_wheel,dev)
 	@touch $(VENV)/demo $@
 
-# The kernels of each instruction set (flags as in setup.py) with tests/cpp/driver.cpp. One that
-# this CPU does not have is compiled, and not run.
-
-SANITIZE := -std=c++17 -O1 -g -fopenmp -fsanitize=address,undefined -fno-sanitize-recover=all
-ISA_portable := -DCIBP_VECTOR_BYTES=16
-ISA_avx2 := -mavx2 -mfma -DCIBP_VECTOR_BYTES=32
-ISA_avx512 := -mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -DCIBP_VECTOR_BYTES=64
-NEEDS_avx2 := avx2
-NEEDS_avx512 := avx512vl
-
-sanitize: $(foreach isa,portable avx2 avx512,build/sanitize/$(isa))
-	@for isa in portable $(foreach isa,avx2 avx512, \
-	    $(shell grep -qsw $(NEEDS_$(isa)) /proc/cpuinfo && echo $(isa))); do \
-	  echo "$$isa under ASan and UBSan" && build/sanitize/$$isa || exit 1; \
-	done
-
-build/sanitize/%: $(filter csrc/cpu/% tests/cpp/%,$(CPP_FILES))
-	@mkdir -p $(@D)
-	$(CXX) $(SANITIZE) $(ISA_$*) -Icsrc $(filter %.cpp,$^) -o $@
+sanitize: $(VENV)/dev
+	$(BIN)/pytest tests/test_sanitizers.py --slow

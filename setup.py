@@ -27,7 +27,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, OptionError, PlatformError
 
-KERNELS = ["csrc/cpu/conv2d.cpp", "csrc/cpu/linear.cpp"]
+KERNELS = ["csrc/cpu/conv2d.cpp", "csrc/cpu/linear.cpp", "csrc/cpu/relu.cpp"]
 BINDINGS = "csrc/bindings_cpu.cpp"
 
 # One module for each instruction set; one of them is chosen at run time. They are separate shared
@@ -37,7 +37,11 @@ INSTRUCTION_SETS = {
     "_cpu_portable": ["-DCIBP_VECTOR_BYTES=16"],
     "_cpu_avx2": ["-mavx2", "-mfma", "-DCIBP_VECTOR_BYTES=32"],
     "_cpu_avx512": [
-        *("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"),
+        "-mavx512f",
+        "-mavx512dq",
+        "-mavx512bw",
+        "-mavx512vl",
+        "-mfma",
         "-DCIBP_VECTOR_BYTES=64",
     ],
 }

@@ -69,7 +69,10 @@ def _require_isa(isa: str) -> None:
     if isa not in available_isas():
         reason = _builds()[1].get(isa, "unknown instruction set")
         allowed = ", ".join(available_isas()) or "none: the kernels are not built"
-        raise ValueError(f"CPU kernels for {isa!r} cannot run: {reason}; available: {allowed}")
+        raise ValueError(
+            f"CPU kernels for {isa!r} (CIBP_FAST_ISA or use_isa) cannot run: {reason}; "
+            f"available: {allowed}"
+        )
 
 
 def kernels() -> ModuleType:

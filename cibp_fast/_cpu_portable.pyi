@@ -2,7 +2,7 @@
 
 Tensors cross as integers, and nothing is checked: cibp_fast.ops does that. A tensor argument is
 (data pointer or 0 for an absent one, then strides in elements), padded with zeros to five; bias and
-outputs are data pointers (0: absent or not wanted). csrc/cpu/{conv2d,linear}.h name the arguments.
+outputs are data pointers (0: absent or not wanted). The headers in csrc/cpu name the arguments.
 """
 
 from collections.abc import Sequence
@@ -44,8 +44,25 @@ def linear_backward_float32(
     outputs: Sequence[int],  # 5
     /,
 ) -> None: ...
+def relu_forward_float32(
+    size: int,
+    threads: int,
+    inputs: Sequence[int],  # 3 data pointers
+    outputs: Sequence[int],  # 4
+    /,
+) -> None: ...
+def relu_backward_float32(
+    size: int,
+    threads: int,
+    inputs: Sequence[int],  # 6 data pointers
+    grad_width: float,
+    outputs: Sequence[int],  # 3
+    /,
+) -> None: ...
 
 conv2d_forward_float64 = conv2d_forward_float32
 conv2d_backward_float64 = conv2d_backward_float32
 linear_forward_float64 = linear_forward_float32
 linear_backward_float64 = linear_backward_float32
+relu_forward_float64 = relu_forward_float32
+relu_backward_float64 = relu_backward_float32

@@ -72,6 +72,8 @@ def conv2d(
             f"{weight.shape[1] * groups} channels and out_channels divisible by groups; "
             f"lower is {tuple(lower.shape)}"
         )
+    if 0 in lower.shape[2:]:
+        raise ValueError(f"conv2d: images must not be empty, lower is {tuple(lower.shape)}")
     height, width_ = _conv2d_size(lower, weight, stride, padding, dilation)
     if height < 1 or width_ < 1:
         raise ValueError(
@@ -86,10 +88,7 @@ def conv2d(
         )
         return out[0], out[1], out[2], out[3] if width else None
     arguments = (lower, upper, nominal, weight, bias, stride, padding, dilation, groups)
-    if _needs_gradient(lower, upper, nominal, weight, bias):
-        result = _Conv2d.apply(*arguments, width)
-    else:
-        result = torch.ops.cibp_fast.conv2d_forward(*arguments)
+    result = _Conv2d.apply(*arguments, width)
     return _streams(result, nominal, width)
 
 
@@ -132,10 +131,7 @@ def linear(
         out = reference.linear(lower, upper, nominal, weight, bias)
         return out[0], out[1], out[2], out[3] if width else None
     flat = [None if t is None else t.reshape(-1, t.shape[-1]) for t in (lower, upper, nominal)]
-    if _needs_gradient(lower, upper, nominal, weight, bias):
-        result = _Linear.apply(*flat, weight, bias, width)
-    else:
-        result = torch.ops.cibp_fast.linear_forward(*flat, weight, bias)
+    result = _Linear.apply(*flat, weight, bias, width)
     lower_out, upper_out, nominal_out, squares = _streams(result, nominal, width)
     shape = (*lower.shape[:-1], weight.shape[0])
     return (
@@ -155,6 +151,38 @@ def _streams(result: Sequence[Tensor], nominal: Tensor | None, width: bool) -> S
     )
 
 
+def relu(
+    lower: Tensor,
+    upper: Tensor,
+    nominal: Tensor | None,
+    *,
+    width: bool = False,
+    backend: str = "auto",
+) -> Streams:
+    """Interval ReLU (paper, section 3.2), all streams and the width in one pass.
+
+    Equals ``l, u = F.relu(lower), F.relu(upper)``,
+    ``(l, u, F.relu(nominal), (u - l).square().sum())``.
+
+    Args:
+        lower, upper, nominal: of any one shape; nominal may be None.
+        width, backend: as for :func:`conv2d`.
+
+    Returns:
+        lower', upper', nominal' (or None), of that shape; and the width as in :func:`conv2d`.
+
+    Raises:
+        TypeError, ValueError: as for :func:`conv2d`.
+    """
+    _check_streams("relu", {"lower": lower, "upper": upper, "nominal": nominal})
+    if _backend.select(backend, lower.device, lower.dtype)[0] == "torch":
+        from cibp_fast import reference
+
+        out = reference.relu(lower, upper, nominal)
+        return out[0], out[1], out[2], out[3] if width else None
+    return _streams(_Relu.apply(lower, upper, nominal, width), nominal, width)
+
+
 def _check(
     op: str,
     weight_dimensions: int,
@@ -165,24 +193,7 @@ def _check(
     bias: Tensor | None,
 ) -> None:
     named = {"lower": lower, "upper": upper, "nominal": nominal, "weight": weight, "bias": bias}
-    for name, tensor in named.items():
-        if tensor is None and name in ("nominal", "bias"):
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{op}: {name} must be a Tensor, got {type(tensor).__name__}")
-        if not tensor.dtype.is_floating_point:
-            raise TypeError(f"{op}: {name} must have a floating point dtype, got {tensor.dtype}")
-        if tensor.dtype != lower.dtype:
-            raise TypeError(
-                f"{op}: {name} is {tensor.dtype}, lower is {lower.dtype}; they must agree"
-            )
-        if tensor.device != lower.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device}, lower on {lower.device}")
-    for name, tensor in (("upper", upper), ("nominal", nominal)):
-        if tensor is not None and tensor.shape != lower.shape:
-            raise ValueError(
-                f"{op}: {name} has shape {tuple(tensor.shape)}, lower {tuple(lower.shape)}"
-            )
+    _check_streams(op, named)
     if op == "conv2d" and lower.dim() != 4:
         raise ValueError(f"{op}: lower must be [N, C, H, W], got shape {tuple(lower.shape)}")
     if weight.dim() != weight_dimensions:
@@ -193,13 +204,32 @@ def _check(
         raise ValueError(f"{op}: bias must be [{weight.shape[0]}], got shape {tuple(bias.shape)}")
 
 
+def _check_streams(op: str, named: dict[str, Tensor | None]) -> None:
+    lower = named["lower"]
+    for name, tensor in named.items():
+        if tensor is None and name in ("nominal", "bias"):
+            continue
+        if not isinstance(tensor, Tensor) or not isinstance(lower, Tensor):
+            raise TypeError(f"{op}: {name} must be a Tensor, got {type(tensor).__name__}")
+        if not tensor.dtype.is_floating_point:
+            raise TypeError(f"{op}: {name} must have a floating point dtype, got {tensor.dtype}")
+        if tensor.dtype != lower.dtype:
+            raise TypeError(
+                f"{op}: {name} is {tensor.dtype}, lower is {lower.dtype}; they must agree"
+            )
+        if tensor.device != lower.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, lower on {lower.device}")
+        if name in ("upper", "nominal") and tensor.shape != lower.shape:
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(tensor.shape)}, lower {tuple(lower.shape)}"
+            )
+
+
 def _runs_in_torch(backend: str, lower: Tensor, weight: Tensor) -> bool:
     name, _ = _backend.select(backend, lower.device, lower.dtype)
+    if 0 in weight.shape and backend == "cpu":
+        raise ValueError(f"backend='cpu' cannot run: weight {tuple(weight.shape)} is empty")
     return name == "torch" or 0 in weight.shape
-
-
-def _needs_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _conv2d_size(
@@ -215,12 +245,16 @@ def _conv2d_size(
 
 
 def _save(ctx: Any, width: bool, result: Sequence[Tensor], *inputs: Tensor | None) -> None:
-    """Saves what a backward pass reads, and marks the outputs that nothing flows through.
+    """Saves what an affine layer's backward pass reads.
 
     The bounds themselves are needed for the width's gradient only.
     """
-    nominal = inputs[2]
     ctx.save_for_backward(*inputs, *(result[:2] if width else (None, None)))
+    _mark(ctx, width, result, inputs[2])
+
+
+def _mark(ctx: Any, width: bool, result: Sequence[Tensor], nominal: Tensor | None) -> None:
+    """Marks the outputs that nothing flows through."""
     ctx.set_materialize_grads(False)
     dead = [result[i] for i, used in ((2, nominal is not None), (3, width)) if not used]
     ctx.mark_non_differentiable(*dead)
@@ -290,6 +324,24 @@ class _Linear(torch.autograd.Function):
         return *(g if need else None for g, need in zip(grads, needs, strict=False)), None
 
 
+class _Relu(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, lower: Tensor, upper: Tensor, nominal: Tensor | None, width: bool
+    ) -> tuple[Tensor, ...]:
+        result = torch.ops.cibp_fast.relu_forward(lower, upper, nominal)
+        _mark(ctx, width, result, nominal)
+        ctx.save_for_backward(*result[: 2 if nominal is None else 3])
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        _no_double_backward("relu")
+        grads = torch.ops.cibp_fast.relu_backward(*gradients, *ctx.saved_tensors)
+        needs = ctx.needs_input_grad
+        return *(g if need else None for g, need in zip(grads, needs, strict=False)), None
+
+
 # Registration. Outputs and gradients that do not exist (no nominal, not wanted) are empty tensors,
 # since an op cannot return None.
 
@@ -305,6 +357,12 @@ _library.define(f"conv2d_forward({_INPUTS}, Tensor? bias, {_GEOMETRY}) -> {_FOUR
 _library.define(f"conv2d_backward({_GRADIENTS}, {_SAVED}, {_GEOMETRY}, {_WANTED}) -> {_FIVE}")
 _library.define(f"linear_forward({_INPUTS}, Tensor? bias) -> {_FOUR}")
 _library.define(f"linear_backward({_GRADIENTS}, {_SAVED}, {_WANTED}) -> {_FIVE}")
+
+_library.define(f"relu_forward(Tensor lower, Tensor upper, Tensor? nominal) -> {_FOUR}")
+_library.define(
+    f"relu_backward({_GRADIENTS}, Tensor lower_out, Tensor upper_out, Tensor? nominal_out=None) "
+    "-> (Tensor, Tensor, Tensor)"
+)
 
 
 def _forward_outputs(
@@ -457,4 +515,50 @@ def _(*arguments):  # type: ignore[no-untyped-def]
     out_shape = (lower.shape[0], weight.shape[0])
     shape = (*lower.shape, weight.shape[0])
     _run_backward("linear_backward", shape, out_shape, outputs, gradients, saved)
+    return outputs
+
+
+@torch.library.register_fake("cibp_fast::relu_forward", lib=_library)
+def _(lower, upper, nominal):  # type: ignore[no-untyped-def]
+    return _forward_outputs(lower, nominal, lower.shape)
+
+
+@torch.library.impl(_library, "relu_forward", "CPU")
+def _(lower, upper, nominal):  # type: ignore[no-untyped-def]
+    outputs = _forward_outputs(lower, nominal, lower.shape)
+    inputs = [None if t is None else t.contiguous() for t in (lower, upper, nominal)]
+    _kernel("relu_forward", lower.dtype)(
+        lower.numel(),
+        _backend.threads(),
+        [_pointer(t) for t in inputs],
+        [t.data_ptr() for t in outputs],
+    )
+    return outputs
+
+
+def _relu_gradients(lower_out: Tensor, nominal_out: Tensor | None) -> tuple[Tensor, ...]:
+    nominal_shape = lower_out.shape if nominal_out is not None else 0
+    like = lower_out.new_empty
+    return like(lower_out.shape), like(lower_out.shape), like(nominal_shape)
+
+
+@torch.library.register_fake("cibp_fast::relu_backward", lib=_library)
+def _(grad_lower, grad_upper, grad_nominal, grad_width, lower_out, upper_out, nominal_out=None):  # type: ignore[no-untyped-def]
+    return _relu_gradients(lower_out, nominal_out)
+
+
+@torch.library.impl(_library, "relu_backward", "CPU")
+def _(grad_lower, grad_upper, grad_nominal, grad_width, lower_out, upper_out, nominal_out=None):  # type: ignore[no-untyped-def]
+    outputs = _relu_gradients(lower_out, nominal_out)
+    gradients = [
+        lower_out.new_zeros(lower_out.shape) if g is None else g.contiguous()
+        for g in (grad_lower, grad_upper, grad_nominal)
+    ]
+    _kernel("relu_backward", lower_out.dtype)(
+        lower_out.numel(),
+        _backend.threads(),
+        [_pointer(t) for t in (*gradients, lower_out, upper_out, nominal_out)],
+        0.0 if grad_width is None else grad_width.item(),
+        [t.data_ptr() for t in outputs],
+    )
     return outputs

@@ -205,6 +205,12 @@ def activation(
     return function(lower), function(upper), None if nominal is None else function(nominal)
 
 
+def relu(lower: Tensor, upper: Tensor, nominal: Tensor | None) -> StreamsAndWidth:
+    """ReLU of each stream, and the sum of ``(upper' - lower') ** 2``, 0-dimensional."""
+    lower, upper, nominal = activation(torch.relu, lower, upper, nominal)
+    return lower, upper, nominal, (upper - lower).square().sum()
+
+
 def avg_pool2d(
     lower: Tensor,  # [N, C, H, W], as upper and nominal
     upper: Tensor,

@@ -7,9 +7,11 @@
 
 #include <array>
 #include <cstdint>
+#include <string>
 
 #include "cpu/conv2d.h"
 #include "cpu/linear.h"
+#include "cpu/relu.h"
 
 #ifndef CIBP_MODULE
 #define CIBP_MODULE _cpu_portable
@@ -21,7 +23,6 @@ using namespace cibp;
 namespace {
 
 using Tensor = std::array<int64_t, 5>;  // data pointer (0: absent), strides in elements
-using Pointers = std::array<int64_t, 5>;
 
 template <class T>
 T* pointer(int64_t address) {
@@ -55,7 +56,8 @@ void conv2d_forward_py(const std::array<int64_t, 16>& shape, int threads,
 
 template <class T>
 void conv2d_backward_py(const std::array<int64_t, 16>& shape, int threads,
-                        const std::array<Tensor, 9>& in, double grad_width, const Pointers& out) {
+                        const std::array<Tensor, 9>& in, double grad_width,
+                        const std::array<int64_t, 5>& out) {
   conv2d_backward<T>({conv2d_shape(shape), threads, tensor4<T>(in[0]), tensor4<T>(in[1]),
                       tensor4<T>(in[2]), tensor4<T>(in[3]), tensor4<T>(in[4]),
                       static_cast<T>(grad_width), tensor4<T>(in[5]), tensor4<T>(in[6]),
@@ -82,7 +84,8 @@ void linear_forward_py(const std::array<int64_t, 3>& s, int threads,
 
 template <class T>
 void linear_backward_py(const std::array<int64_t, 3>& s, int threads,
-                        const std::array<Tensor, 9>& in, double grad_width, const Pointers& out) {
+                        const std::array<Tensor, 9>& in, double grad_width,
+                        const std::array<int64_t, 5>& out) {
   linear_backward<T>({{s[0], s[1], s[2]},
                       threads,
                       tensor2<T>(in[0]),
@@ -103,6 +106,23 @@ void linear_backward_py(const std::array<int64_t, 3>& s, int threads,
 }
 
 template <class T>
+void relu_forward_py(int64_t size, int threads, const std::array<int64_t, 3>& in,
+                     const std::array<int64_t, 4>& out) {
+  relu_forward<T>({size, threads, pointer<const T>(in[0]), pointer<const T>(in[1]),
+                   pointer<const T>(in[2]), pointer<T>(out[0]), pointer<T>(out[1]),
+                   pointer<T>(out[2]), pointer<T>(out[3])});
+}
+
+template <class T>
+void relu_backward_py(int64_t size, int threads, const std::array<int64_t, 6>& in,
+                      double grad_width, const std::array<int64_t, 3>& out) {
+  relu_backward<T>({size, threads, pointer<const T>(in[0]), pointer<const T>(in[1]),
+                    pointer<const T>(in[2]), pointer<const T>(in[3]), pointer<const T>(in[4]),
+                    pointer<const T>(in[5]), static_cast<T>(grad_width), pointer<T>(out[0]),
+                    pointer<T>(out[1]), pointer<T>(out[2])});
+}
+
+template <class T>
 void define(py::module_& m, const char* suffix) {
   const auto def = [&](const char* name, auto function) {
     m.def((std::string(name) + suffix).c_str(), function, py::call_guard<py::gil_scoped_release>());
@@ -111,6 +131,8 @@ void define(py::module_& m, const char* suffix) {
   def("conv2d_backward_", &conv2d_backward_py<T>);
   def("linear_forward_", &linear_forward_py<T>);
   def("linear_backward_", &linear_backward_py<T>);
+  def("relu_forward_", &relu_forward_py<T>);
+  def("relu_backward_", &relu_backward_py<T>);
 }
 
 // Instruction sets of this CPU that a build may need, as the operating system lets them be used.

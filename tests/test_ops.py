@@ -392,3 +392,20 @@ def test_errors_name_the_argument(op: str, name: str, value: Any) -> None:
         arguments.update(lower=value, upper=value, nominal=value)  # all alike, but integers
     with pytest.raises((TypeError, ValueError), match=name):
         getattr(ops, op)(**arguments)
+
+
+def test_forward_mode_is_refused(isa: str) -> None:
+    """Not silently a zero derivative."""
+    x, weight = torch.rand(2, 3), torch.rand(4, 3)
+    with pytest.raises(RuntimeError, match=r"jvp|setup_context"):
+        torch.func.jvp(lambda z: ops.linear(z, z, None, weight, None)[0], (x,), (x,))
+
+
+def test_empty_images_and_weights_are_refused() -> None:
+    image, weight = torch.rand(1, 2, 0, 4), torch.rand(3, 2, 2, 1)
+    with pytest.raises(ValueError, match="images must not be empty"):
+        ops.conv2d(image, image, image, weight, None, (1, 1), (1, 0), (1, 1), 1)
+    x = torch.rand(2, 0)
+    with pytest.raises(ValueError, match=r"weight .* is empty"):
+        ops.linear(x, x, None, torch.rand(3, 0), None, backend="cpu")
+    assert ops.linear(x, x, None, torch.rand(3, 0), None)[0].shape == (2, 3)

@@ -128,19 +128,6 @@ def test_versions_in_pre_commit_are_the_constraints() -> None:
     assert set(hooks) <= constraints
 
 
-def test_instruction_sets_of_make_sanitize_are_those_of_setup() -> None:
-    """Both files name each build's flags, and the sanitizer must see what is shipped."""
-    makefile = (ROOT / "Makefile").read_text()
-    listed = dict(re.findall(r"^ISA_(\w+) := (.*)$", makefile, re.MULTILINE))
-    setup = (ROOT / "setup.py").read_text()
-    table = setup[setup.index("INSTRUCTION_SETS = {") : setup.index("}", setup.index("INSTRU"))]
-    shipped = {
-        isa: " ".join(re.findall(r'"(-[^"]+)"', flags))
-        for isa, flags in re.findall(r'"_cpu_(\w+)": \[(.*?)\n? *\],', table, re.DOTALL)
-    }
-    assert listed == shipped
-
-
 def test_readme_training_loop() -> None:
     """README's loop runs as it is printed and changes the weights."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)

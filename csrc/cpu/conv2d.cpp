@@ -39,7 +39,7 @@ struct PixelClass {
 struct Strip {
   int64_t begin, end;
   int64_t source_begin, source_end;
-  int64_t first_tile, last_tile;
+  int64_t tile_begin, tile_end;
 };
 
 struct Tile {
@@ -74,7 +74,7 @@ int64_t strip_rows(int64_t height, int64_t width) {
 constexpr int64_t kPanelRows = 256;
 
 template <int STREAMS>
-void add_tiles(Plan& plan, Strip& strip, const PixelClass& group, int64_t width,
+void add_tiles(Plan& plan, Strip& strip, const PixelClass& pixel_class, int64_t width,
                int64_t source_height, int64_t source_width) {
   constexpr int P = kTilePixels<STREAMS>;
   struct Pixel {
@@ -82,14 +82,15 @@ void add_tiles(Plan& plan, Strip& strip, const PixelClass& group, int64_t width,
   };
   std::vector<Pixel> pixels;
   for (int64_t i = 0;; ++i) {
-    const int64_t y = group.y.first + i * group.y.step;
+    const int64_t y = pixel_class.y.first + i * pixel_class.y.step;
     if (y >= strip.end) break;
     if (y < strip.begin) continue;
     for (int64_t j = 0;; ++j) {
-      const int64_t x = group.x.first + j * group.x.step;
+      const int64_t x = pixel_class.x.first + j * pixel_class.x.step;
       if (x >= width) break;
-      pixels.push_back({(y - strip.begin) * width + x, group.y.base + i * group.y.base_step,
-                        group.x.base + j * group.x.base_step});
+      pixels.push_back({(y - strip.begin) * width + x,
+                        pixel_class.y.base + i * pixel_class.y.base_step,
+                        pixel_class.x.base + j * pixel_class.x.base_step});
     }
   }
   const int64_t row_stride = STREAMS * plan.columns * plan.channels;
@@ -104,13 +105,15 @@ void add_tiles(Plan& plan, Strip& strip, const PixelClass& group, int64_t width,
   // All tiles use some taps before any uses the next: the weights of those stay in the first-level
   // cache.
   const size_t taps_at_once = std::max<int64_t>(1, kPanelRows / plan.channels);
-  for (size_t k0 = 0; k0 < std::max<size_t>(1, group.taps.size()); k0 += taps_at_once)
+  for (size_t k0 = 0; k0 < std::max<size_t>(1, pixel_class.taps.size()); k0 += taps_at_once)
     for (size_t first = 0; first < pixels.size(); first += P) {
       Tile tile{first_pixel + static_cast<int64_t>(first), static_cast<int64_t>(plan.runs.size()),
                 0, k0 > 0};
       const size_t last = std::min(pixels.size(), first + P);
-      for (size_t k = k0; k < std::min(group.taps.size(), k0 + taps_at_once); ++k) {
-        const Tap& tap = group.taps[k];
+      // Taps that read only padding, for every pixel of the tile, are left out. (A weight that is
+      // not finite makes a border pixel NaN, 0 x inf, only where its tile uses the tap.)
+      for (size_t k = k0; k < std::min(pixel_class.taps.size(), k0 + taps_at_once); ++k) {
+        const Tap& tap = pixel_class.taps[k];
         const bool used =
             std::any_of(pixels.begin() + first, pixels.begin() + last, [&](const Pixel& pixel) {
               const int64_t y = pixel.y + tap.y, x = pixel.x + tap.x;
@@ -118,7 +121,8 @@ void add_tiles(Plan& plan, Strip& strip, const PixelClass& group, int64_t width,
             });
         if (!used) continue;
         const Run run{tap.y * row_stride + tap.x * plan.channels,
-                      (group.first_row + static_cast<int64_t>(k)) * plan.channels, plan.channels};
+                      (pixel_class.first_row + static_cast<int64_t>(k)) * plan.channels,
+                      plan.channels};
         if (tile.run_count > 0) {
           Run& previous = plan.runs.back();
           if (previous.source + previous.length == run.source &&
@@ -144,12 +148,12 @@ Plan make_plan(std::vector<PixelClass> classes, int64_t channels, int64_t height
   const auto reach = [&](auto axis, auto tap_axis, int64_t begin, int64_t end) {
     int64_t low = 0, high = 0;
     bool any = false;
-    for (const PixelClass& group : classes) {
-      const PixelClass::Axis& a = group.*axis;
+    for (const PixelClass& pixel_class : classes) {
+      const PixelClass::Axis& a = pixel_class.*axis;
       const int64_t i0 = begin > a.first ? ceil_div(begin - a.first, a.step) : 0;
       if (a.first + i0 * a.step >= end) continue;
       const int64_t i1 = (end - 1 - a.first) / a.step;
-      for (const Tap& tap : group.taps) {
+      for (const Tap& tap : pixel_class.taps) {
         const int64_t from = a.base + i0 * a.base_step + tap.*tap_axis,
                       to = a.base + i1 * a.base_step + tap.*tap_axis + 1;
         low = any ? std::min(low, from) : from;
@@ -169,10 +173,10 @@ Plan make_plan(std::vector<PixelClass> classes, int64_t channels, int64_t height
     strip.end = std::min(height, y + rows);
     std::tie(strip.source_begin, strip.source_end) =
         reach(&PixelClass::y, &Tap::y, strip.begin, strip.end);
-    strip.first_tile = static_cast<int64_t>(plan.tiles.size());
-    for (const PixelClass& group : classes)
-      add_tiles<STREAMS>(plan, strip, group, width, source_height, source_width);
-    strip.last_tile = static_cast<int64_t>(plan.tiles.size());
+    strip.tile_begin = static_cast<int64_t>(plan.tiles.size());
+    for (const PixelClass& pixel_class : classes)
+      add_tiles<STREAMS>(plan, strip, pixel_class, width, source_height, source_width);
+    strip.tile_end = static_cast<int64_t>(plan.tiles.size());
     plan.max_source_rows = std::max(plan.max_source_rows, strip.source_end - strip.source_begin);
     plan.max_pixels = std::max(plan.max_pixels, (strip.end - strip.begin) * width);
     plan.strips.push_back(strip);
@@ -182,13 +186,13 @@ Plan make_plan(std::vector<PixelClass> classes, int64_t channels, int64_t height
 }
 
 std::vector<PixelClass> forward_classes(const Conv2dShape& s) {
-  PixelClass group;
-  group.y = {0, 1, -s.padding_height, s.stride_height};
-  group.x = {0, 1, -s.padding_width, s.stride_width};
+  PixelClass pixel_class;
+  pixel_class.y = {0, 1, -s.padding_height, s.stride_height};
+  pixel_class.x = {0, 1, -s.padding_width, s.stride_width};
   for (int64_t ky = 0; ky < s.kernel_height; ++ky)
     for (int64_t kx = 0; kx < s.kernel_width; ++kx)
-      group.taps.push_back({ky * s.dilation_height, kx * s.dilation_width, ky, kx});
-  return {group};
+      pixel_class.taps.push_back({ky * s.dilation_height, kx * s.dilation_width, ky, kx});
+  return {pixel_class};
 }
 
 // Input pixel y takes output row (y + padding - dilation ky) / stride for each ky where that is
@@ -203,18 +207,18 @@ std::vector<PixelClass> input_gradient_classes(const Conv2dShape& s) {
             ((residue - padding) % stride + stride) % stride;  // least y >= 0 of this residue
         return PixelClass::Axis{first, stride, (first + padding - residue) / stride, 1};
       };
-      PixelClass group;
-      group.y = axis(py, s.stride_height, s.padding_height);
-      group.x = axis(px, s.stride_width, s.padding_width);
+      PixelClass pixel_class;
+      pixel_class.y = axis(py, s.stride_height, s.padding_height);
+      pixel_class.x = axis(px, s.stride_width, s.padding_width);
       for (int64_t ky = s.kernel_height - 1; ky >= 0; --ky)  // so that the source offsets grow
         for (int64_t kx = s.kernel_width - 1; kx >= 0; --kx) {
           const int64_t y = py - s.dilation_height * ky, x = px - s.dilation_width * kx;
           if (y % s.stride_height == 0 && x % s.stride_width == 0)
-            group.taps.push_back({y / s.stride_height, x / s.stride_width, ky, kx});
+            pixel_class.taps.push_back({y / s.stride_height, x / s.stride_width, ky, kx});
         }
-      group.first_row = row;
-      row += static_cast<int64_t>(group.taps.size());
-      classes.push_back(std::move(group));
+      pixel_class.first_row = row;
+      row += static_cast<int64_t>(pixel_class.taps.size());
+      classes.push_back(std::move(pixel_class));
     }
   return classes;
 }
@@ -238,8 +242,8 @@ T* pack_weights(const Conv2dShape& shape, const Tensor4<const T>& weight, const 
     T* target = panel + g * rows * width + c * rows;
     const T* source =
         weight.data + g * shape.out_channels / shape.groups * weight.stride[0] + c * out_stride;
-    for (const PixelClass& group : plan.classes)
-      for (const Tap& tap : group.taps) {
+    for (const PixelClass& pixel_class : plan.classes)
+      for (const Tap& tap : pixel_class.taps) {
         const T* w = source + tap.kernel_y * weight.stride[2] + tap.kernel_x * weight.stride[3];
         for (int64_t i = 0; i < in_channels; ++i, w += in_stride, target += n) {
           for (int64_t o = 0; o < valid; ++o) target[o] = w[o * out_stride];
@@ -314,7 +318,7 @@ double convolve(const Conv2dShape& shape, int threads, const Plan& plan, const T
     for_blocks<T>(out_channels, [&](int64_t c, auto vectors) {
       constexpr int V = decltype(vectors)::value;
       const T* weights = panel + g * rows * panel_width + c * rows;
-      for (int64_t t = strip.first_tile; t < strip.last_tile; ++t) {
+      for (int64_t t = strip.tile_begin; t < strip.tile_end; ++t) {
         const Tile& tile = plan.tiles[t];
         multiply_tile<T, S, V>(source, &plan.pixels[tile.first_pixel], plan.columns * plan.channels,
                                plan.runs.data() + tile.first_run, tile.run_count, weights,
@@ -367,7 +371,7 @@ void input_gradient(const Conv2dBackward<T>& op, const Prologue& prologue,
 
 // Pixels of one pass of the outer tiles: what they read of both operands stays in the first-level
 // cache.
-constexpr int64_t kTilePixelsInCache = 64;
+constexpr int64_t kOuterPixels = 64;
 
 // Each thread sums its images' strips into its own [row, channel] sums, row = (tap, input channel);
 // the sums of the threads are then added in their order.
@@ -390,7 +394,7 @@ void weight_gradient(const Conv2dBackward<T>& op, const Prologue& prologue,
   const int64_t source_rows =
       (strip_height - 1) * s.stride_height + (s.kernel_height - 1) * s.dilation_height + 1;
   const int64_t items = s.batch * strips;
-  const int threads = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(op.threads, items)));
+  const int threads = items > 1 ? op.threads : 1;
 
   std::vector<int64_t> offsets(static_cast<size_t>(sum_rows));
   for (int64_t i = 0; i < sum_rows; ++i) {
@@ -413,7 +417,7 @@ void weight_gradient(const Conv2dBackward<T>& op, const Prologue& prologue,
     std::fill_n(bias_sum, s.out_channels, 0.0);
     T* source = scratch<T>(Slot::kSource, source_rows * row_stride);
     T* gradient = scratch<T>(Slot::kGradient, strip_height * S * s.out_width * kBlock<T>);
-    const int64_t tile_height = std::max<int64_t>(1, kTilePixelsInCache / s.out_width);
+    const int64_t tile_height = std::max<int64_t>(1, kOuterPixels / s.out_width);
     const Part part(items, thread, actual);
     for (int64_t item = part.begin; item < part.end; ++item) {
       const int64_t image = item / strips, y = item % strips * strip_height,

@@ -192,9 +192,9 @@ void weight_gradient(const LinearBackward<T>& op, const T* gradient, int64_t gra
         int64_t offsets[R];
         for (int j = 0; j < R; ++j) offsets[j] = std::min(o + j, out_features - 1);
         const int64_t at = c * sum_rows + o * N;
-        const Operand<T> vectors{source + c, 0, S * pitch, pitch};
-        outer_tile<T, 0, S, V>(vectors, scalars, offsets, 1, count, signed_sums + at);
-        outer_tile<T, 1, S, V>(vectors, scalars, offsets, 1, count, absolute_sums + at);
+        const Operand<T> vector{source + c, 0, S * pitch, pitch};
+        outer_tile<T, 0, S, V>(vector, scalars, offsets, 1, count, signed_sums + at);
+        outer_tile<T, 1, S, V>(vector, scalars, offsets, 1, count, absolute_sums + at);
       }
     });
   }

@@ -49,14 +49,16 @@ struct Part {
 
 template <class Body>
 void parallel_for(int threads, int64_t count, const Body& body) {
-  if (threads > count) threads = static_cast<int>(count);
-  parallel(threads, [&](int thread, int team) {
+  // One thread or all, however few the items: OpenMP ends the threads that a smaller team leaves
+  // out, and their scratch memory with them.
+  parallel(count > 1 ? threads : 1, [&](int thread, int team) {
     const Part part(count, thread, team);
     for (int64_t i = part.begin; i < part.end; ++i) body(i);
   });
 }
 
-// What a buffer of a thread holds; each purpose has its own, kept from call to call.
+// What a buffer of a thread holds; each purpose has its own, kept from call to call, and never made
+// smaller while the thread lives.
 enum class Slot { kPanel, kBias, kSource, kGradient, kProduct, kSumA, kSumB, kWidth, kCount };
 
 // `count` elements of the calling thread's buffer for `slot`, 64-byte aligned, uninitialised.
@@ -71,11 +73,15 @@ T* scratch(Slot slot, int64_t count) {
   };
   static thread_local Buffer buffers[static_cast<int>(Slot::kCount)];
   Buffer& buffer = buffers[static_cast<int>(slot)];
-  const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 127) / 64 * 64;
-  if (buffer.bytes < bytes) {
+  const size_t bytes = static_cast<size_t>(count) * sizeof(T);
+#ifdef CIBP_POISON  // tests: a new block of just this size, so that ASan sees what lies outside it,
+  buffer.bytes = 0;  // and a buffer that is asked for again while it is in use
+#endif
+  if (buffer.bytes < bytes || !buffer.data) {
     buffer = Buffer{};
-    buffer.data.reset(std::aligned_alloc(64, bytes));
-    if (!buffer.data) throw std::bad_alloc();
+    void* block = nullptr;
+    if (posix_memalign(&block, 64, bytes) != 0) throw std::bad_alloc();
+    buffer.data.reset(block);
     buffer.bytes = bytes;
   }
   T* data = static_cast<T*>(buffer.data.get());

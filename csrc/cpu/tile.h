@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "vec.h"
 
@@ -15,8 +16,8 @@ namespace cibp {
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Channels from one pixel to the next of what many pixels are read of at a time: an odd number of
-// cache lines, as even ones would crowd into few cache sets.
+// Channels from one pixel to the next where many pixels are read at a time: not an even number of
+// cache lines, which would crowd into few cache sets.
 template <class T>
 constexpr int64_t spread_pitch(int64_t channels) {
   constexpr int64_t line = 64 / sizeof(T);
@@ -68,9 +69,7 @@ template <class T, int STREAMS, int VECTORS>
 #pragma GCC unroll 16
     for (int t = 0; t < P; ++t)
 #pragma GCC unroll 16
-      for (int v = 0; v < VECTORS; ++v)
-        acc[s][t][v] =
-            accumulate ? load(product + (targets[t] * STREAMS + s) * N + v * L) : Vec<T>{};
+      for (int v = 0; v < VECTORS; ++v) acc[s][t][v] = Vec<T>{};
 
   for (const Run* run = runs; run < runs + run_count; ++run) {
     const T* w = panel + run->row * N;
@@ -103,6 +102,15 @@ template <class T, int STREAMS, int VECTORS>
 #pragma GCC unroll 16
       for (int t = 0; t < P; ++t) ++x[t];
     }
+  }
+  if (accumulate) {  // all are read before any is written: targets may repeat
+#pragma GCC unroll 16
+    for (int s = 0; s < STREAMS; ++s)
+#pragma GCC unroll 16
+      for (int t = 0; t < P; ++t)
+#pragma GCC unroll 16
+        for (int v = 0; v < VECTORS; ++v)
+          acc[s][t][v] += load(product + (targets[t] * STREAMS + s) * N + v * L);
   }
 #pragma GCC unroll 16
   for (int s = 0; s < STREAMS; ++s)
@@ -143,7 +151,7 @@ template <class T, int FIRST, int STREAMS, int VECTORS>
   for (int j = 0; j < R; ++j) {
     x[j] = scalars.data + FIRST * scalars.stream_stride + offsets[j];
 #pragma GCC unroll 16
-    for (int v = 0; v < VECTORS; ++v) acc[j][v] = load(sums + j * N + v * L);
+    for (int v = 0; v < VECTORS; ++v) acc[j][v] = Vec<T>{};
   }
   const int64_t g_pixel = vectors.pixel_stride, g_second = 2 * vectors.stream_stride;
   const int64_t x_pixel = scalars.pixel_stride, x_second = 2 * scalars.stream_stride;
@@ -177,7 +185,10 @@ template <class T, int FIRST, int STREAMS, int VECTORS>
 #pragma GCC unroll 16
   for (int j = 0; j < R; ++j)
 #pragma GCC unroll 16
-    for (int v = 0; v < VECTORS; ++v) store<T>(sums + j * N + v * L, acc[j][v]);
+    for (int v = 0; v < VECTORS; ++v) {
+      T* const sum = sums + j * N + v * L;
+      store<T>(sum, load(sum) + acc[j][v]);
+    }
 }
 
 // torch.sign: 0 at 0, NaN at NaN.

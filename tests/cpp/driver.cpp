@@ -1,7 +1,8 @@
 // The CPU kernels without Python, to run under sanitizers (tests/test_sanitizers.py): random small
 // layers, forward and backward, against plain loops in double.
 //
-// driver [case]   all cases, or the one of that number; the exit status says whether all agree
+// driver [case]   all cases and ReLU, or the one of that number; the exit status says whether all
+// agree
 //
 // Every tensor has a heap block of its own that ends with its last element, and NaN between its
 // elements; outputs begin as NaN, and -DCIBP_POISON makes scratch memory begin as NaN too. lower <=
@@ -14,18 +15,19 @@
 #include <cstdlib>
 #include <limits>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "cpu/conv2d.h"
 #include "cpu/linear.h"
+#include "cpu/relu.h"
 
 using namespace cibp;
 
 namespace {
 
 constexpr int kCases = 200;
-constexpr int64_t kMaxProducts =
-    400000;  // of one layer and stream: the loops are slow under sanitizers
+constexpr int64_t kMaxProducts = 400000;  // of a layer and stream: sanitized loops are slow
 
 class Random {
  public:
@@ -419,6 +421,49 @@ void describe(int number, const Case& c) {
               c.nominal, c.bias, c.width, c.wants_input, c.wants_weight);
 }
 
+// ReLU is exact but for the width: its sum of `size` squares, two roundings each, and a last one.
+template <class T>
+bool check_relu(int64_t size, bool nominal, Random& random) {
+  const auto draw = [&] {
+    std::vector<T> values(static_cast<size_t>(size));
+    for (T& value : values) value = static_cast<T>(random.real());
+    return values;
+  };
+  const auto empty = [&] { return std::vector<T>(static_cast<size_t>(size), std::nan("")); };
+  const std::vector<T> lower = draw(), upper = draw(), point = draw();
+  const std::vector<T> grad_lower = draw(), grad_upper = draw(), grad_point = draw();
+  const double unit = std::numeric_limits<T>::epsilon() / 2, grad_width = 0.25;
+  bool right = true;
+  for (const int threads : {1, 3}) {
+    auto lower_out = empty(), upper_out = empty(), point_out = empty();
+    auto lower_in = empty(), upper_in = empty(), point_in = empty();
+    T width = std::numeric_limits<T>::quiet_NaN();
+    relu_forward<T>({size, threads, lower.data(), upper.data(), nominal ? point.data() : nullptr,
+                     lower_out.data(), upper_out.data(), point_out.data(), &width});
+    relu_backward<T>({size, threads, grad_lower.data(), grad_upper.data(), grad_point.data(),
+                      lower_out.data(), upper_out.data(), nominal ? point_out.data() : nullptr,
+                      static_cast<T>(grad_width), lower_in.data(), upper_in.data(),
+                      point_in.data()});
+    double squares = 0;
+    for (size_t i = 0; i < lower.size(); ++i) {
+      const T l = std::max(lower[i], T{0}), u = std::max(upper[i], T{0});
+      const double slope = 2 * grad_width * (static_cast<double>(u) - static_cast<double>(l));
+      const double limit = 8 * unit;  // |slope| and the gradients are at most 1
+      squares += (static_cast<double>(u) - l) * (static_cast<double>(u) - l);
+      right &= lower_out[i] == l && upper_out[i] == u;
+      right &= std::abs(lower_in[i] - (l > 0 ? grad_lower[i] - slope : 0)) <= limit;
+      right &= std::abs(upper_in[i] - (u > 0 ? grad_upper[i] + slope : 0)) <= limit;
+      if (!nominal) continue;
+      right &= point_out[i] == std::max(point[i], T{0});
+      right &= point_in[i] == (point[i] > 0 ? grad_point[i] : T{0});
+    }
+    const double terms = static_cast<double>(size) + 4;
+    right &= std::abs(static_cast<double>(width) - squares) <= terms * unit * squares;
+  }
+  if (!right) std::printf("relu of %lld elements is wrong\n", static_cast<long long>(size));
+  return right;
+}
+
 #if defined(__AVX512F__)
 constexpr const char* kInstructions = "AVX-512";
 #elif defined(__AVX2__)
@@ -447,6 +492,13 @@ int main(int argc, char** argv) {
     if (in_float && in_double) continue;
     describe(number, c);
     ++failures;
+  }
+  for (const int64_t size : {0, 1, 7, 33, 8191, 8192, 20001}) {
+    if (only >= 0) break;
+    Random random(static_cast<uint64_t>(size));
+    for (const bool nominal : {false, true})
+      if (!check_relu<float>(size, nominal, random) || !check_relu<double>(size, nominal, random))
+        ++failures;
   }
   std::printf("%d-byte vectors, %s instructions, %s: %d of %d cases wrong\n", CIBP_VECTOR_BYTES,
               kInstructions, kThreads, failures, only >= 0 ? 1 : kCases);

@@ -1,0 +1,111 @@
+"""The kernels without Python, under ASan and UBSan: see cpp/driver.cpp."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shlex
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from cibp_fast import _backend
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = (*sorted(str(path) for path in ROOT.glob("csrc/cpu/*.cpp")), "tests/cpp/driver.cpp")
+WARNINGS = ("-Wall", "-Wextra", "-Werror")
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+
+
+def instruction_sets() -> dict[str, list[str]]:
+    """INSTRUCTION_SETS of setup.py: the flags of each build."""
+    for statement in ast.parse((ROOT / "setup.py").read_text()).body:
+        if (
+            isinstance(statement, ast.Assign)
+            and ast.unparse(statement.targets[0]) == "INSTRUCTION_SETS"
+        ):
+            return {
+                name.removeprefix("_cpu_"): flags
+                for name, flags in ast.literal_eval(statement.value).items()
+            }
+    raise AssertionError("setup.py has no INSTRUCTION_SETS")
+
+
+FLAGS = instruction_sets()
+NATIVE = next(iter(_backend.available_isas()), "portable")
+
+
+def isa_flags(isa: str) -> tuple[str, ...]:
+    """Vectors of this instruction set's size, of its instructions where this CPU has them.
+
+    Otherwise of the best that it has, several to a vector: block sizes, tails and tiles follow from
+    the size, and are the same. GCC then notes that such vectors are passed in memory, which matters
+    between objects of different flags only: -Wno-psabi.
+    """
+    instructions = isa if isa in _backend.available_isas() else NATIVE
+    size = [flag for flag in FLAGS[isa] if flag.startswith("-D")]
+    return (*size, *(flag for flag in FLAGS[instructions] if flag.startswith("-m")), "-Wno-psabi")
+
+
+def run(command: list[str]) -> str:
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if result.returncode != 0:
+        pytest.fail(f"{shlex.join(command)}\n{result.stdout}{result.stderr}", pytrace=False)
+    return result.stdout
+
+
+def build(compiler: list[str], flags: tuple[str, ...], folder: Path) -> str:
+    """Compile the driver and the kernels, two files at a time; the path of the program."""
+    common = [*compiler, "-std=c++17", "-O1", *flags]
+
+    def compile_(source: str) -> str:
+        target = str(folder / f"{Path(source).stem}.o")
+        run([*common, *WARNINGS, "-Icsrc", "-c", source, "-o", target])
+        return target
+
+    with ThreadPoolExecutor(2) as threads:
+        objects = list(threads.map(compile_, SOURCES))
+    run([*common, *objects, "-o", str(folder / "driver")])
+    return str(folder / "driver")
+
+
+@pytest.fixture(scope="module")
+def compiler() -> list[str]:
+    """As in setup.py: the one in CXX, or the first usual name found."""
+    found = [name for name in ("c++", "g++", "clang++") if shutil.which(name)]
+    command = shlex.split(os.environ.get("CXX", "")) or found[:1]
+    if not command:
+        pytest.skip("no C++ compiler (c++, g++ or clang++)")
+    return command
+
+
+def accepts(compiler: list[str], flags: tuple[str, ...], folder: Path) -> bool:
+    """Whether a program can be built with these flags, and runs."""
+    source, program = folder / "probe.cpp", str(folder / "probe")
+    source.write_text("int main() {}\n")
+    built = subprocess.run([*compiler, *flags, str(source), "-o", program], capture_output=True)
+    return built.returncode == 0 and subprocess.run([program]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "isa",
+    [isa if isa == NATIVE else pytest.param(isa, marks=pytest.mark.slow) for isa in FLAGS],
+)
+def test_driver_under_sanitizers(isa: str, compiler: list[str], tmp_path: Path) -> None:
+    if not accepts(compiler, SANITIZERS, tmp_path):
+        pytest.skip(f"{compiler[0]} has no working ASan and UBSan runtime")
+    openmp = ("-fopenmp",) if accepts(compiler, ("-fopenmp",), tmp_path) else ()
+    flags = (*SANITIZERS, "-g1", "-DCIBP_POISON", *openmp, *isa_flags(isa))
+    output = run([build(compiler, flags, tmp_path)])
+    print(output)
+    size = isa_flags(isa)[0].partition("=")[2]
+    assert output.startswith(f"{size}-byte vectors")
+    assert "0 of 200 cases wrong" in output
+
+
+def test_driver_without_openmp(compiler: list[str], tmp_path: Path) -> None:
+    output = run([build(compiler, ("-DCIBP_POISON", *isa_flags(NATIVE)), tmp_path)])
+    assert "no OpenMP: 0 of 200 cases wrong" in output
