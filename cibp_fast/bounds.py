@@ -92,7 +92,7 @@ class Bounds:
         batch, classes = self.logits.shape
         if y.shape != (batch,):
             raise ValueError(f"y must have shape [{batch}], got {list(y.shape)}")
-        if may_inspect() and batch:
+        if may_inspect(y) and batch:
             least, greatest = int(y.min()), int(y.max())
             if least < 0 or greatest >= classes:
                 raise ValueError(f"y must be in [0, {classes}), got labels {least} to {greatest}")
@@ -179,8 +179,15 @@ def bounds(
         recorded = recorder.add(out.lower, out.upper)
     layers.append(layers.pop(recorded))
     head = None if origin is None else origin.head
-    if head is not None and (len(head.lower), len(head.weight)) != tuple(out.shape):
-        head = None  # the logits are a linear layer's output, but in another shape
+    if head is not None:
+        lower, upper, weight, bias = head
+        if len(weight) == out.shape[1]:
+            shape = (len(out), weight.shape[1])  # [N, 1, in_features], say, to [N, in_features]
+            # clones: margins of this pass, also after an optimizer's step
+            bias = None if bias is None else bias.clone()
+            head = Head(lower.reshape(shape), upper.reshape(shape), weight.clone(), bias)
+        else:
+            head = None  # each row of logits is several rows of a linear layer's output
     widths = torch.stack(
         [
             layer.squares / (layer.elements if reduction == "mean" else layer.batch)

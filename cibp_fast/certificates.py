@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ class Certificate:
 
 
 def certify(
-    model: nn.Module,
+    model: Callable[[Any], Any],
     x: Tensor,
     y: Tensor,
     eps: float | Tensor,
@@ -48,6 +49,7 @@ def certify(
 ) -> Certificate:
     """Interval bounds of every example's box, in evaluation mode, `batch_size` examples at a time.
 
+    model: module or function from [N, ...] to logits [N, classes] that takes an Interval too;
     x: [N, ...]; y: [N] int64; eps and clip as in `Interval.ball`. sound=False gives the ordinary
     bounds, computed in rounded arithmetic: good for curves and comparisons, but no proof.
     sound=True raises NotImplementedError until the sound bounds exist. A NaN or infinite bound is
@@ -87,8 +89,10 @@ def predict(logits: Tensor) -> Tensor:
 
 def check_examples(x: Tensor, y: Tensor, batch_size: int) -> None:
     """Raises TypeError or ValueError unless x is [N, ...] floating point, y [N] int64 beside it."""
-    if not x.is_floating_point() or y.dtype != torch.int64:
-        raise TypeError(f"x must be floating point and y int64, not {x.dtype} and {y.dtype}")
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"x must be a floating-point tensor, not {_type(x)}")
+    if not isinstance(y, Tensor) or y.dtype != torch.int64:
+        raise TypeError(f"y must be an int64 tensor, not {_type(y)}")
     if x.dim() < 2 or y.shape != x.shape[:1] or y.device != x.device:
         raise ValueError(
             f"x must be [N, ...] and y [N] on the same device, not {list(x.shape)} on {x.device} "
@@ -98,9 +102,19 @@ def check_examples(x: Tensor, y: Tensor, batch_size: int) -> None:
         raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
 
 
+def _type(value: Any) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+
+
 @contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; every submodule's own mode comes back after it."""
+def evaluation(model: Callable[[Any], Any]) -> Iterator[None]:
+    """Evaluation mode inside the block; every submodule's own mode comes back after it.
+
+    A model that is a plain function has no modes.
+    """
+    if not isinstance(model, nn.Module):
+        yield
+        return
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from cibp_fast import _backend, data, plotting, runs, training
 from cibp_fast.attacks import pgd
-from cibp_fast.certificates import certify
 from cibp_fast.config import PRESET_GRAMMAR, Config, parse, preset
 
 DEFAULT_PRESET = "mnist5k-small-0.1-cibp"
+
+MOST_THREADS = 1024  # beyond it the system may refuse to start them, which ends the process
 
 # What a user can cause: each message names the thing. Anything else is a bug, with a traceback.
 USER_ERRORS = (ValueError, OSError, ImportError, NotImplementedError, FloatingPointError)
@@ -31,8 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         if options.threads is not None:
-            if options.threads < 1:
-                raise ValueError(f"threads must be 1 or more, not {options.threads}")
+            if not 1 <= options.threads <= MOST_THREADS:
+                raise ValueError(f"threads must be from 1 to {MOST_THREADS}, not {options.threads}")
             torch.set_num_threads(options.threads)
         options.command(options)
     except KeyboardInterrupt:
@@ -65,21 +66,19 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _certify(options: argparse.Namespace) -> None:
-    config, model, x, y, eps = _trained(options)
-    certificate = certify(
-        model, x, y, eps, config.clip, sound=False, batch_size=config.eval_batch_size
-    )
-    print(_share("verified error", ~certificate.verified, eps))
+    config, model, x, y = _trained(options)
+    verified = training.certificate(model, x, y, config).verified
+    print(_share("verified error", ~verified, config.eps))
     print("sound: false (these bounds are computed in rounded arithmetic and are not yet a proof)")
 
 
 def _attack(options: argparse.Namespace) -> None:
-    config, model, x, y, eps = _trained(options)
+    config, model, x, y = _trained(options)
     attack = pgd(
         model,
         x,
         y,
-        eps,
+        config.eps,
         steps=options.steps,
         restarts=options.restarts,
         step_size=options.step_size,
@@ -87,9 +86,8 @@ def _attack(options: argparse.Namespace) -> None:
         seed=options.seed,
         batch_size=config.eval_batch_size,
     )
-    print(
-        _share(f"PGD error ({options.steps} steps, {options.restarts} restarts)", attack.found, eps)
-    )
+    name = f"PGD error ({options.steps} steps, {options.restarts} restarts)"
+    print(_share(name, attack.found, config.eps))
 
 
 def _plot(options: argparse.Namespace) -> None:
@@ -117,9 +115,11 @@ def _quickstart(options: argparse.Namespace) -> None:
     )
 
 
-def _trained(options: argparse.Namespace) -> tuple[Config, nn.Module, Tensor, Tensor, float]:
-    """A run's config, network, first --examples held-out x [N, C, H, W] and y [N], and radius."""
+def _trained(options: argparse.Namespace) -> tuple[Config, nn.Module, Tensor, Tensor]:
+    """A run's config (with --eps), network, first --examples held-out x [N, C, H, W] and y [N]."""
     config = runs.read_config(options.run_dir)
+    if options.eps is not None:
+        config = replace(config, eps=options.eps)
     model = runs.read_model(options.run_dir)
     split = data.load(config.dataset).test
     count = len(split) if options.examples is None else options.examples
@@ -127,8 +127,7 @@ def _trained(options: argparse.Namespace) -> tuple[Config, nn.Module, Tensor, Te
         raise ValueError(
             f"examples must be from 1 to the {len(split)} of the test set, not {count}"
         )
-    eps = config.eps if options.eps is None else options.eps
-    return config, model, split.pixels()[:count], split.labels[:count], eps
+    return config, model, split.pixels()[:count], split.labels[:count]
 
 
 def _share(name: str, chosen: Tensor, eps: float) -> str:

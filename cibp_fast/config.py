@@ -21,9 +21,14 @@ METHODS = ("nominal", "ibp", "cibp")
 
 
 def _option(
-    help: str, default: Any = MISSING, choices: tuple[str, ...] = (), least: float = -math.inf
+    help: str,
+    default: Any = MISSING,
+    choices: tuple[str, ...] = (),
+    least: float = 0,
+    most: float = 2**63 - 1,  # what torch takes as a whole number
 ) -> Any:
-    return field(default=default, metadata={"help": help, "choices": choices, "least": least})
+    allowed = {"help": help, "choices": choices, "least": least, "most": most}
+    return field(default=default, metadata=allowed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,20 +43,20 @@ class Config:
     net: str = _option("network of the paper's Table 1", choices=tuple(NETS))
     method: str = _option("loss: nominal, IBP, or constrained IBP (cibp)", choices=METHODS)
     padding: str = _option("padding of the convolutions", "valid", choices=PADDINGS)
-    eps: float = _option("radius of the box at evaluation, in pixels of [0, 1]", least=0)
-    eps_train_ratio: float = _option("final training radius, as a multiple of eps", 1.0, least=0)
+    eps: float = _option("radius of the box at evaluation, in pixels of [0, 1]")
+    eps_train_ratio: float = _option("final training radius, as a multiple of eps", 1.0)
     clip: tuple[float, float] | None = _option(
         "data range that the box is clipped to: low,high or none", (0.0, 1.0)
     )
 
     steps: int = _option("training steps (batches)", least=1)
     batch_size: int = _option("examples in a training step", 100, least=1)
-    lr: float = _option("Adam's learning rate", 1e-3, least=0)
+    lr: float = _option("Adam's learning rate", 1e-3)
     lr_decay_at: tuple[int, ...] = _option(
         "steps at which the learning rate decays, as a,b,... or none", ()
     )
     lr_decay_factor: float = _option(
-        "what the learning rate is multiplied by at each of them", 0.1, least=0
+        "what the learning rate is multiplied by at each of them", 0.1, most=1
     )
     eps_ramp: tuple[int, int] = _option(
         "first,last step of eps's linear ramp from 0 to its training value"
@@ -60,23 +65,23 @@ class Config:
         "first,last step of kappa's linear ramp from 1 to kappa_end"
     )
     kappa_end: float = _option(
-        "final kappa, the weight of the nominal loss (the robust one has 1 - kappa)", least=0
+        "final kappa, the weight of the nominal loss (the robust one has 1 - kappa)", most=1
     )
     width_weight: float = _option(
-        "weight of the width term (lambda): above 0 for cibp, 0 otherwise", least=0
+        "weight of the width term (lambda): above 0 for cibp, 0 otherwise"
     )
     width: str = _option("bounds in the width term", "post", choices=("post", "pre", "all"))
     width_reduction: str = _option(
         "reduction of a layer's squared widths", "mean", choices=("mean", "sum")
     )
     elide: bool = _option("bound the logits' differences through the last layer", True)
-    seed: int = _option("seed of the initial weights, the batches and PGD's starts", 0, least=0)
+    seed: int = _option("seed of the initial weights, the batches and PGD's starts", 0)
 
     eval_every: int = _option("epochs between evaluations of test and verified error", 1, least=1)
     eval_batch_size: int = _option("examples at a time in evaluation", 500, least=1)
-    pgd_steps: int = _option("steps of the final PGD attack", 200, least=0)
-    pgd_restarts: int = _option("its random starts, besides the example itself", 10, least=0)
-    pgd_step_size: float = _option("its step size, in pixels of [0, 1]", 0.01, least=0)
+    pgd_steps: int = _option("steps of the final PGD attack", 200)
+    pgd_restarts: int = _option("its random starts, besides the example itself", 10)
+    pgd_step_size: float = _option("its step size, in pixels of [0, 1]", 0.01)
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -86,15 +91,16 @@ class Config:
                 raise ValueError(
                     f"{option.name} must be {_listed(option.metadata['choices'])}, not {value!r}"
                 )
-            if isinstance(value, (int, float)) and value < option.metadata["least"]:
-                raise ValueError(
-                    f"{option.name} must be {option.metadata['least']} or more, not {value}"
-                )
+            least, most = option.metadata["least"], option.metadata["most"]
+            if isinstance(value, (int, float)) and not least <= value <= most:
+                allowed = f"{least} or more" if value < least else f"{most} or less"
+                raise ValueError(f"{option.name} must be {allowed}, not {value}")
             object.__setattr__(self, option.name, value)
-        if self.clip is not None and not self.clip[0] < self.clip[1]:
-            raise ValueError(f"clip must be low,high with low < high, or none, not {self.clip}")
-        if self.kappa_end > 1:
-            raise ValueError(f"kappa_end must be from 0 to 1, not {self.kappa_end}")
+        if self.clip is not None and not -(2**63) < self.clip[0] < self.clip[1] < 2**63:
+            raise ValueError(
+                f"clip must be low,high with low < high, both below 2**63 in size, or none, "
+                f"not {self.clip}"
+            )
         if (self.width_weight > 0) != (self.method == "cibp"):
             allowed = "above 0" if self.method == "cibp" else "0"
             raise ValueError(
@@ -104,21 +110,19 @@ class Config:
             raise ValueError(
                 f"kappa_end must be 1 for method nominal (no robust loss), not {self.kappa_end}"
             )
-        for name, (start, end) in (("eps_ramp", self.eps_ramp), ("kappa_ramp", self.kappa_ramp)):
-            if not 0 <= start <= end <= self.steps:
-                raise ValueError(
-                    f"{name} must be first,last with 0 <= first <= last <= steps ({self.steps}), "
-                    f"not {start},{end}"
-                )
-        increasing = all(
-            a < b for a, b in zip(self.lr_decay_at, self.lr_decay_at[1:], strict=False)
-        )
-        if not increasing or any(not 0 < step < self.steps for step in self.lr_decay_at):
-            decays = ",".join(map(str, self.lr_decay_at))
-            raise ValueError(
-                f"lr_decay_at must be increasing steps between 0 and steps ({self.steps}), "
-                f"not {decays}"
-            )
+        for name, schedule in (
+            ("eps_ramp", self.eps_schedule),
+            ("kappa_ramp", self.kappa_schedule),
+            ("lr_decay_at", self.lr_schedule),
+        ):
+            at = getattr(self, name)
+            text = ",".join(map(str, at))
+            try:
+                schedule()
+            except ValueError as error:
+                raise ValueError(f"{name} cannot be {text}: {error}") from None
+            if max(at, default=0) > self.steps:
+                raise ValueError(f"{name} must be within steps 0 to {self.steps}, not {text}")
 
     @property
     def name(self) -> str:
@@ -231,7 +235,7 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         ):
             raise error
         return tuple(_checked(name, item, kinds[0]) for item in value)
-    if inner is float and isinstance(value, int) and not isinstance(value, bool):
+    if inner is float and type(value) is int and abs(value) < 2**63:
         value = float(value)
     if type(value) is not inner or (inner is float and not math.isfinite(value)):
         raise error
@@ -260,7 +264,7 @@ def _described(hint: Any) -> str:
 def _parse_eps(text: str) -> float | None:
     """`0.1` or `8of255` as a number; None for anything else."""
     if match := re.fullmatch(r"(\d+)of255", text):
-        return int(match[1]) / 255
+        return float(match[1]) / 255
     return float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else None
 
 

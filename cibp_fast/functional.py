@@ -7,14 +7,15 @@ An affine map sends a box of center c and radius r to one of center `W c + b` an
     interval_linear(box, W, b).lower == F.linear(box.center, W, b) - F.linear(box.radius, W.abs())
     interval_linear(box, W, b).upper == F.linear(box.center, W, b) + F.linear(box.radius, W.abs())
 
-`backend` chooses the kernel of the Interval op as in `cibp_fast.ops`: "auto", or one that must run.
-All raise ValueError where box does not fit weight, and TypeError where their dtypes differ.
+`backend` chooses the kernel of the Interval op as in `cibp_fast.ops`: "auto", or one that must run;
+for a plain Tensor "auto" is the only one. All raise ValueError where box does not fit weight or
+backend cannot run, and TypeError where dtypes differ.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,9 +40,8 @@ def interval_conv1d(
     backend: str = "auto",
 ) -> Box:  # [N, K, L'] or [K, L']
     """`F.conv1d(x, weight, bias, ...)` over all x of the box."""
-    if not isinstance(box, Interval):
-        return F.conv1d(box, weight, bias, stride, padding, dilation, groups)
-    return rules.conv1d(box, weight, bias, stride, padding, dilation, groups, backend=backend)
+    arguments = (weight, bias, stride, padding, dilation, groups)
+    return _run(rules.conv1d, F.conv1d, backend, box, *arguments)
 
 
 def interval_conv2d(
@@ -56,9 +56,8 @@ def interval_conv2d(
     backend: str = "auto",
 ) -> Box:  # [N, K, H', W'] or [K, H', W']
     """`F.conv2d(x, weight, bias, ...)` over all x of the box."""
-    if not isinstance(box, Interval):
-        return F.conv2d(box, weight, bias, stride, padding, dilation, groups)
-    return rules.conv2d(box, weight, bias, stride, padding, dilation, groups, backend=backend)
+    arguments = (weight, bias, stride, padding, dilation, groups)
+    return _run(rules.conv2d, F.conv2d, backend, box, *arguments)
 
 
 def interval_linear(
@@ -69,6 +68,14 @@ def interval_linear(
     backend: str = "auto",
 ) -> Box:  # [..., out_features]
     """`F.linear(x, weight, bias)` over all x of the box."""
-    if not isinstance(box, Interval):
-        return F.linear(box, weight, bias)
-    return rules.linear(box, weight, bias, backend=backend)
+    return _run(rules.linear, F.linear, backend, box, weight, bias)
+
+
+def _run(
+    rule: Callable[..., Interval], plain: Callable[..., Tensor], backend: str, box: Any, *args: Any
+) -> Any:
+    if isinstance(box, Interval):
+        return rule(box, *args, backend=backend)
+    if backend != "auto":
+        raise ValueError(f"backend must be 'auto' for a plain Tensor, got {backend!r}")
+    return plain(box, *args)

@@ -9,6 +9,7 @@ raises `UnsupportedOpError`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
@@ -61,6 +62,15 @@ def _operator(function: Callable[..., Any], swapped: bool = False) -> Callable[.
     return method
 
 
+def _refused(name: str) -> Callable[..., Any]:
+    """The method of an operator without a rule."""
+
+    def method(self: Interval, *others: Any) -> Any:
+        raise UnsupportedOpError(name)
+
+    return method
+
+
 class Interval:
     """The box of all x with `lower <= x <= upper`, and optionally a nominal point.
 
@@ -73,7 +83,8 @@ class Interval:
         upper: as lower in shape, dtype and device.
         nominal: as lower in shape, dtype and device, or None.
         validate: check the values too (this synchronises a GPU): no NaN, `lower <= upper`, and
-            `lower <= nominal <= upper`. Skipped under torch.compile and CUDA graph capture.
+            `lower <= nominal <= upper`. Skipped on the meta device, under torch.compile and under
+            CUDA graph capture.
 
     Raises:
         TypeError: an argument is no tensor, or dtypes differ or are not floating point.
@@ -95,7 +106,7 @@ class Interval:
         self, lower: Tensor, upper: Tensor, nominal: Tensor | None = None, validate: bool = True
     ) -> None:
         _check_alike(lower, upper, nominal)
-        if validate and may_inspect():
+        if validate and may_inspect(lower):
             _check_values(lower, upper, nominal)
         self._lower, self._upper, self._nominal = lower, upper, nominal
         self._version, self._seen, self._origin = [0], 0, None
@@ -126,12 +137,12 @@ class Interval:
             eps: radius, at least 0: a number (a numpy scalar or 0-dim tensor too), [C] (one per
                 channel of x), or of x's shape.
             clip: (least, greatest) value of the data; None: no clip.
-            validate: check the values of x and of a tensor eps (this synchronises a GPU). Skipped
-                under torch.compile and CUDA graph capture.
+            validate: check the values of x and of a tensor eps; skipped as in `Interval`.
 
         Raises:
             TypeError: x is not a floating-point tensor, or eps not of real numbers.
-            ValueError: eps is negative, NaN or of another shape, or x has values outside clip.
+            ValueError: eps is negative, infinite, NaN or of another shape, clip is no pair of
+                numbers in order, or x has values outside it.
         """
         if not isinstance(x, Tensor) or not x.is_floating_point():
             got = x.dtype if isinstance(x, Tensor) else type(x).__name__
@@ -139,10 +150,11 @@ class Interval:
         radius = _radius(x, eps, validate)
         lower, upper = x - radius, x + radius
         if clip is not None:
+            pair = isinstance(clip, Sequence) and len(clip) == 2
+            if not (pair and all(isinstance(end, Real) for end in clip) and clip[0] <= clip[1]):
+                raise ValueError(f"clip must be (least, greatest) or None, got {clip!r}")
             least, greatest = clip
-            if not least <= greatest:
-                raise ValueError(f"clip must be (least, greatest) or None, got {clip}")
-            if validate and may_inspect() and x.numel():
+            if validate and may_inspect(x) and x.numel():
                 low, high = x.min().item(), x.max().item()
                 if not (least <= low and high <= greatest):
                     raise ValueError(
@@ -233,7 +245,7 @@ class Interval:
         head = f"{streams}: {list(self.shape)} {self.dtype} on {self.device}"
         if self._seen != self._version[0]:
             return f"Interval({head}; stale)"
-        if not may_inspect() or self.device.type == "meta" or not self.numel():
+        if not may_inspect(self._lower) or not self.numel():
             return f"Interval({head})"
         low, high = self.lower.min().item(), self.upper.max().item()
         width = self.width
@@ -311,15 +323,37 @@ class Interval:
         return self
 
 
+# Set here and not in the class: a class that defines __eq__ loses the hash by identity.
+for _method, _symbol in {
+    **{"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "contains": "in"},
+    **{"abs": "abs", "invert": "~", "pos": "unary +", "round": "round"},
+}.items():
+    setattr(Interval, f"__{_method}__", _refused(_symbol))
+for _method, _symbol in {
+    **{"pow": "**", "matmul": "@", "floordiv": "//", "mod": "%", "divmod": "divmod"},
+    **{"and": "&", "or": "|", "xor": "^", "lshift": "<<", "rshift": ">>"},
+}.items():
+    setattr(Interval, f"__{_method}__", _refused(_symbol))
+    setattr(Interval, f"__r{_method}__", _refused(_symbol))
+
+
 def _name(function: Callable[..., Any]) -> str:
     return str(getattr(function, "__name__", function))
 
 
-def may_inspect() -> bool:
-    """Whether a check may look at values: not under torch.compile or CUDA graph capture."""
-    if torch.compiler.is_compiling():
+def may_inspect(tensor: Tensor) -> bool:
+    """Whether a check may look at values: not of meta tensors, under compile or graph capture."""
+    if torch.compiler.is_compiling() or tensor.device.type == "meta":
         return False
     return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
+def as_float(number: Real) -> float:
+    """The number as a float; infinite where it is too large for one."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf
 
 
 def _check_alike(lower: Tensor, upper: Tensor, nominal: Tensor | None) -> None:
@@ -363,15 +397,16 @@ def _refuse_where(wrong: Tensor, what: str, *values: Tensor) -> None:
 
 
 def _radius(x: Tensor, eps: float | Sequence[float] | Tensor, validate: bool) -> float | Tensor:
-    if isinstance(eps, Real):
-        number = float(eps)
-        if not number >= 0:
-            raise ValueError(f"eps must be at least 0, got {eps}")
+    if isinstance(eps, Real) and not isinstance(eps, bool):
+        number = as_float(eps)
+        if not 0 <= number < math.inf:
+            raise ValueError(f"eps must be at least 0 and finite, got {number}")
         return number
     wrong = f"eps must be a real number or a tensor or sequence of them, got {eps!r}"
-    if isinstance(eps, Tensor) and eps.is_complex():
-        raise TypeError(wrong)
     try:
+        given = torch.as_tensor(eps).dtype
+        if given.is_complex or given == torch.bool:
+            raise TypeError(wrong)
         radius = torch.as_tensor(eps, dtype=x.dtype, device=x.device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(wrong) from error
@@ -382,8 +417,11 @@ def _radius(x: Tensor, eps: float | Sequence[float] | Tensor, validate: bool) ->
             f"eps must be a number, one per channel of x, or of x's shape {list(x.shape)}; "
             f"got shape {list(radius.shape)}"
         )
-    if validate and may_inspect() and not (radius >= 0).all():
-        raise ValueError(f"eps must be at least 0 everywhere, got a least of {radius.min():g}")
+    if validate and may_inspect(radius) and not ((radius >= 0) & (radius < torch.inf)).all():
+        raise ValueError(
+            f"eps must be at least 0 and finite everywhere, got values from {radius.min():g} to "
+            f"{radius.max():g}"
+        )
     return radius
 
 

@@ -12,7 +12,7 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cibp_fast import ops
-from cibp_fast.interval import RULES, SEVERAL, Interval, Rule, UnsupportedOpError
+from cibp_fast.interval import (
+    RULES,
+    SEVERAL,
+    Interval,
+    Rule,
+    UnsupportedOpError,
+    as_float,
+    may_inspect,
+)
 from cibp_fast.recorder import Head, note, wanted
 
 __all__ = ["conv1d", "conv2d", "linear"]
@@ -65,8 +73,11 @@ def _rules(how: Rule, *names: str) -> None:
 def _each(function: Callable[..., Tensor], input: Interval, *args: Any, **kwargs: Any) -> Interval:
     """Runs every stream through a function that is non-decreasing in all elements of its input."""
     nominal = input.nominal
+    lower = function(input.lower, *args, **kwargs)
+    if not lower.is_floating_point():
+        raise UnsupportedOpError(function.__name__, f"its result would be {lower.dtype}")
     return Interval._make(
-        function(input.lower, *args, **kwargs),
+        lower,
         function(input.upper, *args, **kwargs),
         None if nominal is None else function(nominal, *args, **kwargs),
     )
@@ -117,8 +128,9 @@ def conv2d(
         out = conv2d(batch, weight, bias, stride, padding, dilation, groups, backend=backend)
         return _ordered_view(torch.squeeze, out, 0)
     pads, dilations = (0, 0), _pair("dilation", dilation)
+    strides, groups = _pair("stride", stride), _single("conv2d", "groups", groups)
     if padding == "same":
-        if _pair("stride", stride) != (1, 1):
+        if strides != (1, 1):
             raise ValueError(f"conv2d: padding='same' needs stride 1, got {stride}")
         total = [d * (k - 1) for d, k in zip(dilations, weight.shape[-2:], strict=True)]
         pads = (total[0] // 2, total[1] // 2)
@@ -136,7 +148,7 @@ def conv2d(
         input.nominal,
         weight,
         bias,
-        _pair("stride", stride),
+        strides,
         pads,
         dilations,
         groups,
@@ -168,9 +180,9 @@ def conv1d(
         _each(torch.unsqueeze, input, -2),
         weight.unsqueeze(2),
         bias,
-        (1, _single("stride", stride)),
-        padding if isinstance(padding, str) else (0, _single("padding", padding)),
-        (1, _single("dilation", dilation)),
+        (1, _single("conv1d", "stride", stride)),
+        padding if isinstance(padding, str) else (0, _single("conv1d", "padding", padding)),
+        (1, _single("conv1d", "dilation", dilation)),
         groups,
         backend=backend,
     )
@@ -178,17 +190,17 @@ def conv1d(
 
 
 def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
-    values = (value,) if isinstance(value, int) else tuple(value)
-    if len(values) not in (1, 2):
+    values = value if isinstance(value, Sequence) else (value,)
+    if len(values) not in (1, 2) or not all(isinstance(each, Integral) for each in values):
         raise ValueError(f"conv2d: {name} must be an int or two, got {value}")
-    return values[0], values[-1]
+    return int(values[0]), int(values[-1])
 
 
-def _single(name: str, value: int | Sequence[int]) -> int:
-    values = (value,) if isinstance(value, int) else tuple(value)
-    if len(values) != 1:
-        raise ValueError(f"conv1d: {name} must be one int, got {value}")
-    return values[0]
+def _single(function: str, name: str, value: int | Sequence[int]) -> int:
+    values = value if isinstance(value, Sequence) else (value,)
+    if len(values) != 1 or not isinstance(values[0], Integral):
+        raise ValueError(f"{function}: {name} must be one int, got {value}")
+    return int(values[0])
 
 
 @_rule("linear")
@@ -226,6 +238,12 @@ def _batch_norm(
 ) -> Interval:
     # A channel's map takes the lower bound to the upper one where its weight is negative. In
     # training its statistics are the nominal batch's, and gradients reach nominal through them.
+    # Without running statistics there is no other mode, and no map of one example to bound.
+    if training and (running_mean is None or running_var is None):
+        raise UnsupportedOpError(
+            "batch_norm without running statistics",
+            "an example's output would depend on the other examples; use track_running_stats=True",
+        )
     channels = (1, -1) + (1,) * (input.dim() - 2)
     box = input if weight is None else _exchanged(input, (weight < 0).view(channels))
     nominal = box.nominal
@@ -269,11 +287,20 @@ def _activation(
 
 
 for _name in (
-    *("relu", "relu6", "selu", "sigmoid", "logsigmoid", "tanh", "softsign", "hardsigmoid"),
+    *("relu6", "selu", "sigmoid", "logsigmoid", "tanh", "softsign", "hardsigmoid"),
     *("tanhshrink", "softshrink", "hardshrink", "hardtanh"),
     *("clamp", "clip", "clamp_min", "clamp_max"),
 ):
     _rule(_name)(partial(_activation, next(_functions(_name))))
+
+
+@_rule("relu")
+def _relu(input: Interval, inplace: bool = False) -> Interval:
+    lower, upper, nominal, squares = ops.relu(
+        input.lower, input.upper, input.nominal, width=wanted("activation")
+    )
+    out = Interval._make(lower, upper, nominal, note("activation", lower, upper, squares))
+    return input._assign(out) if inplace else out
 
 
 @_rule("leaky_relu")
@@ -371,10 +398,17 @@ def _avg_pool2d(
     return _each(F.avg_pool2d, input, *geometry)
 
 
-_rules(_ordered_view, "flatten", "reshape", "view", "unflatten")
+_rules(_ordered_view, "flatten", "reshape", "unflatten")
 _rules(_ordered_view, "squeeze", "unsqueeze", "contiguous")
 _rules(_view, "permute", "transpose", "swapaxes", "movedim", "narrow", "select", "t", "__getitem__")
 _rules(_view, "expand", "expand_as", "to", "cpu", "cuda", "float", "double", "detach")
+
+
+@_rule("view")
+def _view_as_shape(input: Interval, *shape: Any, **kwargs: Any) -> Interval:
+    if any(isinstance(each, torch.dtype) for each in (*shape, *kwargs.values())):
+        raise UnsupportedOpError("view(dtype)", "it reads the bits of the bounds as other numbers")
+    return _ordered_view(Tensor.view, input, *shape, **kwargs)
 
 
 @_rule("clone")
@@ -413,13 +447,13 @@ def _joined(name: str, function: Callable[..., Tensor], operands: Sequence[Any])
 
 
 @_rule("cat", "concat", "concatenate", several=True)
-def _cat(tensors: Sequence[Any], dim: int = 0) -> Interval:
-    return _joined("cat", lambda *streams: torch.cat(streams, dim), tensors)
+def _cat(tensors: Sequence[Any], *dim: int, **kwargs: Any) -> Interval:
+    return _joined("cat", lambda *streams: torch.cat(streams, *dim, **kwargs), tensors)
 
 
 @_rule("stack", several=True)
-def _stack(tensors: Sequence[Any], dim: int = 0) -> Interval:
-    return _joined("stack", lambda *streams: torch.stack(streams, dim), tensors)
+def _stack(tensors: Sequence[Any], *dim: int, **kwargs: Any) -> Interval:
+    return _joined("stack", lambda *streams: torch.stack(streams, *dim, **kwargs), tensors)
 
 
 @_rule("neg", "negative")
@@ -446,7 +480,6 @@ def _mul(input: Any, other: Any) -> Interval:
     if isinstance(input, Interval) and isinstance(other, Interval):
         raise UnsupportedOpError("mul", "the product of two Intervals is not supported")
     box, factor = (input, other) if isinstance(input, Interval) else (other, input)
-    _streams("mul", factor)
     return _scaled(operator.mul, box, factor)
 
 
@@ -456,15 +489,33 @@ def _div(input: Any, other: Any, *, rounding_mode: str | None = None) -> Interva
         raise UnsupportedOpError("div", "division by an Interval is not supported")
     if rounding_mode is not None:
         raise UnsupportedOpError("div", "rounding_mode is not supported")
-    _streams("div", other)
     return _scaled(operator.truediv, input, other)
 
 
 def _scaled(function: Callable[..., Tensor], box: Interval, factor: Any) -> Interval:
     """Multiplies or divides by a constant: a negative one exchanges the bounds."""
+    _streams(function.__name__, factor)
+    if may_inspect(box.lower):
+        _check_factor(function, box, factor)
     if isinstance(factor, Tensor):
         # signbit and not < 0: a division by -0.0 exchanges the infinities
         box = _exchanged(box, torch.signbit(factor))
     elif math.copysign(1.0, factor) < 0:
         box = Interval._make(box.upper, box.lower, box.nominal)
     return _each(function, box, factor)
+
+
+def _check_factor(function: Callable[..., Tensor], box: Interval, factor: Any) -> None:
+    # 0 * inf and 0 / 0 are NaN at a point between bounds that are not
+    dtype = torch.result_type(box.lower, factor) if isinstance(factor, Tensor) else box.dtype
+    dtype = torch.promote_types(dtype, torch.float32)  # in which torch computes with half ones
+    most, least, allowed = torch.finfo(dtype).max, 0.0, "finite"
+    if function is operator.truediv:
+        least, allowed = torch.finfo(dtype).tiny, "finite and neither 0 nor subnormal"
+    if isinstance(factor, Tensor):
+        size = factor.to(dtype).abs()
+        fits = bool(((size >= least) & (size <= most)).all())
+    else:
+        fits = least <= abs(as_float(factor)) <= most
+    if not fits:
+        raise ValueError(f"{function.__name__}: the constant must be {allowed}, got {factor}")

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,20 @@ from cibp_fast.data import INPUT_SHAPES
 
 FILES = ("result.json", "model.safetensors", "metrics.jsonl", "config.json")
 
+# The numbers that readers of a record of metrics.jsonl and of result.json rely on: (least, most).
+METRICS: dict[str, tuple[float, float]] = {
+    "epoch": (1, 10**9),
+    "width": (0, sys.float_info.max),
+    "test_error": (0, 1),
+    "verified_error": (0, 1),
+}
+RESULT: dict[str, tuple[float, float]] = {
+    "test_error": (0, 1),
+    "pgd_error": (0, 1),
+    "verified_error": (0, 1),
+}
+NULLABLE = ("width", "test_error", "verified_error")  # in metrics.jsonl: not computed, or NaN
+
 
 def create(run_dir: Path, config: Config, overwrite: bool = False) -> None:
     """Makes the folder and writes config.json, which also shows that the folder can be written.
@@ -30,6 +46,7 @@ def create(run_dir: Path, config: Config, overwrite: bool = False) -> None:
     files are removed. Raises OSError where the folder cannot be written; what was there is
     untouched then.
     """
+    make_folder(run_dir)
     present = [run_dir / file for file in FILES if (run_dir / file).exists()]
     if present and not overwrite:
         state = "a finished" if present[0].name == "result.json" else "an unfinished"
@@ -37,12 +54,11 @@ def create(run_dir: Path, config: Config, overwrite: bool = False) -> None:
             f"the run folder {run_dir} holds {state} run already: choose another, or replace it "
             "with overwrite (--overwrite)"
         )
-    make_folder(run_dir)
     try:
         for path in present:
             path.unlink()
     except OSError as error:
-        raise OSError(f"cannot replace the run in {run_dir}: {error.strerror}") from error
+        raise OSError(f"cannot replace the run in {run_dir}: {_reason(error)}") from error
     write_atomic(run_dir / "config.json", config.to_json().encode())
 
 
@@ -50,8 +66,8 @@ def make_folder(path: Path) -> None:
     """Makes the folder where it is not there yet. Raises OSError naming it where that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"cannot make the folder {path}: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise OSError(f"cannot make the folder {path}: {_reason(error)}") from error
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -66,10 +82,10 @@ def write_atomic(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:
+        raise OSError(f"cannot write {path}: {_reason(error)}") from error
     finally:
-        if temporary.exists():
+        with suppress(OSError, ValueError):  # renamed already, or never made
             temporary.unlink()
 
 
@@ -94,43 +110,52 @@ def write_model(run_dir: Path, model: nn.Module) -> None:
 def read_config(run_dir: Path) -> Config:
     """The run's Config.
 
-    Raises FileNotFoundError where there is no run, ValueError where its config is damaged.
+    Raises FileNotFoundError where there is no run, OSError where its config cannot be read,
+    ValueError where it is damaged.
     """
+    content = _read(run_dir, "config.json")
     try:
-        return Config.from_json(_read(run_dir, "config.json"))
+        return Config.from_json(content.decode())
     except ValueError as error:
         raise ValueError(f"{run_dir / 'config.json'}: {error}") from error
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The run's records, one an epoch. Raises FileNotFoundError or ValueError as `read_config`."""
-    try:
-        return [json.loads(line) for line in _read(run_dir, "metrics.jsonl").splitlines()]
-    except ValueError as error:
-        raise ValueError(f"{run_dir / 'metrics.jsonl'}: {error}") from error
+    """The run's records, one an epoch. Raises OSError or ValueError as `read_config`."""
+    records = []
+    for number, line in enumerate(_read(run_dir, "metrics.jsonl").splitlines(), start=1):
+        try:
+            records.append(_record(line, METRICS, NULLABLE))
+        except ValueError as error:
+            raise ValueError(f"{run_dir / 'metrics.jsonl'}, line {number}: {error}") from error
+    return records
 
 
 def read_result(run_dir: Path) -> dict[str, Any] | None:
     """The run's result, None where it has not finished; ValueError where the file is damaged."""
-    if not (run_dir / "result.json").exists():
-        return None
     try:
-        return json.loads(_read(run_dir, "result.json"))
+        return _record(_read(run_dir, "result.json"), RESULT)
+    except FileNotFoundError:
+        return None
     except ValueError as error:
         raise ValueError(f"{run_dir / 'result.json'}: {error}") from error
 
 
 def read_model(run_dir: Path) -> nn.Sequential:
-    """The run's trained network. Raises FileNotFoundError or ValueError as `read_config`."""
+    """The run's trained network. Raises OSError or ValueError as `read_config`."""
     model = build_model(read_config(run_dir))
-    path = run_dir / "model.safetensors"
-    if not path.exists():
-        raise FileNotFoundError(f"{run_dir} holds no trained network: model.safetensors is missing")
+    own = model.state_dict()
+    content = _read(run_dir, "model.safetensors")
     try:
-        model.load_state_dict(safetensors.torch.load_file(path))
-    except (SafetensorError, RuntimeError) as error:
+        state = safetensors.torch.load(content)
+        for name, value in state.items():
+            if name in own and value.dtype != own[name].dtype:
+                raise ValueError(f"{name} must be {own[name].dtype}, not {value.dtype}")
+        model.load_state_dict(state)
+    except (SafetensorError, RuntimeError, ValueError) as error:
         raise ValueError(
-            f"{path} does not hold this run's network: {str(error).splitlines()[0]}"
+            f"{run_dir / 'model.safetensors'} does not hold this run's network: "
+            f"{' '.join(str(error).splitlines()[:2])}"
         ) from error
     return model
 
@@ -140,8 +165,34 @@ def build_model(config: Config) -> nn.Sequential:
     return models.NETS[config.net](INPUT_SHAPES[config.dataset], padding=config.padding)
 
 
-def _read(run_dir: Path, file: str) -> str:
+def _read(run_dir: Path, file: str) -> bytes:
     try:
-        return (run_dir / file).read_text(encoding="utf-8")
+        return (run_dir / file).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f"{run_dir} is not a run folder: {file} is missing") from None
+        what = "is not a run folder" if file == "config.json" else "is not a complete run"
+        raise FileNotFoundError(f"{run_dir} {what}: {file} is missing") from None
+    except (OSError, ValueError) as error:
+        raise OSError(f"cannot read {run_dir / file}: {_reason(error)}") from error
+
+
+def _record(
+    content: bytes, numbers: dict[str, tuple[float, float]], nullable: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """The JSON object in `content`; ValueError unless it has these numbers, each in its range."""
+    record = json.loads(content)
+    if not isinstance(record, dict):
+        raise ValueError(f"must be a JSON object, not {type(record).__name__}")
+    for name, (least, most) in numbers.items():
+        if name not in record:
+            raise ValueError(f"{name!r} is missing")
+        value = record[name]
+        if value is None and name in nullable:
+            continue
+        if type(value) not in (int, float) or not least <= value <= most:
+            raise ValueError(f"{name!r} must be a number from {least:g} to {most:g}, not {value!r}")
+    return record
+
+
+def _reason(error: OSError | ValueError) -> str:
+    """What went wrong, without the path; a path with a NUL byte raises ValueError."""
+    return getattr(error, "strerror", None) or str(error)

@@ -4,26 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
-
-
-class Schedule(Protocol):
-    """Anything that maps a 0-based training step to a value."""
-
-    def __call__(self, step: int) -> float: ...
-
-
-@dataclass(frozen=True)
-class Constant:
-    """The same value at every step."""
-
-    value: float
-
-    def __post_init__(self) -> None:
-        _require_finite(self, "value", self.value)
-
-    def __call__(self, step: int) -> float:
-        return self.value
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cibp_fast import __version__, _backend, data, losses, runs
 from cibp_fast.attacks import pgd
 from cibp_fast.bounds import bounds
-from cibp_fast.certificates import certify, evaluation, predict
+from cibp_fast.certificates import Certificate, certify, evaluation, predict
 from cibp_fast.config import Config
 from cibp_fast.interval import Interval
 
@@ -32,9 +32,10 @@ def train(
 
     run_dir: `default_run_dir(config)` where None. The same config and number of threads give the
     same numbers bitwise on the same machine; torch's global random state is left as it was. Raises
-    FileExistsError where the folder holds a run and not overwrite, OSError where it cannot be
-    written (before training starts), and FloatingPointError where the loss is no longer finite (the
-    metrics are kept).
+    ValueError where the config does not fit the data, FileExistsError where the folder holds a run
+    and not overwrite, OSError where it cannot be written (all before training starts), and
+    FloatingPointError where the loss is no longer finite (the metrics are kept) or the attack
+    breaks an example that the bounds verify (the result is kept).
     """
     run_dir = default_run_dir(config) if run_dir is None else Path(run_dir)
     dataset = data.load(config.dataset)
@@ -44,7 +45,9 @@ def train(
             f"batch_size must be at most the {len(dataset.train)} training examples, "
             f"not {config.batch_size}"
         )
-    runs.create(run_dir, config, overwrite)
+    for split in (dataset.train, dataset.test):
+        Interval.ball(split.pixels(), 0.0, config.clip)  # raises where x is outside clip
+    environment = {"versions": versions(), "hardware": hardware()}
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -52,6 +55,7 @@ def train(
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
     eps, kappa, lr = config.eps_schedule(), config.kappa_schedule(), config.lr_schedule()
 
+    runs.create(run_dir, config, overwrite)  # last: what fails before leaves nothing behind
     started = time.perf_counter()
     records: list[dict[str, Any]] = []
     epochs = math.ceil(config.steps / epoch_steps)
@@ -112,10 +116,14 @@ def train(
         "semantics": None,
         "seconds": round(time.perf_counter() - started, 3),
         "train_seconds": round(train_seconds, 3),
-        "versions": versions(),
-        "hardware": hardware(),
+        **environment,
     }
     runs.write_result(run_dir, result)
+    if result["contradictions"]:
+        raise FloatingPointError(
+            f"the bounds verify {result['contradictions']} of {result['examples']} examples that "
+            f"the attack breaks, so they are wrong: see {run_dir / 'result.json'}"
+        )
     return result
 
 
@@ -153,16 +161,14 @@ def _loss(
 def evaluate(model: nn.Module, split: data.Split, config: Config) -> dict[str, Any]:
     """Test, PGD and verified error, each in [0, 1], with PGD's settings and the number of examples.
 
-    NaN is never right and never verified. Raises RuntimeError should an attack break an example
-    that the bounds verify.
+    NaN is never right and never verified. `contradictions` counts the examples that are verified
+    and yet broken: more than 0 shows that the bounds are wrong.
     """
     x, y = split.pixels(), split.labels
     with evaluation(model), torch.no_grad():
         predicted = torch.cat([predict(model(part)) for part in x.split(config.eval_batch_size)])
     wrong = predicted != y
-    certificate = certify(
-        model, x, y, config.eps, config.clip, sound=False, batch_size=config.eval_batch_size
-    )
+    verified = certificate(model, x, y, config).verified
     attack = pgd(
         model,
         x,
@@ -176,31 +182,32 @@ def evaluate(model: nn.Module, split: data.Split, config: Config) -> dict[str, A
         batch_size=config.eval_batch_size,
     )
     broken = attack.found | wrong
-    contradicted = (broken & certificate.verified).nonzero().flatten().tolist()
-    if contradicted:
-        raise RuntimeError(
-            f"the bounds verify examples that an attack breaks: test examples {contradicted}"
-        )
     return {
         "test_error": _share(wrong),
         "pgd_error": _share(broken),
         "pgd_steps": config.pgd_steps,
         "pgd_restarts": config.pgd_restarts,
         "pgd_step_size": config.pgd_step_size,
-        "verified_error": _share(~certificate.verified),
+        "verified_error": _share(~verified),
         "examples": len(split),
+        "contradictions": int((broken & verified).sum()),
     }
+
+
+def certificate(model: nn.Module, x: Tensor, y: Tensor, config: Config) -> Certificate:
+    """The ordinary bounds of examples x [N, C, H, W], y [N] in the config's box."""
+    return certify(
+        model, x, y, config.eps, config.clip, sound=False, batch_size=config.eval_batch_size
+    )
 
 
 def _bounds_errors(model: nn.Module, split: data.Split, config: Config) -> dict[str, float]:
     """Test and verified error of one pass of bounds, for the curves."""
     x, y = split.pixels(), split.labels
-    certificate = certify(
-        model, x, y, config.eps, config.clip, sound=False, batch_size=config.eval_batch_size
-    )
+    found = certificate(model, x, y, config)
     return {
-        "test_error": _share(certificate.predicted != y),
-        "verified_error": _share(~certificate.verified),
+        "test_error": _share(found.predicted != y),
+        "verified_error": _share(~found.verified),
     }
 
 

@@ -1,11 +1,40 @@
-"""Boxes and modules with values of both signs, for the tests of Interval and its rules."""
+"""Boxes, modules with values of both signs, and what every rule and network must fulfil."""
 
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cibp_fast import Interval
+
+ACTIVATIONS = {
+    "relu": nn.ReLU,
+    "relu in place": lambda: nn.ReLU(inplace=True),
+    "relu6": nn.ReLU6,
+    "leaky relu": lambda: nn.LeakyReLU(0.2),
+    "leaky relu in place": lambda: nn.LeakyReLU(0.2, inplace=True),
+    "prelu": nn.PReLU,
+    "prelu per channel": lambda: nn.PReLU(3),
+    "rrelu": nn.RReLU,
+    "elu": lambda: nn.ELU(1.3),
+    "selu": nn.SELU,
+    "celu": lambda: nn.CELU(0.7),
+    "celu in place": lambda: nn.CELU(0.7, inplace=True),
+    "sigmoid": nn.Sigmoid,
+    "logsigmoid": nn.LogSigmoid,
+    "tanh": nn.Tanh,
+    "softplus": nn.Softplus,
+    "softplus with a visible step": lambda: nn.Softplus(beta=2.0, threshold=0.5),
+    "softsign": nn.Softsign,
+    "hardtanh": lambda: nn.Hardtanh(-0.3, 0.6),
+    "hardsigmoid": nn.Hardsigmoid,
+    "threshold": lambda: nn.Threshold(0.2, -0.7),
+    "softshrink": lambda: nn.Softshrink(0.3),
+    "hardshrink": lambda: nn.Hardshrink(0.3),
+    "tanhshrink": nn.Tanhshrink,
+}
+# float64 bounds of sums of a few hundred terms of size 1: rounding stays far below
+SLACK = 1e-11
 
 
 def random_box(*shape: int, radius: float = 0.5) -> Interval:
@@ -28,3 +57,33 @@ def prepared(module: nn.Module) -> nn.Module:
                     each.weight.normal_()
                     each.bias.normal_()
     return module
+
+
+def points(box: Interval, count: int = 6) -> list[Tensor]:
+    """The two extreme corners, random corners and random points."""
+    found = [box.lower, box.upper]
+    for _ in range(count):
+        at = torch.rand(box.shape, dtype=box.dtype)
+        found += [torch.where(at < 0.5, box.lower, box.upper), torch.lerp(box.lower, box.upper, at)]
+    return found
+
+
+def assert_bounds(function, box: Interval) -> Interval:
+    """Points of the box map inside the bounds, the nominal point maps as by the plain function,
+    and a box without radius gives the plain result."""
+    out = function(box.clone())  # a clone: it may work in place
+    assert isinstance(out, Interval)
+    torch.testing.assert_close(out.nominal, function(box.nominal.clone()), rtol=SLACK, atol=SLACK)
+    assert (out.lower <= out.upper).all()
+    slack = SLACK * (1 + torch.maximum(out.lower.abs(), out.upper.abs()))
+    for point in points(box):
+        value = function(point.clone())
+        assert value.shape == out.shape
+        assert (value >= out.lower - slack).all()
+        assert (value <= out.upper + slack).all()
+    x = box.nominal
+    thin = function(Interval(x.clone(), x.clone()))
+    assert thin.nominal is None
+    torch.testing.assert_close(thin.lower, function(x.clone()), rtol=SLACK, atol=SLACK)
+    torch.testing.assert_close(thin.upper, function(x.clone()), rtol=SLACK, atol=SLACK)
+    return out

@@ -104,6 +104,53 @@ def test_nan_gradients_do_not_leave_the_box():
     assert not attack.found.any() and torch.equal(attack.adversarial, x)
 
 
+@pytest.mark.parametrize("step_size", [1e39, torch.inf])
+def test_an_endless_step_goes_to_the_sides_of_the_box(step_size):
+    x, y = torch.full((2, 4), 0.5), torch.tensor([0, 0])
+    attack = pgd(_Difference(0.58), x, y, 0.1, steps=1, restarts=1, step_size=step_size)
+    assert torch.equal(attack.adversarial, torch.full_like(x, 0.6)) and attack.found.all()
+    flat = pgd(lambda x: torch.eye(2)[y], x, y, 0.1, steps=1, restarts=1, step_size=step_size)
+    assert not flat.found.any()  # 0 * inf would be NaN, and a NaN point counts as broken
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_logits_that_do_not_depend_on_x(trained):
+    constant = torch.eye(2).requires_grad_(trained)
+    x, y = torch.rand(2, 3), torch.tensor([0, 0])
+    attack = pgd(lambda x: constant[: len(x)], x, y, 0.1, steps=2, restarts=1)
+    assert attack.found.tolist() == [False, True]
+
+
+def test_a_plain_function_is_a_model():
+    x, y = 0.4 + 0.2 * torch.rand(4, 3), torch.tensor([0, 1, 0, 1])
+    model = _Difference(0.5)
+    attack, expected = (pgd(f, x, y, 0.1, steps=5, restarts=1) for f in (model.forward, model))
+    assert torch.equal(attack.adversarial, expected.adversarial) and attack.found.any()
+
+
+def test_no_gradient_is_computed_in_vain():
+    passes = []
+
+    class Counted(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            passes.append("forward")
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            passes.append("backward")
+            return gradient
+
+    model, x = _Difference(0.9), torch.full((1, 4), 0.5)
+    pgd(lambda x: model(Counted.apply(x)), x, torch.tensor([0]), 0.1, steps=2, restarts=0)
+    assert passes.pop(0) == "forward"  # which shows the number of classes
+    assert passes == ["forward", "backward", "forward", "backward", "forward"]
+    passes.clear()
+    pgd(lambda x: model(Counted.apply(x)), x, torch.tensor([1]), 0.1, steps=2, restarts=3)
+    assert passes == ["forward", "forward"]  # broken as it is
+
+
 @pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad])
 def test_leaves_gradients_modes_and_inputs_alone(context):
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
@@ -140,9 +187,24 @@ def test_batches_and_no_example():
         ({"step_size": -0.1}, ValueError, "step_size must be 0 or more, not -0.1"),
         ({"batch_size": 0}, ValueError, "batch_size must be 1 or more, not 0"),
         ({"x": torch.full((2, 4), -0.5)}, ValueError, "clip"),
-        ({"y": torch.tensor([0, -100])}, ValueError, "y must be classes from 0 on, not -100"),
+        (
+            {"y": torch.tensor([0, -100])},
+            ValueError,
+            r"y must be in \[0, 2\), got labels -100 to 0",
+        ),
+        ({"y": torch.tensor([2, 0])}, ValueError, r"y must be in \[0, 2\), got labels 0 to 2"),
+        ({"y": [0, 1]}, TypeError, "y must be an int64 tensor, not list"),
+        ({"x": [[0.5], [0.5]]}, TypeError, "x must be a floating-point tensor, not list"),
+        ({"seed": 10**20}, ValueError, r"seed must be from 0 to 2\*\*63 - 1, not 1000"),
+        ({"seed": -1}, ValueError, "seed must be from 0"),
+        ({"step_size": torch.nan}, ValueError, "step_size must be 0 or more, not nan"),
+        ({"eps": 1e39, "clip": None}, ValueError, "eps must give a box of finite width"),
         ({"y": torch.tensor([0])}, ValueError, r"y \[N\]"),
-        ({"y": torch.tensor([True, False])}, TypeError, "y int64"),
+        (
+            {"y": torch.tensor([True, False])},
+            TypeError,
+            "y must be an int64 tensor, not torch.bool",
+        ),
     ],
 )
 def test_bad_input(change, error, message):

@@ -240,6 +240,53 @@ def test_a_linear_layer_of_other_rows_is_not_elided() -> None:
     assert not cf.bounds(model, x, cf.Interval.ball(x, 0.1)).elided
 
 
+@pytest.mark.parametrize("shape", [(5, 1, 3), (1, 5, 3), (5, 1, 1, 3)])
+def test_a_flattened_last_layer_is_elided(shape: tuple[int, ...]) -> None:
+    layer = nn.Linear(3, CLASSES).double()
+    x, y = torch.rand(5, 3).double(), torch.randint(CLASSES, (5,))
+    out = cf.bounds(
+        lambda z: layer(z.reshape(shape)).reshape(5, CLASSES), x, cf.Interval.ball(x, 0.1)
+    )
+    plain = cf.bounds(layer, x, cf.Interval.ball(x, 0.1))
+    assert out.elided
+    torch.testing.assert_close(out.margins(y), plain.margins(y))
+    torch.testing.assert_close(out.worst_logits(y), plain.worst_logits(y))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_margins_after_an_optimizer_step(fused: bool) -> None:
+    """They do not mix the old box with the new weight."""
+    model = network()
+    x, box, y = inputs()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1, fused=fused)
+    out = cf.bounds(model, x, box)
+    margins, worst = out.margins(y), out.worst_logits(y)
+    out.width.backward()
+    optimizer.step()
+    assert torch.equal(out.margins(y), margins) and torch.equal(out.worst_logits(y), worst)
+    assert not torch.equal(cf.bounds(model, x, box).margins(y), margins)
+
+
+def test_margins_in_inference_mode() -> None:
+    with torch.inference_mode():
+        model = network()
+        x, box, y = inputs()
+        assert cf.bounds(model, x, box).margins(y).shape == (5, CLASSES)
+
+
+def test_compiles_in_one_graph() -> None:
+    model = network()
+    x, _, y = inputs()
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        out = cf.bounds(model, x, cf.Interval.ball(x, 0.1))
+        return out.margins(y), out.width
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    for got, want in zip(compiled(x), run(x), strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def test_the_input_of_the_last_layer_may_change_later() -> None:
     model = network()
 

@@ -107,6 +107,18 @@ def test_evaluation_mode_inside_and_the_own_modes_after():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_a_plain_function_is_a_model():
+    weight, bias = torch.tensor([[1.0, 0.0], [-1.0, 1.0]]), torch.tensor([0.5, 0.0])
+
+    def function(x):
+        return torch.nn.functional.linear(x, weight, bias)
+
+    x, y = torch.rand(5, 2), torch.tensor([0, 1, 0, 1, 0])
+    result = cf.certify(function, x, y, 0.1, sound=False)
+    expected = cf.certify(_linear(weight.tolist(), bias.tolist()), x, y, 0.1, sound=False)
+    assert torch.equal(result.margins, expected.margins)
+
+
 def test_no_example():
     model = _linear([[1.0], [0.0]], [0.0, 0.05])
     result = cf.certify(
@@ -127,7 +139,13 @@ def test_sound_is_refused_until_it_exists():
         ({"eps": torch.nan}, ValueError, "eps"),
         ({"x": torch.full((2, 1), 1.5)}, ValueError, "clip"),
         ({"x": torch.full((2, 1), torch.nan)}, ValueError, "clip"),
-        ({"x": torch.ones(2, 1, dtype=torch.int64)}, TypeError, "x must be floating point"),
+        (
+            {"x": torch.ones(2, 1, dtype=torch.int64)},
+            TypeError,
+            "x must be a floating-point tensor, not torch.int64",
+        ),
+        ({"x": [[0.5], [0.5]]}, TypeError, "x must be a floating-point tensor, not list"),
+        ({"y": [0, 1]}, TypeError, "y must be an int64 tensor, not list"),
         ({"x": torch.rand(2)}, ValueError, r"x must be \[N, ...\]"),
         ({"y": torch.tensor([0, 2])}, ValueError, "y must be"),
         ({"y": torch.tensor([0, -1])}, ValueError, "y must be"),
@@ -135,7 +153,7 @@ def test_sound_is_refused_until_it_exists():
         (
             {"y": torch.tensor([0.0, 1.0])},
             TypeError,
-            "y int64, not torch.float32 and torch.float32",
+            "y must be an int64 tensor, not torch.float32",
         ),
         ({"batch_size": 0}, ValueError, "batch_size must be 1 or more, not 0"),
         ({"semantics": "exact"}, ValueError, "semantics must be one of real, float32, not 'exact'"),

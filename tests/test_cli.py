@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
 from digits import SHORT, toy_dataset
 
 from cibp_fast import cli, data, runs, training
+from cibp_fast.certificates import Certificate
 from cibp_fast.config import Config, preset
 
 PRESET = "mnist5k-small-0.001-cibp"
+TRAIN = ["train", "--batch-size", "16"]  # that fit the toy data
 
 
 def _short_options() -> list[str]:
@@ -114,7 +118,7 @@ def test_info(capsys):
         "cibp_fast",
         "processor",
         "CPU kernels",
-        "runs on cpu",
+        "on cpu",
     ):
         assert word in printed
 
@@ -157,13 +161,22 @@ def test_options_replace_the_preset(tmp_path, monkeypatch):
         (["train", "--eps", "-1"], "eps must be 0 or more, not -1.0"),
         (["train", "--eps", "nan"], "eps must be a finite number, not nan"),
         (["train", "--steps", "many"], "steps must be a whole number, not 'many'"),
-        (["train", "--eps-ramp", "10,5"], "eps_ramp must be first,last"),
-        (
-            ["train", "--steps", "100"],
-            "eps_ramp must be first,last with 0 <= first <= last <= steps (100)",
-        ),
+        (["train", "--eps-ramp", "10,5"], "eps_ramp cannot be 10,5"),
+        (["train", "--steps", "100"], "eps_ramp must be within steps 0 to 100, not 0,1500"),
+        (["train", "--clip", "1,0"], "clip must be low,high with low < high"),
+        (["train", "--clip", "0,nan"], "clip must be a finite number, not nan"),
+        ([*TRAIN, "--clip", "0.2,0.5"], "x has values in [0, 0.937255], outside clip=(0.2, 0.5)"),
+        (["train", "--batch-size", "81"], "batch_size must be at most the 80 training examples"),
+        (["train", "--seed", str(10**25)], "seed must be 9223372036854775807 or less, not 1000"),
+        (["quickstart", "--seed", "-1"], "seed must be 0 or more, not -1"),
+        ([*TRAIN, "--run-dir", "x" * 300], f"cannot make the folder {'x' * 300}: File name too"),
+        ([*TRAIN, "--run-dir", "a\0b"], "cannot make the folder a\0b: embedded null byte"),
+        ([*TRAIN, "--run-dir", "/proc/cibp_fast_run"], "make the folder /proc/cibp_fast_run: "),
+        (["certify", "x" * 300], f"cannot read {'x' * 300}/config.json: File name too long"),
+        (["certify", "a\0b"], "cannot read a\0b/config.json: embedded null byte"),
+        (["info", "--threads", str(10**12)], "threads must be from 1 to 1024, not 1000000000000"),
         (["train", "--net", "tiny"], "net must be small, medium or large, not 'tiny'"),
-        (["train", "--threads", "0"], "threads must be 1 or more, not 0"),
+        (["train", "--threads", "0"], "threads must be from 1 to 1024, not 0"),
         (["train", "--stpes", "5"], "unrecognized arguments: --stpes 5 (see cibp-fast --help)"),
         (["certify", "nowhere"], "nowhere is not a run folder: config.json is missing"),
         (["attack", "nowhere"], "nowhere is not a run folder"),
@@ -182,7 +195,12 @@ def test_bad_input_is_one_line(capsys, monkeypatch, tmp_path, arguments, words):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["certify", "--eps", "-0.5"], "eps must be at least 0"),
+        (["certify", "--eps", "-0.5"], "eps must be 0 or more, not -0.5"),
+        (["certify", "--eps", "inf"], "eps must be a finite number, not inf"),
+        (["certify", "--eps", "nan"], "eps must be a finite number, not nan"),
+        (["attack", "--eps", "inf"], "eps must be a finite number, not inf"),
+        (["attack", "--seed", str(10**20)], "seed must be from 0 to 2**63 - 1, not 1000"),
+        (["attack", "--step-size", "nan"], "step_size must be 0 or more, not nan"),
         (
             ["certify", "--examples", "0"],
             "examples must be from 1 to the 40 of the test set, not 0",
@@ -196,11 +214,83 @@ def test_bad_input_about_a_run(capsys, run_dir, arguments, words):
     assert words in _error(capsys, arguments[0], str(run_dir), *arguments[1:])
 
 
-def test_unwritable_folder(capsys, tmp_path):
+def test_unwritable_folder(capsys, tmp_path, run_dir):
     (tmp_path / "file").write_text("in the way")
-    run_dir = str(tmp_path / "file" / "run")
-    words = _error(capsys, "train", *_short_options(), "--run-dir", run_dir)
-    assert "cannot make the folder" in words and "Not a directory" in words
+    below = str(tmp_path / "file" / "run")
+    words = _error(capsys, "train", *_short_options(), "--run-dir", below)
+    assert f"cannot make the folder {below}: Not a directory" in words
+    pytest.importorskip("matplotlib")
+    words = _error(capsys, "plot", str(run_dir), "-o", f"{below}/curves.png")
+    assert f"cannot make the folder {below}: Not a directory" in words
+    picture = str(tmp_path / ("x" * 300 + ".png"))
+    assert f"cannot write {picture}: File name too" in _error(
+        capsys, "plot", str(run_dir), "-o", picture
+    )
+
+
+@pytest.fixture
+def damaged(run_dir, tmp_path):
+    """A copy of the finished run, to be damaged."""
+    return Path(shutil.copytree(run_dir, tmp_path / "damaged"))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("metrics.jsonl", '{"epoch": 1}', "metrics.jsonl, line 1: 'width' is missing"),
+        ("metrics.jsonl", "5", "metrics.jsonl, line 1: must be a JSON object, not int"),
+        ("result.json", "{}", "result.json: 'test_error' is missing"),
+        ("result.json", "[]", "result.json: must be a JSON object, not list"),
+        ("config.json", "[]", "config.json: a config must be a JSON object, not list"),
+    ],
+)
+def test_plot_of_a_damaged_run(capsys, damaged, file, content, words):
+    pytest.importorskip("matplotlib")
+    (damaged / file).write_text(content)
+    assert words in _error(capsys, "plot", str(damaged), "-o", str(damaged / "curves.png"))
+    assert not (damaged / "curves.png").exists()
+
+
+@pytest.mark.parametrize("command", ["certify", "attack"])
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_a_folder_in_a_files_place(capsys, damaged, command, file):
+    (damaged / file).unlink()
+    (damaged / file).mkdir()
+    words = _error(capsys, command, str(damaged))
+    assert f"cannot read {damaged / file}: Is a directory" in words
+
+
+@pytest.mark.parametrize("command", ["certify", "attack"])
+def test_networks_and_boxes_that_do_not_fit(capsys, damaged, command):
+    config = runs.read_config(damaged)
+    (damaged / "config.json").write_text(replace(config, clip=(0.2, 0.5)).to_json())
+    assert "outside clip=(0.2, 0.5)" in _error(capsys, command, str(damaged))
+    (damaged / "config.json").write_text(replace(config, net="medium").to_json())
+    assert "does not hold this run's network" in _error(capsys, command, str(damaged))
+    (damaged / "config.json").write_text(config.to_json())
+    runs.write_model(damaged, runs.build_model(config).double())
+    assert "must be torch.float32, not torch.float64" in _error(capsys, command, str(damaged))
+
+
+def test_a_network_with_nan_is_never_verified(capsys, damaged):
+    model = runs.read_model(damaged)
+    with torch.no_grad():
+        model[0].bias[0] = torch.nan
+    runs.write_model(damaged, model)
+    assert cli.main(["certify", str(damaged)]) == 0
+    assert cli.main(["attack", str(damaged), "--steps", "1", "--restarts", "1"]) == 0
+    assert capsys.readouterr().out.count("100.00 % (40 of 40") == 2
+
+
+def test_bounds_that_the_attack_refutes_are_one_line(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        training,
+        "certify",
+        lambda model, x, y, *args, **kwargs: Certificate(y >= 0, *[y] * 3, True),
+    )
+    options = [*_short_options(), "--lr", "0", "--run-dir", str(tmp_path)]
+    assert "that the attack breaks" in _error(capsys, "train", *options)
+    assert runs.read_result(tmp_path)["contradictions"] > 0
 
 
 def test_a_run_is_not_replaced_unless_asked(capsys, run_dir):

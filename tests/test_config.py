@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import numpy as np
 import pytest
+import torch
 
 from cibp_fast.config import Config, parse, preset
 
@@ -37,6 +39,14 @@ def test_preset_names_round_trip(name):
 
 def test_eps_of_255():
     assert preset("mnist5k-small-8of255-ibp").eps == 8 / 255
+    with pytest.raises(ValueError, match="eps must be a finite number, not inf"):
+        preset(f"mnist5k-small-{'9' * 400}of255-ibp")
+
+
+def test_the_largest_seed_is_one_that_torch_and_numpy_take():
+    seed = preset("mnist5k-small-0.1-cibp", seed=2**63 - 1).seed
+    assert torch.Generator().manual_seed(seed).initial_seed() == seed
+    np.random.default_rng((seed, 1)).permutation(3)
 
 
 def test_json_round_trip():
@@ -80,12 +90,23 @@ def test_unknown_presets(name, message):
         ({"net": "tiny"}, "net must be small, medium or large, not 'tiny'"),
         ({"width": "both"}, "width must be post, pre or all, not 'both'"),
         ({"clip": (1.0, 0.0)}, "clip must be low,high with low < high"),
+        ({"clip": (-1e300, 1.0)}, "clip must be .* below 2\\*\\*63 in size.* not .-1e[+]300, 1.0"),
         ({"clip": (1.0,)}, r"clip must be 2 finite numbers \(a,b,...\) or none"),
-        ({"eps_ramp": (1500, 100)}, "eps_ramp must be first,last .* not 1500,100"),
-        ({"steps": 1000}, r"eps_ramp must be .*steps \(1000\), not 0,1500"),
-        ({"lr_decay_at": (3600, 2800)}, "lr_decay_at must be increasing.*not 3600,2800"),
-        ({"lr_decay_at": (5000,)}, "lr_decay_at must be increasing"),
-        ({"kappa_end": 1.5}, "kappa_end must be from 0 to 1, not 1.5"),
+        (
+            {"eps_ramp": (1500, 100)},
+            r"eps_ramp cannot be 1500,100: .*ends \(step 100\) before it starts",
+        ),
+        ({"steps": 1000}, "eps_ramp must be within steps 0 to 1000, not 0,1500"),
+        ({"lr_decay_at": (3600, 2800)}, "lr_decay_at cannot be 3600,2800: .*increasing"),
+        ({"lr_decay_at": (5000,)}, "lr_decay_at must be within steps 0 to 4000, not 5000"),
+        ({"kappa_ramp": (-1, 100)}, "kappa_ramp cannot be -1,100: .*0 or more"),
+        ({"seed": -1}, "seed must be 0 or more, not -1"),
+        ({"seed": 2**63}, "seed must be 9223372036854775807 or less, not 9223372036854775808"),
+        ({"eval_batch_size": 10**30}, "eval_batch_size must be 9223372036854775807 or less"),
+        ({"eps": 1e300}, "eps must be 9223372036854775807 or less"),
+        ({"eps": 10**400}, "eps must be a finite number, not 1000"),
+        ({"lr_decay_factor": 2.0}, "lr_decay_factor must be 1 or less, not 2.0"),
+        ({"kappa_end": 1.5}, "kappa_end must be 1 or less, not 1.5"),
         ({"width_weight": 0.0}, "width_weight must be above 0 for method cibp, not 0.0"),
         ({"method": "ibp"}, "width_weight must be 0 for method ibp, not 1.0"),
         ({"method": "nominal", "width_weight": 0.0}, "kappa_end must be 1 for method nominal"),

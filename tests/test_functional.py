@@ -46,6 +46,14 @@ def test_unknown_backend() -> None:
         functional.interval_linear(box, torch.rand(2, 3), backend="abacus")
 
 
+@pytest.mark.parametrize("backend", ["cpu", "torch", "abacus"])
+@pytest.mark.parametrize("name", CALLS)
+def test_a_plain_tensor_has_no_backend(name: str, backend: str) -> None:
+    ours, _, shape, weight_shape, options = CALLS[name]
+    with pytest.raises(ValueError, match=f"must be 'auto' for a plain Tensor, got '{backend}'"):
+        ours(torch.rand(shape), torch.rand(weight_shape), None, *options, backend=backend)
+
+
 def test_compiles_in_one_graph() -> None:
     weight, last = torch.randn(4, 1, 3, 3), torch.randn(5, 64)
 

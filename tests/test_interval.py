@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import operator
 import pickle
+import re
 from fractions import Fraction
 
 import numpy as np
@@ -88,6 +90,8 @@ def test_ball_takes_eps(eps) -> None:
         *((-0.1, ValueError), (np.float32(-0.1), ValueError), (float("nan"), ValueError)),
         *((torch.tensor(-0.1), ValueError), (torch.tensor([0.1, -0.1, 0.1]), ValueError)),
         *((torch.ones(2), ValueError), ([], ValueError)),
+        *((10**400, ValueError), (float("inf"), ValueError), (torch.tensor(np.inf), ValueError)),
+        *((True, TypeError), (np.bool_(True), TypeError), (torch.tensor([True] * 3), TypeError)),
         *(("0.1", TypeError), (None, TypeError), (1j, TypeError), (torch.tensor(1j), TypeError)),
         *((["a"], TypeError), ({0.1: 0.2}, TypeError), (np.array("a"), TypeError)),
     ],
@@ -116,6 +120,64 @@ def test_center_radius_width() -> None:
     assert box.center.tolist() == [1.5, 0.0]
     assert torch.equal(box.radius, torch.tensor([0.5, 3e38]))
     assert box.width[0] == 1
+
+
+@pytest.mark.parametrize("clip", [(0, 1, 2), 1.0, (0.0,), ("0", "1"), (1, 0), (0, float("nan"))])
+def test_ball_refuses_clip(clip) -> None:
+    with pytest.raises(ValueError, match=r"clip must be \(least, greatest\) or None, got"):
+        Interval.ball(torch.rand(2, 3), 0.1, clip=clip)
+
+
+def test_meta_boxes_have_no_values_to_check() -> None:
+    x = torch.empty(2, 3, device="meta")
+    assert "on meta" in repr(Interval(x, x, x))
+    box = Interval.ball(x, torch.empty(3, device="meta"))
+    assert ((box - 0.5) / torch.empty(3, device="meta")).shape == (2, 3)
+
+
+OPERATORS = {
+    **{"==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le},
+    **{">": operator.gt, ">=": operator.ge, "**": operator.pow, "@": operator.matmul},
+    **{"//": operator.floordiv, "%": operator.mod, "divmod": divmod, "&": operator.and_},
+    **{"|": operator.or_, "^": operator.xor, "<<": operator.lshift, ">>": operator.rshift},
+}
+MIRRORED = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("other", [1, 0.5, torch.ones(3), np.float32(1), None, "x"], ids=repr)
+def test_operators_without_a_rule(name: str, other) -> None:
+    """Python's own == and != would compare identities, and `(box == 1) * box` be a wrong bound."""
+    box = random_box(2, 3)
+    with pytest.raises(UnsupportedOpError, match=f"^{re.escape(name)} has no interval rule"):
+        OPERATORS[name](box, other)
+    if not (name == "%" and other == "x"):  # which formats a string
+        swapped = re.escape(MIRRORED.get(name, name))
+        with pytest.raises(UnsupportedOpError, match=f"^{swapped} has no interval rule"):
+            OPERATORS[name](other, box)
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    {
+        "in": lambda box: 1.0 in box,
+        "abs": abs,
+        "~": operator.invert,
+        "unary +": operator.pos,
+        "round": round,
+        "==": lambda box: box == random_box(2, 3),
+        "//": lambda box: operator.ifloordiv(box, 2),
+        "**": lambda box: operator.ipow(box, 2),
+    }.items(),
+)
+def test_other_operators_without_a_rule(name: str, call) -> None:
+    with pytest.raises(UnsupportedOpError, match=f"^{re.escape(name)} has no interval rule"):
+        call(random_box(2, 3))
+
+
+def test_boxes_are_keys_by_identity() -> None:
+    box = random_box(2, 3)
+    assert {box: 1}[box] == 1 and hash(box) != hash(random_box(2, 3))
 
 
 def test_shape_queries() -> None:
@@ -194,6 +256,7 @@ def test_a_shallow_copy_shares_memory() -> None:
 def test_pytree() -> None:
     box = random_box(2, 3)
     doubled = _pytree.tree_map(lambda stream: 2 * stream, {"box": box})["box"]
+    assert _pytree.tree_structure(doubled) == _pytree.tree_structure(box)
     assert isinstance(doubled, Interval) and torch.equal(doubled.upper, 2 * box.upper)
     without = _pytree.tree_map_only(Tensor, torch.neg, Interval(box.lower, box.upper))
     assert without.nominal is None
@@ -217,6 +280,19 @@ def test_compiled_module() -> None:
     out = torch.compile(net, backend="aot_eager")(box)
     torch.testing.assert_close(out.lower, net(box).lower)
     torch.testing.assert_close(out.nominal, net(box.nominal))
+
+
+def test_compiled_arithmetic_in_one_graph() -> None:
+    scale = torch.tensor([0.5, -2.0, 0.25])
+
+    def ends(x: Tensor) -> tuple[Tensor, Tensor]:
+        box = (Interval.ball(x, 0.1) - 0.5) / 0.25 * scale
+        return box.lower, box.upper
+
+    x = torch.rand(2, 3)
+    compiled = torch.compile(ends, backend="aot_eager", fullgraph=True)
+    for got, want in zip(compiled(x), ends(x), strict=True):
+        torch.testing.assert_close(got, want)
 
 
 def test_public_names() -> None:

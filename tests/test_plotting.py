@@ -91,6 +91,18 @@ def test_bad_input(tmp_path):
     assert not (tmp_path / "curves.png").exists()
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("metrics.jsonl", '{"epoch": 1}'), ("metrics.jsonl", "5"), ("result.json", "{}")],
+)
+def test_a_damaged_run_is_named(tmp_path, file, content):
+    run_dir = _run(tmp_path / "a")
+    (run_dir / file).write_text(content)
+    with pytest.raises(ValueError, match=f"a/{file}"):
+        plotting.plot([run_dir], tmp_path / "curves.png")
+    assert not (tmp_path / "curves.png").exists()
+
+
 def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):
     real = builtins.__import__
 

@@ -5,46 +5,14 @@ from __future__ import annotations
 import copy
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from boxes import prepared, random_box
-from torch import Tensor, nn
+from boxes import ACTIVATIONS, assert_bounds, prepared, random_box
+from torch import nn
 
-from cibp_fast import Interval, UnsupportedOpError, reference
-
-# float64 bounds of sums of a few hundred terms of size 1: rounding stays far below
-SLACK = 1e-11
-
-
-def points(box: Interval, count: int = 6) -> list[Tensor]:
-    """The two extreme corners, random corners and random points."""
-    found = [box.lower, box.upper]
-    for _ in range(count):
-        at = torch.rand(box.shape, dtype=box.dtype)
-        found += [torch.where(at < 0.5, box.lower, box.upper), torch.lerp(box.lower, box.upper, at)]
-    return found
-
-
-def assert_bounds(function, box: Interval) -> Interval:
-    """Points of the box map inside the bounds, the nominal point maps as by the plain function,
-    and a box without radius gives the plain result."""
-    out = function(box.clone())  # a clone: it may work in place
-    assert isinstance(out, Interval)
-    torch.testing.assert_close(out.nominal, function(box.nominal.clone()), rtol=SLACK, atol=SLACK)
-    assert (out.lower <= out.upper).all()
-    for point in points(box):
-        value = function(point.clone())
-        assert value.shape == out.shape
-        assert (value >= out.lower - SLACK).all()
-        assert (value <= out.upper + SLACK).all()
-    x = box.nominal
-    thin = function(Interval(x.clone(), x.clone()))
-    assert thin.nominal is None
-    torch.testing.assert_close(thin.lower, function(x.clone()), rtol=SLACK, atol=SLACK)
-    torch.testing.assert_close(thin.upper, function(x.clone()), rtol=SLACK, atol=SLACK)
-    return out
-
+from cibp_fast import Interval, UnsupportedOpError, functional, reference
 
 AFFINE = {
     "conv2d": (lambda: nn.Conv2d(3, 4, 3), (2, 3, 7, 6)),
@@ -76,32 +44,6 @@ AFFINE = {
             ((1, nn.Conv1d), (2, nn.Conv2d)), ("zeros", "reflect", "replicate", "circular")
         )
     },
-}
-ACTIVATIONS = {
-    "relu": nn.ReLU,
-    "relu in place": lambda: nn.ReLU(inplace=True),
-    "relu6": nn.ReLU6,
-    "leaky relu": lambda: nn.LeakyReLU(0.2),
-    "leaky relu in place": lambda: nn.LeakyReLU(0.2, inplace=True),
-    "prelu": nn.PReLU,
-    "prelu per channel": lambda: nn.PReLU(3),
-    "rrelu": nn.RReLU,
-    "elu": lambda: nn.ELU(1.3),
-    "selu": nn.SELU,
-    "celu": lambda: nn.CELU(0.7),
-    "celu in place": lambda: nn.CELU(0.7, inplace=True),
-    "sigmoid": nn.Sigmoid,
-    "logsigmoid": nn.LogSigmoid,
-    "tanh": nn.Tanh,
-    "softplus": nn.Softplus,
-    "softplus with a visible step": lambda: nn.Softplus(beta=2.0, threshold=0.5),
-    "softsign": nn.Softsign,
-    "hardtanh": lambda: nn.Hardtanh(-0.3, 0.6),
-    "hardsigmoid": nn.Hardsigmoid,
-    "threshold": lambda: nn.Threshold(0.2, -0.7),
-    "softshrink": lambda: nn.Softshrink(0.3),
-    "hardshrink": lambda: nn.Hardshrink(0.3),
-    "tanhshrink": nn.Tanhshrink,
 }
 IMAGES = (2, 3, 7, 6)
 OTHERS = {
@@ -139,6 +81,13 @@ FUNCTIONS = {
         x, min=torch.tensor([[-0.1], [0.2], [0.0]]).double()
     ),
     "clamp_min": lambda x: x.clamp_min(0.1),
+    "clamp_max": lambda x: torch.clamp_max(x, 0.1),
+    "tanh_": lambda x: x.tanh_(),
+    "sigmoid_": lambda x: torch.sigmoid_(x),
+    "threshold_": lambda x: F.threshold_(x, 0.2, -0.7),
+    "dropout1d": lambda x: F.dropout1d(x, training=False),
+    "dropout3d": lambda x: F.dropout3d(x[None, None], training=False),
+    "feature_alpha_dropout": lambda x: F.feature_alpha_dropout(x, training=False),
     "clamp_": lambda x: x.clamp_(max=0.1),
     "reshape": lambda x: x.reshape(x.size(0), -1),
     "view": lambda x: x.view(x.shape[0], 3, -1),
@@ -158,6 +107,17 @@ FUNCTIONS = {
     "sum": lambda x: x.sum(-1),
     "sum of all": lambda x: x.sum(),
     "flip": lambda x: x.flip(1),
+    "roll": lambda x: x.roll(1, dims=2),
+    "narrow": lambda x: x.narrow(2, 1, 2),
+    "select": lambda x: torch.select(x, 1, 2),
+    "swapaxes": lambda x: x.swapaxes(0, 2),
+    "movedim": lambda x: torch.movedim(x, 0, 2),
+    "expand_as": lambda x: x[:, :1].expand_as(torch.empty(2, 3, 4)),
+    "concat": lambda x: torch.concat((x, -x)),
+    "concatenate along an axis": lambda x: torch.concatenate([x, -x], axis=1),
+    "cat along an axis": lambda x: torch.cat([x, -x], axis=-1),
+    "stack of names": lambda x: torch.stack(tensors=[x, -x], dim=2),
+    "sum in another dtype": lambda x: x.float().sum(1, dtype=torch.float64),
     "chunk": lambda x: x.chunk(2, dim=2)[1],
     "split": lambda x: torch.split(x, [1, 2], dim=1)[1],
     "unbind": lambda x: x.unbind(1)[2],
@@ -193,6 +153,11 @@ FUNCTIONS = {
     "torch.div": lambda x: torch.div(x, -2),
     "add_": lambda x: x.add_(0.3),
     "mul_": lambda x: x.mul_(-0.3),
+    "sub_": lambda x: x.sub_(torch.linspace(-1, 1, 4).double(), alpha=2),
+    "div_": lambda x: x.div_(-0.3),
+    "neg_": lambda x: x.neg_(),
+    "* mask": lambda x: x * torch.tensor([True, False, True, False]),
+    "* zero": lambda x: x * 0,
 }
 
 
@@ -264,6 +229,16 @@ def test_batch_norm_in_training() -> None:
     )
     torch.testing.assert_close(gx, ez)
     torch.testing.assert_close(gw, ew)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_without_running_statistics(training: bool) -> None:
+    """An example's output would depend on the other, also perturbed, examples."""
+    norm = nn.BatchNorm2d(3, track_running_stats=False).double().train(training)
+    with pytest.raises(UnsupportedOpError, match="batch_norm without running statistics"):
+        norm(random_box(4, 3, 5, 5))
+    with pytest.raises(UnsupportedOpError, match="batch_norm without running statistics"):
+        F.batch_norm(random_box(4, 3), None, None, training=True)
 
 
 def test_batch_norm_in_training_needs_a_nominal() -> None:
@@ -371,6 +346,12 @@ def test_nominal_is_carried_where_all_operands_have_one() -> None:
         "out= is not supported": lambda x: torch.sum(x, 1, out=torch.empty(0).double()),
         "add_": lambda x: torch.ones(2, 3, 4, 4).double().add_(x),
         "add with a str": lambda x: x + "1",
+        "to has no interval rule: its result would be torch.int64": lambda x: x.to(torch.int64),
+        "to has .* torch.complex128": lambda x: x.to(torch.complex128),
+        "sum has .* torch.int32": lambda x: x.sum(1, dtype=torch.int32),
+        "mean has .* torch.complex64": lambda x: x.mean(dtype=torch.complex64),
+        r"view\(dtype\)": lambda x: x.view(torch.int64),
+        r"view\(dtype\) has": lambda x: x.view(dtype=torch.float32),
     }.items(),
 )
 def test_refused_by_name(name: str, call) -> None:
@@ -396,6 +377,22 @@ def test_refused_by_name(name: str, call) -> None:
         r"conv2d: weight \(2, 4, 3, 3\)": nn.Conv2d(4, 2, 3).double(),
         r"linear: weight \(2, 5\)": nn.Linear(5, 2).double(),
         "conv1d: expected weight": nn.Conv1d(3, 2, 3).double(),
+        "conv2d: stride must be": lambda x: functional.interval_conv2d(
+            x, torch.ones(1, 3, 2, 2).double(), stride=1.5
+        ),
+        "conv1d: dilation must be": lambda x: F.conv1d(
+            x[0], torch.ones(1, 4, 2).double(), dilation=(1, 1)
+        ),
+        "mul: the constant must be finite, got inf": lambda x: x * float("inf"),
+        "mul: the constant must be finite, got nan": lambda x: float("nan") * x,
+        "mul: .*, got tensor": lambda x: x * torch.tensor([1.0, 2, 3, torch.inf]),
+        "mul: .*, got 1e\\+200": lambda x: x.float() * 1e200,
+        "mul: .*, got 1000": lambda x: x * 10**400,
+        "truediv: .* neither 0 nor subnormal, got 0": lambda x: x / 0,
+        "truediv: .* got -0.0": lambda x: x / -0.0,
+        "truediv: .* got 1e-60": lambda x: x.float() / 1e-60,
+        "truediv: .* got inf": lambda x: x / np.float64("inf"),
+        "truediv: .* got tensor": lambda x: x / torch.tensor([1, 2, 3, 0]),
     }.items(),
 )
 def test_refused_parameters(argument: str, call) -> None:
@@ -406,3 +403,14 @@ def test_refused_parameters(argument: str, call) -> None:
 def test_dtype_of_parameters_is_checked() -> None:
     with pytest.raises(TypeError, match=r"weight is torch\.float32, lower is torch\.float64"):
         nn.Conv2d(3, 2, 3)(random_box(2, 3, 4, 4))
+
+
+def test_numpy_integers() -> None:
+    weight = torch.randn(4, 2, 3, 3).double()
+    two, box = np.int64(2), random_box(2, 4, 9, 9)
+    got = F.conv2d(box, weight, None, two, (np.int32(1), two), two, two)
+    want = F.conv2d(box.nominal, weight, None, 2, (1, 2), 2, 2)
+    torch.testing.assert_close(got.nominal, want)
+    sequence = F.conv1d(box[:, :, 0], weight[..., 0], None, two, two, two, two)
+    want = F.conv1d(box.nominal[:, :, 0], weight[..., 0], None, 2, 2, 2, 2)
+    torch.testing.assert_close(sequence.nominal, want)

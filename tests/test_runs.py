@@ -12,13 +12,18 @@ from cibp_fast import runs
 from cibp_fast.config import preset
 
 CONFIG = preset("mnist5k-small-0.1-cibp")
+METRICS = [
+    {"epoch": 1, "width": None, "test_error": None, "verified_error": None},
+    {"epoch": 2, "width": 0.5, "test_error": 0.25, "verified_error": 1, "loss": 0.5},
+]
+RESULT = {"test_error": 0.25, "pgd_error": 0.5, "verified_error": 1.0}
 
 
 def _finished(run_dir: Path) -> dict[str, bytes]:
     runs.create(run_dir, CONFIG)
-    runs.write_metrics(run_dir, [{"epoch": 1, "loss": None}, {"epoch": 2, "loss": 0.5}])
+    runs.write_metrics(run_dir, METRICS)
     runs.write_model(run_dir, runs.build_model(CONFIG))
-    runs.write_result(run_dir, {"test_error": 0.25})
+    runs.write_result(run_dir, RESULT)
     return _contents(run_dir)
 
 
@@ -31,8 +36,8 @@ def test_round_trip(tmp_path):
     run_dir = tmp_path / "deep" / "run"
     assert sorted(contents) == ["config.json", "metrics.jsonl", "model.safetensors", "result.json"]
     assert runs.read_config(run_dir) == CONFIG
-    assert runs.read_metrics(run_dir) == [{"epoch": 1, "loss": None}, {"epoch": 2, "loss": 0.5}]
-    assert runs.read_result(run_dir) == {"test_error": 0.25}
+    assert runs.read_metrics(run_dir) == METRICS
+    assert runs.read_result(run_dir) == RESULT
     model, again = runs.read_model(run_dir), runs.read_model(run_dir)
     for name, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], value)
@@ -71,6 +76,36 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     with pytest.raises(OSError, match=r"cannot make the folder .*file: File exists"):
         runs.create(tmp_path / "file", CONFIG)
     assert (tmp_path / "file").read_text() == "in the way"
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+def test_an_impossible_path_is_named(tmp_path, name):
+    with pytest.raises(OSError, match=f"cannot make the folder .*{name}: "):
+        runs.create(tmp_path / name, CONFIG)
+    with pytest.raises(OSError, match=f"cannot write .*{name}: "):
+        runs.write_atomic(tmp_path / name, b"")
+    for read in (runs.read_config, runs.read_metrics, runs.read_result, runs.read_model):
+        with pytest.raises(OSError, match=f"cannot read .*{name}"):
+            read(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux's /proc")
+def test_a_folder_where_even_root_may_not_write_is_named():
+    with pytest.raises(OSError, match="cannot make the folder /proc/cibp_fast_run: "):
+        runs.create(Path("/proc/cibp_fast_run"), CONFIG)
+    with pytest.raises(OSError, match=r"cannot write /proc/self/config\.json: "):
+        runs.create(Path("/proc/self"), CONFIG)
+
+
+def test_a_run_that_cannot_be_replaced_is_named_and_untouched(tmp_path):
+    contents = _finished(tmp_path)
+    (tmp_path / "result.json").unlink()
+    (tmp_path / "result.json").mkdir()  # which not even root can remove as a file
+    with pytest.raises(OSError, match=f"cannot replace the run in {tmp_path}: "):
+        runs.create(tmp_path, CONFIG, overwrite=True)
+    (tmp_path / "result.json").rmdir()
+    assert _contents(tmp_path) == {k: v for k, v in contents.items() if k != "result.json"}
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write all")
@@ -138,9 +173,9 @@ def test_nan_is_refused_before_anything_is_written(tmp_path):
 
 @pytest.mark.parametrize("read", [runs.read_config, runs.read_metrics, runs.read_model])
 def test_a_folder_that_is_no_run_is_named(tmp_path, read):
-    with pytest.raises(FileNotFoundError, match=rf"{tmp_path.name} is not a run folder"):
+    with pytest.raises(FileNotFoundError, match=rf"{tmp_path.name} is not a (complete )?run"):
         read(tmp_path)
-    with pytest.raises(FileNotFoundError, match="nowhere is not a run folder"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere is not a (complete )?run"):
         read(tmp_path / "nowhere")
 
 
@@ -151,7 +186,17 @@ def test_a_folder_that_is_no_run_is_named(tmp_path, read):
         ("config.json", b'{"dataset": "mnist5k"}', runs.read_config),
         ("config.json", b"\xff\xfe", runs.read_config),
         ("metrics.jsonl", b'{"epoch": 1}\n{"epo', runs.read_metrics),
+        ("metrics.jsonl", b"5", runs.read_metrics),
+        ("metrics.jsonl", b'{"epoch": 1}', runs.read_metrics),
+        ("metrics.jsonl", b'{"epoch": 1, "width": "wide"}', runs.read_metrics),
+        ("metrics.jsonl", b'{"epoch": null}', runs.read_metrics),
         ("result.json", b"{", runs.read_result),
+        ("result.json", b"{}", runs.read_result),
+        ("result.json", b"[]", runs.read_result),
+        ("result.json", b'{"test_error": null}', runs.read_result),
+        ("result.json", b'{"test_error": NaN}', runs.read_result),
+        ("result.json", b'{"test_error": 1.5}', runs.read_result),
+        ("result.json", b'{"test_error": true}', runs.read_result),
         ("model.safetensors", b"not safe", runs.read_model),
     ],
 )
@@ -160,6 +205,46 @@ def test_a_damaged_file_is_named(tmp_path, file, content, read):
     (tmp_path / file).write_bytes(content)
     with pytest.raises(ValueError, match=file):
         read(tmp_path)
+
+
+def test_what_is_wrong_with_a_record_is_said(tmp_path):
+    _finished(tmp_path)
+    (tmp_path / "result.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"result.json: must be a JSON object, not list"):
+        runs.read_result(tmp_path)
+    (tmp_path / "result.json").write_text('{"test_error": 0.5}')
+    with pytest.raises(ValueError, match=r"result.json: 'pgd_error' is missing"):
+        runs.read_result(tmp_path)
+    (tmp_path / "result.json").write_text('{"test_error": 1.5}')
+    with pytest.raises(ValueError, match=r"'test_error' must be a number from 0 to 1, not 1\.5"):
+        runs.read_result(tmp_path)
+    runs.write_metrics(tmp_path, [METRICS[0], {"epoch": 2}])
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2: 'width' is missing"):
+        runs.read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "read"),
+    [
+        ("config.json", runs.read_config),
+        ("metrics.jsonl", runs.read_metrics),
+        ("result.json", runs.read_result),
+        ("model.safetensors", runs.read_model),
+    ],
+)
+def test_a_folder_in_a_files_place_is_named(tmp_path, file, read):
+    _finished(tmp_path)
+    (tmp_path / file).unlink()
+    (tmp_path / file).mkdir()
+    with pytest.raises(OSError, match=f"cannot read .*{file}: Is a directory"):
+        read(tmp_path)
+
+
+def test_weights_of_another_dtype_are_refused(tmp_path):
+    _finished(tmp_path)
+    runs.write_model(tmp_path, runs.build_model(CONFIG).double())
+    with pytest.raises(ValueError, match=r"must be torch\.float32, not torch\.float64"):
+        runs.read_model(tmp_path)
 
 
 def test_another_networks_weights_are_refused(tmp_path):

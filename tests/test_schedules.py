@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from cibp_fast.schedules import Constant, LinearRamp, StepDecay
+from cibp_fast.schedules import LinearRamp, StepDecay
 
 
 def test_linear_ramp_by_hand():
@@ -24,10 +24,6 @@ def test_step_decay_by_hand():
     assert [decay(step) for step in (0, 9, 10, 19, 20, 99)] == [1, 1, 0.5, 0.5, 0.25, 0.25]
 
 
-def test_constant():
-    assert Constant(0.3)(0) == Constant(0.3)(10**9) == 0.3
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -37,7 +33,6 @@ def test_constant():
         (lambda: StepDecay(1.0, (20, 10)), r"increasing steps.*\(20, 10\)"),
         (lambda: StepDecay(1.0, (-5,)), "increasing steps"),
         (lambda: StepDecay(math.inf), "value must be finite"),
-        (lambda: Constant(math.nan), "value must be finite"),
     ],
 )
 def test_bad_input(make, message):
@@ -47,4 +42,4 @@ def test_bad_input(make, message):
 
 def test_schedules_are_immutable():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Constant(1.0).value = 2.0  # type: ignore[misc]
+        StepDecay(1.0).value = 2.0  # type: ignore[misc]

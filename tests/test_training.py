@@ -60,6 +60,45 @@ def test_a_run_folder(tmp_path, method, capsys):
     assert wrong.double().mean().item() == result["test_error"]
 
 
+def test_the_fields_of_a_result(tmp_path):
+    config = preset("mnist5k-small-0.001-ibp", **SHORT | {"clip": None, "seed": 4})
+    training.train(config, tmp_path)
+    result = json.loads((tmp_path / "result.json").read_text())
+    measured = {
+        "test_error": float,
+        "pgd_error": float,
+        "verified_error": float,
+        "seconds": float,
+        "train_seconds": float,
+        "versions": dict,
+        "hardware": dict,
+    }
+    known = {
+        "dataset": "mnist5k",
+        "model": "small",
+        "method": "ibp",
+        "seed": 4,
+        "pgd_steps": 2,
+        "pgd_restarts": 1,
+        "pgd_step_size": 0.01,
+        "examples": 40,
+        "contradictions": 0,
+        "eps": 0.001,
+        "eps_space": "pixel",
+        "eps_pixel": 0.001,
+        "clip": None,
+        "precision": "float32",
+        "sound": False,
+        "semantics": None,
+    }
+    assert set(result) == set(measured) | set(known)
+    assert {name: result[name] for name in known} == known
+    assert {name: type(result[name]) for name in measured} == measured
+    assert 0 < result["train_seconds"] <= result["seconds"]
+    assert set(result["versions"]) == {"python", "torch", "numpy", "cibp_fast"}
+    assert set(result["hardware"]) == {"cpu", "kernels", "machine", "cores", "threads"}
+
+
 def test_repeats_bitwise_and_leaves_the_global_random_state_alone(tmp_path):
     config = preset("mnist5k-small-0.001-cibp", **SHORT)
     state = torch.get_rng_state()
@@ -123,29 +162,31 @@ def test_nan_is_never_right_and_never_verified():
 
 
 def test_nan_for_some_examples_is_counted_for_those_alone():
-    class NaNForClass3(torch.nn.Module):
-        """Right by a wide margin, but NaN for class 3's pattern: Tensor or Interval."""
-
-        def forward(self, x):
-            seen = x.flatten(1)
-            return (
-                seen @ weight.T
-                if isinstance(x, torch.Tensor)
-                else torch.nn.functional.linear(seen, weight)
-            )
-
     test = toy_dataset().test
     patterns = torch.stack([test.images[test.labels == digit][0] for digit in range(10)])
     weight = 2 * (patterns.flatten(1) > 100).float() - 1
+
+    def right(x):
+        return torch.nn.functional.linear(x.flatten(1), weight)
+
+    def nan_for_class_3(x):
+        """Right by a wide margin, but NaN for class 3's pattern: Tensor or Interval."""
+        point = x if isinstance(x, torch.Tensor) else x.nominal
+        spoilt = right(point).argmax(1) == 3
+        return right(x) + torch.where(spoilt, torch.nan, 0.0)[:, None]
+
     config = preset("mnist5k-small-0.001-cibp", **SHORT)
-    assert training.evaluate(NaNForClass3(), test, config)["verified_error"] == 0
-    weight[3] = torch.nan
-    assert training.evaluate(NaNForClass3(), test, config)["verified_error"] == 1
+    for model, share in ((right, 0.0), (nan_for_class_3, 0.1)):
+        errors = training.evaluate(model, test, config)
+        assert [errors[f"{kind}_error"] for kind in ("test", "pgd", "verified")] == [share] * 3
+    found = training.certificate(nan_for_class_3, test.pixels(), test.labels, config)
+    assert torch.equal(~found.verified, test.labels == 3)
 
 
-def test_an_attack_on_a_verified_example_is_an_error(monkeypatch):
-    config = preset("mnist5k-small-0.001-cibp", **SHORT)
-    model, test = runs.build_model(config), toy_dataset().test
+def test_an_attack_on_a_verified_example_is_an_error_after_the_result_is_saved(
+    tmp_path, monkeypatch
+):
+    config = preset("mnist5k-small-0.001-cibp", **SHORT | {"lr": 0.0})
 
     def everything(model, x, y, *args, **kwargs):
         shape = (len(x), 10)
@@ -154,12 +195,16 @@ def test_an_attack_on_a_verified_example_is_an_error(monkeypatch):
         )
 
     monkeypatch.setattr(training, "certify", everything)
-    with pytest.raises(RuntimeError, match="verify examples that an attack breaks"):
-        training.evaluate(model, test, config)
+    with pytest.raises(FloatingPointError, match=r"the bounds verify \d+ of 40 .*result.json"):
+        training.train(config, tmp_path)
+    result = runs.read_result(tmp_path)
+    assert result["contradictions"] == round(40 * result["pgd_error"]) > 0
+    assert result["verified_error"] == 0
+    runs.read_model(tmp_path)
 
 
 def test_divergence_stops_with_the_metrics_kept(tmp_path):
-    config = preset("mnist5k-small-0.001-ibp", **SHORT | {"lr": 1e30})
+    config = preset("mnist5k-small-0.001-ibp", **SHORT | {"lr": 1e18})
     with pytest.raises(FloatingPointError, match="training diverged: the loss of epoch 1 is nan"):
         training.train(config, tmp_path)
     (record,) = runs.read_metrics(tmp_path)
@@ -170,7 +215,7 @@ def test_divergence_stops_with_the_metrics_kept(tmp_path):
 def test_a_folder_that_holds_a_run_is_refused_before_training(tmp_path, monkeypatch):
     config = preset("mnist5k-small-0.001-cibp", **SHORT)
     runs.create(tmp_path, config)
-    monkeypatch.setattr(runs, "build_model", lambda config: pytest.fail("training started"))
+    monkeypatch.setattr(training, "_loss", lambda *arguments: pytest.fail("training started"))
     with pytest.raises(FileExistsError, match="unfinished run"):
         training.train(config, tmp_path)
     (tmp_path / "file").write_text("")
@@ -184,6 +229,24 @@ def test_a_batch_larger_than_the_data_is_refused_before_anything_is_written(tmp_
         ValueError, match="batch_size must be at most the 80 training examples, not 81"
     ):
         training.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("method", ["nominal", "cibp"])
+def test_data_outside_clip_is_refused_before_anything_is_written(tmp_path, method):
+    config = preset(f"mnist5k-small-0.001-{method}", **SHORT | {"clip": (0.2, 0.5)})
+    with pytest.raises(ValueError, match=r"x has values in .* outside clip=\(0.2, 0.5\)"):
+        training.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_kernels_that_cannot_run_are_refused_before_anything_is_written(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise ValueError("no such kernels")
+
+    monkeypatch.setattr("cibp_fast._backend.in_use", refuse)
+    with pytest.raises(ValueError, match="no such kernels"):
+        training.train(preset("mnist5k-small-0.001-cibp", **SHORT), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
