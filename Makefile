@@ -4,9 +4,6 @@
 .DEFAULT_GOAL := help
 MAKEFLAGS += --jobs=2
 
-# Threads that wait sleep: where other programs want the cores, spinning ones hold each other up.
-export OMP_WAIT_POLICY ?= passive
-
 # Packages are installed without bytecode, in half the time; Python then writes it on first use.
 unexport PYTHONDONTWRITEBYTECODE
 
