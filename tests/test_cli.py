@@ -162,7 +162,7 @@ def test_options_replace_the_preset(tmp_path, monkeypatch):
         (["train", "--eps", "nan"], "eps must be a finite number, not nan"),
         (["train", "--steps", "many"], "steps must be a whole number, not 'many'"),
         (["train", "--eps-ramp", "10,5"], "eps_ramp cannot be 10,5"),
-        (["train", "--steps", "100"], "eps_ramp must be within steps 0 to 100, not 0,1500"),
+        (["train", "--steps", "100"], "eps_ramp must be within steps 0 to 100, not 0,1125"),
         (["train", "--clip", "1,0"], "clip must be low,high with low < high"),
         (["train", "--clip", "0,nan"], "clip must be a finite number, not nan"),
         ([*TRAIN, "--clip", "0.2,0.5"], "x has values in [0, 0.937255], outside clip=(0.2, 0.5)"),

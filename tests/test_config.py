@@ -15,13 +15,13 @@ from cibp_fast.config import Config, parse, preset
 def test_the_quickstart_recipe_is_the_one_of_the_issue():
     cibp, ibp = preset("mnist5k-small-0.1-cibp"), preset("mnist5k-small-0.1-ibp")
     assert dataclasses.replace(cibp, method="ibp", width_weight=0.0) == ibp
-    assert (cibp.steps, cibp.batch_size, cibp.clip) == (4000, 100, (0.0, 1.0))
+    assert (cibp.steps, cibp.batch_size, cibp.clip) == (3000, 100, (0.0, 1.0))
     assert (cibp.width_weight, cibp.width, cibp.width_reduction) == (1.0, "post", "mean")
     eps, kappa, lr = cibp.eps_schedule(), cibp.kappa_schedule(), cibp.lr_schedule()
-    assert [eps(0), eps(750), eps(1500), eps(3999)] == [0, 0.05, 0.1, 0.1]
-    assert [kappa(0), kappa(300), kappa(2150), kappa(4000)] == [1, 1, 0.75, 0.5]
+    assert [eps(0), eps(450), eps(1125), eps(2999)] == pytest.approx([0, 0.04, 0.1, 0.1])
+    assert [kappa(0), kappa(225), kappa(3000)] == [1, 1, 0.5]
     assert [lr(0), lr(2799)] == [1e-3, 1e-3]
-    assert [lr(2800), lr(3600)] == pytest.approx([1e-4, 1e-5])
+    assert [lr(2100), lr(2700)] == pytest.approx([1e-4, 1e-5])
 
 
 @pytest.mark.parametrize(
@@ -96,9 +96,9 @@ def test_unknown_presets(name, message):
             {"eps_ramp": (1500, 100)},
             r"eps_ramp cannot be 1500,100: .*ends \(step 100\) before it starts",
         ),
-        ({"steps": 1000}, "eps_ramp must be within steps 0 to 1000, not 0,1500"),
-        ({"lr_decay_at": (3600, 2800)}, "lr_decay_at cannot be 3600,2800: .*increasing"),
-        ({"lr_decay_at": (5000,)}, "lr_decay_at must be within steps 0 to 4000, not 5000"),
+        ({"steps": 1000}, "eps_ramp must be within steps 0 to 1000, not 0,1125"),
+        ({"lr_decay_at": (2700, 2100)}, "lr_decay_at cannot be 2700,2100: .*increasing"),
+        ({"lr_decay_at": (5000,)}, "lr_decay_at must be within steps 0 to 3000, not 5000"),
         ({"kappa_ramp": (-1, 100)}, "kappa_ramp cannot be -1,100: .*0 or more"),
         ({"seed": -1}, "seed must be 0 or more, not -1"),
         ({"seed": 2**63}, "seed must be 9223372036854775807 or less, not 9223372036854775808"),

@@ -13,16 +13,17 @@ constexpr int64_t kChunk = 8192;
 
 // Not max(x, 0), which the instruction sets make 0 for NaN: a NaN must reach the bounds.
 template <class T>
-T relu(T x) {
-  return x <= 0 ? T{0} : x;
+Vec<T> relu(Vec<T> x) {
+  return x <= 0 ? Vec<T>{} : x;
 }
 
+// The gradient where ReLU gave something other than 0.
 template <class T>
-T through(T out, T gradient) {
-  return out <= 0 ? T{0} : gradient;
+Vec<T> through(Vec<T> out, Vec<T> gradient) {
+  return out <= 0 ? Vec<T>{} : gradient;
 }
 
-// Calls body(begin, end) for each chunk.
+// Calls body(chunk, begin, end) for each chunk.
 template <class Body>
 void for_chunks(int threads, int64_t size, const Body& body) {
   parallel_for(threads, ceil_div(size, kChunk), [&](int64_t chunk) {
@@ -38,22 +39,18 @@ void relu_forward(const ReluForward<T>& op) {
   const int64_t chunks = ceil_div(op.size, kChunk);
   double* widths = scratch<double>(Slot::kWidth, chunks);
   for_chunks(op.threads, op.size, [&](int64_t chunk, int64_t begin, int64_t end) {
-    T sums[L] = {};  // in a fixed order that the compiler can keep in a vector
-    int64_t i = begin;
-    const auto element = [&](int64_t at) {
-      const T lower = relu(op.lower[at]), upper = relu(op.upper[at]);
-      op.lower_out[at] = lower;
-      op.upper_out[at] = upper;
-      return (upper - lower) * (upper - lower);
-    };
-    for (; i + L <= end; i += L)
-      for (int lane = 0; lane < L; ++lane) sums[lane] += element(i + lane);
-    for (; i < end; ++i) sums[0] += element(i);
-    double width = 0;
-    for (const T sum : sums) width += static_cast<double>(sum);
-    widths[chunk] = width;
-    if (op.nominal)
-      for (int64_t at = begin; at < end; ++at) op.nominal_out[at] = relu(op.nominal[at]);
+    Vec<T> sums{};
+    for (int64_t i = begin; i < end; i += L) {
+      const int64_t count = std::min<int64_t>(L, end - i);
+      const Vec<T> lower = relu<T>(load_some(op.lower + i, count));
+      const Vec<T> upper = relu<T>(load_some(op.upper + i, count));
+      store_some<T>(op.lower_out + i, lower, count);
+      store_some<T>(op.upper_out + i, upper, count);
+      sums += (upper - lower) * (upper - lower);
+      if (op.nominal)
+        store_some<T>(op.nominal_out + i, relu<T>(load_some(op.nominal + i, count)), count);
+    }
+    widths[chunk] = static_cast<double>(sum<T>(sums));
   });
   double width = 0;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) width += widths[chunk];
@@ -62,16 +59,20 @@ void relu_forward(const ReluForward<T>& op) {
 
 template <class T>
 void relu_backward(const ReluBackward<T>& op) {
+  constexpr int L = kLanes<T>;
+  const T scale = 2 * op.grad_width;
   for_chunks(op.threads, op.size, [&](int64_t, int64_t begin, int64_t end) {
-    const T scale = 2 * op.grad_width;
-    for (int64_t i = begin; i < end; ++i) {
-      const T lower = op.lower_out[i], upper = op.upper_out[i], width = scale * (upper - lower);
-      op.grad_lower_in[i] = through(lower, op.grad_lower[i] - width);
-      op.grad_upper_in[i] = through(upper, op.grad_upper[i] + width);
+    for (int64_t i = begin; i < end; i += L) {
+      const int64_t count = std::min<int64_t>(L, end - i);
+      const auto at = [&](const T* p) { return load_some(p + i, count); };
+      const Vec<T> lower = at(op.lower_out), upper = at(op.upper_out);
+      const Vec<T> width = scale * (upper - lower);
+      store_some<T>(op.grad_lower_in + i, through<T>(lower, at(op.grad_lower) - width), count);
+      store_some<T>(op.grad_upper_in + i, through<T>(upper, at(op.grad_upper) + width), count);
+      if (op.nominal_out)
+        store_some<T>(op.grad_nominal_in + i, through<T>(at(op.nominal_out), at(op.grad_nominal)),
+                      count);
     }
-    if (op.nominal_out)
-      for (int64_t i = begin; i < end; ++i)
-        op.grad_nominal_in[i] = through(op.nominal_out[i], op.grad_nominal[i]);
   });
 }
 

@@ -57,8 +57,8 @@ namespace detail {
 // rows[x][c] of at most kLanes pixels and channels; what lies beyond `pixels` and `channels` is
 // unspecified.
 template <class T>
-inline void load_block(const Plane<T>& plane, int64_t channel, int64_t channels, int64_t pixel,
-                       int64_t pixels, Vec<T>* rows) {
+[[gnu::noinline]] void load_block(const Plane<T>& plane, int64_t channel, int64_t channels,
+                                  int64_t pixel, int64_t pixels, Vec<T>* rows) {
   constexpr int L = kLanes<T>;
   const T* p = plane.data + channel * plane.channel_stride + pixel * plane.pixel_stride;
   if (plane.pixel_stride == 1 && channels == L &&
@@ -109,12 +109,7 @@ void pack(const Prologue& prologue, const Plane<T>* sources, int64_t channels, i
         for (int k = 0; k < K; ++k) in[k] = rows[k][i];
         prologue(in, streams);
         T* target = out + (x + i) * pixel_stride + c;
-        for (int s = 0; s < S; ++s, target += stream_stride) {
-          if (count == L)
-            store<T>(target, streams[s]);
-          else
-            std::memcpy(target, &streams[s], static_cast<size_t>(count) * sizeof(T));
-        }
+        for (int s = 0; s < S; ++s) store_some<T>(target + s * stream_stride, streams[s], count);
       }
     }
   }

@@ -36,6 +36,23 @@ inline void store(T* p, Vec<T> v) {
   std::memcpy(p, &v, sizeof v);
 }
 
+// The first `count` (at most kLanes) elements, zeros after them.
+template <class T>
+inline Vec<T> load_some(const T* p, int64_t count) {
+  if (count == kLanes<T>) return load(p);
+  Vec<T> v{};
+  std::memcpy(&v, p, static_cast<size_t>(count) * sizeof(T));
+  return v;
+}
+
+template <class T>
+inline void store_some(T* p, Vec<T> v, int64_t count) {
+  if (count == kLanes<T>)
+    store<T>(p, v);
+  else
+    std::memcpy(p, &v, static_cast<size_t>(count) * sizeof(T));
+}
+
 template <class T>
 inline Vec<T> broadcast(T x) {
   return x - Vec<T>{};  // x - 0, not x + 0: keeps the sign of -0
