@@ -3,10 +3,10 @@
     python bench/bench_layers.py --models small medium --threads 2 --output bench/results/layers.csv
 
 The naive layer is what one writes in PyTorch (:func:`naive`): center and radius of the bounds, one
-pass with W for the center, one with W.abs() for the radius, one for the nominal, and the width. It
-is timed in both memory formats and the faster one counts. "forward" runs without autograd,
-"training" is forward and backward: gradients to weight, bias and all three streams, except in a
-net's first layer, whose inputs need none. Both get the same incoming gradients.
+pass with W for the center, one with W.abs() for the radius, one for the nominal, and the width.
+Both are timed in both memory formats, and the faster one of each counts. "forward" runs without
+autograd, "training" is forward and backward: gradients to weight, bias and all three streams,
+except in a net's first layer, whose inputs need none. Both get the same incoming gradients.
 
 The contenders run in turn in one process; a ratio is taken within a round, and the medians and
 quartiles are over rounds. On a shared machine `--threads 1 --clock cpu` counts the process's own
@@ -62,8 +62,8 @@ MODELS = {
 DATASETS = {"mnist": ((1, 28, 28), 100, 0.3), "cifar10": ((3, 32, 32), 50, 8 / 255)}
 FIELDS = [
     "model", "dataset", "layer", "pass", "batch", "ratio", "ratio_q1", "ratio_q3", "fused_ms",
-    "naive_ms", "naive_format", "fused_gflops", "naive_gflops", "rounds", "clock", "threads", "isa",
-    "cpu", "torch", "date", "command",
+    "naive_ms", "fused_format", "naive_format", "fused_gflops", "naive_gflops", "rounds", "clock",
+    "threads", "isa", "cpu", "torch", "date", "command",
 ]  # fmt: skip
 
 
@@ -131,14 +131,11 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def contenders(layer: Layer, training: bool) -> dict[str, Callable[[], object]]:
-    """Everything that is timed, keyed "fused", "naive nchw" and, of a convolution, "naive nhwc"."""
+    """Everything that is timed, keyed by name and memory format, as "fused nchw"."""
     cotangents = random_cotangents(layer.case.run())
-    formats: dict[str, tuple[Callable[[Case], Tensors], Callable[[Tensor], Tensor]]] = {
-        "fused": (lambda case: case.run(), lambda x: x),
-        "naive nchw": (naive, lambda x: x),
-    }
+    formats = {"nchw": lambda x: x}
     if layer.case.geometry:
-        formats["naive nhwc"] = (naive, channels_last)
+        formats["nhwc"] = channels_last
 
     def contender(run: Callable[[Case], Tensors], fmt: Callable[[Tensor], Tensor]) -> Any:
         grads = tuple(fmt(g) for g in cotangents)
@@ -154,7 +151,11 @@ def contenders(layer: Layer, training: bool) -> dict[str, Callable[[], object]]:
 
         return step
 
-    return {name: contender(*how) for name, how in formats.items()}
+    return {
+        f"{name} {layout}": contender(run, fmt)
+        for layout, fmt in formats.items()
+        for name, run in (("fused", lambda case: case.run()), ("naive", naive))
+    }
 
 
 def validate(layer: Layer) -> None:
@@ -194,11 +195,15 @@ def result(layer: Layer, training: bool, rounds: int, clock: str) -> dict[str, A
     """One row of the table: the fused op against the better naive layer."""
     with torch.set_grad_enabled(training):
         seconds = measure(contenders(layer, training), rounds, CLOCKS[clock])
-    fused = seconds.pop("fused")
-    best = min(seconds, key=lambda name: statistics.median(seconds[name]))
-    ratios = [n / f for n, f in zip(seconds[best], fused, strict=True)]
+
+    def best(name: str) -> str:
+        own = [key for key in seconds if key.startswith(name)]
+        return min(own, key=lambda key: statistics.median(seconds[key]))
+
+    fused, naive_ = best("fused"), best("naive")
+    ratios = [n / f for n, f in zip(seconds[naive_], seconds[fused], strict=True)]
     q1, ratio, q3 = statistics.quantiles(ratios, n=4, method="inclusive")
-    fused_s, naive_s = statistics.median(fused), statistics.median(seconds[best])
+    fused_s, naive_s = statistics.median(seconds[fused]), statistics.median(seconds[naive_])
     flops = layer.flops(training)
     return {
         "model": layer.model,
@@ -211,7 +216,8 @@ def result(layer: Layer, training: bool, rounds: int, clock: str) -> dict[str, A
         "ratio_q3": round(q3, 3),
         "fused_ms": round(1e3 * fused_s, 4),
         "naive_ms": round(1e3 * naive_s, 4),
-        "naive_format": best.removeprefix("naive "),
+        "fused_format": fused.partition(" ")[2],
+        "naive_format": naive_.partition(" ")[2],
         "fused_gflops": round(flops / fused_s / 1e9, 1),
         "naive_gflops": round(flops / naive_s / 1e9, 1),
         "rounds": rounds,
@@ -263,7 +269,8 @@ def main() -> None:
                     print(
                         "  {layer:<24} {pass:<8} {ratio:5.2f} [{ratio_q1:5.2f}, {ratio_q3:5.2f}]"
                         "  {fused_ms:9.3f} ms {fused_gflops:6.1f}"
-                        "  {naive_ms:9.3f} ms {naive_gflops:6.1f}  {naive_format}".format(**row),
+                        "  {naive_ms:9.3f} ms {naive_gflops:6.1f}"
+                        "  {fused_format} {naive_format}".format(**row),
                         flush=True,
                     )
             print_totals([r for r in rows if (r["model"], r["dataset"]) == (model, dataset)])

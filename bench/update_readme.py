@@ -58,8 +58,8 @@ def layers() -> list[str]:
     for row in rows:
         groups.setdefault((row["model"], row["dataset"]), []).append(row)
     lines = [
-        "Time of the naive two-pass layer (the better of NCHW and channels_last) over that of the",
-        "fused op, all layers of a network together, and in brackets the range of its layers:",
+        "Time of the naive two-pass layer over that of the fused op, each in the better of NCHW",
+        "and channels_last: a network's layers together, and in brackets the range of the layers.",
         "",
         "| network, data, batch | forward | forward + backward |",
         "|---|---|---|",

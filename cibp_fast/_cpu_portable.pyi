@@ -13,7 +13,7 @@ compiler: str
 
 def cpu_features() -> dict[str, bool]: ...
 def conv2d_forward_float32(
-    shape: Sequence[int],  # 16 numbers: Conv2dShape
+    shape: Sequence[int],  # 17 numbers: Conv2dShape
     threads: int,
     tensors: Sequence[Sequence[int]],  # 4
     bias: int,

@@ -365,13 +365,26 @@ _library.define(
 )
 
 
+def _layout(image: Tensor) -> torch.memory_format:
+    """The memory format of what is computed from this tensor, as with torch's convolutions."""
+    last = image.dim() == 4 and image.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last and not image.is_contiguous() else torch.contiguous_format
+
+
+def _empty(like: Tensor, shape: Sequence[int] | None) -> Tensor:
+    """An uninitialised tensor in `like`'s layout; of no elements where shape is None."""
+    if shape is None:
+        return like.new_empty(0)
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=_layout(like))
+
+
 def _forward_outputs(
     lower: Tensor, nominal: Tensor | None, shape: Sequence[int]
 ) -> tuple[Tensor, ...]:
     return (
-        lower.new_empty(shape),
-        lower.new_empty(shape),
-        lower.new_empty(shape if nominal is not None else 0),
+        _empty(lower, shape),
+        _empty(lower, shape),
+        _empty(lower, None if nominal is None else shape),
         lower.new_empty(()),
     )
 
@@ -379,10 +392,11 @@ def _forward_outputs(
 def _backward_outputs(
     lower: Tensor, nominal: Tensor | None, weight: Tensor, wants_input: bool, wants_weight: bool
 ) -> tuple[Tensor, ...]:
+    shape = lower.shape if wants_input else None
     return (
-        lower.new_empty(lower.shape if wants_input else 0),
-        lower.new_empty(lower.shape if wants_input else 0),
-        lower.new_empty(lower.shape if wants_input and nominal is not None else 0),
+        _empty(lower, shape),
+        _empty(lower, shape),
+        _empty(lower, None if nominal is None else shape),
         lower.new_empty(weight.shape if wants_weight else 0),
         lower.new_empty(weight.shape[0] if wants_weight else 0),
     )
@@ -455,7 +469,8 @@ def _conv2d_shape(
     """csrc/cpu/conv2d.h: Conv2dShape."""
     out = _conv2d_size(lower, weight, stride, padding, dilation)
     channels, kernel = weight.shape[0], weight.shape[2:]
-    return (*lower.shape, channels, *out, *kernel, *stride, *padding, *dilation, groups)
+    last = _layout(lower) == torch.channels_last
+    return (*lower.shape, channels, *out, *kernel, *stride, *padding, *dilation, groups, last)
 
 
 @torch.library.register_fake("cibp_fast::conv2d_forward", lib=_library)
@@ -526,7 +541,10 @@ def _(lower, upper, nominal):  # type: ignore[no-untyped-def]
 @torch.library.impl(_library, "relu_forward", "CPU")
 def _(lower, upper, nominal):  # type: ignore[no-untyped-def]
     outputs = _forward_outputs(lower, nominal, lower.shape)
-    inputs = [None if t is None else t.contiguous() for t in (lower, upper, nominal)]
+    layout = _layout(lower)
+    inputs = [
+        None if t is None else t.contiguous(memory_format=layout) for t in (lower, upper, nominal)
+    ]
     _kernel("relu_forward", lower.dtype)(
         lower.numel(),
         _backend.threads(),
@@ -537,9 +555,12 @@ def _(lower, upper, nominal):  # type: ignore[no-untyped-def]
 
 
 def _relu_gradients(lower_out: Tensor, nominal_out: Tensor | None) -> tuple[Tensor, ...]:
-    nominal_shape = lower_out.shape if nominal_out is not None else 0
-    like = lower_out.new_empty
-    return like(lower_out.shape), like(lower_out.shape), like(nominal_shape)
+    shape = lower_out.shape
+    return (
+        _empty(lower_out, shape),
+        _empty(lower_out, shape),
+        _empty(lower_out, None if nominal_out is None else shape),
+    )
 
 
 @torch.library.register_fake("cibp_fast::relu_backward", lib=_library)
@@ -551,7 +572,7 @@ def _(grad_lower, grad_upper, grad_nominal, grad_width, lower_out, upper_out, no
 def _(grad_lower, grad_upper, grad_nominal, grad_width, lower_out, upper_out, nominal_out=None):  # type: ignore[no-untyped-def]
     outputs = _relu_gradients(lower_out, nominal_out)
     gradients = [
-        lower_out.new_zeros(lower_out.shape) if g is None else g.contiguous()
+        torch.zeros_like(lower_out) if g is None else g.contiguous(memory_format=_layout(lower_out))
         for g in (grad_lower, grad_upper, grad_nominal)
     ]
     _kernel("relu_backward", lower_out.dtype)(

@@ -39,13 +39,13 @@ Tensor2<const T> tensor2(const Tensor& t) {
   return {pointer<const T>(t[0]), {t[1], t[2]}};
 }
 
-Conv2dShape conv2d_shape(const std::array<int64_t, 16>& s) {
-  return {s[0], s[1], s[2],  s[3],  s[4],  s[5],  s[6],  s[7],
-          s[8], s[9], s[10], s[11], s[12], s[13], s[14], s[15]};
+Conv2dShape conv2d_shape(const std::array<int64_t, 17>& s) {
+  return {s[0], s[1],  s[2],  s[3],  s[4],  s[5],  s[6],  s[7],      s[8],
+          s[9], s[10], s[11], s[12], s[13], s[14], s[15], s[16] != 0};
 }
 
 template <class T>
-void conv2d_forward_py(const std::array<int64_t, 16>& shape, int threads,
+void conv2d_forward_py(const std::array<int64_t, 17>& shape, int threads,
                        const std::array<Tensor, 4>& in, int64_t bias,
                        const std::array<int64_t, 4>& out) {
   conv2d_forward<T>({conv2d_shape(shape), threads, tensor4<T>(in[0]), tensor4<T>(in[1]),
@@ -55,7 +55,7 @@ void conv2d_forward_py(const std::array<int64_t, 16>& shape, int threads,
 }
 
 template <class T>
-void conv2d_backward_py(const std::array<int64_t, 16>& shape, int threads,
+void conv2d_backward_py(const std::array<int64_t, 17>& shape, int threads,
                         const std::array<Tensor, 9>& in, double grad_width,
                         const std::array<int64_t, 5>& out) {
   conv2d_backward<T>({conv2d_shape(shape), threads, tensor4<T>(in[0]), tensor4<T>(in[1]),

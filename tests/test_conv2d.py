@@ -9,7 +9,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import DTYPES, convolutions, subsets
-from tolerances import INPUTS, OUTPUTS, Case, box, check, poisoned_memory, signed_weight
+from tolerances import (
+    INPUTS,
+    OUTPUTS,
+    Case,
+    box,
+    check,
+    poisoned_memory,
+    random_cotangents,
+    signed_weight,
+)
+
+from cibp_fast import ops
 
 PLAIN: tuple = ((1, 1), (0, 0), (1, 1), 1)
 
@@ -72,3 +83,25 @@ def test_kernel_only_over_padding(isa: str) -> None:
     lower, upper, nominal, _ = case.run()
     for x in (lower, upper, nominal):
         assert torch.equal(x[:, :, 0, 0], bias.expand(2, 3))
+
+
+@DTYPES
+def test_channels_last_stays(isa: str, dtype: torch.dtype) -> None:
+    """As in F.conv2d, outputs and input gradients are in the inputs' memory format; same values."""
+    weight = signed_weight((2 * 21, 9, 3, 3), dtype)
+    geometry = ((2, 1), (1, 1), (1, 1), 2)
+    case = Case(*box((3, 18, 9, 8), dtype), weight, torch.randn(42, dtype=dtype), geometry)
+    grads = random_cotangents(case.run())
+
+    def step(layout: torch.memory_format) -> list[torch.Tensor]:
+        inputs = [x.contiguous(memory_format=layout).requires_grad_() for x in case.inputs[:3]]
+        lower, upper, nominal, _ = ops.conv2d(
+            *inputs, case.weight, case.bias, *geometry, backend="cpu"
+        )
+        relu = ops.relu(lower, upper, nominal, backend="cpu")[:3]
+        results = [lower, upper, nominal, *relu, *torch.autograd.grad(relu, inputs, grads[:3])]
+        assert all(x.is_contiguous(memory_format=layout) for x in results)
+        return results
+
+    for first, last in zip(step(torch.contiguous_format), step(torch.channels_last), strict=True):
+        assert torch.equal(first, last)

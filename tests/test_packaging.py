@@ -173,3 +173,7 @@ def test_readme_equation() -> None:
 def test_nothing_else_is_installed(name: str, tmp_path: Path) -> None:
     code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({name!r}) is not None)"
     run(sys.executable, "-c", code, cwd=tmp_path)
+
+
+def test_readme_figures_are_those_of_the_results() -> None:
+    subprocess.run([sys.executable, "bench/update_readme.py", "--check"], cwd=ROOT, check=True)

@@ -292,8 +292,8 @@ void pack_rows(const Prologue& prologue, const std::array<Tensor4<const T>, kMax
   }
 }
 
-// Convolves every strip of every image: prologue, tiles, epilogue. target(image, channel): where
-// the epilogue writes. Returns the width the epilogue sums up.
+// Convolves every strip of every image: prologue, tiles, epilogue. Returns the width that the
+// epilogue sums up.
 template <class T, class Prologue, class MakeEpilogue>
 double convolve(const Conv2dShape& shape, int threads, const Plan& plan, const T* panel,
                 const Prologue& prologue, const std::array<Tensor4<const T>, kMaxSources>& sources,
@@ -324,10 +324,11 @@ double convolve(const Conv2dShape& shape, int threads, const Plan& plan, const T
                                plan.runs.data() + tile.first_run, tile.run_count, weights,
                                &plan.targets[tile.first_pixel], tile.accumulate, product);
       }
-      const int64_t channel = g * out_channels + c, plane = height * width;
-      Target<T> target{{}, plane, 1};
+      const int64_t channel = g * out_channels + c, all = groups * out_channels;
+      const int64_t pixel = shape.channels_last ? all : 1;
+      Target<T> target{{}, shape.channels_last ? 1 : height * width, pixel};
       for (int s = 0; s < S; ++s)
-        target.data[s] = outputs[s] + image * groups * out_channels * plane + strip.begin * width;
+        target.data[s] = outputs[s] + image * all * height * width + strip.begin * width * pixel;
       sum += unpack<T>(epilogue, product, V * kLanes<T>, channel,
                        std::min(out_channels - c, int64_t{V * kLanes<T>}),
                        (strip.end - strip.begin) * width, target);

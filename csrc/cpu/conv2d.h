@@ -20,6 +20,8 @@ struct Conv2dShape {
   int64_t stride_height, stride_width, padding_height, padding_width, dilation_height,
       dilation_width;
   int64_t groups;
+  bool channels_last =
+      false;  // how the images are written: [N, H, W, C] in memory, or [N, C, H, W]
 };
 
 template <class T>
@@ -29,10 +31,9 @@ struct Conv2dForward {
   Tensor4<const T> lower, upper, nominal;  // [N, C, H, W]; nominal may be absent
   Tensor4<const T> weight;  // [out_channels, in_channels / groups, kernel_height, kernel_width]
   const T* bias;            // [out_channels] or null
-  // outputs, contiguous
-  T *lower_out, *upper_out,
-      *nominal_out;  // [N, out_channels, out_height, out_width]; nominal_out as nominal
-  T* width;          // [1] sum of (upper_out - lower_out)^2
+  // outputs; [N, out_channels, out_height, out_width], nominal_out as nominal
+  T *lower_out, *upper_out, *nominal_out;
+  T* width;  // [1] sum of (upper_out - lower_out)^2
 };
 
 template <class T>
@@ -45,9 +46,9 @@ struct Conv2dBackward {
   T grad_width;
   Tensor4<const T> lower, upper, nominal;  // as in the forward pass
   Tensor4<const T> weight;
-  // outputs, contiguous; each pair or triple may be null where it is not wanted
+  // outputs; each pair or triple may be null where it is not wanted
   T *grad_lower_in, *grad_upper_in, *grad_nominal_in;  // [N, C, H, W]
-  T* grad_weight;                                      // as weight
+  T* grad_weight;                                      // as weight, contiguous
   T* grad_bias;                                        // [out_channels]
 };
 
