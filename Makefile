@@ -88,4 +88,4 @@ $(VENV)/dev: build/wheel/stamp $(VENV)/libraries
 	@touch $(VENV)/demo $@
 
 sanitize: $(VENV)/dev
-	$(BIN)/pytest tests/test_sanitizers.py --slow
+	$(BIN)/pytest tests/test_sanitizers.py

@@ -90,10 +90,7 @@ def accepts(compiler: list[str], flags: tuple[str, ...], folder: Path) -> bool:
     return built.returncode == 0 and subprocess.run([program]).returncode == 0
 
 
-@pytest.mark.parametrize(
-    "isa",
-    [isa if isa == NATIVE else pytest.param(isa, marks=pytest.mark.slow) for isa in FLAGS],
-)
+@pytest.mark.parametrize("isa", FLAGS)
 def test_driver_under_sanitizers(isa: str, compiler: list[str], tmp_path: Path) -> None:
     if not accepts(compiler, SANITIZERS, tmp_path):
         pytest.skip(f"{compiler[0]} has no working ASan and UBSan runtime")
