@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any, NoReturn, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
-from cibp_fast import _backend, data, plotting, runs, training
-from cibp_fast.attacks import pgd
+from cibp_fast import _backend, data, environment, plotting, runs, training
 from cibp_fast.config import PRESET_GRAMMAR, Config, parse, preset
+from cibp_fast.distributed import is_first
+from cibp_fast.evaluation import broken, certificate, inputs
+from cibp_fast.progress import bar
 
 DEFAULT_PRESET = "mnist5k-small-0.1-cibp"
 
@@ -36,8 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise ValueError(f"threads must be from 1 to {MOST_THREADS}, not {options.threads}")
             torch.set_num_threads(options.threads)
         options.command(options)
-    except KeyboardInterrupt:
-        print("\ncibp-fast: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"\ncibp-fast: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 130
     except USER_ERRORS as error:
         print(f"cibp-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -46,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _info(options: argparse.Namespace) -> None:
-    facts = [*training.versions().items(), *_backend.describe()]
+    facts = [*environment.versions().items(), *_backend.describe()]
     indent = max(len(name) for name, _ in facts) + 2
     for name, value in facts:
         print(f"{name:<{indent}}" + value.replace("\n", "\n" + " " * indent))
@@ -60,34 +63,56 @@ def _train(options: argparse.Namespace) -> None:
         if value is not None
     }
     config = preset(options.preset, **overrides)
-    run_dir = options.run_dir or training.default_run_dir(config)
-    result = training.train(config, run_dir, overwrite=options.overwrite)
-    print(f"\n{_table({config.name: result})}\n\nThe run is in {run_dir}")
+    if options.seeds < 1:
+        raise ValueError(f"seeds must be 1 or more, not {options.seeds}")
+    if options.seeds == 1:
+        run_dirs = [options.run_dir or Path("runs") / f"{options.preset}-seed{config.seed}"]
+    else:
+        parent = options.run_dir or Path("runs") / options.preset
+        run_dirs = [parent / f"seed{config.seed + index}" for index in range(options.seeds)]
+    results = {}
+    for seed, run_dir in enumerate(run_dirs, start=config.seed):
+        results[f"{config.name} seed {seed}"] = training.train(
+            replace(config, seed=seed),
+            run_dir,
+            data_root=options.data_root,
+            verify_data=not options.unverified_data,
+            device=options.device,
+            overwrite=options.overwrite,
+        )
+    if not is_first():
+        return
+    print(f"\n{_table(results)}\n")
+    if len(results) > 1:
+        print(f"{_spread(list(results.values()))}\n")
+    print("\n".join(f"The run is in {run_dir}" for run_dir in run_dirs))
 
 
 def _certify(options: argparse.Namespace) -> None:
-    config, model, x, y = _trained(options)
-    verified = training.certificate(model, x, y, config).verified
-    print(_share("verified error", ~verified, config.eps))
+    config, model, split = _trained(options)
+    verified = torch.cat(
+        [
+            certificate(model, inputs(config, part), part.labels, config).verified
+            for _, part in _parts(split, config, "certifying")
+        ]
+    )
+    print(_share("verified error", ~verified, config))
     print("sound: false (these bounds are computed in rounded arithmetic and are not yet a proof)")
 
 
 def _attack(options: argparse.Namespace) -> None:
-    config, model, x, y = _trained(options)
-    attack = pgd(
-        model,
-        x,
-        y,
-        config.eps,
-        steps=options.steps,
-        restarts=options.restarts,
-        step_size=options.step_size,
-        clip=config.clip,
-        seed=options.seed,
-        batch_size=config.eval_batch_size,
+    config, model, split = _trained(options)
+    config = replace(
+        config, pgd_steps=options.steps, pgd_step_size=options.step_size, seed=options.seed
+    )
+    found = torch.cat(
+        [
+            broken(model, inputs(config, part), part.labels, config, options.restarts, first)
+            for first, part in _parts(split, config, "attacking")
+        ]
     )
     name = f"PGD error ({options.steps} steps, {options.restarts} restarts)"
-    print(_share(name, attack.found, config.eps))
+    print(_share(name, found, config))
 
 
 def _plot(options: argparse.Namespace) -> None:
@@ -115,25 +140,34 @@ def _quickstart(options: argparse.Namespace) -> None:
     )
 
 
-def _trained(options: argparse.Namespace) -> tuple[Config, nn.Module, Tensor, Tensor]:
-    """A run's config (with --eps), network, first --examples held-out x [N, C, H, W] and y [N]."""
+def _trained(options: argparse.Namespace) -> tuple[Config, nn.Module, data.Split]:
+    """A run's config (with --eps), its network, and its first --examples held-out examples."""
     config = runs.read_config(options.run_dir)
     if options.eps is not None:
         config = replace(config, eps=options.eps)
     model = runs.read_model(options.run_dir)
-    split = data.load(config.dataset).test
+    verify = not options.unverified_data
+    split = data.load(config.dataset, options.data_root, verify=verify).test
     count = len(split) if options.examples is None else options.examples
     if not 1 <= count <= len(split):
         raise ValueError(
             f"examples must be from 1 to the {len(split)} of the test set, not {count}"
         )
-    return config, model, split.pixels()[:count], split.labels[:count]
+    return config, model, split[:count]
 
 
-def _share(name: str, chosen: Tensor, eps: float) -> str:
+def _parts(split: data.Split, config: Config, description: str) -> Iterable[tuple[int, data.Split]]:
+    """The split in the config's evaluation batches, each with the number of its first example."""
+    for first in bar(range(0, len(split), config.eval_batch_size), description, "batch"):
+        yield first, split[first : first + config.eval_batch_size]
+
+
+def _share(name: str, chosen: Tensor, config: Config) -> str:
     count, total = int(chosen.sum()), len(chosen)
     percent = 100 * count / total
-    return f"{name} at eps {eps:.4g}: {percent:.2f} % ({count} of {total} held-out examples)"
+    space = " (normalised)" if config.eps_space == "normalized" else ""
+    share = f"{percent:.2f} % ({count} of {total} held-out examples)"
+    return f"{name} at eps {config.eps:.4g}{space}: {share}"
 
 
 def _table(results: Mapping[str, dict[str, Any]]) -> str:
@@ -151,6 +185,15 @@ def _table(results: Mapping[str, dict[str, Any]]) -> str:
             f"{result['seconds']:6.0f} s"
         )
     return "\n".join(rows)
+
+
+def _spread(results: Sequence[dict[str, Any]]) -> str:
+    """Mean and standard deviation (of the sample) of the errors over the seeds."""
+    texts = []
+    for kind in ("test", "pgd", "verified"):
+        errors = [100 * result[f"{kind}_error"] for result in results]
+        texts.append(f"{kind} {fmean(errors):.2f} +- {stdev(errors):.2f} %")
+    return f"mean and standard deviation of {len(results)} seeds: {', '.join(texts)}"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -223,6 +266,14 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--overwrite", action="store_true", help="replace the run that the folder holds"
     )
+    train.add_argument(
+        "--seeds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="N runs, of --seed and the seeds after it, in folders RUN_DIR/seedK (default: 1)",
+    )
+    train.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     recipe = train.add_argument_group(
         "recipe", f"Each replaces what the preset says: in brackets, what {DEFAULT_PRESET} does."
     )
@@ -257,6 +308,18 @@ def _parser() -> argparse.ArgumentParser:
         )
         trained.add_argument(
             "--examples", type=int, metavar="N", help="only the first N (default: all)"
+        )
+    for reader in (train, certify_run, attack):
+        reader.add_argument(
+            "--data-root",
+            type=Path,
+            metavar="DIR",
+            help="folder of the data sets (default: $CIBP_FAST_DATA, else data)",
+        )
+        reader.add_argument(
+            "--unverified-data",
+            action="store_true",
+            help="only warn of data files that are not the official ones",
         )
     attack.add_argument("--steps", type=int, default=200, metavar="N", help="default: 200")
     attack.add_argument(

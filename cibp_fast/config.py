@@ -1,6 +1,6 @@
 """What a run is: a frozen dataclass, its JSON form, and presets.
 
-A preset is named by the grammar `{dataset}-{net}-{eps}-{method}`.
+A preset is named by the grammar `{dataset}-{net}-{eps}-{method}[-gowal][-normalized]`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ import types
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from cibp_fast.data import INPUT_SHAPES
-from cibp_fast.models import NETS, PADDINGS
+from cibp_fast.data import AUGMENTATIONS, CHANNEL_STATS, INPUT_SHAPES
+from cibp_fast.models import INITS, NETS, PADDINGS
 from cibp_fast.schedules import LinearRamp, StepDecay
 
 METHODS = ("nominal", "ibp", "cibp")
+EPS_SPACES = ("pixel", "normalized")
+
+FORMAT = 1  # of config.json; raised when an older cibp_fast would misread a newer run
 
 
 def _option(
@@ -43,14 +46,23 @@ class Config:
     net: str = _option("network of the paper's Table 1", choices=tuple(NETS))
     method: str = _option("loss: nominal, IBP, or constrained IBP (cibp)", choices=METHODS)
     padding: str = _option("padding of the convolutions", "valid", choices=PADDINGS)
-    eps: float = _option("radius of the box at evaluation, in pixels of [0, 1]")
+    init: str = _option("initial weights: torch's own, or orthogonal", "torch", choices=INITS)
+    eps: float = _option("radius of the box at evaluation, in the units of eps_space")
+    eps_space: str = _option(
+        "what eps measures: pixels of [0, 1], or these normalised by channel (as in the paper)",
+        "pixel",
+        choices=EPS_SPACES,
+    )
     eps_train_ratio: float = _option("final training radius, as a multiple of eps", 1.0)
     clip: tuple[float, float] | None = _option(
         "data range that the box is clipped to: low,high or none", (0.0, 1.0)
     )
 
     steps: int = _option("training steps (batches)", least=1)
-    batch_size: int = _option("examples in a training step", 100, least=1)
+    batch_size: int = _option("examples in a training step, over all processes", 100, least=1)
+    augmentation: str = _option(
+        "of training images: none, or pad by 4, crop and flip at random", "none", AUGMENTATIONS
+    )
     lr: float = _option("Adam's learning rate", 1e-3)
     lr_decay_at: tuple[int, ...] = _option(
         "steps at which the learning rate decays, as a,b,... or none", ()
@@ -81,7 +93,11 @@ class Config:
     eval_batch_size: int = _option("examples at a time in evaluation", 500, least=1)
     pgd_steps: int = _option("steps of the final PGD attack", 200)
     pgd_restarts: int = _option("its random starts, besides the example itself", 10)
-    pgd_step_size: float = _option("its step size, in pixels of [0, 1]", 0.01)
+    pgd_verified_restarts: int = _option(
+        "its random starts for examples that the bounds verify, where it can only prove them wrong",
+        0,
+    )
+    pgd_step_size: float = _option("its step size, in the units of eps_space", 0.01)
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -101,6 +117,14 @@ class Config:
                 f"clip must be low,high with low < high, both below 2**63 in size, or none, "
                 f"not {self.clip}"
             )
+        if self.eps_space == "normalized":
+            if self.dataset not in CHANNEL_STATS:
+                raise ValueError(
+                    f"eps_space must be pixel for {self.dataset}, not normalized: only "
+                    f"{_listed(tuple(CHANNEL_STATS), 'and')} are normalised"
+                )
+            if self.clip is not None:
+                raise ValueError(f"clip must be none for eps_space normalized, not {self.clip}")
         if (self.width_weight > 0) != (self.method == "cibp"):
             allowed = "above 0" if self.method == "cibp" else "0"
             raise ValueError(
@@ -126,10 +150,19 @@ class Config:
 
     @property
     def name(self) -> str:
-        """`{dataset}-{net}-{eps}-{method}`, as in the presets."""
+        """`{dataset}-{net}-{eps}-{method}[-normalized]`, as in the presets."""
         count = round(self.eps * 255)
         eps = f"{count}of255" if count % 51 and count / 255 == self.eps else f"{self.eps:g}"
-        return f"{self.dataset}-{self.net}-{eps}-{self.method}"
+        space = "-normalized" if self.eps_space == "normalized" else ""
+        return f"{self.dataset}-{self.net}-{eps}-{self.method}{space}"
+
+    @property
+    def eps_pixel(self) -> float | tuple[float, ...]:
+        """eps in pixels of [0, 1]; one for each channel where eps_space is normalized."""
+        if self.eps_space == "pixel":
+            return self.eps
+        _, std = CHANNEL_STATS[self.dataset]
+        return tuple(self.eps * scale for scale in std)
 
     def eps_schedule(self) -> LinearRamp:
         """Training eps at a step."""
@@ -145,17 +178,24 @@ class Config:
 
     def to_json(self) -> str:
         """The fields as JSON text; `from_json` gives an equal Config back."""
-        return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
+        return json.dumps({"format": FORMAT} | asdict(self), indent=2, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Config:
         """The Config of a JSON text.
 
-        Raises ValueError where it is none, naming an unknown or missing field.
+        Raises ValueError where it is none, naming an unknown or missing field, or where a newer
+        cibp_fast wrote it.
         """
         values = json.loads(text)
         if not isinstance(values, dict):
             raise ValueError(f"a config must be a JSON object, not {type(values).__name__}")
+        format = values.pop("format", FORMAT)
+        if type(format) is not int or not 1 <= format <= FORMAT:
+            raise ValueError(
+                f"it has format {format!r}, and this cibp_fast reads up to {FORMAT}: "
+                "a newer one wrote it"
+            )
         names = [option.name for option in fields(cls)]
         for name in values:
             if name not in names:
@@ -167,42 +207,101 @@ class Config:
 
 
 def preset(name: str, **overrides: Any) -> Config:
-    """The recipe of that name, e.g. `preset("mnist5k-small-0.1-cibp", seed=1)`.
+    """The recipe of that name, e.g. `preset("mnist-small-0.4-cibp", seed=1)`.
 
-    overrides replace fields of the Config. Raises ValueError that lists what is allowed for an
-    unknown name or field, or a field's bad value.
+    mnist5k has a short recipe of ours. The other data sets have the one of the paper's authors
+    (their published code; Fashion-MNIST, which they do not train on, has MNIST's), or with `-gowal`
+    that of Gowal et al. (arXiv 1810.12715). `-normalized` measures eps in normalised pixels and
+    clips nothing, as the authors do for CIFAR-10 and SVHN.
+
+    overrides replace fields of the Config; `steps` also scales the preset's schedules, those that
+    are not overridden too. Raises ValueError that lists what is allowed for an unknown name or
+    field, or a field's bad value.
     """
-    parts = name.split("-")
-    allowed: tuple[tuple[str, ...], ...] = (tuple(INPUT_SHAPES), tuple(NETS), (), METHODS)
-    eps = _parse_eps(parts[2]) if len(parts) == 4 else None
-    if eps is None or any(
-        options and part not in options for part, options in zip(parts, allowed, strict=True)
-    ):
+    names = [option.name for option in fields(Config)]
+    for override in overrides:
+        if override not in names:
+            raise ValueError(f"unknown config field {override!r}{_did_you_mean(override, names)}")
+    match = re.fullmatch(r"(\w+)-(\w+)-([\w.]+)-(\w+?)(-gowal)?(-normalized)?", name)
+    dataset, net, eps_text, method, gowal, normalized = match.groups() if match else [""] * 6
+    eps = _parse_eps(eps_text)
+    if dataset not in INPUT_SHAPES or net not in NETS or method not in METHODS or eps is None:
         raise ValueError(
             f"unknown preset {name!r}{_did_you_mean(name, PRESET_EXAMPLES)} {PRESET_GRAMMAR}"
         )
-    dataset, net, _, method = parts
-    robust = method != "nominal"
     recipe: dict[str, Any] = {
         "dataset": dataset,
         "net": net,
         "method": method,
         "eps": eps,
-        "steps": 3000,
-        "lr_decay_at": (2100, 2700),
-        "eps_ramp": (0, 1125),
-        "kappa_ramp": (225, 3000),
-        "kappa_end": 0.5 if robust else 1.0,
+        "kappa_end": 1.0 if method == "nominal" else 0.5,
         "width_weight": 1.0 if method == "cibp" else 0.0,
+        **_SCHEDULES[dataset],
+    }
+    if gowal:
+        if dataset == "mnist5k":
+            raise ValueError(f"there is no preset {name!r}: mnist5k has one recipe, without -gowal")
+        recipe |= _GOWAL_SCHEDULES[dataset]
+        recipe["init"] = "orthogonal"
+        recipe["padding"] = "same" if net == "large" else "valid"
+        if dataset == "cifar10" or (dataset, eps) == ("mnist", 0.3):
+            recipe["eps_train_ratio"] = 1.1
+    elif dataset == "mnist":
+        recipe["clip"] = None  # the paper's boxes leave the pixels' range
+    if normalized:
+        recipe |= {"eps_space": "normalized", "clip": None}
+    steps = overrides.get("steps")
+    if type(steps) is int and steps > 0:
+        for schedule in ("lr_decay_at", "eps_ramp", "kappa_ramp"):
+            at = [round(step * steps / recipe["steps"]) for step in recipe.get(schedule, ())]
+            recipe[schedule] = tuple(sorted(set(at)) if schedule == "lr_decay_at" else at)
+    return Config(**recipe | overrides)
+
+
+# What the authors' code does, in steps; kappa and eps start where they do there.
+_MNIST = {"steps": 60_000, "eps_ramp": (0, 10_000), "kappa_ramp": (2_000, 60_000)}
+_CIFAR10 = {
+    "batch_size": 50,
+    "augmentation": "crop-flip",
+    "steps": 350_000,  # 350 epochs
+    "lr_decay_at": (201_000, 251_000, 301_000),  # when the 0-based epoch 200, 250, 300 has ended
+    "eps_ramp": (0, 150_000),
+    "kappa_ramp": (10_000, 350_000),
+}
+_SCHEDULES: dict[str, dict[str, Any]] = {
+    "mnist5k": {
+        "steps": 3_000,
+        "lr_decay_at": (2_100, 2_700),
+        "eps_ramp": (0, 1_125),
+        "kappa_ramp": (225, 3_000),
         "eval_every": 2,
         "pgd_steps": 40,
         "pgd_restarts": 1,
-    }
-    names = [option.name for option in fields(Config)]
-    for override in overrides:
-        if override not in names:
-            raise ValueError(f"unknown config field {override!r}{_did_you_mean(override, names)}")
-    return Config(**recipe | overrides)
+    },
+    "mnist": _MNIST,
+    "fashion_mnist": _MNIST,
+    "cifar10": _CIFAR10,
+    "svhn": _CIFAR10
+    | {
+        "steps": 240 * 1_465,
+        "lr_decay_at": (138 * 1_465, 172 * 1_465, 207 * 1_465),
+    },
+}
+
+# Gowal et al.: eps is 0 during a warm-up, and kappa falls while eps rises. Where they name no
+# number for a data set it is that of the authors.
+_GOWAL_MNIST = {
+    "lr_decay_at": (15_000, 25_000),
+    "eps_ramp": (2_000, 12_000),
+    "kappa_ramp": (2_000, 12_000),
+}
+_GOWAL_CIFAR10 = {"eps_ramp": (10_000, 160_000), "kappa_ramp": (10_000, 160_000)}
+_GOWAL_SCHEDULES: dict[str, dict[str, Any]] = {
+    "mnist": _GOWAL_MNIST,
+    "fashion_mnist": _GOWAL_MNIST,
+    "cifar10": _GOWAL_CIFAR10,
+    "svhn": _GOWAL_CIFAR10,
+}
 
 
 def parse(name: str, text: str) -> Any:
@@ -268,8 +367,8 @@ def _parse_eps(text: str) -> float | None:
     return float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else None
 
 
-def _listed(options: tuple[str, ...]) -> str:
-    return options[0] if len(options) == 1 else f"{', '.join(options[:-1])} or {options[-1]}"
+def _listed(options: tuple[str, ...], word: str = "or") -> str:
+    return options[0] if len(options) == 1 else f"{', '.join(options[:-1])} {word} {options[-1]}"
 
 
 def _did_you_mean(name: str, options: list[str]) -> str:
@@ -285,6 +384,8 @@ PRESET_EXAMPLES = [
 ]
 
 PRESET_GRAMMAR = (
-    f"A preset is dataset-net-eps-method: dataset {_listed(tuple(INPUT_SHAPES))}; "
-    f"net {_listed(tuple(NETS))}; eps as 0.1 or 8of255; method {_listed(METHODS)}."
+    "A preset is dataset-net-eps-method[-gowal][-normalized]: "
+    f"dataset {_listed(tuple(INPUT_SHAPES))}; net {_listed(tuple(NETS))}; eps as 0.1 or 8of255; "
+    f"method {_listed(METHODS)}; -gowal for the recipe of Gowal et al. instead of the paper's; "
+    f"-normalized for eps in normalised pixels ({_listed(tuple(CHANNEL_STATS), 'and')})."
 )

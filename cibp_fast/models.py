@@ -11,9 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from cibp_fast.interval import Interval
 
 PADDINGS = ("valid", "same")
+INITS = ("torch", "orthogonal")
 
 Shape = tuple[int, int, int]  # channels, height, width
 Conv = tuple[int, int, int]  # output channels, kernel size, stride
@@ -100,3 +104,36 @@ def _same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
     """
     total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
     return total // 2, total - total // 2
+
+
+class Normalize(nn.Module):
+    """`(x - mean) / std` by channel: Tensor [N, C, H, W] -> Tensor, Interval -> Interval."""
+
+    mean: Tensor  # [C, 1, 1]
+    std: Tensor  # [C, 1, 1]
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(std)[:, None, None])
+
+    def forward(self, x: Tensor | Interval) -> Tensor | Interval:
+        return (x - self.mean) / self.std
+
+
+def initialize(model: nn.Module, init: str) -> None:
+    """Fresh weights for a network of torch's layers, from torch's global random state.
+
+    `"torch"` leaves torch's own (they are there already); `"orthogonal"` is Gowal et al.'s:
+    orthogonal weights (of each convolution as a matrix [out, in * kh * kw]), biases 0. Raises
+    ValueError for another name.
+    """
+    if init not in INITS:
+        raise ValueError(f"init must be one of {', '.join(INITS)}, not {init!r}")
+    if init == "torch":
+        return
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.orthogonal_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

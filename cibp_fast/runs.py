@@ -1,32 +1,41 @@
 """A run is a folder of config.json, metrics.jsonl, model.safetensors and result.json.
 
-metrics.jsonl has a record an epoch. Every file is written under a temporary name and renamed, so a
-reader, or a run killed at any point, never leaves half a file. result.json comes last: a folder
-without one holds a run that did not finish.
+metrics.jsonl has a record an epoch. While the run is not finished there is also state/, all that
+resuming needs. Every file is written under a temporary name and renamed, so a reader, or a run
+killed at any point, never leaves half a file. result.json comes last: a folder without one holds a
+run that did not finish.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from safetensors import SafetensorError
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from cibp_fast import models
 from cibp_fast.config import Config
-from cibp_fast.data import INPUT_SHAPES
+from cibp_fast.data import CHANNEL_STATS, INPUT_SHAPES
 
-FILES = ("result.json", "model.safetensors", "metrics.jsonl", "config.json")
+STATE = "state"  # the folder of the checkpoint
+CHECKPOINT = f"{STATE}/checkpoint.safetensors"
+# In the order in which overwriting removes them: what remains where that is cut short is no
+# finished run, and if it goes on it is from a checkpoint that has its metrics, or from the start.
+FILES = ("result.json", "model.safetensors", CHECKPOINT, "metrics.jsonl", "config.json")
 
 # The numbers that readers of a record of metrics.jsonl and of result.json rely on: (least, most).
 METRICS: dict[str, tuple[float, float]] = {
     "epoch": (1, 10**9),
+    "step": (1, 2**63),
     "width": (0, sys.float_info.max),
     "test_error": (0, 1),
     "verified_error": (0, 1),
@@ -37,29 +46,91 @@ RESULT: dict[str, tuple[float, float]] = {
     "verified_error": (0, 1),
 }
 NULLABLE = ("width", "test_error", "verified_error")  # in metrics.jsonl: not computed, or NaN
+# The same for the metadata of the checkpoint.
+FACTS: dict[str, tuple[float, float]] = {
+    "step": (1, 2**63),
+    "seconds": (0, sys.float_info.max),
+    "threads": (1, 2**31),
+    "processes": (1, 2**31),
+}
 
 
-def create(run_dir: Path, config: Config, overwrite: bool = False) -> None:
-    """Makes the folder and writes config.json, which also shows that the folder can be written.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run after `step` steps. There is no random state: each step's follows from its number."""
 
-    Raises FileExistsError where the folder holds a run already, unless overwrite: then that run's
-    files are removed. Raises OSError where the folder cannot be written; what was there is
-    untouched then.
+    step: int
+    seconds: float  # that the run has taken so far
+    threads: int
+    processes: int
+    totals: Tensor  # float64, what is logged of the unfinished epoch so far
+    model: dict[str, Tensor]  # state_dict
+    optimizer: dict[str, Tensor]  # "{number of the parameter}.{name}"
+
+
+def claim(run_dir: Path, config: Config, overwrite: bool = False) -> None:
+    """Makes the folder of a new run, or checks that it holds one of this config to go on with.
+
+    With overwrite a run that is there is removed, whatever it is. Raises FileExistsError where the
+    folder holds a run of another config, naming what differs, and ValueError where its config.json
+    is damaged or of a newer cibp_fast, with the folder untouched; OSError where it cannot be
+    written.
     """
     make_folder(run_dir)
     present = [run_dir / file for file in FILES if (run_dir / file).exists()]
     if present and not overwrite:
-        state = "a finished" if present[0].name == "result.json" else "an unfinished"
-        raise FileExistsError(
-            f"the run folder {run_dir} holds {state} run already: choose another, or replace it "
-            "with overwrite (--overwrite)"
-        )
+        if not (run_dir / "config.json").exists():
+            raise FileExistsError(
+                f"the folder {run_dir} holds {present[0].name} but no config.json: choose another, "
+                "or replace what is there with overwrite (--overwrite)"
+            )
+        there = read_config(run_dir)
+        differences = [
+            f"{option.name} {getattr(there, option.name)} there, {getattr(config, option.name)} now"
+            for option in fields(Config)
+            if getattr(there, option.name) != getattr(config, option.name)
+        ]
+        if differences:
+            raise FileExistsError(
+                f"the folder {run_dir} holds a run of another config ({'; '.join(differences)}): "
+                "choose another, or replace that run with overwrite (--overwrite)"
+            )
+        return
     try:
         for path in present:
             path.unlink()
     except OSError as error:
         raise OSError(f"cannot replace the run in {run_dir}: {_reason(error)}") from error
     write_atomic(run_dir / "config.json", config.to_json().encode())
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Makes the folder, and keeps other processes from training in it; dies with the process.
+
+    It also removes temporary files that a killed process left, and at the end state/, if that is
+    empty. Raises BlockingIOError where another process holds it, OSError where the folder cannot be
+    made or locked.
+    """
+    make_folder(run_dir)
+    with ExitStack() as stack:
+        try:
+            folder = os.open(run_dir, os.O_RDONLY)
+            stack.callback(os.close, folder)
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"another process is training in {run_dir}") from None
+        except OSError as error:
+            raise OSError(f"cannot lock the folder {run_dir}: {_reason(error)}") from error
+        for path in (run_dir / file for file in FILES):
+            for temporary in path.parent.glob(f".{path.name}.*.tmp"):
+                with suppress(OSError):  # in the way of nothing
+                    temporary.unlink()
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # not there, or not empty: the checkpoint is needed
+                (run_dir / STATE).rmdir()
 
 
 def make_folder(path: Path) -> None:
@@ -73,6 +144,7 @@ def make_folder(path: Path) -> None:
 def write_atomic(path: Path, content: bytes) -> None:
     """Writes all of the file or nothing: what was there is whole until the new content is.
 
+    What was written before is on the disk before what is written after, even if the power fails.
     Raises OSError naming the path.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -82,6 +154,7 @@ def write_atomic(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        _sync(path.parent)
     except (OSError, ValueError) as error:
         raise OSError(f"cannot write {path}: {_reason(error)}") from error
     finally:
@@ -105,6 +178,54 @@ def write_result(run_dir: Path, result: dict[str, Any]) -> None:
 def write_model(run_dir: Path, model: nn.Module) -> None:
     """Writes model.safetensors, the network's state_dict."""
     write_atomic(run_dir / "model.safetensors", safetensors.torch.save(model.state_dict()))
+
+
+def write_checkpoint(run_dir: Path, checkpoint: Checkpoint) -> None:
+    """Writes the checkpoint, all of it in one file, in place of the one before."""
+    tensors = {"totals": checkpoint.totals}
+    for kind, values in (("model", checkpoint.model), ("optimizer", checkpoint.optimizer)):
+        tensors |= {f"{kind}.{name}": value for name, value in values.items()}
+    facts = {name: getattr(checkpoint, name) for name in FACTS}
+    content = safetensors.torch.save(tensors, {"checkpoint": json.dumps(facts)})
+    make_folder(run_dir / STATE)
+    write_atomic(run_dir / CHECKPOINT, content)
+
+
+def read_checkpoint(run_dir: Path) -> Checkpoint | None:
+    """The unfinished run's last checkpoint, None where it has none yet.
+
+    Raises OSError where it cannot be read, ValueError where it is damaged.
+    """
+    path = run_dir / CHECKPOINT
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = _record((file.metadata() or {}).get("checkpoint", "{}"), FACTS)
+            # Cloned: a tensor of safetensors is a part of the file, which will be replaced.
+            tensors = {name: file.get_tensor(name).clone() for name in ["totals", *file.keys()]}
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    except OSError as error:
+        raise OSError(f"cannot read {path}: {_reason(error)}") from error
+
+    def part(kind: str) -> dict[str, Tensor]:
+        return {name.removeprefix(kind): tensors[name] for name in tensors if name.startswith(kind)}
+
+    return Checkpoint(
+        **{name: facts[name] for name in FACTS},
+        totals=tensors["totals"],
+        model=part("model."),
+        optimizer=part("optimizer."),
+    )
+
+
+def remove_checkpoint(run_dir: Path) -> None:
+    """Removes the checkpoint of a run that has finished. Raises OSError where it cannot."""
+    try:
+        (run_dir / CHECKPOINT).unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot remove {run_dir / CHECKPOINT}: {_reason(error)}") from error
 
 
 def read_config(run_dir: Path) -> Config:
@@ -161,8 +282,26 @@ def read_model(run_dir: Path) -> nn.Sequential:
 
 
 def build_model(config: Config) -> nn.Sequential:
-    """The config's network with fresh weights, from torch's global random state."""
-    return models.NETS[config.net](INPUT_SHAPES[config.dataset], padding=config.padding)
+    """The config's network with fresh weights, from torch's global random state.
+
+    It takes what `to_input` makes of pixels: in eps_space pixel a network for CIFAR-10 or SVHN
+    begins by normalising them.
+    """
+    model = models.NETS[config.net](INPUT_SHAPES[config.dataset], padding=config.padding)
+    models.initialize(model, config.init)
+    if config.dataset in CHANNEL_STATS and config.eps_space == "pixel":
+        return nn.Sequential(models.Normalize(*CHANNEL_STATS[config.dataset]), *model)
+    return model
+
+
+def to_input(config: Config) -> nn.Module:
+    """What makes the network's input of pixels [N, C, H, W] in [0, 1]: nothing, or normalisation.
+
+    The input is the space that eps measures.
+    """
+    if config.eps_space == "normalized":
+        return models.Normalize(*CHANNEL_STATS[config.dataset])
+    return nn.Identity()
 
 
 def _read(run_dir: Path, file: str) -> bytes:
@@ -175,8 +314,18 @@ def _read(run_dir: Path, file: str) -> bytes:
         raise OSError(f"cannot read {run_dir / file}: {_reason(error)}") from error
 
 
+def _sync(folder: Path) -> None:
+    """Makes the folder's list of files last; a few file systems cannot be asked to."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def _record(
-    content: bytes, numbers: dict[str, tuple[float, float]], nullable: tuple[str, ...] = ()
+    content: bytes | str, numbers: dict[str, tuple[float, float]], nullable: tuple[str, ...] = ()
 ) -> dict[str, Any]:
     """The JSON object in `content`; ValueError unless it has these numbers, each in its range."""
     record = json.loads(content)

@@ -1,124 +1,88 @@
-"""The training loop: data, model, schedules, loss, steps, evaluation."""
+"""The training loop: data, model, schedules, loss, steps. A run that was stopped goes on."""
 
 from __future__ import annotations
 
 import math
-import os
-import platform
+import signal
 import sys
+import threading
 import time
-from dataclasses import dataclass
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cibp_fast import __version__, _backend, data, losses, runs
-from cibp_fast.attacks import pgd
+from cibp_fast import data, losses, runs
 from cibp_fast.bounds import bounds
-from cibp_fast.certificates import Certificate, certify, evaluation, predict
+from cibp_fast.certificates import predict
 from cibp_fast.config import Config
+from cibp_fast.distributed import World, world
+from cibp_fast.environment import hardware, versions
+from cibp_fast.evaluation import evaluate
 from cibp_fast.interval import Interval
+from cibp_fast.progress import Progress
+
+SAVE_SECONDS = 120.0  # between checkpoints inside an epoch; each epoch ends with one too
+POLL_STEPS = 10  # after so many steps several processes agree on whether to save or stop
 
 
 def train(
-    config: Config, run_dir: str | Path | None = None, *, overwrite: bool = False
+    config: Config,
+    run_dir: str | Path | None = None,
+    *,
+    data_root: str | Path | None = None,
+    verify_data: bool = True,
+    device: str = "cpu",
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Trains and evaluates one network, fills the run folder, and returns its result.json.
 
-    run_dir: `default_run_dir(config)` where None. The same config and number of threads give the
-    same numbers bitwise on the same machine; torch's global random state is left as it was. Raises
-    ValueError where the config does not fit the data, FileExistsError where the folder holds a run
-    and not overwrite, OSError where it cannot be written (all before training starts), and
-    FloatingPointError where the loss is no longer finite (the metrics are kept) or the attack
-    breaks an example that the bounds verify (the result is kept).
+    run_dir: `default_run_dir(config)` where None. A run of the same config that the folder holds
+    goes on, bitwise as if it had never stopped; one that has finished is not trained again. The
+    same config and numbers of threads and processes give the same numbers bitwise on the same
+    machine. data_root, verify_data: see `data.load`. device: `cpu` or `cuda`. Under torchrun each
+    process takes its share of every batch, and the first one writes the run. SIGINT and SIGTERM
+    let the step finish, save the state and raise KeyboardInterrupt. Torch's global random state is
+    left as it was.
+
+    Raises ValueError where the config does not fit the data, FileExistsError where the folder holds
+    a run of another config and not overwrite, BlockingIOError where another process trains in it,
+    OSError where it cannot be written (all before training starts, the last one whenever it
+    happens), and FloatingPointError where the loss is no longer finite (the metrics are kept) or
+    the attack breaks an example that the bounds verify (the result is kept).
     """
     run_dir = default_run_dir(config) if run_dir is None else Path(run_dir)
-    dataset = data.load(config.dataset)
-    epoch_steps = len(dataset.train) // config.batch_size
-    if not epoch_steps:
-        raise ValueError(
-            f"batch_size must be at most the {len(dataset.train)} training examples, "
-            f"not {config.batch_size}"
+    with world(device) as processes, ExitStack() as stack:
+        dataset = processes.together(
+            lambda: data.load(config.dataset, data_root, verify=verify_data).to(processes.device)
         )
-    for split in (dataset.train, dataset.test):
-        Interval.ball(split.pixels(), 0.0, config.clip)  # raises where x is outside clip
-    environment = {"versions": versions(), "hardware": hardware()}
+        _check(config, dataset, processes)
+        environment = {
+            "versions": versions(),
+            "hardware": hardware(processes.device, processes.size),
+        }
+        training = _Training(config, dataset, processes)
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = runs.build_model(config)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
-    eps, kappa, lr = config.eps_schedule(), config.kappa_schedule(), config.lr_schedule()
+        def open_run() -> tuple[dict[str, Any] | None, runs.Checkpoint | None]:
+            stack.enter_context(runs.locked(run_dir))
+            runs.claim(run_dir, config, overwrite)
+            result = runs.read_result(run_dir)
+            return result, runs.read_checkpoint(run_dir) if result is None else None
 
-    runs.create(run_dir, config, overwrite)  # last: what fails before leaves nothing behind
-    started = time.perf_counter()
-    records: list[dict[str, Any]] = []
-    epochs = math.ceil(config.steps / epoch_steps)
-    with _Progress(config, epochs) as progress:
-        for epoch in range(1, epochs + 1):
-            first = (epoch - 1) * epoch_steps
-            shuffled = data.batches(dataset.train, config.batch_size, seed=config.seed, epoch=epoch)
-            totals = torch.zeros((), dtype=torch.float64)
-            for step, (x, y) in enumerate(islice(shuffled, config.steps - first), start=first):
-                optimizer.param_groups[0]["lr"] = lr(step)
-                loss, logged = _loss(model, x, y, eps(step), kappa(step), config)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                totals = totals + logged
-                progress.advance()
-
-            means = [value / (step + 1 - first) for value in totals.tolist()]
-            record: dict[str, Any] = {
-                "epoch": epoch,
-                "step": step + 1,
-                "eps": eps(step),
-                "kappa": kappa(step),
-                "lr": lr(step),
-                **dict(
-                    zip(("loss", "nominal", "robust", "width", "train_error"), means, strict=False)
-                ),
-                "widths": means[5:],
-                "test_error": None,
-                "verified_error": None,
-            }
-            if epoch % config.eval_every == 0 or epoch == epochs:
-                record |= _bounds_errors(model, dataset.test, config)
-            record["seconds"] = round(time.perf_counter() - started, 3)
-            records.append(_finite_or_none(record))
-            runs.write_metrics(run_dir, records)
-            progress.report(records[-1])
-            if not math.isfinite(means[0]):
-                raise FloatingPointError(
-                    f"training diverged: the loss of epoch {epoch} is {means[0]}, see {run_dir}"
-                )
-    train_seconds = time.perf_counter() - started
-    runs.write_model(run_dir, model)
-
-    errors = evaluate(model, dataset.test, config)
-    result = {
-        "dataset": config.dataset,
-        "model": config.net,
-        "method": config.method,
-        "seed": config.seed,
-        **errors,
-        "eps": config.eps,
-        "eps_space": "pixel",
-        "eps_pixel": config.eps,
-        "clip": None if config.clip is None else list(config.clip),
-        "precision": "float32",
-        "sound": False,
-        "semantics": None,
-        "seconds": round(time.perf_counter() - started, 3),
-        "train_seconds": round(train_seconds, 3),
-        **environment,
-    }
-    runs.write_result(run_dir, result)
+        # Last: what fails before leaves nothing behind.
+        result, checkpoint = processes.of_first(open_run)
+        if result is None:
+            if checkpoint is not None:
+                training.restore(checkpoint)
+            result = finished = _trained(training, run_dir) | environment
+            processes.of_first(lambda: runs.write_result(run_dir, finished))
+        elif processes.first:
+            print(f"The run in {run_dir} has finished already.", flush=True)
+        processes.of_first(lambda: runs.remove_checkpoint(run_dir))
     if result["contradictions"]:
         raise FloatingPointError(
             f"the bounds verify {result['contradictions']} of {result['examples']} examples that "
@@ -128,92 +92,273 @@ def train(
 
 
 def default_run_dir(config: Config) -> Path:
-    """`runs/{dataset}-{net}-{eps}-{method}-seed{seed}`."""
+    """`runs/{dataset}-{net}-{eps}-{method}[-normalized]-seed{seed}`."""
     return Path("runs") / f"{config.name}-seed{config.seed}"
 
 
-def _loss(
-    model: nn.Module, x: Tensor, y: Tensor, eps: float, kappa: float, config: Config
-) -> tuple[Tensor, Tensor]:
-    """The loss of a batch x [B, C, H, W], y [B], and what is logged of it.
-
-    That is float64 [5 + K]: loss, nominal, robust, width, error, and the K widths (mean or sum, as
-    configured); for the nominal method robust and width are NaN and there are no widths, since it
-    computes no bounds.
-    """
-    if config.method == "nominal":
-        logits = model(x)
-        loss = losses.nominal_loss(logits, y)
-        nothing = loss.new_full((), math.nan)
-        parts, widths = losses.Terms(loss, nothing, nothing), loss.new_empty(0)
-    else:
-        box = Interval.ball(x, eps, config.clip)
-        out = bounds(model, x, box, width=config.width, reduction=config.width_reduction)
-        parts = losses.terms(out, y, elide=config.elide)
-        loss = parts.total(kappa, config.width_weight)
-        logits, widths = out.logits, out.widths
-    with torch.no_grad():
-        error = (predict(logits) != y).mean(dtype=loss.dtype)
-        logged = torch.cat([torch.stack([loss, *parts, error]), widths])
-    return loss, logged.double()
+def _check(config: Config, dataset: data.Dataset, processes: World) -> None:
+    """Raises ValueError where the config does not fit the data or the processes."""
+    if config.batch_size > len(dataset.train):
+        raise ValueError(
+            f"batch_size must be at most the {len(dataset.train)} training examples, "
+            f"not {config.batch_size}"
+        )
+    if config.batch_size % processes.size:
+        raise ValueError(
+            f"batch_size must be a multiple of the {processes.size} processes, "
+            f"not {config.batch_size}"
+        )
+    for split in (dataset.train, dataset.test):
+        extremes = torch.stack([split.images.min(), split.images.max()])
+        if config.eps_space == "pixel":
+            Interval.ball(data.to_pixels(extremes), 0.0, config.clip)  # raises outside clip
 
 
-def evaluate(model: nn.Module, split: data.Split, config: Config) -> dict[str, Any]:
-    """Test, PGD and verified error, each in [0, 1], with PGD's settings and the number of examples.
-
-    NaN is never right and never verified. `contradictions` counts the examples that are verified
-    and yet broken: more than 0 shows that the bounds are wrong.
-    """
-    x, y = split.pixels(), split.labels
-    with evaluation(model), torch.no_grad():
-        predicted = torch.cat([predict(model(part)) for part in x.split(config.eval_batch_size)])
-    wrong = predicted != y
-    verified = certificate(model, x, y, config).verified
-    attack = pgd(
-        model,
-        x,
-        y,
-        config.eps,
-        steps=config.pgd_steps,
-        restarts=config.pgd_restarts,
-        step_size=config.pgd_step_size,
-        clip=config.clip,
-        seed=config.seed,
-        batch_size=config.eval_batch_size,
-    )
-    broken = attack.found | wrong
+def _trained(training: _Training, run_dir: Path) -> dict[str, Any]:
+    """Trains to the last step, writes the network, and evaluates it."""
+    config, processes = training.config, training.processes
+    training.run(run_dir)
+    processes.of_first(lambda: runs.write_model(run_dir, training.model))
+    train_seconds = training.seconds
+    errors = evaluate(training.model, training.dataset.test, config, processes)
     return {
-        "test_error": _share(wrong),
-        "pgd_error": _share(broken),
-        "pgd_steps": config.pgd_steps,
-        "pgd_restarts": config.pgd_restarts,
-        "pgd_step_size": config.pgd_step_size,
-        "verified_error": _share(~verified),
-        "examples": len(split),
-        "contradictions": int((broken & verified).sum()),
+        "dataset": config.dataset,
+        "model": config.net,
+        "method": config.method,
+        "seed": config.seed,
+        **errors,
+        "eps": config.eps,
+        "eps_space": config.eps_space,
+        "eps_pixel": _listed(config.eps_pixel),
+        "clip": _listed(config.clip),
+        "precision": "float32",
+        "sound": False,
+        "semantics": None,
+        "seconds": round(training.seconds, 3),
+        "train_seconds": round(train_seconds, 3),
     }
 
 
-def certificate(model: nn.Module, x: Tensor, y: Tensor, config: Config) -> Certificate:
-    """The ordinary bounds of examples x [N, C, H, W], y [N] in the config's box."""
-    return certify(
-        model, x, y, config.eps, config.clip, sound=False, batch_size=config.eval_batch_size
-    )
+class _Training:
+    """The state of a run between two steps."""
+
+    def __init__(self, config: Config, dataset: data.Dataset, processes: World) -> None:
+        self.config, self.dataset, self.processes = config, dataset, processes
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.model = runs.build_model(config).to(processes.device)
+        self.loss = processes.wrap(_Loss(self.model, config).to(processes.device))
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=True)
+        self.epoch_steps = len(dataset.train) // config.batch_size
+        self.step = 0  # how many are done
+        self.totals = torch.zeros((), dtype=torch.float64)  # logged so far in this epoch
+        self.started = time.perf_counter()
+        self.saved = self.started
+
+    @property
+    def seconds(self) -> float:
+        """That the run has taken, earlier sessions included."""
+        return time.perf_counter() - self.started
+
+    def restore(self, checkpoint: runs.Checkpoint) -> None:
+        """Takes the state of an earlier session. Raises ValueError where it does not fit."""
+        try:
+            self.model.load_state_dict(checkpoint.model)
+            state: dict[int, dict[str, Tensor]] = {}
+            for key, value in checkpoint.optimizer.items():
+                number, name = key.split(".")
+                state.setdefault(int(number), {})[name] = value
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ValueError(f"the checkpoint does not fit the run's network: {error}") from error
+        self.step = checkpoint.step
+        totals = checkpoint.totals.reshape(checkpoint.processes, -1).to(self.processes.device)
+        same = checkpoint.processes == self.processes.size
+        self.totals = totals[self.processes.rank] if same else totals.mean(0)
+        self.started -= checkpoint.seconds
+        here = (torch.get_num_threads(), self.processes.size)
+        if here != (checkpoint.threads, checkpoint.processes) and self.processes.first:
+            print(
+                f"The run was at {checkpoint.threads} threads in {checkpoint.processes} processes "
+                f"and goes on at {here[0]} in {here[1]}: its numbers will differ in rounding.",
+                file=sys.stderr,
+            )
+
+    def run(self, run_dir: Path) -> None:
+        """Trains to the config's last step."""
+        config, processes = self.config, self.processes
+        eps, kappa, lr = config.eps_schedule(), config.kappa_schedule(), config.lr_schedule()
+        prepare = runs.to_input(config).to(processes.device)
+        records: list[dict[str, Any]] = []
+        if self.step >= self.epoch_steps:
+            earlier = processes.of_first(lambda: runs.read_metrics(run_dir))
+            records = [record for record in earlier if record["step"] <= self.step]
+        with (
+            Progress(config, self.epoch_steps, self.step, shown=processes.first) as progress,
+            _StopSignals(patient=processes.size > 1) as signals,
+        ):
+            while self.step < config.steps:
+                epoch = self.step // self.epoch_steps + 1
+                begin = (epoch - 1) * self.epoch_steps
+                end = min(begin + self.epoch_steps, config.steps)
+                batches = data.batches(
+                    self.dataset.train,
+                    config.batch_size,
+                    seed=config.seed,
+                    epoch=epoch,
+                    augmentation=config.augmentation,
+                    first=self.step - begin,
+                    rank=processes.rank,
+                    world_size=processes.size,
+                )
+                for pixels, y in islice(batches, end - self.step):
+                    at = self.step
+                    self.optimizer.param_groups[0]["lr"] = lr(at)
+                    loss, logged = self.loss(prepare(pixels), y, eps(at), kappa(at))
+                    self.optimizer.zero_grad()
+                    loss.backward()
+                    self.optimizer.step()
+                    self.totals = self.totals + logged
+                    self.step += 1
+                    progress.advance()
+                    if self.step < end:
+                        self._save_or_stop(run_dir, signals)
+
+                totals = processes.gather(self.totals).mean(0)
+                means = (totals / (self.step - begin)).tolist()
+                record: dict[str, Any] = {
+                    "epoch": epoch,
+                    "step": self.step,
+                    "eps": eps(at),
+                    "kappa": kappa(at),
+                    "lr": lr(at),
+                    **dict(zip(LOGGED, means, strict=False)),
+                    "widths": means[len(LOGGED) :],
+                    "test_error": None,
+                    "verified_error": None,
+                }
+                if epoch % config.eval_every == 0 or self.step == config.steps:
+                    record |= evaluate(
+                        self.model, self.dataset.test, config, processes, attack=False
+                    )
+                record["seconds"] = round(self.seconds, 3)
+                records.append(_finite_or_none(record))
+                processes.of_first(lambda: runs.write_metrics(run_dir, records))
+                progress.report(records[-1])
+                if not math.isfinite(means[0]):
+                    raise FloatingPointError(
+                        f"training diverged: the loss of epoch {epoch} is {means[0]}, see {run_dir}"
+                    )
+                self.totals = self.totals.new_zeros(())
+                self.save(run_dir)
+                self._save_or_stop(run_dir, signals)
+
+    def save(self, run_dir: Path) -> None:
+        """Writes the state, in the first process; all processes must call it."""
+        totals = self.processes.gather(self.totals)
+        self.saved = time.perf_counter()
+        checkpoint = runs.Checkpoint(
+            step=self.step,
+            seconds=self.seconds,
+            threads=torch.get_num_threads(),
+            processes=self.processes.size,
+            totals=totals,
+            model=self.model.state_dict(),
+            optimizer={
+                f"{number}.{name}": value
+                for number, values in self.optimizer.state_dict()["state"].items()
+                for name, value in values.items()
+            },
+        )
+        self.processes.of_first(lambda: runs.write_checkpoint(run_dir, checkpoint))
+
+    def _save_or_stop(self, run_dir: Path, signals: _StopSignals) -> None:
+        """Saves when it is time; saves and raises KeyboardInterrupt after a signal to stop."""
+        stop, save = signals.received, time.perf_counter() - self.saved > SAVE_SECONDS
+        if self.processes.size > 1:  # all must do the same, and asking costs a little
+            last = self.step % self.epoch_steps == 0 or self.step == self.config.steps
+            if self.step % POLL_STEPS and not last:
+                return
+            flags = torch.tensor([stop, save], device=self.processes.device, dtype=torch.int32)
+            stop, save = (bool(flag) for flag in self.processes.sum(flags))
+        if stop or save:
+            self.save(run_dir)
+        if stop:
+            raise KeyboardInterrupt(
+                f"stopped after step {self.step} and saved in {run_dir}: the same command goes on"
+            )
 
 
-def _bounds_errors(model: nn.Module, split: data.Split, config: Config) -> dict[str, float]:
-    """Test and verified error of one pass of bounds, for the curves."""
-    x, y = split.pixels(), split.labels
-    found = certificate(model, x, y, config)
-    return {
-        "test_error": _share(found.predicted != y),
-        "verified_error": _share(~found.verified),
-    }
+LOGGED = ("loss", "nominal", "robust", "width", "train_error")  # then come the K widths
 
 
-def _share(chosen: Tensor) -> float:
-    """How many of chosen [N] bool are true, in [0, 1]."""
-    return int(chosen.sum()) / len(chosen)
+class _Loss(nn.Module):
+    """The config's loss of a batch, as one module, which DistributedDataParallel can wrap."""
+
+    def __init__(self, model: nn.Module, config: Config) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+
+    def forward(self, x: Tensor, y: Tensor, eps: float, kappa: float) -> tuple[Tensor, Tensor]:
+        """The loss, 0-dim, of x [B, C, H, W], y [B], and what is logged of it, float64 [5 + K].
+
+        That is `LOGGED` and the K widths (mean or sum, as configured); for the nominal method
+        robust and width are NaN and there are no widths, since it computes no bounds.
+        """
+        config = self.config
+        if config.method == "nominal":
+            logits = self.model(x)
+            loss = losses.nominal_loss(logits, y)
+            nothing = loss.new_full((), math.nan)
+            parts, widths = losses.Terms(loss, nothing, nothing), loss.new_empty(0)
+        else:
+            box = Interval.ball(x, eps, config.clip)
+            out = bounds(self.model, x, box, width=config.width, reduction=config.width_reduction)
+            parts = losses.terms(out, y, elide=config.elide)
+            loss = parts.total(kappa, config.width_weight)
+            logits, widths = out.logits, out.widths
+        with torch.no_grad():
+            error = (predict(logits) != y).mean(dtype=loss.dtype)
+            logged = torch.cat([torch.stack([loss, *parts, error]), widths])
+        return loss, logged.double()
+
+
+class _StopSignals:
+    """Notes SIGINT and SIGTERM inside the block, for a stop between two steps.
+
+    A second one raises KeyboardInterrupt at once, unless patient: torchrun passes on the Ctrl-C
+    that its processes have received already.
+    """
+
+    def __init__(self, patient: bool) -> None:
+        self.patient, self.received = patient, False
+        self.previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> _StopSignals:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python forbids it
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received and not self.patient:
+            raise KeyboardInterrupt("stopped at once; the last saved state is kept")
+        self.received = True
+
+
+def _listed(value: Any) -> Any:
+    """A tuple as JSON gives it back."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _finite_or_none(value: Any) -> Any:
@@ -223,79 +368,3 @@ def _finite_or_none(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite_or_none(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-@dataclass
-class _Progress:
-    """A tqdm bar on a terminal (with tqdm installed), else one fixed-format line an epoch."""
-
-    config: Config
-    epochs: int
-    bar: Any = None
-
-    def __enter__(self) -> _Progress:
-        if sys.stderr.isatty():
-            try:
-                from tqdm import tqdm
-            except ImportError:
-                return self
-            self.bar = tqdm(
-                total=self.config.steps, desc=self.config.name, unit="step", dynamic_ncols=True
-            )
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def advance(self) -> None:
-        if self.bar is not None:
-            self.bar.update()
-
-    def report(self, record: dict[str, Any]) -> None:
-        errors = "  ".join(
-            f"{name} {_percent(record[f'{name}_error'])}" for name in ("train", "test", "verified")
-        )
-        if self.bar is not None:
-            self.bar.set_postfix_str(errors)
-            return
-        loss, width = (
-            math.nan if record[key] is None else record[key] for key in ("loss", "width")
-        )
-        print(
-            f"epoch {record['epoch']:4d}/{self.epochs}  step {record['step']:6d}  "
-            f"eps {record['eps']:.4f}  kappa {record['kappa']:.3f}  lr {record['lr']:.0e}  "
-            f"loss {loss:8.4f}  width {width:8.2e}  {errors}  {record['seconds']:7.1f} s",
-            flush=True,
-        )
-
-
-def _percent(error: float | None) -> str:
-    return "    - %" if error is None else f"{100 * error:5.1f} %"
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a run's numbers."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "cibp_fast": __version__,
-    }
-
-
-def hardware() -> dict[str, Any]:
-    """The processor, its cores and torch's threads; nothing that names the machine."""
-    kernels, _ = _backend.in_use(torch.device("cpu"), torch.float32)
-    return {
-        "cpu": _backend.processor(),
-        "kernels": kernels,
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }

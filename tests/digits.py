@@ -20,6 +20,11 @@ def toy_dataset() -> Dataset:
     return Dataset("mnist5k", split(80), split(40))
 
 
+def load_toy(name: str, root: object = None, *, verify: bool = True) -> Dataset:
+    """In place of `data.load`."""
+    return toy_dataset()
+
+
 # The recipe cut down to a few steps: overrides of a preset.
 SHORT = {
     "steps": 12,

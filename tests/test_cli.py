@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from digits import SHORT, toy_dataset
+from digits import SHORT, load_toy
 
-from cibp_fast import cli, data, runs, training
+from cibp_fast import cli, data, evaluation, runs, training
 from cibp_fast.certificates import Certificate
 from cibp_fast.config import Config, preset
 
@@ -31,7 +31,7 @@ def _short_options() -> list[str]:
 
 @pytest.fixture(autouse=True)
 def _toy_data(monkeypatch):
-    monkeypatch.setattr(data, "load", lambda name: toy_dataset())
+    monkeypatch.setattr(data, "load", load_toy)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def run_dir(tmp_path_factory):
     """A finished toy run."""
     path = tmp_path_factory.mktemp("runs") / "toy"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "load", lambda name: toy_dataset())
+        patch.setattr(data, "load", load_toy)
         training.train(preset(PRESET, **SHORT), path)
     return path
 
@@ -162,7 +162,12 @@ def test_options_replace_the_preset(tmp_path, monkeypatch):
         (["train", "--eps", "nan"], "eps must be a finite number, not nan"),
         (["train", "--steps", "many"], "steps must be a whole number, not 'many'"),
         (["train", "--eps-ramp", "10,5"], "eps_ramp cannot be 10,5"),
-        (["train", "--steps", "100"], "eps_ramp must be within steps 0 to 100, not 0,1125"),
+        (["train", "--eps-ramp", "0,4000"], "eps_ramp must be within steps 0 to 3000, not 0,4000"),
+        (["train", "--preset", "mnist5k-small-0.1-ibp-normalized"], "eps_space must be pixel for"),
+        (["train", "--preset", "mnist5k-small-0.1-ibp-gowal"], "mnist5k has one recipe"),
+        (["train", "--augmentation", "flip"], "augmentation must be none or crop-flip, not 'flip'"),
+        (["train", "--device", "tpu"], "device must be cpu or cuda, not 'tpu'"),
+        (["train", "--seeds", "0"], "seeds must be 1 or more, not 0"),
         (["train", "--clip", "1,0"], "clip must be low,high with low < high"),
         (["train", "--clip", "0,nan"], "clip must be a finite number, not nan"),
         ([*TRAIN, "--clip", "0.2,0.5"], "x has values in [0, 0.937255], outside clip=(0.2, 0.5)"),
@@ -199,14 +204,15 @@ def test_bad_input_is_one_line(capsys, monkeypatch, tmp_path, arguments, words):
         (["certify", "--eps", "inf"], "eps must be a finite number, not inf"),
         (["certify", "--eps", "nan"], "eps must be a finite number, not nan"),
         (["attack", "--eps", "inf"], "eps must be a finite number, not inf"),
-        (["attack", "--seed", str(10**20)], "seed must be from 0 to 2**63 - 1, not 1000"),
-        (["attack", "--step-size", "nan"], "step_size must be 0 or more, not nan"),
+        (["attack", "--seed", str(10**20)], "seed must be 9223372036854775807 or less, not 1000"),
+        (["attack", "--step-size", "nan"], "pgd_step_size must be a finite number, not nan"),
         (
             ["certify", "--examples", "0"],
             "examples must be from 1 to the 40 of the test set, not 0",
         ),
         (["certify", "--examples", "41"], "examples must be from 1 to the 40"),
-        (["attack", "--steps", "-1"], "steps must be 0 or more, not -1"),
+        (["attack", "--steps", "-1"], "pgd_steps must be 0 or more, not -1"),
+        (["attack", "--restarts", "-1"], "restarts must be 0 or more, not -1"),
         (["attack", "--steps", "x"], "argument --steps: invalid int value: 'x'"),
     ],
 )
@@ -237,7 +243,7 @@ def damaged(run_dir, tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "words"),
     [
-        ("metrics.jsonl", '{"epoch": 1}', "metrics.jsonl, line 1: 'width' is missing"),
+        ("metrics.jsonl", '{"epoch": 1}', "metrics.jsonl, line 1: 'step' is missing"),
         ("metrics.jsonl", "5", "metrics.jsonl, line 1: must be a JSON object, not int"),
         ("result.json", "{}", "result.json: 'test_error' is missing"),
         ("result.json", "[]", "result.json: must be a JSON object, not list"),
@@ -284,7 +290,7 @@ def test_a_network_with_nan_is_never_verified(capsys, damaged):
 
 def test_bounds_that_the_attack_refutes_are_one_line(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        training,
+        evaluation,
         "certify",
         lambda model, x, y, *args, **kwargs: Certificate(y >= 0, *[y] * 3, True),
     )
@@ -293,11 +299,34 @@ def test_bounds_that_the_attack_refutes_are_one_line(capsys, tmp_path, monkeypat
     assert runs.read_result(tmp_path)["contradictions"] > 0
 
 
-def test_a_run_is_not_replaced_unless_asked(capsys, run_dir):
+def test_a_run_of_another_config_is_not_replaced_unless_asked(capsys, run_dir):
     before = (run_dir / "result.json").read_bytes()
-    words = _error(capsys, "train", *_short_options(), "--run-dir", str(run_dir))
-    assert "holds a finished run already" in words
+    options = [*_short_options(), "--preset", PRESET, "--run-dir", str(run_dir)]
+    words = _error(capsys, "train", *options, "--lr", "0.5")
+    assert "holds a run of another config (lr 0.001 there, 0.5 now)" in words
     assert (run_dir / "result.json").read_bytes() == before
+
+
+def test_a_finished_run_is_shown_and_not_trained_again(capsys, run_dir):
+    before = {path: path.read_bytes() for path in run_dir.iterdir()}
+    options = [*_short_options(), "--preset", PRESET, "--run-dir", str(run_dir)]
+    assert cli.main(["train", *options]) == 0
+    printed = capsys.readouterr().out
+    assert "has finished already" in printed and "epoch" not in printed
+    assert f"{100 * runs.read_result(run_dir)['verified_error']:.1f} %" in printed
+    assert {path: path.read_bytes() for path in run_dir.iterdir()} == before
+
+
+def test_seeds(capsys, tmp_path):
+    options = [*_short_options(), "--preset", PRESET, "--run-dir", str(tmp_path / "runs")]
+    assert cli.main(["train", *options, "--seeds", "2", "--seed", "3"]) == 0
+    printed = capsys.readouterr().out
+    results = [runs.read_result(tmp_path / "runs" / f"seed{seed}") for seed in (3, 4)]
+    assert [result["seed"] for result in results] == [3, 4]
+    mean = 50 * sum(result["verified_error"] for result in results)
+    spread = 100 * abs(results[0]["verified_error"] - results[1]["verified_error"]) / 2**0.5
+    assert "of 2 seeds: test " in printed
+    assert f"verified {mean:.2f} +- {spread:.2f} %" in printed
 
 
 def test_overwrite(tmp_path):
@@ -314,6 +343,16 @@ def test_missing_data_package(capsys, monkeypatch, tmp_path):
         capsys, "train", "--run-dir", str(tmp_path / "run")
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_missing_data_says_where_to_put_it(capsys, monkeypatch, tmp_path):
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    options = ["train", "--preset", "mnist-small-0.4-cibp"]
+    assert "--data-root" in _error(capsys, *options, "--data-root", "elsewhere")
+    monkeypatch.setenv("CIBP_FAST_DATA", "somewhere")
+    assert "somewhere" in _error(capsys, *options)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_interrupt(capsys, monkeypatch):

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from cibp_fast.config import Config, parse, preset
+from cibp_fast.config import METHODS, Config, parse, preset
+from cibp_fast.data import CHANNEL_STATS, INPUT_SHAPES
+from cibp_fast.models import NETS
 
 
 def test_the_recipe_of_the_quickstart():
@@ -22,6 +24,76 @@ def test_the_recipe_of_the_quickstart():
     assert [kappa(0), kappa(225), kappa(3000)] == [1, 1, 0.5]
     assert [lr(0), lr(2099)] == [1e-3, 1e-3]
     assert [lr(2100), lr(2700)] == pytest.approx([1e-4, 1e-5])
+
+
+def test_the_authors_recipes():
+    mnist, ibp = preset("mnist-small-0.4-cibp"), preset("mnist-small-0.4-ibp")
+    assert dataclasses.replace(mnist, method="ibp", width_weight=0.0) == ibp
+    assert (mnist.steps, mnist.batch_size, mnist.clip) == (60_000, 100, None)
+    assert (mnist.width, mnist.width_reduction, mnist.width_weight) == ("post", "mean", 1.0)
+    assert (mnist.pgd_steps, mnist.pgd_restarts, mnist.pgd_step_size) == (200, 10, 0.01)
+    eps, kappa, lr = mnist.eps_schedule(), mnist.kappa_schedule(), mnist.lr_schedule()
+    assert [eps(0), eps(5_000), eps(10_000)] == pytest.approx([0, 0.2, 0.4])
+    assert [kappa(2_000), kappa(31_000), kappa(60_000)] == [1, 0.75, 0.5]
+    assert lr(0) == lr(59_999) == 1e-3
+
+    cifar10 = preset("cifar10-large-8of255-cibp-normalized")
+    assert (cifar10.steps, cifar10.batch_size) == (350 * 1000, 50)
+    assert (cifar10.clip, cifar10.eps_space) == (None, "normalized")
+    assert (cifar10.augmentation, cifar10.padding, cifar10.init) == ("crop-flip", "valid", "torch")
+    lr = cifar10.lr_schedule()
+    assert [lr(200_999), lr(201_000), lr(301_000)] == pytest.approx([1e-3, 1e-4, 1e-6])
+    assert cifar10.eps_schedule()(75_000) == pytest.approx(4 / 255)
+    assert cifar10.eps_pixel == pytest.approx([8 / 255 * std for std in (0.2470, 0.2435, 0.2616)])
+
+    svhn = preset("svhn-medium-8of255-nominal")
+    assert (svhn.steps, svhn.kappa_end, svhn.eps_space) == (240 * (73_257 // 50), 1, "pixel")
+    assert (svhn.clip, svhn.eps_pixel) == ((0.0, 1.0), 8 / 255)
+    assert svhn.lr_schedule()(138 * 1465 - 1) == 1e-3 > svhn.lr_schedule()(138 * 1465)
+    assert preset("fashion_mnist-small-0.1-cibp").clip == (0.0, 1.0)
+
+
+def test_mnist5k_has_one_recipe():
+    with pytest.raises(ValueError, match=r"no preset .* mnist5k has one recipe"):
+        preset("mnist5k-small-0.1-ibp-gowal")
+
+
+def test_the_recipes_of_gowal_et_al():
+    mnist = preset("mnist-large-0.3-ibp-gowal")
+    assert (mnist.init, mnist.padding, mnist.clip) == ("orthogonal", "same", (0.0, 1.0))
+    assert (mnist.lr_decay_at, mnist.eps_train_ratio) == ((15_000, 25_000), 1.1)
+    eps, kappa = mnist.eps_schedule(), mnist.kappa_schedule()
+    assert [eps(2_000), eps(12_000)] == pytest.approx([0, 0.33])
+    assert [kappa(2_000), kappa(7_000), kappa(12_000)] == [1, 0.75, 0.5]
+    assert preset("mnist-small-0.4-ibp-gowal").eps_train_ratio == 1
+    assert preset("mnist-small-0.4-ibp-gowal").padding == "valid"
+    cifar10 = preset("cifar10-small-2of255-cibp-gowal-normalized")
+    assert (cifar10.eps_train_ratio, cifar10.clip, cifar10.width_weight) == (1.1, None, 1.0)
+
+
+@pytest.mark.parametrize("dataset", list(INPUT_SHAPES))
+@pytest.mark.parametrize("net", list(NETS))
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("suffix", ["", "-gowal", "-normalized", "-gowal-normalized"])
+def test_every_preset_is_a_config(dataset, net, method, suffix):
+    name = f"{dataset}-{net}-8of255-{method}{suffix}"
+    if "gowal" in suffix and dataset == "mnist5k":
+        return
+    if "normalized" in suffix and dataset not in CHANNEL_STATS:
+        with pytest.raises(ValueError, match=f"eps_space must be pixel for {dataset}"):
+            preset(name)
+        return
+    config = preset(name)
+    assert config.name == name.replace("-gowal", "")
+    assert Config.from_json(config.to_json()) == config
+
+
+def test_fewer_steps_scale_the_schedules():
+    config = preset("cifar10-small-8of255-cibp", steps=35_000)
+    assert (config.eps_ramp, config.kappa_ramp) == ((0, 15_000), (1_000, 35_000))
+    assert config.lr_decay_at == (20_100, 25_100, 30_100)
+    assert preset("cifar10-small-8of255-cibp", steps=35_000, eps_ramp=(0, 7)).eps_ramp == (0, 7)
+    assert preset("cifar10-small-8of255-cibp", steps=1).lr_decay_at == (1,)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +137,9 @@ def test_whole_numbers_are_accepted_as_floats():
     ("name", "message"),
     [
         ("mnist5k-smal-0.1-cibp", "did you mean 'mnist5k-small-0.1-cibp'"),
-        ("mnist-small-0.1-ibp", "did you mean 'mnist5k-small-0.1-ibp'"),
+        ("mnsit-small-0.1-ibp", "did you mean 'mnist-small-0.1-ibp'"),
+        ("mnist-small-0.1-ibp-normalized-gowal", "dataset-net-eps-method.-gowal..-normalized."),
+        ("mnist-small-0.1-ibp-madry", "-gowal for the recipe of Gowal et al."),
         ("mnist5k-small-0.1-trades", "method nominal, ibp or cibp"),
         ("mnist5k-small-8/255-cibp", "eps as 0.1 or 8of255"),
         ("mnist5k-small--0.1-cibp", "eps as 0.1 or 8of255"),
@@ -96,7 +170,14 @@ def test_unknown_presets(name, message):
             {"eps_ramp": (1500, 100)},
             r"eps_ramp cannot be 1500,100: .*ends \(step 100\) before it starts",
         ),
-        ({"steps": 1000}, "eps_ramp must be within steps 0 to 1000, not 0,1125"),
+        ({"eps_ramp": (0, 3001)}, "eps_ramp must be within steps 0 to 3000, not 0,3001"),
+        ({"init": "he"}, "init must be torch or orthogonal, not 'he'"),
+        ({"augmentation": "crop"}, "augmentation must be none or crop-flip, not 'crop'"),
+        ({"eps_space": "normalized"}, "eps_space must be pixel for mnist5k, not normalized: only"),
+        (
+            {"dataset": "svhn", "eps_space": "normalized"},
+            r"clip must be none for eps_space normalized, not \(0.0, 1.0\)",
+        ),
         ({"lr_decay_at": (2700, 2100)}, "lr_decay_at cannot be 2700,2100: .*increasing"),
         ({"lr_decay_at": (5000,)}, "lr_decay_at must be within steps 0 to 3000, not 5000"),
         ({"kappa_ramp": (-1, 100)}, "kappa_ramp cannot be -1,100: .*0 or more"),
@@ -134,6 +215,16 @@ def test_bad_json_is_named(change, message):
     change(values)
     with pytest.raises(ValueError, match=message):
         Config.from_json(json.dumps(values))
+
+
+@pytest.mark.parametrize("format", [2, 0, "1", True])
+def test_json_of_another_format(format):
+    values = json.loads(preset("mnist5k-small-0.1-cibp").to_json())
+    assert values["format"] == 1
+    with pytest.raises(ValueError, match=f"it has format {format!r}.*reads up to 1: a newer"):
+        Config.from_json(json.dumps(values | {"format": format, "unknown": 1}))
+    del values["format"]  # as the first runs
+    assert Config.from_json(json.dumps(values)) == preset("mnist5k-small-0.1-cibp")
 
 
 def test_json_that_is_no_object():

@@ -1,11 +1,18 @@
-"""The embedded digits, their split, and the batches."""
+"""The data sets: the embedded digits, official files and their checks; and the batches."""
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import importlib.util
+import os
+import pickle
+import struct
 import sys
+import warnings
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -80,8 +87,527 @@ def test_damaged_file_is_named(monkeypatch, tmp_path, content):
 
 
 def test_unknown_data_set():
-    with pytest.raises(ValueError, match="unknown data set 'mnits': the data sets are mnist5k"):
+    with pytest.raises(
+        ValueError, match="unknown data set 'mnits': the data sets are mnist5k, mni"
+    ):
         data.load("mnits")
+
+
+# The other data sets' files, written here with a few random images. They are not the official
+# ones, so they are loaded with verify=False, or with the tables of official hashes and sizes
+# replaced by theirs.
+
+
+def _random_images(count: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(count).integers(256, size=(count, *shape), dtype=np.uint8)
+
+
+def _classes(count: int) -> np.ndarray:
+    return (np.arange(count, dtype=np.uint8) * 7 + 3) % 10
+
+
+def _idx_bytes(array: np.ndarray) -> bytes:
+    return struct.pack(f">{array.ndim + 1}I", 0x800 + array.ndim, *array.shape) + array.tobytes()
+
+
+def _write_mnist(root: Path, *, folder: str = "MNIST", suffix: str = ".gz") -> dict[str, bytes]:
+    """30 training and 20 test images; returns the content of each file by its name."""
+    raw = root / folder / "raw"
+    raw.mkdir(parents=True)
+    contents = {}
+    for part, count in (("train", 30), ("t10k", 20)):
+        contents[f"{part}-images-idx3-ubyte"] = _idx_bytes(_random_images(count, 28, 28))
+        contents[f"{part}-labels-idx1-ubyte"] = _idx_bytes(_classes(count))
+    for name, content in contents.items():
+        (raw / f"{name}{suffix}").write_bytes(gzip.compress(content) if suffix else content)
+    return contents
+
+
+def _python2_pickle(pixels: np.ndarray, labels: list[int]) -> bytes:
+    """A batch as Python 2 wrote CIFAR-10's: protocol 2, strings of bytes, numpy.core."""
+
+    def string(value: bytes) -> bytes:
+        return b"T" + struct.pack("<i", len(value)) + value
+
+    sizes = b"".join(b"J" + struct.pack("<i", size) for size in pixels.shape)
+    dtype = (
+        b"cnumpy\ndtype\n(" + string(b"u1") + b"K\0K\1tR"
+        b"(K\3" + string(b"|") + b"NNN" + 2 * b"J\xff\xff\xff\xff" + b"K\0tb"
+    )
+    array = (
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\0t" + string(b"b") + b"tR"
+        b"(K\1(" + sizes + b"t" + dtype + b"\x89" + string(pixels.tobytes()) + b"tb"
+    )
+    numbers = b"](" + b"".join(b"K" + bytes([label]) for label in labels) + b"e"
+    return (
+        b"\x80\2}(" + string(b"batch_label") + string(b"training batch 1 of 5")
+        + string(b"labels") + numbers + string(b"data") + array
+        + string(b"filenames") + b"](" + string(b"a.png") + b"eu."
+    )  # fmt: skip
+
+
+def _write_cifar10(root: Path, form: str) -> list[bytes]:
+    """Six batches of 4 images, bin or py; returns each as the binary form has it."""
+    folder = root / f"cifar-10-batches-{form}"
+    folder.mkdir(parents=True)
+    pixels, labels = _random_images(24, 3072), _classes(24)
+    records = np.column_stack([labels, pixels])
+    for number, key in enumerate(data._MD5["cifar10"]):
+        here = slice(4 * number, 4 * number + 4)
+        if form == "bin":
+            (folder / f"{key}.bin").write_bytes(records[here].tobytes())
+        else:
+            (folder / key).write_bytes(_python2_pickle(pixels[here], labels[here].tolist()))
+    return [records[4 * number : 4 * number + 4].tobytes() for number in range(6)]
+
+
+def _write_svhn(root: Path) -> None:
+    scipy_io = pytest.importorskip("scipy.io")
+    (root / "svhn").mkdir(parents=True)
+    for name, count in (("train_32x32", 30), ("test_32x32", 20)):
+        images = _random_images(count, 32, 32, 3)  # [N, H, W, C]
+        labels = np.where(_classes(count) == 0, 10, _classes(count)).astype(np.uint8)
+        scipy_io.savemat(
+            root / "svhn" / f"{name}.mat",
+            {"X": images.transpose(1, 2, 3, 0), "y": labels[:, None]},
+            do_compression=True,
+        )
+
+
+def _make_official(monkeypatch, name: str, root: Path, contents: dict[str, bytes], sizes) -> None:
+    """Declares the files under root, and the contents by key, to be the official ones."""
+    monkeypatch.setitem(data._SIZES, name, sizes)
+    md5 = {}
+    for key in data._MD5[name]:
+        (path,) = [path for path in root.rglob("*") if path.name.startswith(key)]
+        md5[key] = hashlib.md5(path.read_bytes()).hexdigest()
+    monkeypatch.setitem(data._MD5, name, md5)
+    sha256 = {key: hashlib.sha256(content).hexdigest() for key, content in contents.items()}
+    monkeypatch.setitem(data._SHA256, name, sha256)
+
+
+def _make_official_mnist(monkeypatch, root: Path, contents: dict[str, bytes]) -> None:
+    keys = {name.split("-idx")[0]: content for name, content in contents.items()}
+    _make_official(monkeypatch, "mnist", root, keys, (30, 20))
+
+
+def _assert_holds(split: data.Split, images: np.ndarray, labels: np.ndarray) -> None:
+    assert split.images.dtype == torch.uint8 and split.images.is_contiguous()
+    assert split.labels.dtype == torch.int64
+    assert np.array_equal(split.images.numpy(), images)
+    assert np.array_equal(split.labels.numpy(), labels)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ""], ids=["gz", "plain"])
+@pytest.mark.parametrize(
+    ("name", "folder"), [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")]
+)
+def test_idx_files(tmp_path, name, folder, suffix):
+    _write_mnist(tmp_path, folder=folder, suffix=suffix)
+    with pytest.warns(UserWarning, match="not the official file") as warned:
+        loaded = data.load(name, tmp_path, verify=False)
+    assert len(warned) == 4  # one for each file
+    assert loaded.name == name
+    _assert_holds(loaded.train, _random_images(30, 28, 28)[:, None], _classes(30))
+    _assert_holds(loaded.test, _random_images(20, 28, 28)[:, None], _classes(20))
+
+
+@pytest.mark.parametrize("form", ["bin", "py"])
+def test_cifar10_files(tmp_path, form):
+    _write_cifar10(tmp_path, form)
+    with pytest.warns(UserWarning, match="not the official file") as warned:
+        loaded = data.load("cifar10", tmp_path, verify=False)
+    assert len(warned) == 6
+    images = _random_images(24, 3072).reshape(24, 3, 32, 32)
+    _assert_holds(loaded.train, images[:20], _classes(24)[:20])
+    _assert_holds(loaded.test, images[20:], _classes(24)[20:])
+
+
+def test_cifar10_is_read_from_the_form_that_is_whole(tmp_path):
+    _write_cifar10(tmp_path, "bin")
+    _write_cifar10(tmp_path, "py")
+    (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(b"never read")
+    with pytest.warns(UserWarning, match=r"cifar-10-batches-bin"):
+        data.load("cifar10", tmp_path, verify=False)
+    (tmp_path / "cifar-10-batches-bin" / "test_batch.bin").unlink()
+    with pytest.raises(ValueError, match=r"cifar-10-batches-py.test_batch is damaged"):
+        data.load("cifar10", tmp_path, verify=False)
+
+
+def test_python2_pickle_is_what_numpy_reads():
+    pixels = _random_images(3, 3072)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy's own, about pickles as old as these
+        batch = pickle.loads(_python2_pickle(pixels, [1, 0, 9]), encoding="bytes")
+    assert np.array_equal(batch[b"data"], pixels) and batch[b"data"].dtype == np.uint8
+    assert batch[b"labels"] == [1, 0, 9] and batch[b"filenames"] == [b"a.png"]
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+def test_cifar10_pickles_of_python3(tmp_path, protocol, order):
+    records = _write_cifar10(tmp_path, "py")
+    pixels = np.asarray(_random_images(24, 3072)[20:], order=order)
+    batch = {b"data": pixels, b"labels": _classes(24)[20:].tolist()}
+    path = tmp_path / "cifar-10-batches-py" / "test_batch"
+    path.write_bytes(pickle.dumps(batch, protocol))
+    assert data._unpickled(path.read_bytes(), path) == records[5]
+
+
+def test_svhn_pixels_and_labels_land_where_they_should(tmp_path):
+    _write_svhn(tmp_path)
+    with pytest.warns(UserWarning, match="not the official file") as warned:
+        loaded = data.load("svhn", tmp_path, verify=False)
+    assert len(warned) == 2
+    for split, count in ((loaded.train, 30), (loaded.test, 20)):
+        images = _random_images(count, 32, 32, 3)
+        _assert_holds(split, images.transpose(0, 3, 1, 2), _classes(count))
+        assert split.images[3, 2, 5, 7] == images[3, 5, 7, 2]
+        assert 0 in split.labels and split.labels.max() == 9
+
+
+def test_svhn_without_scipy_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    with pytest.raises(ImportError, match=r"svhn.*scipy.*pip install 'cibp-fast\[svhn\]'"):
+        data.load("svhn", tmp_path)
+
+
+# The data root.
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "svhn"])
+def test_missing_files_say_what_to_put_where(tmp_path, name):
+    if name == "svhn":
+        pytest.importorskip("scipy.io")
+    folder, _, source = data._LAYOUT[name]
+    with pytest.raises(FileNotFoundError) as caught:
+        data.load(name, tmp_path)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in (str(tmp_path / folder), source, "--data-root", "CIBP_FAST_DATA"):
+        assert part in message
+    first = {"cifar10": "data_batch_1.bin", "svhn": "train_32x32.mat"}
+    assert f"{first.get(name, 'train-images-idx3-ubyte')} is missing" in message
+
+
+def test_root_is_the_argument_then_the_environment_then_data(monkeypatch, tmp_path):
+    def missing_in(root: Path | None) -> str:
+        with pytest.raises(FileNotFoundError) as caught:
+            data.load("mnist", root)
+        return str(caught.value).partition(" is missing")[0]
+
+    rest = Path("MNIST") / "raw" / "train-images-idx3-ubyte"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CIBP_FAST_DATA", str(tmp_path / "named"))
+    assert missing_in(tmp_path / "given") == str(tmp_path / "given" / rest)
+    assert missing_in(None) == str(tmp_path / "named" / rest)
+    monkeypatch.setenv("CIBP_FAST_DATA", "")
+    assert missing_in(None) == str(tmp_path / "data" / rest)
+    monkeypatch.delenv("CIBP_FAST_DATA")
+    assert missing_in(None) == str(tmp_path / "data" / rest)
+
+
+# Hashes: the official file, its content packed otherwise, and anything else.
+
+
+@pytest.mark.parametrize("suffix", [".gz", ""], ids=["gz", "plain"])
+def test_official_idx_files_and_their_unpacked_content_are_silent(monkeypatch, tmp_path, suffix):
+    contents = _write_mnist(tmp_path, suffix=suffix)
+    _make_official_mnist(monkeypatch, tmp_path, contents)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(data.load("mnist", tmp_path).train) == 30
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_official_content_packed_otherwise_is_accepted_with_a_warning(
+    monkeypatch, tmp_path, verify
+):
+    contents = _write_mnist(tmp_path)
+    _make_official_mnist(monkeypatch, tmp_path, contents)
+    path = tmp_path / "MNIST" / "raw" / "t10k-images-idx3-ubyte.gz"
+    path.write_bytes(gzip.compress(contents["t10k-images-idx3-ubyte"], 1, mtime=1))
+    message = r"t10k-images-idx3-ubyte.gz is not the official file \(md5 .*but its content is"
+    with pytest.warns(UserWarning, match=message) as warned:
+        loaded = data.load("mnist", tmp_path, verify=verify)
+    assert len(warned) == 1
+    _assert_holds(loaded.test, _random_images(20, 28, 28)[:, None], _classes(20))
+
+
+@pytest.mark.parametrize("suffix", [".gz", ""], ids=["gz", "plain"])
+def test_other_content_is_refused_unless_told_not_to_verify(monkeypatch, tmp_path, suffix):
+    contents = _write_mnist(tmp_path, suffix=suffix)
+    _make_official_mnist(monkeypatch, tmp_path, contents)
+    name = "train-images-idx3-ubyte"
+    changed = contents[name][:-1] + bytes([contents[name][-1] ^ 1])  # one bit of one pixel
+    path = tmp_path / "MNIST" / "raw" / f"{name}{suffix}"
+    path.write_bytes(gzip.compress(changed) if suffix else changed)
+    algorithm = "md5" if suffix else "sha256"
+    message = rf"{path.name} is damaged or not the official file \({algorithm} \w+, expected \w+\)"
+    with pytest.raises(ValueError, match=message):
+        data.load("mnist", tmp_path)
+    with pytest.warns(UserWarning, match=message) as warned:
+        loaded = data.load("mnist", tmp_path, verify=False)
+    assert len(warned) == 1
+    assert loaded.train.images.flatten()[-1] == changed[-1]
+
+
+def test_number_of_examples_is_the_official_one(monkeypatch, tmp_path):
+    contents = _write_mnist(tmp_path)
+    _make_official_mnist(monkeypatch, tmp_path, contents)
+    monkeypatch.setitem(data._SIZES, "mnist", (30, 21))
+    message = "t10k-images.* holds 20 examples, the official file 21"
+    with pytest.raises(ValueError, match=message):
+        data.load("mnist", tmp_path)
+
+
+def test_cifar10_pickle_with_the_content_of_the_binary_form_is_accepted(monkeypatch, tmp_path):
+    records = _write_cifar10(tmp_path, "py")
+    contents = dict(zip(data._MD5["cifar10"], records, strict=True))
+    _make_official(monkeypatch, "cifar10", tmp_path, contents, (20, 4))
+    pixels, labels = _random_images(24, 3072)[4:8], _classes(24)[4:8].tolist()
+    repacked = pickle.dumps({b"labels": labels, b"data": pixels}, 4)
+    (tmp_path / "cifar-10-batches-py" / "data_batch_2").write_bytes(repacked)
+    with pytest.warns(UserWarning, match="data_batch_2 is not.*but its content is") as warned:
+        loaded = data.load("cifar10", tmp_path)
+    assert len(warned) == 1 and len(loaded.train) == 20 and len(loaded.test) == 4
+
+
+def test_svhn_is_checked_by_the_hash_of_its_files(monkeypatch, tmp_path):
+    _write_svhn(tmp_path)
+    monkeypatch.setitem(data._SIZES, "svhn", (30, 20))
+    with pytest.raises(ValueError, match=r"train_32x32.mat is damaged or not the official file"):
+        data.load("svhn", tmp_path)
+    _make_official(monkeypatch, "svhn", tmp_path, {}, (30, 20))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(data.load("svhn", tmp_path).test) == 20
+
+
+# Structure, which verify=False checks too.
+
+
+def _flip_bits(content: bytes, at: int) -> bytes:
+    return content[:at] + bytes([content[at] ^ 0xFF]) + content[at + 1 :]
+
+
+@pytest.mark.filterwarnings("ignore:.*not the official file")
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("train-images-idx3-ubyte", lambda file: b"", "0 bytes, expected at least 16"),
+        ("train-labels-idx1-ubyte", lambda file: file[:7], "7 bytes, expected at least 8"),
+        ("t10k-images-idx3-ubyte", lambda file: file[:-1], "15695 bytes, expected 15696 for 20"),
+        ("t10k-labels-idx1-ubyte", lambda file: file + b"0", "29 bytes, expected 28 for 20"),
+        (
+            "train-images-idx3-ubyte",
+            lambda file: _idx_bytes(_classes(30)),
+            "magic number is 0x00000801, expected 0x00000803",
+        ),
+        (
+            "train-labels-idx1-ubyte",
+            lambda file: _flip_bits(file, 2),
+            "magic number is 0x0000f701, expected 0x00000801",
+        ),
+        (
+            "train-images-idx3-ubyte",
+            lambda file: _idx_bytes(_random_images(30, 28, 27)),
+            r"images of size \[28, 27\], expected \[28, 28\]",
+        ),
+        (
+            "t10k-labels-idx1-ubyte",
+            lambda file: _idx_bytes(_classes(20) + np.uint8(1)),
+            "damaged: label 10, expected 0 to 9",
+        ),
+        (
+            "t10k-labels-idx1-ubyte",
+            lambda file: _idx_bytes(_classes(19)),
+            "20 images, but .*t10k-labels-idx1-ubyte 19 labels",
+        ),
+    ],
+)
+def test_damaged_idx_file_is_named(tmp_path, name, change, message):
+    contents = _write_mnist(tmp_path, suffix="")
+    (tmp_path / "MNIST" / "raw" / name).write_bytes(change(contents[name]))
+    with pytest.raises(ValueError, match=message) as caught:
+        data.load("mnist", tmp_path, verify=False)
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda file: file[:-20],
+        lambda file: b"no gzip",
+        lambda file: _flip_bits(file, len(file) // 2),
+        lambda file: _flip_bits(file, -8 % len(file)),
+    ],
+    ids=["truncated", "not gzip", "bad stream", "bad checksum"],
+)
+def test_damaged_gzip_is_named(tmp_path, change, verify):
+    _write_mnist(tmp_path)
+    path = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte.gz"
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte.gz is damaged: "):
+        data.load("mnist", tmp_path, verify=verify)
+
+
+@pytest.mark.filterwarnings("ignore:.*not the official file")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "0 bytes, expected records of 3073 bytes"),
+        (bytes(3072), "3072 bytes, expected records of 3073 bytes"),
+        (b"\x0a" + bytes(3072), "label 10, expected 0 to 9"),
+    ],
+)
+def test_damaged_cifar10_batch_is_named(tmp_path, content, message):
+    _write_cifar10(tmp_path, "bin")
+    (tmp_path / "cifar-10-batches-bin" / "data_batch_3.bin").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"data_batch_3.bin is damaged: {message}"):
+        data.load("cifar10", tmp_path, verify=False)
+
+
+_PIXELS = np.zeros((2, 3072), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ([1, 2], "no data or no labels"),
+        ({b"data": _PIXELS}, "no data or no labels"),
+        ({b"labels": [0, 1]}, "no data or no labels"),
+        ({b"data": [0], b"labels": [0]}, "not an array of N x 3072 bytes"),
+        ({b"data": _PIXELS[:, 1:], b"labels": [0, 1]}, "not an array of N x 3072 bytes"),
+        ({b"data": _PIXELS[0], b"labels": [0]}, "not an array of N x 3072 bytes"),
+        ({b"data": _PIXELS.astype(np.int16), b"labels": [0, 1]}, r"'i2', expected bytes \(u1\)"),
+        ({b"data": _PIXELS, b"labels": [0]}, "expected a list of 2 labels"),
+        ({b"data": _PIXELS, b"labels": b"\0\1"}, "expected a list of 2 labels"),
+        ({b"data": _PIXELS, b"labels": [0, 10]}, "a label is not from 0 to 9"),
+        ({b"data": _PIXELS, b"labels": [0, "1"]}, "a label is not from 0 to 9"),
+    ],
+)
+def test_damaged_cifar10_pickle_is_named(tmp_path, batch, message):
+    _write_cifar10(tmp_path, "py")
+    (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(pickle.dumps(batch, 2))
+    with pytest.raises(ValueError, match=message) as caught:
+        data.load("cifar10", tmp_path, verify=False)
+    assert "data_batch_1 is " in str(caught.value)
+
+
+class _MakesFolder:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_cifar10_pickle_cannot_run_code(tmp_path, verify):
+    _write_cifar10(tmp_path, "py")
+    trace = tmp_path / "trace"
+    attack = pickle.dumps({b"data": _MakesFolder(trace), b"labels": []}, 2)
+    (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(attack)
+    with pytest.raises(ValueError, match=r"data_batch_1 is .*it names \w+.mkdir.*nothing.*was run"):
+        data.load("cifar10", tmp_path, verify=verify)
+    assert not trace.exists()
+    with pytest.raises(FileNotFoundError):  # what the attack is worth where nothing stops it
+        pickle.loads(
+            attack.replace(str(trace).encode(), b"/no/such/folder/".ljust(len(str(trace)), b"x"))
+        )
+
+
+@pytest.mark.parametrize("length", [0, 1, 100, 5000])
+def test_truncated_cifar10_pickle_is_named(tmp_path, length):
+    _write_cifar10(tmp_path, "py")
+    path = tmp_path / "cifar-10-batches-py" / "test_batch"
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="test_batch is damaged or not"):
+        data.load("cifar10", tmp_path, verify=False)
+
+
+_X, _Y = np.zeros((32, 32, 3, 2), np.uint8), np.array([[10], [1]], np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"X": _X}, "no X or no y"),
+        ({"y": _Y}, "no X or no y"),
+        ({"X": _X.astype(float), "y": _Y}, r"X is float64 \[32, 32, 3, 2\], expected uint8"),
+        ({"X": _X.transpose(3, 0, 1, 2), "y": _Y}, r"X is uint8 \[2, 32, 32, 3\], expected"),
+        ({"X": _X, "y": _Y[:1]}, r"y is uint8 \[1, 1\], expected numbers \[2, 1\]"),
+        ({"X": _X, "y": np.array([["a"], ["b"]], object)}, r"y is object \[2, 1\], expected num"),
+        ({"X": _X, "y": _Y + np.uint8(1)}, "a label is not from 1 to 10"),
+        ({"X": _X, "y": _Y - np.uint8(1)}, "a label is not from 1 to 10"),
+    ],
+)
+def test_damaged_svhn_is_named(tmp_path, variables, message):
+    scipy_io = pytest.importorskip("scipy.io")
+    _write_svhn(tmp_path)
+    path = tmp_path / "svhn" / "train_32x32.mat"
+    scipy_io.savemat(path, variables, do_compression=True)
+    with pytest.raises(ValueError, match=message) as caught:
+        data.load("svhn", tmp_path, verify=False)
+    assert "train_32x32.mat is " in str(caught.value)
+
+
+@pytest.mark.parametrize("length", [0, 100, 5000])
+def test_truncated_svhn_is_named(tmp_path, length):
+    _write_svhn(tmp_path)
+    path = tmp_path / "svhn" / "train_32x32.mat"
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(
+        ValueError, match=r"train_32x32.mat is (damaged or not a MATLAB|not a file)"
+    ):
+        data.load("svhn", tmp_path, verify=False)
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "svhn"])
+def test_real_files(name):
+    root = os.environ.get("CIBP_FAST_DATA")
+    if not root or not (Path(root) / data._LAYOUT[name][0]).is_dir():
+        pytest.skip(f"CIBP_FAST_DATA names no folder with {name}")
+    loaded = data.load(name)
+    assert (len(loaded.train), len(loaded.test)) == data._SIZES[name]
+    assert loaded.train.images.shape[1:] == data.INPUT_SHAPES[name]
+    assert set(loaded.test.labels.tolist()) == set(range(10))
+    if name in data.CHANNEL_STATS:
+        counts = torch.stack([  # of each byte value, a channel a row: exact, and no float copy
+            channel.flatten().bincount(minlength=256)
+            for channel in loaded.train.images.unbind(1)
+        ]).double()  # fmt: skip
+        values = torch.arange(256) / 255
+        mean = counts @ values.double() / counts.sum(1)
+        square = counts @ values.double().square() / counts.sum(1)
+        stats = torch.stack([mean, (square - mean.square()).sqrt()])
+        torch.testing.assert_close(
+            stats, torch.tensor(data.CHANNEL_STATS[name]).double(), rtol=0, atol=6e-5
+        )
+
+
+def test_splits_are_cut_and_moved():
+    split = _split(10)
+    assert split[2:4].labels.tolist() == [2, 3] and len(split[2:4].images) == 2
+    moved = data.Dataset("mnist", split, split[:3]).to("meta")
+    assert moved.name == "mnist" and len(moved.test) == 3
+    assert moved.train.images.device.type == moved.test.labels.device.type == "meta"
+
+
+def test_every_data_set_is_described():
+    assert (
+        set(data._LAYOUT)
+        == set(data._MD5)
+        == set(data._SIZES)
+        == {*data.INPUT_SHAPES} - {"mnist5k"}
+    )
+    for name, (mean, std) in data.CHANNEL_STATS.items():
+        assert len(mean) == len(std) == data.INPUT_SHAPES[name][0]
+
+
+# Batches.
 
 
 def test_batches_visit_every_example_once_and_leave_out_the_incomplete_last():
@@ -111,3 +637,127 @@ def test_batches_depend_on_seed_and_epoch_alone():
 def test_bad_batch_size(batch_size):
     with pytest.raises(ValueError, match=f"batch_size must be from 1 to the 10.*not {batch_size}"):
         next(data.batches(_split(10), batch_size, seed=0, epoch=1))
+
+
+def test_order_is_numpys_permutation_of_seed_and_epoch():
+    order = np.random.default_rng((3, 5)).permutation(20)
+    for augmentation in data.AUGMENTATIONS:
+        chosen = data.batches(_split(20), 4, seed=3, epoch=5, augmentation=augmentation)
+        assert torch.cat([y for _, y in chosen]).tolist() == order.tolist()
+
+
+def _pictures(count: int, channels: int = 2, height: int = 7, width: int = 6) -> data.Split:
+    """Random images, no two versions of which look alike, each of a class of its own."""
+    images = _random_images(count, channels, height, width)
+    return data.Split(torch.from_numpy(images), torch.arange(count))
+
+
+def _versions(image: np.ndarray) -> dict[bytes, tuple[int, int, bool]]:
+    """Every crop of one image [C, H, W] padded by 4, mirrored or not, and how it was made."""
+    _, height, width = image.shape
+    padded = np.pad(image, ((0, 0), (4, 4), (4, 4)))
+    return {
+        (crop[..., ::-1] if flip else crop).tobytes(): (top, left, flip)
+        for top in range(9)
+        for left in range(9)
+        for flip in (False, True)
+        for crop in [padded[:, top : top + height, left : left + width]]
+    }
+
+
+def test_crop_flip_shifts_and_mirrors_each_image_on_its_own():
+    split = _pictures(600)
+    draws = []
+    for x, y in data.batches(split, 50, seed=0, epoch=1, augmentation="crop-flip"):
+        assert x.shape == (50, 2, 7, 6) and x.dtype == torch.float32
+        for image, label in zip(x, y.tolist(), strict=True):
+            pixels = (image * 255).round().to(torch.uint8)
+            assert torch.equal(data.to_pixels(pixels), image)
+            draws.append(_versions(split.images[label].numpy())[pixels.numpy().tobytes()])
+    top, left, flip = np.array(draws).T
+    # 600 / 9 = 67 images are expected at each offset, 300 mirrored: within 4 standard deviations.
+    for offsets in (top, left):
+        assert abs(np.bincount(offsets, minlength=9) - 600 / 9).max() < 31
+    assert abs(flip.sum() - 300) < 49
+    for one, other in ((top, left), (top, flip), (left, flip)):
+        assert abs(np.corrcoef(one, other)[0, 1]) < 4 / 600**0.5
+
+
+def _all(split: data.Split, batch_size: int, **options) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    options = {"seed": 1, "epoch": 2, **options}
+    return list(data.batches(split, batch_size, **options))
+
+
+def _assert_same(batches, others) -> None:
+    assert len(batches) == len(others)
+    for (x, y), (other_x, other_y) in zip(batches, others, strict=True):
+        assert torch.equal(x, other_x) and torch.equal(y, other_y)
+
+
+@pytest.mark.parametrize("augmentation", data.AUGMENTATIONS)
+@pytest.mark.parametrize("first", [0, 1, 4, 5])
+def test_first_resumes_an_epoch_where_it_was_left(first, augmentation):
+    whole = _all(_pictures(33), 6, augmentation=augmentation)
+    assert len(whole) == 5
+    _assert_same(_all(_pictures(33), 6, augmentation=augmentation, first=first), whole[first:])
+
+
+@pytest.mark.parametrize("augmentation", data.AUGMENTATIONS)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 6])
+def test_ranks_together_are_the_batch_of_one_process(world_size, augmentation):
+    options = {"augmentation": augmentation, "first": 1}
+    ranks = [
+        _all(_pictures(33), 6, rank=rank, world_size=world_size, **options)
+        for rank in range(world_size)
+    ]
+    assert {len(y) for batches in ranks for _, y in batches} == {6 // world_size}
+    joined = [
+        tuple(torch.cat(part) for part in zip(*parts, strict=True))
+        for parts in zip(*ranks, strict=True)
+    ]
+    _assert_same(joined, _all(_pictures(33), 6, **options))
+
+
+def test_augmentation_depends_on_seed_and_epoch_alone():
+    def epoch(**options) -> torch.Tensor:
+        return torch.cat([x for x, _ in _all(flat, 8, augmentation="crop-flip", **options)])
+
+    # One image many times: its versions differ by what was drawn, not by the order.
+    flat = data.Split(_pictures(1).images.expand(32, -1, -1, -1), torch.zeros(32, dtype=int))
+    first = epoch()
+    torch.manual_seed(1234)
+    assert torch.equal(epoch(), first)
+    assert not torch.equal(epoch(seed=2), first)
+    assert not torch.equal(epoch(epoch=3), first)
+
+
+@pytest.mark.parametrize("augmentation", data.AUGMENTATIONS)
+@pytest.mark.parametrize("device", ["meta", "cuda"])
+def test_batches_are_made_where_the_examples_are(device, augmentation):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+    here = _all(_pictures(33), 6, augmentation=augmentation)
+    there = _all(_pictures(33).to(device), 6, augmentation=augmentation)
+    assert len(there) == len(here)
+    for (x, y), (other_x, other_y) in zip(here, there, strict=True):
+        assert other_x.device.type == other_y.device.type == device
+        assert other_x.shape == x.shape and other_x.dtype == x.dtype
+        if device == "cuda":
+            assert torch.equal(other_x.cpu(), x) and torch.equal(other_y.cpu(), y)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"augmentation": "flip"}, "augmentation must be one of none, crop-flip, not 'flip'"),
+        ({"first": -1}, "first must be from 0 to the 5 batches of an epoch, not -1"),
+        ({"first": 6}, "first must be from 0 to the 5 batches of an epoch, not 6"),
+        ({"world_size": 4}, "batch_size must be divisible by world_size: 6 is not by 4"),
+        ({"world_size": 0}, "world_size must be at least 1, not 0"),
+        ({"rank": 1}, "rank must be from 0 to 0, not 1"),
+        ({"rank": -1, "world_size": 2}, "rank must be from 0 to 1, not -1"),
+    ],
+)
+def test_bad_options_of_batches(options, message):
+    with pytest.raises(ValueError, match=message):
+        _all(_pictures(33), 6, **options)

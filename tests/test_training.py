@@ -7,16 +7,16 @@ import platform
 
 import pytest
 import torch
-from digits import SHORT, toy_dataset
+from digits import SHORT, load_toy, toy_dataset
 
 import cibp_fast as cf
-from cibp_fast import data, runs, training
+from cibp_fast import data, environment, evaluation, runs, training
 from cibp_fast.config import preset
 
 
 @pytest.fixture(autouse=True)
 def _toy_data(monkeypatch):
-    monkeypatch.setattr(data, "load", lambda name: toy_dataset())
+    monkeypatch.setattr(data, "load", load_toy)
 
 
 def _without_times(records):
@@ -51,8 +51,9 @@ def test_a_run_folder(tmp_path, method, capsys):
     assert platform.node() not in (tmp_path / "result.json").read_text()
 
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in lines] == ["1/3", "2/3", "3/3"]
-    assert len({line.index("verified") for line in lines}) == 1  # fixed format
+    assert lines[0].startswith(f"{config.name}, seed 0: 12 steps of 16 examples, 5 an epoch; eps")
+    assert [line.split()[1] for line in lines[1:]] == ["1/3", "2/3", "3/3"]
+    assert len({line.index("verified") for line in lines[1:]}) == 1  # fixed format
 
     # What the folder holds is the network that was evaluated.
     test, model = toy_dataset().test, runs.read_model(tmp_path)
@@ -80,6 +81,7 @@ def test_the_fields_of_a_result(tmp_path):
         "seed": 4,
         "pgd_steps": 2,
         "pgd_restarts": 1,
+        "pgd_verified_restarts": 0,
         "pgd_step_size": 0.01,
         "examples": 40,
         "contradictions": 0,
@@ -96,7 +98,8 @@ def test_the_fields_of_a_result(tmp_path):
     assert {name: type(result[name]) for name in measured} == measured
     assert 0 < result["train_seconds"] <= result["seconds"]
     assert set(result["versions"]) == {"python", "torch", "numpy", "cibp_fast"}
-    assert set(result["hardware"]) == {"cpu", "kernels", "machine", "cores", "threads"}
+    assert result["hardware"] == environment.hardware()
+    assert result["hardware"]["processes"] == result["hardware"]["threads"] == 1
 
 
 def test_repeats_bitwise_and_leaves_the_global_random_state_alone(tmp_path):
@@ -157,7 +160,7 @@ def test_nan_is_never_right_and_never_verified():
     model = runs.build_model(config)
     with torch.no_grad():
         model[-1].bias[3] = torch.nan
-    errors = training.evaluate(model, toy_dataset().test, config)
+    errors = evaluation.evaluate(model, toy_dataset().test, config)
     assert errors["test_error"] == errors["pgd_error"] == errors["verified_error"] == 1
 
 
@@ -177,9 +180,9 @@ def test_nan_for_some_examples_is_counted_for_those_alone():
 
     config = preset("mnist5k-small-0.001-cibp", **SHORT)
     for model, share in ((right, 0.0), (nan_for_class_3, 0.1)):
-        errors = training.evaluate(model, test, config)
+        errors = evaluation.evaluate(model, test, config)
         assert [errors[f"{kind}_error"] for kind in ("test", "pgd", "verified")] == [share] * 3
-    found = training.certificate(nan_for_class_3, test.pixels(), test.labels, config)
+    found = evaluation.certificate(nan_for_class_3, test.pixels(), test.labels, config)
     assert torch.equal(~found.verified, test.labels == 3)
 
 
@@ -194,7 +197,7 @@ def test_an_attack_on_a_verified_example_is_an_error_after_the_result_is_saved(
             torch.ones_like(y, dtype=torch.bool), torch.ones(len(x)), torch.ones(shape), y, False
         )
 
-    monkeypatch.setattr(training, "certify", everything)
+    monkeypatch.setattr(evaluation, "certify", everything)
     with pytest.raises(FloatingPointError, match=r"the bounds verify \d+ of 40 .*result.json"):
         training.train(config, tmp_path)
     result = runs.read_result(tmp_path)
@@ -212,11 +215,11 @@ def test_divergence_stops_with_the_metrics_kept(tmp_path):
     assert not (tmp_path / "result.json").exists()
 
 
-def test_a_folder_that_holds_a_run_is_refused_before_training(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_take_the_run_is_refused_before_training(tmp_path, monkeypatch):
     config = preset("mnist5k-small-0.001-cibp", **SHORT)
-    runs.create(tmp_path, config)
-    monkeypatch.setattr(training, "_loss", lambda *arguments: pytest.fail("training started"))
-    with pytest.raises(FileExistsError, match="unfinished run"):
+    runs.claim(tmp_path, preset("mnist5k-small-0.001-cibp", **SHORT | {"lr": 0.5}))
+    monkeypatch.setattr(training._Loss, "forward", lambda *args: pytest.fail("training started"))
+    with pytest.raises(FileExistsError, match=r"another config .lr 0.5 there, 0.001 now"):
         training.train(config, tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot make the folder"):
@@ -250,22 +253,6 @@ def test_kernels_that_cannot_run_are_refused_before_anything_is_written(tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_an_interrupted_run_keeps_its_finished_epochs(tmp_path, monkeypatch):
-    real, seen = training._bounds_errors, []
-
-    def interrupt(*arguments):
-        seen.append(1)
-        if len(seen) == 2:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(training, "_bounds_errors", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        training.train(preset("mnist5k-small-0.001-cibp", **SHORT), tmp_path)
-    assert len(runs.read_metrics(tmp_path)) == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "metrics.jsonl"]
-
-
 def test_default_run_dir(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     training.train(preset("mnist5k-small-0.001-nominal", **SHORT | {"steps": 12, "seed": 3}))
@@ -277,9 +264,9 @@ def test_progress_bar_on_a_terminal(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     training.train(preset("mnist5k-small-0.001-nominal", **SHORT), tmp_path)
     captured = capsys.readouterr()
-    assert captured.out == "" and "12/12" in captured.err
+    assert captured.out.count("\n") == 1 and "12/12" in captured.err
 
 
 def test_hardware_and_versions_are_json():
-    json.dumps([training.hardware(), training.versions()], allow_nan=False)
-    assert training.versions()["cibp_fast"] == cf.__version__
+    json.dumps([environment.hardware(), environment.versions()], allow_nan=False)
+    assert environment.versions()["cibp_fast"] == cf.__version__

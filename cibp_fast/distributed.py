@@ -1,0 +1,175 @@
+"""The processes of one training: one, or those that torchrun started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from itertools import count
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+Result = TypeVar("Result")
+
+# That a process waits for the others: their share of an evaluation may take hours longer than its
+# own. A process that has died is noticed by torchrun, which ends them all.
+PATIENCE = timedelta(days=7)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among `size`, on its device. All of them must call the same methods in turn."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes the run."""
+        return self.rank == 0
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module, with gradients averaged over the processes in its backward pass."""
+        if self.size == 1:
+            return module
+        wrapped = nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+        wrapped.register_comm_hook(None, _average)
+        return wrapped
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of the processes' tensors, in place."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def gather(self, value: Tensor) -> Tensor:
+        """The processes' tensors of one shape, [size, *shape], in the order of their ranks."""
+        if self.size == 1:
+            return value[None]
+        values = [torch.empty_like(value) for _ in range(self.size)]
+        dist.all_gather(values, value)
+        return torch.stack(values)
+
+    def together(self, function: Callable[[], Result]) -> Result:
+        """What the function returns in this process.
+
+        Where it raises an Exception in some of the processes, that of the first of them is raised
+        in all, so that none waits for one that has failed.
+        """
+        if self.size == 1:
+            return function()
+        error: Exception | None = None
+        try:
+            result = function()
+        except Exception as failure:
+            error = failure
+        errors: list[Exception | None] = [None] * self.size
+        dist.all_gather_object(errors, error)
+        for error in errors:
+            if error is not None:
+                raise error
+        return result
+
+    def of_first(self, function: Callable[[], Result]) -> Result:
+        """What the function (its result picklable) returns or raises in the first process.
+
+        The others do not call it.
+        """
+        if self.size == 1:
+            return function()
+        results = [self.together(function if self.first else lambda: None)]
+        dist.broadcast_object_list(results, src=0, device=self.device)
+        (result,) = results
+        return result  # type: ignore[return-value]
+
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+@contextmanager
+def world(device: str | torch.device = "cpu") -> Iterator[World]:
+    """The World of this process: that of torchrun where it was started by it, else one alone.
+
+    Under torchrun the processes talk by gloo on a CPU and by nccl on GPUs, where `device="cuda"`
+    means the GPU of the process's local rank. Raises ValueError for a device that is not there, and
+    for a numbered one under torchrun.
+    """
+    device = _available(device)
+    if not dist.is_torchelastic_launched():
+        yield World(0, 1, device)
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    store, rank, size = _rendezvous()
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        # Names of its own: the addresses of an earlier training's processes are still there.
+        store=dist.PrefixStore(f"training {next(_trainings)}", store),
+        rank=rank,
+        world_size=size,
+        timeout=PATIENCE,
+    )
+    try:
+        yield World(rank, size, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def is_first() -> bool:
+    """Whether this process is alone or the first of those that torchrun started."""
+    return not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
+
+
+_trainings = count(1)  # of this process
+
+
+@cache
+def _rendezvous() -> tuple[dist.Store, int, int]:
+    """What torchrun's processes find each other by, this one's rank, and how many they are."""
+    return next(dist.rendezvous("env://"))
+
+
+def _average(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """DistributedDataParallel's reduction, one gradient at a time.
+
+    The order in which gloo and nccl add depends on where in a message a number is, and
+    DistributedDataParallel packs its messages anew after its first step: a run that goes on would
+    round otherwise than one that never stopped.
+    """
+    for gradient in bucket.gradients():
+        dist.all_reduce(gradient)
+    averaged: torch.futures.Future[Tensor] = torch.futures.Future()
+    averaged.set_result(bucket.buffer().div_(dist.get_world_size()))
+    return averaged
+
+
+def _available(name: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be cpu or cuda, not {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu or cuda, not {str(name)!r}")
+    if device.type == "cpu":
+        return device
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not gpus:
+        raise ValueError(f"device must be cpu, not {str(name)!r}: this torch finds no GPU")
+    if device.index is not None and dist.is_torchelastic_launched():
+        raise ValueError(
+            f"device must be cuda under torchrun, not {str(name)!r}: each process has its own"
+        )
+    wanted = (
+        int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.index is None else device.index + 1
+    )
+    if wanted > gpus:
+        raise ValueError(f"device {str(name)!r} needs {wanted} GPUs here, and torch finds {gpus}")
+    return device

@@ -1,0 +1,101 @@
+"""Test, PGD and verified error of a trained network on a whole split."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cibp_fast import data, runs
+from cibp_fast.attacks import pgd
+from cibp_fast.certificates import Certificate, certify, evaluation, predict
+from cibp_fast.config import Config
+from cibp_fast.distributed import ALONE, World
+from cibp_fast.progress import bar
+
+
+def evaluate(
+    model: nn.Module,
+    split: data.Split,
+    config: Config,
+    processes: World = ALONE,
+    *,
+    attack: bool = True,
+) -> dict[str, Any]:
+    """Test, PGD and verified error, each in [0, 1], with PGD's settings and the number of examples.
+
+    NaN is never right and never verified. PGD attacks every example, those that are verified with
+    `pgd_verified_restarts` instead of `pgd_restarts`. `contradictions` counts the examples that are
+    verified and yet broken: more than 0 shows that the bounds are wrong. The batches are shared
+    among the processes; the numbers do not depend on how. Without `attack` what concerns PGD is
+    left out, and only one pass of bounds is made.
+    """
+    starts = range(0, len(split), config.eval_batch_size)[processes.rank :: processes.size]
+    counts = torch.zeros(4, dtype=torch.int64, device=processes.device)
+    description = "evaluating" if attack else "evaluating the epoch"
+    for first in bar(starts, description, "batch", shown=processes.first):
+        part = split[first : first + config.eval_batch_size]
+        x, y = inputs(config, part), part.labels
+        found = certificate(model, x, y, config)
+        if attack:
+            with evaluation(model), torch.no_grad():
+                wrong = predict(model(x)) != y
+            attacked = wrong.clone()
+            for chosen, restarts in (
+                (~found.verified, config.pgd_restarts),
+                (found.verified, config.pgd_verified_restarts),
+            ):
+                attacked[chosen] |= broken(model, x[chosen], y[chosen], config, restarts, first)
+        else:
+            wrong = attacked = found.predicted != y
+        counted = (wrong, attacked, ~found.verified, attacked & found.verified)
+        counts += torch.stack([chosen.sum() for chosen in counted])
+    test, pgd_count, unverified, contradictions = processes.sum(counts).tolist()
+    errors = {"test_error": test / len(split), "verified_error": unverified / len(split)}
+    if not attack:
+        return errors
+    return errors | {
+        "pgd_error": pgd_count / len(split),
+        "pgd_steps": config.pgd_steps,
+        "pgd_restarts": config.pgd_restarts,
+        "pgd_verified_restarts": config.pgd_verified_restarts,
+        "pgd_step_size": config.pgd_step_size,
+        "examples": len(split),
+        "contradictions": contradictions,
+    }
+
+
+def inputs(config: Config, split: data.Split) -> Tensor:
+    """The split as the network takes it, float32 [N, C, H, W], in the space that eps measures."""
+    return runs.to_input(config).to(split.images.device)(split.pixels())
+
+
+def certificate(model: nn.Module, x: Tensor, y: Tensor, config: Config) -> Certificate:
+    """The ordinary bounds of examples x [N, C, H, W], y [N] in the config's box."""
+    return certify(
+        model, x, y, config.eps, config.clip, sound=False, batch_size=config.eval_batch_size
+    )
+
+
+def broken(
+    model: nn.Module, x: Tensor, y: Tensor, config: Config, restarts: int, first: int
+) -> Tensor:
+    """Which of a batch x [B, C, H, W], y [B] the config's PGD breaks, [B] bool.
+
+    first is the number of the batch's first example: each batch has random starts of its own, from
+    it and the config's seed, so that it does not matter which process attacks it.
+    """
+    return pgd(
+        model,
+        x,
+        y,
+        config.eps,
+        steps=config.pgd_steps,
+        restarts=restarts,
+        step_size=config.pgd_step_size,
+        clip=config.clip,
+        seed=int(np.random.SeedSequence((config.seed, first)).generate_state(1)[0]),
+        batch_size=config.eval_batch_size,
+    ).found
