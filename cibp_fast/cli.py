@@ -116,7 +116,14 @@ def _attack(options: argparse.Namespace) -> None:
 
 
 def _plot(options: argparse.Namespace) -> None:
-    plotting.plot(options.run_dirs, options.output)
+    if bool(options.run_dirs) == (options.preset is not None):
+        raise ValueError("plot takes either run folders or --preset NAME")
+    if options.preset is None:
+        plotting.plot(options.run_dirs, options.output)
+    else:
+        config = preset(options.preset)
+        epoch_steps = data.SIZES[config.dataset][0] // config.batch_size
+        plotting.plot_schedules(config, options.output, epoch_steps)
     print(f"wrote {options.output}")
 
 
@@ -330,14 +337,22 @@ def _parser() -> argparse.ArgumentParser:
         "--seed", type=int, default=0, metavar="N", help="seed of the random starts (default: 0)"
     )
 
-    plot = command("plot", _plot, "Draw the errors and bound widths of one or several runs.")
+    plot = command(
+        "plot",
+        _plot,
+        "Draw the errors and bound widths of one or several runs, or a preset's schedules.",
+        "Runs of one config that differ in their seed become one curve with a band.\n\nexamples:\n"
+        "  cibp-fast plot runs/ibp runs/cibp -o curves.png\n"
+        "  cibp-fast plot --preset cifar10-large-8of255-cibp-normalized -o schedules.png",
+    )
     plot.add_argument(
         "run_dirs",
         type=Path,
-        nargs="+",
+        nargs="*",
         metavar="RUN_DIR",
         help="folder that `cibp-fast train` wrote",
     )
+    plot.add_argument("--preset", metavar="NAME", help="draw this recipe's eps, kappa and lr")
     plot.add_argument(
         "-o", "--output", type=Path, required=True, metavar="FILE", help=".png, .pdf or .svg"
     )

@@ -49,12 +49,12 @@ SPLIT_SEED = 0  # the held-out digits of mnist5k are the same for every training
 _LAYOUT = {
     "mnist": (
         "MNIST/raw",
-        "{train,t10k}-images-idx3-ubyte and {train,t10k}-labels-idx1-ubyte, each with .gz or not",
+        "{train,t10k}-images-idx3-ubyte and {train,t10k}-labels-idx1-ubyte (each with .gz or not)",
         "http://yann.lecun.com/exdb/mnist, mirrored at ossci-datasets.s3.amazonaws.com/mnist",
     ),
     "fashion_mnist": (
         "FashionMNIST/raw",
-        "{train,t10k}-images-idx3-ubyte and {train,t10k}-labels-idx1-ubyte, each with .gz or not",
+        "{train,t10k}-images-idx3-ubyte and {train,t10k}-labels-idx1-ubyte (each with .gz or not)",
         "https://github.com/zalandoresearch/fashion-mnist",
     ),
     "cifar10": (
@@ -70,7 +70,8 @@ _LAYOUT = {
     ),
 }
 
-_SIZES = {  # data set: number of training and of test examples
+SIZES = {  # data set: number of training and of test examples
+    "mnist5k": (4_000, 1_000),
     "mnist": (60_000, 10_000),
     "fashion_mnist": (60_000, 10_000),
     "cifar10": (50_000, 10_000),
@@ -294,7 +295,7 @@ def _idx(files: _Files) -> tuple[Split, Split]:
             )
         return _split(images[:, None], labels, labels_path)
 
-    train, test = _SIZES[files.name]
+    train, test = SIZES[files.name]
     return split("train", train), split("t10k", test)
 
 
@@ -336,7 +337,7 @@ def _cifar10(files: _Files) -> tuple[Split, Split]:
     """CIFAR-10: the binary version, or the python version where only that one is there."""
     binary, python = files.folder(), files.root / "cifar-10-batches-py"
     keys = tuple(_MD5["cifar10"])
-    official = sum(_SIZES["cifar10"]) // len(keys)
+    official = sum(SIZES["cifar10"]) // len(keys)
     is_binary = all((binary / f"{key}.bin").is_file() for key in keys) or not python.is_dir()
 
     def batch(key: str) -> Split:
@@ -453,7 +454,7 @@ def _svhn(files: _Files) -> tuple[Split, Split]:
         files.check(path, key, file, None, len(y), official)
         return _split(x.transpose(3, 2, 0, 1), y[:, 0] % 10, path)
 
-    train, test = _SIZES["svhn"]
+    train, test = SIZES["svhn"]
     return split("train_32x32", train), split("test_32x32", test)
 
 

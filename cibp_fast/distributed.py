@@ -40,7 +40,8 @@ class World:
         if self.size == 1:
             return module
         wrapped = nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
-        wrapped.register_comm_hook(None, _average)
+        # A lambda: torch takes annotations only as types, and here they are strings.
+        wrapped.register_comm_hook(None, lambda _, bucket: _averaged(bucket))
         return wrapped
 
     def sum(self, value: Tensor) -> Tensor:
@@ -137,7 +138,7 @@ def _rendezvous() -> tuple[dist.Store, int, int]:
     return next(dist.rendezvous("env://"))
 
 
-def _average(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _averaged(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """DistributedDataParallel's reduction, one gradient at a time.
 
     The order in which gloo and nccl add depends on where in a message a number is, and

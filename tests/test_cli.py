@@ -92,6 +92,15 @@ def test_train_certify_attack_and_plot(tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_plot_of_schedules(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "schedules.svg"
+    options = ["--preset", "svhn-large-8of255-cibp-normalized", "-o", str(picture)]
+    assert cli.main(["plot", *options]) == 0
+    assert "svhn-large-8of255-cibp-normalized" in picture.read_text()
+    assert str(picture) in capsys.readouterr().out
+
+
 def test_quickstart(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     real = cli.preset
@@ -186,6 +195,9 @@ def test_options_replace_the_preset(tmp_path, monkeypatch):
         (["certify", "nowhere"], "nowhere is not a run folder: config.json is missing"),
         (["attack", "nowhere"], "nowhere is not a run folder"),
         (["plot", "nowhere", "-o", "a.png"], "nowhere is not a run folder"),
+        (["plot", "-o", "a.png"], "plot takes either run folders or --preset NAME"),
+        (["plot", "nowhere", "--preset", PRESET, "-o", "a.png"], "either run folders or --preset"),
+        (["plot", "--preset", "x", "-o", "a.png"], "unknown preset 'x'"),
         (["plot", "nowhere"], "required: -o/--output (see cibp-fast plot --help)"),
         ([], "required: COMMAND"),
         (["trian"], "invalid choice: 'trian'"),

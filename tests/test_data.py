@@ -176,7 +176,7 @@ def _write_svhn(root: Path) -> None:
 
 def _make_official(monkeypatch, name: str, root: Path, contents: dict[str, bytes], sizes) -> None:
     """Declares the files under root, and the contents by key, to be the official ones."""
-    monkeypatch.setitem(data._SIZES, name, sizes)
+    monkeypatch.setitem(data.SIZES, name, sizes)
     md5 = {}
     for key in data._MD5[name]:
         (path,) = [path for path in root.rglob("*") if path.name.startswith(key)]
@@ -223,12 +223,12 @@ def test_cifar10_files(tmp_path, form):
     _assert_holds(loaded.test, images[20:], _classes(24)[20:])
 
 
+@pytest.mark.filterwarnings("ignore:.*not the official file")
 def test_cifar10_is_read_from_the_form_that_is_whole(tmp_path):
     _write_cifar10(tmp_path, "bin")
     _write_cifar10(tmp_path, "py")
     (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(b"never read")
-    with pytest.warns(UserWarning, match=r"cifar-10-batches-bin"):
-        data.load("cifar10", tmp_path, verify=False)
+    data.load("cifar10", tmp_path, verify=False)
     (tmp_path / "cifar-10-batches-bin" / "test_batch.bin").unlink()
     with pytest.raises(ValueError, match=r"cifar-10-batches-py.test_batch is damaged"):
         data.load("cifar10", tmp_path, verify=False)
@@ -355,7 +355,7 @@ def test_other_content_is_refused_unless_told_not_to_verify(monkeypatch, tmp_pat
 def test_number_of_examples_is_the_official_one(monkeypatch, tmp_path):
     contents = _write_mnist(tmp_path)
     _make_official_mnist(monkeypatch, tmp_path, contents)
-    monkeypatch.setitem(data._SIZES, "mnist", (30, 21))
+    monkeypatch.setitem(data.SIZES, "mnist", (30, 21))
     message = "t10k-images.* holds 20 examples, the official file 21"
     with pytest.raises(ValueError, match=message):
         data.load("mnist", tmp_path)
@@ -375,7 +375,7 @@ def test_cifar10_pickle_with_the_content_of_the_binary_form_is_accepted(monkeypa
 
 def test_svhn_is_checked_by_the_hash_of_its_files(monkeypatch, tmp_path):
     _write_svhn(tmp_path)
-    monkeypatch.setitem(data._SIZES, "svhn", (30, 20))
+    monkeypatch.setitem(data.SIZES, "svhn", (30, 20))
     with pytest.raises(ValueError, match=r"train_32x32.mat is damaged or not the official file"):
         data.load("svhn", tmp_path)
     _make_official(monkeypatch, "svhn", tmp_path, {}, (30, 20))
@@ -513,18 +513,17 @@ def test_cifar10_pickle_cannot_run_code(tmp_path, verify):
     with pytest.raises(ValueError, match=r"data_batch_1 is .*it names \w+.mkdir.*nothing.*was run"):
         data.load("cifar10", tmp_path, verify=verify)
     assert not trace.exists()
-    with pytest.raises(FileNotFoundError):  # what the attack is worth where nothing stops it
-        pickle.loads(
-            attack.replace(str(trace).encode(), b"/no/such/folder/".ljust(len(str(trace)), b"x"))
-        )
+    pickle.loads(attack)  # what an ordinary unpickler does with it
+    assert trace.exists()
 
 
+@pytest.mark.filterwarnings("ignore:.*not the official file")
 @pytest.mark.parametrize("length", [0, 1, 100, 5000])
 def test_truncated_cifar10_pickle_is_named(tmp_path, length):
     _write_cifar10(tmp_path, "py")
     path = tmp_path / "cifar-10-batches-py" / "test_batch"
     path.write_bytes(path.read_bytes()[:length])
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="test_batch is damaged or not"):
+    with pytest.raises(ValueError, match="test_batch is damaged or not"):
         data.load("cifar10", tmp_path, verify=False)
 
 
@@ -571,7 +570,7 @@ def test_real_files(name):
     if not root or not (Path(root) / data._LAYOUT[name][0]).is_dir():
         pytest.skip(f"CIBP_FAST_DATA names no folder with {name}")
     loaded = data.load(name)
-    assert (len(loaded.train), len(loaded.test)) == data._SIZES[name]
+    assert (len(loaded.train), len(loaded.test)) == data.SIZES[name]
     assert loaded.train.images.shape[1:] == data.INPUT_SHAPES[name]
     assert set(loaded.test.labels.tolist()) == set(range(10))
     if name in data.CHANNEL_STATS:
@@ -597,12 +596,9 @@ def test_splits_are_cut_and_moved():
 
 
 def test_every_data_set_is_described():
-    assert (
-        set(data._LAYOUT)
-        == set(data._MD5)
-        == set(data._SIZES)
-        == {*data.INPUT_SHAPES} - {"mnist5k"}
-    )
+    on_disk = set(data.INPUT_SHAPES) - {"mnist5k"}
+    assert set(data._LAYOUT) == set(data._MD5) == on_disk
+    assert set(data.SIZES) == set(data.INPUT_SHAPES)
     for name, (mean, std) in data.CHANNEL_STATS.items():
         assert len(mean) == len(std) == data.INPUT_SHAPES[name][0]
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import cibp_fast as cf
 from cibp_fast import models
 
 
@@ -58,3 +59,39 @@ def test_plain_modules_only():
 def test_bad_input(arguments, message):
     with pytest.raises(ValueError, match=message):
         models.small(**arguments)
+
+
+def test_normalize_maps_points_and_boxes_alike_and_has_no_width():
+    normalize = models.Normalize((0.5, 0.25, 0.0), (0.5, 0.25, 2.0))
+    x = torch.rand(2, 3, 4, 5)
+    expected = torch.stack([(x[:, 0] - 0.5) / 0.5, (x[:, 1] - 0.25) / 0.25, x[:, 2] / 2], 1)
+    torch.testing.assert_close(normalize(x), expected)
+    box = normalize(cf.Interval.ball(x, 0.1, clip=None))
+    torch.testing.assert_close(box.lower, normalize(x - 0.1))
+    torch.testing.assert_close(box.upper, normalize(x + 0.1))
+    torch.testing.assert_close(box.nominal, expected)
+
+    model = nn.Sequential(normalize, *models.small((3, 32, 32)))
+    x = torch.rand(2, 3, 32, 32)
+    for width, count in (("post", 4), ("pre", 4), ("all", 7)):
+        assert len(cf.bounds(model, x, cf.Interval.ball(x, 0.1), width=width).widths) == count
+
+
+def test_orthogonal_weights():
+    model = models.small((1, 28, 28))
+    models.initialize(model, "orthogonal")
+    for layer in model:
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            matrix = layer.weight.flatten(1)
+            gram = matrix @ matrix.T if len(matrix) <= matrix.shape[1] else matrix.T @ matrix
+            torch.testing.assert_close(gram, torch.eye(len(gram)), rtol=0, atol=1e-5)
+            assert not layer.bias.any()
+
+
+def test_torch_weights_are_left_alone():
+    model = models.small((1, 28, 28))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    models.initialize(model, "torch")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(ValueError, match="init must be one of torch, orthogonal, not 'xavier'"):
+        models.initialize(model, "xavier")

@@ -7,11 +7,13 @@ import platform
 
 import pytest
 import torch
+import torch.nn.functional as F
 from digits import SHORT, load_toy, toy_dataset
 
 import cibp_fast as cf
 from cibp_fast import data, environment, evaluation, runs, training
 from cibp_fast.config import preset
+from cibp_fast.distributed import World
 
 
 @pytest.fixture(autouse=True)
@@ -270,3 +272,92 @@ def test_progress_bar_on_a_terminal(tmp_path, monkeypatch, capsys):
 def test_hardware_and_versions_are_json():
     json.dumps([environment.hardware(), environment.versions()], allow_nan=False)
     assert environment.versions()["cibp_fast"] == cf.__version__
+
+
+def _colour_dataset(name, root=None, *, verify=True):
+    """The toy digits as colour images of CIFAR-10's shape."""
+    grey = toy_dataset()
+
+    def split(part):
+        return data.Split(F.pad(part.images, [2] * 4).repeat(1, 3, 1, 1), part.labels)
+
+    return data.Dataset(name, split(grey.train), split(grey.test))
+
+
+@pytest.mark.parametrize("space", ["pixel", "normalized"])
+def test_normalised_data_sets(tmp_path, monkeypatch, capsys, space):
+    """The network sees normalised pixels either way; eps_space says what the box measures."""
+    monkeypatch.setattr(data, "load", _colour_dataset)
+    clip = None if space == "normalized" else (0.0, 1.0)
+    options = SHORT | {"eps_space": space, "clip": clip}
+    config = preset("cifar10-small-1of255-cibp", **options)
+    assert config.augmentation == "crop-flip"
+    result = training.train(config, tmp_path)
+    assert result["test_error"] <= result["pgd_error"] <= result["verified_error"]
+    assert len(runs.read_metrics(tmp_path)[-1]["widths"]) == 4
+    model = runs.read_model(tmp_path)
+    pixels = _colour_dataset("cifar10").test.pixels()
+    mean, std = (torch.tensor(values)[:, None, None] for values in data.CHANNEL_STATS["cifar10"])
+    normalised = (pixels - mean) / std
+    printed = capsys.readouterr().out.splitlines()[0]
+    if space == "pixel":
+        assert isinstance(model[0], cf.models.Normalize)
+        logits, result_eps = model(pixels), 1 / 255
+        assert "eps 0.003922 (1 of 255), clipped" in printed
+    else:
+        assert isinstance(model[0], torch.nn.Conv2d)
+        logits, result_eps = model(normalised), [scale / 255 for scale in (0.2470, 0.2435, 0.2616)]
+        assert "eps 0.003922 in normalised pixels (0.247, 0.243, 0.262 of 255)" in printed
+    wrong = logits.argmax(1) != toy_dataset().test.labels
+    assert wrong.double().mean().item() == result["test_error"]
+    assert result["eps_pixel"] == pytest.approx(result_eps)
+    assert result["eps_space"] == space
+
+
+def test_the_two_spaces_are_the_same_box_up_to_scale():
+    """A pixel eps over std is the normalised eps: with equal stds both give one certificate."""
+    x, y = _colour_dataset("").test.pixels(), toy_dataset().test.labels
+    mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+    net, normalize = cf.models.small((3, 32, 32)), cf.models.Normalize(mean, std)
+    inside = cf.certify(torch.nn.Sequential(normalize, net), x, y, 0.001, None, sound=False)
+    outside = cf.certify(net, normalize(x), y, 0.004, None, sound=False)
+    # float32: they divide by std before and after the radius is taken
+    torch.testing.assert_close(inside.margin, outside.margin, rtol=1e-4, atol=1e-4)
+
+
+def test_evaluation_does_not_depend_on_the_batch_that_processes_share(monkeypatch):
+    """Three processes' counts add up to one's; PGD's random starts are the batch's own."""
+    options = SHORT | {"eval_batch_size": 7, "pgd_step_size": 0.1}
+    config = preset("mnist5k-small-0.3-cibp", **options)
+    torch.manual_seed(3)
+    model, test = runs.build_model(config), toy_dataset().test
+    alone = evaluation.evaluate(model, test, config)
+    total = torch.zeros(4, dtype=torch.int64)
+    for rank in range(3):
+        monkeypatch.setattr(World, "sum", lambda self, counts: total.add_(counts).clone())
+        last = evaluation.evaluate(model, test, config, World(rank, 3, torch.device("cpu")))
+    assert last == alone
+    assert alone["pgd_error"] > alone["test_error"]
+
+
+def test_verified_examples_have_restarts_of_their_own(monkeypatch):
+    """The attack on examples that the bounds verify has pgd_verified_restarts, all others more."""
+    seen = {}
+
+    def everything(model, x, y, *args, **kwargs):
+        verified = y < 5
+        return cf.certificates.Certificate(verified, *[y] * 3, False)
+
+    def attack(model, x, y, eps, *, restarts, **kwargs):
+        seen[restarts] = sorted(set(y.tolist()))
+        return cf.attacks.Attack(x, y == 7)
+
+    monkeypatch.setattr(evaluation, "certify", everything)
+    monkeypatch.setattr(evaluation, "pgd", attack)
+    config = preset("mnist5k-small-0.1-cibp", **SHORT | {"pgd_verified_restarts": 3})
+    model = runs.build_model(config)
+    result = evaluation.evaluate(model, toy_dataset().test, config)
+    assert seen == {3: [0, 1, 2, 3, 4], 1: [5, 6, 7, 8, 9]}
+    assert result["pgd_verified_restarts"] == 3
+    wrong = model(toy_dataset().test.pixels()).argmax(1) != toy_dataset().test.labels
+    assert result["pgd_error"] == (wrong | (toy_dataset().test.labels == 7)).double().mean().item()
