@@ -3,7 +3,8 @@
     python bench/update_readme.py [--check]
 
 Each section between `<!-- NAME: ... -->` and `<!-- end NAME -->` is made anew: "quickstart" from
-the runs in results/quickstart, "layers" from bench/results/layers.csv.
+the runs in results/quickstart, "runs" from the others in results, "layers" and "loop" from
+bench/results.
 """
 
 from __future__ import annotations
@@ -51,6 +52,44 @@ def quickstart() -> list[str]:
     ]
 
 
+# Runs in results/, and what the paper's Table 2 prints for them: test, PGD and verified error in %.
+FULL_RUNS: dict[str, tuple[float, float, float] | None] = {
+    "mnist-small-0.4-ibp": (2.62, 14.14, 20.74),
+    "mnist-small-0.4-cibp": (7.24, 17.24, 21.31),
+    "fashion_mnist-small-0.1-cibp": None,
+    "cifar10-small-8of255-ibp-normalized": (39.33, 52.22, 63.58),
+    "cifar10-small-8of255-cibp-normalized": (47.22, 56.14, 60.12),
+}
+
+
+def full_runs() -> list[str]:
+    lines = [
+        "| run | epochs | test error | PGD error | verified error | the paper's | training time |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, paper in FULL_RUNS.items():
+        folder = ROOT / "results" / name
+        result = json.loads((folder / "result.json").read_text())
+        last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        errors = [f"{100 * result[f'{kind}_error']:.2f} %" for kind in ("test", "pgd", "verified")]
+        printed = " / ".join(f"{error:.2f}" for error in paper) if paper else ""
+        time = f"{result['train_seconds'] / 60:.0f} min"
+        lines.append(f"| {' | '.join([f'`{name}`', str(last['epoch']), *errors, printed, time])} |")
+    machine = result["hardware"]
+    return [
+        *lines,
+        "",
+        f"All {result['examples']:,} test examples, seed {result['seed']}, PGD with "
+        f"{result['pgd_steps']} steps and {result['pgd_restarts']} restarts. Each run on "
+        f"{machine['threads']} thread of an {machine['cpu']} ({machine['kernels']}) that other "
+        f"runs shared, torch {result['versions']['torch']}.",
+        "",
+        "![MNIST: errors and bound widths by epoch](results/mnist-small-0.4.png)",
+        "",
+        "![CIFAR-10: errors and bound widths by epoch](results/cifar10-small-8of255-normalized.png)",
+    ]
+
+
 def layers() -> list[str]:
     with (ROOT / "bench" / "results" / "layers.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -84,7 +123,11 @@ def layers() -> list[str]:
     ]
 
 
-SECTIONS: dict[str, Callable[[], list[str]]] = {"quickstart": quickstart, "layers": layers}
+SECTIONS: dict[str, Callable[[], list[str]]] = {
+    "quickstart": quickstart,
+    "runs": full_runs,
+    "layers": layers,
+}
 
 
 def updated(text: str) -> str:

@@ -40,10 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             torch.set_num_threads(options.threads)
         options.command(options)
     except KeyboardInterrupt as interrupt:
-        print(f"\ncibp-fast: {str(interrupt) or 'interrupted'}", file=sys.stderr)
+        if is_first():
+            print(f"\ncibp-fast: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 130
     except USER_ERRORS as error:
-        print(f"cibp-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
+        if is_first():  # an error in any of torchrun's processes is raised in all
+            print(f"cibp-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 

@@ -538,15 +538,7 @@ def batches(
 
 def _crop_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
     """Crops of the padded images [B, C, H, W] at (top, left) [B] each, mirrored where flip [B]."""
-    count, channels, height, width = images.shape
-    padded = F.pad(images, [CROP_PADDING] * 4)
-    device = images.device
-    rows = top[:, None] + torch.arange(height, device=device)  # [B, H]
-    columns = left[:, None] + torch.arange(width, device=device)  # [B, W]
-    columns = torch.where(flip[:, None], columns.flip(1), columns)
-    return padded[
-        torch.arange(count, device=device)[:, None, None, None],
-        torch.arange(channels, device=device)[:, None, None],
-        rows[:, None, :, None],
-        columns[:, None, None, :],
-    ]
+    height, width = images.shape[2:]
+    windows = F.pad(images, [CROP_PADDING] * 4).unfold(2, height, 1).unfold(3, width, 1)
+    crops = windows[torch.arange(len(images), device=images.device), :, top, left]
+    return torch.where(flip[:, None, None, None], crops.flip(3), crops)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache
-from itertools import count
 from typing import TypeVar
 
 import torch
@@ -39,7 +37,7 @@ class World:
         """The module, with gradients averaged over the processes in its backward pass."""
         if self.size == 1:
             return module
-        wrapped = nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
+        wrapped = nn.parallel.DistributedDataParallel(module)
         # A lambda: torch takes annotations only as types, and here they are strings.
         wrapped.register_comm_hook(None, lambda _, bucket: _averaged(bucket))
         return wrapped
@@ -86,7 +84,7 @@ class World:
         if self.size == 1:
             return function()
         results = [self.together(function if self.first else lambda: None)]
-        dist.broadcast_object_list(results, src=0, device=self.device)
+        dist.broadcast_object_list(results, src=0)
         (result,) = results
         return result  # type: ignore[return-value]
 
@@ -94,8 +92,7 @@ class World:
 ALONE = World(0, 1, torch.device("cpu"))
 
 
-@contextmanager
-def world(device: str | torch.device = "cpu") -> Iterator[World]:
+def world(device: str | torch.device = "cpu") -> World:
     """The World of this process: that of torchrun where it was started by it, else one alone.
 
     Under torchrun the processes talk by gloo on a CPU and by nccl on GPUs, where `device="cuda"`
@@ -104,38 +101,22 @@ def world(device: str | torch.device = "cpu") -> Iterator[World]:
     """
     device = _available(device)
     if not dist.is_torchelastic_launched():
-        yield World(0, 1, device)
-        return
+        return World(0, 1, device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    store, rank, size = _rendezvous()
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        # Names of its own: the addresses of an earlier training's processes are still there.
-        store=dist.PrefixStore(f"training {next(_trainings)}", store),
-        rank=rank,
-        world_size=size,
-        timeout=PATIENCE,
-    )
-    try:
-        yield World(rank, size, device)
-    finally:
-        dist.destroy_process_group()
+    if not dist.is_initialized():
+        backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backends, timeout=PATIENCE)
+        # Not after each training: a DistributedDataParallel that outlives it would end it, and wait
+        # with Python's lock held for gloo's threads, which may wait for that lock.
+        atexit.register(dist.destroy_process_group)
+    return World(dist.get_rank(), dist.get_world_size(), device)
 
 
 def is_first() -> bool:
     """Whether this process is alone or the first of those that torchrun started."""
     return not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
-
-
-_trainings = count(1)  # of this process
-
-
-@cache
-def _rendezvous() -> tuple[dist.Store, int, int]:
-    """What torchrun's processes find each other by, this one's rank, and how many they are."""
-    return next(dist.rendezvous("env://"))
 
 
 def _averaged(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

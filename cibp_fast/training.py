@@ -56,7 +56,8 @@ def train(
     the attack breaks an example that the bounds verify (the result is kept).
     """
     run_dir = default_run_dir(config) if run_dir is None else Path(run_dir)
-    with world(device) as processes, ExitStack() as stack:
+    processes = world(device)
+    with ExitStack() as stack:
         dataset = processes.together(
             lambda: data.load(config.dataset, data_root, verify=verify_data).to(processes.device)
         )
@@ -77,7 +78,7 @@ def train(
         result, checkpoint = processes.of_first(open_run)
         if result is None:
             if checkpoint is not None:
-                training.restore(checkpoint)
+                training.restore(checkpoint, run_dir / runs.CHECKPOINT)
             result = finished = _trained(training, run_dir) | environment
             processes.of_first(lambda: runs.write_result(run_dir, finished))
         elif processes.first:
@@ -160,8 +161,8 @@ class _Training:
         """That the run has taken, earlier sessions included."""
         return time.perf_counter() - self.started
 
-    def restore(self, checkpoint: runs.Checkpoint) -> None:
-        """Takes the state of an earlier session. Raises ValueError where it does not fit."""
+    def restore(self, checkpoint: runs.Checkpoint, path: Path) -> None:
+        """Takes the state of an earlier session. Raises ValueError naming path where it misfits."""
         try:
             self.model.load_state_dict(checkpoint.model)
             state: dict[int, dict[str, Tensor]] = {}
@@ -171,7 +172,9 @@ class _Training:
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         except (RuntimeError, ValueError, KeyError) as error:
-            raise ValueError(f"the checkpoint does not fit the run's network: {error}") from error
+            raise ValueError(
+                f"{path} does not fit this run's network: {' '.join(str(error).splitlines()[:2])}"
+            ) from error
         self.step = checkpoint.step
         totals = checkpoint.totals.reshape(checkpoint.processes, -1).to(self.processes.device)
         same = checkpoint.processes == self.processes.size
@@ -327,8 +330,8 @@ class _Loss(nn.Module):
 class _StopSignals:
     """Notes SIGINT and SIGTERM inside the block, for a stop between two steps.
 
-    A second one raises KeyboardInterrupt at once, unless patient: torchrun passes on the Ctrl-C
-    that its processes have received already.
+    A second one raises KeyboardInterrupt at once, unless patient: several processes must save
+    together, and torchrun adds a SIGTERM where it gets a second Ctrl-C while it waits for them.
     """
 
     def __init__(self, patient: bool) -> None:

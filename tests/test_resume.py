@@ -24,9 +24,10 @@ from typing import Any
 import pytest
 import torch
 from digits import SHORT, toy_dataset
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from cibp_fast import data, evaluation, runs, training
+from cibp_fast import data, evaluation, models, runs, training
 from cibp_fast.config import Config, preset
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -42,6 +43,12 @@ SETTINGS = {"none": 1e9, "crop-flip": 0.0}
 
 def _config(augmentation: str) -> Config:
     return preset("mnist5k-small-0.001-cibp", **SHORTER, augmentation=augmentation)
+
+
+def _network(in_shape: Sequence[int], padding: str) -> nn.Sequential:
+    """In place of the paper's small network: of its layers, but quick."""
+    convolution = nn.Conv2d(1, 3, 5, stride=4)
+    return nn.Sequential(convolution, nn.ReLU(), nn.Flatten(), nn.Linear(3 * 6 * 6, 10))
 
 
 def _load(name: str, root: object = None, *, verify: bool = True) -> data.Dataset:
@@ -84,6 +91,7 @@ class _Session:
         """What the process does."""
         torch.set_num_threads(1)
         data.load = _load
+        models.NETS["small"] = _network
         training.SAVE_SECONDS = SETTINGS[self.augmentation]
         events, steps = [], 0
 
@@ -280,6 +288,19 @@ def test_a_full_disk(tmp_path, uninterrupted, file):
     assert outcome.endswith(": No space left on device") and f"/{file}." in outcome
     assert not [*tmp_path.rglob(".*.tmp")]
     assert _Session(tmp_path, "none").run()[0] == "finished"
+    assert _contents(tmp_path) == contents
+
+
+def test_the_checkpoint_of_another_network_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "load", _load)
+    one = torch.zeros(1)
+    foreign = runs.Checkpoint(3, 1.0, 1, 1, one, {"0.weight": one}, {"0.step": one})
+    runs.claim(tmp_path, _config("none"))
+    runs.write_checkpoint(tmp_path, foreign)
+    contents = _contents(tmp_path)
+    path = tmp_path / "state" / "checkpoint.safetensors"
+    with pytest.raises(ValueError, match=f"{path} does not fit this run's network: .*issing key"):
+        training.train(_config("none"), tmp_path)
     assert _contents(tmp_path) == contents
 
 
