@@ -293,8 +293,8 @@ def test_a_full_disk(tmp_path, uninterrupted, file):
 
 def test_the_checkpoint_of_another_network_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "load", _load)
-    one = torch.zeros(1)
-    foreign = runs.Checkpoint(3, 1.0, 1, 1, one, {"0.weight": one}, {"0.step": one})
+    weights = {"0.weight": torch.zeros(1)}
+    foreign = runs.Checkpoint(3, 1.0, 1, 1, torch.zeros(1), weights, {})
     runs.claim(tmp_path, _config("none"))
     runs.write_checkpoint(tmp_path, foreign)
     contents = _contents(tmp_path)
