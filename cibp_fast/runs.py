@@ -44,6 +44,8 @@ RESULT: dict[str, tuple[float, float]] = {
     "test_error": (0, 1),
     "pgd_error": (0, 1),
     "verified_error": (0, 1),
+    "examples": (1, 2**63),
+    "contradictions": (0, 2**63),
 }
 NULLABLE = ("width", "test_error", "verified_error")  # in metrics.jsonl: not computed, or NaN
 # The same for the metadata of the checkpoint.

@@ -27,7 +27,13 @@ METRICS = [
         "loss": 0.5,
     },
 ]
-RESULT = {"test_error": 0.25, "pgd_error": 0.5, "verified_error": 1.0}
+RESULT = {
+    "test_error": 0.25,
+    "pgd_error": 0.5,
+    "verified_error": 1.0,
+    "examples": 40,
+    "contradictions": 0,
+}
 
 
 CHECKPOINT = runs.Checkpoint(
