@@ -25,7 +25,7 @@ help:
 	@echo 'make lint         ruff, mypy and clang-format'
 	@echo 'make format       let ruff and clang-format rewrite the sources'
 	@echo 'make sanitize     the kernels without Python, under ASan and UBSan'
-	@echo 'make bench        time each layer against plain PyTorch, and renew the README'
+	@echo 'make bench        time the layers and the training loop, and renew the README'
 	@echo 'make clean        remove .venv and everything built'
 
 quickstart: $(VENV)/demo
@@ -48,6 +48,7 @@ format: $(VENV)/dev
 
 bench: $(VENV)/dev
 	$(BIN)/python bench/bench_layers.py --output bench/results/layers.csv
+	$(BIN)/python bench/bench_loop.py --synthetic --output bench/results/loop.csv
 	$(BIN)/python bench/update_readme.py
 
 clean:

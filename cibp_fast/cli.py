@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -33,6 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0, or 2 for bad input (with one line on stderr), or 130 for Ctrl-C.
     """
     options = _parser().parse_args(arguments)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         if options.threads is not None:
             if not 1 <= options.threads <= MOST_THREADS:
@@ -48,6 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"cibp-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """One line, like an error; a torchrun's processes all have the same to say."""
+    if is_first():
+        print(f"cibp-fast: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -67,15 +80,15 @@ def _train(options: argparse.Namespace) -> None:
     config = preset(options.preset, **overrides)
     if options.seeds < 1:
         raise ValueError(f"seeds must be 1 or more, not {options.seeds}")
-    if options.seeds == 1:
-        run_dirs = [options.run_dir or Path("runs") / f"{options.preset}-seed{config.seed}"]
-    else:
-        parent = options.run_dir or Path("runs") / options.preset
-        run_dirs = [parent / f"seed{config.seed + index}" for index in range(options.seeds)]
+    configs = [replace(config, seed=config.seed + index) for index in range(options.seeds)]
+    run_dirs = [training.default_run_dir(config) for config in configs]
+    if options.run_dir is not None:
+        parts = [f"seed{config.seed}" for config in configs] if options.seeds > 1 else [""]
+        run_dirs = [options.run_dir / part for part in parts]
     results = {}
-    for seed, run_dir in enumerate(run_dirs, start=config.seed):
-        results[f"{config.name} seed {seed}"] = training.train(
-            replace(config, seed=seed),
+    for config, run_dir in zip(configs, run_dirs, strict=True):
+        results[f"{config.name} seed {config.seed}"] = training.train(
+            config,
             run_dir,
             data_root=options.data_root,
             verify_data=not options.unverified_data,
@@ -270,17 +283,22 @@ def _parser() -> argparse.ArgumentParser:
         help=f"recipe (default: {DEFAULT_PRESET})",
     )
     train.add_argument(
-        "--run-dir", type=Path, metavar="DIR", help="run folder (default: runs/PRESET-seedN)"
+        "--run-dir",
+        type=Path,
+        metavar="DIR",
+        help="run folder (default: runs/NAME-seedN, NAME from the recipe)",
     )
     train.add_argument(
-        "--overwrite", action="store_true", help="replace the run that the folder holds"
+        "--overwrite",
+        action="store_true",
+        help="replace the run that the folder holds, finished or not",
     )
     train.add_argument(
         "--seeds",
         type=int,
         default=1,
         metavar="N",
-        help="N runs, of --seed and the seeds after it, in folders RUN_DIR/seedK (default: 1)",
+        help="N runs, of --seed and the seeds after it, each in its own folder (default: 1)",
     )
     train.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     recipe = train.add_argument_group(

@@ -53,7 +53,9 @@ class Config:
         "pixel",
         choices=EPS_SPACES,
     )
-    eps_train_ratio: float = _option("final training radius, as a multiple of eps", 1.0)
+    eps_train_ratio: float = _option(
+        "final training radius, as a multiple of eps (nominal: no effect)", 1.0
+    )
     clip: tuple[float, float] | None = _option(
         "data range that the box is clipped to: low,high or none", (0.0, 1.0)
     )
@@ -71,10 +73,10 @@ class Config:
         "what the learning rate is multiplied by at each of them", 0.1, most=1
     )
     eps_ramp: tuple[int, int] = _option(
-        "first,last step of eps's linear ramp from 0 to its training value"
+        "first,last step of eps's linear ramp from 0 to its training value (nominal: no effect)"
     )
     kappa_ramp: tuple[int, int] = _option(
-        "first,last step of kappa's linear ramp from 1 to kappa_end"
+        "first,last step of kappa's linear ramp from 1 to kappa_end (nominal: no effect)"
     )
     kappa_end: float = _option(
         "final kappa, the weight of the nominal loss (the robust one has 1 - kappa)", most=1
@@ -82,11 +84,18 @@ class Config:
     width_weight: float = _option(
         "weight of the width term (lambda): above 0 for cibp, 0 otherwise"
     )
-    width: str = _option("bounds in the width term", "post", choices=("post", "pre", "all"))
-    width_reduction: str = _option(
-        "reduction of a layer's squared widths", "mean", choices=("mean", "sum")
+    width: str = _option(
+        "bounds in the width term (nominal: no effect)", "post", choices=("post", "pre", "all")
     )
-    elide: bool = _option("bound the logits' differences through the last layer", True)
+    width_reduction: str = _option(
+        "reduction of a layer's squared widths (nominal: no effect)",
+        "mean",
+        choices=("mean", "sum"),
+    )
+    elide: bool = _option(
+        "bound the logits' differences through the last layer in the loss (nominal: no effect)",
+        True,
+    )
     seed: int = _option("seed of the initial weights, the batches and PGD's starts", 0)
 
     eval_every: int = _option("epochs between evaluations of test and verified error", 1, least=1)
@@ -151,8 +160,8 @@ class Config:
     @property
     def name(self) -> str:
         """`{dataset}-{net}-{eps}-{method}[-normalized]`, as in the presets."""
-        count = round(self.eps * 255)
-        eps = f"{count}of255" if count % 51 and count / 255 == self.eps else f"{self.eps:g}"
+        count = in_255ths(self.eps)
+        eps = f"{self.eps:g}" if count is None else f"{count}of255"
         space = "-normalized" if self.eps_space == "normalized" else ""
         return f"{self.dataset}-{self.net}-{eps}-{self.method}{space}"
 
@@ -187,13 +196,15 @@ class Config:
         Raises ValueError where it is none, naming an unknown or missing field, or where a newer
         cibp_fast wrote it.
         """
-        values = json.loads(text)
+        values = parse_json(text)
         if not isinstance(values, dict):
             raise ValueError(f"a config must be a JSON object, not {type(values).__name__}")
         format = values.pop("format", FORMAT)
-        if type(format) is not int or not 1 <= format <= FORMAT:
+        if type(format) is not int or format < 1:
+            raise ValueError(f"format must be a whole number from 1 to {FORMAT}, not {format!r}")
+        if format > FORMAT:
             raise ValueError(
-                f"it has format {format!r}, and this cibp_fast reads up to {FORMAT}: "
+                f"it has format {format}, and this cibp_fast reads up to {FORMAT}: "
                 "a newer one wrote it"
             )
         names = [option.name for option in fields(cls)]
@@ -204,6 +215,12 @@ class Config:
             if option.default is MISSING and option.name not in values:
                 raise ValueError(f"config field {option.name!r} is missing")
         return cls(**values)
+
+
+def in_255ths(eps: float) -> int | None:
+    """k where eps is k / 255 and no short decimal, as 8 / 255."""
+    count = round(eps * 255)
+    return count if count % 51 and count / 255 == eps else None
 
 
 def preset(name: str, **overrides: Any) -> Config:
@@ -226,9 +243,10 @@ def preset(name: str, **overrides: Any) -> Config:
     dataset, net, eps_text, method, gowal, normalized = match.groups() if match else [""] * 6
     eps = _parse_eps(eps_text)
     if dataset not in INPUT_SHAPES or net not in NETS or method not in METHODS or eps is None:
-        raise ValueError(
-            f"unknown preset {name!r}{_did_you_mean(name, PRESET_EXAMPLES)} {PRESET_GRAMMAR}"
-        )
+        parts = name.split("-")
+        likely = parts[2] if len(parts) > 2 and _parse_eps(parts[2]) is not None else "0.1"
+        hint = _did_you_mean(name, preset_names(likely))
+        raise ValueError(f"unknown preset {name!r}{hint} {PRESET_GRAMMAR}")
     recipe: dict[str, Any] = {
         "dataset": dataset,
         "net": net,
@@ -321,6 +339,16 @@ def parse(name: str, text: str) -> Any:
         raise ValueError(f"{name} must be {_described(hint)}, not {text!r}") from None
 
 
+def parse_json(text: str | bytes) -> Any:
+    """What the JSON text says. Raises ValueError, saying so, where it is none."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"is no JSON: {error}") from error
+    except RecursionError:
+        raise ValueError("is no JSON that can be read: it is nested too deeply") from None
+
+
 def _checked(name: str, value: Any, hint: Any) -> Any:
     """The value as its field's type: lists (from JSON) become tuples, whole numbers floats."""
     optional, inner = _unwrap(hint)
@@ -376,12 +404,15 @@ def _did_you_mean(name: str, options: list[str]) -> str:
     return f": did you mean {close[0]!r}?" if close else "."
 
 
-PRESET_EXAMPLES = [
-    f"{dataset}-{net}-0.1-{method}"
-    for dataset in INPUT_SHAPES
-    for net in NETS
-    for method in METHODS
-]
+def preset_names(eps: str) -> list[str]:
+    """The names of all presets with this eps, without endings."""
+    return [
+        f"{dataset}-{net}-{eps}-{method}"
+        for dataset in INPUT_SHAPES
+        for net in NETS
+        for method in METHODS
+    ]
+
 
 PRESET_GRAMMAR = (
     "A preset is dataset-net-eps-method[-gowal][-normalized]: "

@@ -459,6 +459,8 @@ def _svhn(files: _Files) -> tuple[Split, Split]:
 
 
 def _split(images: np.ndarray, labels: np.ndarray, path: Path) -> Split:
+    if not len(labels):
+        raise ValueError(f"{path} is damaged: it holds no examples")
     if (labels > 9).any():
         raise ValueError(f"{path} is damaged: label {labels.max()}, expected 0 to 9")
     return Split(

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from cibp_fast import runs
-from cibp_fast.config import Config
+from cibp_fast.config import Config, in_255ths
 from cibp_fast.schedules import LinearRamp, StepDecay
 
 # Okabe and Ito's colours, told apart under every common colour blindness; blue and vermilion first.
@@ -164,7 +164,7 @@ def _checked(output: str | Path) -> Path:
     """The picture's path. Raises ImportError without matplotlib, ValueError for another ending."""
     require_matplotlib()
     output = Path(output)
-    if output.suffix not in FORMATS:
+    if output.suffix.lower() not in FORMATS:
         raise ValueError(
             f"the plot's file must end in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}, "
             f"not {output.name!r}"
@@ -174,7 +174,7 @@ def _checked(output: str | Path) -> Path:
 
 def _save(figure: Any, output: Path) -> None:
     content = BytesIO()
-    figure.savefig(content, format=output.suffix[1:], dpi=150)
+    figure.savefig(content, format=output.suffix[1:].lower(), dpi=150)
     runs.make_folder(output.parent)
     runs.write_atomic(output, content.getvalue())
 
@@ -254,8 +254,8 @@ def _title(groups: list[_Group]) -> str:
 
 def _eps_text(eps: float, space: str) -> str:
     """`8/255` where it is that and no short decimal says it, as in the presets' names."""
-    count = round(255 * eps)
-    text = f"{count}/255" if count % 51 and count / 255 == eps else f"{eps:.4g}"
+    count = in_255ths(eps)
+    text = f"{eps:.4g}" if count is None else f"{count}/255"
     return text if space == "pixel" else f"{text} ({space})"
 
 

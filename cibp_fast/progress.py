@@ -82,7 +82,7 @@ class Progress:
         epochs = math.ceil(self.config.steps / self.epoch_steps)
         print(
             f"epoch {record['epoch']:4d}/{epochs}  step {record['step']:6d}  "
-            f"eps {record['eps']:.4f}  kappa {record['kappa']:.3f}  lr {record['lr']:.0e}  "
+            f"eps {record['eps']:.4f}  kappa {record['kappa']:.3f}  lr {record['lr']:<7.2g}  "
             f"loss {loss:8.4f}  width {width:8.2e}  {errors}  {record['seconds']:7.1f} s",
             flush=True,
         )

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from cibp_fast import models
-from cibp_fast.config import Config
+from cibp_fast.config import Config, parse_json
 from cibp_fast.data import CHANNEL_STATS, INPUT_SHAPES
 
 STATE = "state"  # the folder of the checkpoint
@@ -46,6 +46,8 @@ RESULT: dict[str, tuple[float, float]] = {
     "verified_error": (0, 1),
     "examples": (1, 2**63),
     "contradictions": (0, 2**63),
+    "pgd_steps": (0, 2**63),
+    "seconds": (0, sys.float_info.max),
 }
 NULLABLE = ("width", "test_error", "verified_error")  # in metrics.jsonl: not computed, or NaN
 # The same for the metadata of the checkpoint.
@@ -55,6 +57,7 @@ FACTS: dict[str, tuple[float, float]] = {
     "threads": (1, 2**31),
     "processes": (1, 2**31),
 }
+WHOLE = ("epoch", "step", "threads", "processes", "examples", "contradictions", "pgd_steps")
 
 
 @dataclass(frozen=True)
@@ -330,7 +333,7 @@ def _record(
     content: bytes | str, numbers: dict[str, tuple[float, float]], nullable: tuple[str, ...] = ()
 ) -> dict[str, Any]:
     """The JSON object in `content`; ValueError unless it has these numbers, each in its range."""
-    record = json.loads(content)
+    record = parse_json(content)
     if not isinstance(record, dict):
         raise ValueError(f"must be a JSON object, not {type(record).__name__}")
     for name, (least, most) in numbers.items():
@@ -339,8 +342,9 @@ def _record(
         value = record[name]
         if value is None and name in nullable:
             continue
-        if type(value) not in (int, float) or not least <= value <= most:
-            raise ValueError(f"{name!r} must be a number from {least:g} to {most:g}, not {value!r}")
+        kinds, kind = ((int,), "whole number") if name in WHOLE else ((int, float), "number")
+        if type(value) not in kinds or not least <= value <= most:
+            raise ValueError(f"{name!r} must be a {kind} from {least:g} to {most:g}, not {value!r}")
     return record
 
 

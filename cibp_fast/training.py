@@ -72,6 +72,8 @@ def train(
             stack.enter_context(runs.locked(run_dir))
             runs.claim(run_dir, config, overwrite)
             result = runs.read_result(run_dir)
+            if result is not None:
+                runs.read_model(run_dir)  # raises where it is gone or damaged
             return result, runs.read_checkpoint(run_dir) if result is None else None
 
         # Last: what fails before leaves nothing behind.
@@ -79,7 +81,11 @@ def train(
         if result is None:
             if checkpoint is not None:
                 training.restore(checkpoint, run_dir / runs.CHECKPOINT)
-            result = finished = _trained(training, run_dir) | environment
+            try:
+                result = finished = _trained(training, run_dir) | environment
+            except KeyboardInterrupt as stop:
+                again = "the same command" + (" without overwrite" if overwrite else "")
+                raise KeyboardInterrupt(f"{stop}: {again} goes on") from None
             processes.of_first(lambda: runs.write_result(run_dir, finished))
         elif processes.first:
             print(f"The run in {run_dir} has finished already.", flush=True)
@@ -93,7 +99,7 @@ def train(
 
 
 def default_run_dir(config: Config) -> Path:
-    """`runs/{dataset}-{net}-{eps}-{method}[-normalized]-seed{seed}`."""
+    """`runs/{config.name}-seed{seed}`."""
     return Path("runs") / f"{config.name}-seed{config.seed}"
 
 
@@ -109,10 +115,8 @@ def _check(config: Config, dataset: data.Dataset, processes: World) -> None:
             f"batch_size must be a multiple of the {processes.size} processes, "
             f"not {config.batch_size}"
         )
-    for split in (dataset.train, dataset.test):
-        extremes = torch.stack([split.images.min(), split.images.max()])
-        if config.eps_space == "pixel":
-            Interval.ball(data.to_pixels(extremes), 0.0, config.clip)  # raises outside clip
+    if config.clip is not None and not config.clip[0] <= 0 < 1 <= config.clip[1]:
+        raise ValueError(f"clip must contain the pixels' 0 to 1, or be none, not {config.clip}")
 
 
 def _trained(training: _Training, run_dir: Path) -> dict[str, Any]:
@@ -121,7 +125,12 @@ def _trained(training: _Training, run_dir: Path) -> dict[str, Any]:
     training.run(run_dir)
     processes.of_first(lambda: runs.write_model(run_dir, training.model))
     train_seconds = training.seconds
-    errors = evaluate(training.model, training.dataset.test, config, processes)
+    try:
+        errors = evaluate(training.model, training.dataset.test, config, processes)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"stopped in the final evaluation, with the trained network in {run_dir}"
+        ) from None
     return {
         "dataset": config.dataset,
         "model": config.net,
@@ -130,8 +139,8 @@ def _trained(training: _Training, run_dir: Path) -> dict[str, Any]:
         **errors,
         "eps": config.eps,
         "eps_space": config.eps_space,
-        "eps_pixel": _listed(config.eps_pixel),
-        "clip": _listed(config.clip),
+        "eps_pixel": _as_json(config.eps_pixel),
+        "clip": _as_json(config.clip),
         "precision": "float32",
         "sound": False,
         "semantics": None,
@@ -169,14 +178,21 @@ class _Training:
             for key, value in checkpoint.optimizer.items():
                 number, name = key.split(".")
                 state.setdefault(int(number), {})[name] = value
+            for index, parameter in enumerate(self.model.parameters()):
+                for name in ("step", "exp_avg", "exp_avg_sq"):  # Adam trusts their shapes
+                    shape = () if name == "step" else parameter.shape
+                    if state[index][name].shape != shape:
+                        raise ValueError(f"optimizer.{index}.{name} must be {list(shape)}")
             groups = self.optimizer.state_dict()["param_groups"]
             self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+            totals = checkpoint.totals.reshape(checkpoint.processes, -1).to(self.processes.device)
+            if checkpoint.step > self.config.steps:
+                raise ValueError(f"its step {checkpoint.step} is beyond {self.config.steps}")
         except (RuntimeError, ValueError, KeyError) as error:
             raise ValueError(
                 f"{path} does not fit this run's network: {' '.join(str(error).splitlines()[:2])}"
             ) from error
         self.step = checkpoint.step
-        totals = checkpoint.totals.reshape(checkpoint.processes, -1).to(self.processes.device)
         same = checkpoint.processes == self.processes.size
         self.totals = totals[self.processes.rank] if same else totals.mean(0)
         self.started -= checkpoint.seconds
@@ -197,6 +213,15 @@ class _Training:
         if self.step >= self.epoch_steps:
             earlier = processes.of_first(lambda: runs.read_metrics(run_dir))
             records = [record for record in earlier if record["step"] <= self.step]
+            begun = (
+                self.step
+                if self.step == config.steps
+                else self.step // self.epoch_steps * self.epoch_steps
+            )
+            if not records or records[-1]["step"] != begun:
+                raise ValueError(
+                    f"{run_dir / 'metrics.jsonl'} lacks the epoch that ends at step {begun}"
+                )
         with (
             Progress(config, self.epoch_steps, self.step, shown=processes.first) as progress,
             _StopSignals(patient=processes.size > 1) as signals,
@@ -288,9 +313,7 @@ class _Training:
         if stop or save:
             self.save(run_dir)
         if stop:
-            raise KeyboardInterrupt(
-                f"stopped after step {self.step} and saved in {run_dir}: the same command goes on"
-            )
+            raise KeyboardInterrupt(f"stopped after step {self.step} and saved in {run_dir}")
 
 
 LOGGED = ("loss", "nominal", "robust", "width", "train_error")  # then come the K widths
@@ -355,11 +378,11 @@ class _StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received and not self.patient:
-            raise KeyboardInterrupt("stopped at once; the last saved state is kept")
+            raise KeyboardInterrupt("stopped at once, with the last saved state kept")
         self.received = True
 
 
-def _listed(value: Any) -> Any:
+def _as_json(value: Any) -> Any:
     """A tuple as JSON gives it back."""
     return list(value) if isinstance(value, tuple) else value
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import signal
 import subprocess
 import sys
+import warnings
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -179,7 +182,10 @@ def test_options_replace_the_preset(tmp_path, monkeypatch):
         (["train", "--seeds", "0"], "seeds must be 1 or more, not 0"),
         (["train", "--clip", "1,0"], "clip must be low,high with low < high"),
         (["train", "--clip", "0,nan"], "clip must be a finite number, not nan"),
-        ([*TRAIN, "--clip", "0.2,0.5"], "x has values in [0, 0.937255], outside clip=(0.2, 0.5)"),
+        (
+            [*TRAIN, "--clip", "0.2,0.5"],
+            "clip must contain the pixels' 0 to 1, or be none, not (0.2, 0.5)",
+        ),
         (["train", "--batch-size", "81"], "batch_size must be at most the 80 training examples"),
         (["train", "--seed", str(10**25)], "seed must be 9223372036854775807 or less, not 1000"),
         (["quickstart", "--seed", "-1"], "seed must be 0 or more, not -1"),
@@ -327,6 +333,79 @@ def test_a_finished_run_is_shown_and_not_trained_again(capsys, run_dir):
     assert "has finished already" in printed and "epoch" not in printed
     assert f"{100 * runs.read_result(run_dir)['verified_error']:.1f} %" in printed
     assert {path: path.read_bytes() for path in run_dir.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"pgd_steps": None}, "'pgd_steps' must be a whole number"), ({"seconds": "x"}, "'seconds'")],
+)
+def test_a_finished_run_with_a_damaged_result(capsys, damaged, change, words):
+    result = json.loads((damaged / "result.json").read_text())
+    (damaged / "result.json").write_text(json.dumps(result | change))
+    options = [*_short_options(), "--preset", PRESET, "--run-dir", str(damaged)]
+    assert words in _error(capsys, "train", *options)
+
+
+def test_a_finished_run_without_its_network(capsys, damaged):
+    (damaged / "model.safetensors").unlink()
+    options = [*_short_options(), "--preset", PRESET, "--run-dir", str(damaged)]
+    assert "model.safetensors is missing" in _error(capsys, "train", *options)
+
+
+@pytest.mark.parametrize(
+    ("overwrite", "words"),
+    [
+        ([], "the same command goes on"),
+        (["--overwrite"], "the same command without overwrite goes on"),
+    ],
+)
+def test_what_goes_on_after_ctrl_c(capsys, tmp_path, monkeypatch, overwrite, words):
+    def interrupt(self, *args, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("cibp_fast.progress.Progress.advance", interrupt)
+    options = [*_short_options(), "--preset", PRESET, "--run-dir", str(tmp_path)]
+    assert cli.main(["train", *options, *overwrite]) == 130
+    assert f"stopped after step 1 and saved in {tmp_path}: {words}\n" in capsys.readouterr().err
+
+
+def test_ctrl_c_in_the_final_evaluation(capsys, tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "pgd", interrupt)
+        options = [*_short_options(), "--preset", PRESET, "--run-dir", str(tmp_path)]
+        assert cli.main(["train", *options]) == 130
+        assert (
+            f"final evaluation, with the trained network in {tmp_path}" in capsys.readouterr().err
+        )
+    assert cli.main(["train", *options]) == 0
+    assert "Going on after step 12." in capsys.readouterr().out
+
+
+def test_a_warning_is_one_line(capsys, monkeypatch, run_dir):
+    def warn(*args, **kwargs):
+        warnings.warn("the file is\n not the official one", stacklevel=2)
+        return load_toy(*args, **kwargs)
+
+    monkeypatch.setattr(data, "load", warn)
+    assert cli.main(["certify", str(run_dir)]) == 0
+    assert capsys.readouterr().err == "cibp-fast: warning: the file is not the official one\n"
+
+
+def test_seeds_that_do_not_fit_are_refused_before_training(capsys, tmp_path):
+    options = ["--seed", str(2**63 - 1), "--seeds", "2", "--run-dir", str(tmp_path / "runs")]
+    assert "seed must be 9223372036854775807 or less" in _error(capsys, "train", *options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_default_folder_says_what_is_trained(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = [*_short_options(), "--preset", PRESET, "--eps", "0.25", "--seeds", "2"]
+    assert cli.main(["train", *options]) == 0
+    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert names == [f"mnist5k-small-0.25-cibp-seed{seed}" for seed in (0, 1)]
 
 
 def test_seeds(capsys, tmp_path):

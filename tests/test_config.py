@@ -138,6 +138,7 @@ def test_whole_numbers_are_accepted_as_floats():
     [
         ("mnist5k-smal-0.1-cibp", "did you mean 'mnist5k-small-0.1-cibp'"),
         ("mnsit-small-0.1-ibp", "did you mean 'mnist-small-0.1-ibp'"),
+        ("mnist-small-0.4-cbip", "did you mean 'mnist-small-0.4-cibp'"),
         ("mnist-small-0.1-ibp-normalized-gowal", "dataset-net-eps-method.-gowal..-normalized."),
         ("mnist-small-0.1-ibp-madry", "-gowal for the recipe of Gowal et al."),
         ("mnist5k-small-0.1-trades", "method nominal, ibp or cibp"),
@@ -217,14 +218,31 @@ def test_bad_json_is_named(change, message):
         Config.from_json(json.dumps(values))
 
 
-@pytest.mark.parametrize("format", [2, 0, "1", True])
-def test_json_of_another_format(format):
+@pytest.mark.parametrize(
+    ("format", "message"),
+    [
+        (2, "it has format 2.*reads up to 1: a newer"),
+        (0, "format must be a whole number from 1 to 1, not 0"),
+        ("1", "format must be a whole number from 1 to 1, not '1'"),
+        (True, "format must be a whole number from 1 to 1, not True"),
+    ],
+)
+def test_json_of_another_format(format, message):
     values = json.loads(preset("mnist5k-small-0.1-cibp").to_json())
     assert values["format"] == 1
-    with pytest.raises(ValueError, match=f"it has format {format!r}.*reads up to 1: a newer"):
+    with pytest.raises(ValueError, match=message):
         Config.from_json(json.dumps(values | {"format": format, "unknown": 1}))
     del values["format"]  # as the first runs
     assert Config.from_json(json.dumps(values)) == preset("mnist5k-small-0.1-cibp")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "is no JSON: Expecting value"), ("[" * 100_000, "is nested too deeply")],
+)
+def test_text_that_is_no_json(text, message):
+    with pytest.raises(ValueError, match=message):
+        Config.from_json(text)
 
 
 def test_json_that_is_no_object():

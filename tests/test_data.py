@@ -595,6 +595,14 @@ def test_splits_are_cut_and_moved():
     assert moved.train.images.device.type == moved.test.labels.device.type == "meta"
 
 
+def test_no_examples_at_all(monkeypatch, tmp_path):
+    """Even unverified: nothing could be said about an empty test set."""
+    with pytest.raises(ValueError, match=r"empty.idx is damaged: it holds no examples"):
+        data._split(
+            np.zeros((0, 1, 28, 28), np.uint8), np.zeros(0, np.uint8), tmp_path / "empty.idx"
+        )
+
+
 def test_every_data_set_is_described():
     on_disk = set(data.INPUT_SHAPES) - {"mnist5k"}
     assert set(data._LAYOUT) == set(data._MD5) == on_disk

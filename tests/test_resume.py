@@ -7,6 +7,7 @@ middle of every file's writing: a training can be killed at any of them, always 
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import io
 import json
@@ -302,6 +303,45 @@ def test_the_checkpoint_of_another_network_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=f"{path} does not fit this run's network: .*issing key"):
         training.train(_config("none"), tmp_path)
     assert _contents(tmp_path) == contents
+
+
+def _without(values, key):
+    return {name: value for name, value in values.items() if name != key}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: {"optimizer": c.optimizer | {"0.exp_avg": torch.zeros(3)}}, "0.exp_avg must be"),
+        (lambda c: {"optimizer": _without(c.optimizer, "0.exp_avg_sq")}, "exp_avg_sq"),
+        (lambda c: {"optimizer": {}}, "0"),
+        (lambda c: {"processes": 4}, "shape"),
+        (lambda c: {"step": 10**6}, "its step 1000000 is beyond"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_the_run_is_refused(tmp_path, monkeypatch, change, message):
+    monkeypatch.setattr(data, "load", _load)
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Progress, "advance", lambda self: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt, match="stopped after step 1 "):
+            training.train(_config("none"), tmp_path)
+    checkpoint = runs.read_checkpoint(tmp_path)
+    runs.write_checkpoint(tmp_path, dataclasses.replace(checkpoint, **change(checkpoint)))
+    contents = _contents(tmp_path)
+    with pytest.raises(ValueError, match=f"does not fit this run's network: .*{message}"):
+        training.train(_config("none"), tmp_path)
+    assert _contents(tmp_path) == contents
+
+
+def test_metrics_that_lack_an_epoch_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "load", _load)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "evaluate", lambda *args, **kwargs: signal.raise_signal(2) or {})
+        with pytest.raises(KeyboardInterrupt, match="stopped after step"):
+            training.train(_config("none"), tmp_path)
+    (tmp_path / "metrics.jsonl").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"metrics.jsonl lacks the epoch that ends at step \d+"):
+        training.train(_config("none"), tmp_path)
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch):

@@ -33,6 +33,8 @@ RESULT = {
     "verified_error": 1.0,
     "examples": 40,
     "contradictions": 0,
+    "pgd_steps": 2,
+    "seconds": 1.5,
 }
 
 
@@ -499,8 +501,8 @@ def _changed_facts(**changed: object) -> bytes:
         (safetensors.torch.save({"totals": torch.zeros(2)}), "'step' is missing"),
         (safetensors.torch.save({}, {"checkpoint": "["}), "Expecting value"),
         (safetensors.torch.save({}, {"checkpoint": "7"}), "must be a JSON object, not int"),
-        (_changed_facts(step=0), "'step' must be a number from 1"),
-        (_changed_facts(threads="two"), "'threads' must be a number from 1 .* not 'two'"),
+        (_changed_facts(step=0), "'step' must be a whole number from 1"),
+        (_changed_facts(threads="two"), "'threads' must be a whole number from 1 .* not 'two'"),
         (_changed_facts(seconds=None), "'seconds' must be a number from 0"),
         (_changed_facts().replace(b"totals", b"othera"), "totals"),
     ],

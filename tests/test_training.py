@@ -240,7 +240,9 @@ def test_a_batch_larger_than_the_data_is_refused_before_anything_is_written(tmp_
 @pytest.mark.parametrize("method", ["nominal", "cibp"])
 def test_data_outside_clip_is_refused_before_anything_is_written(tmp_path, method):
     config = preset(f"mnist5k-small-0.001-{method}", **SHORT | {"clip": (0.2, 0.5)})
-    with pytest.raises(ValueError, match=r"x has values in .* outside clip=\(0.2, 0.5\)"):
+    with pytest.raises(
+        ValueError, match=r"clip must contain the pixels' 0 to 1, .* not \(0.2, 0.5\)"
+    ):
         training.train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
