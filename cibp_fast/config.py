@@ -60,7 +60,9 @@ class Config:
         "data range that the box is clipped to: low,high or none", (0.0, 1.0)
     )
 
-    steps: int = _option("training steps (batches)", least=1)
+    steps: int = _option(
+        "training steps (batches); another number scales the preset's schedules", least=1
+    )
     batch_size: int = _option("examples in a training step, over all processes", 100, least=1)
     augmentation: str = _option(
         "of training images: none, or pad by 4, crop and flip at random", "none", AUGMENTATIONS
@@ -301,6 +303,7 @@ _SCHEDULES: dict[str, dict[str, Any]] = {
     "cifar10": _CIFAR10,
     "svhn": _CIFAR10
     | {
+        # 240 epochs. The authors' eps and kappa count 1,455 steps an epoch; there are 1,465.
         "steps": 240 * 1_465,
         "lr_decay_at": (138 * 1_465, 172 * 1_465, 207 * 1_465),
     },
