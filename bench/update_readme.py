@@ -69,12 +69,19 @@ def full_runs() -> list[str]:
     ]
     for name, paper in FULL_RUNS.items():
         folder = ROOT / "results" / name
-        result = json.loads((folder / "result.json").read_text())
         last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-        errors = [f"{100 * result[f'{kind}_error']:.2f} %" for kind in ("test", "pgd", "verified")]
-        steps = f"{last['step']:,} ({last['epoch']})"
-        time = f"{result['train_seconds'] / 60:.0f} min"
-        lines.append(f"| {' | '.join([f'`{name}`', steps, *errors, paper, time])} |")
+        steps, time = f"{last['step']:,} ({last['epoch']})", last["seconds"]
+        errors = {"test": last["test_error"], "pgd": None, "verified": last["verified_error"]}
+        if (folder / "result.json").exists():
+            result = json.loads((folder / "result.json").read_text())
+            errors = {kind: result[f"{kind}_error"] for kind in errors}
+            time = result["train_seconds"]
+        else:
+            steps += ", stopped"
+        cells = ["" if error is None else f"{100 * error:.2f} %" for error in errors.values()]
+        lines.append(
+            f"| {' | '.join([f'`{name}`', steps, *cells, paper, f'{time / 60:.0f} min'])} |"
+        )
     machine = result["hardware"]
     return [
         *lines,
@@ -139,8 +146,9 @@ def loop() -> list[str]:
     return [
         *lines,
         "",
-        f"Whole epochs without their evaluation, {where['repeats']} of each, on {where['threads']} "
-        f"threads of an {where['cpu']} ({where['kernels']}), torch {where['torch']}, "
+        f"{where['repeats']} epochs of {where['epoch_steps']} steps without their evaluation, in "
+        f"{'processor' if where['clock'] == 'cpu' else 'wall'} time, threads: {where['threads']} "
+        f"of an {where['cpu']} ({where['kernels']}), torch {where['torch']}, "
         f"{where['date']}: `{where['command']}`.",
     ]
 
