@@ -274,7 +274,10 @@ def test_a_signal_lets_the_step_finish_and_saves(tmp_path, uninterrupted, number
 def test_a_second_signal_stops_at_once(tmp_path, uninterrupted):
     both = [signal.SIGINT, signal.SIGTERM]
     outcome, _ = _Session(tmp_path, "none", signals=both, signalled_at=5).run()
-    assert outcome == "KeyboardInterrupt: stopped at once; the last saved state is kept"
+    assert outcome == (
+        "KeyboardInterrupt: stopped at once, with the last saved state kept: "
+        "the same command goes on"
+    )
     assert runs.read_checkpoint(tmp_path).step == 3
     assert _Session(tmp_path, "none").run()[0] == "finished"
     assert _contents(tmp_path) == uninterrupted["none"][0]
