@@ -20,9 +20,7 @@ backward three more for the weight, and three for the inputs where they need gra
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
-import os
 import shlex
 import statistics
 import sys
@@ -34,6 +32,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from table import write
 from torch import Tensor, nn
 
 from cibp_fast import _backend, models
@@ -275,7 +274,7 @@ def main() -> None:
                     )
             print_totals([r for r in rows if (r["model"], r["dataset"]) == (model, dataset)])
     if options.output:
-        write(options.output, rows)
+        write(options.output, FIELDS, rows)
 
 
 def print_totals(rows: list[dict[str, Any]]) -> None:
@@ -286,16 +285,6 @@ def print_totals(rows: list[dict[str, Any]]) -> None:
         print(
             f"  {'all layers':<24} {kind:<8} {naive / fused:5.2f} {fused:28.3f} ms {naive:16.3f} ms"
         )
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

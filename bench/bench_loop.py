@@ -21,10 +21,8 @@ machine `--threads 1 --clock cpu` counts the process's own time only (not waitin
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import io
-import os
 import shlex
 import statistics
 import tempfile
@@ -36,6 +34,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from table import write
 
 from cibp_fast import data, runs, training
 from cibp_fast.config import Config, preset
@@ -235,17 +234,7 @@ def main() -> None:
         print("".join(f"  {part:<8} {row[part]:7.2%}\n" for part in PARTS), end="")
         print(f"  evaluation, apart: {row['evaluation_ms_per_example']:.3f} ms an example")
     if options.output:
-        write(options.output, rows)
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(temporary, path)
+        write(options.output, FIELDS, rows)
 
 
 if __name__ == "__main__":

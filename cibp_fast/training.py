@@ -7,10 +7,11 @@ import signal
 import sys
 import threading
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -224,7 +225,7 @@ class _Training:
                 )
         with (
             Progress(config, self.epoch_steps, self.step, shown=processes.first) as progress,
-            _StopSignals(patient=processes.size > 1) as signals,
+            _StopSignals(patient=processes.size > 1).noted() as signals,
         ):
             while self.step < config.steps:
                 epoch = self.step // self.epoch_steps + 1
@@ -351,7 +352,7 @@ class _Loss(nn.Module):
 
 
 class _StopSignals:
-    """Notes SIGINT and SIGTERM inside the block, for a stop between two steps.
+    """Notes SIGINT and SIGTERM inside `noted`, for a stop between two steps.
 
     A second one raises KeyboardInterrupt at once, unless patient: several processes must save
     together, and torchrun adds a SIGTERM where it gets a second Ctrl-C while it waits for them.
@@ -359,22 +360,18 @@ class _StopSignals:
 
     def __init__(self, patient: bool) -> None:
         self.patient, self.received = patient, False
-        self.previous: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> _StopSignals:
+    @contextmanager
+    def noted(self) -> Iterator[_StopSignals]:
+        previous = {}
         if threading.current_thread() is threading.main_thread():  # elsewhere Python forbids it
             for number in (signal.SIGINT, signal.SIGTERM):
-                self.previous[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+                previous[number] = signal.signal(number, self._note)
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received and not self.patient:

@@ -14,6 +14,7 @@ QUICK = ["--steps=2", "--repeats=2", "--examples=20", "--threads=1", "--syntheti
 
 
 def _run(monkeypatch, *arguments):
+    monkeypatch.syspath_prepend(SCRIPT.parent)  # as for a script
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *QUICK, *map(str, arguments)])
     runpy.run_path(str(SCRIPT), run_name="__main__")
 
