@@ -7,10 +7,15 @@
 
 #include <array>
 #include <cstdint>
+#include <cstdlib>
+#include <mutex>
+#include <new>
 #include <string>
+#include <vector>
 
 #include "cpu/conv2d.h"
 #include "cpu/linear.h"
+#include "cpu/network.h"
 #include "cpu/relu.h"
 
 #ifndef CIBP_MODULE
@@ -122,6 +127,111 @@ void relu_backward_py(int64_t size, int threads, const std::array<int64_t, 6>& i
                     pointer<T>(out[1]), pointer<T>(out[2])});
 }
 
+// Memory for what the forward pass saves, kept from call to call: fresh pages would cost small
+// networks a fifth of their time. At most kKept blocks stay, so it is bounded by what was in use.
+class Buffer {
+ public:
+  explicit Buffer(size_t bytes) {
+    if (bytes == 0) bytes = 1;
+    const std::lock_guard<std::mutex> lock(mutex());
+    auto best = kept().end();  // the smallest that is large enough, and not much too large
+    for (auto it = kept().begin(); it != kept().end(); ++it)
+      if (it->bytes >= bytes && it->bytes / 2 <= bytes &&
+          (best == kept().end() || it->bytes < best->bytes))
+        best = it;
+    if (best != kept().end()) {
+      block_ = *best;
+      kept().erase(best);
+    } else {
+      block_ = {std::aligned_alloc(64, (bytes + 63) / 64 * 64), bytes};
+      if (!block_.data) throw std::bad_alloc();
+    }
+    size_ = bytes;
+  }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() {
+    const std::lock_guard<std::mutex> lock(mutex());
+    kept().push_back(block_);
+    if (kept().size() > kKept) {  // the one unused for longest
+      std::free(kept().front().data);
+      kept().erase(kept().begin());
+    }
+  }
+  py::buffer_info view() {
+    return {static_cast<uint8_t*>(block_.data), static_cast<ssize_t>(size_)};
+  }
+
+ private:
+  struct Block {
+    void* data;
+    size_t bytes;
+  };
+  static constexpr size_t kKept = 2;
+  // Never destroyed: tensors may outlive this module.
+  static std::vector<Block>& kept() {
+    static auto* blocks = new std::vector<Block>;
+    return *blocks;
+  }
+  static std::mutex& mutex() {
+    static auto* instance = new std::mutex;
+    return *instance;
+  }
+
+  Block block_;
+  size_t size_;
+};
+
+// shape, ReLU, weight, bias
+using StageNumbers = std::array<int64_t, 20>;
+
+template <class T>
+std::vector<Stage<T>> stages(const std::vector<StageNumbers>& numbers) {
+  std::vector<Stage<T>> all;
+  for (const StageNumbers& n : numbers) {
+    std::array<int64_t, 17> shape;
+    std::copy_n(n.begin(), 17, shape.begin());
+    all.push_back(
+        {conv2d_shape(shape), n[17] != 0, pointer<const T>(n[18]), pointer<const T>(n[19])});
+  }
+  return all;
+}
+
+template <class P>
+std::vector<P*> pointers(const std::vector<int64_t>& addresses) {
+  std::vector<P*> all;
+  for (const int64_t address : addresses) all.push_back(pointer<P>(address));
+  return all;
+}
+
+template <class T>
+void network_forward_py(const std::vector<StageNumbers>& numbers, int threads,
+                        const std::array<Tensor, 3>& in, int64_t ball_radius,
+                        const std::vector<int64_t>& inputs, const std::array<int64_t, 6>& out) {
+  network_forward<T>({threads, stages<T>(numbers), tensor4<T>(in[0]), tensor4<T>(in[1]),
+                      tensor4<T>(in[2]), pointer<const T>(ball_radius), pointers<T>(inputs),
+                      pointer<T>(out[0]), pointer<T>(out[1]), pointer<T>(out[2]),
+                      pointer<T>(out[3]), pointer<T>(out[4]), pointer<T>(out[5])});
+}
+
+template <class T>
+void network_backward_py(const std::vector<StageNumbers>& numbers, int threads,
+                         const std::vector<int64_t>& inputs, int64_t ball_radius,
+                         const std::array<int64_t, 8>& in, const std::array<int64_t, 3>& out,
+                         const std::vector<int64_t>& weights, const std::vector<int64_t>& biases) {
+  network_backward<T>({threads, stages<T>(numbers), pointers<const T>(inputs),
+                       pointer<const T>(ball_radius), pointer<const T>(in[0]),
+                       pointer<const T>(in[1]), pointer<const T>(in[2]), pointer<const T>(in[3]),
+                       pointer<const T>(in[4]), pointer<const T>(in[5]), pointer<const T>(in[6]),
+                       pointer<const T>(in[7]), pointer<T>(out[0]), pointer<T>(out[1]),
+                       pointer<T>(out[2]), pointers<T>(weights), pointers<T>(biases)});
+}
+
+template <class T>
+int64_t stage_input_size_py(const std::array<int64_t, 17>& shape, bool first, bool ball) {
+  return stage_input_size<T>(conv2d_shape(shape), first, ball);
+}
+
 template <class T>
 void define(py::module_& m, const char* suffix) {
   const auto def = [&](const char* name, auto function) {
@@ -131,6 +241,9 @@ void define(py::module_& m, const char* suffix) {
   def("conv2d_backward_", &conv2d_backward_py<T>);
   def("linear_forward_", &linear_forward_py<T>);
   def("linear_backward_", &linear_backward_py<T>);
+  def("network_forward_", &network_forward_py<T>);
+  def("network_backward_", &network_backward_py<T>);
+  def("stage_input_size_", &stage_input_size_py<T>);
   def("relu_forward_", &relu_forward_py<T>);
   def("relu_backward_", &relu_backward_py<T>);
 }
@@ -155,6 +268,9 @@ PYBIND11_MODULE(CIBP_MODULE, m) {
   define<float>(m, "float32");
   define<double>(m, "float64");
   m.def("cpu_features", &cpu_features);
+  py::class_<Buffer>(m, "Buffer", py::buffer_protocol(), "bytes that are used again")
+      .def(py::init<size_t>())
+      .def_buffer(&Buffer::view);
   m.attr("vector_bytes") = CIBP_VECTOR_BYTES;
 #ifdef _OPENMP
   m.attr("openmp") = true;

@@ -59,7 +59,20 @@ void parallel_for(int threads, int64_t count, const Body& body) {
 
 // What a buffer of a thread holds; each purpose has its own, kept from call to call, and never made
 // smaller while the thread lives.
-enum class Slot { kPanel, kBias, kSource, kGradient, kProduct, kSumA, kSumB, kWidth, kCount };
+enum class Slot {
+  kPanel,
+  kBias,
+  kSource,
+  kGradient,
+  kProduct,
+  kSumA,
+  kSumB,
+  kWidth,
+  kBlockWeights,
+  kStageOdd,
+  kStageEven,
+  kCount
+};
 
 // `count` elements of the calling thread's buffer for `slot`, 64-byte aligned, uninitialised.
 template <class T>

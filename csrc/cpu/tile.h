@@ -49,19 +49,19 @@ struct Run {
 template <int STREAMS>
 constexpr int kTilePixels = kAccumulators / (2 * STREAMS);
 
-// product[targets[t]][stream][v] (+)= sum over runs and k of source[pixels[t] + run + k][stream] *
-// panel[row + k][v]
-template <class T, int STREAMS, int VECTORS>
-[[gnu::noinline]] void multiply_tile(
+// For each pixel t and vector v of channels: the sums over runs and k of
+//   source[pixels[t] + run + k][stream] * panel[row + k][v]
+// onto those in `partial`, if it is given; finish(t, v, sums) takes them, one for each stream.
+template <class T, int STREAMS, int VECTORS, class Finish>
+[[gnu::always_inline]] inline void multiply(
     const T* source,        // packed streams
     const int64_t* pixels,  // [kTilePixels] offsets into source
     int64_t stream_stride,  // from one stream to the next in source
     const Run* runs, int64_t run_count,
     const T* panel,          // [rows, VECTORS * kLanes]
-    const int64_t* targets,  // [kTilePixels] rows of product; repeats are fine
-    bool accumulate,         // add to product instead of writing it
-    // outputs
-    T* product) {  // [.., STREAMS, VECTORS * kLanes]
+    const int64_t* targets,  // [kTilePixels] rows of partial; repeats are fine
+    const T* partial,        // [.., STREAMS, VECTORS * kLanes] or null
+    const Finish& finish) {
   constexpr int P = kTilePixels<STREAMS>, L = kLanes<T>, N = VECTORS * L;
   Vec<T> acc[STREAMS][P][VECTORS];
 #pragma GCC unroll 16
@@ -80,8 +80,9 @@ template <class T, int STREAMS, int VECTORS>
       Vec<T> weight[VECTORS];
 #pragma GCC unroll 16
       for (int v = 0; v < VECTORS; ++v) {
-        weight[v] = load(w + v * L);
-        pin<T>(weight[v]);
+        Vec<T> loaded = load(w + v * L);
+        pin<T>(loaded);
+        weight[v] = loaded;
       }
 #pragma GCC unroll 16
       for (int s = 0; s < STREAMS; s += 2)
@@ -91,34 +92,55 @@ template <class T, int STREAMS, int VECTORS>
 #pragma GCC unroll 16
           for (int v = 0; v < VECTORS; ++v) acc[s][t][v] += weight[v] * value;
         }
+      if constexpr (STREAMS > 1) {
 #pragma GCC unroll 16
-      for (int v = 0; v < VECTORS; ++v) weight[v] = absolute<T>(weight[v]);
+        for (int v = 0; v < VECTORS; ++v) weight[v] = absolute<T>(weight[v]);
 #pragma GCC unroll 16
-      for (int t = 0; t < P; ++t) {
-        const Vec<T> value = broadcast(x[t][stream_stride]);
+        for (int t = 0; t < P; ++t) {
+          const Vec<T> value = broadcast(x[t][stream_stride]);
 #pragma GCC unroll 16
-        for (int v = 0; v < VECTORS; ++v) acc[1][t][v] += weight[v] * value;
+          for (int v = 0; v < VECTORS; ++v) acc[1][t][v] += weight[v] * value;
+        }
       }
 #pragma GCC unroll 16
       for (int t = 0; t < P; ++t) ++x[t];
     }
   }
-  if (accumulate) {  // all are read before any is written: targets may repeat
+  if (partial) {  // all are read before any is written: targets may repeat
 #pragma GCC unroll 16
     for (int s = 0; s < STREAMS; ++s)
 #pragma GCC unroll 16
       for (int t = 0; t < P; ++t)
 #pragma GCC unroll 16
         for (int v = 0; v < VECTORS; ++v)
-          acc[s][t][v] += load(product + (targets[t] * STREAMS + s) * N + v * L);
+          acc[s][t][v] += load(partial + (targets[t] * STREAMS + s) * N + v * L);
   }
 #pragma GCC unroll 16
-  for (int s = 0; s < STREAMS; ++s)
+  for (int t = 0; t < P; ++t)
 #pragma GCC unroll 16
-    for (int t = 0; t < P; ++t)
+    for (int v = 0; v < VECTORS; ++v) {
+      Vec<T> sums[STREAMS];
 #pragma GCC unroll 16
-      for (int v = 0; v < VECTORS; ++v)
-        store<T>(product + (targets[t] * STREAMS + s) * N + v * L, acc[s][t][v]);
+      for (int s = 0; s < STREAMS; ++s) sums[s] = acc[s][t][v];
+      finish(t, v, sums);
+    }
+}
+
+// product[targets[t]][stream][v] = what `multiply` sums, onto what is there where `accumulate`.
+template <class T, int STREAMS, int VECTORS>
+[[gnu::noinline]] void multiply_tile(const T* source, const int64_t* pixels, int64_t stream_stride,
+                                     const Run* runs, int64_t run_count, const T* panel,
+                                     const int64_t* targets, bool accumulate,
+                                     // outputs
+                                     T* product) {  // [.., STREAMS, VECTORS * kLanes]
+  constexpr int L = kLanes<T>, N = VECTORS * L;
+  multiply<T, STREAMS, VECTORS>(
+      source, pixels, stream_stride, runs, run_count, panel, targets,
+      accumulate ? product : nullptr, [&](int t, int v, const Vec<T>* sums) {
+#pragma GCC unroll 16
+        for (int s = 0; s < STREAMS; ++s)
+          store<T>(product + (targets[t] * STREAMS + s) * N + v * L, sums[s]);
+      });
 }
 
 // Rows of the weight gradient an outer tile computes at once.
@@ -164,8 +186,9 @@ template <class T, int FIRST, int STREAMS, int VECTORS>
         Vec<T> value[VECTORS];
 #pragma GCC unroll 16
         for (int v = 0; v < VECTORS; ++v) {
-          value[v] = load(g + (s > FIRST ? g_second : 0) + v * L);
-          pin<T>(value[v]);
+          Vec<T> loaded = load(g + (s > FIRST ? g_second : 0) + v * L);
+          pin<T>(loaded);
+          value[v] = loaded;
         }
 #pragma GCC unroll 16
         for (int j = 0; j < R; ++j) {
@@ -195,6 +218,12 @@ template <class T, int FIRST, int STREAMS, int VECTORS>
 template <class T>
 inline T sign(T w) {
   return w > 0 ? T{1} : w < 0 ? T{-1} : w;
+}
+
+template <class T>
+inline Vec<T> signs(Vec<T> w) {
+  const Vec<T> one = broadcast(T{1});
+  return w > 0 ? one : w < 0 ? -one : w;
 }
 
 }  // namespace cibp
