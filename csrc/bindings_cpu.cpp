@@ -182,7 +182,7 @@ class Buffer {
   size_t size_;
 };
 
-// shape, ReLU, weight, bias
+// shape, flags (1: ReLU, 2: fast), weight, bias
 using StageNumbers = std::array<int64_t, 20>;
 
 template <class T>
@@ -191,8 +191,8 @@ std::vector<Stage<T>> stages(const std::vector<StageNumbers>& numbers) {
   for (const StageNumbers& n : numbers) {
     std::array<int64_t, 17> shape;
     std::copy_n(n.begin(), 17, shape.begin());
-    all.push_back(
-        {conv2d_shape(shape), n[17] != 0, pointer<const T>(n[18]), pointer<const T>(n[19])});
+    all.push_back({conv2d_shape(shape), (n[17] & 1) != 0, pointer<const T>(n[18]),
+                   pointer<const T>(n[19]), (n[17] & 2) != 0});
   }
   return all;
 }

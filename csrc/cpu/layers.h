@@ -54,7 +54,7 @@ inline bool is_dense(const Conv2dShape& s) {
 template <class T>
 struct Layer {
   const Stage<T>* stage;
-  bool dense;
+  bool dense, winograd;
   Geometry in;        // of the packed input
   Geometry gradient;  // of the gradient of the stage's output, of a convolution
   Plan forward, backward;

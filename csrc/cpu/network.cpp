@@ -12,11 +12,21 @@
 #include "plan.h"
 #include "streams.h"
 #include "tile.h"
+#include "winograd.h"
 
 namespace cibp {
 namespace {
 
 constexpr int64_t kOuterPixels = 64;  // of one tile of a convolution's weight gradient
+
+template <class T>
+std::vector<Layer<T>> plan(const std::vector<Stage<T>>& stages, bool ball) {
+  std::vector<Layer<T>> layers = make_layers(stages, ball);
+  for (size_t i = 1; i < layers.size(); ++i)  // the first one's channels fill no vector
+    layers[i].winograd =
+        stages[i].fast && stages[i].weight && !layers[i].dense && prefers_winograd(stages[i].shape);
+  return layers;
+}
 
 // The weights of a convolution as its plan reads them: for each block of outputs, tap and channel a
 // vector block. `exchanged` for the input gradient, whose outputs are the stage's inputs.
@@ -55,19 +65,35 @@ const T* pack_weights(std::vector<Layer<T>>& layers, bool backward, bool first_t
     Layer<T>& layer = layers[i];
     if (!layer.stage->weight) continue;
     const Conv2dShape& s = layer.stage->shape;
-    const int64_t taps = s.kernel_height * s.kernel_width;
     (backward ? layer.backward_panel : layer.panel) = size;
-    size += backward ? taps * layer.width() * round_up(s.in_channels, kLanes<T>)
-                     : taps * layer.in.pitch * layer.width();
-    const int64_t outputs = backward ? s.in_channels : s.out_channels;
+    // The panel's rows for each output, and its outputs.
+    int64_t rows = s.kernel_height * s.kernel_width, outputs = layer.width();
+    if (layer.winograd) {
+      rows = 2 * kProducts;
+      const int64_t in = Winograd(s).phases() * layer.in.pitch;
+      rows *= backward ? layer.width() : in;
+      outputs = backward ? in : layer.width();
+    } else {
+      rows *= backward ? layer.width() : layer.in.pitch;
+      outputs = backward ? round_up(s.in_channels, kLanes<T>) : layer.width();
+    }
+    size += rows * outputs;
     for (int64_t b = 0; b < ceil_div(outputs, kBlock<T>); ++b) items.push_back({i, b});
   }
   T* panels = scratch<T>(Slot::kPanel, size + 1);
   parallel_for(threads, static_cast<int64_t>(items.size()), [&](int64_t index) {
     const Item& item = items[static_cast<size_t>(index)];
     const Layer<T>& layer = layers[item.layer];
-    pack_panel(layer.stage->shape, layer.stage->weight, backward ? layer.backward : layer.forward,
-               backward, item.block, panels + (backward ? layer.backward_panel : layer.panel));
+    T* panel = panels + (backward ? layer.backward_panel : layer.panel);
+    const Stage<T>& stage = *layer.stage;
+    if (layer.winograd)
+      with_outputs(Winograd(stage.shape), [&](auto outputs) {
+        pack_winograd<T, kPoints + 1 - outputs>(stage.shape, stage.weight, backward, layer.in.pitch,
+                                                item.block, panel);
+      });
+    else
+      pack_panel(stage.shape, stage.weight, backward ? layer.backward : layer.forward, backward,
+                 item.block, panel);
   });
   return panels;
 }
@@ -146,6 +172,62 @@ double convolve_forward(const Layer<T>& layer, const T* panels, const T* bias, c
           });
       total += static_cast<double>(sum<T>(squares));
     });
+  return total;
+}
+
+constexpr int64_t kTileValues = kProducts * kTiles * S;  // of a channel
+
+// The transformed input of the output tiles [begin, end).
+template <class T>
+void transform_inputs(const Layer<T>& layer, const Winograd& w, const T* in, int64_t begin,
+                      int64_t end, T* out) {
+  const Conv2dShape& s = layer.stage->shape;
+  const Geometry& g = layer.in;
+  for (int64_t phase = 0; phase < w.phases(); ++phase)
+    transform_tiles<T, kPoints>(
+        {in + g.offset(0, 0), &g, s.in_height, s.in_width, w.stride,
+         phase / w.stride - s.padding_height, phase % w.stride - s.padding_width},
+        begin, end, w.columns, w.outputs, 0, 0, g.pitch, phase * g.pitch, w.phases() * g.pitch,
+        transform_input_tile<T>, out);
+}
+
+// As convolve_forward.
+template <class T>
+double winograd_forward(const Layer<T>& layer, const T* panels, const T* bias, const T* in,
+                        const Layer<T>& next, T* out) {
+  const Conv2dShape& s = layer.stage->shape;
+  const Winograd w(s);
+  const Geometry &g = layer.in, &h = next.in;
+  const int64_t depth = w.phases() * g.pitch;
+  clear_padding(h, s.out_height, s.out_width, out);
+  T* tiles_in = scratch<T>(Slot::kTilesIn, kTileValues * depth);
+  T* products = scratch<T>(Slot::kTilesOut, kTileValues * kBlock<T>);
+  double total = 0;
+  with_outputs(w, [&](auto outputs) {
+    constexpr int M = outputs;
+    for (int64_t begin = 0; begin < w.rows * w.columns; begin += kTiles) {
+      const int64_t end = std::min(begin + kTiles, w.rows * w.columns);
+      transform_inputs(layer, w, in, begin, end, tiles_in);
+      Vec<T> squares{};
+      multiply_tiles<T, M>(tiles_in, end - begin, depth, panels + layer.panel, layer.width(),
+                           products, [&](int64_t tile, int64_t channel, Vec<T>(*sums)[M* M]) {
+                             const int64_t y = (begin + tile) / w.columns * M,
+                                           x = (begin + tile) % w.columns * M;
+                             for (int64_t i = 0; i < M && y + i < s.out_height; ++i)
+                               for (int64_t j = 0; j < M && x + j < s.out_width; ++j) {
+                                 Vec<T> streams[S];
+                                 for (int k = 0; k < S; ++k) streams[k] = sums[k][M * i + j];
+                                 streams[1] = streams[1] < 0 ? Vec<T>{} : streams[1];  // rounding
+                                 activate<T>(load(bias + channel), layer.stage->relu, streams);
+                                 T* target = out + h.offset(y + i, x + j) + channel;
+                                 for (int k = 0; k < S; ++k)
+                                   store<T>(target + k * h.stream_stride(), streams[k]);
+                                 squares += streams[1] * streams[1];
+                               }
+                           });
+      total += static_cast<double>(sum<T>(squares));
+    }
+  });
   return total;
 }
 
@@ -263,7 +345,7 @@ int64_t stage_input_size(const Conv2dShape& shape, bool first, bool ball) {
 
 template <class T>
 void network_forward(const NetworkForward<T>& op) {
-  std::vector<Layer<T>> layers = make_layers(op.stages, op.ball_radius != nullptr);
+  std::vector<Layer<T>> layers = plan(op.stages, op.ball_radius != nullptr);
   const T* panels = pack_weights(layers, false, false, op.threads);
   std::vector<const T*> biases;
   padded_biases(layers, biases);
@@ -293,6 +375,10 @@ void network_forward(const NetworkForward<T>& op) {
       double& width = widths[static_cast<size_t>(n * count) + i];
       if (!layer.stage->weight) {
         width = pool_forward(layer, in, next, out);
+        continue;
+      }
+      if (layer.winograd) {
+        width = winograd_forward(layer, panels, biases[i], in, next, out);
         continue;
       }
       const auto convolve = layer.in.streams == 1 ? convolve_forward<T, 1> : convolve_forward<T, S>;
@@ -351,13 +437,11 @@ void network_forward(const NetworkForward<T>& op) {
 
 namespace {
 
-// Adds one example's products to a convolution's weight gradient sums, and to its bias's. Where the
-// input is a ball's one stream, so is the gradient's first (centre and nominal together), and
-// radius_sums are those of the radius's gradient.
+// Adds one example's products to a convolution's weight gradient sums. Where the input is a ball's
+// one stream, so is the gradient's first, centre and nominal together.
 template <class T, int STREAMS>
 void convolve_weight_gradient(const Layer<T>& layer, const std::vector<int64_t>& row_offsets,
-                              const T* in, const T* gradient, T* signed_sums, T* absolute_sums,
-                              double* bias_sums, double* radius_sums) {
+                              const T* in, const T* gradient, T* signed_sums, T* absolute_sums) {
   constexpr int R = kTileRows;
   const Conv2dShape& s = layer.stage->shape;
   const Geometry &g = layer.in, &h = layer.gradient;
@@ -384,6 +468,137 @@ void convolve_weight_gradient(const Layer<T>& layer, const std::vector<int64_t>&
       }
     });
   }
+}
+
+// As convolve_weight_gradient: sums [product][block of outputs][row][lane].
+template <class T>
+void winograd_weight_gradient(const Layer<T>& layer, const T* in, const T* gradient, T* signed_sums,
+                              T* absolute_sums) {
+  constexpr int R = kTileRows;
+  const Conv2dShape& s = layer.stage->shape;
+  const Winograd w(s);
+  const Geometry& h = layer.gradient;
+  const int64_t depth = w.phases() * layer.in.pitch, width = layer.width();
+  const int64_t sum_rows = round_up(depth, R);
+  T* tiles_in = scratch<T>(Slot::kTilesIn, kTileValues * depth);
+  T* tiles_out = scratch<T>(Slot::kTilesOut, kTileValues * width);
+  with_outputs(w, [&](auto outputs) {
+    constexpr int M = outputs;
+    for (int64_t begin = 0; begin < w.rows * w.columns; begin += kTiles) {
+      const int64_t end = std::min(begin + kTiles, w.rows * w.columns), tiles = end - begin;
+      transform_inputs(layer, w, in, begin, end, tiles_in);
+      transform_tiles<T, M>(
+          {gradient + h.offset(0, 0), &h, s.out_height, s.out_width, 1, 0, 0}, begin, end,
+          w.columns, M, 0, 0, width, 0, width,
+          [](Vec<T>* tile) {
+            Vec<T> kernel[M * M];
+            std::copy_n(tile, M * M, kernel);
+            transform_kernel_tile<T, M>(kernel, tile);
+          },
+          tiles_out);
+      for (int i = 0; i < kProducts; ++i)
+        for_blocks<T>(width, [&](int64_t c, auto vectors) {
+          constexpr int V = decltype(vectors)::value;
+          const Operand<T> vector{tiles_out + i * tiles * S * width + c, 0, S * width, width};
+          const Operand<T> scalars{tiles_in + i * tiles * S * depth, 0, S * depth, depth};
+          const int64_t base = (i * width + c) * sum_rows;
+          for (int64_t row = 0; row < depth; row += R) {
+            int64_t at[R];
+            for (int j = 0; j < R; ++j) at[j] = std::min(row + j, depth - 1);
+            const int64_t to = base + row * V * kLanes<T>;
+            outer_tile<T, 0, S, V>(vector, scalars, at, 1, tiles, signed_sums + to);
+            outer_tile<T, 1, S, V>(vector, scalars, at, 1, tiles, absolute_sums + to);
+          }
+        });
+    }
+  });
+}
+
+// The weight gradient of a vector of outputs, from the sums of the threads, `size` apart.
+template <class T>
+void winograd_reduce(const Layer<T>& layer, const T* signed_sums, const T* absolute_sums,
+                     int64_t size, int team, int64_t output, T* out) {
+  const Conv2dShape& s = layer.stage->shape;
+  const Winograd w(s);
+  const int64_t depth = w.phases() * layer.in.pitch, width = layer.width();
+  const int64_t sum_rows = round_up(depth, kTileRows), kernel = s.kernel_height;
+  const int64_t block = output / kBlock<T> * kBlock<T>, n = std::min(kBlock<T>, width - block);
+  const int64_t lanes = std::min<int64_t>(kLanes<T>, s.out_channels - output);
+  with_outputs(w, [&](auto outputs) {
+    constexpr int K = kPoints + 1 - outputs;
+    for (int64_t row = 0; row < depth; ++row) {
+      const int64_t phase = row / layer.in.pitch, channel = row % layer.in.pitch;
+      if (channel >= s.in_channels) continue;
+      Vec<T> taps[2][K * K];
+      for (int a = 0; a < 2; ++a) {
+        Vec<T> products[kProducts] = {};
+        for (int thread = 0; thread < team; ++thread)
+          for (int i = 0; i < kProducts; ++i)
+            products[i] += load((a ? absolute_sums : signed_sums) + thread * size + layer.sums +
+                                (i * width + block) * sum_rows + row * n + output - block);
+        transform_output_tile<T, K>(products, taps[a]);
+      }
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        const int64_t at = ((output + lane) * s.in_channels + channel) * kernel * kernel;
+        for (int64_t ky = 0; ky < K; ++ky)
+          for (int64_t kx = 0; kx < K; ++kx) {
+            const int64_t y = ky * w.stride + phase / w.stride,
+                          x = kx * w.stride + phase % w.stride;
+            if (y >= kernel || x >= kernel) continue;
+            const int64_t tap = at + y * kernel + x;
+            out[tap] = taps[0][ky * K + kx][lane] +
+                       sign(layer.stage->weight[tap]) * taps[1][ky * K + kx][lane];
+          }
+      }
+    }
+  });
+}
+
+// One example's input gradient; finish(pixel, channel of the vector, streams).
+template <class T, class Finish>
+void winograd_input_gradient(const Layer<T>& layer, const T* panels, const T* gradient,
+                             const Finish& finish) {
+  const Conv2dShape& s = layer.stage->shape;
+  const Winograd w(s);
+  const Geometry& h = layer.gradient;
+  const int64_t depth = layer.width(), pitch = layer.in.pitch;
+  T* tiles_in = scratch<T>(Slot::kTilesIn, kTileValues * depth);
+  T* products = scratch<T>(Slot::kTilesOut, kTileValues * kBlock<T>);
+  with_outputs(w, [&](auto outputs) {
+    constexpr int M = outputs;
+    for (int64_t begin = 0; begin < w.in_rows * w.in_columns; begin += kTiles) {
+      const int64_t end = std::min(begin + kTiles, w.in_rows * w.in_columns);
+      transform_tiles<T, kPoints>(
+          {gradient + h.offset(0, 0), &h, s.out_height, s.out_width, 1, 0, 0}, begin, end,
+          w.in_columns, M, w.in_y - (w.taps - 1), w.in_x - (w.taps - 1), depth, 0, depth,
+          transform_input_tile<T>, tiles_in);
+      multiply_tiles<T, M>(
+          tiles_in, end - begin, depth, panels + layer.backward_panel, w.phases() * pitch, products,
+          [&](int64_t tile, int64_t output, Vec<T>(*sums)[M* M]) {
+            const int64_t phase = output / pitch;
+            const int64_t y0 = (w.in_y + (begin + tile) / w.in_columns * M) * w.stride +
+                               phase / w.stride - s.padding_height;
+            const int64_t x0 = (w.in_x + (begin + tile) % w.in_columns * M) * w.stride +
+                               phase % w.stride - s.padding_width;
+            for (int i = 0; i < M; ++i)
+              for (int j = 0; j < M; ++j) {
+                const int64_t y = y0 + i * w.stride, x = x0 + j * w.stride;
+                if (y < 0 || y >= s.in_height || x < 0 || x >= s.in_width) continue;
+                Vec<T> streams[S];
+                for (int k = 0; k < S; ++k) streams[k] = sums[k][M * i + j];
+                finish(y * s.in_width + x, output % pitch, streams);
+              }
+          });
+    }
+  });
+}
+
+// Adds one example's gradient of a bias, and of a ball's radius.
+template <class T, int STREAMS>
+void add_bias_gradient(const Layer<T>& layer, const T* gradient, double* bias_sums,
+                       double* radius_sums) {
+  const Conv2dShape& s = layer.stage->shape;
+  const Geometry& h = layer.gradient;
   const int64_t channels = s.out_channels;
   for (int64_t c = 0; c < layer.width(); c += kLanes<T>) {
     Vec<T> totals[2] = {};
@@ -440,7 +655,7 @@ void unpack_gradient(const Conv2dShape& s, int64_t n, const T* packed,
 
 template <class T>
 void network_backward(const NetworkBackward<T>& op) {
-  std::vector<Layer<T>> layers = make_layers(op.stages, op.ball_radius != nullptr);
+  std::vector<Layer<T>> layers = plan(op.stages, op.ball_radius != nullptr);
   const bool wants_input = op.grad_lower_in != nullptr;
   const T* panels = pack_weights(layers, true, wants_input, op.threads);
   const Conv2dShape& first = op.stages[0].shape;
@@ -514,7 +729,11 @@ void network_backward(const NetworkBackward<T>& op) {
     Layer<T>& layer = layers[i];
     const Conv2dShape& s = layer.stage->shape;
     layer.sums = sums;
-    sums += layer.stage->weight ? layer.sum_size() : 0;
+    if (layer.winograd)
+      sums +=
+          kProducts * layer.width() * round_up(Winograd(s).phases() * layer.in.pitch, kTileRows);
+    else if (layer.stage->weight)
+      sums += layer.sum_size();
     layer.scratch = images;
     images += layer.gradient.size() + kBlock<T>;
     outputs += s.out_channels;
@@ -557,11 +776,17 @@ void network_backward(const NetworkBackward<T>& op) {
         const T* in = op.inputs[i] + n * layer.in.size();
         bias_at -= s.out_channels;
         if (layer.stage->weight) {
-          const auto weight_gradient = layer.in.streams == 1 ? convolve_weight_gradient<T, 1>
-                                                             : convolve_weight_gradient<T, S>;
-          weight_gradient(layer, row_offsets[i], in, g, plus + layer.sums, magnitude + layer.sums,
-                          &bias_sums[static_cast<size_t>(thread * outputs + bias_at)],
-                          &radius_sums[static_cast<size_t>(thread * first.out_channels)]);
+          const bool one = layer.in.streams == 1;
+          T *to_plus = plus + layer.sums, *to_magnitude = magnitude + layer.sums;
+          if (layer.winograd) {
+            winograd_weight_gradient(layer, in, g, to_plus, to_magnitude);
+          } else {
+            const auto add = one ? convolve_weight_gradient<T, 1> : convolve_weight_gradient<T, S>;
+            add(layer, row_offsets[i], in, g, to_plus, to_magnitude);
+          }
+          const auto add = one ? add_bias_gradient<T, 1> : add_bias_gradient<T, S>;
+          add(layer, g, &bias_sums[static_cast<size_t>(thread * outputs + bias_at)],
+              &radius_sums[static_cast<size_t>(thread * first.out_channels)]);
         }
         if (i == 0 && !wants_input) break;
         T* out = i > 0 ? image + layers[i - 1].scratch : input;
@@ -589,6 +814,11 @@ void network_backward(const NetworkBackward<T>& op) {
                 pool_gradient<T>(layer, y, x, g + c, streams);
                 finish(y * s.in_width + x, c, streams);
               }
+        }
+        if (layer.winograd) {
+          winograd_input_gradient(layer, panels, g, finish);
+          g = out;
+          continue;
         }
         for (const Strip& strip : layer.backward.strips)
           for_blocks<T>(s.in_channels, [&](int64_t c, auto vectors) {
@@ -629,7 +859,10 @@ void network_backward(const NetworkBackward<T>& op) {
     const int64_t base = layer.sums + block * round_up(layer.rows(), kTileRows) + o - block;
     const T* w = layer.stage->weight + o * layer.rows();
     T* target = op.grad_weights[item.layer];
-    if (target)
+    if (target && layer.winograd) {
+      if (o % kLanes<T> == 0)
+        winograd_reduce(layer, signed_sums, absolute_sums, sums, team, o, target);
+    } else if (target)
       for (int64_t c = 0; c < s.in_channels; ++c)
         for (int64_t tap = 0; tap < taps; ++tap) {
           T plus = 0, magnitude = 0;

@@ -19,7 +19,8 @@ struct Stage {
   // [out_channels, in_channels, kernel_height, kernel_width], or null: average pooling, which is
   // neither first nor last
   const T* weight;
-  const T* bias;  // [out_channels] or null
+  const T* bias;      // [out_channels] or null
+  bool fast = false;  // may be computed with more rounding where that is faster
 };
 
 // Elements of one example's packed input of a stage. `ball`: see NetworkForward.

@@ -69,6 +69,8 @@ enum class Slot {
   kSumB,
   kWidth,
   kBlockWeights,
+  kTilesIn,
+  kTilesOut,
   kStageOdd,
   kStageEven,
   kCount

@@ -1,0 +1,314 @@
+// Winograd convolution for training: fewer products, more rounding (never for certificates).
+//
+// A tile of M x M outputs of a K x K kernel, M + K - 1 = 6, takes 36 products for each pair of
+// channels instead of M M K K: input tile, kernel and output are taken to and from values at the
+// points 0, 1, -1, 2, -2 and infinity (Lavin and Gray, arXiv 1509.09308), in both directions. |W|
+// has a transform of its own. A stride of s is s s convolutions of stride 1 (the phases), of every
+// s-th pixel and tap, whose transforms are added.
+//
+// The weight gradient is the convolution of the input tile with the gradient's: the same points,
+// M and K exchanged.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "layers.h"
+#include "tile.h"
+#include "vec.h"
+
+namespace cibp {
+
+constexpr int kPoints = 6;
+constexpr int kProducts = kPoints * kPoints;
+constexpr int64_t kTiles = 32;  // transformed at a time
+
+// Six input values -> at the six points.
+template <class T>
+inline void transform_input(Vec<T>* d, int stride) {
+  const Vec<T> d0 = d[0], d1 = d[stride], d2 = d[2 * stride], d3 = d[3 * stride],
+               d4 = d[4 * stride], d5 = d[5 * stride];
+  const Vec<T> a = d4 - T(4) * d2, b = d3 - T(4) * d1, c = d4 - d2, e = T(2) * (d3 - d1);
+  d[0] = T(4) * d0 - T(5) * d2 + d4;
+  d[stride] = a + b;
+  d[2 * stride] = a - b;
+  d[3 * stride] = c + e;
+  d[4 * stride] = c - e;
+  d[5 * stride] = T(4) * d1 - T(5) * d3 + d5;
+}
+
+// K values of a kernel -> at the six points.
+template <class T, int K>
+inline void transform_kernel(const Vec<T>* g, int from, Vec<T>* u, int to) {
+  Vec<T> even1{}, odd1{}, even2{}, odd2{};
+  T power = 1;
+  for (int i = 0; i < K; ++i, power *= 2) {
+    const Vec<T> value = g[i * from];
+    (i % 2 ? odd1 : even1) += value;
+    (i % 2 ? odd2 : even2) += power * value;
+  }
+  u[0] = g[0] * (T(1) / 4);
+  u[to] = (even1 + odd1) * (T(-1) / 6);
+  u[2 * to] = (even1 - odd1) * (T(-1) / 6);
+  u[3 * to] = (even2 + odd2) * (T(1) / 24);
+  u[4 * to] = (even2 - odd2) * (T(1) / 24);
+  u[5 * to] = g[(K - 1) * from];
+}
+
+// The six products -> M outputs.
+template <class T, int M>
+inline void transform_output(const Vec<T>* x, int from, Vec<T>* y, int to) {
+  const Vec<T> sum1 = x[from] + x[2 * from], difference1 = x[from] - x[2 * from],
+               sum2 = x[3 * from] + x[4 * from], difference2 = x[3 * from] - x[4 * from];
+  y[0] = x[0] + sum1 + sum2;
+  T power = 2;
+  for (int i = 1; i < M; ++i, power *= 2)
+    y[i * to] = i % 2 ? difference1 + power * difference2 : sum1 + power * sum2;
+  y[(M - 1) * to] += x[5 * from];
+}
+
+template <class T>
+inline void transform_input_tile(Vec<T>* d) {  // [6][6] in place
+#pragma GCC unroll 6
+  for (int i = 0; i < kPoints; ++i) transform_input<T>(d + i, kPoints);
+#pragma GCC unroll 6
+  for (int i = 0; i < kPoints; ++i) transform_input<T>(d + kPoints * i, 1);
+}
+
+template <class T, int K>
+inline void transform_kernel_tile(const Vec<T>* g, Vec<T>* u) {  // [K][K] -> [6][6]
+  Vec<T> rows[kPoints * K];
+#pragma GCC unroll 6
+  for (int i = 0; i < K; ++i) transform_kernel<T, K>(g + i, K, rows + i, K);
+#pragma GCC unroll 6
+  for (int i = 0; i < kPoints; ++i) transform_kernel<T, K>(rows + K * i, 1, u + kPoints * i, 1);
+}
+
+template <class T, int M>
+inline void transform_output_tile(const Vec<T>* x, Vec<T>* y) {  // [6][6] -> [M][M]
+  Vec<T> rows[M * kPoints];
+#pragma GCC unroll 6
+  for (int i = 0; i < kPoints; ++i) transform_output<T, M>(x + i, kPoints, rows + i, kPoints);
+#pragma GCC unroll 6
+  for (int i = 0; i < M; ++i) transform_output<T, M>(rows + kPoints * i, 1, y + M * i, 1);
+}
+
+// How a convolution is cut.
+struct Winograd {
+  int64_t stride, taps;                     // taps of a phase, in each direction
+  int64_t outputs;                          // of a tile, in each direction: 7 - taps
+  int64_t rows, columns;                    // tiles of the forward pass, and of the weight gradient
+  int64_t in_rows, in_columns, in_y, in_x;  // tiles of the input gradient, and their first pixel
+  int64_t phases() const { return stride * stride; }
+
+  explicit Winograd(const Conv2dShape& s)
+      : stride(s.stride_height),
+        taps(ceil_div(s.kernel_height, s.stride_height)),
+        outputs(kPoints + 1 - taps),
+        rows(ceil_div(s.out_height, outputs)),
+        columns(ceil_div(s.out_width, outputs)),
+        in_y(s.padding_height / stride),
+        in_x(s.padding_width / stride) {
+    in_rows = ceil_div((s.in_height - 1 + s.padding_height) / stride + 1 - in_y, outputs);
+    in_columns = ceil_div((s.in_width - 1 + s.padding_width) / stride + 1 - in_x, outputs);
+  }
+};
+
+// Whether there is such a convolution, and it should be faster: the operations of the transforms
+// are estimated, and that of few tiles each weight must be read from beyond the first cache.
+inline bool prefers_winograd(const Conv2dShape& s) {
+  const bool possible = s.kernel_height == s.kernel_width && s.stride_height == s.stride_width &&
+                        s.dilation_height == 1 && s.dilation_width == 1 &&
+                        ceil_div(s.kernel_height, s.stride_height) >= 2 &&
+                        ceil_div(s.kernel_height, s.stride_height) <= 4 && s.stride_height <= 2;
+  if (!possible) return false;
+  const Winograd w(s);
+  const int64_t in = w.phases() * s.in_channels, out = s.out_channels;
+  const int64_t direct =
+      s.out_height * s.out_width * s.kernel_height * s.kernel_width * s.in_channels * out;
+  const int64_t tiles = w.rows * w.columns;
+  const int64_t transformed = tiles * kProducts * (in * out + 5 * in + 4 * out);
+  return transformed + 8 * transformed / std::min(tiles, kTiles) < direct * 3 / 4;
+}
+
+// An image of packed streams, and which of its pixels a phase has: (y, x) * stride + first.
+template <class T>
+struct Phase {
+  const T* data;  // of channel 0 of pixel (0, 0)
+  const Geometry* geometry;
+  int64_t height, width;
+  int64_t stride, first_y, first_x;
+};
+
+// N x N pixels of one stream, from (y, x) of the phase on; zeros outside of the image.
+template <class T, int N>
+inline void load_tile(const Phase<T>& p, int64_t y, int64_t x, int64_t offset, Vec<T>* tile) {
+  const int64_t y0 = y * p.stride + p.first_y, x0 = x * p.stride + p.first_x;
+  const int64_t row = p.geometry->row_stride() * p.stride, column = p.geometry->pitch * p.stride;
+  const T* corner = p.data + y0 * p.geometry->row_stride() + x0 * p.geometry->pitch + offset;
+  if (y0 >= 0 && x0 >= 0 && y0 + (N - 1) * p.stride < p.height &&
+      x0 + (N - 1) * p.stride < p.width) {
+#pragma GCC unroll 6
+    for (int i = 0; i < N; ++i)
+#pragma GCC unroll 6
+      for (int j = 0; j < N; ++j) tile[N * i + j] = load(corner + i * row + j * column);
+    return;
+  }
+  for (int i = 0; i < N; ++i)
+    for (int j = 0; j < N; ++j) {
+      const int64_t yy = y0 + i * p.stride, xx = x0 + j * p.stride;
+      const bool inside = yy >= 0 && yy < p.height && xx >= 0 && xx < p.width;
+      tile[N * i + j] = inside ? load(corner + i * row + j * column) : Vec<T>{};
+    }
+}
+
+// The tiles [begin, end) of a grid of `columns`, `step` pixels apart, from pixel (y, x) on, through
+// `transform` into out[product][tile][stream][pitch], from `channel` on.
+template <class T, int N, class Transform>
+void transform_tiles(const Phase<T>& phase, int64_t begin, int64_t end, int64_t columns,
+                     int64_t step, int64_t y, int64_t x, int64_t channels, int64_t channel,
+                     int64_t pitch, const Transform& transform, T* out) {
+  const int64_t plane = (end - begin) * S * pitch;
+  for (int64_t t = begin; t < end; ++t)
+    for (int k = 0; k < S; ++k)
+      for (int64_t c = 0; c < channels; c += kLanes<T>) {
+        Vec<T> tile[kProducts];
+        load_tile<T, N>(phase, y + t / columns * step, x + t % columns * step,
+                        k * phase.geometry->stream_stride() + c, tile);
+        transform(tile);
+        T* target = out + ((t - begin) * S + k) * pitch + channel + c;
+#pragma GCC unroll 36
+        for (int i = 0; i < kProducts; ++i) store<T>(target + i * plane, tile[i]);
+      }
+}
+
+// Sums over the channels, for the tiles t, t + 1, ..: in[tile][stream][k] times signed_panel[k]
+// and, of the radius, absolute_panel[k]; out[tile][stream][VECTORS * kLanes].
+template <class T, int VECTORS>
+[[gnu::noinline]] void multiply_points(const T* in, int64_t tile, int64_t tiles, int64_t depth,
+                                       const T* signed_panel, const T* absolute_panel, T* out) {
+  constexpr int P = kTilePixels<S>, L = kLanes<T>, N = VECTORS * L;
+  Vec<T> acc[S][P][VECTORS];
+#pragma GCC unroll 16
+  for (int s = 0; s < S; ++s)
+#pragma GCC unroll 16
+    for (int t = 0; t < P; ++t)
+#pragma GCC unroll 16
+      for (int v = 0; v < VECTORS; ++v) acc[s][t][v] = Vec<T>{};
+  const T* x[P];
+#pragma GCC unroll 16
+  for (int t = 0; t < P; ++t) x[t] = in + std::min(tile + t, tiles - 1) * S * depth;
+  for (int64_t k = 0; k < depth; ++k, signed_panel += N, absolute_panel += N) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      Vec<T> weight[VECTORS];
+#pragma GCC unroll 16
+      for (int v = 0; v < VECTORS; ++v) {
+        Vec<T> loaded = load((half ? absolute_panel : signed_panel) + v * L);
+        pin<T>(loaded);
+        weight[v] = loaded;
+      }
+#pragma GCC unroll 16
+      for (int s = half; s < S; s += 2)
+#pragma GCC unroll 16
+        for (int t = 0; t < P; ++t) {
+          const Vec<T> value = broadcast(x[t][k + s * depth]);
+#pragma GCC unroll 16
+          for (int v = 0; v < VECTORS; ++v) acc[s][t][v] += weight[v] * value;
+        }
+    }
+  }
+#pragma GCC unroll 16
+  for (int t = 0; t < P; ++t) {
+    T* target = out + std::min(tile + t, tiles - 1) * S * N;
+#pragma GCC unroll 16
+    for (int s = 0; s < S; ++s)
+#pragma GCC unroll 16
+      for (int v = 0; v < VECTORS; ++v) store<T>(target + s * N + v * L, acc[s][t][v]);
+  }
+}
+
+// Multiplies transformed tiles with a panel, [block of outputs][product][W, |W|][channel][lane];
+// finish(tile, channel of the vector, stream, outputs), outputs being [M][M], all three streams in
+// turn.
+template <class T, int M, class Finish>
+void multiply_tiles(const T* in, int64_t tiles, int64_t depth, const T* panel, int64_t outputs,
+                    T* products, const Finish& finish) {
+  constexpr int P = kTilePixels<S>, L = kLanes<T>;
+  for_blocks<T>(outputs, [&](int64_t c, auto vectors) {
+    constexpr int V = decltype(vectors)::value;
+    constexpr int64_t N = V * L;
+    const T* weights = panel + c * kProducts * 2 * depth;
+    for (int i = 0; i < kProducts; ++i)
+      for (int64_t t = 0; t < tiles; t += P)
+        multiply_points<T, V>(in + i * tiles * S * depth, t, tiles, depth,
+                              weights + 2 * i * depth * N, weights + (2 * i + 1) * depth * N,
+                              products + i * tiles * S * N);
+    for (int64_t t = 0; t < tiles; ++t)
+      for (int v = 0; v < V; ++v) {
+        Vec<T> out[S][M * M];
+        for (int k = 0; k < S; ++k) {
+          Vec<T> x[kProducts];
+          const T* from = products + (t * S + k) * N + v * L;
+#pragma GCC unroll 36
+          for (int i = 0; i < kProducts; ++i) x[i] = load(from + i * tiles * S * N);
+          transform_output_tile<T, M>(x, out[k]);
+        }
+        finish(t, c + v * L, out);
+      }
+  });
+}
+
+// Calls body(outputs of a tile as a constant) for the convolution's.
+template <class Body>
+void with_outputs(const Winograd& w, const Body& body) {
+  switch (w.outputs) {
+    case 3:
+      return body(std::integral_constant<int, 3>{});
+    case 4:
+      return body(std::integral_constant<int, 4>{});
+    default:
+      return body(std::integral_constant<int, 5>{});
+  }
+}
+
+// Packs one block of a convolution's weights, transformed, from `block * kBlock` on. Forward, the
+// channels are (phase, in channel) and the outputs the out channels; exchanged, for the input
+// gradient, the channels are the out channels, and the outputs (phase, in channel).
+template <class T, int K>
+void pack_winograd(const Conv2dShape& s, const T* weight, bool exchanged, int64_t pitch,
+                   int64_t block, T* panel) {
+  constexpr int L = kLanes<T>;
+  const Winograd w(s);
+  const int64_t kernel = s.kernel_height, taps = kernel * kernel;
+  const int64_t in = w.phases() * pitch, out = round_up(s.out_channels, kLanes<T>);
+  const int64_t depth = exchanged ? out : in, outputs = exchanged ? in : out;
+  const int64_t first = block * kBlock<T>, n = std::min(outputs - first, kBlock<T>);
+  T* target = panel + first * kProducts * 2 * depth;
+  for (int64_t k = 0; k < depth; ++k)
+    for (int64_t o = 0; o < n; o += L) {
+      Vec<T> g[K * K] = {}, u[2][kProducts];
+      for (int lane = 0; lane < L; ++lane) {
+        const int64_t input = exchanged ? first + o + lane : k,
+                      output = exchanged ? k : first + o + lane;
+        const int64_t phase = input / pitch, channel = input % pitch;
+        if (channel >= s.in_channels || output >= s.out_channels) continue;
+        const T* from = weight + (output * s.in_channels + channel) * taps;
+        for (int64_t ky = 0; ky < K; ++ky)
+          for (int64_t kx = 0; kx < K; ++kx) {
+            const int64_t y = ky * w.stride + phase / w.stride,
+                          x = kx * w.stride + phase % w.stride;
+            if (y >= kernel || x >= kernel) continue;
+            const int64_t to = exchanged ? (K - 1 - ky) * K + K - 1 - kx : ky * K + kx;
+            g[to][lane] = from[y * kernel + x];
+          }
+      }
+      transform_kernel_tile<T, K>(g, u[0]);
+      for (auto& value : g) value = absolute<T>(value);
+      transform_kernel_tile<T, K>(g, u[1]);
+      for (int i = 0; i < kProducts; ++i)
+        for (int a = 0; a < 2; ++a) store<T>(target + ((2 * i + a) * depth + k) * n + o, u[a][i]);
+    }
+}
+
+}  // namespace cibp
