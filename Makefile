@@ -15,7 +15,7 @@ INSTALL := $(PIP) install --no-compile -c constraints.txt
 
 CPP_FILES := $(sort $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h tests/cpp/*.cpp))
 PACKAGE_FILES := pyproject.toml setup.py README.md LICENSE $(filter csrc/%,$(CPP_FILES)) \
-  $(wildcard cibp_fast/*.py cibp_fast/*.pyi cibp_fast/py.typed)
+  $(wildcard cibp_fast/*.py cibp_fast/*/*.py cibp_fast/*.pyi cibp_fast/py.typed)
 
 .PHONY: help quickstart test lint format sanitize bench clean
 
@@ -25,7 +25,7 @@ help:
 	@echo 'make lint         ruff, mypy and clang-format'
 	@echo 'make format       let ruff and clang-format rewrite the sources'
 	@echo 'make sanitize     the kernels without Python, under ASan and UBSan'
-	@echo 'make bench        time the layers and the training loop, and renew the README'
+	@echo 'make bench        time steps, layers and the training loop, and renew the README'
 	@echo 'make clean        remove .venv and everything built'
 
 quickstart: $(VENV)/demo
@@ -47,7 +47,8 @@ format: $(VENV)/dev
 	$(BIN)/clang-format -i $(CPP_FILES)
 
 bench: $(VENV)/dev
-	$(BIN)/python bench/bench_layers.py --output bench/results/layers.csv
+	$(BIN)/cibp-fast bench step --output bench/results/step.csv
+	$(BIN)/cibp-fast bench layer --output bench/results/layers.csv
 	$(BIN)/python bench/bench_loop.py --synthetic --output bench/results/loop.csv
 	$(BIN)/python bench/update_readme.py
 

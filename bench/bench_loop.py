@@ -34,9 +34,9 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from table import write
 
 from cibp_fast import data, runs, training
+from cibp_fast.benchmarks.common import write
 from cibp_fast.config import Config, preset
 from cibp_fast.data import INPUT_SHAPES, Dataset, Split
 from cibp_fast.distributed import ALONE

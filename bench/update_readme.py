@@ -3,14 +3,15 @@
     python bench/update_readme.py [--check]
 
 Each section between `<!-- NAME: ... -->` and `<!-- end NAME -->` is made anew: "quickstart" from
-the runs in results/quickstart, "runs" from the others in results, "layers" and "loop" from
-bench/results.
+the runs in results/quickstart, "runs" from the others in results, "performance", with its chart
+step.png, "layers" and "loop" from bench/results.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import json
 import re
 import statistics
@@ -120,9 +121,140 @@ def unsettled() -> list[str]:
     ]
 
 
+STEP = ROOT / "bench" / "results" / "step.csv"
+CHART = STEP.with_suffix(".png")
+RIVALS = {
+    "naive": "two-pass eager",
+    "four": "four products",
+    "compile": "torch.compile",
+    "auto_lirpa": "auto_LiRPA",
+    "naive_bf16": "two-pass, bf16 autocast",
+    "layers": "`cf.bounds`",
+}
+
+
+def performance() -> list[str]:
+    if not STEP.exists():
+        return ["Not measured yet: `make bench` does."]
+    rows = read(STEP)
+    lines = [
+        "A training step of `cf.fuse` (nominal and interval pass, constrained IBP loss, backward "
+        "pass), and how many times",
+        "as long the others take; in brackets with fused Adam. Each in the better of NCHW and "
+        "channels_last.",
+        "",
+        f"| network, data, batch | ms | {' | '.join(RIVALS.values())} | saved MiB, two-pass |",
+        f"|{'---|' * (len(RIVALS) + 3)}",
+    ]
+    for problem, (alone, adam) in step_results(rows).items():
+        cells = [" ".join(problem)]
+        fused = alone["fused"]
+        share = f"{100 * float(fused['matmul_share']):.0f} %" if fused["ms"] else ""
+        cells.append(f"{time(fused)} ({time(adam['fused'])}), {share}")
+        for name in RIVALS:
+            times = [results[name]["fused_ratio"] for results in (alone, adam)]
+            cells.append(
+                "{:.2f} ({:.2f})".format(*map(float, times)) if all(times) else "not timed"
+            )
+        cells.append(f"{mebibytes(fused)}, {mebibytes(alone['naive'])}")
+        lines.append(f"| {' | '.join(cells)} |")
+    where = rows[0]
+    notes = sorted({f"`{row['contender']}`: {row['note']}" for row in rows if row["note"]})
+    return [
+        *lines,
+        "",
+        "![Speed against the two-pass eager step](bench/results/step.png)",
+        "",
+        "The percentage is of what torch's float32 matrix product reaches here, "
+        f"{float(where['matmul_gflops']):.0f} GFLOP/s, with FLOPs counted the same for all. Each "
+        "was checked against a float64 step before it was timed. "
+        + "".join(f"Not timed: {note}. " for note in notes)
+        + f"Medians of {where['rounds']} interleaved rounds, {where['clock']} time, "
+        f"threads: {where['threads']} of an {where['cpu']} ({where['isa']} kernels), torch "
+        f"{where['torch']}, {where['date']}: `{where['command']}`. All figures are in "
+        "`bench/results/step.csv`.",
+    ]
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+Results = dict[str, dict[str, str]]  # contender: its row in its better memory format
+
+
+def step_results(rows: list[dict[str, str]]) -> dict[tuple[str, ...], tuple[Results, Results]]:
+    """By network, data set and batch: the results without and with Adam."""
+    found: dict[tuple[str, ...], tuple[Results, Results]] = {}
+    for row in rows:
+        results = found.setdefault((row["model"], row["dataset"], row["batch"]), ({}, {}))
+        own = results[row["optimizer"] == "adam"]
+        best = own.get(row["contender"])
+        if best is None or float(row["ms"] or "inf") < float(best["ms"] or "inf"):
+            own[row["contender"]] = row
+    for problem, results in found.items():
+        missing = {"fused", *RIVALS} - set(results[0])
+        if missing:
+            sys.exit(f"{STEP.name}: {' '.join(problem)} lacks {', '.join(sorted(missing))}")
+    return found
+
+
+def time(row: dict[str, str]) -> str:
+    if not row["ms"]:
+        return "not timed"
+    ms = float(row["ms"])
+    return f"{ms:.3g}" if ms < 100 else f"{ms:.0f}"
+
+
+def mebibytes(row: dict[str, str]) -> str:
+    return f"{int(row['saved_bytes']) / 2**20:.1f}" if row["saved_bytes"] else "-"
+
+
+def digest() -> str:
+    """Of the figures; the chart carries it, so that an old chart is seen."""
+    return hashlib.sha256(STEP.read_bytes()).hexdigest()
+
+
+def draw_chart() -> None:
+    """Bars: the speed of each contender relative to the two-pass eager step, by network."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    from cibp_fast.plotting import COLOURS, STYLE, TITLE
+
+    results = {
+        problem: {name: float(row["ratio"]) for name, row in alone.items() if row["ratio"]}
+        for problem, (alone, _) in step_results(read(STEP)).items()
+    }
+    names = {"fused": "cf.fuse", **{name: text.strip("`") for name, text in RIVALS.items()}}
+    colours = dict(zip(("naive", "fused", "layers"), ("#999999", *COLOURS[:2]), strict=False))
+    colours |= dict(zip((name for name in names if name not in colours), COLOURS[2:], strict=False))
+    with rc_context(STYLE):
+        figure = Figure(figsize=(11, 4.5), layout="constrained")
+        axes = figure.subplots()
+        width = 0.85 / len(names)
+        for index, (name, text) in enumerate(names.items()):
+            shown = [(at, own[name]) for at, own in enumerate(results.values()) if name in own]
+            bars = axes.bar(
+                [at + width * (index - (len(names) - 1) / 2) for at, _ in shown],
+                [ratio for _, ratio in shown],
+                0.92 * width,
+                color=colours[name],
+                label=text,
+            )
+            if name == "fused":
+                axes.bar_label(bars, fmt="%.2f", fontsize=9)
+        axes.axhline(1, color="dimgrey", linewidth=0.8)
+        axes.set_xticks(range(len(results)), [" ".join(problem[:2]) for problem in results])
+        axes.set_ylabel("speed (two-pass eager = 1)")
+        axes.set_title("A training step with constrained IBP", **TITLE)
+        figure.legend(loc="outside lower center", ncols=len(names), frameon=False, fontsize=9)
+        figure.savefig(CHART, dpi=130, metadata={"Comment": digest()})
+
+
 def layers() -> list[str]:
-    with (ROOT / "bench" / "results" / "layers.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read(ROOT / "bench" / "results" / "layers.csv")
     groups: dict[tuple[str, str], list[dict[str, str]]] = {}
     for row in rows:
         groups.setdefault((row["model"], row["dataset"]), []).append(row)
@@ -154,8 +286,7 @@ def layers() -> list[str]:
 
 
 def loop() -> list[str]:
-    with (ROOT / "bench" / "results" / "loop.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read(ROOT / "bench" / "results" / "loop.csv")
     lines = [
         "What the training loop of `cibp-fast train` costs beside the step itself (loss, backward "
         "pass, Adam):",
@@ -184,6 +315,7 @@ PARTS_OUTSIDE = ("data", "logging", "writing", "other")
 SECTIONS: dict[str, Callable[[], list[str]]] = {
     "quickstart": quickstart,
     "runs": full_runs,
+    "performance": performance,
     "layers": layers,
     "loop": loop,
 }
@@ -215,6 +347,11 @@ def main() -> None:
     new = updated(text)
     if options.check and new != text:
         sys.exit("README.md is out of date: python bench/update_readme.py")
+    if STEP.exists() and options.check:
+        if not CHART.exists() or digest().encode() not in CHART.read_bytes():
+            sys.exit(f"{CHART.name} is out of date: python bench/update_readme.py")
+    elif STEP.exists():
+        draw_chart()
     if not options.check:
         path.write_text(new)
 

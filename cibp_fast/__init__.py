@@ -11,6 +11,7 @@ from typing import Any
 
 from cibp_fast import functional
 from cibp_fast.bounds import Bounds, bounds
+from cibp_fast.fusion import FusedNetwork, fuse
 from cibp_fast.interval import Interval, UnsupportedOpError
 from cibp_fast.nn import IntervalConv2d, IntervalLinear
 
@@ -21,6 +22,7 @@ _FUNCTIONS = {"certify": "certificates", "train": "training"}
 
 __all__ = [
     "Bounds",
+    "FusedNetwork",
     "Interval",
     "IntervalConv2d",
     "IntervalLinear",
@@ -32,6 +34,7 @@ __all__ = [
     "config",
     "data",
     "functional",
+    "fuse",
     "losses",
     "models",
     "schedules",

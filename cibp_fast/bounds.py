@@ -116,6 +116,24 @@ class Bounds:
         return center.gather(1, y.unsqueeze(1)) - center - spread
 
 
+def check_arguments(x: Tensor, box: Interval, width: str, reduction: str) -> None:
+    """Raises the TypeErrors and ValueErrors of `bounds` about these arguments."""
+    if width not in _WIDTHS:
+        raise ValueError(f"width must be one of {', '.join(map(repr, _WIDTHS))}; got {width!r}")
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+    if not isinstance(box, Interval):
+        raise TypeError(f"box must be an Interval, got {type(box).__name__}")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    for name in ("shape", "dtype", "device"):
+        if getattr(x, name) != getattr(box, name):
+            raise ValueError(
+                f"x and box must have the same {name}, got {getattr(x, name)} and "
+                f"{getattr(box, name)}"
+            )
+
+
 def bounds(
     model: Callable[[Any], Any],
     x: Tensor,
@@ -147,21 +165,7 @@ def bounds(
             width or reduction is none of the allowed.
         RuntimeError: a layer cannot run on this box.
     """
-    if width not in _WIDTHS:
-        raise ValueError(f"width must be one of {', '.join(map(repr, _WIDTHS))}; got {width!r}")
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
-    if not isinstance(box, Interval):
-        raise TypeError(f"box must be an Interval, got {type(box).__name__}")
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-    for name in ("shape", "dtype", "device"):
-        if getattr(x, name) != getattr(box, name):
-            raise ValueError(
-                f"x and box must have the same {name}, got {getattr(x, name)} and "
-                f"{getattr(box, name)}"
-            )
-
+    check_arguments(x, box, width, reduction)
     recorder = Recorder(*_WIDTHS[width])
     with recording(recorder):
         out = model(Interval(box.lower, box.upper, x, validate=False))

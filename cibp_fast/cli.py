@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cibp_fast import _backend, data, environment, plotting, runs, training
+from cibp_fast.benchmarks import layer, step
 from cibp_fast.config import PRESET_GRAMMAR, Config, parse, preset
 from cibp_fast.distributed import is_first
 from cibp_fast.evaluation import broken, certificate, inputs
@@ -34,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0, or 2 for bad input (with one line on stderr), or 130 for Ctrl-C.
     """
     options = _parser().parse_args(arguments)
+    options.words = sys.argv[1:] if arguments is None else list(arguments)  # to be repeated
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         return _run(options)
@@ -235,13 +237,16 @@ def _parser() -> argparse.ArgumentParser:
         "  cibp-fast certify runs/first --eps 0.05\n"
         "  cibp-fast attack runs/first --steps 200 --restarts 10\n"
         "  cibp-fast plot runs/first -o curves.png\n"
+        "  cibp-fast bench step --models small     a training step, timed against its rivals\n"
         "  cibp-fast info                          what is installed, which kernel runs and why",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def command(name: str, run: Any, help: str, epilog: str = "") -> argparse.ArgumentParser:
-        added = commands.add_parser(
+    def command(
+        name: str, run: Any, help: str, epilog: str = "", among: Any = commands
+    ) -> argparse.ArgumentParser:
+        added = among.add_parser(
             name,
             help=help,
             description=help,
@@ -376,4 +381,15 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument(
         "-o", "--output", type=Path, required=True, metavar="FILE", help=".png, .pdf or .svg"
     )
+
+    summary = "Time training steps or single layers against other ways to compute them."
+    bench = commands.add_parser("bench", help=summary, description=summary)
+    benchmarks = bench.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
+    for module, help in (
+        (step, "Time whole training steps: fused, by layers, and their rivals."),
+        (layer, "Time each layer of the networks: the fused op and two passes."),
+    ):
+        name = module.__name__.rpartition(".")[2]
+        example = f"example:\n  cibp-fast bench {name} --models small --datasets mnist --rounds 5"
+        module.add_options(command(name, module.run, help, example, benchmarks))
     return parser

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,6 +71,13 @@ def _refused(name: str) -> Callable[..., Any]:
     return method
 
 
+class _Ball(NamedTuple):
+    """That an Interval is its nominal point +- radius, not clipped."""
+
+    radius: float | Tensor  # a number or one per channel
+    versions: tuple[int, ...]  # of lower, upper and nominal, when it was so
+
+
 class Interval:
     """The box of all x with `lower <= x <= upper`, and optionally a nominal point.
 
@@ -101,6 +108,7 @@ class Interval:
     _version: list[int]
     _seen: int
     _origin: Origin | None  # what a recorder noted about these values
+    _ball: _Ball | None  # of the result of `ball` only: what other operations make has none
 
     def __init__(
         self, lower: Tensor, upper: Tensor, nominal: Tensor | None = None, validate: bool = True
@@ -109,7 +117,7 @@ class Interval:
         if validate and may_inspect(lower):
             _check_values(lower, upper, nominal)
         self._lower, self._upper, self._nominal = lower, upper, nominal
-        self._version, self._seen, self._origin = [0], 0, None
+        self._version, self._seen, self._origin, self._ball = [0], 0, None, None
 
     @staticmethod
     def _make(
@@ -118,7 +126,7 @@ class Interval:
         """An Interval of results: nothing is checked."""
         box = Interval.__new__(Interval)
         box._lower, box._upper, box._nominal = lower, upper, nominal
-        box._version, box._seen, box._origin = [0], 0, origin
+        box._version, box._seen, box._origin, box._ball = [0], 0, origin, None
         return box
 
     @classmethod
@@ -162,7 +170,34 @@ class Interval:
                         "that range, or pass the range of the data, or clip=None for no clip"
                     )
             lower, upper = lower.clamp(min=least), upper.clamp(max=greatest)
-        return cls._make(lower, upper, x)
+        box = cls._make(lower, upper, x)
+        if clip is None:
+            box._mark_ball(x, radius)
+        return box
+
+    def _mark_ball(self, x: Tensor, radius: float | Tensor) -> None:
+        """Notes that this is x +- radius, unless that is of x's shape or has a gradient."""
+        streams = (self._lower, self._upper, x)
+        if torch.compiler.is_compiling() or any(stream.is_inference() for stream in streams):
+            return  # no version counters
+        if isinstance(radius, Tensor):
+            if radius.requires_grad or (radius.dim() and radius.shape == x.shape):
+                return
+            radius = radius.clone()  # the user's may change
+        self._ball = _Ball(radius, tuple(stream._version for stream in streams))
+
+    def _ball_radius(self, x: Tensor) -> float | Tensor | None:
+        """The radius, where this is exactly x +- radius and nobody wants its gradient, else None.
+
+        A number or a tensor of as many elements as x has channels. Writes that torch does not
+        count, such as through x.data, go unseen.
+        """
+        ball, streams = self._ball, (self._lower, self._upper, x)
+        if ball is None or x is not self._nominal or torch.compiler.is_compiling():
+            return None
+        if ball.versions != tuple(stream._version for stream in streams):
+            return None
+        return None if any(stream.requires_grad for stream in streams) else ball.radius
 
     @property
     def lower(self) -> Tensor:
@@ -319,7 +354,7 @@ class Interval:
         self._current()
         self._lower, self._upper, self._nominal = value.lower, value.upper, value.nominal
         self._version[0] += 1
-        self._seen, self._origin = self._version[0], value._origin
+        self._seen, self._origin, self._ball = self._version[0], value._origin, None
         return self
 
 

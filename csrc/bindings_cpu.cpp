@@ -16,6 +16,7 @@
 #include "cpu/conv2d.h"
 #include "cpu/linear.h"
 #include "cpu/network.h"
+#include "cpu/peak.h"
 #include "cpu/relu.h"
 
 #ifndef CIBP_MODULE
@@ -244,6 +245,7 @@ void define(py::module_& m, const char* suffix) {
   def("network_forward_", &network_forward_py<T>);
   def("network_backward_", &network_backward_py<T>);
   def("stage_input_size_", &stage_input_size_py<T>);
+  def("peak_flops_", &peak_flops<T>);
   def("relu_forward_", &relu_forward_py<T>);
   def("relu_backward_", &relu_backward_py<T>);
 }

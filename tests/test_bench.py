@@ -1,20 +1,28 @@
-"""The benchmark of the training loop runs, and its table says what it should."""
+"""The benchmarks check what they time, and their tables say what they should."""
 
 from __future__ import annotations
 
 import csv
+import importlib.util
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-SCRIPT = Path(__file__).parent.parent / "bench" / "bench_loop.py"
+from cibp_fast import cli
+from cibp_fast.benchmarks import common, layer, rivals, step
+from cibp_fast.benchmarks.step import Contender, Exact, Problem
+from cibp_fast.losses import Terms
+
+BENCH = Path(__file__).parent.parent / "bench"
+SCRIPT = BENCH / "bench_loop.py"
 QUICK = ["--steps=2", "--repeats=2", "--examples=20", "--threads=1", "--synthetic"]
 
 
 def _run(monkeypatch, *arguments):
-    monkeypatch.syspath_prepend(SCRIPT.parent)  # as for a script
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *QUICK, *map(str, arguments)])
     runpy.run_path(str(SCRIPT), run_name="__main__")
 
@@ -61,3 +69,288 @@ def test_what_the_benchmark_refuses(monkeypatch, capsys, wrong, message):
     with pytest.raises(SystemExit):
         _run(monkeypatch, *wrong)
     assert message in capsys.readouterr().err
+
+
+PROBLEMS = [
+    Problem("small", "mnist", 3, clip=False),
+    Problem("small", "cifar10", 2, clip=True),
+    Problem("large-same", "mnist", 1, clip=False),  # with nn.ZeroPad2d
+]
+CONTENDERS = [
+    pytest.param(name, each, marks=pytest.mark.slow if name == "compile" else ())
+    for name, rival in rivals.RIVALS.items()
+    for each in rival.formats
+]
+
+
+@pytest.fixture(scope="module", params=PROBLEMS, ids=lambda p: f"{p.model}-{p.dataset}-{p.batch}")
+def exact(request) -> tuple[Problem, Exact]:
+    return request.param, Exact.of(request.param)
+
+
+@pytest.mark.parametrize(("name", "memory_format"), CONTENDERS)
+def test_every_contender_agrees_with_the_oracle(exact, name, memory_format):
+    if name == "auto_lirpa":
+        pytest.importorskip("auto_LiRPA")
+    contender, facts = step.checked(exact[0], name, memory_format, exact[1])
+    assert 0 < float(facts["gradient_error"]) <= facts["tolerance"]
+    before = [parameter.clone() for parameter in contender.model.parameters()]
+    contender.optimizer.step()
+    for old, new in zip(before, contender.model.parameters(), strict=True):
+        assert torch.equal(old, new)  # the timed steps are the one that was checked
+
+
+@pytest.mark.parametrize("wrong", ["nominal", "robust", "width"])
+def test_a_term_that_is_off_by_a_hundredth_is_found(monkeypatch, wrong):
+    def build(model, ball):
+        right = rivals.naive(model, ball)
+
+        def terms(x: torch.Tensor, y: torch.Tensor) -> Terms:
+            found = right(x, y)
+            return found._replace(**{wrong: 1.01 * getattr(found, wrong)})
+
+        return terms
+
+    monkeypatch.setitem(rivals.RIVALS, "naive", replace(rivals.RIVALS["naive"], build=build))
+    with pytest.raises(AssertionError, match=r"wrong: loss off by .*, a gradient by"):
+        step.checked(PROBLEMS[0], "naive", "nchw", Exact.of(PROBLEMS[0]))
+
+
+def test_a_network_of_the_benchmark_exercises_all_of_the_step():
+    """Each ReLU sees active, dead and undecided units, and each term of the loss counts."""
+    problem = Problem("large-same", "mnist", 2, clip=False)
+    model, (x, y) = problem.network(), problem.data()
+    lower, upper = problem.ball.streams(x)
+    with torch.no_grad():
+        for module in model:
+            if isinstance(module, torch.nn.ReLU):
+                for share in (lower > 0, upper <= 0, (lower <= 0) & (upper > 0)):
+                    assert share.float().mean() > 0.05
+            if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
+                lower, upper = rivals.two_passes(module, lower, upper)
+            else:
+                lower, upper = module(lower), module(upper)
+        terms = rivals.naive(model, problem.ball)(x, y)
+    assert all(0.3 < term < 30 for term in terms)
+
+
+def test_flops_of_the_small_network_by_hand():
+    conv1, conv2 = 16 * 13 * 13 * 16, 32 * 10 * 10 * 16 * 16  # outputs x products of an output
+    others = conv2 + 3200 * 100 + 100 * 10
+    expected = 2 * 5 * (6 * conv1 + 9 * others)  # batch 5
+    assert Problem("small", "mnist", 5, clip=False).flops() == expected
+
+
+def test_saved_bytes_counts_each_storage_once_without_parameters_and_batch():
+    contender = Contender(PROBLEMS[0], "naive", "nchw")
+    weight = next(contender.model.parameters())
+
+    def terms(x: torch.Tensor, y: torch.Tensor) -> Terms:
+        saved = torch.zeros(1000, requires_grad=True).exp()  # its result
+        twice = (saved * saved[:]).sum()  # the same again
+        return Terms(twice, (x[0, 0, 0, 0] * weight).sum(), weight.new_zeros(()))
+
+    contender.terms = terms
+    assert contender.saved_bytes() == 4000
+
+
+def test_the_peak_memory_of_a_step_in_a_child():
+    try:
+        step._reset_peak()
+    except OSError:
+        pytest.skip("no /proc/self/clear_refs")
+    problem = Problem("small", "mnist", 100, clip=False)
+    growth = step.in_child(step.peak_growth, problem, "naive", "nchw", 1)
+    saved = Contender(problem, "naive", "nchw").saved_bytes()
+    assert 0.9 * saved < growth < 10 * saved
+
+
+def _main(*arguments) -> int:
+    return cli.main(["bench", *map(str, arguments), "--threads", "1"])
+
+
+def _step_csv(path: Path, *options: str) -> list[dict[str, str]]:
+    quick = ["--models", "small", "--datasets", "mnist", "--rounds", "2"]
+    assert _main("step", *quick, *options, "--output", path) == 0
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def step_csv(tmp_path_factory) -> Path:
+    """A table of two batch sizes; one contender is not there, and not compiled for speed."""
+    path = tmp_path_factory.mktemp("step") / "new" / "step.csv"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "auto_LiRPA", None)
+        names = ["fused", "layers", "naive", "four", "auto_lirpa", "naive_bf16"]
+        _step_csv(path, "--batch", "1", "2", "--contenders", *names)
+    return path
+
+
+def test_the_table_of_the_step(step_csv):
+    with step_csv.open() as file:
+        rows = list(csv.DictReader(file))
+    keys = {tuple(row[key] for key in step.KEYS) for row in rows}
+    assert len(keys) == len(rows) == 2 * 2 * 10  # batches, optimizers, contenders and formats
+    assert {row["contender"] for row in rows if row["note"]} == {"auto_lirpa"}
+    for row in rows:
+        assert None not in row and all(row[key] for key in (*step.KEYS, *common.CONDITIONS))
+        assert row["command"].startswith("cibp-fast bench step --models small --datasets mnist")
+        if row["note"]:
+            assert row["note"].startswith("ModuleNotFoundError: ") and not row["ms"]
+            continue
+        ms, gflop = float(row["ms"]), float(row["gflop"])
+        assert 0 < float(row["ms_q1"]) <= ms <= float(row["ms_q3"])
+        assert gflop == pytest.approx(
+            Problem("small", "mnist", int(row["batch"]), False).flops() / 1e9, rel=1e-2
+        )
+        assert float(row["gflops"]) == pytest.approx(1e3 * gflop / ms, abs=0.06, rel=1e-2)
+        share = float(row["gflops"]) / float(row["matmul_gflops"])
+        assert float(row["matmul_share"]) == pytest.approx(share, abs=5e-3)
+        assert float(row["ms_per_example"]) == pytest.approx(ms / int(row["batch"]), rel=1e-3)
+        assert float(row["ms_per_gflop"]) == pytest.approx(ms / gflop, rel=1e-2)
+        assert float(row["gradient_error"]) <= float(row["tolerance"])
+        assert int(row["saved_bytes"]) > 0 and not row["rss_bytes"]
+    for batch in ("1", "2"):
+        for optimizer in step.OPTIMIZERS:
+            own = [row for row in rows if (row["batch"], row["optimizer"]) == (batch, optimizer)]
+            naive = min(
+                (row for row in own if row["contender"] == "naive"),
+                key=lambda row: float(row["ms"]),
+            )
+            assert float(naive["ratio"]) == 1
+            (fused,) = (row for row in own if row["contender"] == "fused")
+            assert float(fused["fused_ratio"]) == 1
+    alone, adam = (
+        {
+            row["contender"]: float(row["ms"])
+            for row in rows
+            if row["optimizer"] == each and row["ms"]
+        }
+        for each in step.OPTIMIZERS
+    )
+    assert all(alone[name] < adam[name] for name in alone)
+
+
+def test_a_contender_that_is_wrong_is_not_timed(monkeypatch, tmp_path, capsys):
+    strict = replace(rivals.RIVALS["naive_bf16"], tolerance=1e-6)
+    monkeypatch.setitem(rivals.RIVALS, "naive_bf16", strict)
+    monkeypatch.setattr(step, "matmul_gflops", lambda clock: 100.0)
+    rows = _step_csv(tmp_path / "step.csv", "--batch", "1", "--contenders", "naive_bf16", "layers")
+    wrong = [row for row in rows if row["contender"] == "naive_bf16"]
+    assert len(wrong) == 4
+    assert all(row["note"].startswith("wrong: loss off by") and not row["ms"] for row in wrong)
+    assert capsys.readouterr().out.count("not timed: wrong: loss off by") == 2
+    others = [row for row in rows if row["contender"] == "layers"]
+    assert len(others) == 4 and all(row["ms"] and not row["ratio"] for row in others)
+
+
+def test_the_table_of_the_layers(tmp_path, capsys):
+    path = tmp_path / "layers.csv"
+    assert (
+        _main("layer", "--models", "small", "--datasets", "mnist", "--rounds", 2, "--output", path)
+        == 0
+    )
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    names = ["1 conv 1->16 4x4 s2", "2 conv 16->32 4x4 s1", "3 fc 3200->100", "4 fc 100->10"]
+    assert [(row["layer"], row["pass"]) for row in rows] == [
+        (name, kind) for name in names for kind in ("forward", "training")
+    ]
+    assert all(all(row.values()) and None not in row for row in rows)
+    assert capsys.readouterr().out.count("all layers") == 2
+
+
+def test_a_wrong_layer_is_not_timed(monkeypatch):
+    def wrong(inputs, geometry):
+        lower, upper, nominal, width = layer.naive(inputs, geometry)
+        return lower, upper, 1.001 * nominal, width
+
+    monkeypatch.setitem(layer.CONTENDERS, "naive", wrong)
+    with pytest.raises(AssertionError, match="naive nchw: nominal is off by"):
+        layer.calls(layer.layers("small", "mnist")[0], training=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["step", "--contenders", "fastest"], "invalid choice: 'fastest'"),
+        (["step", "--models", "tiny"], "invalid choice: 'tiny'"),
+        (["step", "--threads", "0"], "threads must be from 1 to 1024, not 0"),
+        (["step", "--threads", "2", "--clock", "cpu"], "use it with --threads 1"),
+        (["step", "--rounds", "1"], "rounds must be 2 or more, not 1"),
+        (["step", "--batch", "4", "0"], "batch must be 1 or more, not 0"),
+        (["step", "--output", "{tmp}/file/step.csv"], "{tmp}/file"),
+        (["step", "--output", "{tmp}"], "cannot write {tmp}: it is a folder"),
+        (["layer", "--output", "{tmp}"], "cannot write {tmp}: it is a folder"),
+        (["layer", "--contenders", "fused"], "unrecognized arguments"),
+        (["steps"], "invalid choice: 'steps'"),
+        ([], "required: BENCHMARK"),
+    ],
+)
+def test_one_line_for_bad_input(tmp_path, capsys, arguments, message):
+    (tmp_path / "file").touch()
+    try:
+        code = cli.main(["bench", *(word.format(tmp=tmp_path) for word in arguments)])
+    except SystemExit as exit:
+        code = exit.code
+    assert code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("cibp-fast: error: ")
+    assert message.format(tmp=tmp_path) in line
+
+
+@pytest.mark.parametrize("name", ["step", "layer"])
+def test_help(capsys, name):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["bench", name, "--help"])
+    assert f"cibp-fast bench {name} --models small" in capsys.readouterr().out
+
+
+@pytest.fixture
+def readme(monkeypatch, step_csv, tmp_path):
+    """bench/update_readme.py with the table of the step above, completed, in another folder."""
+    spec = importlib.util.spec_from_file_location("update_readme", BENCH / "update_readme.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with step_csv.open() as file:
+        rows = list(csv.DictReader(file))
+    rows += [row | {"contender": "compile"} for row in rows if row["contender"] == "four"]
+    common.write(tmp_path / "step.csv", step.FIELDS, rows)
+    monkeypatch.setattr(module, "STEP", tmp_path / "step.csv")
+    monkeypatch.setattr(module, "CHART", tmp_path / "step.png")
+    return module
+
+
+def test_the_section_of_the_step(readme):
+    lines = readme.performance()
+    small = [line for line in lines if line.startswith("| small mnist ")]
+    assert len(small) == 2  # batch sizes
+    header = next(line for line in lines if line.startswith("| network"))
+    assert all(line.count("|") == header.count("|") for line in small)
+    assert all(line.count("not timed") == 1 for line in small)  # auto_LiRPA
+    assert "Not timed: `auto_lirpa`: ModuleNotFoundError" in lines[-1]
+    with readme.STEP.open() as file:
+        row = next(row for row in csv.DictReader(file) if row["contender"] == "fused")
+    assert f"| {float(row['ms']):.3g} (" in small[0]
+
+
+def test_an_old_chart_is_found(readme, monkeypatch, tmp_path):
+    (tmp_path / "README.md").write_text("")
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    monkeypatch.setattr(readme, "SECTIONS", {})
+    monkeypatch.setattr(sys, "argv", ["update_readme.py"])
+    readme.main()
+    monkeypatch.setattr(sys, "argv", ["update_readme.py", "--check"])
+    readme.main()
+    with readme.STEP.open("a") as file:
+        file.write("\n")
+    with pytest.raises(SystemExit, match=r"step\.png is out of date"):
+        readme.main()
+
+
+def test_a_step_table_that_lacks_a_contender_is_refused(readme):
+    text = readme.STEP.read_text().splitlines(keepends=True)
+    readme.STEP.write_text("".join(line for line in text if ",compile," not in line))
+    with pytest.raises(SystemExit, match="lacks compile"):
+        readme.performance()

@@ -1,46 +1,33 @@
 // The CPU kernels without Python, to run under sanitizers (tests/test_sanitizers.py): random small
-// layers, forward and backward, against plain loops in double.
+// layers and ReLU (here) and whole networks (network_driver.cpp), forward and backward, against
+// plain loops in double.
 //
-// driver [case]   all cases and ReLU, or the one of that number; the exit status says whether all
-// agree
+// driver [layer | network [number]]   all, or those of one kind, or one of them; the exit status
+// says whether all agree
 //
-// Every tensor has a heap block of its own that ends with its last element, and NaN between its
-// elements; outputs begin as NaN, and -DCIBP_POISON makes scratch memory begin as NaN too. lower <=
-// upper is not asked for: no formula needs it.
-#include <algorithm>
+// lower <= upper is not asked for in layers: no formula needs it.
 #include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
-#include <random>
 #include <utility>
 #include <vector>
 
 #include "cpu/conv2d.h"
 #include "cpu/linear.h"
 #include "cpu/relu.h"
+#include "support.h"
 
 using namespace cibp;
+using namespace cibp::test;
 
 namespace {
 
 constexpr int kCases = 200;
 constexpr int64_t kMaxProducts = 400000;  // of a layer and stream: sanitized loops are slow
-
-class Random {
- public:
-  explicit Random(uint64_t seed) : engine_(seed) {}
-  int64_t integer(int64_t low, int64_t high) {  // both may come up
-    return low + static_cast<int64_t>(engine_() % static_cast<uint64_t>(high - low + 1));
-  }
-  bool one_in(int64_t n) { return integer(1, n) == 1; }
-  double real() { return std::ldexp(static_cast<double>(engine_() >> 11), -52) - 1; }  // in [-1, 1)
-
- private:
-  std::mt19937_64 engine_;
-};
 
 struct Case {
   bool linear;  // then the convolution of one pixel that it equals
@@ -92,57 +79,6 @@ Case draw_case(Random& random) {
   }
 }
 
-using Size = std::array<int64_t, 4>;
-using Values = std::vector<double>;
-
-size_t count(const Size& size) {
-  return static_cast<size_t>(size[0] * size[1] * size[2] * size[3]);
-}
-
-enum class Layout { kContiguous, kChannelsLast, kGaps, kExpanded, kMixed };
-
-Layout draw_layout(Random& random) { return static_cast<Layout>(random.integer(0, 4)); }
-
-// A tensor argument. One without elements has no data, as in torch.
-template <class T>
-struct Argument {
-  Size stride;
-  std::vector<T> block;
-  Values values;  // in the order of the indices
-
-  // Random elements; kMixed: one of the other layouts, so that the tensors of an op differ.
-  Argument(Random& random, const Size& size, Layout layout) {
-    if (layout == Layout::kMixed) layout = static_cast<Layout>(random.integer(0, 3));
-    std::array<int, 4> order{3, 2, 1, 0};  // innermost first
-    if (layout == Layout::kChannelsLast) order = {1, 3, 2, 0};
-    if (layout == Layout::kGaps)
-      for (int i = 3; i > 0; --i) std::swap(order[i], order[random.integer(0, i)]);
-    int64_t step = layout == Layout::kGaps ? random.integer(1, 2) : 1, extent = 1;
-    for (int d : order) {
-      if (layout == Layout::kExpanded && random.one_in(2)) {
-        stride[d] = 0;
-        continue;
-      }
-      stride[d] = step;
-      extent += (size[d] - 1) * step;
-      step *= std::max<int64_t>(1, size[d]);
-      if (layout == Layout::kGaps) step += random.integer(0, 2);
-    }
-    if (count(size) == 0) return;
-    block = std::vector<T>(static_cast<size_t>(extent), std::numeric_limits<T>::quiet_NaN());
-    const auto each = [&](const auto& body) {
-      for (int64_t n = 0; n < size[0]; ++n)
-        for (int64_t c = 0; c < size[1]; ++c)
-          for (int64_t y = 0; y < size[2]; ++y)
-            for (int64_t x = 0; x < size[3]; ++x)
-              body(block[static_cast<size_t>(n * stride[0] + c * stride[1] + y * stride[2] +
-                                             x * stride[3])]);
-    };
-    each([&](T& element) { element = random.one_in(8) ? T{0} : static_cast<T>(random.real()); });
-    each([&](T& element) { values.push_back(static_cast<double>(element)); });
-  }
-};
-
 template <class T>
 struct Inputs {
   Argument<T> lower, upper, nominal, weight, bias, grad_lower, grad_upper, grad_nominal, lower_out,
@@ -171,9 +107,7 @@ struct Inputs {
         grad_width(static_cast<T>(random.real())) {}
 };
 
-// What an output should be, and the sum of the magnitudes of its terms: a result whose every term
-// was rounded at most n times is off by at most gamma_n times that, gamma_n = n u / (1 - n u), in
-// whatever order it was summed.
+// What an output should be, and the sum of the magnitudes of its terms, for support.h: gamma.
 struct Expected {
   Values value, magnitude;
   explicit Expected(size_t size = 0) : value(size), magnitude(size) {}
@@ -192,28 +126,6 @@ std::array<Expected, 2> bounds(const Expected& a, const Expected& b) {
     result[1].add(static_cast<int64_t>(i), b.value[i], b.magnitude[i]);
   }
   return result;
-}
-
-// Calls body(output, input, weight) with the indices of the factors of each product.
-template <class Body>
-void for_products(const Conv2dShape& s, const Body& body) {
-  const int64_t in_channels = s.in_channels / s.groups, out_channels = s.out_channels / s.groups;
-  int64_t output = 0;
-  for (int64_t n = 0; n < s.batch; ++n)
-    for (int64_t o = 0; o < s.out_channels; ++o)
-      for (int64_t y = 0; y < s.out_height; ++y)
-        for (int64_t x = 0; x < s.out_width; ++x, ++output)
-          for (int64_t c = 0; c < in_channels; ++c)
-            for (int64_t ky = 0; ky < s.kernel_height; ++ky)
-              for (int64_t kx = 0; kx < s.kernel_width; ++kx) {
-                const int64_t row = y * s.stride_height - s.padding_height + ky * s.dilation_height;
-                const int64_t column = x * s.stride_width - s.padding_width + kx * s.dilation_width;
-                if (row < 0 || row >= s.in_height || column < 0 || column >= s.in_width) continue;
-                const int64_t channel = o / out_channels * in_channels + c;
-                body(output,
-                     ((n * s.in_channels + channel) * s.in_height + row) * s.in_width + column,
-                     ((o * in_channels + c) * s.kernel_height + ky) * s.kernel_width + kx);
-              }
 }
 
 struct Reference {
@@ -278,38 +190,13 @@ struct Reference {
   }
 };
 
-template <class T>
-double gamma(int64_t n) {
-  const double nu =
-      static_cast<double>(n) * static_cast<double>(std::numeric_limits<T>::epsilon()) / 2;
-  return nu / (1 - nu);
-}
-
-template <class T>
-constexpr const char* kName = sizeof(T) == 4 ? "float" : "double";
-
-// Prints the first wrong element; `roundings` of each term, in T by the kernel and in double by the
-// reference.
+// `roundings` of each term.
 template <class T>
 bool agrees(const char* quantity, const std::vector<T>& found, const Expected& expected,
             int64_t roundings) {
-  const double relative = gamma<T>(roundings) + gamma<double>(roundings);
-  for (size_t i = 0; i < found.size(); ++i) {
-    const double value = static_cast<double>(found[i]), limit = relative * expected.magnitude[i];
-    if (std::abs(value - expected.value[i]) <= limit) continue;  // NaN does not
-    std::printf("MISMATCH of %s in %s: element %zu of %zu is %.9g, expected %.9g +- %.2g\n",
-                quantity, kName<T>, i, found.size(), value, expected.value[i], limit);
-    return false;
-  }
-  return true;
-}
-
-template <class Tensor, class T>
-Tensor view(const Argument<T>& argument, bool present = true) {
-  Tensor tensor;
-  if (present) tensor.data = argument.block.data();
-  std::copy_n(argument.stride.begin(), std::size(tensor.stride), tensor.stride);
-  return tensor;
+  return close(
+      quantity, found, [&](size_t i) { return expected.value[i]; },
+      [&](size_t i) { return gamma<T>(roundings) * expected.magnitude[i]; });
 }
 
 template <class T>
@@ -478,10 +365,8 @@ constexpr const char* kThreads = "OpenMP";
 constexpr const char* kThreads = "no OpenMP";
 #endif
 
-}  // namespace
-
-int main(int argc, char** argv) {
-  const int only = argc > 1 ? std::atoi(argv[1]) : -1;
+// The number of wrong cases, and sizes for ReLU, or of the one case of this number.
+int wrong_layers(int only) {
   int failures = 0;
   for (int number = 0; number < kCases; ++number) {
     if (only >= 0 && number != only) continue;
@@ -500,7 +385,19 @@ int main(int argc, char** argv) {
       if (!check_relu<float>(size, nominal, random) || !check_relu<double>(size, nominal, random))
         ++failures;
   }
-  std::printf("%d-byte vectors, %s instructions, %s: %d of %d cases wrong\n", CIBP_VECTOR_BYTES,
-              kInstructions, kThreads, failures, only >= 0 ? 1 : kCases);
-  return failures == 0 ? 0 : 1;
+  return failures;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);  // nothing is lost where a sanitizer ends the program
+  const char* kind = argc > 1 ? argv[1] : "";
+  const int only = argc > 2 ? std::atoi(argv[2]) : -1;
+  int layers = 0, networks = 0;
+  if (std::strcmp(kind, "network") != 0) layers = wrong_layers(only);
+  if (std::strcmp(kind, "layer") != 0) networks = wrong_networks(only);
+  std::printf("%d-byte vectors, %s instructions, %s: %d of %d layers, %d of %d networks wrong\n",
+              CIBP_VECTOR_BYTES, kInstructions, kThreads, layers, kCases, networks, kNetworks);
+  return layers + networks == 0 ? 0 : 1;
 }

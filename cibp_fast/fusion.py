@@ -1,0 +1,616 @@
+"""`fuse`: a whole network's bounds as one op, on the CPU.
+
+A model is traced once into its layers, which are grouped into affine stages and what goes with them
+(`_group`). Every call reads parameters and hyperparameters anew (`_stages_and_parameters`) and runs
+all stages in one autograd node (`_network_op`).
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from cibp_fast import _backend
+from cibp_fast._network_op import Stage, network
+from cibp_fast.bounds import Bounds, bounds, check_arguments
+from cibp_fast.interval import Interval
+from cibp_fast.nn import IntervalConv2d, IntervalLinear
+from cibp_fast.recorder import Head
+from cibp_fast.rules import _pair
+
+__all__ = ["FusedNetwork", "fuse"]
+
+# Exact types: a subclass may compute something else.
+_CONVOLUTIONS = (nn.Conv2d, IntervalConv2d)
+_LINEARS = (nn.Linear, IntervalLinear)
+_NORMS = {nn.BatchNorm1d: _LINEARS, nn.BatchNorm2d: _CONVOLUTIONS}  # and what they follow
+_POOLS = (nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d)
+_FUNCTIONS = {
+    **dict.fromkeys((F.relu, torch.relu, torch.relu_, "relu", "relu_"), "relu"),
+    **dict.fromkeys((torch.flatten, "flatten"), "flatten"),
+    **dict.fromkeys((torch.reshape, "reshape"), "reshape"),
+    "view": "view",
+}
+
+PRECISIONS = ("float32", "fast")
+
+_SUPPORTED = (
+    "supported are chains of Conv2d (groups=1, padded with zeros), Linear, ReLU, Flatten, "
+    "AvgPool2d and AdaptiveAvgPool2d, BatchNorm, ZeroPad2d, Identity and Dropout, behind a "
+    "cibp_fast.models.Normalize or not, that end in Linear"
+)
+
+
+class FusedNetwork(nn.Module):
+    """A model whose bounds are one op; made by `fuse`.
+
+    Parameters, buffers and submodules are the model's own, under the same names.
+    """
+
+    _model: nn.Module
+
+    def __init__(self, model: nn.Module, precision: str = "float32") -> None:
+        super().__init__()
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be 'float32' or 'fast', got {precision!r}")
+        self.precision = precision
+        object.__setattr__(self, "_model", model)  # not a submodule: the names stay the model's
+        self.training = model.training
+        self._modules, self._parameters = model._modules, model._parameters
+        self._buffers = model._buffers
+        self._non_persistent_buffers_set = model._non_persistent_buffers_set
+        self._structure = _structure(model)
+        self._program = _trace(model)
+
+    def forward(self, x: Any) -> Any:
+        """The model's own forward pass: Tensor -> Tensor, Interval -> Interval."""
+        return self._model(x)
+
+    def train(self, mode: bool = True) -> FusedNetwork:
+        self._model.train(mode)
+        self.training = mode
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return fuse, (self._model, self.precision)
+
+    def bounds(
+        self, x: Tensor, box: Interval, width: str = "post", reduction: str = "mean"
+    ) -> Bounds:
+        """`cf.bounds(model, x, box, width, reduction)` in one op, with the same result.
+
+        Where no CPU kernels are built it is that call. Gradients reach the parameters, x and box,
+        but there are no second ones. A box made by `Interval.ball(x, eps, clip=None)`, with eps a
+        number or one per channel, of the same x costs less where the first layer is a convolution
+        without padding.
+
+        Args:
+            x: [N, ...], float32 or float64, on the CPU; the nominal point.
+            box: Interval of x's shape.
+            width: "post"; the other widths of cf.bounds are not recorded here.
+            reduction: as for cf.bounds.
+
+        Raises:
+            TypeError: x or box has the wrong type, or a parameter another dtype than x.
+            ValueError: as cf.bounds; and width is not "post", x is of another dtype or on another
+                device than the above, a parameter is elsewhere, a layer does not fit its input or
+                has changed to one that `fuse` cannot take, or batch norm or dropout is in training
+                mode.
+        """
+        check_arguments(x, box, width, reduction)
+        if width != "post":
+            raise ValueError(
+                f"fuse records widths after activations only: width must be 'post', got {width!r}; "
+                "cf.bounds takes it"
+            )
+        if x.device.type != "cpu" or x.dtype not in _backend.KERNEL_DTYPES:
+            raise ValueError(
+                f"fused networks run in float32 and float64 on the CPU, got x in {x.dtype} on "
+                f"{x.device}; cf.bounds takes it"
+            )
+        if not _backend.available_isas():
+            return bounds(self._model, x, box, width, reduction)
+        program = self._current_program()
+        stages, weights, biases = _stages_and_parameters(program, x)
+        if self.precision == "fast":
+            stages = [stage._replace(fast=True) for stage in stages]
+        lower, upper, nominal, ball = _inputs(program, stages[0], x, box)
+        lower, upper, logits, head_lower, head_upper, squares = network(
+            lower, upper, nominal, ball, stages, weights, biases
+        )
+        counted = [i for i, stage in enumerate(stages) if stage.relu or i == len(stages) - 1]
+        if len(counted) < len(stages):
+            squares = squares[counted]
+        if reduction == "mean":
+            squares = squares / squares.new_tensor([math.prod(stages[i].output) for i in counted])
+        bias = biases[-1]
+        # clones: margins of this pass, also after an optimizer's step
+        head = Head(
+            head_lower, head_upper, weights[-1].clone(), None if bias is None else bias.clone()
+        )
+        return Bounds(Interval._make(lower, upper, logits), squares / len(x), head)
+
+    def _current_program(self) -> _Program:
+        """The program of the model as it is now; traced again where its modules have changed."""
+        structure = _structure(self._model)
+        if structure != self._structure:
+            self._program = _trace(self._model)
+            self._structure = structure
+        return self._program
+
+
+def fuse(model: nn.Module, precision: str = "float32") -> FusedNetwork:
+    """A network whose bounds, of all layers, are computed by one op in one autograd node.
+
+    The result shares the model's parameters and submodules (the same state_dict), and reads them at
+    every call: it follows an optimizer, load_state_dict, .to(), and modules that are replaced. The
+    model's forward is traced with torch.fx: a module of any class will do whose forward is a chain
+    of layers. What it does by values or by attributes other than submodules and `training` is
+    fixed at the tracing.
+
+    Args:
+        model: a chain of Conv2d (groups=1, zero padding), Linear, ReLU, Flatten, AvgPool2d and
+            AdaptiveAvgPool2d, BatchNorm (in eval mode), ZeroPad2d, Identity and Dropout (in eval
+            mode), optionally behind a cibp_fast.models.Normalize, that ends in Linear.
+        precision: "float32", or "fast": Winograd convolutions of quadratic kernels where they
+            should be faster, with a few times the rounding (README, "Precision"). For training
+            only: its bounds are never a certificate, and `cf.certify` does not use them.
+
+    Raises:
+        TypeError: model is no module.
+        ValueError: precision is neither; or the model has a layer, named in the message, that cannot be fused; cf.bounds
+            still works.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return FusedNetwork(model._model if isinstance(model, FusedNetwork) else model, precision)
+
+
+class _Layer(NamedTuple):
+    """A layer of the model, or the layer that a function in its forward equals."""
+
+    name: str
+    module: Any
+    features: int | None = None  # that a Flatten must give; None: whatever it gives
+
+    def error(self, why: str) -> ValueError:
+        return ValueError(
+            f"fuse cannot take {self.name} ({type(self.module).__name__}): {why}; cf.bounds still "
+            "works"
+        )
+
+
+@dataclass
+class _Affine:
+    """A convolution or linear layer, and the layers that go with it."""
+
+    layer: _Layer
+    before: list[_Layer]  # pooling, padding and flattening, in order
+    norm: _Layer | None = None
+    relu: bool = False
+
+    @property
+    def linear(self) -> bool:
+        return type(self.layer.module) in _LINEARS
+
+
+@dataclass
+class _Program:
+    """The layers of a model."""
+
+    normalize: _Layer | None = None
+    affine: list[_Affine] = field(default_factory=list)
+    dropouts: list[_Layer] = field(default_factory=list)
+
+
+# The model's layers
+
+
+def _structure(model: nn.Module) -> list[tuple[Any, ...]]:
+    """What a traced program stays right for: the tree of modules."""
+    return [
+        (name, module, type(module), _own_mode(module), *map(bool, _hooks(module)))
+        for name, module in _tree("", model)
+    ]
+
+
+def _own_mode(module: nn.Module) -> bool:
+    """`training`, where a forward that is traced may depend on it."""
+    return module.training and not type(module).__module__.startswith(("torch.", "cibp_fast."))
+
+
+def _tree(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    yield name, module
+    for key, child in module._modules.items():
+        if child is not None:
+            yield from _tree(f"{name}.{key}" if name else key, child)
+
+
+def _hooks(module: nn.Module) -> tuple[Any, ...]:
+    return (
+        *(module._forward_hooks, module._forward_pre_hooks),
+        *(module._backward_hooks, module._backward_pre_hooks),
+        "forward" in module.__dict__,
+    )
+
+
+@torch.compiler.disable  # dynamo cannot trace the tracing
+def _trace(model: nn.Module) -> _Program:
+    for name, module in _tree("", model):
+        if any(_hooks(module)):
+            raise _Layer(name or "the model", module).error(
+                "it has hooks, or a forward of its own, which would not run"
+            )
+    return _group(_layers(model))
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, module_qualified_name: str) -> bool:
+        # subclasses too, so that an error can name them
+        known = (nn.Conv2d, nn.Linear, *_NORMS, *_POOLS, *_DROPOUTS)
+        return (
+            isinstance(module, known)
+            or _is_normalize(module)
+            or super().is_leaf_module(module, module_qualified_name)
+        )
+
+
+def _is_normalize(module: nn.Module) -> bool:
+    from cibp_fast.models import Normalize  # the training layer is imported on first use
+
+    return type(module) is Normalize
+
+
+def _layers(model: nn.Module) -> list[_Layer]:
+    """The layers in the order of the pass."""
+    if _Tracer().is_leaf_module(model, "model"):
+        return [_Layer("the model", model)]
+    try:
+        graph = _Tracer().trace(model)
+    except Exception as error:  # whatever the model's forward raises for a proxy
+        first = (str(error).splitlines() or [""])[0]
+        raise ValueError(
+            f"fuse cannot trace the forward of {type(model).__name__} with torch.fx "
+            f"({type(error).__name__}: {first}); cf.bounds still works"
+        ) from error
+    *nodes, output = graph.nodes
+    layers: list[_Layer] = []
+    used = {output}
+    node = output.args[0]
+    while True:
+        if not isinstance(node, fx.Node):
+            raise ValueError(
+                f"fuse needs a model that returns one tensor, and the forward of "
+                f"{type(model).__name__} returns a {type(node).__name__}; cf.bounds still works"
+            )
+        used.add(node)
+        if node is nodes[0]:
+            break
+        layer, source = _layer(model, node)
+        layers.append(layer)
+        node = source
+    for unused in nodes:
+        if unused not in used and not _is_size(unused) and unused.op != "placeholder":
+            raise _not_in_chain(model, unused)
+    return layers[::-1]
+
+
+def _layer(model: nn.Module, node: fx.Node) -> tuple[_Layer, Any]:
+    """The layer that a node is, and the node of its input."""
+    arguments: dict[str, Any] = {"input": node.args[0] if node.args else None, **node.kwargs}
+    source: Any = arguments.pop("input")
+    others: tuple[Any, ...] = node.args[1:]
+    if node.op == "call_module":
+        layer = _Layer(str(node.target), model.get_submodule(str(node.target)))
+        if others or arguments or not isinstance(source, fx.Node):
+            raise layer.error("it takes more than its input")
+        return layer, source
+    name = _FUNCTIONS.get(node.target)
+    arguments.pop("inplace", None)
+    if name == "relu" and len(others) <= 1 and not arguments:
+        return _Layer(f"the call of {name}", nn.ReLU()), source
+    if name == "flatten":
+        dims = {"start_dim": 0, "end_dim": -1}
+        dims.update(zip(dims, others, strict=False))
+        return _Layer("the call of flatten", nn.Flatten(**(dims | arguments))), source
+    if name in ("view", "reshape") and not arguments:
+        sizes = others[0] if len(others) == 1 and isinstance(others[0], tuple | list) else others
+        if len(sizes) == 2:
+            batch, features = sizes
+            known = isinstance(features, int) and features > 0
+            if (_is_size(batch) and (known or features == -1)) or (batch == -1 and known):
+                layer = _Layer(f"the call of {name}", nn.Flatten(), features if known else None)
+                return layer, source
+    raise _not_in_chain(model, node)
+
+
+def _is_size(value: Any) -> bool:
+    """Whether a node is the batch size, or the shape that it is taken from."""
+    if not isinstance(value, fx.Node):
+        return False
+    if value.op == "call_method" and value.target == "size":
+        return value.args[1:] in ((), (0,))
+    if value.target is getattr:
+        return value.args[1] == "shape"
+    if value.target is operator.getitem and value.args[1] == 0:
+        return _is_size(value.args[0])
+    return False
+
+
+def _not_in_chain(model: nn.Module, node: fx.Node) -> ValueError:
+    if node.op == "call_module":
+        name = str(node.target)
+        return _Layer(name, model.get_submodule(name)).error(
+            "its result is not what the next layer takes"
+        )
+    kinds = {"get_attr": "parameter or buffer", "placeholder": "argument"}
+    what = kinds.get(node.op, "function")
+    name = getattr(node.target, "__name__", str(node.target))
+    return ValueError(
+        f"fuse cannot take the {what} {name} as {type(model).__name__} uses it: {_SUPPORTED}; "
+        "cf.bounds still works"
+    )
+
+
+def _group(layers: list[_Layer]) -> _Program:
+    """The affine stages that the layers make up."""
+    program = _Program()
+    before: list[_Layer] = []  # what the next affine layer will take with it
+    directly = False  # whether nothing came since the last affine layer
+
+    def waiting(*kinds: type[nn.Module]) -> _Layer | None:
+        return next((each for each in before if type(each.module) in kinds), None)
+
+    for layer in layers:
+        kind = type(layer.module)
+        last = program.affine[-1] if program.affine else None
+        if kind is nn.Identity:
+            continue
+        if kind in _DROPOUTS:
+            program.dropouts.append(layer)
+            continue
+        if _is_normalize(layer.module):
+            if last is not None or before or program.normalize is not None:
+                raise layer.error("it must be the first layer")
+            program.normalize = layer
+        elif kind in (*_CONVOLUTIONS, *_LINEARS):
+            if kind in _CONVOLUTIONS:
+                _check_plain(layer)
+            elif pad := waiting(nn.ZeroPad2d):
+                raise pad.error("it must come before a convolution")
+            program.affine.append(_Affine(layer, before))
+            before = []
+        elif kind in (nn.ZeroPad2d, nn.Flatten, *_POOLS):
+            if kind in _POOLS and (last is None or last.linear or waiting(nn.ZeroPad2d)):
+                raise layer.error(
+                    "it must come after a convolution, and not directly after padding"
+                )
+            before.append(layer)
+        elif kind is nn.ReLU:
+            if last is None or last.relu or waiting(nn.ZeroPad2d, *_POOLS):
+                raise layer.error("it must follow Conv2d, Linear or their BatchNorm")
+            last.relu = True
+        elif kind in _NORMS:
+            if last is None or not directly or type(last.layer.module) not in _NORMS[kind]:
+                raise layer.error("it must come directly after a convolution or linear layer")
+            if layer.module.running_mean is None:
+                raise layer.error("it has no running statistics")
+            last.norm = layer
+        else:
+            raise layer.error(_SUPPORTED)
+        directly = kind in (*_CONVOLUTIONS, *_LINEARS)
+    last = program.affine[-1] if program.affine else None
+    if last is None or not last.linear or last.relu or last.norm or waiting(nn.ZeroPad2d, *_POOLS):
+        end = layers[-1] if layers else _Layer("the model", nn.Identity())
+        raise end.error("the network must end in Linear")
+    return program
+
+
+# What a call hands to the op
+
+
+def _inputs(
+    program: _Program, first: Stage, x: Tensor, box: Interval
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """lower, upper, nominal [N, C, H, W] of the first stage, and the radius [C] of a ball."""
+    shape = (len(x), *first.input)
+    normalize = None if program.normalize is None else program.normalize.module
+    lower, upper = box.lower, box.upper
+    ball = None if first.dense or first.padded else box._ball_radius(x)
+    if ball is not None:
+        radius = torch.as_tensor(ball, dtype=x.dtype).reshape(-1, 1, 1)
+        if normalize is not None:
+            x, radius = normalize(x), (Interval._make(-radius, radius, None) / normalize.std).upper
+        x = x.reshape(shape)
+        return x, x, x, radius.flatten().expand(first.input[0]).contiguous()
+    streams: Any = (lower, upper, x)
+    if normalize is not None:
+        box = normalize(Interval._make(*streams))
+        streams = box.lower, box.upper, box.nominal
+    lower, upper, x = (stream.reshape(shape) for stream in streams)
+    return lower, upper, x, None
+
+
+def _stages_and_parameters(
+    program: _Program, x: Tensor
+) -> tuple[list[Stage], list[Tensor], list[Tensor | None]]:
+    """The stages for inputs like x, with their weights and biases; all are checked."""
+    for dropout in program.dropouts:
+        if dropout.module.training and dropout.module.p:
+            raise dropout.error("it is random in training mode; call model.eval()")
+    if program.normalize is not None:
+        _check_tensors(program.normalize, x, "mean", "std")
+    stages: list[Stage] = []
+    weights: list[Tensor] = []
+    biases: list[Tensor | None] = []
+    shape = tuple(int(size) for size in x.shape[1:])  # of an example, as the model has it
+    image = shape  # the same, before flattening
+    for affine in program.affine:
+        _check_tensors(affine.layer, x, "weight", "bias")
+        weight, bias = affine.layer.module.weight, affine.layer.module.bias
+        padding = (0, 0, 0, 0)  # left, right, top, bottom
+        for step in affine.before:
+            if type(step.module) is nn.ZeroPad2d:
+                padding = _added(step, padding)
+            elif type(step.module) is nn.Flatten:
+                shape = _flattened(step, shape)
+            else:
+                stage = _pooling_stage(step, shape)
+                if stage.kernel == (1, 1) and stage.input == stage.output:
+                    continue
+                if stages[-1].dense:
+                    raise step.error("it comes after a layer that covers its input")
+                stages.append(stage)
+                shape = image = stage.output
+        _check_fit(affine.layer, shape)
+        if affine.linear:
+            if not stages:
+                image = (*shape, 1, 1)
+            stage = _linear_stage(image, len(weight), affine.relu)
+        else:
+            _check_plain(affine.layer)
+            stage = _convolution_stage(affine, image, weight, padding)
+        if affine.norm is not None:
+            weight, bias = _folded(affine.norm, x, weight, bias)
+        if stages and stages[-1].dense and not stage.dense:
+            raise affine.layer.error(
+                "a convolution with several outputs comes after a layer that covers its input"
+            )
+        stages.append(stage)
+        weights.append(weight)
+        biases.append(bias)
+        image = stage.output
+        shape = image[:1] if affine.linear else image
+    return stages, weights, biases
+
+
+def _check_tensors(layer: _Layer, x: Tensor, *names: str) -> None:
+    for name in names:
+        tensor = getattr(layer.module, name)
+        if tensor is None:
+            continue
+        if tensor.device != x.device:
+            raise ValueError(f"{layer.name}.{name} is on {tensor.device}, x on {x.device}")
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"{layer.name}.{name} is {tensor.dtype}, x is {x.dtype}")
+
+
+def _added(pad: _Layer, padding: tuple[int, ...]) -> tuple[int, int, int, int]:
+    module = pad.module
+    left, right, top, bottom = module.padding
+    if min(module.padding) < 0:
+        raise pad.error(f"padding must be at least 0, got {module.padding}")
+    return padding[0] + left, padding[1] + right, padding[2] + top, padding[3] + bottom
+
+
+def _flattened(flatten: _Layer, shape: tuple[int, ...]) -> tuple[int, ...]:
+    module = flatten.module
+    if module.start_dim != 1 or module.end_dim not in (-1, len(shape)):
+        raise flatten.error(
+            f"all dimensions but the first must be flattened, got start_dim={module.start_dim} "
+            f"and end_dim={module.end_dim} for {list(shape)}"
+        )
+    features = math.prod(shape)
+    if flatten.features not in (None, features):
+        raise flatten.error(f"{flatten.features} features are wanted of {list(shape)}")
+    return (features,)
+
+
+def _pooling_stage(pool: _Layer, shape: tuple[int, ...]) -> Stage:
+    module = pool.module
+    if len(shape) != 3:
+        raise pool.error(f"it takes images [N, C, H, W], got {['N', *shape]}")
+    size = shape[1:]
+    if type(module) is nn.AdaptiveAvgPool2d:
+        given = module.output_size
+        wanted = given if isinstance(given, tuple) else (given, given)
+        out = tuple(n if w is None else w for w, n in zip(wanted, size, strict=True))
+        if min(out) < 1 or any(n % o for n, o in zip(size, out, strict=True)):
+            raise pool.error(f"{list(size)} pixels are no multiple of output_size {list(out)}")
+        kernel = stride = (size[0] // out[0], size[1] // out[1])
+        padding = (0, 0)
+    else:
+        kernel, padding = _pair("kernel_size", module.kernel_size), _pair("padding", module.padding)
+        stride = _pair("stride", module.stride)
+        if module.ceil_mode or module.divisor_override is not None:
+            raise pool.error("ceil_mode and divisor_override are not supported")
+        if padding != (0, 0) and not module.count_include_pad:
+            raise pool.error("with padding count_include_pad must be True")
+        out = tuple((size[i] + 2 * padding[i] - kernel[i]) // stride[i] + 1 for i in (0, 1))
+        if min(out) < 1:
+            raise pool.error(f"kernel_size {list(kernel)} is larger than its input {list(shape)}")
+    return Stage(shape, (shape[0], *out), kernel, stride, padding, (1, 1), relu=False, pool=True)
+
+
+def _check_plain(layer: _Layer) -> None:
+    """That a convolution is of the kind that there are kernels for."""
+    module = layer.module
+    if module.groups != 1:
+        raise layer.error(f"groups must be 1, got {module.groups}")
+    if module.padding_mode != "zeros":
+        raise layer.error(f"padding_mode must be 'zeros', got {module.padding_mode!r}")
+    if not isinstance(module.padding, str) and min(_pair("padding", module.padding)) < 0:
+        raise layer.error(f"padding must be at least 0, got {module.padding}")
+
+
+def _check_fit(layer: _Layer, shape: tuple[int, ...]) -> None:
+    """That a layer's parameters fit each other and the example that it is given."""
+    weight, bias = layer.module.weight, layer.module.bias
+    dims = 1 if type(layer.module) in _LINEARS else 3
+    fits = len(shape) == dims and weight.dim() == dims + 1 and weight.shape[1] == shape[0]
+    if not fits or 0 in weight.shape:
+        raise layer.error(f"weight {list(weight.shape)} does not fit inputs {['N', *shape]}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise layer.error(f"bias {list(bias.shape)} does not fit weight {list(weight.shape)}")
+
+
+def _linear_stage(image: tuple[int, ...], outputs: int, relu: bool) -> Stage:
+    return Stage(image, (outputs, 1, 1), image[1:], (1, 1), (0, 0), (1, 1), relu)
+
+
+def _convolution_stage(
+    affine: _Affine, image: tuple[int, ...], weight: Tensor, padding: tuple[int, ...]
+) -> Stage:
+    """padding: left, right, top, bottom, of layers before the convolution."""
+    layer = affine.layer
+    module = layer.module
+    kernel = tuple(weight.shape[2:])
+    stride, dilation = _pair("stride", module.stride), _pair("dilation", module.dilation)
+    reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    if module.padding == "same":  # torch puts the odd one after
+        begin = (reach[0] // 2, reach[1] // 2)
+        end = (reach[0] - begin[0], reach[1] - begin[1])
+    else:
+        begin = end = _pair("padding", 0 if module.padding == "valid" else module.padding)
+    begin = (begin[0] + padding[2], begin[1] + padding[0])
+    end = (end[0] + padding[3], end[1] + padding[1])
+    out = [(image[1 + i] + begin[i] + end[i] - reach[i] - 1) // stride[i] + 1 for i in (0, 1)]
+    if min(out) < 1 or 0 in image:
+        raise layer.error(f"weight {list(weight.shape)} is larger than its padded input {image}")
+    output = (len(weight), *out)
+    return Stage(image, output, kernel, stride, begin, dilation, affine.relu)
+
+
+def _folded(norm: _Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weight and bias of an affine layer with the batch norm behind it."""
+    module = norm.module
+    _check_tensors(norm, x, "running_mean", "running_var", "weight", "bias")
+    if module.training:
+        raise norm.error("in training mode it needs the statistics of the batch; call model.eval()")
+    if module.running_mean.shape != weight.shape[:1]:
+        raise norm.error(f"it has {len(module.running_mean)} channels, its input {len(weight)}")
+    scale = torch.rsqrt(module.running_var + module.eps)
+    if module.weight is not None:
+        scale = scale * module.weight
+    shift = (-module.running_mean if bias is None else bias - module.running_mean) * scale
+    if module.bias is not None:
+        shift = shift + module.bias
+    return weight * scale.view(-1, *[1] * (weight.dim() - 1)), shift
