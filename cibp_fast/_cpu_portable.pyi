@@ -59,6 +59,39 @@ def relu_backward_float32(
     outputs: Sequence[int],  # 3
     /,
 ) -> None: ...
+def stage_input_size_float32(
+    shape: Sequence[int],  # 17 numbers: Conv2dShape
+    first: bool,
+    ball: bool,
+    /,
+) -> int: ...
+def network_forward_float32(
+    stages: Sequence[Sequence[int]],  # Conv2dShape, flags (1: ReLU, 2: fast), weight, bias
+    threads: int,
+    tensors: Sequence[Sequence[int]],  # 3
+    ball_radius: int,
+    packed_inputs: Sequence[int],  # of each stage
+    outputs: Sequence[int],  # 6
+    /,
+) -> None: ...
+def network_backward_float32(
+    stages: Sequence[Sequence[int]],
+    threads: int,
+    packed_inputs: Sequence[int],
+    ball_radius: int,
+    inputs: Sequence[int],  # 8 data pointers
+    outputs: Sequence[int],  # 3
+    grad_weights: Sequence[int],  # of each stage
+    grad_biases: Sequence[int],
+    /,
+) -> None: ...
+def peak_flops_float32(threads: int, repeats: int, /) -> float: ...
+
+class Buffer:
+    """Memory that is used again; its bytes are not initialised."""
+
+    def __init__(self, bytes: int, /) -> None: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
 
 conv2d_forward_float64 = conv2d_forward_float32
 conv2d_backward_float64 = conv2d_backward_float32
@@ -66,3 +99,7 @@ linear_forward_float64 = linear_forward_float32
 linear_backward_float64 = linear_backward_float32
 relu_forward_float64 = relu_forward_float32
 relu_backward_float64 = relu_backward_float32
+stage_input_size_float64 = stage_input_size_float32
+network_forward_float64 = network_forward_float32
+network_backward_float64 = network_backward_float32
+peak_flops_float64 = peak_flops_float32

@@ -19,6 +19,7 @@ from cibp_fast.schedules import LinearRamp, StepDecay
 
 METHODS = ("nominal", "ibp", "cibp")
 EPS_SPACES = ("pixel", "normalized")
+PRECISIONS = ("float32", "fast")
 
 FORMAT = 1  # of config.json; raised when an older cibp_fast would misread a newer run
 
@@ -98,6 +99,12 @@ class Config:
         "bound the logits' differences through the last layer in the loss (nominal: no effect)",
         True,
     )
+    precision: str = _option(
+        "of training: float32, or fast, with more rounding where that is faster (CPU, width post; "
+        "evaluation is always in float32)",
+        "float32",
+        choices=PRECISIONS,
+    )
     seed: int = _option("seed of the initial weights, the batches and PGD's starts", 0)
 
     eval_every: int = _option("epochs between evaluations of test and verified error", 1, least=1)
@@ -141,6 +148,9 @@ class Config:
             raise ValueError(
                 f"width_weight must be {allowed} for method {self.method}, not {self.width_weight}"
             )
+        if self.precision == "fast" and (self.method == "nominal" or self.width != "post"):
+            what = "method nominal" if self.method == "nominal" else f"width {self.width}"
+            raise ValueError(f"precision must be float32 for {what}, not fast")
         if self.method == "nominal" and self.kappa_end != 1:
             raise ValueError(
                 f"kappa_end must be 1 for method nominal (no robust loss), not {self.kappa_end}"

@@ -166,8 +166,8 @@ def fuse(model: nn.Module, precision: str = "float32") -> FusedNetwork:
 
     Raises:
         TypeError: model is no module.
-        ValueError: precision is neither; or the model has a layer, named in the message, that cannot be fused; cf.bounds
-            still works.
+        ValueError: precision is neither, or the model has a layer, named in the message, that
+            cannot be fused; cf.bounds still works.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

@@ -24,6 +24,7 @@ from cibp_fast.config import Config
 from cibp_fast.distributed import World, world
 from cibp_fast.environment import hardware, versions
 from cibp_fast.evaluation import evaluate
+from cibp_fast.fusion import FusedNetwork, fuse
 from cibp_fast.interval import Interval
 from cibp_fast.progress import Progress
 
@@ -116,6 +117,8 @@ def _check(config: Config, dataset: data.Dataset, processes: World) -> None:
             f"batch_size must be a multiple of the {processes.size} processes, "
             f"not {config.batch_size}"
         )
+    if config.precision == "fast" and processes.device.type != "cpu":
+        raise ValueError("precision 'fast' is for the CPU; on a GPU it must be 'float32'")
     if config.clip is not None and not config.clip[0] <= 0 < 1 <= config.clip[1]:
         raise ValueError(f"clip must contain the pixels' 0 to 1, or be none, not {config.clip}")
 
@@ -142,7 +145,7 @@ def _trained(training: _Training, run_dir: Path) -> dict[str, Any]:
         "eps_space": config.eps_space,
         "eps_pixel": _as_json(config.eps_pixel),
         "clip": _as_json(config.clip),
-        "precision": "float32",
+        "precision": config.precision,
         "sound": False,
         "semantics": None,
         "seconds": round(training.seconds, 3),
@@ -323,9 +326,14 @@ LOGGED = ("loss", "nominal", "robust", "width", "train_error")  # then come the 
 class _Loss(nn.Module):
     """The config's loss of a batch, as one module, which DistributedDataParallel can wrap."""
 
+    fused: FusedNetwork | None
+
     def __init__(self, model: nn.Module, config: Config) -> None:
         super().__init__()
         self.model, self.config = model, config
+        # as one op where it can be; not a submodule, since its parameters are the model's
+        fused = config.width == "post" and next(model.parameters()).device.type == "cpu"
+        object.__setattr__(self, "fused", fuse(model, config.precision) if fused else None)
 
     def forward(self, x: Tensor, y: Tensor, eps: float, kappa: float) -> tuple[Tensor, Tensor]:
         """The loss, 0-dim, of x [B, C, H, W], y [B], and what is logged of it, float64 [5 + K].
@@ -341,7 +349,10 @@ class _Loss(nn.Module):
             parts, widths = losses.Terms(loss, nothing, nothing), loss.new_empty(0)
         else:
             box = Interval.ball(x, eps, config.clip)
-            out = bounds(self.model, x, box, width=config.width, reduction=config.width_reduction)
+            if self.fused is not None:
+                out = self.fused.bounds(x, box, reduction=config.width_reduction)
+            else:
+                out = bounds(self.model, x, box, config.width, config.width_reduction)
             parts = losses.terms(out, y, elide=config.elide)
             loss = parts.total(kappa, config.width_weight)
             logits, widths = out.logits, out.widths

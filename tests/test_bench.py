@@ -205,8 +205,8 @@ def test_the_table_of_the_step(step_csv):
             Problem("small", "mnist", int(row["batch"]), False).flops() / 1e9, rel=1e-2
         )
         assert float(row["gflops"]) == pytest.approx(1e3 * gflop / ms, abs=0.06, rel=1e-2)
-        share = float(row["gflops"]) / float(row["matmul_gflops"])
-        assert float(row["matmul_share"]) == pytest.approx(share, abs=5e-3)
+        share = float(row["gflops"]) / float(row["peak_gflops"])
+        assert float(row["peak_share"]) == pytest.approx(share, abs=5e-3)
         assert float(row["ms_per_example"]) == pytest.approx(ms / int(row["batch"]), rel=1e-3)
         assert float(row["ms_per_gflop"]) == pytest.approx(ms / gflop, rel=1e-2)
         assert float(row["gradient_error"]) <= float(row["tolerance"])
@@ -235,7 +235,7 @@ def test_the_table_of_the_step(step_csv):
 def test_a_contender_that_is_wrong_is_not_timed(monkeypatch, tmp_path, capsys):
     strict = replace(rivals.RIVALS["naive_bf16"], tolerance=1e-6)
     monkeypatch.setitem(rivals.RIVALS, "naive_bf16", strict)
-    monkeypatch.setattr(step, "matmul_gflops", lambda clock: 100.0)
+    monkeypatch.setattr(step, "peak_gflops", lambda: 100.0)
     rows = _step_csv(tmp_path / "step.csv", "--batch", "1", "--contenders", "naive_bf16", "layers")
     wrong = [row for row in rows if row["contender"] == "naive_bf16"]
     assert len(wrong) == 4

@@ -74,10 +74,15 @@ def results(out: cf.Bounds, leaves: dict[str, Tensor], y: Tensor) -> Results:
 
 
 def passes(
-    model: nn.Module, x: Tensor, lower: Tensor, upper: Tensor, reduction: str = "mean"
+    model: nn.Module,
+    x: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    reduction: str = "mean",
+    precision: str = "float32",
 ) -> tuple[Results, Results]:
     """Results of fuse and of cf.bounds, with gradients in parameters, x, lower and upper."""
-    net = cf.fuse(model)
+    net = cf.fuse(model, precision)
     leaves = {
         "x": x.detach().clone(memory_format=torch.preserve_format),
         "lower": lower.detach().clone(memory_format=torch.preserve_format),
@@ -113,10 +118,10 @@ def compare(found: Results, expected: Results, tolerance: float = 1e-12) -> None
         )
 
 
-def check(model: nn.Module, *shape: int, reduction: str = "mean") -> None:
+def check(model: nn.Module, *shape: int, **options: str) -> None:
     """A network in float64 against cf.bounds; and that nothing is read that was not written."""
     with poisoned_memory():
-        compare(*passes(model, *inputs(*shape), reduction=reduction))
+        compare(*passes(model, *inputs(*shape), **options))
 
 
 NETS = [
@@ -146,6 +151,49 @@ def test_float32(isa: str, name: str, shape: models.Shape, padding: str) -> None
         )
         slack = 16 * torch.finfo(torch.float32).eps * exact[rows].abs().max().item()
         assert error <= 4 * reference + slack, key
+
+
+def fast_net(kernel: int, stride: int, padding: int, channels: int = 20) -> nn.Module:
+    """Its middle convolution has outputs enough for Winograd to pay, and tiles that overhang."""
+    middle = nn.Conv2d(channels, 36, kernel, stride, padding)
+    return conv_net(nn.Conv2d(2, channels, 2), nn.ReLU(), middle, nn.ReLU(), shape=(2, 32, 28))
+
+
+FAST = [(2, 1, 0), (3, 1, 0), (3, 1, 1), (4, 1, 0), (4, 1, 2), (3, 2, 1), (4, 2, 0), (4, 2, 1)]
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding"), FAST)
+def test_fast_equals_cf_bounds_in_float64(isa: str, kernel: int, stride: int, padding: int) -> None:
+    check(fast_net(kernel, stride, padding), 2, 2, 32, 28, precision="fast")
+
+
+def test_fast_computes_otherwise() -> None:
+    """In float32 it rounds differently, and little. But a unit at 0 within rounding may fall to the
+    other side, with its whole gradient.
+    """
+    for name, shape, padding in [("small", (3, 32, 32), "valid"), ("large", (3, 32, 32), "same")]:
+        model = models.NETS[name](shape, padding=padding)
+        streams = inputs(2, *shape, dtype=torch.float32, radius=0.02)
+        fast, _ = passes(model, *streams, precision="fast")
+        plain, _ = passes(model, *streams)
+        exact = passes(copy.deepcopy(model).double(), *(s.double() for s in streams))[1]
+        assert not torch.equal(fast["logits"], plain["logits"])
+        for key, value in exact.items():
+            finite = torch.isfinite(value)
+            error = (fast[key].double() - value)[finite].norm() / value[finite].norm()
+            assert error < (0.05 if key.startswith("gradient") else 1e-5), key
+
+
+def test_fast_refuses_other_names() -> None:
+    with pytest.raises(ValueError, match="precision must be 'float32' or 'fast', got 'bf16'"):
+        cf.fuse(small(), precision="bf16")
+
+
+def test_fast_radius_is_never_negative() -> None:
+    """A box of one point has no width, whatever Winograd's rounding makes of it."""
+    model, x = fast_net(3, 1, 1).float(), torch.rand(2, 2, 32, 28)
+    out = cf.fuse(model, "fast").bounds(x, Interval(x, x))
+    assert (out.box.lower <= out.box.upper).all() and out.widths.isfinite().all()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

@@ -363,3 +363,31 @@ def test_verified_examples_have_restarts_of_their_own(monkeypatch):
     assert result["pgd_verified_restarts"] == 3
     wrong = model(toy_dataset().test.pixels()).argmax(1) != toy_dataset().test.labels
     assert result["pgd_error"] == (wrong | (toy_dataset().test.labels == 7)).double().mean().item()
+
+
+@pytest.mark.parametrize("precision", ["float32", "fast"])
+def test_the_loss_is_that_of_the_layers(monkeypatch, precision):
+    """Training runs the fused network, and its loss and gradients are those of cf.bounds."""
+    config = preset("mnist5k-small-0.1-cibp", precision=precision)
+    model = runs.build_model(config)
+    x, y = torch.rand(5, 1, 28, 28), torch.arange(5)
+    found = []
+    for fused in (True, False):
+        loss = training._Loss(model, config)
+        assert loss.fused is not None and loss.fused.precision == precision
+        if not fused:
+            loss.fused = None
+        model.zero_grad()
+        value, logged = loss(x, y, 0.1, 0.5)
+        value.backward()
+        found.append([value.detach(), logged, *(p.grad for p in model.parameters())])
+    for one, other in zip(*found, strict=True):
+        assert (one - other).norm() <= 1e-4 * other.norm()
+
+
+def test_widths_before_activations_run_layer_by_layer():
+    config = preset("mnist5k-small-0.1-cibp", width="pre")
+    loss = training._Loss(runs.build_model(config), config)
+    assert loss.fused is None
+    value, _ = loss(torch.rand(2, 1, 28, 28), torch.arange(2), 0.1, 0.5)
+    assert value.isfinite()

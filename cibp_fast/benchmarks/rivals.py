@@ -48,6 +48,14 @@ def fused(model: nn.Sequential, ball: Ball) -> Step:
     return lambda x, y: terms(net.bounds(x, ball.interval(x)), y)
 
 
+def fast(model: nn.Sequential, ball: Ball) -> Step:
+    """The whole network as one op, with Winograd convolutions where they should be faster."""
+    from cibp_fast.fusion import fuse
+
+    net = fuse(model, precision="fast")
+    return lambda x, y: terms(net.bounds(x, ball.interval(x)), y)
+
+
 def layers(model: nn.Sequential, ball: Ball) -> Step:
     """cf.bounds: a fused op for each layer."""
     return lambda x, y: terms(bounds(model, x, ball.interval(x)), y)
@@ -229,6 +237,7 @@ class Rival:
 BOTH = ("nchw", "nhwc")
 RIVALS = {
     "fused": Rival(fused, ("nchw",), 1e-4),
+    "fast": Rival(fast, ("nchw",), 1e-3),
     "layers": Rival(layers, BOTH, 1e-4),
     "naive": Rival(naive, BOTH, 1e-3),
     "four": Rival(four, BOTH, 1e-3),

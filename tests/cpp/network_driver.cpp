@@ -293,8 +293,8 @@ Number total(std::initializer_list<Number> terms) {
 
 // `fast`: by Winograd's products. Those of a tile share their roundings, and its transforms, whose
 // factors are up to 16, make sums of much larger terms than they give: kFastRoundings of them bound
-// what is seen in practice; what can be proved is a hundred times that.
-constexpr double kFastRoundings = 300;
+// what is seen in practice, where 3 would do; what can be proved is far more.
+constexpr double kFastRoundings = 30;
 
 template <class T>
 Numbers rounded(const Sums& sums, int64_t roundings, bool fast = false) {
