@@ -42,8 +42,9 @@ class Stage(NamedTuple):
     @property
     def dense(self) -> bool:
         """Whether one output of each channel sees the whole input, as in a linear layer."""
-        covers = self.kernel == self.input[1:] and self.padding == (0, 0)
-        return not self.pool and covers and self.output[1:] == (1, 1)
+        axes = zip(self.kernel, self.input[1:], self.dilation, strict=True)
+        covers = all(kernel == size and 1 in (kernel, dilation) for kernel, size, dilation in axes)
+        return not self.pool and covers and self.padding == (0, 0) and self.output[1:] == (1, 1)
 
     @property
     def padded(self) -> bool:

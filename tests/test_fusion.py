@@ -243,6 +243,13 @@ CHAINS: dict[str, Callable[[], nn.Module]] = {
     "padding": lambda: conv_net(nn.Conv2d(2, 3, 3, padding=(2, 1)), nn.ReLU()),
     "padding of more than the kernel": lambda: conv_net(nn.Conv2d(2, 3, 2, padding=3), nn.ReLU()),
     "dilation": lambda: conv_net(nn.Conv2d(2, 3, 3, dilation=(2, 3)), nn.ReLU()),
+    "dilated over all of the image and beyond": lambda: conv_net(
+        nn.Conv2d(2, 3, (8, 7)), nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(3, 4, 2, dilation=2)
+    ),
+    "one pixel of many channels": lambda: conv_net(nn.Conv2d(2, 27, (9, 8)), nn.ReLU()),
+    "pooled to one pixel of many channels": lambda: conv_net(
+        nn.Conv2d(2, 14, 2, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1)
+    ),
     "same": lambda: conv_net(nn.Conv2d(2, 3, (2, 4), padding="same", dilation=(1, 2)), nn.ReLU()),
     "valid": lambda: conv_net(nn.Conv2d(2, 3, 2, padding="valid"), nn.ReLU()),
     "no bias": lambda: conv_net(
@@ -314,6 +321,15 @@ def test_chains(name: str) -> None:
     model = CHAINS[name]()
     for batch in (3, 1):
         check(model, batch, 2, 9, 8)
+
+
+def test_one_linear_layer_whose_input_needs_no_gradient() -> None:
+    model, (x, lower, upper) = nn.Linear(7, 3).double(), inputs(4, 7)
+    found, expected = (
+        torch.autograd.grad(run(x, Interval(lower, upper)).box.upper.sum(), model.weight)[0]
+        for run in (cf.fuse(model).bounds, lambda *a: cf.bounds(model, *a))
+    )
+    torch.testing.assert_close(found, expected)
 
 
 def test_inputs_without_pixels() -> None:

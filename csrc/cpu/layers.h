@@ -48,7 +48,8 @@ inline Geometry geometry(const Plan& plan, int64_t streams, int64_t height) {
 inline bool is_dense(const Conv2dShape& s) {
   return s.out_height == 1 && s.out_width == 1 && s.kernel_height == s.in_height &&
          s.kernel_width == s.in_width && s.padding_height == 0 && s.padding_width == 0 &&
-         s.groups == 1;
+         (s.dilation_height == 1 || s.kernel_height == 1) &&
+         (s.dilation_width == 1 || s.kernel_width == 1) && s.groups == 1;
 }
 
 template <class T>

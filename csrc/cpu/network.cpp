@@ -61,7 +61,7 @@ const T* pack_weights(std::vector<Layer<T>>& layers, bool backward, bool first_t
   };
   std::vector<Item> items;
   int64_t size = 0;
-  for (size_t i = backward && !first_too ? 1 : 0; !layers[i].dense; ++i) {
+  for (size_t i = backward && !first_too ? 1 : 0; i < layers.size() && !layers[i].dense; ++i) {
     Layer<T>& layer = layers[i];
     if (!layer.stage->weight) continue;
     const Conv2dShape& s = layer.stage->shape;
@@ -624,13 +624,14 @@ void add_bias_gradient(const Layer<T>& layer, const T* gradient, double* bias_su
 template <class T>
 void copy_gradient(const Layer<T>& dense, const T* from, const Layer<T>& convolution, T* to) {
   const Geometry &g = dense.in, &h = convolution.gradient;
-  const int64_t size = g.stream_stride();
+  const int64_t size = g.columns * h.pitch;
   for (int64_t y = 0; y < g.rows; ++y) {
     const T* in = from + g.offset(y, 0);
     T* out = to + h.offset(y, 0);
-    for (int k = 0; k < S; ++k) std::copy_n(in + k * size, size, out + k * h.stream_stride());
+    for (int k = 0; k < S; ++k)
+      std::copy_n(in + k * g.stream_stride(), size, out + k * h.stream_stride());
     if (convolution.in.streams == 1)
-      for (int64_t i = 0; i < size; ++i) out[i] += in[2 * size + i];
+      for (int64_t i = 0; i < size; ++i) out[i] += in[2 * g.stream_stride() + i];
   }
 }
 

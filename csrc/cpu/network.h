@@ -17,7 +17,7 @@ struct Stage {
   Conv2dShape shape;
   bool relu;
   // [out_channels, in_channels, kernel_height, kernel_width], or null: average pooling, which is
-  // neither first nor last
+  // neither first nor last, and has no bias
   const T* weight;
   const T* bias;      // [out_channels] or null
   bool fast = false;  // may be computed with more rounding where that is faster
@@ -27,10 +27,11 @@ struct Stage {
 template <class T>
 int64_t stage_input_size(const Conv2dShape& shape, bool first, bool ball);
 
+// The batch is at least 1.
 template <class T>
 struct NetworkForward {
   int threads;
-  std::vector<Stage<T>> stages;            // the last one dense
+  std::vector<Stage<T>> stages;            // the last one dense, without ReLU
   Tensor4<const T> lower, upper, nominal;  // [N, C, H, W]
   // [C] or null. Where given the box is exactly nominal +- ball_radius, channel by channel, lower
   // and upper are not read, and the first stage is an unpadded convolution.
@@ -45,7 +46,7 @@ struct NetworkForward {
 template <class T>
 struct NetworkBackward {
   int threads;
-  std::vector<Stage<T>> stages;
+  std::vector<Stage<T>> stages;    // biases are not read
   std::vector<const T*> inputs;    // as the forward pass wrote them
   const T* ball_radius;            // as in the forward pass; the box has no gradient then
   const T *lower_out, *upper_out;  // [N, classes]
@@ -53,8 +54,8 @@ struct NetworkBackward {
   const T *grad_head_lower, *grad_head_upper;       // [N, features], or null
   const T* grad_widths;                             // [stages]
   // outputs
-  T *grad_lower_in, *grad_upper_in, *grad_nominal_in;  // [N, C, H, W], or null
-  std::vector<T*> grad_weights, grad_biases;           // [stages]; biases may be null
+  T *grad_lower_in, *grad_upper_in, *grad_nominal_in;  // [N, C, H, W]; or all null, as of a ball
+  std::vector<T*> grad_weights, grad_biases;           // [stages]; null: not wanted, and of pooling
 };
 
 template <class T>
