@@ -166,3 +166,13 @@ def test_batches_are_made_where_the_examples_are(device, augmentation):
 def test_bad_options_of_batches(options, message):
     with pytest.raises(ValueError, match=message):
         _all(_pictures(33), 6, **options)
+
+
+def test_crops_one_by_one_are_those_at_once():
+    padded = torch.randint(0, 256, (20, 3, 13, 15), dtype=torch.uint8)
+    top, left = torch.randint(0, 9, (2, 20))
+    flip = torch.rand(20) < 0.5
+    one, other = (
+        crop(padded, 5, 7, top, left, flip) for crop in (data._crop_one_by_one, data._crop_at_once)
+    )
+    assert one.shape == (20, 3, 5, 7) and torch.equal(one, other)
