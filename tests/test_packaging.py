@@ -39,7 +39,7 @@ def test_typed_package_is_installed() -> None:
         assert (package / f"_cpu_{isa}.pyi").is_file()
     stub = (package / "_cpu_portable.pyi").read_text()
     portable = importlib.import_module("cibp_fast._cpu_portable")
-    typed = set(re.findall(r"^(?:def )?(\w+)(?=[:(]| =)", stub, re.MULTILINE))
+    typed = set(re.findall(r"^(?:def |class )?(\w+)(?=[:(]| =)", stub, re.MULTILINE))
     assert typed == {name for name in vars(portable) if not name.startswith("__")}
 
 

@@ -380,8 +380,8 @@ def run(options: argparse.Namespace) -> None:
                 own = rows(problem, options, peak)
                 _print(problem, own)
                 found += [{**row, **where} for row in own]
-    if options.output:
-        common.write(options.output, FIELDS, found)
+                if options.output:  # what is measured is kept if the next problem is interrupted
+                    common.write(options.output, FIELDS, found)
 
 
 def _print(problem: Problem, found: list[dict[str, Any]]) -> None:

@@ -7,17 +7,17 @@
 #include <vector>
 
 #include "dense.h"
+#include "direct.h"
 #include "layers.h"
 #include "parallel.h"
 #include "plan.h"
+#include "pool.h"
 #include "streams.h"
 #include "tile.h"
 #include "winograd.h"
 
 namespace cibp {
 namespace {
-
-constexpr int64_t kOuterPixels = 64;  // of one tile of a convolution's weight gradient
 
 template <class T>
 std::vector<Layer<T>> plan(const std::vector<Stage<T>>& stages, bool ball) {
@@ -26,29 +26,6 @@ std::vector<Layer<T>> plan(const std::vector<Stage<T>>& stages, bool ball) {
     layers[i].winograd =
         stages[i].fast && stages[i].weight && !layers[i].dense && prefers_winograd(stages[i].shape);
   return layers;
-}
-
-// The weights of a convolution as its plan reads them: for each block of outputs, tap and channel a
-// vector block. `exchanged` for the input gradient, whose outputs are the stage's inputs.
-template <class T>
-void pack_panel(const Conv2dShape& s, const T* weight, const Plan& plan, bool exchanged,
-                int64_t block, T* panel) {
-  const int64_t taps = s.kernel_height * s.kernel_width;
-  const int64_t out_stride = exchanged ? taps : s.in_channels * taps,
-                in_stride = exchanged ? s.in_channels * taps : taps;
-  const int64_t outputs = exchanged ? s.in_channels : s.out_channels,
-                inputs = exchanged ? s.out_channels : s.in_channels;
-  const int64_t first = block * kBlock<T>, rows = taps * plan.channels;
-  const int64_t n = std::min(round_up(outputs, kLanes<T>) - first, kBlock<T>),
-                valid = std::min(outputs - first, n);
-  T* target = panel + first * rows;
-  for (const PixelClass& pixel_class : plan.classes)
-    for (const Tap& tap : pixel_class.taps) {
-      const T* w = weight + first * out_stride + tap.kernel_y * s.kernel_width + tap.kernel_x;
-      for (int64_t i = 0; i < plan.channels; ++i, target += n)
-        for (int64_t o = 0; o < n; ++o)
-          target[o] = i < inputs && o < valid ? w[o * out_stride + i * in_stride] : T{0};
-    }
 }
 
 // Packs the weights of the convolutions in front, in one parallel region; a layer's panel is at
@@ -97,32 +74,6 @@ const T* pack_weights(std::vector<Layer<T>>& layers, bool backward, bool first_t
   });
   return panels;
 }
-// One strip of a convolution: source -> finish(image pixel, first channel of the vector, sums).
-template <class T, int STREAMS, int V, class Finish>
-void convolve_strip(const Plan& plan, const Strip& strip, const T* source, int64_t stream_stride,
-                    int64_t width, const T* panel, T* product, const Finish& finish) {
-  const int64_t first = strip.begin * width;
-  for (int64_t i = strip.tile_begin; i < strip.tile_end; ++i) {
-    const Tile& tile = plan.tiles[static_cast<size_t>(i)];
-    const int64_t* pixels = &plan.pixels[static_cast<size_t>(tile.first_pixel)];
-    const int64_t* targets = &plan.targets[static_cast<size_t>(tile.first_pixel)];
-    const Run* runs = plan.runs.data() + tile.first_run;
-    if (!tile.last) {
-      multiply_tile<T, STREAMS, V>(source, pixels, stream_stride, runs, tile.run_count, panel,
-                                   targets, tile.accumulate, product);
-      continue;
-    }
-    multiply<T, STREAMS, V>(source, pixels, stream_stride, runs, tile.run_count, panel, targets,
-                            tile.accumulate ? product : nullptr, [&](int t, int v, Vec<T>* sums) {
-                              finish(first + targets[t], v, t < tile.count, sums);
-                            });
-  }
-}
-
-template <class T>
-const T* strip_source(const Geometry& g, const Strip& strip, const T* image) {
-  return image + (strip.source_begin - g.row_begin) * g.row_stride();
-}
 
 template <class T>
 T* padded_biases(const std::vector<Layer<T>>& layers, std::vector<const T*>& biases) {
@@ -137,170 +88,6 @@ T* padded_biases(const std::vector<Layer<T>>& layers, std::vector<const T*>& bia
     next += layer.width() + kBlock<T>;
   }
   return all;
-}
-
-// One convolution of one example; returns the sum of r^2 after ReLU. `radius`: [out channels] of
-// the output where the input is a ball, whose one stream is both centre and nominal.
-template <class T, int STREAMS>
-double convolve_forward(const Layer<T>& layer, const T* panels, const T* bias, const T* radius,
-                        const T* in, const Layer<T>& next, T* product, T* out) {
-  const Conv2dShape& s = layer.stage->shape;
-  const Geometry &g = layer.in, &h = next.in;
-  clear_padding(h, s.out_height, s.out_width, out);
-  double total = 0;
-  for (const Strip& strip : layer.forward.strips)
-    for_blocks<T>(s.out_channels, [&](int64_t c, auto vectors) {
-      constexpr int V = decltype(vectors)::value;
-      const T* panel = panels + layer.panel + c * s.kernel_height * s.kernel_width * g.pitch;
-      Vec<T> squares{};
-      convolve_strip<T, STREAMS, V>(
-          layer.forward, strip, strip_source(g, strip, in), g.stream_stride(), s.out_width, panel,
-          product, [&](int64_t pixel, int v, bool counts, const Vec<T>* sums) {
-            const int64_t channel = c + v * kLanes<T>;
-            Vec<T> streams[S];
-            if constexpr (STREAMS == 1) {
-              streams[0] = streams[2] = sums[0];
-              streams[1] = load(radius + channel);
-            } else {
-              for (int k = 0; k < S; ++k) streams[k] = sums[k];
-            }
-            activate<T>(load(bias + channel), layer.stage->relu, streams);
-            T* target = out + next.in_offsets[static_cast<size_t>(pixel)] + channel;
-#pragma GCC unroll 3
-            for (int k = 0; k < S; ++k) store<T>(target + k * h.stream_stride(), streams[k]);
-            if (counts) squares += streams[1] * streams[1];
-          });
-      total += static_cast<double>(sum<T>(squares));
-    });
-  return total;
-}
-
-constexpr int64_t kTileValues = kProducts * kTiles * S;  // of a channel
-
-// The transformed input of the output tiles [begin, end).
-template <class T>
-void transform_inputs(const Layer<T>& layer, const Winograd& w, const T* in, int64_t begin,
-                      int64_t end, T* out) {
-  const Conv2dShape& s = layer.stage->shape;
-  const Geometry& g = layer.in;
-  for (int64_t phase = 0; phase < w.phases(); ++phase)
-    transform_tiles<T, kPoints>(
-        {in + g.offset(0, 0), &g, s.in_height, s.in_width, w.stride,
-         phase / w.stride - s.padding_height, phase % w.stride - s.padding_width},
-        begin, end, w.columns, w.outputs, 0, 0, g.pitch, phase * g.pitch, w.phases() * g.pitch,
-        transform_input_tile<T>, out);
-}
-
-// As convolve_forward.
-template <class T>
-double winograd_forward(const Layer<T>& layer, const T* panels, const T* bias, const T* in,
-                        const Layer<T>& next, T* out) {
-  const Conv2dShape& s = layer.stage->shape;
-  const Winograd w(s);
-  const Geometry &g = layer.in, &h = next.in;
-  const int64_t depth = w.phases() * g.pitch;
-  clear_padding(h, s.out_height, s.out_width, out);
-  T* tiles_in = scratch<T>(Slot::kTilesIn, kTileValues * depth);
-  T* products = scratch<T>(Slot::kTilesOut, kTileValues * kBlock<T>);
-  double total = 0;
-  with_outputs(w, [&](auto outputs) {
-    constexpr int M = outputs;
-    for (int64_t begin = 0; begin < w.rows * w.columns; begin += kTiles) {
-      const int64_t end = std::min(begin + kTiles, w.rows * w.columns);
-      transform_inputs(layer, w, in, begin, end, tiles_in);
-      Vec<T> squares{};
-      multiply_tiles<T, M>(tiles_in, end - begin, depth, panels + layer.panel, layer.width(),
-                           products, [&](int64_t tile, int64_t channel, Vec<T>(*sums)[M* M]) {
-                             const int64_t y = (begin + tile) / w.columns * M,
-                                           x = (begin + tile) % w.columns * M;
-                             for (int64_t i = 0; i < M && y + i < s.out_height; ++i)
-                               for (int64_t j = 0; j < M && x + j < s.out_width; ++j) {
-                                 Vec<T> streams[S];
-                                 for (int k = 0; k < S; ++k) streams[k] = sums[k][M * i + j];
-                                 streams[1] = streams[1] < 0 ? Vec<T>{} : streams[1];  // rounding
-                                 activate<T>(load(bias + channel), layer.stage->relu, streams);
-                                 T* target = out + h.offset(y + i, x + j) + channel;
-                                 for (int k = 0; k < S; ++k)
-                                   store<T>(target + k * h.stream_stride(), streams[k]);
-                                 squares += streams[1] * streams[1];
-                               }
-                           });
-      total += static_cast<double>(sum<T>(squares));
-    }
-  });
-  return total;
-}
-
-// One average pooling of one example, as convolve_forward.
-template <class T>
-double pool_forward(const Layer<T>& layer, const T* in, const Layer<T>& next, T* out) {
-  const Conv2dShape& s = layer.stage->shape;
-  const Geometry &g = layer.in, &h = next.in;
-  const T scale = T(1) / static_cast<T>(s.kernel_height * s.kernel_width);
-  clear_padding(h, s.out_height, s.out_width, out);
-  Vec<T> squares{};
-  for (int64_t y = 0; y < s.out_height; ++y)
-    for (int64_t x = 0; x < s.out_width; ++x)
-      for (int64_t c = 0; c < layer.width(); c += kLanes<T>) {
-        const T* corner =
-            in + c +
-            g.offset(y * s.stride_height - s.padding_height, x * s.stride_width - s.padding_width);
-        Vec<T> streams[S] = {};
-        for (int64_t ky = 0; ky < s.kernel_height; ++ky)
-          for (int64_t kx = 0; kx < s.kernel_width; ++kx)
-            for (int k = 0; k < S; ++k)
-              streams[k] +=
-                  load(corner + ky * g.row_stride() + kx * g.pitch + k * g.stream_stride());
-        for (int k = 0; k < S; ++k) streams[k] *= scale;
-        activate<T>(Vec<T>{}, layer.stage->relu, streams);
-        T* target = out + h.offset(y, x) + c;
-        for (int k = 0; k < S; ++k) store<T>(target + k * h.stream_stride(), streams[k]);
-        squares += streams[1] * streams[1];
-      }
-  return static_cast<double>(sum<T>(squares));
-}
-
-// The gradient of the pixel (y, x) of an average pooling's input, of a vector of channels.
-template <class T>
-void pool_gradient(const Layer<T>& layer, int64_t y, int64_t x, const T* gradient,
-                   Vec<T>* streams) {
-  const Conv2dShape& s = layer.stage->shape;
-  const Geometry& h = layer.gradient;
-  const T scale = T(1) / static_cast<T>(s.kernel_height * s.kernel_width);
-  // The outputs [begin, end) in one direction that read input i.
-  const auto readers = [](int64_t i, int64_t padding, int64_t kernel, int64_t stride,
-                          int64_t size) {
-    const int64_t last = (i + padding) / stride, over = i + padding - kernel + 1;
-    return std::pair<int64_t, int64_t>(over > 0 ? ceil_div(over, stride) : 0,
-                                       std::min(last + 1, size));
-  };
-  const auto [y0, y1] =
-      readers(y, s.padding_height, s.kernel_height, s.stride_height, s.out_height);
-  const auto [x0, x1] = readers(x, s.padding_width, s.kernel_width, s.stride_width, s.out_width);
-  for (int k = 0; k < S; ++k) streams[k] = Vec<T>{};
-  for (int64_t oy = y0; oy < y1; ++oy)
-    for (int64_t ox = x0; ox < x1; ++ox)
-      for (int k = 0; k < S; ++k)
-        streams[k] += load(gradient + h.offset(oy, ox) + k * h.stream_stride());
-  for (int k = 0; k < S; ++k) streams[k] *= scale;
-}
-
-// The radius of a convolution's output for a ball of radius [in channels]: sum |W| radius, [out
-// channels, rounded up].
-template <class T>
-std::vector<T> ball_output_radius(const Layer<T>& layer, const T* radius) {
-  const Conv2dShape& s = layer.stage->shape;
-  const int64_t taps = s.kernel_height * s.kernel_width;
-  std::vector<T> out(static_cast<size_t>(layer.width() + kBlock<T>), T{0});
-  const T* w = layer.stage->weight;
-  for (int64_t o = 0; o < s.out_channels; ++o) {
-    double total = 0;
-    for (int64_t c = 0; c < s.in_channels; ++c)
-      for (int64_t tap = 0; tap < taps; ++tap)
-        total += std::fabs(static_cast<double>(*w++)) * static_cast<double>(radius[c]);
-    out[static_cast<size_t>(o)] = static_cast<T>(total);
-  }
-  return out;
 }
 
 template <class T, int STREAMS_>
@@ -437,160 +224,40 @@ void network_forward(const NetworkForward<T>& op) {
 
 namespace {
 
-// Adds one example's products to a convolution's weight gradient sums. Where the input is a ball's
-// one stream, so is the gradient's first, centre and nominal together.
-template <class T, int STREAMS>
-void convolve_weight_gradient(const Layer<T>& layer, const std::vector<int64_t>& row_offsets,
-                              const T* in, const T* gradient, T* signed_sums, T* absolute_sums) {
-  constexpr int R = kTileRows;
-  const Conv2dShape& s = layer.stage->shape;
-  const Geometry &g = layer.in, &h = layer.gradient;
-  const int64_t rows = layer.rows(), sum_rows = round_up(rows, R);
-  const int64_t tile_height = std::max<int64_t>(1, kOuterPixels / s.out_width);
-  for (int64_t y = 0; y < s.out_height; y += tile_height) {
-    const int64_t lines = std::min(tile_height, s.out_height - y);
-    const Operand<T> scalars{
-        in + g.offset(y * s.stride_height - s.padding_height, -s.padding_width),
-        s.stride_height * g.row_stride(), s.stride_width * g.pitch, g.stream_stride()};
-    for_blocks<T>(s.out_channels, [&](int64_t c, auto vectors) {
-      constexpr int V = decltype(vectors)::value;
-      constexpr int64_t N = V * kLanes<T>;
-      const Operand<T> vector{gradient + h.offset(y, 0) + c, h.row_stride(), h.pitch,
-                              h.stream_stride()};
-      T* const plus = signed_sums + c * sum_rows;
-      T* const magnitude = absolute_sums + c * sum_rows;
-      for (int64_t row = 0; row < rows; row += R) {
-        const int64_t* at = &row_offsets[static_cast<size_t>(row)];
-        outer_tile<T, 0, STREAMS, V>(vector, scalars, at, lines, s.out_width, plus + row * N);
-        if constexpr (STREAMS > 1)
-          outer_tile<T, 1, STREAMS, V>(vector, scalars, at, lines, s.out_width,
-                                       magnitude + row * N);
-      }
-    });
-  }
-}
-
-// As convolve_weight_gradient: sums [product][block of outputs][row][lane].
+// The gradient of the logits' center, radius and nominal: [N][stream][pitch].
 template <class T>
-void winograd_weight_gradient(const Layer<T>& layer, const T* in, const T* gradient, T* signed_sums,
-                              T* absolute_sums) {
-  constexpr int R = kTileRows;
-  const Conv2dShape& s = layer.stage->shape;
-  const Winograd w(s);
-  const Geometry& h = layer.gradient;
-  const int64_t depth = w.phases() * layer.in.pitch, width = layer.width();
-  const int64_t sum_rows = round_up(depth, R);
-  T* tiles_in = scratch<T>(Slot::kTilesIn, kTileValues * depth);
-  T* tiles_out = scratch<T>(Slot::kTilesOut, kTileValues * width);
-  with_outputs(w, [&](auto outputs) {
-    constexpr int M = outputs;
-    for (int64_t begin = 0; begin < w.rows * w.columns; begin += kTiles) {
-      const int64_t end = std::min(begin + kTiles, w.rows * w.columns), tiles = end - begin;
-      transform_inputs(layer, w, in, begin, end, tiles_in);
-      transform_tiles<T, M>(
-          {gradient + h.offset(0, 0), &h, s.out_height, s.out_width, 1, 0, 0}, begin, end,
-          w.columns, M, 0, 0, width, 0, width,
-          [](Vec<T>* tile) {
-            Vec<T> kernel[M * M];
-            std::copy_n(tile, M * M, kernel);
-            transform_kernel_tile<T, M>(kernel, tile);
-          },
-          tiles_out);
-      for (int i = 0; i < kProducts; ++i)
-        for_blocks<T>(width, [&](int64_t c, auto vectors) {
-          constexpr int V = decltype(vectors)::value;
-          const Operand<T> vector{tiles_out + i * tiles * S * width + c, 0, S * width, width};
-          const Operand<T> scalars{tiles_in + i * tiles * S * depth, 0, S * depth, depth};
-          const int64_t base = (i * width + c) * sum_rows;
-          for (int64_t row = 0; row < depth; row += R) {
-            int64_t at[R];
-            for (int j = 0; j < R; ++j) at[j] = std::min(row + j, depth - 1);
-            const int64_t to = base + row * V * kLanes<T>;
-            outer_tile<T, 0, S, V>(vector, scalars, at, 1, tiles, signed_sums + to);
-            outer_tile<T, 1, S, V>(vector, scalars, at, 1, tiles, absolute_sums + to);
-          }
-        });
+std::vector<T> logits_gradient(const NetworkBackward<T>& op, int64_t pitch) {
+  const Conv2dShape& s = op.stages.back().shape;
+  const T width = T(4) * op.grad_widths[op.stages.size() - 1];
+  std::vector<T> gradient(static_cast<size_t>(s.batch * S * pitch), T{0});
+  for (int64_t n = 0; n < s.batch; ++n)
+    for (int64_t o = 0; o < s.out_channels; ++o) {
+      const int64_t at = n * s.out_channels + o;
+      T* g = &gradient[static_cast<size_t>(n * S * pitch + o)];
+      g[0] = op.grad_lower[at] + op.grad_upper[at];
+      g[pitch] =
+          op.grad_upper[at] - op.grad_lower[at] + width * (op.upper_out[at] - op.lower_out[at]);
+      g[2 * pitch] = op.grad_nominal[at];
     }
-  });
+  return gradient;
 }
 
-// The weight gradient of a vector of outputs, from the sums of the threads, `size` apart.
+// The further gradient of the last stage's input by (m, r): [N][2][pixel][channel]; empty: none.
 template <class T>
-void winograd_reduce(const Layer<T>& layer, const T* signed_sums, const T* absolute_sums,
-                     int64_t size, int team, int64_t output, T* out) {
+std::vector<T> head_gradient(const NetworkBackward<T>& op, const Layer<T>& layer) {
+  if (!op.grad_head_lower) return {};
   const Conv2dShape& s = layer.stage->shape;
-  const Winograd w(s);
-  const int64_t depth = w.phases() * layer.in.pitch, width = layer.width();
-  const int64_t sum_rows = round_up(depth, kTileRows), kernel = s.kernel_height;
-  const int64_t block = output / kBlock<T> * kBlock<T>, n = std::min(kBlock<T>, width - block);
-  const int64_t lanes = std::min<int64_t>(kLanes<T>, s.out_channels - output);
-  with_outputs(w, [&](auto outputs) {
-    constexpr int K = kPoints + 1 - outputs;
-    for (int64_t row = 0; row < depth; ++row) {
-      const int64_t phase = row / layer.in.pitch, channel = row % layer.in.pitch;
-      if (channel >= s.in_channels) continue;
-      Vec<T> taps[2][K * K];
-      for (int a = 0; a < 2; ++a) {
-        Vec<T> products[kProducts] = {};
-        for (int thread = 0; thread < team; ++thread)
-          for (int i = 0; i < kProducts; ++i)
-            products[i] += load((a ? absolute_sums : signed_sums) + thread * size + layer.sums +
-                                (i * width + block) * sum_rows + row * n + output - block);
-        transform_output_tile<T, K>(products, taps[a]);
+  const int64_t pixels = s.in_height * s.in_width, depth = pixels * layer.in.pitch;
+  std::vector<T> gradient(static_cast<size_t>(s.batch * 2 * depth + kBlock<T>), T{0});
+  for (int64_t n = 0; n < s.batch; ++n)
+    for (int64_t c = 0; c < s.in_channels; ++c)
+      for (int64_t p = 0; p < pixels; ++p) {
+        const int64_t from = (n * s.in_channels + c) * pixels + p;
+        T* to = &gradient[static_cast<size_t>(n * 2 * depth + p * layer.in.pitch + c)];
+        to[0] = op.grad_head_lower[from] + op.grad_head_upper[from];
+        to[depth] = op.grad_head_upper[from] - op.grad_head_lower[from];
       }
-      for (int64_t lane = 0; lane < lanes; ++lane) {
-        const int64_t at = ((output + lane) * s.in_channels + channel) * kernel * kernel;
-        for (int64_t ky = 0; ky < K; ++ky)
-          for (int64_t kx = 0; kx < K; ++kx) {
-            const int64_t y = ky * w.stride + phase / w.stride,
-                          x = kx * w.stride + phase % w.stride;
-            if (y >= kernel || x >= kernel) continue;
-            const int64_t tap = at + y * kernel + x;
-            out[tap] = taps[0][ky * K + kx][lane] +
-                       sign(layer.stage->weight[tap]) * taps[1][ky * K + kx][lane];
-          }
-      }
-    }
-  });
-}
-
-// One example's input gradient; finish(pixel, channel of the vector, streams).
-template <class T, class Finish>
-void winograd_input_gradient(const Layer<T>& layer, const T* panels, const T* gradient,
-                             const Finish& finish) {
-  const Conv2dShape& s = layer.stage->shape;
-  const Winograd w(s);
-  const Geometry& h = layer.gradient;
-  const int64_t depth = layer.width(), pitch = layer.in.pitch;
-  T* tiles_in = scratch<T>(Slot::kTilesIn, kTileValues * depth);
-  T* products = scratch<T>(Slot::kTilesOut, kTileValues * kBlock<T>);
-  with_outputs(w, [&](auto outputs) {
-    constexpr int M = outputs;
-    for (int64_t begin = 0; begin < w.in_rows * w.in_columns; begin += kTiles) {
-      const int64_t end = std::min(begin + kTiles, w.in_rows * w.in_columns);
-      transform_tiles<T, kPoints>(
-          {gradient + h.offset(0, 0), &h, s.out_height, s.out_width, 1, 0, 0}, begin, end,
-          w.in_columns, M, w.in_y - (w.taps - 1), w.in_x - (w.taps - 1), depth, 0, depth,
-          transform_input_tile<T>, tiles_in);
-      multiply_tiles<T, M>(
-          tiles_in, end - begin, depth, panels + layer.backward_panel, w.phases() * pitch, products,
-          [&](int64_t tile, int64_t output, Vec<T>(*sums)[M* M]) {
-            const int64_t phase = output / pitch;
-            const int64_t y0 = (w.in_y + (begin + tile) / w.in_columns * M) * w.stride +
-                               phase / w.stride - s.padding_height;
-            const int64_t x0 = (w.in_x + (begin + tile) % w.in_columns * M) * w.stride +
-                               phase % w.stride - s.padding_width;
-            for (int i = 0; i < M; ++i)
-              for (int j = 0; j < M; ++j) {
-                const int64_t y = y0 + i * w.stride, x = x0 + j * w.stride;
-                if (y < 0 || y >= s.in_height || x < 0 || x >= s.in_width) continue;
-                Vec<T> streams[S];
-                for (int k = 0; k < S; ++k) streams[k] = sums[k][M * i + j];
-                finish(y * s.in_width + x, output % pitch, streams);
-              }
-          });
-    }
-  });
+  return gradient;
 }
 
 // Adds one example's gradient of a bias, and of a ball's radius.
@@ -664,40 +331,13 @@ void network_backward(const NetworkBackward<T>& op) {
   size_t convolutions = 0;
   while (!layers[convolutions].dense) ++convolutions;
 
-  // The logits' gradient.
-  const int64_t classes = op.stages.back().shape.out_channels;
-  int64_t pitch = spread_pitch<T>(round_up(classes, kLanes<T>));
-  std::vector<T> logits(static_cast<size_t>(batch * S * pitch), T{0});
-  for (int64_t n = 0; n < batch; ++n)
-    for (int64_t o = 0; o < classes; ++o) {
-      const int64_t at = n * classes + o;
-      T* g = &logits[static_cast<size_t>(n * S * pitch + o)];
-      g[0] = op.grad_lower[at] + op.grad_upper[at];
-      g[pitch] = op.grad_upper[at] - op.grad_lower[at] +
-                 T(4) * op.grad_widths[layers.size() - 1] * (op.upper_out[at] - op.lower_out[at]);
-      g[2 * pitch] = op.grad_nominal[at];
-    }
-
+  int64_t pitch = spread_pitch<T>(round_up(op.stages.back().shape.out_channels, kLanes<T>));
+  const std::vector<T> logits = logits_gradient(op, pitch);
+  const std::vector<T> head = head_gradient(op, layers.back());
   const T* gradient = logits.data();  // of a stage's output, packed as the input of the next
   for (size_t i = layers.size(); i-- > convolutions;) {
     const Layer<T>& layer = layers[i];
     const Conv2dShape& s = layer.stage->shape;
-    const bool last = i + 1 == layers.size();
-    const int64_t depth = static_cast<int64_t>(layer.in_offsets.size()) * layer.in.pitch;
-    // The extra gradient of the last stage's input, by (m, r) in the packed order.
-    std::vector<T> head;
-    if (last && op.grad_head_lower) {
-      head.assign(static_cast<size_t>(batch * 2 * depth + kBlock<T>), T{0});
-      const int64_t pixels = s.in_height * s.in_width;
-      for (int64_t n = 0; n < batch; ++n)
-        for (int64_t c = 0; c < s.in_channels; ++c)
-          for (int64_t p = 0; p < pixels; ++p) {
-            const int64_t from = (n * s.in_channels + c) * pixels + p;
-            T* to = &head[static_cast<size_t>(n * 2 * depth + p * layer.in.pitch + c)];
-            to[0] = op.grad_head_lower[from] + op.grad_head_upper[from];
-            to[depth] = op.grad_head_upper[from] - op.grad_head_lower[from];
-          }
-    }
     T* next = nullptr;
     if (i > 0 || wants_input)
       next = scratch<T>((layers.size() - i) % 2 ? Slot::kStageOdd : Slot::kStageEven,
@@ -707,7 +347,8 @@ void network_backward(const NetworkBackward<T>& op) {
     const std::vector<FeatureBlock> blocks = feature_blocks(layer, kFeatures);
     parallel_for(op.threads, static_cast<int64_t>(blocks.size()), [&](int64_t b) {
       dense_backward(layer, op.inputs[i], gradient, pitch, blocks[static_cast<size_t>(b)], target,
-                     head.empty() ? nullptr : head.data(), op.grad_weights[i]);
+                     i + 1 < layers.size() || head.empty() ? nullptr : head.data(),
+                     op.grad_weights[i]);
     });
     if (op.grad_biases[i])
       dense_bias_gradient(gradient, pitch, batch, s.out_channels, op.grad_biases[i]);
@@ -806,32 +447,12 @@ void network_backward(const NetworkBackward<T>& op) {
             for (int k = 0; k < S; ++k) store<T>(to + k * pixels * input_pitch, streams[k]);
           }
         };
-        const Geometry& h = layer.gradient;
-        if (!layer.stage->weight) {
-          for (int64_t y = 0; y < s.in_height; ++y)
-            for (int64_t x = 0; x < s.in_width; ++x)
-              for (int64_t c = 0; c < layer.width(); c += kLanes<T>) {
-                Vec<T> streams[S];
-                pool_gradient<T>(layer, y, x, g + c, streams);
-                finish(y * s.in_width + x, c, streams);
-              }
-        }
-        if (layer.winograd) {
+        if (!layer.stage->weight)
+          pool_input_gradient(layer, g, finish);
+        else if (layer.winograd)
           winograd_input_gradient(layer, panels, g, finish);
-          g = out;
-          continue;
-        }
-        for (const Strip& strip : layer.backward.strips)
-          for_blocks<T>(s.in_channels, [&](int64_t c, auto vectors) {
-            constexpr int V = decltype(vectors)::value;
-            const T* panel = panels + layer.backward_panel +
-                             c * s.kernel_height * s.kernel_width * layer.width();
-            convolve_strip<T, S, V>(layer.backward, strip, strip_source(h, strip, g),
-                                    h.stream_stride(), s.in_width, panel, product,
-                                    [&](int64_t pixel, int v, bool, Vec<T>* streams) {
-                                      finish(pixel, c + v * kLanes<T>, streams);
-                                    });
-          });
+        else
+          convolve_input_gradient(layer, panels, g, product, finish);
         if (i == 0) {
           std::vector<int64_t> at(static_cast<size_t>(pixels));
           for (int64_t p = 0; p < pixels; ++p) at[static_cast<size_t>(p)] = p * input_pitch;
@@ -843,48 +464,31 @@ void network_backward(const NetworkBackward<T>& op) {
     }
   });
 
-  struct Output {
+  struct Output {  // a vector of a layer's output channels
     size_t layer;
     int64_t channel, bias;
   };
   std::vector<Output> items;
-  for (size_t i = 0, bias = 0; i < convolutions; ++i)
-    for (int64_t o = 0; o < op.stages[i].shape.out_channels; ++o, ++bias)
-      if (op.stages[i].weight) items.push_back({i, o, static_cast<int64_t>(bias)});
+  int64_t bias = 0;
+  for (size_t i = 0; i < convolutions; bias += op.stages[i++].shape.out_channels)
+    for (int64_t o = 0; op.stages[i].weight && o < layers[i].width(); o += kLanes<T>)
+      items.push_back({i, o, bias + o});
   parallel_for(op.threads, static_cast<int64_t>(items.size()), [&](int64_t index) {
-    const Output& item = items[static_cast<size_t>(index)];
-    const Layer<T>& layer = layers[item.layer];
-    const Conv2dShape& s = layer.stage->shape;
-    const int64_t taps = s.kernel_height * s.kernel_width, o = item.channel;
-    const int64_t block = o / kBlock<T> * kBlock<T>, n = std::min(kBlock<T>, layer.width() - block);
-    const int64_t base = layer.sums + block * round_up(layer.rows(), kTileRows) + o - block;
-    const T* w = layer.stage->weight + o * layer.rows();
-    T* target = op.grad_weights[item.layer];
-    if (target && layer.winograd) {
-      if (o % kLanes<T> == 0)
-        winograd_reduce(layer, signed_sums, absolute_sums, sums, team, o, target);
-    } else if (target)
-      for (int64_t c = 0; c < s.in_channels; ++c)
-        for (int64_t tap = 0; tap < taps; ++tap) {
-          T plus = 0, magnitude = 0;
-          for (int thread = 0; thread < team; ++thread) {
-            const int64_t at = thread * sums + base + (tap * s.in_channels + c) * n;
-            plus += signed_sums[at];
-            magnitude += absolute_sums[at];
-          }
-          const int64_t k = c * taps + tap;
-          if (layer.in.streams == 1)
-            for (int thread = 0; thread < team; ++thread)
-              magnitude +=
-                  static_cast<T>(radius_sums[static_cast<size_t>(thread * s.out_channels + o)] *
-                                 static_cast<double>(op.ball_radius[c]));
-          target[o * layer.rows() + k] = plus + sign(w[k]) * magnitude;
-        }
-    if (op.grad_biases[item.layer]) {
+    const auto [i, channel, bias_at] = items[static_cast<size_t>(index)];
+    const Layer<T>& layer = layers[i];
+    const WeightSums<T> all{signed_sums + layer.sums, absolute_sums + layer.sums, sums, team};
+    if (T* target = op.grad_weights[i]) {
+      if (layer.winograd)
+        winograd_reduce(layer, all, channel, target);
+      else
+        convolve_reduce(layer, all, radius_sums.data(), op.ball_radius, channel, target);
+    }
+    const int64_t end = std::min<int64_t>(channel + kLanes<T>, op.stages[i].shape.out_channels);
+    for (int64_t o = channel; op.grad_biases[i] && o < end; ++o) {
       double total = 0;
       for (int thread = 0; thread < team; ++thread)
-        total += bias_sums[static_cast<size_t>(thread * outputs + item.bias)];
-      op.grad_biases[item.layer][o] = static_cast<T>(total);
+        total += bias_sums[static_cast<size_t>(thread * outputs + bias_at + o - channel)];
+      op.grad_biases[i][o] = static_cast<T>(total);
     }
   });
 }

@@ -14,6 +14,7 @@
 #include <cstdint>
 
 #include "layers.h"
+#include "parallel.h"
 #include "tile.h"
 #include "vec.h"
 
@@ -309,6 +310,184 @@ void pack_winograd(const Conv2dShape& s, const T* weight, bool exchanged, int64_
       for (int i = 0; i < kProducts; ++i)
         for (int a = 0; a < 2; ++a) store<T>(target + ((2 * i + a) * depth + k) * n + o, u[a][i]);
     }
+}
+
+constexpr int64_t kTileValues = kProducts * kTiles * S;  // of a channel
+
+// The transformed input of the output tiles [begin, end).
+template <class T>
+void transform_inputs(const Layer<T>& layer, const Winograd& w, const T* in, int64_t begin,
+                      int64_t end, T* out) {
+  const Conv2dShape& s = layer.stage->shape;
+  const Geometry& g = layer.in;
+  for (int64_t phase = 0; phase < w.phases(); ++phase)
+    transform_tiles<T, kPoints>(
+        {in + g.offset(0, 0), &g, s.in_height, s.in_width, w.stride,
+         phase / w.stride - s.padding_height, phase % w.stride - s.padding_width},
+        begin, end, w.columns, w.outputs, 0, 0, g.pitch, phase * g.pitch, w.phases() * g.pitch,
+        transform_input_tile<T>, out);
+}
+
+// As convolve_forward.
+template <class T>
+double winograd_forward(const Layer<T>& layer, const T* panels, const T* bias, const T* in,
+                        const Layer<T>& next, T* out) {
+  const Conv2dShape& s = layer.stage->shape;
+  const Winograd w(s);
+  const Geometry &g = layer.in, &h = next.in;
+  const int64_t depth = w.phases() * g.pitch;
+  clear_padding(h, s.out_height, s.out_width, out);
+  T* tiles_in = scratch<T>(Slot::kTilesIn, kTileValues * depth);
+  T* products = scratch<T>(Slot::kTilesOut, kTileValues * kBlock<T>);
+  double total = 0;
+  with_outputs(w, [&](auto outputs) {
+    constexpr int M = outputs;
+    for (int64_t begin = 0; begin < w.rows * w.columns; begin += kTiles) {
+      const int64_t end = std::min(begin + kTiles, w.rows * w.columns);
+      transform_inputs(layer, w, in, begin, end, tiles_in);
+      Vec<T> squares{};
+      multiply_tiles<T, M>(tiles_in, end - begin, depth, panels + layer.panel, layer.width(),
+                           products, [&](int64_t tile, int64_t channel, Vec<T>(*sums)[M* M]) {
+                             const int64_t y = (begin + tile) / w.columns * M,
+                                           x = (begin + tile) % w.columns * M;
+                             for (int64_t i = 0; i < M && y + i < s.out_height; ++i)
+                               for (int64_t j = 0; j < M && x + j < s.out_width; ++j) {
+                                 Vec<T> streams[S];
+                                 for (int k = 0; k < S; ++k) streams[k] = sums[k][M * i + j];
+                                 streams[1] = streams[1] < 0 ? Vec<T>{} : streams[1];  // rounding
+                                 activate<T>(load(bias + channel), layer.stage->relu, streams);
+                                 T* target = out + h.offset(y + i, x + j) + channel;
+                                 for (int k = 0; k < S; ++k)
+                                   store<T>(target + k * h.stream_stride(), streams[k]);
+                                 squares += streams[1] * streams[1];
+                               }
+                           });
+      total += static_cast<double>(sum<T>(squares));
+    }
+  });
+  return total;
+}
+
+// As convolve_weight_gradient: sums [product][block of outputs][row][lane].
+template <class T>
+void winograd_weight_gradient(const Layer<T>& layer, const T* in, const T* gradient, T* signed_sums,
+                              T* absolute_sums) {
+  constexpr int R = kTileRows;
+  const Conv2dShape& s = layer.stage->shape;
+  const Winograd w(s);
+  const Geometry& h = layer.gradient;
+  const int64_t depth = w.phases() * layer.in.pitch, width = layer.width();
+  const int64_t sum_rows = round_up(depth, R);
+  T* tiles_in = scratch<T>(Slot::kTilesIn, kTileValues * depth);
+  T* tiles_out = scratch<T>(Slot::kTilesOut, kTileValues * width);
+  with_outputs(w, [&](auto outputs) {
+    constexpr int M = outputs;
+    for (int64_t begin = 0; begin < w.rows * w.columns; begin += kTiles) {
+      const int64_t end = std::min(begin + kTiles, w.rows * w.columns), tiles = end - begin;
+      transform_inputs(layer, w, in, begin, end, tiles_in);
+      transform_tiles<T, M>(
+          {gradient + h.offset(0, 0), &h, s.out_height, s.out_width, 1, 0, 0}, begin, end,
+          w.columns, M, 0, 0, width, 0, width,
+          [](Vec<T>* tile) {
+            Vec<T> kernel[M * M];
+            std::copy_n(tile, M * M, kernel);
+            transform_kernel_tile<T, M>(kernel, tile);
+          },
+          tiles_out);
+      for (int i = 0; i < kProducts; ++i)
+        for_blocks<T>(width, [&](int64_t c, auto vectors) {
+          constexpr int V = decltype(vectors)::value;
+          const Operand<T> vector{tiles_out + i * tiles * S * width + c, 0, S * width, width};
+          const Operand<T> scalars{tiles_in + i * tiles * S * depth, 0, S * depth, depth};
+          const int64_t base = (i * width + c) * sum_rows;
+          for (int64_t row = 0; row < depth; row += R) {
+            int64_t at[R];
+            for (int j = 0; j < R; ++j) at[j] = std::min(row + j, depth - 1);
+            const int64_t to = base + row * V * kLanes<T>;
+            outer_tile<T, 0, S, V>(vector, scalars, at, 1, tiles, signed_sums + to);
+            outer_tile<T, 1, S, V>(vector, scalars, at, 1, tiles, absolute_sums + to);
+          }
+        });
+    }
+  });
+}
+
+// The weight gradient of a vector of outputs.
+template <class T>
+void winograd_reduce(const Layer<T>& layer, const WeightSums<T>& sums, int64_t output, T* out) {
+  const Conv2dShape& s = layer.stage->shape;
+  const Winograd w(s);
+  const int64_t depth = w.phases() * layer.in.pitch, width = layer.width();
+  const int64_t sum_rows = round_up(depth, kTileRows), kernel = s.kernel_height;
+  const int64_t block = output / kBlock<T> * kBlock<T>, n = std::min(kBlock<T>, width - block);
+  const int64_t lanes = std::min<int64_t>(kLanes<T>, s.out_channels - output);
+  with_outputs(w, [&](auto outputs) {
+    constexpr int K = kPoints + 1 - outputs;
+    for (int64_t row = 0; row < depth; ++row) {
+      const int64_t phase = row / layer.in.pitch, channel = row % layer.in.pitch;
+      if (channel >= s.in_channels) continue;
+      Vec<T> taps[2][K * K];
+      for (int a = 0; a < 2; ++a) {
+        Vec<T> products[kProducts] = {};
+        for (int thread = 0; thread < sums.team; ++thread)
+          for (int i = 0; i < kProducts; ++i)
+            products[i] += load((a ? sums.magnitude : sums.plus) + thread * sums.size +
+                                (i * width + block) * sum_rows + row * n + output - block);
+        transform_output_tile<T, K>(products, taps[a]);
+      }
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        const int64_t at = ((output + lane) * s.in_channels + channel) * kernel * kernel;
+        for (int64_t ky = 0; ky < K; ++ky)
+          for (int64_t kx = 0; kx < K; ++kx) {
+            const int64_t y = ky * w.stride + phase / w.stride,
+                          x = kx * w.stride + phase % w.stride;
+            if (y >= kernel || x >= kernel) continue;
+            const int64_t tap = at + y * kernel + x;
+            out[tap] = taps[0][ky * K + kx][lane] +
+                       sign(layer.stage->weight[tap]) * taps[1][ky * K + kx][lane];
+          }
+      }
+    }
+  });
+}
+
+// One example's input gradient; finish(pixel, channel of the vector, streams).
+template <class T, class Finish>
+void winograd_input_gradient(const Layer<T>& layer, const T* panels, const T* gradient,
+                             const Finish& finish) {
+  const Conv2dShape& s = layer.stage->shape;
+  const Winograd w(s);
+  const Geometry& h = layer.gradient;
+  const int64_t depth = layer.width(), pitch = layer.in.pitch;
+  T* tiles_in = scratch<T>(Slot::kTilesIn, kTileValues * depth);
+  T* products = scratch<T>(Slot::kTilesOut, kTileValues * kBlock<T>);
+  with_outputs(w, [&](auto outputs) {
+    constexpr int M = outputs;
+    for (int64_t begin = 0; begin < w.in_rows * w.in_columns; begin += kTiles) {
+      const int64_t end = std::min(begin + kTiles, w.in_rows * w.in_columns);
+      transform_tiles<T, kPoints>(
+          {gradient + h.offset(0, 0), &h, s.out_height, s.out_width, 1, 0, 0}, begin, end,
+          w.in_columns, M, w.in_y - (w.taps - 1), w.in_x - (w.taps - 1), depth, 0, depth,
+          transform_input_tile<T>, tiles_in);
+      multiply_tiles<T, M>(
+          tiles_in, end - begin, depth, panels + layer.backward_panel, w.phases() * pitch, products,
+          [&](int64_t tile, int64_t output, Vec<T>(*sums)[M* M]) {
+            const int64_t phase = output / pitch;
+            const int64_t y0 = (w.in_y + (begin + tile) / w.in_columns * M) * w.stride +
+                               phase / w.stride - s.padding_height;
+            const int64_t x0 = (w.in_x + (begin + tile) % w.in_columns * M) * w.stride +
+                               phase % w.stride - s.padding_width;
+            for (int i = 0; i < M; ++i)
+              for (int j = 0; j < M; ++j) {
+                const int64_t y = y0 + i * w.stride, x = x0 + j * w.stride;
+                if (y < 0 || y >= s.in_height || x < 0 || x >= s.in_width) continue;
+                Vec<T> streams[S];
+                for (int k = 0; k < S; ++k) streams[k] = sums[k][M * i + j];
+                finish(y * s.in_width + x, output % pitch, streams);
+              }
+          });
+    }
+  });
 }
 
 }  // namespace cibp
