@@ -257,6 +257,30 @@ def draw_chart() -> None:
         figure.savefig(CHART, dpi=130, metadata={"Comment": digest()})
 
 
+def batches() -> list[str]:
+    path = ROOT / "bench" / "results" / "batch.csv"
+    rows = [row for row in read(path) if row["optimizer"] == "none"]
+    by_network: dict[tuple[str, str], dict[int, str]] = {}
+    for row in rows:
+        own = by_network.setdefault((row["model"], row["dataset"]), {})
+        own[int(row["batch"])] = f"{float(row['ms_per_gflop']):.1f}"
+    sizes = sorted({size for own in by_network.values() for size in own})
+    where = rows[0]
+    return [
+        "Milliseconds a GFLOP of the same step of `cf.fuse`, by batch size:",
+        "",
+        f"| network | {' | '.join(f'{size:,}' for size in sizes)} |",
+        f"|{'---|' * (len(sizes) + 1)}",
+        *(
+            f"| {' '.join(network)} | {' | '.join(own.get(size, '') for size in sizes)} |"
+            for network, own in by_network.items()
+        ),
+        "",
+        f"Medians of {where['rounds']} rounds, threads: {where['threads']} of an {where['cpu']}, "
+        f"{where['date']}: `{where['command']}`.",
+    ]
+
+
 def layers() -> list[str]:
     rows = read(ROOT / "bench" / "results" / "layers.csv")
     groups: dict[tuple[str, str], list[dict[str, str]]] = {}
@@ -320,6 +344,7 @@ SECTIONS: dict[str, Callable[[], list[str]]] = {
     "quickstart": quickstart,
     "runs": full_runs,
     "performance": performance,
+    "batches": batches,
     "layers": layers,
     "loop": loop,
 }
