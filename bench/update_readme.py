@@ -259,6 +259,8 @@ def draw_chart() -> None:
 
 def batches() -> list[str]:
     path = ROOT / "bench" / "results" / "batch.csv"
+    if not path.exists():
+        return ["Batch sizes are not measured yet: `make bench` does."]
     rows = [row for row in read(path) if row["optimizer"] == "none"]
     by_network: dict[tuple[str, str], dict[int, str]] = {}
     for row in rows:

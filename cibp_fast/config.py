@@ -14,12 +14,12 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from cibp_fast.data import AUGMENTATIONS, CHANNEL_STATS, INPUT_SHAPES
+from cibp_fast.fusion import PRECISIONS
 from cibp_fast.models import INITS, NETS, PADDINGS
 from cibp_fast.schedules import LinearRamp, StepDecay
 
 METHODS = ("nominal", "ibp", "cibp")
 EPS_SPACES = ("pixel", "normalized")
-PRECISIONS = ("float32", "fast")
 
 FORMAT = 1  # of config.json; raised when an older cibp_fast would misread a newer run
 

@@ -548,7 +548,7 @@ def _crop_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tenso
 def _crop_one_by_one(
     padded: Tensor, height: int, width: int, top: Tensor, left: Tensor, flip: Tensor
 ) -> Tensor:
-    """Four times as fast on a CPU as indexing element by element."""
+    """The crops, copied one image at a time: on a CPU much faster than element by element."""
     source = padded.numpy()
     crops = np.empty((*source.shape[:2], height, width), source.dtype)
     corners = zip(source, top.tolist(), left.tolist(), flip.tolist(), strict=True)

@@ -60,10 +60,12 @@ class FusedNetwork(nn.Module):
     def __init__(self, model: nn.Module, precision: str = "float32") -> None:
         super().__init__()
         if precision not in PRECISIONS:
-            raise ValueError(f"precision must be 'float32' or 'fast', got {precision!r}")
+            allowed = " or ".join(map(repr, PRECISIONS))
+            raise ValueError(f"precision must be {allowed}, got {precision!r}")
+        if precision == "fast" and not _backend.available_isas():
+            raise ValueError("precision='fast' needs the CPU kernels, and none are built here")
         self.precision = precision
         object.__setattr__(self, "_model", model)  # not a submodule: the names stay the model's
-        self.training = model.training
         self._modules, self._parameters = model._modules, model._parameters
         self._buffers = model._buffers
         self._non_persistent_buffers_set = model._non_persistent_buffers_set
@@ -74,9 +76,17 @@ class FusedNetwork(nn.Module):
         """The model's own forward pass: Tensor -> Tensor, Interval -> Interval."""
         return self._model(x)
 
+    @property
+    def training(self) -> bool:
+        return self._model.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if "_model" in self.__dict__:  # nn.Module sets it before there is one
+            self._model.training = mode
+
     def train(self, mode: bool = True) -> FusedNetwork:
         self._model.train(mode)
-        self.training = mode
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -90,7 +100,8 @@ class FusedNetwork(nn.Module):
         Where no CPU kernels are built it is that call. Gradients reach the parameters, x and box,
         but there are no second ones. A box made by `Interval.ball(x, eps, clip=None)`, with eps a
         number or one per channel, of the same x costs less where the first layer is a convolution
-        without padding.
+        without padding. Infinite bounds may become NaN (which verifies nothing) where cf.bounds
+        keeps them.
 
         Args:
             x: [N, ...], float32 or float64, on the CPU; the nominal point.
@@ -160,7 +171,7 @@ def fuse(model: nn.Module, precision: str = "float32") -> FusedNetwork:
         model: a chain of Conv2d (groups=1, zero padding), Linear, ReLU, Flatten, AvgPool2d and
             AdaptiveAvgPool2d, BatchNorm (in eval mode), ZeroPad2d, Identity and Dropout (in eval
             mode), optionally behind a cibp_fast.models.Normalize, that ends in Linear.
-        precision: "float32", or "fast": Winograd convolutions of quadratic kernels where they
+        precision: "float32", or "fast": Winograd convolutions of square kernels where they
             should be faster, with a few times the rounding (README, "Precision"). For training
             only: its bounds are never a certificate, and `cf.certify` does not use them.
 
@@ -337,7 +348,7 @@ def _is_size(value: Any) -> bool:
     if not isinstance(value, fx.Node):
         return False
     if value.op == "call_method" and value.target == "size":
-        return value.args[1:] in ((), (0,))
+        return value.args[1:] in ((), (0,)) and not value.kwargs
     if value.target is getattr:
         return value.args[1] == "shape"
     if value.target is operator.getitem and value.args[1] == 0:
@@ -408,7 +419,7 @@ def _group(layers: list[_Layer]) -> _Program:
             raise layer.error(_SUPPORTED)
         directly = kind in (*_CONVOLUTIONS, *_LINEARS)
     last = program.affine[-1] if program.affine else None
-    if last is None or not last.linear or last.relu or last.norm or waiting(nn.ZeroPad2d, *_POOLS):
+    if last is None or not last.linear or last.relu or last.norm or before:
         end = layers[-1] if layers else _Layer("the model", nn.Identity())
         raise end.error("the network must end in Linear")
     return program
@@ -425,6 +436,8 @@ def _inputs(
     normalize = None if program.normalize is None else program.normalize.module
     lower, upper = box.lower, box.upper
     ball = None if first.dense or first.padded else box._ball_radius(x)
+    if normalize is not None and (normalize.mean.requires_grad or normalize.std.requires_grad):
+        ball = None  # the op gives a ball's center and radius no gradient
     if ball is not None:
         radius = torch.as_tensor(ball, dtype=x.dtype).reshape(-1, 1, 1)
         if normalize is not None:
@@ -542,6 +555,8 @@ def _pooling_stage(pool: _Layer, shape: tuple[int, ...]) -> Stage:
         stride = _pair("stride", module.stride)
         if module.ceil_mode or module.divisor_override is not None:
             raise pool.error("ceil_mode and divisor_override are not supported")
+        if any(2 * pad > size for pad, size in zip(padding, kernel, strict=True)):
+            raise pool.error(f"padding {list(padding)} is more than half of {list(kernel)}")
         if padding != (0, 0) and not module.count_include_pad:
             raise pool.error("with padding count_include_pad must be True")
         out = tuple((size[i] + 2 * padding[i] - kernel[i]) // stride[i] + 1 for i in (0, 1))
@@ -603,6 +618,8 @@ def _folded(norm: _Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> tup
     """Weight and bias of an affine layer with the batch norm behind it."""
     module = norm.module
     _check_tensors(norm, x, "running_mean", "running_var", "weight", "bias")
+    if module.running_mean is None:
+        raise norm.error("it has no running statistics")
     if module.training:
         raise norm.error("in training mode it needs the statistics of the batch; call model.eval()")
     if module.running_mean.shape != weight.shape[:1]:

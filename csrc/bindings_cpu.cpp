@@ -1,7 +1,7 @@
 // One build of the CPU kernels as a Python module: raw pointers and strides in, no torch headers.
 //
-// cibp_fast/ops.py checks dtypes, devices and shapes, allocates the outputs and keeps every tensor
-// alive.
+// cibp_fast/ops.py and fusion.py check dtypes, devices and shapes; ops.py and _network_op.py
+// allocate the outputs and keep every tensor alive.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -171,7 +171,11 @@ class Buffer {
   static constexpr size_t kKept = 2;
   // Never destroyed: tensors may outlive this module.
   static std::vector<Block>& kept() {
-    static auto* blocks = new std::vector<Block>;
+    static auto* blocks = [] {
+      auto* made = new std::vector<Block>;
+      made->reserve(kKept + 1);  // so that a destructor need not
+      return made;
+    }();
     return *blocks;
   }
   static std::mutex& mutex() {
@@ -266,7 +270,7 @@ py::dict cpu_features() {
 }  // namespace
 
 PYBIND11_MODULE(CIBP_MODULE, m) {
-  m.doc() = "Interval kernels for one CPU instruction set; see cibp_fast.ops.";
+  m.doc() = "Interval kernels for one CPU instruction set; see cibp_fast.ops and cibp_fast.fusion.";
   define<float>(m, "float32");
   define<double>(m, "float64");
   m.def("cpu_features", &cpu_features);

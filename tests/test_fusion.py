@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import cibp_fast as cf
 from cibp_fast import Interval, _backend, _network_op, fusion, models
+from cibp_fast.benchmarks.step import Contender, Problem
 
 Results = dict[str, Tensor]
 F64 = torch.float64
@@ -190,10 +191,59 @@ def test_fast_refuses_other_names() -> None:
 
 
 def test_fast_radius_is_never_negative() -> None:
-    """A box of one point has no width, whatever Winograd's rounding makes of it."""
+    """Where Winograd's rounding is all of it: around one wide pixel of a box that is a point."""
     model, x = fast_net(3, 1, 1).float(), torch.rand(2, 2, 32, 28)
-    out = cf.fuse(model, "fast").bounds(x, Interval(x, x))
-    assert (out.box.lower <= out.box.upper).all() and out.widths.isfinite().all()
+    lower, upper = x.clone(), x.clone()
+    upper[:, :, 9, 9] += 1000
+    out = cf.fuse(model, "fast").bounds(x, Interval(lower, upper))
+    packed = out.box.lower.grad_fn.saved_tensors[3]  # type: ignore[union-attr]
+    after_relu = packed[-(2 * 3 * 36 * 31 * 27 // 16 * 16) :]  # within the last stage's input
+    assert len(after_relu) > 10_000 and (after_relu >= 0).all()
+
+
+def test_fast_keeps_nan(isa: str) -> None:
+    model, x = fast_net(3, 1, 1).float(), torch.rand(2, 2, 32, 28)
+    with torch.no_grad():
+        model[0][2].weight[5, 7, 1, 1] = torch.nan
+    out = cf.fuse(model, "fast").bounds(x, Interval.ball(x, 0.1))
+    assert out.margins(torch.zeros(2).long())[:, 1:].isnan().all()
+
+
+def test_fast_needs_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backend, "available_isas", lambda: ())
+    with pytest.raises(ValueError, match="precision='fast' needs the CPU kernels"):
+        cf.fuse(small(), precision="fast")
+
+
+def test_the_mode_is_the_model_s() -> None:
+    model = small()
+    net = cf.fuse(model)
+    model.eval()
+    assert not net.training
+    net.train()
+    assert model.training and net.training and model[0].training
+
+
+def test_a_ball_with_a_gradient_in_its_normalisation() -> None:
+    model = nn.Sequential(
+        models.Normalize([0.4, 0.6], [0.3, 0.5]),
+        nn.Conv2d(2, 3, 2),
+        nn.Flatten(),
+        nn.Linear(168, 3),
+    ).double()
+    x = inputs(2, 2, 9, 8)[0]
+    leaves = [model[0].mean.requires_grad_(), model[0].std.requires_grad_(), model[1].weight]
+    found, expected = (
+        torch.autograd.grad(run(x, Interval.ball(x, 0.1, clip=None)).box.upper.sum(), leaves)
+        for run in (cf.fuse(model).bounds, lambda *a: cf.bounds(model, *a))
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_it_saves_less_than_half_of_two_passes() -> None:
+    problem = Problem("small", "mnist", 10, clip=False)
+    fused, naive = (Contender(problem, name, "nchw").saved_bytes() for name in ("fused", "naive"))
+    assert 0 < fused < 0.5 * naive
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -966,6 +1016,14 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         lambda: nn.Sequential(FC, nn.BatchNorm1d(3, track_running_stats=False), FC),
         r"1 \(BatchNorm1d\): it has no running statistics",
     ),
+    "flattened after the last layer": (
+        lambda: nn.Sequential(nn.Flatten(), FC, nn.Flatten(0)),
+        r"2 \(Flatten\): the network must end in Linear",
+    ),
+    "view by another size": (
+        lambda: Branches(lambda m, x: m.fc(x.view(x.size(dim=1), -1))),
+        "function view",
+    ),
     "pooling first": (
         lambda: nn.Sequential(nn.AvgPool2d(2), nn.Flatten(), FC),
         r"0 \(AvgPool2d\): it must come after a convolution",
@@ -1071,6 +1129,11 @@ UNFIT: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
         lambda: pooled(nn.AdaptiveAvgPool2d((2, 4)), 16),
         X,
         r"1 \(AdaptiveAvgPool2d\): \[9, 8\] pixels are no multiple of output_size \[2, 4\]",
+    ),
+    "pooling of more padding than it has": (
+        lambda: pooled(nn.AvgPool2d(3, padding=2), 2),
+        X,
+        r"1 \(AvgPool2d\): padding \[2, 2\] is more than half of \[3, 3\]",
     ),
     "ceil_mode": (lambda: pooled(nn.AvgPool2d(2, ceil_mode=True), 40), X, "ceil_mode"),
     "pooling without its padding": (

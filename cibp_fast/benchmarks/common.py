@@ -115,15 +115,15 @@ def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[f
     return [n / d for n, d in zip(numerators, denominators, strict=True)]
 
 
-def add_options(parser: argparse.ArgumentParser, models: Sequence[str]) -> None:
+def add_options(parser: argparse.ArgumentParser, networks: Sequence[str]) -> None:
     """The options of every benchmark, beside --threads."""
     parser.add_argument(
         "--models",
         nargs="+",
         choices=NETWORKS,
-        default=models,
+        default=networks,
         metavar="NAME",
-        help=f"of {', '.join(NETWORKS)} (default: {' '.join(models)})",
+        help=f"of {', '.join(NETWORKS)} (default: {' '.join(networks)})",
     )
     parser.add_argument(
         "--datasets",

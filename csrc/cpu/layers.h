@@ -61,7 +61,7 @@ struct Layer {
   Plan forward, backward;
   std::vector<int64_t> in_offsets, gradient_offsets;  // [pixels] of an image in the two geometries
   int64_t panel = 0, backward_panel = 0;              // offsets of the weight panels
-  int64_t sums = 0, scratch = 0;                      // offsets of weight and image gradients
+  int64_t sums = 0, image = 0;                        // offsets of weight and image gradients
   int64_t rows() const {                              // of the weight gradient, (tap, channel)
     return stage->shape.kernel_height * stage->shape.kernel_width * stage->shape.in_channels;
   }
@@ -117,6 +117,7 @@ std::vector<Layer<T>> make_layers(const std::vector<Stage<T>>& stages, bool ball
   }
   return layers;
 }
+
 // Zeros around the height x width image.
 template <class T>
 void clear_padding(const Geometry& g, int64_t height, int64_t width, T* image) {
@@ -163,7 +164,7 @@ void deactivate(const T* forward, int64_t stream_stride, T scale, bool relu, Vec
   gradient[1] += scale * r;
   if (!relu) return;
   const Vec<T> nominal = load(forward + 2 * stream_stride);
-  const Vec<T> both = positive<T>(m) * T(0) + (gradient[0] + gradient[1]) * T(0.5);
+  const Vec<T> both = m * T(0) + (gradient[0] + gradient[1]) * T(0.5);  // NaN stays NaN
   const Vec<T> shared = m <= 0 ? Vec<T>{} : both;
   gradient[0] = m > r ? gradient[0] : shared;
   gradient[1] = m > r ? gradient[1] : shared;

@@ -3,7 +3,6 @@
 #include "network.h"
 
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
 #include "dense.h"
@@ -376,10 +375,11 @@ void network_backward(const NetworkBackward<T>& op) {
           kProducts * layer.width() * round_up(Winograd(s).phases() * layer.in.pitch, kTileRows);
     else if (layer.stage->weight)
       sums += layer.sum_size();
-    layer.scratch = images;
+    layer.image = images;
     images += layer.gradient.size() + kBlock<T>;
     outputs += s.out_channels;
     max_pixels = std::max(max_pixels, layer.backward.max_pixels);
+    if (!layer.stage->weight || layer.winograd) continue;
     for (int64_t row = 0; row < round_up(layer.rows(), kTileRows); ++row) {
       const int64_t r = std::min(row, layer.rows() - 1), tap = r / s.in_channels;
       row_offsets[i].push_back(tap / s.kernel_width * s.dilation_height * layer.in.row_stride() +
@@ -402,14 +402,14 @@ void network_backward(const NetworkBackward<T>& op) {
     T* image = scratch<T>(Slot::kGradient, images + kBlock<T>);
     for (size_t i = 0; i < convolutions; ++i)
       clear_padding(layers[i].gradient, op.stages[i].shape.out_height, op.stages[i].shape.out_width,
-                    image + layers[i].scratch);
+                    image + layers[i].image);
     const int64_t input_pitch = round_up(first.in_channels, kLanes<T>);
     const int64_t pixels = first.in_height * first.in_width;
     T* input = wants_input ? scratch<T>(Slot::kSource, S * pixels * input_pitch) : nullptr;
     const Layer<T>& dense = layers[convolutions];
     const Part part(batch, thread, actual);
     for (int64_t n = part.begin; n < part.end; ++n) {
-      T* g = image + layers[convolutions - 1].scratch;
+      T* g = image + layers[convolutions - 1].image;
       copy_gradient(dense, gradient + n * dense.in.size(), layers[convolutions - 1], g);
       int64_t bias_at = outputs;
       for (size_t i = convolutions; i-- > 0;) {
@@ -431,7 +431,7 @@ void network_backward(const NetworkBackward<T>& op) {
               &radius_sums[static_cast<size_t>(thread * first.out_channels)]);
         }
         if (i == 0 && !wants_input) break;
-        T* out = i > 0 ? image + layers[i - 1].scratch : input;
+        T* out = i > 0 ? image + layers[i - 1].image : input;
         const T scale = i > 0 ? T(8) * op.grad_widths[i - 1] : T{0};
         const auto finish = [&](int64_t pixel, int64_t channel, Vec<T>* streams) {
           if (i > 0) {

@@ -57,8 +57,8 @@ void parallel_for(int threads, int64_t count, const Body& body) {
   });
 }
 
-// What a buffer of a thread holds; each purpose has its own, kept from call to call, and never made
-// smaller while the thread lives.
+// What a buffer of a thread mainly holds. Buffers in use at one time are of different names; each
+// is kept from call to call, and never made smaller while the thread lives.
 enum class Slot {
   kPanel,
   kBias,
