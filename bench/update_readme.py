@@ -17,6 +17,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def learning_rate() -> list[str]:
     first, second, decayed = (
         verified(f"mnist-small-0.4-cibp-{run}") for run in ("seed0", "seed1", "decay-seed0")
     )
-    jumps = [after - before for before, after in zip(first, first[1:], strict=False)]
+    jumps = [after - before for before, after in pairwise(first)]
     lost = jumps.index(max(jumps)) + 1  # the epoch before the worst
     late = slice(40, None)
     return [
@@ -138,8 +139,6 @@ RIVALS = {
 
 
 def performance() -> list[str]:
-    if not STEP.exists():
-        return ["Not measured yet: `make bench` does."]
     rows = read(STEP)
     lines = [
         "A training step of `cf.fuse` (nominal and interval pass, constrained IBP loss, backward "
@@ -253,14 +252,12 @@ def draw_chart() -> None:
         axes.set_xticks(range(len(results)), [" ".join(problem[:2]) for problem in results])
         axes.set_ylabel("speed (two-pass eager = 1)")
         axes.set_title("A training step with constrained IBP", **TITLE)
-        figure.legend(loc="outside lower center", ncols=len(names), frameon=False, fontsize=9)
+        figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
         figure.savefig(CHART, dpi=130, metadata={"Comment": digest()})
 
 
 def batches() -> list[str]:
     path = ROOT / "bench" / "results" / "batch.csv"
-    if not path.exists():
-        return ["Batch sizes are not measured yet: `make bench` does."]
     rows = [row for row in read(path) if row["optimizer"] == "none"]
     by_network: dict[tuple[str, str], dict[int, str]] = {}
     for row in rows:
