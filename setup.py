@@ -27,7 +27,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, OptionError, PlatformError
 
-KERNELS = ["csrc/cpu/conv2d.cpp", "csrc/cpu/linear.cpp", "csrc/cpu/relu.cpp"]
+KERNELS = sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))
 BINDINGS = "csrc/bindings_cpu.cpp"
 
 # One module for each instruction set; one of them is chosen at run time. They are separate shared

@@ -17,7 +17,7 @@ struct Stage {
   Conv2dShape shape;
   bool relu;
   // [out_channels, in_channels, kernel_height, kernel_width], or null: average pooling, which is
-  // neither first nor last, and has neither bias nor ReLU
+  // neither first nor last, and has no bias
   const T* weight;
   const T* bias;      // [out_channels] or null
   bool fast = false;  // may be computed with more rounding where that is faster

@@ -31,6 +31,7 @@ double pool_forward(const Layer<T>& layer, const T* in, const Layer<T>& next, T*
               streams[k] +=
                   load(corner + ky * g.row_stride() + kx * g.pitch + k * g.stream_stride());
         for (int k = 0; k < S; ++k) streams[k] *= scale;
+        activate<T>(Vec<T>{}, layer.stage->relu, streams);
         T* target = out + h.offset(y, x) + c;
         for (int k = 0; k < S; ++k) store<T>(target + k * h.stream_stride(), streams[k]);
         squares += streams[1] * streams[1];
