@@ -252,7 +252,7 @@ def _(lower, upper, nominal, ball_radius, weights, biases, numbers, isa):  # typ
         outputs[-1].zero_()
         return *outputs, nominal.new_empty(0)
     *offsets, size = _packed_offsets(len(nominal), stages, nominal.dtype, ball, isa)
-    # memory that an earlier call gave back: fresh pages would cost a small network a fifth of it
+    # memory that an earlier call gave back: fresh pages would cost a small network a tenth more
     buffer = _backend._builds()[0][isa].Buffer(size * nominal.element_size())
     packed = torch.frombuffer(buffer, dtype=nominal.dtype)
     weights = [weight.contiguous() for weight in weights]

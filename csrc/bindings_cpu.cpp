@@ -129,7 +129,7 @@ void relu_backward_py(int64_t size, int threads, const std::array<int64_t, 6>& i
 }
 
 // Memory for what the forward pass saves, kept from call to call: fresh pages would cost small
-// networks a fifth of their time. At most kKept blocks stay, so it is bounded by what was in use.
+// networks a tenth of their time. At most kKept blocks stay, so it is bounded by what was in use.
 class Buffer {
  public:
   explicit Buffer(size_t bytes) {

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from forks import check_in_child
 from tolerances import (
     INPUTS,
     LAYOUTS,
@@ -264,28 +261,12 @@ def test_a_forked_child_computes_the_same(isa: str, op: str) -> None:
     torch.set_num_threads(2)
     forward_and_backward(case, cotangents)
 
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            outputs, grads = forward_and_backward(case, cotangents)
-            compare("output", OUTPUTS, outputs, expected[0], tolerances[0])
-            compare("gradient", INPUTS, grads, expected[1], tolerances[1])
-            status = 0
-        except BaseException:  # the child must never return into pytest
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    for _ in range(600):
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            break
-        time.sleep(0.05)
-    else:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        pytest.fail("the forked child hung")
-    assert os.waitstatus_to_exitcode(status) == 0
+    def check_results() -> None:
+        outputs, grads = forward_and_backward(case, cotangents)
+        compare("output", OUTPUTS, outputs, expected[0], tolerances[0])
+        compare("gradient", INPUTS, grads, expected[1], tolerances[1])
+
+    check_in_child(check_results)
 
 
 def network(x: Tensor, eps: float, *parameters: Tensor) -> Tensor:
