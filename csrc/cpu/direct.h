@@ -130,6 +130,7 @@ void convolve_weight_gradient(const Layer<T>& layer, const std::vector<int64_t>&
   const Geometry &g = layer.in, &h = layer.gradient;
   const int64_t rows = layer.rows(), sum_rows = round_up(rows, R);
   const int64_t tile_height = std::max<int64_t>(1, kOuterPixels / s.out_width);
+  T* const packed = scratch<T>(Slot::kPacked, tile_height * s.out_width * STREAMS * kBlock<T>);
   for (int64_t y = 0; y < s.out_height; y += tile_height) {
     const int64_t lines = std::min(tile_height, s.out_height - y);
     const Operand<T> scalars{
@@ -138,8 +139,13 @@ void convolve_weight_gradient(const Layer<T>& layer, const std::vector<int64_t>&
     for_blocks<T>(s.out_channels, [&](int64_t c, auto vectors) {
       constexpr int V = decltype(vectors)::value;
       constexpr int64_t N = V * kLanes<T>;
-      const Operand<T> vector{gradient + h.offset(y, 0) + c, h.row_stride(), h.pitch,
-                              h.stream_stride()};
+      // Side by side: in the image they would meet in few cache sets, all rows read them again.
+      T* to = packed;
+      for (int64_t line = y; line < y + lines; ++line)
+        for (int64_t x = 0; x < s.out_width; ++x)
+          for (int k = 0; k < STREAMS; ++k, to += N)
+            std::copy_n(gradient + h.offset(line, x) + k * h.stream_stride() + c, N, to);
+      const Operand<T> vector{packed, s.out_width * STREAMS * N, STREAMS * N, N};
       T* const plus = signed_sums + c * sum_rows;
       T* const magnitude = absolute_sums + c * sum_rows;
       for (int64_t row = 0; row < rows; row += R) {

@@ -69,6 +69,7 @@ enum class Slot {
   kSumB,
   kWidth,
   kBlockWeights,
+  kPacked,
   kTilesIn,
   kTilesOut,
   kStageOdd,

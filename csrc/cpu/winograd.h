@@ -24,6 +24,13 @@ constexpr int kPoints = 6;
 constexpr int kProducts = kPoints * kPoints;
 constexpr int64_t kTiles = 32;  // transformed at a time
 
+// Elements from one product's values of some tiles to the next product's: all products of a tile
+// are written and read together, and must not meet in few cache sets.
+template <class T>
+constexpr int64_t plane_size(int64_t tiles, int64_t channels) {
+  return spread_pitch<T>(tiles * S * channels);
+}
+
 // Six input values -> at the six points.
 template <class T>
 inline void transform_input(Vec<T>* d, int stride) {
@@ -169,7 +176,7 @@ template <class T, int N, class Transform>
 void transform_tiles(const Phase<T>& phase, int64_t begin, int64_t end, int64_t columns,
                      int64_t step, int64_t y, int64_t x, int64_t channels, int64_t channel,
                      int64_t pitch, const Transform& transform, T* out) {
-  const int64_t plane = (end - begin) * S * pitch;
+  const int64_t plane = plane_size<T>(end - begin, pitch);
   for (int64_t t = begin; t < end; ++t)
     for (int k = 0; k < S; ++k)
       for (int64_t c = 0; c < channels; c += kLanes<T>) {
@@ -239,12 +246,12 @@ void multiply_tiles(const T* in, int64_t tiles, int64_t depth, const T* panel, i
   for_blocks<T>(outputs, [&](int64_t c, auto vectors) {
     constexpr int V = decltype(vectors)::value;
     constexpr int64_t N = V * L;
+    const int64_t in_plane = plane_size<T>(tiles, depth), plane = plane_size<T>(tiles, N);
     const T* weights = panel + c * kProducts * 2 * depth;
     for (int i = 0; i < kProducts; ++i)
       for (int64_t t = 0; t < tiles; t += P)
-        multiply_points<T, V>(in + i * tiles * S * depth, t, tiles, depth,
-                              weights + 2 * i * depth * N, weights + (2 * i + 1) * depth * N,
-                              products + i * tiles * S * N);
+        multiply_points<T, V>(in + i * in_plane, t, tiles, depth, weights + 2 * i * depth * N,
+                              weights + (2 * i + 1) * depth * N, products + i * plane);
     for (int64_t t = 0; t < tiles; ++t)
       for (int v = 0; v < V; ++v) {
         Vec<T> out[S][M * M];
@@ -252,7 +259,7 @@ void multiply_tiles(const T* in, int64_t tiles, int64_t depth, const T* panel, i
           Vec<T> x[kProducts];
           const T* from = products + (t * S + k) * N + v * L;
 #pragma GCC unroll 36
-          for (int i = 0; i < kProducts; ++i) x[i] = load(from + i * tiles * S * N);
+          for (int i = 0; i < kProducts; ++i) x[i] = load(from + i * plane);
           transform_output_tile<T, M>(x, out[k]);
         }
         finish(t, c + v * L, out);
@@ -312,8 +319,6 @@ void pack_winograd(const Conv2dShape& s, const T* weight, bool exchanged, int64_
     }
 }
 
-constexpr int64_t kTileValues = kProducts * kTiles * S;  // of a channel
-
 // The transformed input of the output tiles [begin, end).
 template <class T>
 void transform_inputs(const Layer<T>& layer, const Winograd& w, const T* in, int64_t begin,
@@ -337,8 +342,8 @@ double winograd_forward(const Layer<T>& layer, const T* panels, const T* bias, c
   const Geometry &g = layer.in, &h = next.in;
   const int64_t depth = w.phases() * g.pitch;
   clear_padding(h, s.out_height, s.out_width, out);
-  T* tiles_in = scratch<T>(Slot::kTilesIn, kTileValues * depth);
-  T* products = scratch<T>(Slot::kTilesOut, kTileValues * kBlock<T>);
+  T* tiles_in = scratch<T>(Slot::kTilesIn, kProducts * plane_size<T>(kTiles, depth));
+  T* products = scratch<T>(Slot::kTilesOut, kProducts * plane_size<T>(kTiles, kBlock<T>));
   double total = 0;
   with_outputs(w, [&](auto outputs) {
     constexpr int M = outputs;
@@ -378,8 +383,8 @@ void winograd_weight_gradient(const Layer<T>& layer, const T* in, const T* gradi
   const Geometry& h = layer.gradient;
   const int64_t depth = w.phases() * layer.in.pitch, width = layer.width();
   const int64_t sum_rows = round_up(depth, R);
-  T* tiles_in = scratch<T>(Slot::kTilesIn, kTileValues * depth);
-  T* tiles_out = scratch<T>(Slot::kTilesOut, kTileValues * width);
+  T* tiles_in = scratch<T>(Slot::kTilesIn, kProducts * plane_size<T>(kTiles, depth));
+  T* tiles_out = scratch<T>(Slot::kTilesOut, kProducts * plane_size<T>(kTiles, width));
   with_outputs(w, [&](auto outputs) {
     constexpr int M = outputs;
     for (int64_t begin = 0; begin < w.rows * w.columns; begin += kTiles) {
@@ -397,8 +402,9 @@ void winograd_weight_gradient(const Layer<T>& layer, const T* in, const T* gradi
       for (int i = 0; i < kProducts; ++i)
         for_blocks<T>(width, [&](int64_t c, auto vectors) {
           constexpr int V = decltype(vectors)::value;
-          const Operand<T> vector{tiles_out + i * tiles * S * width + c, 0, S * width, width};
-          const Operand<T> scalars{tiles_in + i * tiles * S * depth, 0, S * depth, depth};
+          const Operand<T> vector{tiles_out + i * plane_size<T>(tiles, width) + c, 0, S * width,
+                                  width};
+          const Operand<T> scalars{tiles_in + i * plane_size<T>(tiles, depth), 0, S * depth, depth};
           const int64_t base = (i * width + c) * sum_rows;
           for (int64_t row = 0; row < depth; row += R) {
             int64_t at[R];
@@ -459,8 +465,8 @@ void winograd_input_gradient(const Layer<T>& layer, const T* panels, const T* gr
   const Winograd w(s);
   const Geometry& h = layer.gradient;
   const int64_t depth = layer.width(), pitch = layer.in.pitch;
-  T* tiles_in = scratch<T>(Slot::kTilesIn, kTileValues * depth);
-  T* products = scratch<T>(Slot::kTilesOut, kTileValues * kBlock<T>);
+  T* tiles_in = scratch<T>(Slot::kTilesIn, kProducts * plane_size<T>(kTiles, depth));
+  T* products = scratch<T>(Slot::kTilesOut, kProducts * plane_size<T>(kTiles, kBlock<T>));
   with_outputs(w, [&](auto outputs) {
     constexpr int M = outputs;
     for (int64_t begin = 0; begin < w.in_rows * w.in_columns; begin += kTiles) {
