@@ -15,6 +15,9 @@
 namespace cibp {
 
 constexpr int64_t kOuterPixels = 64;  // of one tile of a weight gradient
+// More rows of a weight gradient than these read a tile's gradients from a copy of their own: in
+// the image they meet in few cache sets.
+constexpr int64_t kPackedRows = 64;
 
 // The weights of a convolution as its plan reads them: for each block of outputs, tap and channel a
 // vector block. `exchanged` for the input gradient, whose outputs are the stage's inputs.
@@ -139,13 +142,15 @@ void convolve_weight_gradient(const Layer<T>& layer, const std::vector<int64_t>&
     for_blocks<T>(s.out_channels, [&](int64_t c, auto vectors) {
       constexpr int V = decltype(vectors)::value;
       constexpr int64_t N = V * kLanes<T>;
-      // Side by side: in the image they would meet in few cache sets, all rows read them again.
-      T* to = packed;
-      for (int64_t line = y; line < y + lines; ++line)
-        for (int64_t x = 0; x < s.out_width; ++x)
-          for (int k = 0; k < STREAMS; ++k, to += N)
-            std::copy_n(gradient + h.offset(line, x) + k * h.stream_stride() + c, N, to);
-      const Operand<T> vector{packed, s.out_width * STREAMS * N, STREAMS * N, N};
+      Operand<T> vector{gradient + h.offset(y, 0) + c, h.row_stride(), h.pitch, h.stream_stride()};
+      if (rows > kPackedRows) {
+        T* to = packed;
+        for (int64_t line = y; line < y + lines; ++line)
+          for (int64_t x = 0; x < s.out_width; ++x)
+            for (int k = 0; k < STREAMS; ++k, to += N)
+              std::copy_n(gradient + h.offset(line, x) + k * h.stream_stride() + c, N, to);
+        vector = {packed, s.out_width * STREAMS * N, STREAMS * N, N};
+      }
       T* const plus = signed_sums + c * sum_rows;
       T* const magnitude = absolute_sums + c * sum_rows;
       for (int64_t row = 0; row < rows; row += R) {

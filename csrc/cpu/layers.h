@@ -52,16 +52,24 @@ inline bool is_dense(const Conv2dShape& s) {
          (s.dilation_width == 1 || s.kernel_width == 1) && s.groups == 1;
 }
 
+// The passes of a convolution that are computed as winograd.h says.
+struct Passes {
+  bool forward, weight, input;
+  bool any() const { return forward || weight || input; }
+};
+
 template <class T>
 struct Layer {
   const Stage<T>* stage;
-  bool dense, winograd;
+  bool dense;
+  Passes winograd;
   Geometry in;        // of the packed input
   Geometry gradient;  // of the gradient of the stage's output, of a convolution
   Plan forward, backward;
   std::vector<int64_t> in_offsets, gradient_offsets;  // [pixels] of an image in the two geometries
+  int64_t group = 1;                                  // examples that go through it together
   int64_t panel = 0, backward_panel = 0;              // offsets of the weight panels
-  int64_t sums = 0, image = 0;                        // offsets of weight and image gradients
+  int64_t sums = 0, bias = 0, image = 0;              // offsets of weight, bias and image gradients
   int64_t rows() const {                              // of the weight gradient, (tap, channel)
     return stage->shape.kernel_height * stage->shape.kernel_width * stage->shape.in_channels;
   }

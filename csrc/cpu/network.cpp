@@ -21,9 +21,15 @@ namespace {
 template <class T>
 std::vector<Layer<T>> plan(const std::vector<Stage<T>>& stages, bool ball) {
   std::vector<Layer<T>> layers = make_layers(stages, ball);
-  for (size_t i = 1; i < layers.size(); ++i)  // the first one's channels fill no vector
-    layers[i].winograd =
-        stages[i].fast && stages[i].weight && !layers[i].dense && prefers_winograd(stages[i].shape);
+  for (size_t i = 1; i < layers.size(); ++i) {  // the first one's channels fill no vector
+    Layer<T>& layer = layers[i];
+    if (stages[i].fast && stages[i].weight && !layer.dense)
+      layer.winograd = winograd_passes(stages[i].shape);
+    // Not fewer than of the layer before, which would have to run for fewer, too.
+    const int64_t group =
+        layer.winograd.any() ? Winograd(stages[i].shape).group(layer.in.size()) : 1;
+    layer.group = std::max(layers[i - 1].group, group);
+  }
   return layers;
 }
 
@@ -44,7 +50,7 @@ const T* pack_weights(std::vector<Layer<T>>& layers, bool backward, bool first_t
     (backward ? layer.backward_panel : layer.panel) = size;
     // The panel's rows for each output, and its outputs.
     int64_t rows = s.kernel_height * s.kernel_width, outputs = layer.width();
-    if (layer.winograd) {
+    if (backward ? layer.winograd.input : layer.winograd.forward) {
       rows = 2 * kProducts;
       const int64_t in = Winograd(s).phases() * layer.in.pitch;
       rows *= backward ? layer.width() : in;
@@ -62,7 +68,7 @@ const T* pack_weights(std::vector<Layer<T>>& layers, bool backward, bool first_t
     const Layer<T>& layer = layers[item.layer];
     T* panel = panels + (backward ? layer.backward_panel : layer.panel);
     const Stage<T>& stage = *layer.stage;
-    if (layer.winograd)
+    if (backward ? layer.winograd.input : layer.winograd.forward)
       with_outputs(Winograd(stage.shape), [&](auto outputs) {
         pack_winograd<T, kPoints + 1 - outputs>(stage.shape, stage.weight, backward, layer.in.pitch,
                                                 item.block, panel);
@@ -146,31 +152,49 @@ void network_forward(const NetworkForward<T>& op) {
   const Tensor4<const T> sources[S] = {op.lower, op.upper, op.nominal};
   const std::vector<T> radius =
       op.ball_radius ? ball_output_radius(layers[0], op.ball_radius) : std::vector<T>{};
-  parallel_for(op.threads, batch, [&](int64_t n) {
-    T* product = scratch<T>(Slot::kProduct, max_pixels * S * kBlock<T>);
-    T* const image = op.inputs[0] + n * layers[0].in.size();
-    const Conv2dShape& first = op.stages[0].shape;
-    if (op.ball_radius)
-      pack_image(Copy<T, 1>{}, &sources[2], first, layers[0].in, n, image);
-    else
-      pack_image(CenterRadius<T, S>{}, sources, first, layers[0].in, n, image);
-    for (size_t i = 0; i < convolutions; ++i) {
-      const Layer<T>&layer = layers[i], &next = layers[i + 1];
+  // The stages up to `i` of the examples [begin, end), a group at a time.
+  const auto run = [&](const auto& self, size_t i, int64_t begin, int64_t end) -> void {
+    const Layer<T>&layer = layers[i], &next = layers[i + 1];
+    for (int64_t n = begin; n < end; n += layer.group) {
+      const int64_t images = std::min(layer.group, end - n);
+      if (i > 0) self(self, i - 1, n, n + images);
+      double* const width = &widths[static_cast<size_t>(n * count) + i];
       const T* in = op.inputs[i] + n * layer.in.size();
       T* out = op.inputs[i + 1] + n * next.in.size();
-      double& width = widths[static_cast<size_t>(n * count) + i];
-      if (!layer.stage->weight) {
-        width = pool_forward(layer, in, next, out);
+      if (layer.winograd.forward) {
+        *width = winograd_forward(layer, images, panels, biases[i], in, next, out);
         continue;
       }
-      if (layer.winograd) {
-        width = winograd_forward(layer, panels, biases[i], in, next, out);
-        continue;
+      for (int64_t k = 0; k < images; ++k, in += layer.in.size(), out += next.in.size()) {
+        if (i == 0) {
+          T* const image = op.inputs[0] + (n + k) * layer.in.size();
+          if (op.ball_radius)
+            pack_image(Copy<T, 1>{}, &sources[2], op.stages[0].shape, layer.in, n + k, image);
+          else
+            pack_image(CenterRadius<T, S>{}, sources, op.stages[0].shape, layer.in, n + k, image);
+        }
+        if (!layer.stage->weight) {
+          width[k * count] = pool_forward(layer, in, next, out);
+          continue;
+        }
+        T* product = scratch<T>(Slot::kProduct, max_pixels * S * kBlock<T>);
+        const auto convolve =
+            layer.in.streams == 1 ? convolve_forward<T, 1> : convolve_forward<T, S>;
+        width[k * count] =
+            convolve(layer, panels, biases[i], radius.data(), in, next, product, out);
       }
-      const auto convolve = layer.in.streams == 1 ? convolve_forward<T, 1> : convolve_forward<T, S>;
-      width = convolve(layer, panels, biases[i], radius.data(), in, next, product, out);
     }
-  });
+  };
+  if (convolutions == 0)
+    parallel_for(op.threads, batch, [&](int64_t n) {
+      pack_image(CenterRadius<T, S>{}, sources, op.stages[0].shape, layers[0].in, n,
+                 op.inputs[0] + n * layers[0].in.size());
+    });
+  else
+    parallel(batch > 1 ? op.threads : 1, [&](int thread, int team) {
+      const Part part(batch, thread, team);
+      run(run, convolutions - 1, part.begin, part.end);
+    });
   for (size_t i = 0; i < convolutions; ++i) {
     double total = 0;
     for (int64_t n = 0; n < batch; ++n) total += widths[static_cast<size_t>(n * count) + i];
@@ -318,6 +342,25 @@ void unpack_gradient(const Conv2dShape& s, int64_t n, const T* packed,
     }
 }
 
+// The input gradient of `images` examples of a stage that is not dense; finish(example, pixel,
+// channel of the vector, streams).
+template <class T, class Finish>
+void input_gradient(const Layer<T>& layer, int64_t images, const T* panels, const T* gradient,
+                    int64_t max_pixels, const Finish& finish) {
+  if (layer.winograd.input) return winograd_input_gradient(layer, images, panels, gradient, finish);
+  T* product = scratch<T>(Slot::kProduct, max_pixels * S * kBlock<T>);
+  for (int64_t n = 0; n < images; ++n) {
+    const T* of_one = gradient + n * layer.gradient.size();
+    const auto finish_one = [&](int64_t pixel, int64_t channel, Vec<T>* streams) {
+      finish(n, pixel, channel, streams);
+    };
+    if (layer.stage->weight)
+      convolve_input_gradient(layer, panels, of_one, product, finish_one);
+    else
+      pool_input_gradient(layer, of_one, finish_one);
+  }
+}
+
 }  // namespace
 
 template <class T>
@@ -370,16 +413,18 @@ void network_backward(const NetworkBackward<T>& op) {
     Layer<T>& layer = layers[i];
     const Conv2dShape& s = layer.stage->shape;
     layer.sums = sums;
-    if (layer.winograd)
+    if (layer.winograd.weight)
       sums +=
           kProducts * layer.width() * round_up(Winograd(s).phases() * layer.in.pitch, kTileRows);
     else if (layer.stage->weight)
       sums += layer.sum_size();
-    layer.image = images;
-    images += layer.gradient.size() + kBlock<T>;
+    layer.image = images;  // of as many as the next convolution takes at a time
+    const int64_t group = layers[std::min(i + 1, convolutions - 1)].group;
+    images += group * layer.gradient.size() + kBlock<T>;
+    layer.bias = outputs;
     outputs += s.out_channels;
     max_pixels = std::max(max_pixels, layer.backward.max_pixels);
-    if (!layer.stage->weight || layer.winograd) continue;
+    if (!layer.stage->weight || layer.winograd.weight) continue;
     for (int64_t row = 0; row < round_up(layer.rows(), kTileRows); ++row) {
       const int64_t r = std::min(row, layer.rows() - 1), tap = r / s.in_channels;
       row_offsets[i].push_back(tap / s.kernel_width * s.dilation_height * layer.in.row_stride() +
@@ -387,6 +432,11 @@ void network_backward(const NetworkBackward<T>& op) {
                                r % s.in_channels);
     }
   }
+  const int64_t input_pitch = round_up(first.in_channels, kLanes<T>);
+  const int64_t pixels = first.in_height * first.in_width;
+  std::vector<int64_t> input_at(static_cast<size_t>(pixels));
+  for (int64_t p = 0; p < pixels; ++p) input_at[static_cast<size_t>(p)] = p * input_pitch;
+
   T* signed_sums = scratch<T>(Slot::kSumA, op.threads * sums);
   T* absolute_sums = scratch<T>(Slot::kSumB, op.threads * sums);
   std::vector<double> bias_sums(static_cast<size_t>(op.threads * outputs), 0.0);
@@ -398,87 +448,92 @@ void network_backward(const NetworkBackward<T>& op) {
     T* magnitude = absolute_sums + thread * sums;
     std::fill_n(plus, sums, T{0});
     std::fill_n(magnitude, sums, T{0});
-    T* product = scratch<T>(Slot::kProduct, max_pixels * S * kBlock<T>);
     T* image = scratch<T>(Slot::kGradient, images + kBlock<T>);
     for (size_t i = 0; i < convolutions; ++i)
-      clear_padding(layers[i].gradient, op.stages[i].shape.out_height, op.stages[i].shape.out_width,
-                    image + layers[i].image);
-    const int64_t input_pitch = round_up(first.in_channels, kLanes<T>);
-    const int64_t pixels = first.in_height * first.in_width;
-    T* input = wants_input ? scratch<T>(Slot::kSource, S * pixels * input_pitch) : nullptr;
-    const Layer<T>& dense = layers[convolutions];
-    const Part part(batch, thread, actual);
-    for (int64_t n = part.begin; n < part.end; ++n) {
-      T* g = image + layers[convolutions - 1].image;
-      copy_gradient(dense, gradient + n * dense.in.size(), layers[convolutions - 1], g);
-      int64_t bias_at = outputs;
-      for (size_t i = convolutions; i-- > 0;) {
-        const Layer<T>& layer = layers[i];
-        const Conv2dShape& s = layer.stage->shape;
+      for (int64_t n = 0; n < layers[std::min(i + 1, convolutions - 1)].group; ++n)
+        clear_padding(layers[i].gradient, op.stages[i].shape.out_height,
+                      op.stages[i].shape.out_width,
+                      image + layers[i].image + n * layers[i].gradient.size());
+    // The stages from `i` down, of the examples [begin, end), from the gradients of i's outputs.
+    const auto run = [&](const auto& self, size_t i, int64_t begin, int64_t end,
+                         const T* gradients) -> void {
+      const Layer<T>& layer = layers[i];
+      const T* g = gradients;
+      for (int64_t n = begin; n < end; n += layer.group) {
+        const int64_t count = std::min(layer.group, end - n);
         const T* in = op.inputs[i] + n * layer.in.size();
-        bias_at -= s.out_channels;
         if (layer.stage->weight) {
           const bool one = layer.in.streams == 1;
           T *to_plus = plus + layer.sums, *to_magnitude = magnitude + layer.sums;
-          if (layer.winograd) {
-            winograd_weight_gradient(layer, in, g, to_plus, to_magnitude);
-          } else {
-            const auto add = one ? convolve_weight_gradient<T, 1> : convolve_weight_gradient<T, S>;
-            add(layer, row_offsets[i], in, g, to_plus, to_magnitude);
+          if (layer.winograd.weight)
+            winograd_weight_gradient(layer, count, in, g, to_plus, to_magnitude);
+          const auto add = one ? convolve_weight_gradient<T, 1> : convolve_weight_gradient<T, S>;
+          const auto add_bias = one ? add_bias_gradient<T, 1> : add_bias_gradient<T, S>;
+          for (int64_t k = 0; k < count; ++k) {
+            const T* from = g + k * layer.gradient.size();
+            if (!layer.winograd.weight)
+              add(layer, row_offsets[i], in + k * layer.in.size(), from, to_plus, to_magnitude);
+            add_bias(layer, from, &bias_sums[static_cast<size_t>(thread * outputs + layer.bias)],
+                     &radius_sums[static_cast<size_t>(thread * first.out_channels)]);
           }
-          const auto add = one ? add_bias_gradient<T, 1> : add_bias_gradient<T, S>;
-          add(layer, g, &bias_sums[static_cast<size_t>(thread * outputs + bias_at)],
-              &radius_sums[static_cast<size_t>(thread * first.out_channels)]);
         }
-        if (i == 0 && !wants_input) break;
-        T* out = i > 0 ? image + layers[i - 1].image : input;
-        const T scale = i > 0 ? T(8) * op.grad_widths[i - 1] : T{0};
-        const auto finish = [&](int64_t pixel, int64_t channel, Vec<T>* streams) {
-          if (i > 0) {
-            const Layer<T>& previous = layers[i - 1];
-            deactivate<T>(in + layer.in_offsets[static_cast<size_t>(pixel)] + channel,
+        if (i > 0) {
+          const Layer<T>& previous = layers[i - 1];
+          T* const out = image + previous.image;
+          const T scale = T(8) * op.grad_widths[i - 1];
+          const auto finish = [&](int64_t example, int64_t pixel, int64_t channel,
+                                  Vec<T>* streams) {
+            deactivate<T>(in + example * layer.in.size() +
+                              layer.in_offsets[static_cast<size_t>(pixel)] + channel,
                           layer.in.stream_stride(), scale, previous.stage->relu, streams);
             if (previous.in.streams == 1) streams[0] += streams[2];
-            T* to = out + previous.gradient_offsets[static_cast<size_t>(pixel)] + channel;
+            T* to = out + example * previous.gradient.size() +
+                    previous.gradient_offsets[static_cast<size_t>(pixel)] + channel;
             for (int k = 0; k < S; ++k)
               store<T>(to + k * previous.gradient.stream_stride(), streams[k]);
-          } else {
-            T* to = out + pixel * input_pitch + channel;
-            for (int k = 0; k < S; ++k) store<T>(to + k * pixels * input_pitch, streams[k]);
-          }
-        };
-        if (!layer.stage->weight)
-          pool_input_gradient(layer, g, finish);
-        else if (layer.winograd)
-          winograd_input_gradient(layer, panels, g, finish);
-        else
-          convolve_input_gradient(layer, panels, g, product, finish);
-        if (i == 0) {
-          std::vector<int64_t> at(static_cast<size_t>(pixels));
-          for (int64_t p = 0; p < pixels; ++p) at[static_cast<size_t>(p)] = p * input_pitch;
-          unpack_gradient(first, n, input, at, pixels * input_pitch, op.grad_lower_in,
+          };
+          input_gradient(layer, count, panels, g, max_pixels, finish);
+          self(self, i - 1, n, n + count, out);
+        } else if (wants_input) {  // the first stage takes one example at a time
+          T* const out = scratch<T>(Slot::kSource, S * pixels * input_pitch);
+          input_gradient(layer, 1, panels, g, max_pixels,
+                         [&](int64_t, int64_t pixel, int64_t channel, Vec<T>* streams) {
+                           T* to = out + pixel * input_pitch + channel;
+                           for (int k = 0; k < S; ++k)
+                             store<T>(to + k * pixels * input_pitch, streams[k]);
+                         });
+          unpack_gradient(first, n, out, input_at, pixels * input_pitch, op.grad_lower_in,
                           op.grad_upper_in, op.grad_nominal_in);
         }
-        g = out;
+        g += count * layer.gradient.size();
       }
+    };
+    const Layer<T>&dense = layers[convolutions], &last = layers[convolutions - 1];
+    const Part part(batch, thread, actual);
+    for (int64_t n = part.begin; n < part.end; n += last.group) {
+      const int64_t end = std::min(n + last.group, part.end);
+      T* const gradients = image + last.image;
+      for (int64_t k = n; k < end; ++k)
+        copy_gradient(dense, gradient + k * dense.in.size(), last,
+                      gradients + (k - n) * last.gradient.size());
+      run(run, convolutions - 1, n, end, gradients);
     }
   });
 
   struct Output {  // a vector of a layer's output channels
     size_t layer;
-    int64_t channel, bias;
+    int64_t channel;
   };
   std::vector<Output> items;
-  int64_t bias = 0;
-  for (size_t i = 0; i < convolutions; bias += op.stages[i++].shape.out_channels)
+  for (size_t i = 0; i < convolutions; ++i)
     for (int64_t o = 0; op.stages[i].weight && o < layers[i].width(); o += kLanes<T>)
-      items.push_back({i, o, bias + o});
+      items.push_back({i, o});
   parallel_for(op.threads, static_cast<int64_t>(items.size()), [&](int64_t index) {
-    const auto [i, channel, bias_at] = items[static_cast<size_t>(index)];
+    const auto [i, channel] = items[static_cast<size_t>(index)];
     const Layer<T>& layer = layers[i];
     const WeightSums<T> all{signed_sums + layer.sums, absolute_sums + layer.sums, sums, team};
     if (T* target = op.grad_weights[i]) {
-      if (layer.winograd)
+      if (layer.winograd.weight)
         winograd_reduce(layer, all, channel, target);
       else
         convolve_reduce(layer, all, radius_sums.data(), op.ball_radius, channel, target);
@@ -487,7 +542,7 @@ void network_backward(const NetworkBackward<T>& op) {
     for (int64_t o = channel; op.grad_biases[i] && o < end; ++o) {
       double total = 0;
       for (int thread = 0; thread < team; ++thread)
-        total += bias_sums[static_cast<size_t>(thread * outputs + bias_at + o - channel)];
+        total += bias_sums[static_cast<size_t>(thread * outputs + layer.bias + o)];
       op.grad_biases[i][o] = static_cast<T>(total);
     }
   });

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <tuple>
 #include <utility>
@@ -93,6 +94,23 @@ void add_tiles(Plan& plan, Strip& strip, const PixelClass& pixel_class, int64_t 
                         pixel_class.x.base + j * pixel_class.x.base_step});
     }
   }
+  // Those that need the same taps, side by side: a tile computes each tap for all of its pixels.
+  const auto outside = [&](const Pixel& pixel) {
+    std::array<int64_t, 4> taps{};  // beyond each side
+    for (const Tap& tap : pixel_class.taps) {
+      taps[0] += pixel.y + tap.y < 0;
+      taps[1] += pixel.y + tap.y >= source_height;
+      taps[2] += pixel.x + tap.x < 0;
+      taps[3] += pixel.x + tap.x >= source_width;
+    }
+    return taps;
+  };
+  std::vector<std::pair<std::array<int64_t, 4>, Pixel>> keyed;
+  for (const Pixel& pixel : pixels) keyed.emplace_back(outside(pixel), pixel);
+  std::stable_sort(keyed.begin(), keyed.end(),
+                   [](const auto& a, const auto& b) { return a.first < b.first; });
+  std::transform(keyed.begin(), keyed.end(), pixels.begin(),
+                 [](const auto& each) { return each.second; });
   const int64_t row_stride = STREAMS * plan.columns * plan.channels;
   const int64_t first_pixel = static_cast<int64_t>(plan.pixels.size());
   for (size_t i = 0; i < (pixels.size() + P - 1) / P * P;

@@ -22,7 +22,8 @@ namespace cibp {
 
 constexpr int kPoints = 6;
 constexpr int kProducts = kPoints * kPoints;
-constexpr int64_t kTiles = 32;  // transformed at a time
+constexpr int64_t kTiles = 24;           // transformed at a time: more leave the second-level cache
+constexpr int64_t kGroupSize = 1 << 18;  // elements of the images that are transformed together
 
 // Elements from one product's values of some tiles to the next product's: all products of a tile
 // are written and read together, and must not meet in few cache sets.
@@ -93,6 +94,13 @@ inline void transform_kernel_tile(const Vec<T>* g, Vec<T>* u) {  // [K][K] -> [6
 }
 
 template <class T, int M>
+inline void transform_gradient_tile(Vec<T>* d) {  // [M][M] -> [6][6], in place
+  Vec<T> kernel[M * M];
+  std::copy_n(d, M * M, kernel);
+  transform_kernel_tile<T, M>(kernel, d);
+}
+
+template <class T, int M>
 inline void transform_output_tile(const Vec<T>* x, Vec<T>* y) {  // [6][6] -> [M][M]
   Vec<T> rows[M * kPoints];
 #pragma GCC unroll 6
@@ -101,48 +109,63 @@ inline void transform_output_tile(const Vec<T>* x, Vec<T>* y) {  // [6][6] -> [M
   for (int i = 0; i < M; ++i) transform_output<T, M>(rows + kPoints * i, 1, y + M * i, 1);
 }
 
+// The tiles of some images, one image after the other: `step` pixels apart, from (y, x) on.
+struct Grid {
+  int64_t rows, columns, step, y, x;
+  int64_t tiles() const { return rows * columns; }  // of an image
+  int64_t image(int64_t tile) const { return tile / tiles(); }
+  int64_t top(int64_t tile) const { return tile % tiles() / columns * step + y; }
+  int64_t left(int64_t tile) const { return tile % columns * step + x; }
+};
+
 // How a convolution is cut.
 struct Winograd {
-  int64_t stride, taps;                     // taps of a phase, in each direction
-  int64_t outputs;                          // of a tile, in each direction: 7 - taps
-  int64_t rows, columns;                    // tiles of the forward pass, and of the weight gradient
-  int64_t in_rows, in_columns, in_y, in_x;  // tiles of the input gradient, and their first pixel
+  int64_t stride, taps;  // taps of a phase, in each direction
+  int64_t outputs;       // of a tile, in each direction: 7 - taps
+  Grid out, in;          // tiles of the output, and of each phase of the input, for its gradient
   int64_t phases() const { return stride * stride; }
 
   explicit Winograd(const Conv2dShape& s)
       : stride(s.stride_height),
         taps(ceil_div(s.kernel_height, s.stride_height)),
-        outputs(kPoints + 1 - taps),
-        rows(ceil_div(s.out_height, outputs)),
-        columns(ceil_div(s.out_width, outputs)),
-        in_y(s.padding_height / stride),
-        in_x(s.padding_width / stride) {
-    in_rows = ceil_div((s.in_height - 1 + s.padding_height) / stride + 1 - in_y, outputs);
-    in_columns = ceil_div((s.in_width - 1 + s.padding_width) / stride + 1 - in_x, outputs);
+        outputs(kPoints + 1 - taps) {
+    out = {ceil_div(s.out_height, outputs), ceil_div(s.out_width, outputs), outputs, 0, 0};
+    const int64_t y = s.padding_height / stride, x = s.padding_width / stride;
+    in = {ceil_div((s.in_height - 1 + s.padding_height) / stride + 1 - y, outputs),
+          ceil_div((s.in_width - 1 + s.padding_width) / stride + 1 - x, outputs), outputs, y, x};
+  }
+
+  // Examples that give enough tiles to use each transformed weight well, and few enough for their
+  // images, of `image_size` elements, to stay near.
+  int64_t group(int64_t image_size) const {
+    const int64_t enough = (kTiles + out.tiles() / 2) / out.tiles();
+    return std::max<int64_t>(1, std::min(enough, kGroupSize / image_size));
   }
 };
 
-// Whether there is such a convolution, and it should be faster: the operations of the transforms
-// are estimated, and that of few tiles each weight must be read from beyond the first cache.
-inline bool prefers_winograd(const Conv2dShape& s) {
+// Where there is such a convolution, and it should be faster: the operations of the transforms are
+// estimated; values that leave the cache between them make each cost about 1.7 direct ones.
+inline Passes winograd_passes(const Conv2dShape& s) {
   const bool possible = s.kernel_height == s.kernel_width && s.stride_height == s.stride_width &&
                         s.dilation_height == 1 && s.dilation_width == 1 &&
                         ceil_div(s.kernel_height, s.stride_height) >= 2 &&
                         ceil_div(s.kernel_height, s.stride_height) <= 4 && s.stride_height <= 2;
-  if (!possible) return false;
+  if (!possible) return {};
   const Winograd w(s);
   const int64_t in = w.phases() * s.in_channels, out = s.out_channels;
   const int64_t direct =
       s.out_height * s.out_width * s.kernel_height * s.kernel_width * s.in_channels * out;
-  const int64_t tiles = w.rows * w.columns;
-  const int64_t transformed = tiles * kProducts * (in * out + 5 * in + 4 * out);
-  return transformed + 8 * transformed / std::min(tiles, kTiles) < direct * 3 / 4;
+  const auto faster = [&](const Grid& grid, int64_t from, int64_t to) {
+    return grid.tiles() * kProducts * (from * to + 5 * from + 4 * to) * 17 / 10 < direct;
+  };
+  return {faster(w.out, in, out), faster(w.out, in, out), faster(w.in, out, in)};
 }
 
-// An image of packed streams, and which of its pixels a phase has: (y, x) * stride + first.
+// Images of packed streams, and which of their pixels a phase has: (y, x) * stride + first.
 template <class T>
 struct Phase {
   const T* data;  // of channel 0 of pixel (0, 0)
+  int64_t image_size;
   const Geometry* geometry;
   int64_t height, width;
   int64_t stride, first_y, first_x;
@@ -150,10 +173,12 @@ struct Phase {
 
 // N x N pixels of one stream, from (y, x) of the phase on; zeros outside of the image.
 template <class T, int N>
-inline void load_tile(const Phase<T>& p, int64_t y, int64_t x, int64_t offset, Vec<T>* tile) {
+inline void load_tile(const Phase<T>& p, int64_t image, int64_t y, int64_t x, int64_t offset,
+                      Vec<T>* tile) {
   const int64_t y0 = y * p.stride + p.first_y, x0 = x * p.stride + p.first_x;
   const int64_t row = p.geometry->row_stride() * p.stride, column = p.geometry->pitch * p.stride;
-  const T* corner = p.data + y0 * p.geometry->row_stride() + x0 * p.geometry->pitch + offset;
+  const T* corner = p.data + image * p.image_size + y0 * p.geometry->row_stride() +
+                    x0 * p.geometry->pitch + offset;
   if (y0 >= 0 && x0 >= 0 && y0 + (N - 1) * p.stride < p.height &&
       x0 + (N - 1) * p.stride < p.width) {
 #pragma GCC unroll 6
@@ -170,18 +195,18 @@ inline void load_tile(const Phase<T>& p, int64_t y, int64_t x, int64_t offset, V
     }
 }
 
-// The tiles [begin, end) of a grid of `columns`, `step` pixels apart, from pixel (y, x) on, through
-// `transform` into out[product][tile][stream][pitch], from `channel` on.
+// The tiles [begin, end) of a grid through `transform` into out[product][tile][stream][pitch], from
+// `channel` on.
 template <class T, int N, class Transform>
-void transform_tiles(const Phase<T>& phase, int64_t begin, int64_t end, int64_t columns,
-                     int64_t step, int64_t y, int64_t x, int64_t channels, int64_t channel,
-                     int64_t pitch, const Transform& transform, T* out) {
+void transform_tiles(const Phase<T>& phase, const Grid& grid, int64_t begin, int64_t end,
+                     int64_t channels, int64_t channel, int64_t pitch, const Transform& transform,
+                     T* out) {
   const int64_t plane = plane_size<T>(end - begin, pitch);
   for (int64_t t = begin; t < end; ++t)
     for (int k = 0; k < S; ++k)
       for (int64_t c = 0; c < channels; c += kLanes<T>) {
         Vec<T> tile[kProducts];
-        load_tile<T, N>(phase, y + t / columns * step, x + t % columns * step,
+        load_tile<T, N>(phase, grid.image(t), grid.top(t), grid.left(t),
                         k * phase.geometry->stream_stride() + c, tile);
         transform(tile);
         T* target = out + ((t - begin) * S + k) * pitch + channel + c;
@@ -189,6 +214,18 @@ void transform_tiles(const Phase<T>& phase, int64_t begin, int64_t end, int64_t 
         for (int i = 0; i < kProducts; ++i) store<T>(target + i * plane, tile[i]);
       }
 }
+
+// Calls body(begin, end) for equal shares, of about kTiles, of all tiles of some images.
+template <class Body>
+void for_tiles(const Grid& grid, int64_t images, const Body& body) {
+  const int64_t all = images * grid.tiles();
+  const int parts = static_cast<int>(std::max<int64_t>(1, (all + kTiles / 2) / kTiles));
+  for (int i = 0; i < parts; ++i) {
+    const Part part(all, i, parts);
+    body(part.begin, part.end);
+  }
+}
+constexpr int64_t kMostTiles = 3 * kTiles / 2;  // of a share
 
 // Sums over the channels, for the tiles t, t + 1, ..: in[tile][stream][k] times signed_panel[k]
 // and, of the radius, absolute_panel[k]; out[tile][stream][VECTORS * kLanes].
@@ -237,28 +274,30 @@ template <class T, int VECTORS>
 }
 
 // Multiplies transformed tiles with a panel, [block of outputs][product][W, |W|][channel][lane];
-// finish(tile, channel of the vector, stream, outputs), outputs being [M][M], all three streams in
-// turn.
+// finish(tile, channel of the vector, outputs), outputs being [stream][M][M].
 template <class T, int M, class Finish>
 void multiply_tiles(const T* in, int64_t tiles, int64_t depth, const T* panel, int64_t outputs,
                     T* products, const Finish& finish) {
   constexpr int P = kTilePixels<S>, L = kLanes<T>;
+  const int64_t in_plane = plane_size<T>(tiles, depth), plane = plane_size<T>(tiles, outputs);
+  for (int i = 0; i < kProducts; ++i)
+    for_blocks<T>(outputs, [&](int64_t c, auto vectors) {
+      constexpr int V = decltype(vectors)::value;
+      constexpr int64_t N = V * L;
+      const T* weights = panel + c * kProducts * 2 * depth + 2 * i * depth * N;
+      for (int64_t t = 0; t < tiles; t += P)
+        multiply_points<T, V>(in + i * in_plane, t, tiles, depth, weights, weights + depth * N,
+                              products + i * plane + c * tiles * S);
+    });
   for_blocks<T>(outputs, [&](int64_t c, auto vectors) {
     constexpr int V = decltype(vectors)::value;
     constexpr int64_t N = V * L;
-    const int64_t in_plane = plane_size<T>(tiles, depth), plane = plane_size<T>(tiles, N);
-    const T* weights = panel + c * kProducts * 2 * depth;
-    for (int i = 0; i < kProducts; ++i)
-      for (int64_t t = 0; t < tiles; t += P)
-        multiply_points<T, V>(in + i * in_plane, t, tiles, depth, weights + 2 * i * depth * N,
-                              weights + (2 * i + 1) * depth * N, products + i * plane);
     for (int64_t t = 0; t < tiles; ++t)
       for (int v = 0; v < V; ++v) {
         Vec<T> out[S][M * M];
         for (int k = 0; k < S; ++k) {
           Vec<T> x[kProducts];
-          const T* from = products + (t * S + k) * N + v * L;
-#pragma GCC unroll 36
+          const T* from = products + c * tiles * S + (t * S + k) * N + v * L;
           for (int i = 0; i < kProducts; ++i) x[i] = load(from + i * plane);
           transform_output_tile<T, M>(x, out[k]);
         }
@@ -319,92 +358,91 @@ void pack_winograd(const Conv2dShape& s, const T* weight, bool exchanged, int64_
     }
 }
 
-// The transformed input of the output tiles [begin, end).
+// The transformed input of the output tiles [begin, end), [product][tile][stream][pitch].
 template <class T>
 void transform_inputs(const Layer<T>& layer, const Winograd& w, const T* in, int64_t begin,
-                      int64_t end, T* out) {
+                      int64_t end, int64_t pitch, T* out) {
   const Conv2dShape& s = layer.stage->shape;
   const Geometry& g = layer.in;
   for (int64_t phase = 0; phase < w.phases(); ++phase)
     transform_tiles<T, kPoints>(
-        {in + g.offset(0, 0), &g, s.in_height, s.in_width, w.stride,
+        {in + g.offset(0, 0), g.size(), &g, s.in_height, s.in_width, w.stride,
          phase / w.stride - s.padding_height, phase % w.stride - s.padding_width},
-        begin, end, w.columns, w.outputs, 0, 0, g.pitch, phase * g.pitch, w.phases() * g.pitch,
-        transform_input_tile<T>, out);
+        w.out, begin, end, g.pitch, phase * g.pitch, pitch, transform_input_tile<T>, out);
 }
 
-// As convolve_forward.
+// The gradients of some examples' outputs as a phase of their own.
 template <class T>
-double winograd_forward(const Layer<T>& layer, const T* panels, const T* bias, const T* in,
-                        const Layer<T>& next, T* out) {
+Phase<T> gradient_phase(const Layer<T>& layer, const T* gradient) {
+  const Geometry& h = layer.gradient;
+  return {gradient + h.offset(0, 0),    h.size(), &h, layer.stage->shape.out_height,
+          layer.stage->shape.out_width, 1,        0,  0};
+}
+
+// As convolve_forward, of `images` examples.
+template <class T>
+double winograd_forward(const Layer<T>& layer, int64_t images, const T* panels, const T* bias,
+                        const T* in, const Layer<T>& next, T* out) {
   const Conv2dShape& s = layer.stage->shape;
   const Winograd w(s);
-  const Geometry &g = layer.in, &h = next.in;
-  const int64_t depth = w.phases() * g.pitch;
-  clear_padding(h, s.out_height, s.out_width, out);
-  T* tiles_in = scratch<T>(Slot::kTilesIn, kProducts * plane_size<T>(kTiles, depth));
-  T* products = scratch<T>(Slot::kTilesOut, kProducts * plane_size<T>(kTiles, kBlock<T>));
+  const Geometry& h = next.in;
+  const int64_t depth = w.phases() * layer.in.pitch;
+  for (int64_t n = 0; n < images; ++n)
+    clear_padding(h, s.out_height, s.out_width, out + n * h.size());
+  T* tiles_in = scratch<T>(Slot::kTilesIn, kProducts * plane_size<T>(kMostTiles, depth));
+  T* products = scratch<T>(Slot::kTilesOut, kProducts * plane_size<T>(kMostTiles, layer.width()));
   double total = 0;
   with_outputs(w, [&](auto outputs) {
     constexpr int M = outputs;
-    for (int64_t begin = 0; begin < w.rows * w.columns; begin += kTiles) {
-      const int64_t end = std::min(begin + kTiles, w.rows * w.columns);
-      transform_inputs(layer, w, in, begin, end, tiles_in);
+    for_tiles(w.out, images, [&](int64_t begin, int64_t end) {
+      transform_inputs(layer, w, in, begin, end, depth, tiles_in);
       Vec<T> squares{};
       multiply_tiles<T, M>(tiles_in, end - begin, depth, panels + layer.panel, layer.width(),
                            products, [&](int64_t tile, int64_t channel, Vec<T>(*sums)[M* M]) {
-                             const int64_t y = (begin + tile) / w.columns * M,
-                                           x = (begin + tile) % w.columns * M;
+                             const int64_t t = begin + tile, y = w.out.top(t), x = w.out.left(t);
+                             T* image = out + w.out.image(t) * h.size() + channel;
                              for (int64_t i = 0; i < M && y + i < s.out_height; ++i)
                                for (int64_t j = 0; j < M && x + j < s.out_width; ++j) {
                                  Vec<T> streams[S];
                                  for (int k = 0; k < S; ++k) streams[k] = sums[k][M * i + j];
                                  streams[1] = streams[1] < 0 ? Vec<T>{} : streams[1];  // rounding
                                  activate<T>(load(bias + channel), layer.stage->relu, streams);
-                                 T* target = out + h.offset(y + i, x + j) + channel;
+                                 T* target = image + h.offset(y + i, x + j);
                                  for (int k = 0; k < S; ++k)
                                    store<T>(target + k * h.stream_stride(), streams[k]);
                                  squares += streams[1] * streams[1];
                                }
                            });
       total += static_cast<double>(sum<T>(squares));
-    }
+    });
   });
   return total;
 }
 
-// As convolve_weight_gradient: sums [product][block of outputs][row][lane].
+// As convolve_weight_gradient, of `images` examples: sums [product][block of outputs][row][lane].
 template <class T>
-void winograd_weight_gradient(const Layer<T>& layer, const T* in, const T* gradient, T* signed_sums,
-                              T* absolute_sums) {
+void winograd_weight_gradient(const Layer<T>& layer, int64_t images, const T* in, const T* gradient,
+                              T* signed_sums, T* absolute_sums) {
   constexpr int R = kTileRows;
-  const Conv2dShape& s = layer.stage->shape;
-  const Winograd w(s);
-  const Geometry& h = layer.gradient;
+  const Winograd w(layer.stage->shape);
   const int64_t depth = w.phases() * layer.in.pitch, width = layer.width();
   const int64_t sum_rows = round_up(depth, R);
-  T* tiles_in = scratch<T>(Slot::kTilesIn, kProducts * plane_size<T>(kTiles, depth));
-  T* tiles_out = scratch<T>(Slot::kTilesOut, kProducts * plane_size<T>(kTiles, width));
+  const int64_t pitch = spread_pitch<T>(depth), out_pitch = spread_pitch<T>(width);
+  T* tiles_in = scratch<T>(Slot::kTilesIn, kProducts * plane_size<T>(kMostTiles, pitch));
+  T* tiles_out = scratch<T>(Slot::kTilesOut, kProducts * plane_size<T>(kMostTiles, out_pitch));
   with_outputs(w, [&](auto outputs) {
     constexpr int M = outputs;
-    for (int64_t begin = 0; begin < w.rows * w.columns; begin += kTiles) {
-      const int64_t end = std::min(begin + kTiles, w.rows * w.columns), tiles = end - begin;
-      transform_inputs(layer, w, in, begin, end, tiles_in);
-      transform_tiles<T, M>(
-          {gradient + h.offset(0, 0), &h, s.out_height, s.out_width, 1, 0, 0}, begin, end,
-          w.columns, M, 0, 0, width, 0, width,
-          [](Vec<T>* tile) {
-            Vec<T> kernel[M * M];
-            std::copy_n(tile, M * M, kernel);
-            transform_kernel_tile<T, M>(kernel, tile);
-          },
-          tiles_out);
+    for_tiles(w.out, images, [&](int64_t begin, int64_t end) {
+      const int64_t tiles = end - begin;
+      transform_inputs(layer, w, in, begin, end, pitch, tiles_in);
+      transform_tiles<T, M>(gradient_phase(layer, gradient), w.out, begin, end, width, 0, out_pitch,
+                            transform_gradient_tile<T, M>, tiles_out);
       for (int i = 0; i < kProducts; ++i)
         for_blocks<T>(width, [&](int64_t c, auto vectors) {
           constexpr int V = decltype(vectors)::value;
-          const Operand<T> vector{tiles_out + i * plane_size<T>(tiles, width) + c, 0, S * width,
-                                  width};
-          const Operand<T> scalars{tiles_in + i * plane_size<T>(tiles, depth), 0, S * depth, depth};
+          const Operand<T> vector{tiles_out + i * plane_size<T>(tiles, out_pitch) + c, 0,
+                                  S * out_pitch, out_pitch};
+          const Operand<T> scalars{tiles_in + i * plane_size<T>(tiles, pitch), 0, S * pitch, pitch};
           const int64_t base = (i * width + c) * sum_rows;
           for (int64_t row = 0; row < depth; row += R) {
             int64_t at[R];
@@ -414,7 +452,7 @@ void winograd_weight_gradient(const Layer<T>& layer, const T* in, const T* gradi
             outer_tile<T, 1, S, V>(vector, scalars, at, 1, tiles, absolute_sums + to);
           }
         });
-    }
+    });
   });
 }
 
@@ -457,42 +495,39 @@ void winograd_reduce(const Layer<T>& layer, const WeightSums<T>& sums, int64_t o
   });
 }
 
-// One example's input gradient; finish(pixel, channel of the vector, streams).
+// The input gradient of `images` examples; finish(example, pixel, channel of the vector, streams).
 template <class T, class Finish>
-void winograd_input_gradient(const Layer<T>& layer, const T* panels, const T* gradient,
-                             const Finish& finish) {
+void winograd_input_gradient(const Layer<T>& layer, int64_t images, const T* panels,
+                             const T* gradient, const Finish& finish) {
   const Conv2dShape& s = layer.stage->shape;
   const Winograd w(s);
-  const Geometry& h = layer.gradient;
-  const int64_t depth = layer.width(), pitch = layer.in.pitch;
-  T* tiles_in = scratch<T>(Slot::kTilesIn, kProducts * plane_size<T>(kTiles, depth));
-  T* products = scratch<T>(Slot::kTilesOut, kProducts * plane_size<T>(kTiles, kBlock<T>));
+  const int64_t depth = layer.width(), pitch = layer.in.pitch, outs = w.phases() * pitch;
+  Grid source = w.in;  // of the gradient's pixels that a tile reads
+  source.y -= w.taps - 1;
+  source.x -= w.taps - 1;
+  T* tiles_in = scratch<T>(Slot::kTilesIn, kProducts * plane_size<T>(kMostTiles, depth));
+  T* products = scratch<T>(Slot::kTilesOut, kProducts * plane_size<T>(kMostTiles, outs));
   with_outputs(w, [&](auto outputs) {
     constexpr int M = outputs;
-    for (int64_t begin = 0; begin < w.in_rows * w.in_columns; begin += kTiles) {
-      const int64_t end = std::min(begin + kTiles, w.in_rows * w.in_columns);
-      transform_tiles<T, kPoints>(
-          {gradient + h.offset(0, 0), &h, s.out_height, s.out_width, 1, 0, 0}, begin, end,
-          w.in_columns, M, w.in_y - (w.taps - 1), w.in_x - (w.taps - 1), depth, 0, depth,
-          transform_input_tile<T>, tiles_in);
+    for_tiles(w.in, images, [&](int64_t begin, int64_t end) {
+      transform_tiles<T, kPoints>(gradient_phase(layer, gradient), source, begin, end, depth, 0,
+                                  depth, transform_input_tile<T>, tiles_in);
       multiply_tiles<T, M>(
-          tiles_in, end - begin, depth, panels + layer.backward_panel, w.phases() * pitch, products,
+          tiles_in, end - begin, depth, panels + layer.backward_panel, outs, products,
           [&](int64_t tile, int64_t output, Vec<T>(*sums)[M* M]) {
-            const int64_t phase = output / pitch;
-            const int64_t y0 = (w.in_y + (begin + tile) / w.in_columns * M) * w.stride +
-                               phase / w.stride - s.padding_height;
-            const int64_t x0 = (w.in_x + (begin + tile) % w.in_columns * M) * w.stride +
-                               phase % w.stride - s.padding_width;
+            const int64_t t = begin + tile, phase = output / pitch;
+            const int64_t y0 = w.in.top(t) * w.stride + phase / w.stride - s.padding_height;
+            const int64_t x0 = w.in.left(t) * w.stride + phase % w.stride - s.padding_width;
             for (int i = 0; i < M; ++i)
               for (int j = 0; j < M; ++j) {
                 const int64_t y = y0 + i * w.stride, x = x0 + j * w.stride;
                 if (y < 0 || y >= s.in_height || x < 0 || x >= s.in_width) continue;
                 Vec<T> streams[S];
                 for (int k = 0; k < S; ++k) streams[k] = sums[k][M * i + j];
-                finish(y * s.in_width + x, output % pitch, streams);
+                finish(w.in.image(t), y * s.in_width + x, output % pitch, streams);
               }
           });
-    }
+    });
   });
 }
 

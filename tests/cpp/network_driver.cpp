@@ -147,7 +147,7 @@ bool draw_fast_network(Random& random, NetworkCase& c) {
     return (in + padding + random.integer(0, 2) - kernel) / stride + 1;
   };
   const int64_t out_height = reach(height), out_width = reach(width);
-  const int64_t batch = random.integer(1, 3);
+  const int64_t batch = random.one_in(3) ? random.integer(5, 9) : random.integer(1, 3);
   const Conv2dShape first{batch, 2, height, width, channels, height, width, 1,
                           1,     1, 1,      0,     0,        1,      1,     1},
       second{batch,  channels, height, width,   outputs, out_height, out_width, kernel,
@@ -163,7 +163,7 @@ bool draw_fast_network(Random& random, NetworkCase& c) {
        false};
   c.wants_input = !c.ball;
   const int64_t products = batch * out_height * out_width * kernel * kernel * channels * outputs;
-  return prefers_winograd(second) && !covers(second) && products <= 6 * kMaxProducts;
+  return winograd_passes(second).any() && !covers(second) && products <= 6 * kMaxProducts;
 }
 
 NetworkCase draw_network(Random& random, bool fast) {
@@ -426,7 +426,7 @@ struct NetworkReference {
 
   static bool by_winograd(size_t i, const StageCase& stage) {
     return i > 0 && stage.fast && !stage.pool && !covers(stage.shape) &&
-           prefers_winograd(stage.shape);
+           winograd_passes(stage.shape).any();
   }
 
   static Streams affine(size_t i, const StageCase& stage, const Numbers& weight,
