@@ -140,14 +140,17 @@ RIVALS = {
 
 def performance() -> list[str]:
     rows = read("step")
+    memory = {"saved_bytes": "saved MiB, two-pass"}
+    if any(row["rss_bytes"] for row in rows):
+        memory["rss_bytes"] = "peak MiB, two-pass"
     lines = [
         "A training step of `cf.fuse` (nominal and interval pass, constrained IBP loss, backward "
         "pass), and how many times",
         "as long the others take (below 1: less long); in brackets with fused Adam. Each in the "
         "better of NCHW and channels_last.",
         "",
-        f"| network, data, batch | ms | {' | '.join(RIVALS.values())} | saved MiB, two-pass |",
-        f"|{'---|' * (len(RIVALS) + 3)}",
+        f"| network, data, batch | ms | {' | '.join((*RIVALS.values(), *memory.values()))} |",
+        f"|{'---|' * (len(RIVALS) + len(memory) + 2)}",
     ]
     for problem, (alone, adam) in step_results(rows).items():
         cells = [" ".join(problem)]
@@ -159,7 +162,8 @@ def performance() -> list[str]:
             cells.append(
                 "{:.2f} ({:.2f})".format(*map(float, times)) if all(times) else "not timed"
             )
-        cells.append(f"{mebibytes(fused)}, {mebibytes(alone['naive'])}")
+        for key in memory:
+            cells.append(f"{mebibytes(fused[key])}, {mebibytes(alone['naive'][key])}")
         lines.append(f"| {' | '.join(cells)} |")
     where = rows[0]
     notes = sorted({f"`{row['contender']}`: {row['note']}" for row in rows if row["note"]})
@@ -170,7 +174,9 @@ def performance() -> list[str]:
         "",
         "The percentage is of the machine's peak, multiply-adds between registers at "
         f"{float(where['peak_gflops']):.0f} GFLOP/s, with FLOPs counted the same for all. Each "
-        "was checked against a float64 step before it was timed. "
+        "was checked against a float64 step before it was timed. Saved is what autograd keeps for "
+        "the backward pass"
+        + (", peak what a step adds to the process's memory. " if "rss_bytes" in memory else ". ")
         + "".join(f"Not timed: {note}. " for note in notes)
         + f"Medians of {where['rounds']} interleaved rounds, {where['clock']} time, "
         f"threads: {where['threads']} of an {where['cpu']} ({where['isa']} kernels), torch "
@@ -214,8 +220,8 @@ def three_digits(value: float) -> str:
     return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
 
-def mebibytes(row: dict[str, str]) -> str:
-    return f"{int(row['saved_bytes']) / 2**20:.1f}" if row["saved_bytes"] else "-"
+def mebibytes(text: str) -> str:
+    return f"{int(text) / 2**20:.1f}" if text else "-"
 
 
 def draw_step(figure: Any) -> None:

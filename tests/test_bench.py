@@ -160,14 +160,15 @@ def test_saved_bytes_counts_each_storage_once_without_parameters_and_batch():
     assert contender.saved_bytes() == 4000
 
 
-def test_the_peak_memory_of_a_step_in_a_child():
+@pytest.mark.parametrize("name", ["naive", "fused"])
+def test_the_peak_memory_of_a_step_in_a_child(name):
     try:
         step._reset_peak()
     except OSError:
         pytest.skip("no /proc/self/clear_refs")
     problem = Problem("small", "mnist", 100, clip=False)
-    growth = step.in_child(step.peak_growth, problem, "naive", "nchw", 1)
-    saved = Contender(problem, "naive", "nchw").saved_bytes()
+    growth = step.in_child(step.peak_growth, problem, name, "nchw", 1)
+    saved = Contender(problem, name, "nchw").saved_bytes()
     assert 0.9 * saved < growth < 10 * saved
 
 
@@ -498,6 +499,17 @@ def test_the_section_of_the_precisions(readme):
     assert sum(line.startswith("| `mnist-small-0.4-cibp` | ") for line in lines) == 1
     assert "`mnist-small-0.4-cibp`: the curves are the same: " in "".join(lines)
     assert "The loss over the first 6 steps" in lines[0] and "2 seeds each" in lines[0]
+
+
+def test_peak_memory_is_shown_where_it_was_measured(readme):
+    assert "peak MiB" not in "".join(readme.performance())
+    path = readme.RESULTS / "step.csv"
+    rows = [row | {"rss_bytes": 3 * 2**20} for row in readme.read("step")]
+    common.write(path, step.FIELDS, rows)
+    lines = readme.performance()
+    table = [line for line in lines if line.startswith("|")]
+    assert "peak MiB, two-pass |" in table[0] and len({line.count("|") for line in table}) == 1
+    assert all(line.endswith("| 3.0, 3.0 |") for line in table[2:])
 
 
 @pytest.mark.parametrize("name", ["step", "precisions"])
