@@ -50,6 +50,8 @@ bench: $(VENV)/dev
 	$(BIN)/cibp-fast bench step --output bench/results/step.csv
 	$(BIN)/cibp-fast bench step --contenders fused --batch 1 4 16 64 200 --rounds 7 \
 	  --output bench/results/batch.csv
+	$(BIN)/cibp-fast bench step --contenders fused fast naive --channels 1 3 8 16 32 48 64 96 128 \
+	  --rounds 7 --output bench/results/channels.csv
 	$(BIN)/cibp-fast bench layer --output bench/results/layers.csv
 	$(BIN)/python bench/bench_loop.py --synthetic --output bench/results/loop.csv
 	$(BIN)/python bench/update_readme.py

@@ -3,8 +3,8 @@
     python bench/update_readme.py [--check]
 
 Each section between `<!-- NAME: ... -->` and `<!-- end NAME -->` is made anew: "quickstart" from
-the runs in results/quickstart, "runs" from the others in results, "performance", with its chart
-step.png, "layers" and "loop" from bench/results.
+the runs in results/quickstart, "runs" from the others in results, the rest from bench/results,
+where the charts step.png and precisions.png are drawn too.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import csv
 import hashlib
 import json
+import math
 import re
 import statistics
 import sys
@@ -125,8 +126,7 @@ def learning_rate() -> list[str]:
     ]
 
 
-STEP = ROOT / "bench" / "results" / "step.csv"
-CHART = STEP.with_suffix(".png")
+RESULTS = ROOT / "bench" / "results"
 RIVALS = {
     "fast": '`precision="fast"`',
     "naive": "two-pass eager",
@@ -139,15 +139,18 @@ RIVALS = {
 
 
 def performance() -> list[str]:
-    rows = read(STEP)
+    rows = read("step")
+    memory = {"saved_bytes": "saved MiB, two-pass"}
+    if any(row["rss_bytes"] for row in rows):
+        memory["rss_bytes"] = "peak MiB, two-pass"
     lines = [
         "A training step of `cf.fuse` (nominal and interval pass, constrained IBP loss, backward "
         "pass), and how many times",
         "as long the others take (below 1: less long); in brackets with fused Adam. Each in the "
         "better of NCHW and channels_last.",
         "",
-        f"| network, data, batch | ms | {' | '.join(RIVALS.values())} | saved MiB, two-pass |",
-        f"|{'---|' * (len(RIVALS) + 3)}",
+        f"| network, data, batch | ms | {' | '.join((*RIVALS.values(), *memory.values()))} |",
+        f"|{'---|' * (len(RIVALS) + len(memory) + 2)}",
     ]
     for problem, (alone, adam) in step_results(rows).items():
         cells = [" ".join(problem)]
@@ -159,7 +162,8 @@ def performance() -> list[str]:
             cells.append(
                 "{:.2f} ({:.2f})".format(*map(float, times)) if all(times) else "not timed"
             )
-        cells.append(f"{mebibytes(fused)}, {mebibytes(alone['naive'])}")
+        for key in memory:
+            cells.append(f"{mebibytes(fused[key])}, {mebibytes(alone['naive'][key])}")
         lines.append(f"| {' | '.join(cells)} |")
     where = rows[0]
     notes = sorted({f"`{row['contender']}`: {row['note']}" for row in rows if row["note"]})
@@ -170,7 +174,9 @@ def performance() -> list[str]:
         "",
         "The percentage is of the machine's peak, multiply-adds between registers at "
         f"{float(where['peak_gflops']):.0f} GFLOP/s, with FLOPs counted the same for all. Each "
-        "was checked against a float64 step before it was timed. "
+        "was checked against a float64 step before it was timed. Saved is what autograd keeps for "
+        "the backward pass"
+        + (", peak what a step adds to the process's memory. " if "rss_bytes" in memory else ". ")
         + "".join(f"Not timed: {note}. " for note in notes)
         + f"Medians of {where['rounds']} interleaved rounds, {where['clock']} time, "
         f"threads: {where['threads']} of an {where['cpu']} ({where['isa']} kernels), torch "
@@ -179,8 +185,8 @@ def performance() -> list[str]:
     ]
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    with path.open() as file:
+def read(name: str) -> list[dict[str, str]]:
+    with (RESULTS / f"{name}.csv").open() as file:
         return list(csv.DictReader(file))
 
 
@@ -199,66 +205,58 @@ def step_results(rows: list[dict[str, str]]) -> dict[tuple[str, ...], tuple[Resu
     for problem, results in found.items():
         missing = {"fused", *RIVALS} - set(results[0])
         if missing:
-            sys.exit(f"{STEP.name}: {' '.join(problem)} lacks {', '.join(sorted(missing))}")
+            sys.exit(f"step.csv: {' '.join(problem)} lacks {', '.join(sorted(missing))}")
     return found
 
 
 def time(row: dict[str, str]) -> str:
     if not row["ms"]:
         return "not timed"
-    ms = float(row["ms"])
-    return f"{ms:.3g}" if ms < 100 else f"{ms:.0f}"
+    return three_digits(float(row["ms"]))
 
 
-def mebibytes(row: dict[str, str]) -> str:
-    return f"{int(row['saved_bytes']) / 2**20:.1f}" if row["saved_bytes"] else "-"
+def three_digits(value: float) -> str:
+    """At least three, without an exponent."""
+    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
 
-def digest() -> str:
-    """Of the figures; the chart carries it, so that an old chart is seen."""
-    return hashlib.sha256(STEP.read_bytes()).hexdigest()
+def mebibytes(text: str) -> str:
+    return f"{int(text) / 2**20:.1f}" if text else "-"
 
 
-def draw_chart() -> None:
+def draw_step(figure: Any) -> None:
     """Bars: the speed of each contender relative to the two-pass eager step, by network."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    from cibp_fast.plotting import COLOURS, STYLE, TITLE
+    from cibp_fast.plotting import COLOURS, TITLE
 
     results = {
         problem: {name: float(row["ratio"]) for name, row in alone.items() if row["ratio"]}
-        for problem, (alone, _) in step_results(read(STEP)).items()
+        for problem, (alone, _) in step_results(read("step")).items()
     }
     names = {"fused": "cf.fuse", **{name: text.strip("`") for name, text in RIVALS.items()}}
     colours = dict(zip(("naive", "fused", "layers"), ("#999999", *COLOURS[:2]), strict=False))
     colours |= dict(zip((name for name in names if name not in colours), COLOURS[2:], strict=False))
-    with rc_context(STYLE):
-        figure = Figure(figsize=(11, 4.5), layout="constrained")
-        axes = figure.subplots()
-        width = 0.85 / len(names)
-        for index, (name, text) in enumerate(names.items()):
-            shown = [(at, own[name]) for at, own in enumerate(results.values()) if name in own]
-            bars = axes.bar(
-                [at + width * (index - (len(names) - 1) / 2) for at, _ in shown],
-                [ratio for _, ratio in shown],
-                0.92 * width,
-                color=colours[name],
-                label=text,
-            )
-            if name == "fused":
-                axes.bar_label(bars, fmt="%.2f", fontsize=9)
-        axes.axhline(1, color="dimgrey", linewidth=0.8)
-        axes.set_xticks(range(len(results)), [" ".join(problem[:2]) for problem in results])
-        axes.set_ylabel("speed (two-pass eager = 1)")
-        axes.set_title("A training step with constrained IBP", **TITLE)
-        figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-        figure.savefig(CHART, dpi=130, metadata={"Comment": digest()})
+    axes = figure.subplots()
+    width = 0.85 / len(names)
+    for index, (name, text) in enumerate(names.items()):
+        shown = [(at, own[name]) for at, own in enumerate(results.values()) if name in own]
+        bars = axes.bar(
+            [at + width * (index - (len(names) - 1) / 2) for at, _ in shown],
+            [ratio for _, ratio in shown],
+            0.92 * width,
+            color=colours[name],
+            label=text,
+        )
+        if name == "fused":
+            axes.bar_label(bars, fmt="%.2f", fontsize=9)
+    axes.axhline(1, color="dimgrey", linewidth=0.8)
+    axes.set_xticks(range(len(results)), [" ".join(problem[:2]) for problem in results])
+    axes.set_ylabel("speed (two-pass eager = 1)")
+    axes.set_title("A training step with constrained IBP", **TITLE)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
 
 
 def batches() -> list[str]:
-    path = ROOT / "bench" / "results" / "batch.csv"
-    rows = [row for row in read(path) if row["optimizer"] == "none"]
+    rows = [row for row in read("batch") if row["optimizer"] == "none"]
     by_network: dict[tuple[str, str], dict[int, str]] = {}
     for row in rows:
         own = by_network.setdefault((row["model"], row["dataset"]), {})
@@ -280,8 +278,95 @@ def batches() -> list[str]:
     ]
 
 
+def channels() -> list[str]:
+    rows = [row for row in read("channels") if row["optimizer"] == "none"]
+    names = {"fused": "`cf.fuse`", **{name: RIVALS[name] for name in ("fast", "naive")}}
+    best: dict[tuple[str, int], float] = {}  # ms a GFLOP in the better memory format
+    for row in rows:
+        key = row["contender"], int(row["dataset"].partition("x")[0])
+        best[key] = min(best.get(key, math.inf), float(row["ms_per_gflop"]))
+    counts = sorted({count for _, count in best})
+    where = rows[0]
+    _, height, width = where["dataset"].split("x")
+    return [
+        "Milliseconds a GFLOP, by channel count: two 3x3 convolutions of as many channels as the "
+        f"images have, and a linear layer, on {where['batch']} images of {height}x{width}:",
+        "",
+        f"| channels | {' | '.join(map(str, counts))} |",
+        f"|{'---|' * (len(counts) + 1)}",
+        *(
+            f"| {text} | {' | '.join(three_digits(best[name, count]) for count in counts)} |"
+            for name, text in names.items()
+        ),
+        "",
+        f"Medians of {where['rounds']} interleaved rounds, threads: {where['threads']} of an "
+        f"{where['cpu']}, {where['date']}: `{where['command']}`.",
+    ]
+
+
+def comparisons() -> dict[str, Any]:
+    """By preset: the `Comparison` of its two precisions."""
+    from cibp_fast.benchmarks.precision import Comparison
+
+    rows = read("precisions")
+    presets = dict.fromkeys(row["preset"] for row in rows)
+    return {name: Comparison.of([row for row in rows if row["preset"] == name]) for name in presets}
+
+
+def precisions() -> list[str]:
+    found = comparisons()
+    _, seeds, _ = next(iter(found.values())).curves.shape
+    steps = next(iter(found.values())).steps
+    lines = [
+        f'The loss over the first {steps[-1]:,} steps of training in float32 and with `"fast"`, '
+        f"{seeds} seeds each, as means over windows of {steps[0]} steps; at the end, mean and "
+        "standard deviation over the seeds:",
+        "",
+        '| preset | float32, at the end | `"fast"` | the same seed\'s curves apart, at most |',
+        "|---|---|---|---|",
+    ]
+    for name, made in found.items():
+        ends = [f"{end.mean():.4f} +- {end.std(ddof=1):.4f}" for end in made.curves[:, :, -1]]
+        lines.append(f"| `{name}` | {' | '.join(ends)} | {100 * made.same_seed:.2g} % |")
+    where = read("precisions")[0]
+    return [
+        *lines,
+        "",
+        "![The loss of training in both precisions](bench/results/precisions.png)",
+        "",
+        *(f"`{name}`: {made.verdict}.\n" for name, made in found.items()),
+        "Distances are between mean curves of half of the trainings each, where they are furthest "
+        "apart, in standard deviations over the seeds there (pooled over both precisions). A seed "
+        "has the same initial weights and batches in both. Threads: "
+        f"{where['threads']} of an {where['cpu']} ({where['isa']} kernels), torch "
+        f"{where['torch']}, {where['date']}: `{where['command']}`.",
+    ]
+
+
+def draw_precisions(figure: Any) -> None:
+    """A panel a preset: mean loss over the seeds of each precision, in a band of their range."""
+    from cibp_fast.plotting import COLOURS, TITLE
+
+    found = comparisons()
+    panels = figure.subplots(1, len(found), squeeze=False)
+    styles = zip(("float32", "fast"), COLOURS, ("-", (0, (4, 2))), strict=False)
+    for precision, (label, colour, line) in enumerate(styles):
+        for axes, (name, made) in zip(panels.flat, found.items(), strict=True):
+            curves = made.curves[precision]
+            band = curves.min(axis=0), curves.max(axis=0)
+            axes.fill_between(made.steps, *band, color=colour, alpha=0.2, linewidth=0)
+            shown = label if axes is panels.flat[0] else None
+            axes.plot(made.steps, curves.mean(axis=0), color=colour, linestyle=line, label=shown)
+            axes.set_title(name, fontsize=11)
+            axes.set_xlabel("step")
+    panels.flat[0].set_ylabel("loss")
+    seeds = next(iter(found.values())).curves.shape[1]
+    figure.suptitle(f"Training in both precisions: mean and range of {seeds} seeds", **TITLE)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+
+
 def layers() -> list[str]:
-    rows = read(ROOT / "bench" / "results" / "layers.csv")
+    rows = read("layers")
     groups: dict[tuple[str, str], list[dict[str, str]]] = {}
     for row in rows:
         groups.setdefault((row["model"], row["dataset"]), []).append(row)
@@ -313,7 +398,7 @@ def layers() -> list[str]:
 
 
 def loop() -> list[str]:
-    rows = read(ROOT / "bench" / "results" / "loop.csv")
+    rows = read("loop")
     lines = [
         "What the training loop of `cibp-fast train` costs beside the step itself (loss, backward "
         "pass, Adam):",
@@ -344,9 +429,32 @@ SECTIONS: dict[str, Callable[[], list[str]]] = {
     "runs": full_runs,
     "performance": performance,
     "batches": batches,
+    "channels": channels,
+    "precisions": precisions,
     "layers": layers,
     "loop": loop,
 }
+
+CHARTS: dict[str, Callable[[Any], None]] = {"step": draw_step, "precisions": draw_precisions}
+
+
+def digest(name: str) -> str:
+    """Of the figures; their chart carries it, so that an old chart is seen."""
+    return hashlib.sha256((RESULTS / f"{name}.csv").read_bytes()).hexdigest()
+
+
+def draw(name: str) -> None:
+    """Draws a chart beside its table."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    from cibp_fast.plotting import STYLE
+
+    with rc_context(STYLE):
+        figure = Figure(figsize=(11, 4.5), layout="constrained")
+        CHARTS[name](figure)
+        chart = RESULTS / f"{name}.png"
+        figure.savefig(chart, dpi=130, metadata={"Comment": digest(name)})
 
 
 def updated(text: str) -> str:
@@ -375,11 +483,12 @@ def main() -> None:
     new = updated(text)
     if options.check and new != text:
         sys.exit("README.md is out of date: python bench/update_readme.py")
-    if STEP.exists() and options.check:
-        if not CHART.exists() or digest().encode() not in CHART.read_bytes():
-            sys.exit(f"{CHART.name} is out of date: python bench/update_readme.py")
-    elif STEP.exists():
-        draw_chart()
+    for name in CHARTS:
+        chart = RESULTS / f"{name}.png"
+        if not options.check:
+            draw(name)
+        elif not chart.exists() or digest(name).encode() not in chart.read_bytes():
+            sys.exit(f"{chart.name} is out of date: python bench/update_readme.py")
     if not options.check:
         path.write_text(new)
 

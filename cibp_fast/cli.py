@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cibp_fast import _backend, data, environment, plotting, runs, training
-from cibp_fast.benchmarks import layer, step
+from cibp_fast.benchmarks import layer, precision, step
 from cibp_fast.config import PRESET_GRAMMAR, Config, parse, preset
 from cibp_fast.distributed import is_first
 from cibp_fast.evaluation import broken, certificate, inputs
@@ -382,14 +382,27 @@ def _parser() -> argparse.ArgumentParser:
         "-o", "--output", type=Path, required=True, metavar="FILE", help=".png, .pdf or .svg"
     )
 
-    summary = "Time training steps or single layers against other ways to compute them."
+    summary = "Time training steps and single layers against others, and compare the precisions."
     bench = commands.add_parser("bench", help=summary, description=summary)
     benchmarks = bench.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
-    for module, help in (
-        (step, "Time whole training steps: fused, by layers, and their rivals."),
-        (layer, "Time each layer of the networks: the fused op and two passes."),
+    for module, help, example in (
+        (
+            step,
+            "Time whole training steps: fused, by layers, and their rivals.",
+            "--models small --datasets mnist --rounds 5",
+        ),
+        (
+            layer,
+            "Time each layer of the networks: the fused op and two passes.",
+            "--models small --datasets mnist --rounds 5",
+        ),
+        (
+            precision,
+            "Train in float32 and in precision fast, and compare the curves of the loss.",
+            "--presets mnist-small-0.4-cibp --steps 1000 --jobs 2 --threads 1",
+        ),
     ):
         name = module.__name__.rpartition(".")[2]
-        example = f"example:\n  cibp-fast bench {name} --models small --datasets mnist --rounds 5"
-        module.add_options(command(name, module.run, help, example, benchmarks))
+        epilog = f"example:\n  cibp-fast bench {name} {example}"
+        module.add_options(command(name, module.run, help, epilog, benchmarks))
     return parser

@@ -5,16 +5,22 @@ from __future__ import annotations
 import csv
 import importlib.util
 import runpy
+import shutil
+import struct
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from cibp_fast import cli
-from cibp_fast.benchmarks import common, layer, rivals, step
+from cibp_fast import cli, runs, training
+from cibp_fast.benchmarks import common, layer, precision, rivals, step
+from cibp_fast.benchmarks.precision import Comparison
 from cibp_fast.benchmarks.step import Contender, Exact, Problem
+from cibp_fast.config import preset
+from cibp_fast.fusion import PRECISIONS
 from cibp_fast.losses import Terms
 
 BENCH = Path(__file__).parent.parent / "bench"
@@ -154,14 +160,15 @@ def test_saved_bytes_counts_each_storage_once_without_parameters_and_batch():
     assert contender.saved_bytes() == 4000
 
 
-def test_the_peak_memory_of_a_step_in_a_child():
+@pytest.mark.parametrize("name", ["naive", "fused"])
+def test_the_peak_memory_of_a_step_in_a_child(name):
     try:
         step._reset_peak()
     except OSError:
         pytest.skip("no /proc/self/clear_refs")
     problem = Problem("small", "mnist", 100, clip=False)
-    growth = step.in_child(step.peak_growth, problem, "naive", "nchw", 1)
-    saved = Contender(problem, "naive", "nchw").saved_bytes()
+    growth = step.in_child(step.peak_growth, problem, name, "nchw", 1)
+    saved = Contender(problem, name, "nchw").saved_bytes()
     assert 0.9 * saved < growth < 10 * saved
 
 
@@ -271,6 +278,134 @@ def test_a_wrong_layer_is_not_timed(monkeypatch):
         layer.calls(layer.layers("small", "mnist")[0], training=False)
 
 
+def test_the_table_of_channel_counts(channels_csv):
+    with channels_csv.open() as file:
+        rows = list(csv.DictReader(file))
+    names = ["fused", "fast", "naive", "naive"]
+    assert [(row["model"], row["dataset"], row["contender"]) for row in rows] == [
+        ("plain", dataset, name)
+        for dataset in ("1x16x16", "5x16x16")
+        for name in 2 * names  # optimizers
+    ]
+    assert all(row["ms"] for row in rows)
+    first, second = 5 * 14 * 14 * 9 * 5, 5 * 12 * 12 * 9 * 5  # outputs x products of an output
+    flops = 2 * 3 * (6 * first + 9 * (second + 10 * 12 * 12 * 5))
+    assert float(rows[-1]["gflop"]) == pytest.approx(flops / 1e9, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def channels_csv(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("channels") / "channels.csv"
+    options = ["--batch", 3, "--contenders", "fused", "fast", "naive", "--rounds", 2]
+    assert _main("step", "--channels", 1, 5, *options, "--output", path) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> Path:
+    """A data root with 250 and 30 random images in MNIST's place."""
+    root, random = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    folder = root / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    for part, count in (("train", 250), ("t10k", 30)):
+        images = random.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = random.integers(0, 10, count, dtype=np.uint8)
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+            header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+            (folder / f"{part}-{kind}-ubyte").write_bytes(header + array.tobytes())
+    return root
+
+
+def _precisions(digits: Path, output: Path, *options: object) -> list[dict[str, str]]:
+    quick = ["--steps", 6, "--window", 3, "--seeds", 2, "--unverified-data"]
+    assert _main("precision", *quick, "--data-root", digits, "--output", output, *options) == 0
+    with output.open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def precisions_csv(tmp_path_factory, digits) -> Path:
+    path = tmp_path_factory.mktemp("precisions") / "precisions.csv"
+    _precisions(digits, path)
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:.*official")
+def test_the_table_of_the_precisions(precisions_csv, digits, tmp_path, capsys):
+    with precisions_csv.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["precision"], row["seed"], row["step"]) for row in rows] == [
+        (precision, seed, step)
+        for seed in ("0", "1")
+        for precision in PRECISIONS
+        for step in ("3", "6")
+    ]
+    assert all(all(row.values()) and None not in row for row in rows)
+    assert rows[0]["command"].startswith("cibp-fast bench precision --steps 6 --window 3")
+
+    def losses(rows: list[dict[str, str]]) -> list[str]:
+        return [row["loss"] for row in rows]
+
+    assert losses(rows[:2]) != losses(rows[4:6])  # another seed
+    again = _precisions(digits, tmp_path / "again.csv", "--jobs", 2)
+    assert losses(again) == losses(rows)
+    assert "mnist-small-0.4-cibp: the curves are the same" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:.*official")
+def test_the_losses_are_those_of_the_training_loop(digits, tmp_path):
+    config = precision.first_steps(preset("mnist-small-0.4-cibp", seed=3), 5)
+    found, _ = precision.losses(config, digits, verify=False, threads=1, alone=True)
+    config = replace(config, pgd_steps=0, pgd_restarts=0)
+    training.train(config, tmp_path, data_root=digits, verify_data=False)
+    epochs = [record["loss"] for record in runs.read_metrics(tmp_path)]
+    assert epochs == pytest.approx([np.mean(found[at : at + 2]) for at in (0, 2, 4)], rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["mnist-small-0.4-cibp-gowal", "cifar10-small-8of255-cibp"])
+@pytest.mark.parametrize("steps", [1, 5_000, 20_000])
+def test_first_steps_keep_the_schedules(name, steps):
+    config = preset(name)
+    first = precision.first_steps(config, steps)
+    assert first.steps == steps
+    for schedule in ("eps_schedule", "kappa_schedule", "lr_schedule"):
+        ours, theirs = getattr(first, schedule)(), getattr(config, schedule)()
+        at = range(0, steps, max(1, steps // 50))
+        assert [ours(i) for i in at] == pytest.approx([theirs(i) for i in at], rel=1e-12)
+
+
+def _curves(*curves: list[list[float]]) -> list[dict[str, object]]:
+    return [
+        {"precision": precision, "seed": seed, "step": 100 * (i + 1), "loss": loss}
+        for precision, own in zip(PRECISIONS, curves, strict=True)
+        for seed, curve in enumerate(own)
+        for i, loss in enumerate(curve)
+    ]
+
+
+def test_a_comparison_by_hand():
+    made = Comparison.of(_curves([[1.0, 5.0], [3.0, 9.0]], [[1.2, 5.0], [3.4, 9.0]]))
+    # variances over the seeds 2 and 2.42 in the first window, 8 and 8 in the second
+    assert (made.step, made.distance) == (100, pytest.approx(0.3 / 2.21**0.5))
+    assert made.same_seed == pytest.approx(0.2)
+    assert made.others == pytest.approx(4 / 8**0.5)  # seed 0 against seed 1, second window
+    assert made.verdict.startswith("within the noise of the seeds: the precisions are 0.2 ")
+
+
+def test_a_comparison_that_finds_a_difference():
+    curves = [[1.0], [1.1], [0.9]], [[2.0], [2.1], [1.9]]
+    assert Comparison.of(_curves(*curves)).verdict.startswith("beyond the noise of the seeds")
+    same = Comparison.of(_curves(curves[0], curves[0]))
+    assert same.verdict.startswith("the curves are the same") and same.distance == 0
+
+
+def test_a_comparison_of_too_little():
+    rows = _curves([[1.0], [2.0]], [[1.0], [2.0]])
+    for part in (rows[1:], [row for row in rows if row["seed"] == 0]):
+        with pytest.raises(ValueError, match="2 or more seeds needs all steps in both"):
+            Comparison.of(part)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -280,10 +415,21 @@ def test_a_wrong_layer_is_not_timed(monkeypatch):
         (["step", "--threads", "2", "--clock", "cpu"], "use it with --threads 1"),
         (["step", "--rounds", "1"], "rounds must be 2 or more, not 1"),
         (["step", "--batch", "4", "0"], "batch must be 1 or more, not 0"),
+        (["step", "--channels", "4", "0"], "channels must be 1 or more, not 0"),
         (["step", "--output", "{tmp}/file/step.csv"], "{tmp}/file"),
         (["step", "--output", "{tmp}"], "cannot write {tmp}: it is a folder"),
         (["layer", "--output", "{tmp}"], "cannot write {tmp}: it is a folder"),
         (["layer", "--contenders", "fused"], "unrecognized arguments"),
+        (["precision", "--seeds", "1"], "seeds must be from 2 to 8, not 1"),
+        (["precision", "--steps", "0"], "steps must be 1 or more, not 0"),
+        (["precision", "--window", "0"], "window must be 1 or more, not 0"),
+        (["precision", "--jobs", "0"], "jobs must be 1 or more, not 0"),
+        (["precision", "--steps", "150"], "steps must be a multiple of window, 100, not 150"),
+        (["precision", "--steps", "60100"], "steps must be at most the 60000 of mnist-small"),
+        (["precision", "--presets", "mnist-tiny-0.4-cibp"], "unknown preset"),
+        (["precision", "--presets", "mnist-small-0.4-nominal"], "float32 for method nominal"),
+        (["precision", "--output", "{tmp}"], "cannot write {tmp}: it is a folder"),
+        (["precision", "--data-root", "{tmp}"], "{tmp}"),
         (["steps"], "invalid choice: 'steps'"),
         ([], "required: BENCHMARK"),
     ],
@@ -300,16 +446,16 @@ def test_one_line_for_bad_input(tmp_path, capsys, arguments, message):
     assert message.format(tmp=tmp_path) in line
 
 
-@pytest.mark.parametrize("name", ["step", "layer"])
+@pytest.mark.parametrize("name", ["step", "layer", "precision"])
 def test_help(capsys, name):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["bench", name, "--help"])
-    assert f"cibp-fast bench {name} --models small" in capsys.readouterr().out
+    assert f"example:\n  cibp-fast bench {name} --" in capsys.readouterr().out
 
 
 @pytest.fixture
-def readme(monkeypatch, step_csv, tmp_path):
-    """bench/update_readme.py with the table of the step above, completed, in another folder."""
+def readme(monkeypatch, step_csv, channels_csv, precisions_csv, tmp_path):
+    """bench/update_readme.py with the tables above, that of the step completed."""
     spec = importlib.util.spec_from_file_location("update_readme", BENCH / "update_readme.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -317,8 +463,9 @@ def readme(monkeypatch, step_csv, tmp_path):
         rows = list(csv.DictReader(file))
     rows += [row | {"contender": "compile"} for row in rows if row["contender"] == "four"]
     common.write(tmp_path / "step.csv", step.FIELDS, rows)
-    monkeypatch.setattr(module, "STEP", tmp_path / "step.csv")
-    monkeypatch.setattr(module, "CHART", tmp_path / "step.png")
+    shutil.copy(channels_csv, tmp_path)
+    shutil.copy(precisions_csv, tmp_path)
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
     return module
 
 
@@ -330,12 +477,43 @@ def test_the_section_of_the_step(readme):
     assert all(line.count("|") == header.count("|") for line in small)
     assert all(line.count("not timed") == 1 for line in small)  # auto_LiRPA
     assert "Not timed: `auto_lirpa`: ModuleNotFoundError" in lines[-1]
-    with readme.STEP.open() as file:
+    with (readme.RESULTS / "step.csv").open() as file:
         row = next(row for row in csv.DictReader(file) if row["contender"] == "fused")
     assert f"| {float(row['ms']):.3g} (" in small[0]
 
 
-def test_an_old_chart_is_found(readme, monkeypatch, tmp_path):
+def test_the_section_of_the_channel_counts(readme):
+    lines = readme.channels()
+    header, _, *rows = (line for line in lines if line.startswith("|"))
+    assert header == "| channels | 1 | 5 |" and len(rows) == 3
+    with (readme.RESULTS / "channels.csv").open() as file:
+        table = [row for row in csv.DictReader(file) if row["optimizer"] == "none"]
+    last = [float(row["ms_per_gflop"]) for row in table if row["dataset"] == "5x16x16"]
+    fused, _, *naive = last
+    for row, value in zip((rows[0], rows[2]), (fused, min(naive)), strict=True):
+        assert row.endswith(f"| {readme.three_digits(value)} |")
+
+
+def test_the_section_of_the_precisions(readme):
+    lines = readme.precisions()
+    assert sum(line.startswith("| `mnist-small-0.4-cibp` | ") for line in lines) == 1
+    assert "`mnist-small-0.4-cibp`: the curves are the same: " in "".join(lines)
+    assert "The loss over the first 6 steps" in lines[0] and "2 seeds each" in lines[0]
+
+
+def test_peak_memory_is_shown_where_it_was_measured(readme):
+    assert "peak MiB" not in "".join(readme.performance())
+    path = readme.RESULTS / "step.csv"
+    rows = [row | {"rss_bytes": 3 * 2**20} for row in readme.read("step")]
+    common.write(path, step.FIELDS, rows)
+    lines = readme.performance()
+    table = [line for line in lines if line.startswith("|")]
+    assert "peak MiB, two-pass |" in table[0] and len({line.count("|") for line in table}) == 1
+    assert all(line.endswith("| 3.0, 3.0 |") for line in table[2:])
+
+
+@pytest.mark.parametrize("name", ["step", "precisions"])
+def test_an_old_chart_is_found(readme, monkeypatch, tmp_path, name):
     (tmp_path / "README.md").write_text("")
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     monkeypatch.setattr(readme, "SECTIONS", {})
@@ -343,14 +521,15 @@ def test_an_old_chart_is_found(readme, monkeypatch, tmp_path):
     readme.main()
     monkeypatch.setattr(sys, "argv", ["update_readme.py", "--check"])
     readme.main()
-    with readme.STEP.open("a") as file:
+    with (tmp_path / f"{name}.csv").open("a") as file:
         file.write("\n")
-    with pytest.raises(SystemExit, match=r"step\.png is out of date"):
+    with pytest.raises(SystemExit, match=rf"{name}\.png is out of date"):
         readme.main()
 
 
 def test_a_step_table_that_lacks_a_contender_is_refused(readme):
-    text = readme.STEP.read_text().splitlines(keepends=True)
-    readme.STEP.write_text("".join(line for line in text if ",compile," not in line))
+    table = readme.RESULTS / "step.csv"
+    text = table.read_text().splitlines(keepends=True)
+    table.write_text("".join(line for line in text if ",compile," not in line))
     with pytest.raises(SystemExit, match="lacks compile"):
         readme.performance()

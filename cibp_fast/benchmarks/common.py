@@ -28,12 +28,20 @@ NETWORKS = {  # name: network, padding
     "large-same": ("large", "same"),
 }
 DATASETS = {"mnist": ((1, 28, 28), 100), "cifar10": ((3, 32, 32), 50)}  # input shape, batch
+PLAIN = "plain"  # two 3x3 convolutions of as many channels as their input has, and linear
 EPS = 0.1  # radius of the box, in pixels
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 Key = TypeVar("Key")
 
-CONDITIONS = ["clock", "threads", "isa", "cpu", "python", "torch", "cibp_fast", "date", "command"]
+CONDITIONS = ["threads", "isa", "cpu", "python", "torch", "cibp_fast", "date", "command"]
+
+
+def input_shape(dataset: str) -> tuple[int, ...]:
+    """Of a data set, or of random images named by their shape, as "16x28x28"."""
+    if dataset in DATASETS:
+        return DATASETS[dataset][0]
+    return tuple(map(int, dataset.split("x")))
 
 
 def network(name: str, dataset: str) -> nn.Sequential:
@@ -45,9 +53,19 @@ def network(name: str, dataset: str) -> nn.Sequential:
     active, dead and undecided units, and the three terms of the loss weigh about the same.
     """
     torch.manual_seed(0)
-    shape, _ = DATASETS[dataset]
-    kind, padding = NETWORKS[name]
-    model = models.NETS[kind](shape, padding=padding)
+    channels, height, width = input_shape(dataset)
+    if name == PLAIN:
+        model = nn.Sequential(
+            nn.Conv2d(channels, channels, 3),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(channels * (height - 4) * (width - 4), 10),
+        )
+    else:
+        kind, padding = NETWORKS[name]
+        model = models.NETS[kind]((channels, height, width), padding=padding)
     with torch.no_grad():
         for module in model:
             if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -151,21 +169,26 @@ def check_options(options: argparse.Namespace) -> None:
         raise ValueError(f"rounds must be 2 or more, not {options.rounds}")
     if options.clock == "cpu" and torch.get_num_threads() > 1:
         raise ValueError("clock=cpu adds up the time of all threads: use it with --threads 1")
-    if options.output is not None:
-        runs.make_folder(options.output.parent)
-        if options.output.is_dir():
-            raise OSError(f"cannot write {options.output}: it is a folder")
-        try:
-            tempfile.TemporaryFile(dir=options.output.parent).close()
-        except OSError as error:
-            raise OSError(f"cannot write {options.output}: {error.strerror}") from error
+    check_output(options.output)
+
+
+def check_output(output: Path | None) -> None:
+    """Raises OSError where the table could not be written; None is no table."""
+    if output is None:
+        return
+    runs.make_folder(output.parent)
+    if output.is_dir():
+        raise OSError(f"cannot write {output}: it is a folder")
+    try:
+        tempfile.TemporaryFile(dir=output.parent).close()
+    except OSError as error:
+        raise OSError(f"cannot write {output}: {error.strerror}") from error
 
 
 def conditions(options: argparse.Namespace) -> dict[str, Any]:
-    """What a number needs to be read: clock, threads, machine, versions, date, command."""
+    """What a number needs to be read: threads, machine, versions, date, command."""
     kernels, _ = _backend.in_use(torch.device("cpu"), torch.float32)
     return {
-        "clock": options.clock,
         "threads": torch.get_num_threads(),
         "isa": kernels.removeprefix("CPU "),
         "cpu": dict(_backend.describe())["processor"],

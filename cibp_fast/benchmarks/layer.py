@@ -42,7 +42,7 @@ TOLERANCE = 1e-4
 FIELDS = [
     "model", "dataset", "layer", "pass", "batch", "ratio", "ratio_q1", "ratio_q3", "fused_ms",
     "naive_ms", "fused_format", "naive_format", "fused_gflops", "naive_gflops", "rounds",
-    *common.CONDITIONS,
+    "clock", *common.CONDITIONS,
 ]  # fmt: skip
 
 
@@ -198,6 +198,7 @@ def row(layer: Layer, training: bool, options: argparse.Namespace) -> dict[str, 
         "fused_gflops": round(flops / fused_s / 1e9, 1),
         "naive_gflops": round(flops / naive_s / 1e9, 1),
         "rounds": options.rounds,
+        "clock": options.clock,
     }
 
 

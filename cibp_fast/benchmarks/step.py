@@ -39,12 +39,13 @@ from cibp_fast.benchmarks.rivals import RIVALS, Ball
 
 KAPPA, WIDTH_WEIGHT = 0.5, 1.0
 OPTIMIZERS = ("none", "adam")
+SIDE = 16  # of the images of --channels
 KEYS = ["model", "dataset", "batch", "clip", "contender", "format", "optimizer"]
 FIELDS = [
     *KEYS, "ms", "ms_q1", "ms_q3", "ratio", "ratio_q1", "ratio_q3", "fused_ratio", "gflop",
     "gflops", "peak_gflops", "peak_share", "ms_per_example", "ms_per_gflop", "saved_bytes",
     "rss_bytes", "loss_error", "gradient_error", "tolerance", "note", "rounds",
-    *common.CONDITIONS,
+    "clock", *common.CONDITIONS,
 ]  # fmt: skip
 
 
@@ -67,14 +68,13 @@ class Problem:
     def data(self) -> tuple[Tensor, Tensor]:
         """x [N, C, H, W] in [0, 1] and y [N]."""
         random = torch.Generator().manual_seed(1)
-        shape, _ = common.DATASETS[self.dataset]
-        x = torch.rand(self.batch, *shape, generator=random)
+        x = torch.rand(self.batch, *common.input_shape(self.dataset), generator=random)
         return x, torch.randint(0, 10, (self.batch,), generator=random)
 
     def flops(self) -> int:
         """See the module's docstring."""
         total, first = 0, True
-        x = torch.empty(1, *common.DATASETS[self.dataset][0], device="meta")
+        x = torch.empty(1, *common.input_shape(self.dataset), device="meta")
         for module in self.network().to("meta"):
             x = module(x)
             if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -198,7 +198,8 @@ def checked(
 def peak_growth(problem: Problem, name: str, memory_format: str, threads: int) -> int:
     """Bytes by which a step raises this process's resident memory at its peak (Linux only).
 
-    To be called in a process of its own. What the first steps leave behind is not in it.
+    To be called in a process of its own. What the first steps leave behind is not in it, except for
+    the memory that the op keeps from one forward pass to the next: that is given back before.
     """
     torch.set_num_threads(threads)
     made = Contender(problem, name, memory_format)
@@ -206,6 +207,8 @@ def peak_growth(problem: Problem, name: str, memory_format: str, threads: int) -
         made.step()
     made.model.zero_grad()
     gc.collect()
+    kept = [_backend.kernels().Buffer(1) for _ in range(16)]
+    del kept  # they push out the larger ones
     ctypes.CDLL(None).malloc_trim(0)
     _reset_peak()
     before = _resident("VmRSS")
@@ -272,6 +275,7 @@ def rows(problem: Problem, options: argparse.Namespace, peak: float) -> list[dic
         "gflop": round(problem.flops() / 1e9, 4),
         "peak_gflops": round(peak, 1),
         "rounds": options.rounds,
+        "clock": options.clock,
     }
     found = []
     for parts, optimizer in enumerate(OPTIMIZERS, start=1):
@@ -335,7 +339,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         nargs="+",
         metavar="N",
-        help="batch sizes (default: 100 for mnist, 50 for cifar10)",
+        help="batch sizes (default: 50 for cifar10, else 100)",
+    )
+    parser.add_argument(
+        "--channels",
+        type=int,
+        nargs="+",
+        metavar="C",
+        help="instead of --models and --datasets: two convolutions 3x3 of C channels and a linear "
+        f"layer, on random images of C channels, {SIDE}x{SIDE}",
     )
     parser.add_argument(
         "--contenders",
@@ -359,6 +371,9 @@ def run(options: argparse.Namespace) -> None:
     batches = options.batch or []
     if any(batch < 1 for batch in batches):
         raise ValueError(f"batch must be 1 or more, not {min(batches)}")
+    channels = options.channels or []
+    if any(count < 1 for count in channels):
+        raise ValueError(f"channels must be 1 or more, not {min(channels)}")
     if options.rss:
         try:
             _reset_peak()
@@ -372,16 +387,22 @@ def run(options: argparse.Namespace) -> None:
         "ratio: the time of the better naive over its own; share: of the machine's peak; "
         "error: of the\ngradients; the step without and with fused Adam"
     )
+    networks = [
+        (model, dataset, common.DATASETS[dataset][1])
+        for model in options.models
+        for dataset in options.datasets
+    ]
+    if channels:
+        networks = [(common.PLAIN, f"{count}x{SIDE}x{SIDE}", 100) for count in channels]
     found = []
-    for model in options.models:
-        for dataset in options.datasets:
-            for batch in batches or [common.DATASETS[dataset][1]]:
-                problem = Problem(model, dataset, batch, options.clip)
-                own = rows(problem, options, peak)
-                _print(problem, own)
-                found += [{**row, **where} for row in own]
-                if options.output:  # what is measured is kept if the next problem is interrupted
-                    common.write(options.output, FIELDS, found)
+    for model, dataset, usual in networks:
+        for batch in batches or [usual]:
+            problem = Problem(model, dataset, batch, options.clip)
+            own = rows(problem, options, peak)
+            _print(problem, own)
+            found += [{**row, **where} for row in own]
+            if options.output:  # what is measured is kept if the next problem is interrupted
+                common.write(options.output, FIELDS, found)
 
 
 def _print(problem: Problem, found: list[dict[str, Any]]) -> None:
