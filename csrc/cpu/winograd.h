@@ -23,7 +23,7 @@ namespace cibp {
 constexpr int kPoints = 6;
 constexpr int kProducts = kPoints * kPoints;
 constexpr int64_t kTiles = 24;           // transformed at a time: more leave the second-level cache
-constexpr int64_t kGroupSize = 1 << 18;  // elements of the images that are transformed together
+constexpr int64_t kGroupSize = 1 << 17;  // elements of the images that are transformed together
 
 // Elements from one product's values of some tiles to the next product's: all products of a tile
 // are written and read together, and must not meet in few cache sets.
