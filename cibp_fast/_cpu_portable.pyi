@@ -71,6 +71,7 @@ def network_forward_float32(
     tensors: Sequence[Sequence[int]],  # 3
     ball_radius: int,
     packed_inputs: Sequence[int],  # of each stage
+    divisors: Sequence[float],  # of each stage's width
     outputs: Sequence[int],  # 6
     /,
 ) -> None: ...
@@ -78,6 +79,7 @@ def network_backward_float32(
     stages: Sequence[Sequence[int]],
     threads: int,
     packed_inputs: Sequence[int],
+    divisors: Sequence[float],
     ball_radius: int,
     inputs: Sequence[int],  # 8 data pointers
     outputs: Sequence[int],  # 3

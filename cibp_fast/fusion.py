@@ -148,19 +148,13 @@ class FusedNetwork(nn.Module):
         program = self._current_program()
         stages, weights, biases = _stages_and_parameters(program, x, self.precision == "fast")
         lower, upper, nominal, ball = _inputs(program, stages[0], x, box)
-        lower, upper, logits, head_lower, head_upper, squares = network(
-            lower, upper, nominal, ball, stages, weights, biases
+        lower, upper, logits, head_lower, head_upper, widths, weight, bias = network(
+            lower, upper, nominal, ball, stages, weights, biases, reduction == "mean"
         )
         counted = [i for i, stage in enumerate(stages) if stage.relu or i == len(stages) - 1]
         if len(counted) < len(stages):
-            squares = squares[counted]
-        sizes = [math.prod(stages[i].output) if reduction == "mean" else 1 for i in counted]
-        widths = squares / squares.new_tensor([size * len(x) for size in sizes])
-        bias = biases[-1]
-        # clones: margins of this pass, also after an optimizer's step
-        head = Head(
-            head_lower, head_upper, weights[-1].clone(), None if bias is None else bias.clone()
-        )
+            widths = widths[counted]
+        head = Head(head_lower, head_upper, weight, bias)
         return Bounds(Interval._make(lower, upper, logits), widths, head)
 
     def _current_program(self) -> _Program:

@@ -247,26 +247,34 @@ std::vector<P*> pointers(const std::vector<int64_t>& addresses) {
   return all;
 }
 
+// Widths are the sums of squares, each divided by its divisor.
 template <class T>
 void network_forward_py(const std::vector<StageNumbers>& numbers, int threads,
                         const std::array<Tensor, 3>& in, int64_t ball_radius,
-                        const std::vector<int64_t>& inputs, const std::array<int64_t, 6>& out) {
+                        const std::vector<int64_t>& inputs, const std::vector<double>& divisors,
+                        const std::array<int64_t, 6>& out) {
   network_forward<T>({threads, stages<T>(numbers), tensor4<T>(in[0]), tensor4<T>(in[1]),
                       tensor4<T>(in[2]), pointer<const T>(ball_radius), pointers<T>(inputs),
                       pointer<T>(out[0]), pointer<T>(out[1]), pointer<T>(out[2]),
                       pointer<T>(out[3]), pointer<T>(out[4]), pointer<T>(out[5])});
+  for (size_t i = 0; i < divisors.size(); ++i)
+    pointer<T>(out[5])[i] /= static_cast<T>(divisors[i]);
 }
 
 template <class T>
 void network_backward_py(const std::vector<StageNumbers>& numbers, int threads,
-                         const std::vector<int64_t>& inputs, int64_t ball_radius,
-                         const std::array<int64_t, 8>& in, const std::array<int64_t, 3>& out,
-                         const std::vector<int64_t>& weights, const std::vector<int64_t>& biases) {
+                         const std::vector<int64_t>& inputs, const std::vector<double>& divisors,
+                         int64_t ball_radius, const std::array<int64_t, 8>& in,
+                         const std::array<int64_t, 3>& out, const std::vector<int64_t>& weights,
+                         const std::vector<int64_t>& biases) {
+  std::vector<T> grad_squares(divisors.size());
+  for (size_t i = 0; in[7] && i < divisors.size(); ++i)
+    grad_squares[i] = pointer<const T>(in[7])[i] / static_cast<T>(divisors[i]);
   network_backward<T>({threads, stages<T>(numbers), pointers<const T>(inputs),
                        pointer<const T>(ball_radius), pointer<const T>(in[0]),
                        pointer<const T>(in[1]), pointer<const T>(in[2]), pointer<const T>(in[3]),
                        pointer<const T>(in[4]), pointer<const T>(in[5]), pointer<const T>(in[6]),
-                       pointer<const T>(in[7]), pointer<T>(out[0]), pointer<T>(out[1]),
+                       grad_squares.data(), pointer<T>(out[0]), pointer<T>(out[1]),
                        pointer<T>(out[2]), pointers<T>(weights), pointers<T>(biases)});
 }
 
