@@ -91,13 +91,13 @@ def loss_forward_float32(
     shape: Sequence[int],  # 3 numbers: LossShape
     threads: int,
     inputs: Sequence[int],  # 6 data pointers
-    outputs: Sequence[int],  # 4
+    outputs: Sequence[int],  # 3
     /,
 ) -> bool: ...  # whether the labels are in range; nothing is computed where they are not
 def loss_backward_float32(
     shape: Sequence[int],
     threads: int,
-    inputs: Sequence[int],  # 8 data pointers
+    inputs: Sequence[int],  # 7 data pointers
     outputs: Sequence[int],  # 5
     /,
 ) -> bool: ...

@@ -19,7 +19,8 @@ def takes(logits: Tensor, head: Head, y: Tensor) -> bool:
     """Whether the kernels can run on these tensors."""
     if _backend.select("auto", logits.device, logits.dtype)[0] != "cpu" or y.device.type != "cpu":
         return False
-    return all(t is None or (t.dtype, t.device) == (logits.dtype, logits.device) for t in head)
+    given = [t for t in head if t is not None]
+    return all([t.dtype == logits.dtype and t.device == logits.device for t in given])
 
 
 def cross_entropies(logits: Tensor, head: Head, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,10 +53,10 @@ class _CrossEntropies(torch.autograd.Function):
         bias: Tensor | None,
         y: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        nominal, robust, *slopes = torch.ops.cibp_fast.loss_forward(
+        nominal, robust, slopes = torch.ops.cibp_fast.loss_forward(
             logits, lower, upper, weight, bias, y
         )
-        ctx.save_for_backward(lower, upper, weight, y, *slopes)
+        ctx.save_for_backward(lower, upper, weight, y, slopes)
         ctx.set_materialize_grads(False)
         return nominal, robust
 
@@ -77,28 +78,28 @@ class _CrossEntropies(torch.autograd.Function):
 
 _library.define(
     "loss_forward(Tensor logits, Tensor lower, Tensor upper, Tensor weight, Tensor? bias, "
-    "Tensor y) -> (Tensor, Tensor, Tensor, Tensor)"
+    "Tensor y) -> (Tensor, Tensor, Tensor)"
 )
 _library.define(
     "loss_backward(Tensor? grad_nominal, Tensor? grad_robust, Tensor lower, Tensor upper, "
-    "Tensor weight, Tensor y, Tensor nominal_slopes, Tensor robust_slopes, bool[] wanted) "
+    "Tensor weight, Tensor y, Tensor slopes, bool[] wanted) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
 def _forward_outputs(logits: Tensor) -> tuple[Tensor, ...]:
-    shapes = ((), (), logits.shape, logits.shape)
-    return tuple(logits.new_empty(shape) for shape in shapes)
+    shapes = ((), (), (2, *logits.shape))
+    return tuple([logits.new_empty(shape) for shape in shapes])
 
 
 def _backward_outputs(
     lower: Tensor, weight: Tensor, slopes: Tensor, wanted: Sequence[bool]
 ) -> tuple[Tensor, ...]:
     box = wanted[1] or wanted[2]
-    shapes = (slopes.shape, lower.shape, lower.shape, weight.shape, weight.shape[:1])
+    shapes = (slopes.shape[1:], lower.shape, lower.shape, weight.shape, weight.shape[:1])
     wanted = (wanted[0], box, box, *wanted[3:])
     return tuple(
-        lower.new_empty(shape if want else 0) for shape, want in zip(shapes, wanted, strict=True)
+        [lower.new_empty(shape if want else 0) for shape, want in zip(shapes, wanted, strict=True)]
     )
 
 

@@ -330,9 +330,10 @@ def _(*arguments):  # type: ignore[no-untyped-def]
         return lower_out.new_zeros(shape) if gradient is None else gradient.contiguous()
 
     through_head = head_lower is not None or head_upper is not None
+    zeros = dense(None, lower_out.shape)
     tensors = [
         *(lower_out, upper_out),
-        *(dense(g, lower_out.shape) for g in bounds),
+        *(zeros if g is None else g.contiguous() for g in bounds),
         *(dense(g, features) if through_head else None for g in (head_lower, head_upper)),
         None if grad_widths is None else grad_widths.contiguous(),
     ]

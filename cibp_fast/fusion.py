@@ -238,7 +238,7 @@ class _Program:
 def _structure(model: nn.Module) -> list[tuple[Any, ...]]:
     """What a traced program stays right for: the tree of modules."""
     return [
-        (name, module, type(module), _own_mode(module), *map(bool, _hooks(module)))
+        (name, module, type(module), _own_mode(module), any(_hooks(module)))
         for name, module in _tree("", model)
     ]
 
@@ -448,11 +448,14 @@ def _inputs(
     if normalize is not None and (normalize.mean.requires_grad or normalize.std.requires_grad):
         ball = None  # the op gives a ball's center and radius no gradient
     if ball is not None:
-        radius = torch.as_tensor(ball, dtype=x.dtype).reshape(-1, 1, 1)
+        if isinstance(ball, Tensor):
+            radius = ball.to(x.dtype).flatten().expand(first.input[0]).contiguous()
+        else:
+            radius = x.new_full((first.input[0],), ball)
         if normalize is not None:
-            x, radius = normalize(x), (Interval._make(-radius, radius, None) / normalize.std).upper
+            x, radius = normalize(x), radius / normalize.std.abs().flatten()
         x = x.reshape(shape)
-        return x, x, x, radius.flatten().expand(first.input[0]).contiguous()
+        return x, x, x, radius
     streams: Any = (box.lower, box.upper, x)
     if normalize is not None:
         box = normalize(Interval._make(*streams))

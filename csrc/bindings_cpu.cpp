@@ -131,7 +131,7 @@ void relu_backward_py(int64_t size, int threads, const std::array<int64_t, 6>& i
 
 template <class T>
 bool loss_forward_py(const std::array<int64_t, 3>& s, int threads, const std::array<int64_t, 6>& in,
-                     const std::array<int64_t, 4>& out) {
+                     const std::array<int64_t, 3>& out) {
   return loss_forward<T>({{s[0], s[1], s[2]},
                           threads,
                           pointer<const T>(in[0]),
@@ -142,13 +142,12 @@ bool loss_forward_py(const std::array<int64_t, 3>& s, int threads, const std::ar
                           pointer<const int64_t>(in[5]),
                           pointer<T>(out[0]),
                           pointer<T>(out[1]),
-                          pointer<T>(out[2]),
-                          pointer<T>(out[3])});
+                          pointer<T>(out[2])});
 }
 
 template <class T>
 bool loss_backward_py(const std::array<int64_t, 3>& s, int threads,
-                      const std::array<int64_t, 8>& in, const std::array<int64_t, 5>& out) {
+                      const std::array<int64_t, 7>& in, const std::array<int64_t, 5>& out) {
   return loss_backward<T>({{s[0], s[1], s[2]},
                            threads,
                            pointer<const T>(in[0]),
@@ -158,7 +157,6 @@ bool loss_backward_py(const std::array<int64_t, 3>& s, int threads,
                            pointer<const T>(in[4]),
                            pointer<const int64_t>(in[5]),
                            pointer<const T>(in[6]),
-                           pointer<const T>(in[7]),
                            pointer<T>(out[0]),
                            pointer<T>(out[1]),
                            pointer<T>(out[2]),
@@ -257,8 +255,7 @@ void network_forward_py(const std::vector<StageNumbers>& numbers, int threads,
                       tensor4<T>(in[2]), pointer<const T>(ball_radius), pointers<T>(inputs),
                       pointer<T>(out[0]), pointer<T>(out[1]), pointer<T>(out[2]),
                       pointer<T>(out[3]), pointer<T>(out[4]), pointer<T>(out[5])});
-  for (size_t i = 0; i < divisors.size(); ++i)
-    pointer<T>(out[5])[i] /= static_cast<T>(divisors[i]);
+  for (size_t i = 0; i < divisors.size(); ++i) pointer<T>(out[5])[i] /= static_cast<T>(divisors[i]);
 }
 
 template <class T>

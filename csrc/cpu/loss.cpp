@@ -104,8 +104,8 @@ bool loss_forward(const LossForward<T>& op) {
     const Part part(batch, thread, team);
     for (int64_t n = part.begin; n < part.end; ++n) {
       const int64_t label = op.labels[n], row = n * classes;
-      nominal += cross_entropy(op.logits + row, classes, label, op.nominal_slopes + row);
-      T* worst = op.robust_slopes + row;
+      nominal += cross_entropy(op.logits + row, classes, label, op.slopes + row);
+      T* worst = op.slopes + batch * classes + row;
       ball.read(op.shape, op.lower, op.upper, n);
       worst_logits(op, weight, ball, label, worst);
       robust += cross_entropy(worst, classes, label, worst);
@@ -134,8 +134,7 @@ bool loss_backward(const LossBackward<T>& op) {
   };
   if (op.grad_logits) {
     const T nominal = scale(op.grad_nominal);
-    for (int64_t i = 0; i < batch * classes; ++i)
-      op.grad_logits[i] = nominal * op.nominal_slopes[i];
+    for (int64_t i = 0; i < batch * classes; ++i) op.grad_logits[i] = nominal * op.slopes[i];
   }
   if (!op.grad_lower && !op.grad_weight && !op.grad_bias) return true;
 
@@ -154,7 +153,7 @@ bool loss_backward(const LossBackward<T>& op) {
       const int64_t label = op.labels[n];
       T total = 0;
       for (int64_t j = 0; j < classes; ++j) {
-        slopes[j] = robust * op.robust_slopes[n * classes + j];
+        slopes[j] = robust * op.slopes[(batch + n) * classes + j];
         bias_sum[j] += slopes[j];
         total += slopes[j];
       }

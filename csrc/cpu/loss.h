@@ -23,8 +23,8 @@ struct LossForward {
   const T *weight, *bias;  // [C, K], [C]; bias may be null
   const int64_t* labels;   // [N]
   // outputs
-  T *nominal, *robust;                // [1]: of the logits, of the worst-case logits
-  T *nominal_slopes, *robust_slopes;  // [N, C]: derivatives of an example's by its logits
+  T *nominal, *robust;  // [1]: of the logits, of the worst-case logits
+  T* slopes;            // [2, N, C]: derivatives of an example's two by its logits
 };
 
 template <class T>
@@ -34,7 +34,7 @@ struct LossBackward {
   const T *grad_nominal, *grad_robust;  // [1]; null: 0
   const T *lower, *upper, *weight;
   const int64_t* labels;
-  const T *nominal_slopes, *robust_slopes;
+  const T* slopes;
   // outputs, null where not wanted
   T* grad_logits;              // [N, C]
   T *grad_lower, *grad_upper;  // [N, K]; both or none
