@@ -117,7 +117,7 @@ def _(*inputs):  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("cibp_fast::loss_backward", lib=_library)
 def _(*arguments):  # type: ignore[no-untyped-def]
-    lower, weight, slopes, wanted = (arguments[i] for i in (2, 4, 6, 8))
+    lower, weight, slopes, wanted = (arguments[i] for i in (2, 4, 6, 7))
     return _backward_outputs(lower, weight, slopes, wanted)
 
 

@@ -131,10 +131,10 @@ class _Network(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         _no_double_backward("network")
         lower_out, upper_out, ball_radius, packed, *weights = ctx.saved_tensors
-        *gradients, head_weight, head_bias = gradients
+        *of_outputs, head_weight, head_bias = gradients
         wanted = ctx.needs_input_grad[4:]
         inputs, parameters = torch.ops.cibp_fast.network_backward(
-            *gradients,
+            *of_outputs,
             lower_out,
             upper_out,
             ball_radius,
@@ -148,7 +148,7 @@ class _Network(torch.autograd.Function):
         )
         for last, gradient in ((len(weights) - 1, head_weight), (-1, head_bias)):
             if gradient is not None and wanted[3:][last]:
-                parameters[last] += gradient
+                parameters[last].add_(gradient)
         grads = (
             g if want else None for g, want in zip((*inputs, *parameters), wanted, strict=True)
         )
@@ -227,9 +227,7 @@ def _divisors(batch: int, plan: _Plan, mean: bool) -> list[int]:
     return [batch * units if mean else batch for units in plan.units]
 
 
-def _packed_offsets(
-    batch: int, plan: _Plan, dtype: torch.dtype, ball: bool, isa: str
-) -> list[int]:
+def _packed_offsets(batch: int, plan: _Plan, dtype: torch.dtype, ball: bool, isa: str) -> list[int]:
     """Where each stage's packed input begins, in elements, and where the last one ends."""
     line = 16  # elements, at least a cache line
     sizes = _packed_sizes(plan.shapes, dtype, ball, isa)
@@ -310,10 +308,24 @@ def _(*arguments):  # type: ignore[no-untyped-def]
 
 
 @torch.library.impl(_library, "network_backward", "CPU")
-def _(*arguments):  # type: ignore[no-untyped-def]
-    gradients = arguments[:6]
-    lower_out, upper_out, ball_radius, packed, weights, numbers = arguments[6:12]
-    wants_input, wants_parameters, isa, *mean = arguments[12:]
+def _(  # type: ignore[no-untyped-def]
+    grad_lower,
+    grad_upper,
+    grad_nominal,
+    head_lower,
+    head_upper,
+    grad_widths,
+    lower_out,
+    upper_out,
+    ball_radius,
+    packed,
+    weights,
+    numbers,
+    wants_input,
+    wants_parameters,
+    isa,
+    mean=False,
+):
     batch, plan = len(lower_out), _plan(numbers)
     inputs, parameters = _backward_outputs(
         lower_out, plan.stages, weights, wants_input, wants_parameters
@@ -323,7 +335,6 @@ def _(*arguments):  # type: ignore[no-untyped-def]
             gradient.zero_()
         return inputs, parameters
     weights = [weight.contiguous() for weight in weights]
-    *bounds, head_lower, head_upper, grad_widths = gradients
     features = (batch, prod(plan.stages[-1].input))
 
     def dense(gradient: Tensor | None, shape: Sequence[int]) -> Tensor:
@@ -333,7 +344,7 @@ def _(*arguments):  # type: ignore[no-untyped-def]
     zeros = dense(None, lower_out.shape)
     tensors = [
         *(lower_out, upper_out),
-        *(zeros if g is None else g.contiguous() for g in bounds),
+        *(zeros if g is None else g.contiguous() for g in (grad_lower, grad_upper, grad_nominal)),
         *(dense(g, features) if through_head else None for g in (head_lower, head_upper)),
         None if grad_widths is None else grad_widths.contiguous(),
     ]
@@ -345,7 +356,7 @@ def _(*arguments):  # type: ignore[no-untyped-def]
         _rows(batch, plan, weights, [None] * len(weights)),
         _backend.threads(),
         _addresses(packed, offsets),
-        _divisors(batch, plan, *mean),
+        _divisors(batch, plan, mean),
         _pointer(ball_radius),
         [_pointer(t) for t in tensors],
         [t.data_ptr() if wants_input else 0 for t in inputs],

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -41,7 +41,7 @@ _FUNCTIONS = {
 }
 
 # What the stages depend on, by type of layer.
-_HYPERPARAMETERS = {
+_HYPERPARAMETERS: dict[type[nn.Module], Callable[[Any], Any]] = {
     **dict.fromkeys(
         _CONVOLUTIONS,
         operator.attrgetter("stride", "padding", "dilation", "groups", "padding_mode"),
