@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -36,7 +35,7 @@ class Terms(NamedTuple):
             raise ValueError(f"kappa must be in [0, 1], not {kappa}")
         if not width_weight >= 0:
             raise ValueError(f"width_weight must be 0 or more, not {width_weight}")
-        loss = torch.lerp(self.robust, self.nominal, kappa)
+        loss = (kappa * self.nominal).add(self.robust, alpha=1 - kappa)
         return loss.add(self.width, alpha=width_weight) if width_weight else loss
 
 
