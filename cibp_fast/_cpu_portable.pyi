@@ -71,6 +71,7 @@ def network_forward_float32(
     tensors: Sequence[Sequence[int]],  # 3
     ball_radius: int,
     packed_inputs: Sequence[int],  # of each stage
+    divisors: Sequence[float],  # of each stage's width
     outputs: Sequence[int],  # 6
     /,
 ) -> None: ...
@@ -78,6 +79,7 @@ def network_backward_float32(
     stages: Sequence[Sequence[int]],
     threads: int,
     packed_inputs: Sequence[int],
+    divisors: Sequence[float],
     ball_radius: int,
     inputs: Sequence[int],  # 8 data pointers
     outputs: Sequence[int],  # 3
@@ -85,6 +87,20 @@ def network_backward_float32(
     grad_biases: Sequence[int],
     /,
 ) -> None: ...
+def loss_forward_float32(
+    shape: Sequence[int],  # 3 numbers: LossShape
+    threads: int,
+    inputs: Sequence[int],  # 6 data pointers
+    outputs: Sequence[int],  # 3
+    /,
+) -> bool: ...  # whether the labels are in range; nothing is computed where they are not
+def loss_backward_float32(
+    shape: Sequence[int],
+    threads: int,
+    inputs: Sequence[int],  # 7 data pointers
+    outputs: Sequence[int],  # 5
+    /,
+) -> bool: ...
 def peak_flops_float32(threads: int, repeats: int, /) -> float: ...
 
 class Buffer:
@@ -100,6 +116,8 @@ linear_backward_float64 = linear_backward_float32
 relu_forward_float64 = relu_forward_float32
 relu_backward_float64 = relu_backward_float32
 stage_input_size_float64 = stage_input_size_float32
+loss_forward_float64 = loss_forward_float32
+loss_backward_float64 = loss_backward_float32
 network_forward_float64 = network_forward_float32
 network_backward_float64 = network_backward_float32
 peak_flops_float64 = peak_flops_float32

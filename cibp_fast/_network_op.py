@@ -72,7 +72,8 @@ def network(
     stages: Sequence[Stage],
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
-) -> tuple[Tensor, ...]:
+    mean: bool,
+) -> tuple[Any, ...]:
     """All stages, on float32 or float64 tensors of the CPU; nothing is checked.
 
     Args:
@@ -83,13 +84,17 @@ def network(
         weights: of each stage but pooling, out_channels * in_channels * kernel elements in torch's
             order.
         biases: of the same, [out_channels] or None.
+        mean: whether the widths are means over the units too, or over the batch only.
 
     Returns:
         lower', upper', nominal': [N, classes]; the last stage's input as lower, upper: [N,
-        features]; and [stages], the sum of (upper - lower)^2 over each stage's output.
+        features]; [stages], the mean or sum of (upper - lower)^2 over each stage's output; and
+        copies of the last stage's weight and bias.
     """
     numbers = tuple(chain.from_iterable(stage.numbers() for stage in stages))
-    return _Network.apply(_isa(), numbers, ball_radius, lower, upper, nominal, *weights, *biases)
+    return _Network.apply(
+        _isa(), numbers, mean, ball_radius, lower, upper, nominal, *weights, *biases
+    )
 
 
 @torch.compiler.assume_constant_result  # dynamo need not trace the imports
@@ -103,29 +108,33 @@ class _Network(torch.autograd.Function):
         ctx: Any,
         isa: str,
         numbers: tuple[int, ...],
+        mean: bool,
         ball_radius: Tensor | None,
         lower: Tensor,
         upper: Tensor,
         nominal: Tensor,
         *parameters: Tensor | None,
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         count = len(parameters) // 2
         weights, biases = parameters[:count], parameters[count:]
         *outputs, packed = torch.ops.cibp_fast.network_forward(
-            lower, upper, nominal, ball_radius, weights, biases, numbers, isa
+            lower, upper, nominal, ball_radius, weights, biases, numbers, isa, mean
         )
         ctx.save_for_backward(outputs[0], outputs[1], ball_radius, packed, *weights)
         ctx.set_materialize_grads(False)
-        ctx.isa, ctx.numbers = isa, numbers
-        return tuple(outputs)
+        ctx.isa, ctx.numbers, ctx.mean = isa, numbers, mean
+        weight, bias = weights[-1], biases[-1]
+        assert weight is not None
+        return *outputs, weight.clone(), None if bias is None else bias.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         _no_double_backward("network")
         lower_out, upper_out, ball_radius, packed, *weights = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[3:]
+        *of_outputs, head_weight, head_bias = gradients
+        wanted = ctx.needs_input_grad[4:]
         inputs, parameters = torch.ops.cibp_fast.network_backward(
-            *gradients,
+            *of_outputs,
             lower_out,
             upper_out,
             ball_radius,
@@ -135,67 +144,75 @@ class _Network(torch.autograd.Function):
             any(wanted[:3]),
             wanted[3:],
             ctx.isa,
+            ctx.mean,
         )
+        for last, gradient in ((len(weights) - 1, head_weight), (-1, head_bias)):
+            if gradient is not None and wanted[3:][last]:
+                parameters[last].add_(gradient)
         grads = (
             g if want else None for g, want in zip((*inputs, *parameters), wanted, strict=True)
         )
-        return None, None, None, *grads
+        return None, None, None, None, *grads
 
 
 # Registration. Gradients that are not wanted are empty tensors, since an op cannot return None.
 
 _library.define(
     "network_forward(Tensor lower, Tensor upper, Tensor nominal, Tensor? ball_radius, "
-    "Tensor[] weights, Tensor?[] biases, int[] numbers, str isa) "
+    "Tensor[] weights, Tensor?[] biases, int[] numbers, str isa, bool mean=False) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "network_backward(Tensor? grad_lower, Tensor? grad_upper, Tensor? grad_nominal, "
     "Tensor? grad_head_lower, Tensor? grad_head_upper, Tensor? grad_widths, Tensor lower_out, "
     "Tensor upper_out, Tensor? ball_radius, Tensor packed, Tensor[] weights, int[] numbers, "
-    "bool wants_input, bool[] wants_parameters, str isa) -> (Tensor[], Tensor[])"
+    "bool wants_input, bool[] wants_parameters, str isa, bool mean=False) -> (Tensor[], Tensor[])"
 )
-
-
-@lru_cache(maxsize=256)
-def _packed_size(isa: str, dtype: torch.dtype, stage: Stage, first: bool, ball: bool) -> int:
-    """Elements of one example's packed input of a stage."""
-    size = _function("stage_input_size", isa, dtype)(_shape(1, stage), first, ball)
-    assert isinstance(size, int)
-    return size
 
 
 def _function(name: str, isa: str, dtype: torch.dtype) -> Any:
     return getattr(_backend._builds()[0][isa], f"{name}_{str(dtype).removeprefix('torch.')}")
 
 
-def _stages(numbers: Sequence[int]) -> list[Stage]:
+class _Plan(NamedTuple):
+    """What follows from the numbers of all stages."""
+
+    stages: tuple[Stage, ...]
+    shapes: tuple[tuple[int, ...], ...]  # csrc/cpu/conv2d.h: Conv2dShape, without the batch
+    units: tuple[int, ...]  # of an example's output
+
+
+def _plan(numbers: Sequence[int]) -> _Plan:
+    return _parsed(tuple(numbers))
+
+
+@lru_cache(maxsize=256)
+def _parsed(numbers: tuple[int, ...]) -> _Plan:
     """The inverse of Stage.numbers, of several."""
 
     def stage(n: tuple[int, ...]) -> Stage:
         return Stage(n[:3], n[3:6], n[6:8], n[8:10], n[10:12], n[12:14], *map(bool, n[14:]))
 
-    return [stage(tuple(numbers[i : i + 17])) for i in range(0, len(numbers), 17)]
-
-
-def _shape(batch: int, stage: Stage) -> tuple[int, ...]:
-    """csrc/cpu/conv2d.h: Conv2dShape."""
-    groups = stage.input[0] if stage.pool else 1
-    return (batch, *stage.numbers()[:14], groups, 0)
+    stages = tuple(stage(numbers[i : i + 17]) for i in range(0, len(numbers), 17))
+    groups = (stage.input[0] if stage.pool else 1 for stage in stages)
+    return _Plan(
+        stages,
+        tuple((*s.numbers()[:14], g, 0) for s, g in zip(stages, groups, strict=True)),
+        tuple(prod(stage.output) for stage in stages),
+    )
 
 
 def _rows(
-    batch: int, stages: Sequence[Stage], weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+    batch: int, plan: _Plan, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> list[tuple[int, ...]]:
     """What the kernels take for the stages."""
     addresses = zip(map(_pointer, weights), map(_pointer, biases), strict=True)
     return [
         (
-            *_shape(batch, stage),
-            stage.relu + 2 * stage.fast,
+            *(batch, *shape, stage.relu + 2 * stage.fast),
             *((0, 0) if stage.pool else next(addresses)),
         )
-        for stage in stages
+        for stage, shape in zip(plan.stages, plan.shapes, strict=True)
     ]
 
 
@@ -205,15 +222,25 @@ def _by_stage(stages: Sequence[Stage], addresses: Sequence[int]) -> list[int]:
     return [0 if stage.pool else next(left) for stage in stages]
 
 
-def _packed_offsets(
-    batch: int, stages: Sequence[Stage], dtype: torch.dtype, ball: bool, isa: str
-) -> list[int]:
+def _divisors(batch: int, plan: _Plan, mean: bool) -> list[int]:
+    """What a width is less than the sum of its squares."""
+    return [batch * units if mean else batch for units in plan.units]
+
+
+def _packed_offsets(batch: int, plan: _Plan, dtype: torch.dtype, ball: bool, isa: str) -> list[int]:
     """Where each stage's packed input begins, in elements, and where the last one ends."""
-    sizes = (
-        batch * _packed_size(isa, dtype, stage, i == 0, ball) for i, stage in enumerate(stages)
-    )
     line = 16  # elements, at least a cache line
-    return list(accumulate((-(-size // line) * line for size in sizes), initial=0))
+    sizes = _packed_sizes(plan.shapes, dtype, ball, isa)
+    return list(accumulate((-(-batch * size // line) * line for size in sizes), initial=0))
+
+
+@lru_cache(maxsize=256)
+def _packed_sizes(
+    shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, ball: bool, isa: str
+) -> tuple[int, ...]:
+    """Elements of one example's packed input of each stage."""
+    size = _function("stage_input_size", isa, dtype)
+    return tuple(size((1, *shape), i == 0, ball) for i, shape in enumerate(shapes))
 
 
 def _forward_outputs(nominal: Tensor, stages: Sequence[Stage]) -> list[Tensor]:
@@ -229,92 +256,111 @@ def _backward_outputs(
     wants_input: bool,
     wants_parameters: Sequence[bool],
 ) -> tuple[list[Tensor], list[Tensor]]:
-    shape = (like.shape[0], *stages[0].input) if wants_input else (0,)
+    shape = (like.shape[0], *stages[0].input)
     sizes = chain((w.shape for w in weights), (w.shape[:1] for w in weights))
-    return [like.new_empty(shape) for _ in range(3)], [
+    return [like.new_empty(shape if wants_input else (0,)) for _ in range(3)], [
         like.new_empty(size if wanted else (0,))
         for size, wanted in zip(sizes, wants_parameters, strict=True)
     ]
 
 
 @torch.library.register_fake("cibp_fast::network_forward", lib=_library)
-def _(lower, upper, nominal, ball_radius, weights, biases, numbers, isa):  # type: ignore[no-untyped-def]
-    stages, ball = _stages(numbers), ball_radius is not None
-    offsets = _packed_offsets(nominal.shape[0], stages, nominal.dtype, ball, isa)
-    return *_forward_outputs(nominal, stages), nominal.new_empty(offsets[-1])
+def _(lower, upper, nominal, ball_radius, weights, biases, numbers, isa, mean=False):  # type: ignore[no-untyped-def]
+    plan, ball = _plan(numbers), ball_radius is not None
+    offsets = _packed_offsets(nominal.shape[0], plan, nominal.dtype, ball, isa)
+    return *_forward_outputs(nominal, plan.stages), nominal.new_empty(offsets[-1])
 
 
 @torch.library.impl(_library, "network_forward", "CPU")
-def _(lower, upper, nominal, ball_radius, weights, biases, numbers, isa):  # type: ignore[no-untyped-def]
-    stages, ball = _stages(numbers), ball_radius is not None
-    outputs = _forward_outputs(nominal, stages)
-    if not len(nominal):
-        outputs[-1].zero_()
+def _(lower, upper, nominal, ball_radius, weights, biases, numbers, isa, mean=False):  # type: ignore[no-untyped-def]
+    batch, plan = len(nominal), _plan(numbers)
+    outputs = _forward_outputs(nominal, plan.stages)
+    if not batch:
+        outputs[-1].fill_(torch.nan)
         return *outputs, nominal.new_empty(0)
-    *offsets, size = _packed_offsets(len(nominal), stages, nominal.dtype, ball, isa)
+    *offsets, size = _packed_offsets(batch, plan, nominal.dtype, ball_radius is not None, isa)
     # memory that an earlier call gave back: fresh pages would cost a small network a tenth more
     buffer = _backend._builds()[0][isa].Buffer(size * nominal.element_size())
     packed = torch.frombuffer(buffer, dtype=nominal.dtype)
     weights = [weight.contiguous() for weight in weights]
     biases = [None if bias is None else bias.contiguous() for bias in biases]
     _function("network_forward", isa, nominal.dtype)(
-        _rows(len(nominal), stages, weights, biases),
+        _rows(batch, plan, weights, biases),
         _backend.threads(),
         [(t.data_ptr(), *t.stride()) for t in (lower, upper, nominal)],
         _pointer(ball_radius),
-        [packed.data_ptr() + offset * packed.element_size() for offset in offsets],
+        _addresses(packed, offsets),
+        _divisors(batch, plan, mean),
         [t.data_ptr() for t in outputs],
     )
     return *outputs, packed
 
 
+def _addresses(packed: Tensor, offsets: Sequence[int]) -> list[int]:
+    start, size = packed.data_ptr(), packed.element_size()
+    return [start + offset * size for offset in offsets]
+
+
 @torch.library.register_fake("cibp_fast::network_backward", lib=_library)
 def _(*arguments):  # type: ignore[no-untyped-def]
     lower_out, weights, numbers = arguments[6], arguments[10], arguments[11]
-    return _backward_outputs(lower_out, _stages(numbers), weights, *arguments[12:14])
+    return _backward_outputs(lower_out, _plan(numbers).stages, weights, *arguments[12:14])
 
 
 @torch.library.impl(_library, "network_backward", "CPU")
-def _(*arguments):  # type: ignore[no-untyped-def]
-    gradients = arguments[:6]
-    lower_out, upper_out, ball_radius, packed, weights, numbers = arguments[6:12]
-    wants_input, wants_parameters, isa = arguments[12:]
-    stages = _stages(numbers)
+def _(  # type: ignore[no-untyped-def]
+    grad_lower,
+    grad_upper,
+    grad_nominal,
+    head_lower,
+    head_upper,
+    grad_widths,
+    lower_out,
+    upper_out,
+    ball_radius,
+    packed,
+    weights,
+    numbers,
+    wants_input,
+    wants_parameters,
+    isa,
+    mean=False,
+):
+    batch, plan = len(lower_out), _plan(numbers)
     inputs, parameters = _backward_outputs(
-        lower_out, stages, weights, wants_input, wants_parameters
+        lower_out, plan.stages, weights, wants_input, wants_parameters
     )
-    if not len(lower_out):
+    if not batch:
         for gradient in parameters:
             gradient.zero_()
         return inputs, parameters
     weights = [weight.contiguous() for weight in weights]
-    grad_lower, grad_upper, grad_nominal, head_lower, head_upper, grad_widths = gradients
-    features = (len(lower_out), prod(stages[-1].input))
+    features = (batch, prod(plan.stages[-1].input))
 
     def dense(gradient: Tensor | None, shape: Sequence[int]) -> Tensor:
         return lower_out.new_zeros(shape) if gradient is None else gradient.contiguous()
 
     through_head = head_lower is not None or head_upper is not None
+    zeros = dense(None, lower_out.shape)
     tensors = [
         *(lower_out, upper_out),
-        *(dense(g, lower_out.shape) for g in (grad_lower, grad_upper, grad_nominal)),
+        *(zeros if g is None else g.contiguous() for g in (grad_lower, grad_upper, grad_nominal)),
         *(dense(g, features) if through_head else None for g in (head_lower, head_upper)),
-        dense(grad_widths, (len(stages),)),
+        None if grad_widths is None else grad_widths.contiguous(),
     ]
     targets = [
         t.data_ptr() if want else 0 for t, want in zip(parameters, wants_parameters, strict=True)
     ]
-    offsets = _packed_offsets(
-        len(lower_out), stages, lower_out.dtype, ball_radius is not None, isa
-    )[:-1]
+    offsets = _packed_offsets(batch, plan, lower_out.dtype, ball_radius is not None, isa)[:-1]
     _function("network_backward", isa, lower_out.dtype)(
-        _rows(len(lower_out), stages, weights, [None] * len(weights)),
+        _rows(batch, plan, weights, [None] * len(weights)),
         _backend.threads(),
-        [packed.data_ptr() + offset * packed.element_size() for offset in offsets],
+        _addresses(packed, offsets),
+        _divisors(batch, plan, mean),
         _pointer(ball_radius),
         [_pointer(t) for t in tensors],
         [t.data_ptr() if wants_input else 0 for t in inputs],
-        _by_stage(stages, targets[: len(weights)]),
-        _by_stage(stages, targets[len(weights) :]),
+        _by_stage(plan.stages, targets[: len(weights)]),
+        _by_stage(plan.stages, targets[len(weights) :]),
     )
     return inputs, parameters

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cibp_fast._loss_op import label_error
 from cibp_fast.interval import Interval, may_inspect
 from cibp_fast.recorder import Head, Recorder, recording
 
@@ -85,17 +86,20 @@ class Bounds:
             )
         return (-self._differences(y)).scatter(1, label, 0.0)
 
-    def _label(self, y: Tensor) -> Tensor:
+    def _check_labels(self, y: Tensor) -> None:
+        """Raises the errors about y but for those about its values."""
         if not isinstance(y, Tensor) or y.dtype != torch.int64:
             got = y.dtype if isinstance(y, Tensor) else type(y).__name__
             raise TypeError(f"y must be an int64 tensor, got {got}")
-        batch, classes = self.logits.shape
+        batch = len(self.logits)
         if y.shape != (batch,):
             raise ValueError(f"y must have shape [{batch}], got {list(y.shape)}")
-        if may_inspect(y) and batch:
-            least, greatest = int(y.min()), int(y.max())
-            if least < 0 or greatest >= classes:
-                raise ValueError(f"y must be in [0, {classes}), got labels {least} to {greatest}")
+
+    def _label(self, y: Tensor) -> Tensor:
+        self._check_labels(y)
+        classes = self.logits.shape[1]
+        if may_inspect(y) and len(y) and (y.min() < 0 or y.max() >= classes):
+            raise label_error(y, classes)
         return y.unsqueeze(1)
 
     def _differences(self, y: Tensor) -> Tensor:

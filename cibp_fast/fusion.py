@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -38,6 +38,22 @@ _FUNCTIONS = {
     **dict.fromkeys((torch.flatten, "flatten"), "flatten"),
     **dict.fromkeys((torch.reshape, "reshape"), "reshape"),
     "view": "view",
+}
+
+# What the stages depend on, by type of layer.
+_HYPERPARAMETERS: dict[type[nn.Module], Callable[[Any], Any]] = {
+    **dict.fromkeys(
+        _CONVOLUTIONS,
+        operator.attrgetter("stride", "padding", "dilation", "groups", "padding_mode"),
+    ),
+    **dict.fromkeys(_LINEARS, lambda module: ()),
+    nn.AvgPool2d: operator.attrgetter(
+        *("kernel_size", "stride", "padding"),
+        *("ceil_mode", "count_include_pad", "divisor_override"),
+    ),
+    nn.AdaptiveAvgPool2d: operator.attrgetter("output_size"),
+    nn.ZeroPad2d: operator.attrgetter("padding"),
+    nn.Flatten: operator.attrgetter("start_dim", "end_dim"),
 }
 
 PRECISIONS = ("float32", "fast")
@@ -130,24 +146,16 @@ class FusedNetwork(nn.Module):
         if not _backend.available_isas():
             return bounds(self._model, x, box, width, reduction)
         program = self._current_program()
-        stages, weights, biases = _stages_and_parameters(program, x)
-        if self.precision == "fast":
-            stages = [stage._replace(fast=True) for stage in stages]
+        stages, weights, biases = _stages_and_parameters(program, x, self.precision == "fast")
         lower, upper, nominal, ball = _inputs(program, stages[0], x, box)
-        lower, upper, logits, head_lower, head_upper, squares = network(
-            lower, upper, nominal, ball, stages, weights, biases
+        lower, upper, logits, head_lower, head_upper, widths, weight, bias = network(
+            lower, upper, nominal, ball, stages, weights, biases, reduction == "mean"
         )
         counted = [i for i, stage in enumerate(stages) if stage.relu or i == len(stages) - 1]
         if len(counted) < len(stages):
-            squares = squares[counted]
-        if reduction == "mean":
-            squares = squares / squares.new_tensor([math.prod(stages[i].output) for i in counted])
-        bias = biases[-1]
-        # clones: margins of this pass, also after an optimizer's step
-        head = Head(
-            head_lower, head_upper, weights[-1].clone(), None if bias is None else bias.clone()
-        )
-        return Bounds(Interval._make(lower, upper, logits), squares / len(x), head)
+            widths = widths[counted]
+        head = Head(head_lower, head_upper, weight, bias)
+        return Bounds(Interval._make(lower, upper, logits), widths, head)
 
     def _current_program(self) -> _Program:
         """The program of the model as it is now; traced again where its modules have changed."""
@@ -220,6 +228,8 @@ class _Program:
     normalize: _Layer | None = None
     affine: list[_Affine] = field(default_factory=list)
     dropouts: list[_Layer] = field(default_factory=list)
+    # of the last call, under all that they follow from
+    stages: dict[tuple[Any, ...], list[Stage]] = field(default_factory=dict)
 
 
 # The model's layers
@@ -228,7 +238,7 @@ class _Program:
 def _structure(model: nn.Module) -> list[tuple[Any, ...]]:
     """What a traced program stays right for: the tree of modules."""
     return [
-        (name, module, type(module), _own_mode(module), *map(bool, _hooks(module)))
+        (name, module, type(module), _own_mode(module), any(_hooks(module)))
         for name, module in _tree("", model)
     ]
 
@@ -434,17 +444,19 @@ def _inputs(
     """lower, upper, nominal [N, C, H, W] of the first stage, and the radius [C] of a ball."""
     shape = (len(x), *first.input)
     normalize = None if program.normalize is None else program.normalize.module
-    lower, upper = box.lower, box.upper
     ball = None if first.dense or first.padded else box._ball_radius(x)
     if normalize is not None and (normalize.mean.requires_grad or normalize.std.requires_grad):
         ball = None  # the op gives a ball's center and radius no gradient
     if ball is not None:
-        radius = torch.as_tensor(ball, dtype=x.dtype).reshape(-1, 1, 1)
+        if isinstance(ball, Tensor):
+            radius = ball.to(x.dtype).flatten().expand(first.input[0]).contiguous()
+        else:
+            radius = x.new_full((first.input[0],), ball)
         if normalize is not None:
-            x, radius = normalize(x), (Interval._make(-radius, radius, None) / normalize.std).upper
+            x, radius = normalize(x), radius / normalize.std.abs().flatten()
         x = x.reshape(shape)
-        return x, x, x, radius.flatten().expand(first.input[0]).contiguous()
-    streams: Any = (lower, upper, x)
+        return x, x, x, radius
+    streams: Any = (box.lower, box.upper, x)
     if normalize is not None:
         box = normalize(Interval._make(*streams))
         streams = box.lower, box.upper, box.nominal
@@ -453,22 +465,68 @@ def _inputs(
 
 
 def _stages_and_parameters(
-    program: _Program, x: Tensor
+    program: _Program, x: Tensor, fast: bool = False
 ) -> tuple[list[Stage], list[Tensor], list[Tensor | None]]:
     """The stages for inputs like x, with their weights and biases; all are checked."""
     for dropout in program.dropouts:
         if dropout.module.training and dropout.module.p:
             raise dropout.error("it is random in training mode; call model.eval()")
     if program.normalize is not None:
-        _check_tensors(program.normalize, x, "mean", "std")
+        _tensors(program.normalize, x, "mean", "std")
+    parameters = [_tensors(affine.layer, x, "weight", "bias") for affine in program.affine]
+    stages = _known_stages(program, x.shape[1:], parameters, fast)
+    for i, affine in enumerate(program.affine):
+        if affine.norm is not None:
+            parameters[i] = _folded(affine.norm, x, *parameters[i])
+    return stages, [weight for weight, _ in parameters], [bias for _, bias in parameters]
+
+
+def _tensors(layer: _Layer, x: Tensor, *names: str) -> tuple[Any, ...]:
+    """The layer's tensors of these names, each like x or None."""
+    tensors = tuple([getattr(layer.module, name) for name in names])
+    for name, tensor in zip(names, tensors, strict=True):
+        if tensor is None:
+            continue
+        if tensor.device != x.device:
+            raise ValueError(f"{layer.name}.{name} is on {tensor.device}, x on {x.device}")
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"{layer.name}.{name} is {tensor.dtype}, x is {x.dtype}")
+    return tensors
+
+
+def _known_stages(
+    program: _Program, shape: Sequence[int], parameters: list[tuple[Any, ...]], fast: bool
+) -> list[Stage]:
+    """`_stages`, or what it gave for the same shapes and hyperparameters."""
+    if torch.compiler.is_compiling():
+        return _stages(program, shape, parameters, fast)
+    key = (
+        *(fast, shape),
+        *[tensor if tensor is None else tensor.shape for pair in parameters for tensor in pair],
+        *[
+            _HYPERPARAMETERS[type(layer.module)](layer.module)
+            for affine in program.affine
+            for layer in (*affine.before, affine.layer)
+        ],
+    )
+    try:
+        known = program.stages.get(key)
+    except TypeError:  # a list, which may be changed in place
+        return _stages(program, shape, parameters, fast)
+    if known is None:
+        known = _stages(program, shape, parameters, fast)
+        program.stages = {key: known}
+    return known
+
+
+def _stages(
+    program: _Program, shape: Sequence[int], parameters: list[tuple[Any, ...]], fast: bool
+) -> list[Stage]:
+    """The stages for examples of this shape and these weights and biases."""
     stages: list[Stage] = []
-    weights: list[Tensor] = []
-    biases: list[Tensor | None] = []
-    shape = tuple(int(size) for size in x.shape[1:])  # of an example, as the model has it
+    shape = tuple(int(size) for size in shape)  # of an example, as the model has it
     image = shape  # the same, before flattening
-    for affine in program.affine:
-        _check_tensors(affine.layer, x, "weight", "bias")
-        weight, bias = affine.layer.module.weight, affine.layer.module.bias
+    for affine, (weight, bias) in zip(program.affine, parameters, strict=True):
         padding = (0, 0, 0, 0)  # left, right, top, bottom
         for step in affine.before:
             if type(step.module) is nn.ZeroPad2d:
@@ -483,7 +541,7 @@ def _stages_and_parameters(
                     raise step.error("it comes after a layer that covers its input")
                 stages.append(stage)
                 shape = image = stage.output
-        _check_fit(affine.layer, shape)
+        _check_fit(affine.layer, shape, weight, bias)
         if affine.linear:
             if not stages:
                 image = (*shape, 1, 1)
@@ -491,29 +549,14 @@ def _stages_and_parameters(
         else:
             _check_plain(affine.layer)
             stage = _convolution_stage(affine, image, weight, padding)
-        if affine.norm is not None:
-            weight, bias = _folded(affine.norm, x, weight, bias)
         if stages and stages[-1].dense and not stage.dense:
             raise affine.layer.error(
                 "a convolution with several outputs comes after a layer that covers its input"
             )
         stages.append(stage)
-        weights.append(weight)
-        biases.append(bias)
         image = stage.output
         shape = image[:1] if affine.linear else image
-    return stages, weights, biases
-
-
-def _check_tensors(layer: _Layer, x: Tensor, *names: str) -> None:
-    for name in names:
-        tensor = getattr(layer.module, name)
-        if tensor is None:
-            continue
-        if tensor.device != x.device:
-            raise ValueError(f"{layer.name}.{name} is on {tensor.device}, x on {x.device}")
-        if tensor.dtype != x.dtype:
-            raise TypeError(f"{layer.name}.{name} is {tensor.dtype}, x is {x.dtype}")
+    return [stage._replace(fast=True) for stage in stages] if fast else stages
 
 
 def _added(pad: _Layer, padding: tuple[int, ...]) -> tuple[int, int, int, int]:
@@ -576,9 +619,8 @@ def _check_plain(layer: _Layer) -> None:
         raise layer.error(f"padding must be at least 0, got {module.padding}")
 
 
-def _check_fit(layer: _Layer, shape: tuple[int, ...]) -> None:
+def _check_fit(layer: _Layer, shape: tuple[int, ...], weight: Tensor, bias: Tensor | None) -> None:
     """That a layer's parameters fit each other and the example that it is given."""
-    weight, bias = layer.module.weight, layer.module.bias
     dims = 1 if type(layer.module) in _LINEARS else 3
     fits = len(shape) == dims and weight.dim() == dims + 1 and weight.shape[1] == shape[0]
     if not fits or 0 in weight.shape:
@@ -617,7 +659,7 @@ def _convolution_stage(
 def _folded(norm: _Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Weight and bias of an affine layer with the batch norm behind it."""
     module = norm.module
-    _check_tensors(norm, x, "running_mean", "running_var", "weight", "bias")
+    _tensors(norm, x, "running_mean", "running_var", "weight", "bias")
     if module.running_mean is None:
         raise norm.error("it has no running statistics")
     if module.training:

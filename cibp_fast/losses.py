@@ -15,6 +15,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from cibp_fast import _loss_op
 from cibp_fast.bounds import Bounds
 
 
@@ -34,19 +35,23 @@ class Terms(NamedTuple):
             raise ValueError(f"kappa must be in [0, 1], not {kappa}")
         if not width_weight >= 0:
             raise ValueError(f"width_weight must be 0 or more, not {width_weight}")
-        loss = kappa * self.nominal + (1 - kappa) * self.robust
-        return loss + width_weight * self.width if width_weight else loss
+        loss = (kappa * self.nominal).add(self.robust, alpha=1 - kappa)
+        return loss.add(self.width, alpha=width_weight) if width_weight else loss
 
 
 def terms(out: Bounds, y: Tensor, *, elide: bool = True) -> Terms:
     """The unweighted terms for labels y [N].
 
     `elide` bounds z_j - z_y through the last linear layer, which is tighter; a model that does not
-    end in one needs elide=False.
+    end in one needs elide=False. Raises as `Bounds.worst_logits`.
     """
-    return Terms(
-        cross_entropy(out.logits, y), cross_entropy(out.worst_logits(y, elide=elide), y), out.width
-    )
+    head = out._head
+    if elide and head is not None:
+        out._check_labels(y)
+        if _loss_op.takes(out.logits, head, y):
+            return Terms(*_loss_op.cross_entropies(out.logits, head, y), out.width)
+    worst = out.worst_logits(y, elide=elide)
+    return Terms(cross_entropy(out.logits, y), cross_entropy(worst, y), out.width)
 
 
 def nominal_loss(out: Bounds | Tensor, y: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 // One build of the CPU kernels as a Python module: raw pointers and strides in, no torch headers.
 //
-// cibp_fast/ops.py and fusion.py check dtypes, devices and shapes; ops.py and _network_op.py
-// allocate the outputs and keep every tensor alive.
+// cibp_fast/ops.py, fusion.py and losses.py check dtypes, devices and shapes; ops.py,
+// _network_op.py and _loss_op.py allocate the outputs and keep every tensor alive.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -15,6 +15,7 @@
 
 #include "cpu/conv2d.h"
 #include "cpu/linear.h"
+#include "cpu/loss.h"
 #include "cpu/network.h"
 #include "cpu/peak.h"
 #include "cpu/relu.h"
@@ -128,6 +129,41 @@ void relu_backward_py(int64_t size, int threads, const std::array<int64_t, 6>& i
                     pointer<T>(out[1]), pointer<T>(out[2])});
 }
 
+template <class T>
+bool loss_forward_py(const std::array<int64_t, 3>& s, int threads, const std::array<int64_t, 6>& in,
+                     const std::array<int64_t, 3>& out) {
+  return loss_forward<T>({{s[0], s[1], s[2]},
+                          threads,
+                          pointer<const T>(in[0]),
+                          pointer<const T>(in[1]),
+                          pointer<const T>(in[2]),
+                          pointer<const T>(in[3]),
+                          pointer<const T>(in[4]),
+                          pointer<const int64_t>(in[5]),
+                          pointer<T>(out[0]),
+                          pointer<T>(out[1]),
+                          pointer<T>(out[2])});
+}
+
+template <class T>
+bool loss_backward_py(const std::array<int64_t, 3>& s, int threads,
+                      const std::array<int64_t, 7>& in, const std::array<int64_t, 5>& out) {
+  return loss_backward<T>({{s[0], s[1], s[2]},
+                           threads,
+                           pointer<const T>(in[0]),
+                           pointer<const T>(in[1]),
+                           pointer<const T>(in[2]),
+                           pointer<const T>(in[3]),
+                           pointer<const T>(in[4]),
+                           pointer<const int64_t>(in[5]),
+                           pointer<const T>(in[6]),
+                           pointer<T>(out[0]),
+                           pointer<T>(out[1]),
+                           pointer<T>(out[2]),
+                           pointer<T>(out[3]),
+                           pointer<T>(out[4])});
+}
+
 // Memory for what the forward pass saves, kept from call to call: fresh pages would cost small
 // networks a tenth of their time. At most kKept blocks stay, so it is bounded by what was in use.
 class Buffer {
@@ -209,26 +245,33 @@ std::vector<P*> pointers(const std::vector<int64_t>& addresses) {
   return all;
 }
 
+// Widths are the sums of squares, each divided by its divisor.
 template <class T>
 void network_forward_py(const std::vector<StageNumbers>& numbers, int threads,
                         const std::array<Tensor, 3>& in, int64_t ball_radius,
-                        const std::vector<int64_t>& inputs, const std::array<int64_t, 6>& out) {
+                        const std::vector<int64_t>& inputs, const std::vector<double>& divisors,
+                        const std::array<int64_t, 6>& out) {
   network_forward<T>({threads, stages<T>(numbers), tensor4<T>(in[0]), tensor4<T>(in[1]),
                       tensor4<T>(in[2]), pointer<const T>(ball_radius), pointers<T>(inputs),
                       pointer<T>(out[0]), pointer<T>(out[1]), pointer<T>(out[2]),
                       pointer<T>(out[3]), pointer<T>(out[4]), pointer<T>(out[5])});
+  for (size_t i = 0; i < divisors.size(); ++i) pointer<T>(out[5])[i] /= static_cast<T>(divisors[i]);
 }
 
 template <class T>
 void network_backward_py(const std::vector<StageNumbers>& numbers, int threads,
-                         const std::vector<int64_t>& inputs, int64_t ball_radius,
-                         const std::array<int64_t, 8>& in, const std::array<int64_t, 3>& out,
-                         const std::vector<int64_t>& weights, const std::vector<int64_t>& biases) {
+                         const std::vector<int64_t>& inputs, const std::vector<double>& divisors,
+                         int64_t ball_radius, const std::array<int64_t, 8>& in,
+                         const std::array<int64_t, 3>& out, const std::vector<int64_t>& weights,
+                         const std::vector<int64_t>& biases) {
+  std::vector<T> grad_squares(divisors.size());
+  for (size_t i = 0; in[7] && i < divisors.size(); ++i)
+    grad_squares[i] = pointer<const T>(in[7])[i] / static_cast<T>(divisors[i]);
   network_backward<T>({threads, stages<T>(numbers), pointers<const T>(inputs),
                        pointer<const T>(ball_radius), pointer<const T>(in[0]),
                        pointer<const T>(in[1]), pointer<const T>(in[2]), pointer<const T>(in[3]),
                        pointer<const T>(in[4]), pointer<const T>(in[5]), pointer<const T>(in[6]),
-                       pointer<const T>(in[7]), pointer<T>(out[0]), pointer<T>(out[1]),
+                       grad_squares.data(), pointer<T>(out[0]), pointer<T>(out[1]),
                        pointer<T>(out[2]), pointers<T>(weights), pointers<T>(biases)});
 }
 
@@ -246,6 +289,8 @@ void define(py::module_& m, const char* suffix) {
   def("conv2d_backward_", &conv2d_backward_py<T>);
   def("linear_forward_", &linear_forward_py<T>);
   def("linear_backward_", &linear_backward_py<T>);
+  def("loss_forward_", &loss_forward_py<T>);
+  def("loss_backward_", &loss_backward_py<T>);
   def("network_forward_", &network_forward_py<T>);
   def("network_backward_", &network_backward_py<T>);
   def("stage_input_size_", &stage_input_size_py<T>);

@@ -70,6 +70,13 @@ def test_every_term_reaches_the_parameters():
         assert gradient.isfinite().all() and gradient.abs().sum() > 0
 
 
+@pytest.mark.parametrize("kappa", [0.1, 0.9])
+def test_an_infinite_term_makes_an_infinite_loss(kappa):
+    infinite, one = torch.tensor(math.inf), torch.tensor(1.0)
+    for parts in ((infinite, one, one), (one, infinite, one), (one, one, infinite)):
+        assert losses.Terms(*parts).total(kappa, 0.5) == math.inf
+
+
 @pytest.mark.parametrize("kappa", [-0.1, 1.1, float("nan")])
 def test_bad_kappa(out_and_labels, kappa):
     with pytest.raises(ValueError, match=rf"kappa must be in \[0, 1\], not {kappa}"):
