@@ -19,7 +19,7 @@ SOURCES = sorted(
     str(path) for path in (*ROOT.glob("csrc/cpu/*.cpp"), *ROOT.glob("tests/cpp/*.cpp"))
 )
 WARNINGS = ("-Wall", "-Wextra", "-Werror")
-ALL_RIGHT = "0 of 200 layers, 0 of 200 networks wrong"
+ALL_RIGHT = "0 of 200 layers, 0 of 200 networks, 0 of 100 losses wrong"
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 

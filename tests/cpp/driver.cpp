@@ -1,9 +1,9 @@
 // The CPU kernels without Python, to run under sanitizers (tests/test_sanitizers.py): random small
-// layers and ReLU (here) and whole networks (network_driver.cpp), forward and backward, against
-// plain loops in double.
+// layers and ReLU (here), whole networks (network_driver.cpp) and losses (loss_driver.cpp), forward
+// and backward, against plain loops in double.
 //
-// driver [layer | network [number]]   all, or those of one kind, or one of them; the exit status
-// says whether all agree
+// driver [layer | network | loss [number]]   all, or those of one kind, or one of them; the exit
+// status says whether all agree
 //
 // lower <= upper is not asked for in layers: no formula needs it.
 #include <array>
@@ -394,10 +394,14 @@ int main(int argc, char** argv) {
   std::setvbuf(stdout, nullptr, _IOLBF, 0);  // nothing is lost where a sanitizer ends the program
   const char* kind = argc > 1 ? argv[1] : "";
   const int only = argc > 2 ? std::atoi(argv[2]) : -1;
-  int layers = 0, networks = 0;
-  if (std::strcmp(kind, "network") != 0) layers = wrong_layers(only);
-  if (std::strcmp(kind, "layer") != 0) networks = wrong_networks(only);
-  std::printf("%d-byte vectors, %s instructions, %s: %d of %d layers, %d of %d networks wrong\n",
-              CIBP_VECTOR_BYTES, kInstructions, kThreads, layers, kCases, networks, kNetworks);
-  return layers + networks == 0 ? 0 : 1;
+  const auto chosen = [kind](const char* name) { return !*kind || std::strcmp(kind, name) == 0; };
+  const int layers = chosen("layer") ? wrong_layers(only) : 0;
+  const int networks = chosen("network") ? wrong_networks(only) : 0;
+  const int losses = chosen("loss") ? wrong_losses(only) : 0;
+  std::printf(
+      "%d-byte vectors, %s instructions, %s: %d of %d layers, %d of %d networks, %d of %d losses "
+      "wrong\n",
+      CIBP_VECTOR_BYTES, kInstructions, kThreads, layers, kCases, networks, kNetworks, losses,
+      kLosses);
+  return layers + networks + losses == 0 ? 0 : 1;
 }

@@ -162,4 +162,8 @@ bool close(const char* quantity, const std::vector<T>& found, const Value& value
 constexpr int kNetworks = 200;
 int wrong_networks(int only);
 
+// The same of cross-entropies.
+constexpr int kLosses = 100;
+int wrong_losses(int only);
+
 }  // namespace cibp::test
