@@ -349,7 +349,7 @@ def test_the_table_of_the_precisions(precisions_csv, digits, tmp_path, capsys):
     assert losses(rows[:2]) != losses(rows[4:6])  # another seed
     again = _precisions(digits, tmp_path / "again.csv", "--jobs", 2)
     assert losses(again) == losses(rows)
-    assert "mnist-small-0.4-cibp: the curves are the same" in capsys.readouterr().out
+    assert f"mnist-small-0.4-cibp: {Comparison.of(rows).verdict}" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore:.*official")
@@ -497,7 +497,9 @@ def test_the_section_of_the_channel_counts(readme):
 def test_the_section_of_the_precisions(readme):
     lines = readme.precisions()
     assert sum(line.startswith("| `mnist-small-0.4-cibp` | ") for line in lines) == 1
-    assert "`mnist-small-0.4-cibp`: the curves are the same: " in "".join(lines)
+    with (readme.RESULTS / "precisions.csv").open() as file:
+        verdict = Comparison.of(list(csv.DictReader(file))).verdict
+    assert f"`mnist-small-0.4-cibp`: {verdict}." in "".join(lines)
     assert "The loss over the first 6 steps" in lines[0] and "2 seeds each" in lines[0]
 
 

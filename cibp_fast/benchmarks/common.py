@@ -97,17 +97,21 @@ def measure(
     """Seconds of each part of each contender, a tuple a round, the contenders in turn in a round.
 
     A contender is a sequence of functions, its parts, which are called one after the other. Before
-    each timing it runs once untimed: training repeats one step, so its caches hold that step.
+    each timing it runs once untimed, unless that takes a second or more: training repeats one step,
+    so the caches hold what it needs first.
     """
-    calls = {}
+    calls, short = {}, {}
     for name, parts in contenders.items():
         _seconds(parts, 1, clock)
+        once = sum(_seconds(parts, 1, clock))
         # a timing of under 2 ms would be mostly the clock's and the scheduler's noise
-        calls[name] = max(1, round(0.002 / max(sum(_seconds(parts, 1, clock)), 1e-9)))
+        calls[name] = max(1, round(0.002 / max(once, 1e-9)))
+        short[name] = once < 1
     seconds: dict[Key, list[tuple[float, ...]]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, parts in contenders.items():
-            _seconds(parts, 1, clock)
+            if short[name]:
+                _seconds(parts, 1, clock)
             seconds[name].append(_seconds(parts, calls[name], clock))
     return seconds
 
