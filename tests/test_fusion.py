@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -76,6 +77,24 @@ FAST = [(2, 1, 0), (3, 1, 0), (3, 1, 1), (4, 1, 0), (4, 1, 2), (3, 2, 1), (4, 2,
 @pytest.mark.parametrize(("kernel", "stride", "padding"), FAST)
 def test_fast_equals_cf_bounds_in_float64(isa: str, kernel: int, stride: int, padding: int) -> None:
     check(fast_net(kernel, stride, padding), 2, 2, 32, 28, precision="fast")
+
+
+def test_fast_in_groups_of_examples(isa: str) -> None:
+    """The last three take 2, 3 and all examples at a time: groups within groups, and remainders."""
+    layers = [
+        (2, 16, 3, 1),
+        (16, 16, 3, 1),
+        (16, 16, 3, 1),
+        (16, 16, 4, 2),
+    ]  # 16, 14, 12 and 5 wide
+    model = conv_net(
+        *chain.from_iterable(
+            (nn.Conv2d(inputs, outputs, kernel, stride), nn.ReLU())
+            for inputs, outputs, kernel, stride in layers
+        ),
+        shape=(2, 18, 18),
+    )
+    check(model, 11, 2, 18, 18, precision="fast")
 
 
 def test_fast_computes_otherwise() -> None:
