@@ -26,9 +26,9 @@ std::vector<Layer<T>> plan(const std::vector<Stage<T>>& stages, bool ball) {
     if (stages[i].fast && stages[i].weight && !layer.dense)
       layer.winograd = winograd_passes(stages[i].shape);
     // Not fewer than of the layer before, which would have to run for fewer, too.
-    const int64_t group =
-        layer.winograd.any() ? Winograd(stages[i].shape).group(layer.in.size()) : 1;
-    layer.group = std::max(layers[i - 1].group, group);
+    const Conv2dShape& s = stages[i].shape;
+    const int64_t group = layer.winograd.any() ? Winograd(s).group(layer.in.size()) : 1;
+    layer.group = std::min(s.batch, std::max(layers[i - 1].group, group));
   }
   return layers;
 }
