@@ -33,9 +33,8 @@ inline void store(BFloat16* p, Vec<uint32_t> upper) {
   std::memcpy(p, &halves, sizeof halves);
 }
 
-// The upper halves of v, rounded to nearest, ties to even; but NaN stays NaN, and positive
-// positive.
-inline Vec<uint32_t> rounded_up_half(Vec<float> v) {
+// v rounded to nearest, ties to even; but NaN stays NaN, and what is above 0 above 0.
+inline Vec<uint32_t> bfloat16_bits(Vec<float> v) {
   Vec<uint32_t> bits;
   std::memcpy(&bits, &v, sizeof v);
   const Vec<uint32_t> upper = bits >> 16, nearest = (bits + 0x7fff + (upper & 1)) >> 16;
@@ -53,10 +52,10 @@ void save_rounded(const Layer<T>& layer, int64_t count, const T* images, std::by
          ++row, images += S * stride, to += S * stride)
       for (int64_t i = 0; i < stride; i += kLanes<T>) {
         const Vec<T> m = load(images + i), r = load(images + stride + i);
-        const Vec<uint32_t> upper_m = rounded_up_half(m), upper_r = rounded_up_half(r);
+        const Vec<uint32_t> upper_m = bfloat16_bits(m), upper_r = bfloat16_bits(r);
         store(to + i, upper_m);
         store(to + stride + i, (m > r) & (upper_m == upper_r) ? upper_r - 1 : upper_r);
-        store(to + 2 * stride + i, rounded_up_half(load(images + 2 * stride + i)));
+        store(to + 2 * stride + i, bfloat16_bits(load(images + 2 * stride + i)));
       }
   }
 }
