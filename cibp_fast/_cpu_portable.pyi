@@ -59,10 +59,11 @@ def relu_backward_float32(
     outputs: Sequence[int],  # 3
     /,
 ) -> None: ...
-def stage_input_size_float32(
+def stage_input_bytes_float32(
     shape: Sequence[int],  # 17 numbers: Conv2dShape
     first: bool,
     ball: bool,
+    fast: bool,
     /,
 ) -> int: ...
 def network_forward_float32(
@@ -115,7 +116,7 @@ linear_forward_float64 = linear_forward_float32
 linear_backward_float64 = linear_backward_float32
 relu_forward_float64 = relu_forward_float32
 relu_backward_float64 = relu_backward_float32
-stage_input_size_float64 = stage_input_size_float32
+stage_input_bytes_float64 = stage_input_bytes_float32
 loss_forward_float64 = loss_forward_float32
 loss_backward_float64 = loss_backward_float32
 network_forward_float64 = network_forward_float32

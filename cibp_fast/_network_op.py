@@ -37,7 +37,7 @@ class Stage(NamedTuple):
     dilation: tuple[int, ...]
     relu: bool
     pool: bool = False
-    fast: bool = False  # may be computed with more rounding where that is faster
+    fast: bool = False  # may round more: in faster products, and in what is saved of its input
 
     @property
     def dense(self) -> bool:
@@ -228,19 +228,20 @@ def _divisors(batch: int, plan: _Plan, mean: bool) -> list[int]:
 
 
 def _packed_offsets(batch: int, plan: _Plan, dtype: torch.dtype, ball: bool, isa: str) -> list[int]:
-    """Where each stage's packed input begins, in elements, and where the last one ends."""
-    line = 16  # elements, at least a cache line
-    sizes = _packed_sizes(plan.shapes, dtype, ball, isa)
+    """Where each stage's packed input begins, in bytes, and where the last one ends."""
+    line = 64  # of the cache
+    sizes = _packed_sizes(plan, dtype, ball, isa)
     return list(accumulate((-(-batch * size // line) * line for size in sizes), initial=0))
 
 
 @lru_cache(maxsize=256)
-def _packed_sizes(
-    shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, ball: bool, isa: str
-) -> tuple[int, ...]:
-    """Elements of one example's packed input of each stage."""
-    size = _function("stage_input_size", isa, dtype)
-    return tuple(size((1, *shape), i == 0, ball) for i, shape in enumerate(shapes))
+def _packed_sizes(plan: _Plan, dtype: torch.dtype, ball: bool, isa: str) -> tuple[int, ...]:
+    """Bytes of one example's packed input of each stage."""
+    size = _function("stage_input_bytes", isa, dtype)
+    return tuple(
+        size((1, *shape), i == 0, ball, stage.fast)
+        for i, (stage, shape) in enumerate(zip(plan.stages, plan.shapes, strict=True))
+    )
 
 
 def _forward_outputs(nominal: Tensor, stages: Sequence[Stage]) -> list[Tensor]:
@@ -268,7 +269,8 @@ def _backward_outputs(
 def _(lower, upper, nominal, ball_radius, weights, biases, numbers, isa, mean=False):  # type: ignore[no-untyped-def]
     plan, ball = _plan(numbers), ball_radius is not None
     offsets = _packed_offsets(nominal.shape[0], plan, nominal.dtype, ball, isa)
-    return *_forward_outputs(nominal, plan.stages), nominal.new_empty(offsets[-1])
+    packed = nominal.new_empty(offsets[-1], dtype=torch.uint8)
+    return *_forward_outputs(nominal, plan.stages), packed
 
 
 @torch.library.impl(_library, "network_forward", "CPU")
@@ -277,11 +279,11 @@ def _(lower, upper, nominal, ball_radius, weights, biases, numbers, isa, mean=Fa
     outputs = _forward_outputs(nominal, plan.stages)
     if not batch:
         outputs[-1].fill_(torch.nan)
-        return *outputs, nominal.new_empty(0)
+        return *outputs, nominal.new_empty(0, dtype=torch.uint8)
     *offsets, size = _packed_offsets(batch, plan, nominal.dtype, ball_radius is not None, isa)
     # memory that an earlier call gave back: fresh pages would cost a small network a tenth more
-    buffer = _backend._builds()[0][isa].Buffer(size * nominal.element_size())
-    packed = torch.frombuffer(buffer, dtype=nominal.dtype)
+    buffer = _backend._builds()[0][isa].Buffer(size)
+    packed = torch.frombuffer(buffer, dtype=torch.uint8)
     weights = [weight.contiguous() for weight in weights]
     biases = [None if bias is None else bias.contiguous() for bias in biases]
     _function("network_forward", isa, nominal.dtype)(
@@ -289,16 +291,11 @@ def _(lower, upper, nominal, ball_radius, weights, biases, numbers, isa, mean=Fa
         _backend.threads(),
         [(t.data_ptr(), *t.stride()) for t in (lower, upper, nominal)],
         _pointer(ball_radius),
-        _addresses(packed, offsets),
+        [packed.data_ptr() + offset for offset in offsets],
         _divisors(batch, plan, mean),
         [t.data_ptr() for t in outputs],
     )
     return *outputs, packed
-
-
-def _addresses(packed: Tensor, offsets: Sequence[int]) -> list[int]:
-    start, size = packed.data_ptr(), packed.element_size()
-    return [start + offset * size for offset in offsets]
 
 
 @torch.library.register_fake("cibp_fast::network_backward", lib=_library)
@@ -355,7 +352,7 @@ def _(  # type: ignore[no-untyped-def]
     _function("network_backward", isa, lower_out.dtype)(
         _rows(batch, plan, weights, [None] * len(weights)),
         _backend.threads(),
-        _addresses(packed, offsets),
+        [packed.data_ptr() + offset for offset in offsets],
         _divisors(batch, plan, mean),
         _pointer(ball_radius),
         [_pointer(t) for t in tensors],

@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <mutex>
@@ -252,7 +253,7 @@ void network_forward_py(const std::vector<StageNumbers>& numbers, int threads,
                         const std::vector<int64_t>& inputs, const std::vector<double>& divisors,
                         const std::array<int64_t, 6>& out) {
   network_forward<T>({threads, stages<T>(numbers), tensor4<T>(in[0]), tensor4<T>(in[1]),
-                      tensor4<T>(in[2]), pointer<const T>(ball_radius), pointers<T>(inputs),
+                      tensor4<T>(in[2]), pointer<const T>(ball_radius), pointers<std::byte>(inputs),
                       pointer<T>(out[0]), pointer<T>(out[1]), pointer<T>(out[2]),
                       pointer<T>(out[3]), pointer<T>(out[4]), pointer<T>(out[5])});
   for (size_t i = 0; i < divisors.size(); ++i) pointer<T>(out[5])[i] /= static_cast<T>(divisors[i]);
@@ -267,7 +268,7 @@ void network_backward_py(const std::vector<StageNumbers>& numbers, int threads,
   std::vector<T> grad_squares(divisors.size());
   for (size_t i = 0; in[7] && i < divisors.size(); ++i)
     grad_squares[i] = pointer<const T>(in[7])[i] / static_cast<T>(divisors[i]);
-  network_backward<T>({threads, stages<T>(numbers), pointers<const T>(inputs),
+  network_backward<T>({threads, stages<T>(numbers), pointers<const std::byte>(inputs),
                        pointer<const T>(ball_radius), pointer<const T>(in[0]),
                        pointer<const T>(in[1]), pointer<const T>(in[2]), pointer<const T>(in[3]),
                        pointer<const T>(in[4]), pointer<const T>(in[5]), pointer<const T>(in[6]),
@@ -276,8 +277,9 @@ void network_backward_py(const std::vector<StageNumbers>& numbers, int threads,
 }
 
 template <class T>
-int64_t stage_input_size_py(const std::array<int64_t, 17>& shape, bool first, bool ball) {
-  return stage_input_size<T>(conv2d_shape(shape), first, ball);
+int64_t stage_input_bytes_py(const std::array<int64_t, 17>& shape, bool first, bool ball,
+                             bool fast) {
+  return stage_input_bytes<T>(conv2d_shape(shape), first, ball, fast);
 }
 
 template <class T>
@@ -293,7 +295,7 @@ void define(py::module_& m, const char* suffix) {
   def("loss_backward_", &loss_backward_py<T>);
   def("network_forward_", &network_forward_py<T>);
   def("network_backward_", &network_backward_py<T>);
-  def("stage_input_size_", &stage_input_size_py<T>);
+  def("stage_input_bytes_", &stage_input_bytes_py<T>);
   def("peak_flops_", &peak_flops<T>);
   def("relu_forward_", &relu_forward_py<T>);
   def("relu_backward_", &relu_backward_py<T>);

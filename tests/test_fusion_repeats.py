@@ -58,7 +58,7 @@ def test_repeats_on_1_to_8_threads(precision: str, ball: bool, repeats: int) -> 
         for _ in range(repeats):
             found = results(net.bounds(x, box), leaves, y)
             check_equal(found, first.setdefault(threads, found))
-        compare(found, expected, 1e-3)
+        compare(found, expected, 1e-2 if precision == "fast" else 1e-3)  # bfloat16 is saved
 
 
 def check_equal(found: Results, expected: Results) -> None:

@@ -11,6 +11,7 @@
 
 #include "layers.h"
 #include "parallel.h"
+#include "saved.h"
 #include "tile.h"
 #include "vec.h"
 
@@ -100,17 +101,17 @@ template <class T>
 
 // Copies a block of `count` examples' inputs: [example][stream][feature], streams `pitch` apart,
 // or, where that is 0, [block of channels][example][stream][channel].
-template <class T>
-void copy_block(const Layer<T>& layer, const FeatureBlock& block, const T* in, int64_t count,
+template <class T, class Element>
+void copy_block(const Layer<T>& layer, const FeatureBlock& block, const Element* in, int64_t count,
                 int64_t pitch, T* out) {
   const int64_t in_size = layer.in.size(), stride = layer.in.stream_stride();
   const int64_t pixels = block.pixels, channels = block.channels;
   const int64_t* const offsets = &layer.in_offsets[static_cast<size_t>(block.pixel)];
   in += block.channel;
   for (int64_t row = 0; row < count * S; ++row) {
-    const T* const from = in + row / S * in_size + row % S * stride;
+    const Element* const from = in + row / S * in_size + row % S * stride;
     for (int64_t j = 0; j < pixels; ++j) {
-      const T* const pixel = from + offsets[j];
+      const Element* const pixel = from + offsets[j];
       for (int64_t c = 0; c < channels; c += kBlock<T>) {
         const int64_t width = std::min(kBlock<T>, channels - c), feature = j * channels + c;
         T* const to = out + (pitch > 0 ? row * pitch + feature : feature * count * S + row * width);
@@ -128,8 +129,8 @@ struct Ahead {
   const Layer<T>& layer;
   FeatureBlock block;
   int64_t first, outputs;
-  const T* in;
-  int64_t count;
+  const std::byte* in;
+  int64_t element, count;  // bytes of an input's element
 
   // Inline: GCC leaves out calls that do nothing but prefetch.
   [[gnu::always_inline]] void step(int64_t i, int64_t steps) const {
@@ -144,10 +145,10 @@ struct Ahead {
           __builtin_prefetch(from + c * w.pixels + std::min(j + line, block.pixels) - 1);
     }
     for (int64_t row = std::max(part.begin, outputs) - outputs; row < part.end - outputs; ++row) {
-      const T* from = in + row / S * layer.in.size() + row % S * layer.in.stream_stride();
+      const int64_t from = row / S * layer.in.size() + row % S * layer.in.stream_stride();
       for (int64_t j = 0; j < block.pixels; ++j)
-        for (int64_t c = 0; c < block.channels; c += line)
-          __builtin_prefetch(from + offsets[j] + block.channel + c);
+        for (int64_t c = 0; c < block.channels; c += 64 / element)
+          __builtin_prefetch(in + (from + offsets[j] + block.channel + c) * element);
     }
   }
 };
@@ -208,7 +209,8 @@ double dense_forward(const Layer<T>& layer, const T* in, int threads, const Fini
                            blocks[last ? b : b + 1],
                            first,
                            last ? 0 : std::min(width, w.outputs - first),
-                           in + part.begin * in_size,
+                           reinterpret_cast<const std::byte*>(in + part.begin * in_size),
+                           sizeof(T),
                            last ? 0 : count};
       const int64_t tiles = ceil_div(count, P), steps = ceil_div(width, kBlock<T>) * tiles;
       for_blocks<T>(width, [&](int64_t c, auto vectors) {
@@ -251,9 +253,9 @@ struct InputTarget {
 };
 
 // A stage's backward pass of some features. gradient: [N][stream][pitch]. head: a further gradient
-// by (m, r) of the input, [N][2][pixel][channel], or null.
+// by (m, r) of the input, [N][2][pixel][channel], or null. in: as it was saved.
 template <class T>
-void dense_backward(const Layer<T>& layer, const T* in, const T* gradient, int64_t pitch,
+void dense_backward(const Layer<T>& layer, const std::byte* in, const T* gradient, int64_t pitch,
                     const FeatureBlock& block, const InputTarget<T>& target, const T* head,
                     T* grad_weight) {
   constexpr int P = kTilePixels<S>, R = kTileRows, L = kLanes<T>;
@@ -272,7 +274,8 @@ void dense_backward(const Layer<T>& layer, const T* in, const T* gradient, int64
   };
 
   T* source = scratch<T>(Slot::kSource, batch * S * size);
-  copy_block<T>(layer, block, in, batch, 0, source);
+  with_saved(layer, in,
+             [&](const auto* images) { copy_block(layer, block, images, batch, 0, source); });
 
   const std::vector<FeatureBlock> blocks = feature_blocks(layer, kFeatures);
   const int passes = static_cast<int>(ceil_div(w.outputs, kOutputs));
@@ -310,9 +313,13 @@ void dense_backward(const Layer<T>& layer, const T* in, const T* gradient, int64
     if (target.data) {
       const bool end = last && block.index + 1 == blocks.size();
       const Part next(w.outputs, last ? 0 : pass + 1, passes);
-      const Ahead<T> ahead{layer,      last && !end ? blocks[block.index + 1] : block,
-                           next.begin, end ? 0 : next.end - next.begin,
-                           in,         last && !end ? batch : 0};
+      const Ahead<T> ahead{layer,
+                           last && !end ? blocks[block.index + 1] : block,
+                           next.begin,
+                           end ? 0 : next.end - next.begin,
+                           in,
+                           saved_element<T>(layer.rounded),
+                           last && !end ? batch : 0};
       const int64_t tiles = ceil_div(batch, P), steps = ceil_div(size, kBlock<T>) * tiles;
       for_features([&](int64_t offset, int64_t at_head, int64_t feature, auto vectors) {
         constexpr int V = decltype(vectors)::value;

@@ -8,6 +8,12 @@
 //   m = r = (mu + radius)/2 where mu + radius > 0 (unstable)
 //   m = r = 0               elsewhere (dead)
 // so that the bounds are m - r and m + r, and m and r alone tell the backward pass the state.
+//
+// What a fast stage of a float network saves of its input is rounded to bfloat16 (saved.h), if it
+// is not the network's: to nearest, ties to even, except that the state stays. NaN stays NaN; what
+// is above 0, m, r or nominal, stays above 0; and where m > r round to the same, r takes the next
+// value below (m might have none above but infinity). So a saved element is off by at most 2^-8 of
+// it, and r, where m > r, by 3 2^-8. The forward pass goes on with what was not rounded.
 #pragma once
 
 #include <algorithm>
@@ -58,19 +64,36 @@ struct Passes {
   bool any() const { return forward || weight || input; }
 };
 
+// Whether a stage's input is saved in bfloat16.
+template <class T>
+bool saves_rounded(bool first, bool fast) {
+  return sizeof(T) == 4 && fast && !first;
+}
+
+// Bytes of an element as it is saved.
+template <class T>
+int64_t saved_element(bool rounded) {
+  return rounded ? 2 : sizeof(T);
+}
+
 template <class T>
 struct Layer {
   const Stage<T>* stage;
   bool dense;
   Passes winograd;
   Geometry in;        // of the packed input
+  bool rounded;       // whether that is saved in bfloat16
   Geometry gradient;  // of the gradient of the stage's output, of a convolution
   Plan forward, backward;
   std::vector<int64_t> in_offsets, gradient_offsets;  // [pixels] of an image in the two geometries
   int64_t group = 1;                                  // examples that go through it together
   int64_t panel = 0, backward_panel = 0;              // offsets of the weight panels
-  int64_t sums = 0, bias = 0, image = 0;              // offsets of weight, bias and image gradients
-  int64_t rows() const {                              // of the weight gradient, (tap, channel)
+  int64_t sums = 0, bias = 0;                         // offsets of weight and bias gradients
+  int64_t image = 0;  // offset of images: of the input, forward, or of the output's gradient
+  int64_t saved_size() const {  // bytes of one example's input
+    return in.size() * saved_element<T>(rounded);
+  }
+  int64_t rows() const {  // of the weight gradient, (tap, channel)
     return stage->shape.kernel_height * stage->shape.kernel_width * stage->shape.in_channels;
   }
   int64_t width() const { return round_up(stage->shape.out_channels, kLanes<T>); }
@@ -111,6 +134,7 @@ std::vector<Layer<T>> make_layers(const std::vector<Stage<T>>& stages, bool ball
     layer.stage = &stages[i];
     layer.dense = stages[i].weight && is_dense(s);
     layer.in = input_geometry<T>(s, i == 0, ball);
+    layer.rounded = saves_rounded<T>(i == 0, stages[i].fast);
     layer.in_offsets = offsets(layer.in, s.in_height, s.in_width);
     if (!stages[i].weight) {
       layer.gradient = {S, 0, s.out_height, 0, s.out_width, layer.width()};

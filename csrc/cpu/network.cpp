@@ -11,6 +11,7 @@
 #include "parallel.h"
 #include "plan.h"
 #include "pool.h"
+#include "saved.h"
 #include "streams.h"
 #include "tile.h"
 #include "winograd.h"
@@ -128,11 +129,29 @@ void pack_image(const Prologue& prologue, const Tensor4<const T>* sources, const
   }
 }
 
+// The stage `i` of one example, not by Winograd's products; returns the sum of r^2.
+template <class T>
+double forward_one(const Layer<T>& layer, const T* panels, const T* bias, const T* radius,
+                   const T* in, const Layer<T>& next, int64_t max_pixels, T* out) {
+  if (!layer.stage->weight) return pool_forward(layer, in, next, out);
+  T* product = scratch<T>(Slot::kProduct, max_pixels * S * kBlock<T>);
+  const auto convolve = layer.in.streams == 1 ? convolve_forward<T, 1> : convolve_forward<T, S>;
+  return convolve(layer, panels, bias, radius, in, next, product, out);
+}
+
+// The caller's buffer for a whole batch of a dense stage's input, or of its gradient; that of the
+// stage before is another.
+template <class T>
+Slot batch_slot(const std::vector<Layer<T>>& layers, size_t i) {
+  return (layers.size() - i) % 2 ? Slot::kStageOdd : Slot::kStageEven;
+}
+
 }  // namespace
 
 template <class T>
-int64_t stage_input_size(const Conv2dShape& shape, bool first, bool ball) {
-  return input_geometry<T>(shape, first, ball).size();
+int64_t stage_input_bytes(const Conv2dShape& shape, bool first, bool ball, bool fast) {
+  return input_geometry<T>(shape, first, ball).size() *
+         saved_element<T>(saves_rounded<T>(first, fast));
 }
 
 template <class T>
@@ -143,57 +162,67 @@ void network_forward(const NetworkForward<T>& op) {
   padded_biases(layers, biases);
   const int64_t batch = op.stages[0].shape.batch;
   size_t convolutions = 0;
-  int64_t max_pixels = 1;
-  for (; !layers[convolutions].dense; ++convolutions)
-    max_pixels = std::max(max_pixels, layers[convolutions].forward.max_pixels);
+  int64_t max_pixels = 1, image_sizes = 0;
+  for (; !layers[convolutions].dense; ++convolutions) {
+    Layer<T>& layer = layers[convolutions];
+    max_pixels = std::max(max_pixels, layer.forward.max_pixels);
+    layer.image = image_sizes;
+    if (layer.rounded) image_sizes += layer.group * layer.in.size();
+  }
+  const auto saved = [&](size_t i, int64_t n) { return op.inputs[i] + n * layers[i].saved_size(); };
+  // Where the images of a stage's input are computed, from example n on: where they are saved, or,
+  // if those are rounded, in `buffer`.
+  const auto images_of = [&](size_t i, int64_t n, T* buffer) {
+    return layers[i].rounded ? buffer : reinterpret_cast<T*>(saved(i, n));
+  };
+  // The same of a dense stage and the whole batch.
+  const auto batch_of = [&](size_t i) {
+    T* const buffer = layers[i].rounded
+                          ? scratch<T>(batch_slot(layers, i), batch * layers[i].in.size())
+                          : nullptr;
+    return images_of(i, 0, buffer);
+  };
 
   const int64_t count = static_cast<int64_t>(convolutions);
   std::vector<double> widths(static_cast<size_t>(batch * count + 1));
   const Tensor4<const T> sources[S] = {op.lower, op.upper, op.nominal};
   const std::vector<T> radius =
       op.ball_radius ? ball_output_radius(layers[0], op.ball_radius) : std::vector<T>{};
-  // The stages up to `i` of the examples [begin, end), a group at a time.
-  const auto run = [&](const auto& self, size_t i, int64_t begin, int64_t end) -> void {
+  // The stages up to `i` of the examples [begin, end), a group at a time, into the images `out`.
+  const auto run = [&](const auto& self, size_t i, int64_t begin, int64_t end, T* buffer,
+                       T* out) -> void {
     const Layer<T>&layer = layers[i], &next = layers[i + 1];
-    for (int64_t n = begin; n < end; n += layer.group) {
+    for (int64_t n = begin; n < end; n += layer.group, out += layer.group * next.in.size()) {
       const int64_t images = std::min(layer.group, end - n);
-      if (i > 0) self(self, i - 1, n, n + images);
+      T* const in = images_of(i, n, buffer + layer.image);
+      if (i > 0)
+        self(self, i - 1, n, n + images, buffer, in);
+      else if (op.ball_radius)  // the first stage takes one example at a time
+        pack_image(Copy<T, 1>{}, &sources[2], op.stages[0].shape, layer.in, n, in);
+      else
+        pack_image(CenterRadius<T, S>{}, sources, op.stages[0].shape, layer.in, n, in);
       double* const width = &widths[static_cast<size_t>(n * count) + i];
-      const T* in = op.inputs[i] + n * layer.in.size();
-      T* out = op.inputs[i + 1] + n * next.in.size();
-      if (layer.winograd.forward) {
+      if (layer.winograd.forward)
         *width = winograd_forward(layer, images, panels, biases[i], in, next, out);
-        continue;
-      }
-      for (int64_t k = 0; k < images; ++k, in += layer.in.size(), out += next.in.size()) {
-        if (i == 0) {
-          T* const image = op.inputs[0] + (n + k) * layer.in.size();
-          if (op.ball_radius)
-            pack_image(Copy<T, 1>{}, &sources[2], op.stages[0].shape, layer.in, n + k, image);
-          else
-            pack_image(CenterRadius<T, S>{}, sources, op.stages[0].shape, layer.in, n + k, image);
-        }
-        if (!layer.stage->weight) {
-          width[k * count] = pool_forward(layer, in, next, out);
-          continue;
-        }
-        T* product = scratch<T>(Slot::kProduct, max_pixels * S * kBlock<T>);
-        const auto convolve =
-            layer.in.streams == 1 ? convolve_forward<T, 1> : convolve_forward<T, S>;
-        width[k * count] =
-            convolve(layer, panels, biases[i], radius.data(), in, next, product, out);
-      }
+      else
+        for (int64_t k = 0; k < images; ++k)
+          width[k * count] =
+              forward_one(layer, panels, biases[i], radius.data(), in + k * layer.in.size(), next,
+                          max_pixels, out + k * next.in.size());
+      if (next.rounded) save_rounded(next, images, out, saved(i + 1, n));
     }
   };
+  T* in = batch_of(convolutions);  // of a dense stage
   if (convolutions == 0)
     parallel_for(op.threads, batch, [&](int64_t n) {
       pack_image(CenterRadius<T, S>{}, sources, op.stages[0].shape, layers[0].in, n,
-                 op.inputs[0] + n * layers[0].in.size());
+                 in + n * layers[0].in.size());
     });
   else
     parallel(batch > 1 ? op.threads : 1, [&](int thread, int team) {
       const Part part(batch, thread, team);
-      run(run, convolutions - 1, part.begin, part.end);
+      run(run, convolutions - 1, part.begin, part.end, scratch<T>(Slot::kImages, image_sizes + 1),
+          in + part.begin * layers[convolutions].in.size());
     });
   for (size_t i = 0; i < convolutions; ++i) {
     double total = 0;
@@ -207,24 +236,28 @@ void network_forward(const NetworkForward<T>& op) {
     const T* bias = biases[i];
     double width = 0;
     if (i + 1 < layers.size()) {
-      T* out = op.inputs[i + 1];
-      const int64_t stride = layers[i + 1].in.stream_stride(), out_size = layers[i + 1].in.size();
-      width = dense_forward(layer, op.inputs[i], op.threads,
-                            [&](int64_t n, int64_t channel, Vec<T>* sums) {
-                              activate<T>(load(bias + channel), layer.stage->relu, sums);
-                              T* target = out + n * out_size + channel;
-                              for (int k = 0; k < S; ++k) store<T>(target + k * stride, sums[k]);
-                            });
+      const Layer<T>& next = layers[i + 1];
+      T* const out = batch_of(i + 1);
+      const int64_t stride = next.in.stream_stride(), out_size = next.in.size();
+      width = dense_forward(layer, in, op.threads, [&](int64_t n, int64_t channel, Vec<T>* sums) {
+        activate<T>(load(bias + channel), layer.stage->relu, sums);
+        T* target = out + n * out_size + channel;
+        for (int k = 0; k < S; ++k) store<T>(target + k * stride, sums[k]);
+      });
+      if (next.rounded)
+        parallel_for(op.threads, batch, [&](int64_t n) {
+          save_rounded(next, 1, out + n * out_size, saved(i + 1, n));
+        });
+      in = out;
     } else {
-      width = dense_forward(
-          layer, op.inputs[i], op.threads, [&](int64_t n, int64_t channel, Vec<T>* sums) {
-            activate<T>(load(bias + channel), layer.stage->relu, sums);
-            const int64_t valid = std::min<int64_t>(kLanes<T>, channels - channel);
-            const int64_t at = n * channels + channel;
-            store_some<T>(op.lower_out + at, sums[0] - sums[1], valid);
-            store_some<T>(op.upper_out + at, sums[0] + sums[1], valid);
-            store_some<T>(op.nominal_out + at, sums[2], valid);
-          });
+      width = dense_forward(layer, in, op.threads, [&](int64_t n, int64_t channel, Vec<T>* sums) {
+        activate<T>(load(bias + channel), layer.stage->relu, sums);
+        const int64_t valid = std::min<int64_t>(kLanes<T>, channels - channel);
+        const int64_t at = n * channels + channel;
+        store_some<T>(op.lower_out + at, sums[0] - sums[1], valid);
+        store_some<T>(op.upper_out + at, sums[0] + sums[1], valid);
+        store_some<T>(op.nominal_out + at, sums[2], valid);
+      });
     }
     op.widths[i] = static_cast<T>(4 * width);
   }
@@ -233,10 +266,10 @@ void network_forward(const NetworkForward<T>& op) {
   const Conv2dShape& s = head.stage->shape;
   const int64_t pixels = s.in_height * s.in_width;
   parallel_for(op.threads, batch, [&](int64_t n) {
-    const T* in = op.inputs.back() + n * head.in.size();
+    const T* image = in + n * head.in.size();
     const int64_t base = n * s.in_channels * pixels;
     for (int64_t p = 0; p < pixels; ++p) {
-      const T* m = in + head.in_offsets[static_cast<size_t>(p)];
+      const T* m = image + head.in_offsets[static_cast<size_t>(p)];
       for (int64_t c = 0; c < s.in_channels; ++c) {
         op.head_lower[base + c * pixels + p] = m[c] - m[c + head.in.stream_stride()];
         op.head_upper[base + c * pixels + p] = m[c] + m[c + head.in.stream_stride()];
@@ -382,8 +415,7 @@ void network_backward(const NetworkBackward<T>& op) {
     const Conv2dShape& s = layer.stage->shape;
     T* next = nullptr;
     if (i > 0 || wants_input)
-      next = scratch<T>((layers.size() - i) % 2 ? Slot::kStageOdd : Slot::kStageEven,
-                        batch * layer.in.size() + kBlock<T>);
+      next = scratch<T>(batch_slot(layers, i), batch * layer.in.size() + kBlock<T>);
     const InputTarget<T> target{i > 0 ? &op.stages[i - 1] : nullptr, next,
                                 i > 0 ? T(8) * op.grad_widths[i - 1] : T{0}};
     const std::vector<FeatureBlock> blocks = feature_blocks(layer, kFeatures);
@@ -461,7 +493,7 @@ void network_backward(const NetworkBackward<T>& op) {
       const T* g = gradients;
       for (int64_t n = begin; n < end; n += layer.group) {
         const int64_t count = std::min(layer.group, end - n);
-        const T* in = op.inputs[i] + n * layer.in.size();
+        const T* in = restore(layer, count, op.inputs[i] + n * layer.saved_size());
         if (layer.stage->weight) {
           const bool one = layer.in.streams == 1;
           T *to_plus = plus + layer.sums, *to_magnitude = magnitude + layer.sums;
@@ -548,8 +580,8 @@ void network_backward(const NetworkBackward<T>& op) {
   });
 }
 
-template int64_t stage_input_size<float>(const Conv2dShape&, bool, bool);
-template int64_t stage_input_size<double>(const Conv2dShape&, bool, bool);
+template int64_t stage_input_bytes<float>(const Conv2dShape&, bool, bool, bool);
+template int64_t stage_input_bytes<double>(const Conv2dShape&, bool, bool, bool);
 template void network_forward(const NetworkForward<float>&);
 template void network_forward(const NetworkForward<double>&);
 template void network_backward(const NetworkBackward<float>&);

@@ -2,6 +2,7 @@
 // blocked layout, forward and backward.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -20,12 +21,12 @@ struct Stage {
   // neither first nor last, and has no bias
   const T* weight;
   const T* bias;      // [out_channels] or null
-  bool fast = false;  // may be computed with more rounding where that is faster
+  bool fast = false;  // may round more: in faster products, and in what is saved of its input
 };
 
-// Elements of one example's packed input of a stage. `ball`: see NetworkForward.
+// Bytes of one example's packed input of a stage, as it is saved. `ball`: see NetworkForward.
 template <class T>
-int64_t stage_input_size(const Conv2dShape& shape, bool first, bool ball);
+int64_t stage_input_bytes(const Conv2dShape& shape, bool first, bool ball, bool fast);
 
 // The batch is at least 1.
 template <class T>
@@ -37,7 +38,7 @@ struct NetworkForward {
   // and upper are not read, and the first stage is an unpadded convolution.
   const T* ball_radius;
   // outputs
-  std::vector<T*> inputs;                  // [stages], each [N, stage_input_size]
+  std::vector<std::byte*> inputs;          // [stages], each [N, stage_input_bytes]
   T *lower_out, *upper_out, *nominal_out;  // [N, classes]
   T *head_lower, *head_upper;              // [N, features of the last stage], in its order
   T* widths;                               // [stages] sums of (upper - lower)^2 after ReLU
@@ -46,10 +47,10 @@ struct NetworkForward {
 template <class T>
 struct NetworkBackward {
   int threads;
-  std::vector<Stage<T>> stages;    // biases are not read
-  std::vector<const T*> inputs;    // as the forward pass wrote them
-  const T* ball_radius;            // as in the forward pass; the box has no gradient then
-  const T *lower_out, *upper_out;  // [N, classes]
+  std::vector<Stage<T>> stages;          // biases are not read
+  std::vector<const std::byte*> inputs;  // as the forward pass wrote them
+  const T* ball_radius;                  // as in the forward pass; the box has no gradient then
+  const T *lower_out, *upper_out;        // [N, classes]
   const T *grad_lower, *grad_upper, *grad_nominal;  // [N, classes]
   const T *grad_head_lower, *grad_head_upper;       // [N, features], or null
   const T* grad_widths;                             // [stages]

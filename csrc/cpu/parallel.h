@@ -74,6 +74,7 @@ enum class Slot {
   kTilesOut,
   kStageOdd,
   kStageEven,
+  kImages,
   kCount
 };
 

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -363,6 +364,7 @@ struct NetworkReference {
   NetworkReference(const NetworkCase& c, const NetworkData<T>& data)
       : grad_weights(c.stages.size()), grad_biases(c.stages.size()) {
     forward(c, data);
+    if (sizeof(T) == 4) round_saved(c);
     backward(c, data);
   }
 
@@ -418,6 +420,15 @@ struct NetworkReference {
       }
     }
     return streams;
+  }
+
+  // The backward pass has the fast stages' inputs in bfloat16 only, whose elements (layers.h) are
+  // off by at most 2^-8, and radii by three times that: but on the same side of ReLU.
+  void round_saved(const NetworkCase& c) {
+    for (size_t i = 1; i < c.stages.size(); ++i)
+      for (size_t k = 0; k < inputs[i].size() && c.stages[i].fast; ++k)
+        for (Number& number : inputs[i][k])
+          number.error += std::ldexp(k == 1 ? 3 : 1, -8) * number.size();
   }
 
   // Roundings of a sum of n products: n each, and a few for the bias, pooling's mean and streams
@@ -546,14 +557,14 @@ struct NetworkOutputs {
 
     const auto data_of = [](auto& values) { return values.empty() ? nullptr : values.data(); };
     std::vector<Stage<T>> stages;
-    std::vector<std::vector<T>> packed;
+    std::vector<std::vector<std::byte>> packed;
     for (size_t i = 0; i < c.stages.size(); ++i) {
       const StageCase& stage = c.stages[i];
       const Conv2dShape& s = stage.shape;
       stages.push_back(
           {s, stage.relu, data_of(data.weights[i]), data_of(data.biases[i]), stage.fast});
-      packed.push_back(
-          unwritten<T>(static_cast<size_t>(s.batch * stage_input_size<T>(s, i == 0, c.ball))));
+      const int64_t bytes = s.batch * stage_input_bytes<T>(s, i == 0, c.ball, stage.fast);
+      packed.emplace_back(static_cast<size_t>(bytes), std::byte{0xff});  // NaN of any kind
       grad_weights.push_back(unwritten<T>(stage.wants_weight ? data.weights[i].size() : 0));
       grad_biases.push_back(
           unwritten<T>(stage.wants_bias ? static_cast<size_t>(s.out_channels) : 0));
