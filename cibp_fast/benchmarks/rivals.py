@@ -221,15 +221,16 @@ class Rival:
     formats: tuple[str, ...]  # memory formats that it is timed in
     # The most that its loss and the gradient of any parameter may be off, relative in the 2-norm.
     # Seen in float32: ours 2e-6, the rivals' 4e-5 at batch 100, growing with the batch that their
-    # weight gradients sum over. In bfloat16 0.03, and 0.17 for a single example: a unit within
-    # rounding of 0 is active in one computation and not in the other.
+    # weight gradients sum over; 2e-3 where inputs are saved in bfloat16. Computed in bfloat16 0.03,
+    # and 0.17 for a single example: a unit within rounding of 0 is active in one computation and
+    # not in the other.
     tolerance: float
 
 
 BOTH = ("nchw", "nhwc")
 RIVALS = {
     "fused": Rival(fused, ("nchw",), 1e-4),
-    "fast": Rival(partial(fused, precision="fast"), ("nchw",), 1e-3),
+    "fast": Rival(partial(fused, precision="fast"), ("nchw",), 1e-2),
     "layers": Rival(layers, BOTH, 1e-4),
     "naive": Rival(naive, BOTH, 1e-3),
     "four": Rival(four, BOTH, 1e-3),
