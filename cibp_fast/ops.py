@@ -7,7 +7,9 @@ Tensors come in as (lower, upper, nominal); the nominal may be None throughout. 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -44,7 +46,9 @@ def conv2d(
         bias: [out_channels] or None.
         stride, padding, dilation: (vertical, horizontal); padding is with zeros, on both sides.
         width: whether the width is wanted (and may be differentiated).
-        backend: "auto", "cpu" (the C++ kernels) or "torch" (plain PyTorch).
+        backend: "cpu" (the C++ kernels), "triton", "torch" (plain PyTorch), or "auto": the kernels
+            of the tensors' device; Triton's only where they were checked against float64 on that
+            GPU, which the first call with new shapes does.
 
     Returns:
         lower', upper', nominal' (or None): [N, out_channels, out_height, out_width]; and the
@@ -80,7 +84,9 @@ def conv2d(
             f"conv2d: weight {tuple(weight.shape)} with dilation={tuple(dilation)} is larger than "
             f"the input {tuple(lower.shape)} padded by {tuple(padding)}"
         )
-    if _runs_in_torch(backend, lower, weight):
+    shape = _conv2d_shape(lower, weight, stride, padding, dilation, groups)
+    backend = _chosen(backend, lower, weight, shape)
+    if backend == "torch":
         from cibp_fast import reference
 
         out = reference.conv2d(
@@ -88,7 +94,7 @@ def conv2d(
         )
         return out[0], out[1], out[2], out[3] if width else None
     arguments = (lower, upper, nominal, weight, bias, stride, padding, dilation, groups)
-    result = _Conv2d.apply(*arguments, width)
+    result = _Conv2d.apply(*arguments, width, backend == "triton")
     return _streams(result, nominal, width)
 
 
@@ -125,13 +131,15 @@ def linear(
             f"linear: weight {tuple(weight.shape)} needs inputs of {weight.shape[1]} features, "
             f"lower is {tuple(lower.shape)}"
         )
-    if _runs_in_torch(backend, lower, weight):
+    batch = math.prod(lower.shape[:-1])
+    backend = _chosen(backend, lower, weight, _linear_shape(batch, weight))
+    if backend == "torch":
         from cibp_fast import reference
 
         out = reference.linear(lower, upper, nominal, weight, bias)
         return out[0], out[1], out[2], out[3] if width else None
     flat = [None if t is None else t.reshape(-1, t.shape[-1]) for t in (lower, upper, nominal)]
-    result = _Linear.apply(*flat, weight, bias, width)
+    result = _Linear.apply(*flat, weight, bias, width, backend == "triton")
     lower_out, upper_out, nominal_out, squares = _streams(result, nominal, width)
     shape = (*lower.shape[:-1], weight.shape[0])
     return (
@@ -175,12 +183,14 @@ def relu(
         TypeError, ValueError: as for :func:`conv2d`.
     """
     _check_streams("relu", {"lower": lower, "upper": upper, "nominal": nominal})
-    if _backend.select(backend, lower.device, lower.dtype)[0] == "torch":
+    backend, _ = _backend.select(backend, lower.device, lower.dtype)
+    if backend == "torch":
         from cibp_fast import reference
 
         out = reference.relu(lower, upper, nominal)
         return out[0], out[1], out[2], out[3] if width else None
-    return _streams(_Relu.apply(lower, upper, nominal, width), nominal, width)
+    result = _Relu.apply(lower, upper, nominal, width, backend == "triton")
+    return _streams(result, nominal, width)
 
 
 def _check(
@@ -225,11 +235,35 @@ def _check_streams(op: str, named: dict[str, Tensor | None]) -> None:
             )
 
 
-def _runs_in_torch(backend: str, lower: Tensor, weight: Tensor) -> bool:
+def _chosen(backend: str, lower: Tensor, weight: Tensor, shape: Sequence[int]) -> str:
+    """The backend that runs an affine layer of this `_conv2d_shape`."""
     name, _ = _backend.select(backend, lower.device, lower.dtype)
-    if 0 in weight.shape and backend == "cpu":
-        raise ValueError(f"backend='cpu' cannot run: weight {tuple(weight.shape)} is empty")
-    return name == "torch" or 0 in weight.shape
+    obstacle = ""
+    if name == "torch":
+        return name
+    if 0 in weight.shape:
+        obstacle = f"weight {tuple(weight.shape)} is empty"
+    elif name == "triton" and shape[-2] != 1:
+        obstacle = f"groups must be 1 for Triton's kernels, got {shape[-2]}"
+    elif name == "triton" and backend == "auto" and 0 not in shape[:4]:
+        return "torch" if _unchecked(shape, lower.device) else name
+    if obstacle and backend != "auto":
+        raise ValueError(f"backend={backend!r} cannot run: {obstacle}")
+    return "torch" if obstacle else name
+
+
+@torch.compiler.disable  # it runs kernels of its own
+def _unchecked(shape: Sequence[int], device: torch.device) -> str:
+    """Why Triton's kernels must not be used for this layer; empty: they may."""
+    from cibp_fast.kernels import checks, layers
+
+    return checks.failure(layers.shape_of(shape), "float32", device)
+
+
+def _linear_shape(batch: int, weight: Tensor) -> tuple[int, ...]:
+    """A linear layer as a convolution: see `_conv2d_shape`."""
+    outputs, features = weight.shape
+    return (batch, features, 1, 1, outputs, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1, 0)
 
 
 def _conv2d_size(
@@ -281,12 +315,13 @@ class _Conv2d(torch.autograd.Function):
         dilation: Pair,
         groups: int,
         width: bool,
+        triton: bool,
     ) -> tuple[Tensor, ...]:
         result = torch.ops.cibp_fast.conv2d_forward(
-            lower, upper, nominal, weight, bias, stride, padding, dilation, groups
+            lower, upper, nominal, weight, bias, stride, padding, dilation, groups, triton
         )
         _save(ctx, width, result, lower, upper, nominal, weight)
-        ctx.geometry = (stride, padding, dilation, groups)
+        ctx.geometry, ctx.triton = (stride, padding, dilation, groups), triton
         return result
 
     @staticmethod
@@ -294,9 +329,10 @@ class _Conv2d(torch.autograd.Function):
         _no_double_backward("conv2d")
         needs = ctx.needs_input_grad
         grads = torch.ops.cibp_fast.conv2d_backward(
-            *gradients, *ctx.saved_tensors, *ctx.geometry, any(needs[:3]), needs[3] or needs[4]
+            *(*gradients, *ctx.saved_tensors, *ctx.geometry),
+            *(any(needs[:3]), needs[3] or needs[4], ctx.triton),
         )
-        return *(g if need else None for g, need in zip(grads, needs, strict=False)), *([None] * 5)
+        return *(g if need else None for g, need in zip(grads, needs, strict=False)), *([None] * 6)
 
 
 class _Linear(torch.autograd.Function):
@@ -309,9 +345,11 @@ class _Linear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         width: bool,
+        triton: bool,
     ) -> tuple[Tensor, ...]:
-        result = torch.ops.cibp_fast.linear_forward(lower, upper, nominal, weight, bias)
+        result = torch.ops.cibp_fast.linear_forward(lower, upper, nominal, weight, bias, triton)
         _save(ctx, width, result, lower, upper, nominal, weight)
+        ctx.triton = triton
         return result
 
     @staticmethod
@@ -319,17 +357,18 @@ class _Linear(torch.autograd.Function):
         _no_double_backward("linear")
         needs = ctx.needs_input_grad
         grads = torch.ops.cibp_fast.linear_backward(
-            *gradients, *ctx.saved_tensors, any(needs[:3]), needs[3] or needs[4]
+            *gradients, *ctx.saved_tensors, any(needs[:3]), needs[3] or needs[4], ctx.triton
         )
-        return *(g if need else None for g, need in zip(grads, needs, strict=False)), None
+        return *(g if need else None for g, need in zip(grads, needs, strict=False)), None, None
 
 
 class _Relu(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, lower: Tensor, upper: Tensor, nominal: Tensor | None, width: bool
+        ctx: Any, lower: Tensor, upper: Tensor, nominal: Tensor | None, width: bool, triton: bool
     ) -> tuple[Tensor, ...]:
-        result = torch.ops.cibp_fast.relu_forward(lower, upper, nominal)
+        result = torch.ops.cibp_fast.relu_forward(lower, upper, nominal, triton)
+        ctx.triton = triton
         _mark(ctx, width, result, nominal)
         ctx.save_for_backward(*result[: 2 if nominal is None else 3])
         return result
@@ -337,9 +376,10 @@ class _Relu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         _no_double_backward("relu")
-        grads = torch.ops.cibp_fast.relu_backward(*gradients, *ctx.saved_tensors)
+        saved = (*ctx.saved_tensors, None)[:3]
+        grads = torch.ops.cibp_fast.relu_backward(*gradients, *saved, ctx.triton)
         needs = ctx.needs_input_grad
-        return *(g if need else None for g, need in zip(grads, needs, strict=False)), None
+        return *(g if need else None for g, need in zip(grads, needs, strict=False)), None, None
 
 
 # Registration. Outputs and gradients that do not exist (no nominal, not wanted) are empty tensors,
@@ -351,17 +391,20 @@ _GEOMETRY = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt gro
 _GRADIENTS = "Tensor? grad_lower, Tensor? grad_upper, Tensor? grad_nominal, Tensor? grad_width"
 _SAVED = f"{_INPUTS}, Tensor? lower_out, Tensor? upper_out"
 _WANTED = "bool wants_input, bool wants_weight"
+_TRITON = "bool triton=False"  # on the CPU; a GPU's kernels are Triton's
 _FOUR = "(Tensor, Tensor, Tensor, Tensor)"
 _FIVE = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
-_library.define(f"conv2d_forward({_INPUTS}, Tensor? bias, {_GEOMETRY}) -> {_FOUR}")
-_library.define(f"conv2d_backward({_GRADIENTS}, {_SAVED}, {_GEOMETRY}, {_WANTED}) -> {_FIVE}")
-_library.define(f"linear_forward({_INPUTS}, Tensor? bias) -> {_FOUR}")
-_library.define(f"linear_backward({_GRADIENTS}, {_SAVED}, {_WANTED}) -> {_FIVE}")
-
-_library.define(f"relu_forward(Tensor lower, Tensor upper, Tensor? nominal) -> {_FOUR}")
+_library.define(f"conv2d_forward({_INPUTS}, Tensor? bias, {_GEOMETRY}, {_TRITON}) -> {_FOUR}")
 _library.define(
-    f"relu_backward({_GRADIENTS}, Tensor lower_out, Tensor upper_out, Tensor? nominal_out=None) "
-    "-> (Tensor, Tensor, Tensor)"
+    f"conv2d_backward({_GRADIENTS}, {_SAVED}, {_GEOMETRY}, {_WANTED}, {_TRITON}) -> {_FIVE}"
+)
+_library.define(f"linear_forward({_INPUTS}, Tensor? bias, {_TRITON}) -> {_FOUR}")
+_library.define(f"linear_backward({_GRADIENTS}, {_SAVED}, {_WANTED}, {_TRITON}) -> {_FIVE}")
+
+_library.define(f"relu_forward(Tensor lower, Tensor upper, Tensor? nominal, {_TRITON}) -> {_FOUR}")
+_library.define(
+    f"relu_backward({_GRADIENTS}, Tensor lower_out, Tensor upper_out, Tensor? nominal_out=None, "
+    f"{_TRITON}) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -411,6 +454,12 @@ def _address(tensor: Tensor | None) -> tuple[int, ...]:
 
 def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def _triton_layers() -> ModuleType:
+    from cibp_fast.kernels import layers  # imports Triton
+
+    return layers
 
 
 def _kernel(name: str, dtype: torch.dtype) -> Any:
@@ -474,15 +523,18 @@ def _conv2d_shape(
 
 
 @torch.library.register_fake("cibp_fast::conv2d_forward", lib=_library)
-def _(lower, upper, nominal, weight, bias, stride, padding, dilation, groups):  # type: ignore[no-untyped-def]
+def _(lower, upper, nominal, weight, bias, stride, padding, dilation, groups, triton=False):  # type: ignore[no-untyped-def]
     size = _conv2d_size(lower, weight, stride, padding, dilation)
     return _forward_outputs(lower, nominal, (lower.shape[0], weight.shape[0], *size))
 
 
+@torch.library.impl(_library, "conv2d_forward", "CUDA")
 @torch.library.impl(_library, "conv2d_forward", "CPU")
-def _(lower, upper, nominal, weight, bias, stride, padding, dilation, groups):  # type: ignore[no-untyped-def]
+def _(lower, upper, nominal, weight, bias, stride, padding, dilation, groups, triton=False):  # type: ignore[no-untyped-def]
     shape = _conv2d_shape(lower, weight, stride, padding, dilation, groups)
     outputs = _forward_outputs(lower, nominal, (shape[0], *shape[4:7]))
+    if triton or lower.is_cuda:
+        return _triton_layers().forward(shape, outputs, lower, upper, nominal, weight, bias)
     _run_forward("conv2d_forward", shape, outputs, lower, upper, nominal, weight, bias)
     return outputs
 
@@ -490,27 +542,34 @@ def _(lower, upper, nominal, weight, bias, stride, padding, dilation, groups):  
 @torch.library.register_fake("cibp_fast::conv2d_backward", lib=_library)
 def _(*arguments):  # type: ignore[no-untyped-def]
     lower, _, nominal, weight = arguments[4:8]
-    return _backward_outputs(lower, nominal, weight, *arguments[14:])
+    return _backward_outputs(lower, nominal, weight, *arguments[14:16])
 
 
+@torch.library.impl(_library, "conv2d_backward", "CUDA")
 @torch.library.impl(_library, "conv2d_backward", "CPU")
 def _(*arguments):  # type: ignore[no-untyped-def]
     gradients, saved = arguments[:4], arguments[4:10]
     lower, _, nominal, weight = saved[:4]
     shape = _conv2d_shape(lower, weight, *arguments[10:14])
-    outputs = _backward_outputs(lower, nominal, weight, *arguments[14:])
+    outputs = _backward_outputs(lower, nominal, weight, *arguments[14:16])
+    if any(arguments[16:]) or lower.is_cuda:
+        return _triton_layers().backward(shape, outputs, gradients, saved)
     _run_backward("conv2d_backward", shape, (shape[0], *shape[4:7]), outputs, gradients, saved)
     return outputs
 
 
 @torch.library.register_fake("cibp_fast::linear_forward", lib=_library)
-def _(lower, upper, nominal, weight, bias):  # type: ignore[no-untyped-def]
+def _(lower, upper, nominal, weight, bias, triton=False):  # type: ignore[no-untyped-def]
     return _forward_outputs(lower, nominal, (lower.shape[0], weight.shape[0]))
 
 
+@torch.library.impl(_library, "linear_forward", "CUDA")
 @torch.library.impl(_library, "linear_forward", "CPU")
-def _(lower, upper, nominal, weight, bias):  # type: ignore[no-untyped-def]
+def _(lower, upper, nominal, weight, bias, triton=False):  # type: ignore[no-untyped-def]
     outputs = _forward_outputs(lower, nominal, (lower.shape[0], weight.shape[0]))
+    if triton or lower.is_cuda:
+        shape = _linear_shape(len(lower), weight)
+        return _triton_layers().forward(shape, outputs, lower, upper, nominal, weight, bias)
     shape = (*lower.shape, weight.shape[0])
     _run_forward("linear_forward", shape, outputs, lower, upper, nominal, weight, bias)
     return outputs
@@ -519,14 +578,18 @@ def _(lower, upper, nominal, weight, bias):  # type: ignore[no-untyped-def]
 @torch.library.register_fake("cibp_fast::linear_backward", lib=_library)
 def _(*arguments):  # type: ignore[no-untyped-def]
     lower, _, nominal, weight = arguments[4:8]
-    return _backward_outputs(lower, nominal, weight, *arguments[10:])
+    return _backward_outputs(lower, nominal, weight, *arguments[10:12])
 
 
+@torch.library.impl(_library, "linear_backward", "CUDA")
 @torch.library.impl(_library, "linear_backward", "CPU")
 def _(*arguments):  # type: ignore[no-untyped-def]
     gradients, saved = arguments[:4], arguments[4:10]
     lower, _, nominal, weight = saved[:4]
-    outputs = _backward_outputs(lower, nominal, weight, *arguments[10:])
+    outputs = _backward_outputs(lower, nominal, weight, *arguments[10:12])
+    if any(arguments[12:]) or lower.is_cuda:
+        shape = _linear_shape(len(lower), weight)
+        return _triton_layers().backward(shape, outputs, gradients, saved)
     out_shape = (lower.shape[0], weight.shape[0])
     shape = (*lower.shape, weight.shape[0])
     _run_backward("linear_backward", shape, out_shape, outputs, gradients, saved)
@@ -534,17 +597,20 @@ def _(*arguments):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("cibp_fast::relu_forward", lib=_library)
-def _(lower, upper, nominal):  # type: ignore[no-untyped-def]
+def _(lower, upper, nominal, triton=False):  # type: ignore[no-untyped-def]
     return _forward_outputs(lower, nominal, lower.shape)
 
 
+@torch.library.impl(_library, "relu_forward", "CUDA")
 @torch.library.impl(_library, "relu_forward", "CPU")
-def _(lower, upper, nominal):  # type: ignore[no-untyped-def]
+def _(lower, upper, nominal, triton=False):  # type: ignore[no-untyped-def]
     outputs = _forward_outputs(lower, nominal, lower.shape)
     layout = _layout(lower)
     inputs = [
         None if t is None else t.contiguous(memory_format=layout) for t in (lower, upper, nominal)
     ]
+    if triton or lower.is_cuda:
+        return _triton_layers().relu_forward(inputs, outputs)
     _kernel("relu_forward", lower.dtype)(
         lower.numel(),
         _backend.threads(),
@@ -564,17 +630,31 @@ def _relu_gradients(lower_out: Tensor, nominal_out: Tensor | None) -> tuple[Tens
 
 
 @torch.library.register_fake("cibp_fast::relu_backward", lib=_library)
-def _(grad_lower, grad_upper, grad_nominal, grad_width, lower_out, upper_out, nominal_out=None):  # type: ignore[no-untyped-def]
+def _(*arguments):  # type: ignore[no-untyped-def]
+    lower_out, nominal_out = arguments[4], (*arguments, None)[6]
     return _relu_gradients(lower_out, nominal_out)
 
 
+@torch.library.impl(_library, "relu_backward", "CUDA")
 @torch.library.impl(_library, "relu_backward", "CPU")
-def _(grad_lower, grad_upper, grad_nominal, grad_width, lower_out, upper_out, nominal_out=None):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    grad_lower,
+    grad_upper,
+    grad_nominal,
+    grad_width,
+    lower_out,
+    upper_out,
+    nominal_out=None,
+    triton=False,
+):
     outputs = _relu_gradients(lower_out, nominal_out)
     gradients = [
         torch.zeros_like(lower_out) if g is None else g.contiguous(memory_format=_layout(lower_out))
         for g in (grad_lower, grad_upper, grad_nominal)
     ]
+    if triton or lower_out.is_cuda:
+        values = (lower_out, upper_out, nominal_out)
+        return _triton_layers().relu_backward(gradients, grad_width, values, outputs)
     _kernel("relu_backward", lower_out.dtype)(
         lower_out.numel(),
         _backend.threads(),

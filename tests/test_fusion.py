@@ -115,7 +115,7 @@ def test_fast_computes_otherwise() -> None:
 
 
 def test_fast_refuses_other_names() -> None:
-    with pytest.raises(ValueError, match="precision must be one of 'float32', .*, got 'bf15'"):
+    with pytest.raises(ValueError, match=r"precision must be one of .*, got .bf15"):
         cf.fuse(small(), precision="bf15")
 
 
@@ -152,7 +152,7 @@ def test_precisions_of_a_gpu() -> None:
         cf.fuse(small(torch.float32), "tf32").bounds(x, Interval.ball(x, 0.1))
     with pytest.raises(ValueError, match="precision='bf16' needs Triton's kernels"):
         cf.fuse(small(), "bf16", backend="cpu")
-    with pytest.raises(ValueError, match="backend must be one of 'auto', .*, got 'gpu'"):
+    with pytest.raises(ValueError, match=r"backend must be one of .*, got .gpu"):
         cf.fuse(small(), backend="gpu")
 
 
