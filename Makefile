@@ -17,7 +17,7 @@ CPP_FILES := $(sort $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h tests/cpp/*.cp
 PACKAGE_FILES := pyproject.toml setup.py README.md LICENSE $(filter csrc/%,$(CPP_FILES)) \
   $(wildcard cibp_fast/*.py cibp_fast/*/*.py cibp_fast/*.pyi cibp_fast/py.typed kernels/*.py)
 
-.PHONY: help quickstart test lint format sanitize bench clean
+.PHONY: help quickstart test test-cpu test-gpu lint format sanitize bench clean
 
 help:
 	@echo 'make quickstart   train two networks on 5,000 digits and compare them (some minutes)'
@@ -31,9 +31,21 @@ help:
 quickstart: $(VENV)/demo
 	$(BIN)/cibp-fast quickstart --output quickstart
 
-# `pytest`, not `python -m pytest`: that would import the unbuilt tree instead of the package.
-test: lint
-	$(BIN)/pytest $(PYTEST_ARGS)
+# `pytest`, not `python -m pytest`: that would import the unbuilt tree instead of the package. The
+# GPU's kernels, in an interpreter or on the host, are tested beside the rest.
+GPU_TESTS := $(wildcard tests/test_triton_*.py tests/test_cuda_*.py)
+
+test: test-cpu test-gpu
+
+# With arguments it may be that one of the two has no test to run, which pytest calls status 5.
+status = $(if $(PYTEST_ARGS),|| [ $$? -eq 5 ])
+
+test-cpu: lint
+	$(BIN)/pytest $(addprefix --ignore=,$(GPU_TESTS)) $(PYTEST_ARGS) $(status)
+
+test-gpu: lint
+	@$(BIN)/pytest $(GPU_TESTS) $(PYTEST_ARGS) >build/test-gpu.log 2>&1 $(status); \
+	  status=$$?; cat build/test-gpu.log; exit $$status
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
