@@ -538,6 +538,7 @@ def weight_gradient(
     shape: Shape,
     precision: str,
     *,
+    out: tuple[Tensor, Tensor] | None = None,
     tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of weight and bias, as partial sums [splits, ...] over parts of the batch.
@@ -547,6 +548,7 @@ def weight_gradient(
 
     Args:
         gradient, x, weight: as in `input_gradient` and `forward`.
+        out: where they go, as an earlier call with such arguments returned them, or None.
 
     Returns:
         [splits, out_channels, kernel_height, kernel_width, in_channels] and [splits, out_channels]
@@ -557,8 +559,11 @@ def weight_gradient(
     pixels, channels, products = shape.out_pixels, shape.out_channels, shape.products
     chunk, splits = _chunks(pixels, tiles)
     kernel = (shape.kernel_height, shape.kernel_width, shape.in_channels)
-    sums = x.new_empty((splits, channels, *kernel), dtype=torch.float32)
-    bias_sums = x.new_empty((splits, channels), dtype=torch.float32)
+    if out is None:
+        sums = x.new_empty((splits, channels, *kernel), dtype=torch.float32)
+        bias_sums = x.new_empty((splits, channels), dtype=torch.float32)
+    else:
+        sums, bias_sums = out
     blocks = triton.cdiv(channels, tiles.channels), triton.cdiv(products, tiles.pixels)
     weight_gradient_kernel[(*blocks, splits)](
         *_three(tuple(gradient)), *_three(tuple(x)), weight, sums, bias_sums, pixels, chunk,
