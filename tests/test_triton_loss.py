@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pytest
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -19,7 +22,6 @@ from cibp_fast.losses import Terms
 from cibp_fast.recorder import Head
 
 pytest.importorskip("triton")
-os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import aot
 
