@@ -1,0 +1,378 @@
+"""Adam over all parameters in one launch, with the compute copies of the weights.
+
+Its two ends are kernels of their own too: the sum of the partial gradients, and the copies.
+
+A linear layer is a convolution: behind a flatten of [C, H, W] one with a kernel of (H, W), else of
+(1, 1). So a weight has the layouts
+
+    master      [Cout, Cin, KH, KW]          torch's; of the gradient and of Adam's moments too
+    partials    [splits, Cout, KH, KW, Cin]  what the kernels of the gradient write
+    forward     [Cout, KH, KW, Cin]          the compute copies, as the precision stores numbers
+    transposed  [KH, KW, Cin, Cout]
+
+and a program moves a tile of outputs x channels x taps (KH * KW) from one to another, so that each
+is read or written in runs of at least 32 bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cibp_fast.kernels.streams import PRECISIONS, rounded
+
+# Outputs, channels and taps of a program's tile.
+_TILE = (16, 8, 16)
+_TILE_OF_ONE_TAP = (16, 128, 1)
+
+
+@triton.jit
+def _tile(o, c, t, outputs, channels, taps, O: tl.constexpr, C: tl.constexpr, T: tl.constexpr):
+    """Offsets of the tile (o, c, t) in the three layouts, and which of them are elements."""
+    o = o * O + tl.arange(0, O)[:, None, None]
+    c = c * C + tl.arange(0, C)[None, :, None]
+    t = t * T + tl.arange(0, T)[None, None, :]
+    master = (o * channels + c) * taps + t
+    forward = (o * taps + t) * channels + c
+    transposed = (t * channels + c) * outputs + o
+    return master, forward, transposed, (o < outputs) & (c < channels) & (t < taps)
+
+
+@triton.jit
+def _total(partials, offsets, inside, splits, size):
+    """The sum of the splits, the first one first."""
+    total = tl.load(partials + offsets, mask=inside, other=0.0)
+    for _ in range(1, splits):
+        partials += size
+        total += tl.load(partials + offsets, mask=inside, other=0.0)
+    return total
+
+
+@triton.jit
+def _pointer(address, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
+    return tl.multiple_of(tl.load(address).to(tl.pointer_type(DTYPE)), 4 * ALIGN)
+
+
+@triton.jit
+def _update(
+    row,
+    step_size,
+    root,
+    BETA1: tl.constexpr,
+    BETA2: tl.constexpr,
+    EPS: tl.constexpr,
+    WEIGHT_DECAY: tl.constexpr,
+    DTYPE: tl.constexpr,
+    DROPPED: tl.constexpr,
+    O: tl.constexpr,
+    C: tl.constexpr,
+    T: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """Adam of one tile. ALIGN divides all sizes, and the compiler is to know it."""
+    splits = tl.load(row + 6).to(tl.int32)
+    outputs = tl.load(row + 7).to(tl.int32) // ALIGN * ALIGN
+    channels = tl.load(row + 8).to(tl.int32) // ALIGN * ALIGN
+    if T == 1:
+        taps = 1
+    else:
+        taps = tl.load(row + 9).to(tl.int32) // ALIGN * ALIGN
+    o, c, t = tl.load(row + 11), tl.load(row + 12), tl.load(row + 13)
+    at, forward_at, transposed_at, inside = _tile(
+        o.to(tl.int32), c.to(tl.int32), t.to(tl.int32), outputs, channels, taps, O, C, T
+    )
+
+    partials = _pointer(row + 3, tl.float32, ALIGN)
+    grad = _total(partials, forward_at, inside, splits, outputs * channels * taps)
+    master = _pointer(row, tl.float32, ALIGN) + at
+    first = _pointer(row + 1, tl.float32, ALIGN) + at
+    second = _pointer(row + 2, tl.float32, ALIGN) + at
+    weight = tl.load(master, mask=inside, other=0.0)
+    m = tl.load(first, mask=inside, other=0.0)
+    v = tl.load(second, mask=inside, other=0.0)
+    if WEIGHT_DECAY != 0:
+        grad += WEIGHT_DECAY * weight
+    m += (1 - BETA1) * (grad - m)
+    v = BETA2 * v + (1 - BETA2) * grad * grad
+    weight -= step_size * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), root) + EPS)
+    tl.store(first, m, mask=inside)
+    tl.store(second, v, mask=inside)
+    tl.store(master, weight, mask=inside)
+
+    copy = rounded(weight, DROPPED)
+    if tl.load(row + 4) != 0:
+        tl.store(_pointer(row + 4, DTYPE, ALIGN) + forward_at, copy, mask=inside)
+    if tl.load(row + 5) != 0:
+        tl.store(_pointer(row + 5, DTYPE, ALIGN) + transposed_at, copy, mask=inside)
+
+
+@triton.jit
+def _adam_kernel(
+    rows,
+    lr,
+    step,
+    FIELDS: tl.constexpr,
+    BETA1: tl.constexpr,
+    BETA2: tl.constexpr,
+    LOG2_BETA1: tl.constexpr,
+    LOG2_BETA2: tl.constexpr,
+    EPS: tl.constexpr,
+    WEIGHT_DECAY: tl.constexpr,
+    DTYPE: tl.constexpr,
+    DROPPED: tl.constexpr,
+    TILE: tl.constexpr,
+    TILE_OF_ONE_TAP: tl.constexpr,
+):
+    # In float64, since 1 - beta^step cancels.
+    count = (tl.load(step) + 1).to(tl.float64)
+    correction1 = 1.0 - tl.exp2(count * LOG2_BETA1)
+    correction2 = 1.0 - tl.exp2(count * LOG2_BETA2)
+    step_size = (tl.load(lr).to(tl.float64) / correction1).to(tl.float32)
+    root = tl.sqrt(correction2).to(tl.float32)
+
+    row = rows + FIELDS * tl.program_id(0)
+    one_tap, wide = tl.load(row + 9) == 1, tl.load(row + 10) != 0
+    # fmt: off
+    if one_tap:
+        if wide:
+            _update(row, step_size, root, BETA1, BETA2, EPS, WEIGHT_DECAY, DTYPE, DROPPED,
+                    TILE_OF_ONE_TAP[0], TILE_OF_ONE_TAP[1], TILE_OF_ONE_TAP[2], 4)
+        else:
+            _update(row, step_size, root, BETA1, BETA2, EPS, WEIGHT_DECAY, DTYPE, DROPPED,
+                    TILE_OF_ONE_TAP[0], TILE_OF_ONE_TAP[1], TILE_OF_ONE_TAP[2], 1)
+    else:
+        if wide:
+            _update(row, step_size, root, BETA1, BETA2, EPS, WEIGHT_DECAY, DTYPE, DROPPED,
+                    TILE[0], TILE[1], TILE[2], 4)
+        else:
+            _update(row, step_size, root, BETA1, BETA2, EPS, WEIGHT_DECAY, DTYPE, DROPPED,
+                    TILE[0], TILE[1], TILE[2], 1)
+    # fmt: on
+
+
+class Parameter(NamedTuple):
+    """A weight, or a bias, and what belongs to it: contiguous, on one device.
+
+    The shapes of a bias are [Cout], and [splits, Cout] of its partials; it has no copies.
+    """
+
+    master: Tensor  # [Cout, Cin, KH, KW], or that flattened from the second dimension on; float32
+    exp_avg: Tensor  # as master
+    exp_avg_sq: Tensor  # as master
+    partials: Tensor  # [splits, Cout, KH, KW, Cin] float32
+    forward: Tensor | None = None  # [Cout, KH, KW, Cin] in the precision's dtype
+    transposed: Tensor | None = None  # [KH, KW, Cin, Cout] likewise
+
+
+class Adam:
+    """torch.optim.Adam's step of all parameters, from partial gradients, in place.
+
+    For each parameter it equals, with grad = partials.sum(0) in torch's layout,
+
+        torch.optim.Adam([master], lr, betas, eps, weight_decay).step()
+        forward = rounded(master).permute(0, 2, 3, 1); transposed = rounded(master).permute(2, 3, 1, 0)
+
+    The addresses of the tensors are looked up once, here: they are kept alive and must not be
+    replaced. float32 accuracy; the same bits in every run.
+
+    Args:
+        parameters: of one device, at least one.
+        precision: of the copies, a name of PRECISIONS.
+        betas, eps, weight_decay: torch's.
+
+    Raises:
+        TypeError, ValueError: an argument is none of the above, naming it.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Parameter],
+        precision: str,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        if not parameters:
+            raise ValueError("parameters must be at least one, got none")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must be at least 0 and below 1, got {betas}")
+        if not eps >= 0:
+            raise ValueError(f"eps must be at least 0, got {eps}")
+        if not weight_decay >= 0:
+            raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
+        stored = PRECISIONS[precision]
+        self.parameters = tuple(parameters)
+        device = self.parameters[0].master.device
+        rows = [
+            row
+            for index, parameter in enumerate(self.parameters)
+            for row in _rows(f"parameters[{index}]", parameter, stored.dtype, device)
+        ]
+        self._rows = torch.tensor(rows, dtype=torch.int64, device=device)
+        self._constants = {
+            "FIELDS": len(rows[0]),
+            "BETA1": betas[0],
+            "BETA2": betas[1],
+            "LOG2_BETA1": math.log2(betas[0]) if betas[0] else -math.inf,
+            "LOG2_BETA2": math.log2(betas[1]) if betas[1] else -math.inf,
+            "EPS": eps,
+            "WEIGHT_DECAY": weight_decay,
+            "DTYPE": tl.bfloat16 if stored.dtype == torch.bfloat16 else tl.float32,
+            "DROPPED": stored.dropped,
+            "TILE": _TILE,
+            "TILE_OF_ONE_TAP": _TILE_OF_ONE_TAP,
+        }
+
+    def __call__(self, lr: Tensor, step: Tensor) -> None:
+        """Updates masters, moments and copies.
+
+        lr: one float. step: one int64, the steps done before this one. Both on the parameters'
+        device.
+        """
+        _adam_kernel[(len(self._rows),)](self._rows, lr, step, **self._constants)
+
+
+def _rows(
+    name: str, parameter: Parameter, dtype: torch.dtype, device: torch.device
+) -> Iterator[list[int]]:
+    """What each program of a parameter reads: addresses, splits, sizes, and its tile."""
+    partials = parameter.partials
+    if partials.dim() not in (2, 5) or len(partials) < 1:
+        raise ValueError(
+            f"{name}.partials must be [splits, Cout, KH, KW, Cin] or [splits, Cout] with splits "
+            f"at least 1, got {list(partials.shape)}"
+        )
+    elements = partials[0].numel()
+    if not 0 < elements < 2**31:
+        raise ValueError(f"{name} must have 1 to 2**31 - 1 elements, got {elements}")
+    addresses = []
+    for field, tensor in parameter._asdict().items():
+        if tensor is None and field in ("forward", "transposed"):
+            addresses.append(0)
+            continue
+        kind = dtype if field in ("forward", "transposed") else torch.float32
+        size = partials.numel() if field == "partials" else elements
+        if tensor.dtype != kind or tensor.device != device:
+            raise TypeError(
+                f"{name}.{field} must be {kind} on {device}, got {tensor.dtype} on {tensor.device}"
+            )
+        if not tensor.is_contiguous() or tensor.numel() != size:
+            raise ValueError(
+                f"{name}.{field} must be contiguous, of {size} elements, got "
+                f"{list(tensor.shape)} with strides {tensor.stride()}"
+            )
+        addresses.append(tensor.data_ptr())
+    if partials.dim() == 2:  # a bias: of one output, since its copies need no order
+        outputs, channels, taps = 1, partials.shape[1], 1
+    else:
+        _, outputs, *kernel, channels = partials.shape
+        taps = math.prod(kernel)
+    sizes = (outputs, channels) if taps == 1 else (outputs, channels, taps)
+    wide = not any(address % 16 for address in addresses) and not any(size % 4 for size in sizes)
+    o, c, t = _tiles(outputs, channels, taps)
+    for index in range(o * c * t):
+        place = [index // (c * t), index // t % c, index % t]
+        yield [*addresses, len(partials), outputs, channels, taps, wide, *place]
+
+
+def _tiles(outputs: int, channels: int, taps: int) -> tuple[int, int, int]:
+    """How many tiles there are in each direction."""
+    o, c, t = _TILE if taps > 1 else _TILE_OF_ONE_TAP
+    return triton.cdiv(outputs, o), triton.cdiv(channels, c), triton.cdiv(taps, t)
+
+
+@triton.jit
+def _pack_kernel(
+    weight,
+    forward,
+    transposed,
+    outputs,
+    channels,
+    taps,
+    DROPPED: tl.constexpr,
+    O: tl.constexpr,
+    C: tl.constexpr,
+    T: tl.constexpr,
+):
+    o, c, t = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    at, forward_at, transposed_at, inside = _tile(o, c, t, outputs, channels, taps, O, C, T)
+    copy = rounded(tl.load(weight + at, mask=inside, other=0.0), DROPPED)
+    tl.store(forward + forward_at, copy, mask=inside)
+    tl.store(transposed + transposed_at, copy, mask=inside)
+
+
+def pack_weight(weight: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+    """The compute copies of a weight [Cout, Cin, KH, KW] float32.
+
+    They are [Cout, KH, KW, Cin] and [KH, KW, Cin, Cout] in the precision's dtype and equal
+    `rounded(weight).permute(0, 2, 3, 1)` and `rounded(weight).permute(2, 3, 1, 0)`.
+
+    Raises TypeError or ValueError where weight is none of that shape and dtype.
+    """
+    if weight.dtype != torch.float32:
+        raise TypeError(f"weight must be float32, got {weight.dtype}")
+    if weight.dim() != 4:
+        raise ValueError(f"weight must be [Cout, Cin, KH, KW], got {list(weight.shape)}")
+    stored = PRECISIONS[precision]
+    outputs, channels, *kernel = weight.shape
+    taps = math.prod(kernel)
+    forward = weight.new_empty(outputs, *kernel, channels, dtype=stored.dtype)
+    transposed = weight.new_empty(*kernel, channels, outputs, dtype=stored.dtype)
+    tile = _TILE if taps > 1 else _TILE_OF_ONE_TAP
+    _pack_kernel[_tiles(outputs, channels, taps)](
+        weight.contiguous(), forward, transposed, outputs, channels, taps, stored.dropped, *tile
+    )
+    return forward, transposed
+
+
+@triton.jit
+def _sum_kernel(
+    partials,
+    total,
+    splits,
+    outputs,
+    channels,
+    taps,
+    O: tl.constexpr,
+    C: tl.constexpr,
+    T: tl.constexpr,
+):
+    o, c, t = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    at, forward_at, _, inside = _tile(o, c, t, outputs, channels, taps, O, C, T)
+    grad = _total(partials, forward_at, inside, splits, outputs * channels * taps)
+    tl.store(total + at, grad, mask=inside)
+
+
+def sum_partials(partials: Tensor) -> Tensor:
+    """A weight's gradient [Cout, Cin, KH, KW] from its partials [splits, Cout, KH, KW, Cin].
+
+    Equals `partials.sum(0).permute(0, 3, 1, 2)`, summed from the first split on. A bias has
+    [Cout] and [splits, Cout].
+
+    Raises TypeError or ValueError where partials is none of that shape, or not contiguous float32.
+    """
+    if partials.dtype != torch.float32:
+        raise TypeError(f"partials must be float32, got {partials.dtype}")
+    if partials.dim() not in (2, 5) or not partials.is_contiguous() or len(partials) < 1:
+        raise ValueError(
+            "partials must be [splits, Cout, KH, KW, Cin] or [splits, Cout], contiguous, got "
+            f"{list(partials.shape)} with strides {partials.stride()}"
+        )
+    if partials.dim() == 2:
+        outputs, channels, taps = 1, partials.shape[1], 1
+        total = torch.empty_like(partials[0])
+    else:
+        _, outputs, *kernel, channels = partials.shape
+        taps = math.prod(kernel)
+        total = partials.new_empty(outputs, channels, *kernel)
+    tile = _TILE if taps > 1 else _TILE_OF_ONE_TAP
+    _sum_kernel[_tiles(outputs, channels, taps)](
+        partials, total, len(partials), outputs, channels, taps, *tile
+    )
+    return total

@@ -1,0 +1,588 @@
+"""Convolutions of all streams at once, as implicit matrix products: the forward pass, and the
+gradients by input and by weight.
+
+A linear layer is a 1x1 convolution of 1x1 images. The pointers are to channels-last streams; where
+`BOUNDS` is set, a result goes to tensors of any strides as bounds instead. One tile of weights
+serves all streams, its absolute values made in registers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cibp_fast.kernels.streams import (
+    INTERPRETED,
+    Precision,
+    activate,
+    deactivate,
+    dot,
+    positive,
+    rounded,
+    rounded_pair,
+)
+from cibp_fast.kernels.tiles import Tiles, tiles_for
+
+
+class Shape(NamedTuple):
+    """A convolution. Padding is with zeros: before the input as given, after it as needed."""
+
+    batch: int
+    in_channels: int
+    in_height: int
+    in_width: int
+    out_channels: int
+    out_height: int
+    out_width: int
+    kernel_height: int
+    kernel_width: int
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+
+    @property
+    def out_pixels(self) -> int:
+        return self.batch * self.out_height * self.out_width
+
+    @property
+    def products(self) -> int:
+        """Of one output."""
+        return self.kernel_height * self.kernel_width * self.in_channels
+
+    def constants(self) -> dict[str, int]:
+        """What the kernels are compiled for."""
+        sizes = self[1:9]
+        names = ("CIN", "IH", "IW", "COUT", "OH", "OW", "KH", "KW")
+        pairs = (*self.stride, *self.padding, *self.dilation)
+        return dict(zip((*names, *_PAIRS), (*sizes, *pairs), strict=True))
+
+
+_PAIRS = ("SH", "SW", "PH", "PW", "DH", "DW")
+
+
+class Scale(NamedTuple):
+    """A number on the device times one of the host."""
+
+    device: Tensor
+    host: float
+
+
+@triton.jit
+def store_outputs(
+    mu, r, z, bias, pixel, channel, mask, out0_ptr, out1_ptr, out2_ptr,
+    out_n, out_h, out_w, out_c,
+    OH: tl.constexpr, OW: tl.constexpr, STREAMS: tl.constexpr, RELU: tl.constexpr,
+    BOUNDS: tl.constexpr, DROPPED: tl.constexpr,
+):  # fmt: skip
+    """Bias, ReLU, rounding and storing of a tile [pixel, channel]; its sum of (upper - lower)^2."""
+    n, y, x = pixel // (OH * OW), pixel // OW % OH, pixel % OW
+    at = (n * out_n + y * out_h + x * out_w)[:, None] + (channel * out_c)[None, :]
+    mu += bias[None, :]
+    if RELU:
+        mu, r = activate(mu, r)
+    width = tl.where(mask, 4.0 * r * r, 0.0)
+    if BOUNDS:
+        first, second = mu - r, mu + r
+    else:
+        if RELU:
+            first, second = rounded_pair(mu, r, DROPPED)
+        else:
+            first, second = rounded(mu, DROPPED), rounded(r, DROPPED)
+    tl.store(out0_ptr + at, first.to(out0_ptr.dtype.element_ty), mask=mask)
+    tl.store(out1_ptr + at, second.to(out1_ptr.dtype.element_ty), mask=mask)
+    if STREAMS == 3:
+        z += bias[None, :]
+        if RELU:
+            z = positive(z)
+        if not BOUNDS:
+            z = rounded(z, DROPPED)
+        tl.store(out2_ptr + at, z.to(out2_ptr.dtype.element_ty), mask=mask)
+    return tl.sum(tl.sum(width, axis=1), axis=0)
+
+
+@triton.jit
+def store_input_gradient(
+    sums_m, sums_r, sums_z, n, y, x, channel, mask,
+    m_ptr, r_ptr, z_ptr, head_m_ptr, head_r_ptr, scale_ptr, scale,
+    out0_ptr, out1_ptr, out2_ptr, out_n, out_h, out_w, out_c,
+    CIN: tl.constexpr, IH: tl.constexpr, IW: tl.constexpr, STREAMS: tl.constexpr,
+    RELU: tl.constexpr, BOUNDS: tl.constexpr, HEAD: tl.constexpr, WIDTH: tl.constexpr,
+    DROPPED: tl.constexpr,
+):  # fmt: skip
+    """Finishes and stores a tile [pixel, channel] of an input's gradient; see `input_gradient`."""
+    at = (((n * IH + y) * IW + x) * CIN)[:, None] + channel[None, :]
+    if HEAD:
+        sums_m += tl.load(head_m_ptr + at, mask=mask, other=0.0)
+        sums_r += tl.load(head_r_ptr + at, mask=mask, other=0.0)
+    if RELU or WIDTH:
+        r = tl.load(r_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        if WIDTH:
+            sums_r += scale * tl.load(scale_ptr) * r
+        if RELU:
+            m = tl.load(m_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            sums_m, sums_r = deactivate(sums_m, sums_r, m, r)
+            if STREAMS == 3:
+                z = tl.load(z_ptr + at, mask=mask, other=0.0).to(tl.float32)
+                sums_z = tl.where(z <= 0, 0.0, sums_z)
+    if BOUNDS:
+        center, radius = 0.5 * sums_m, 0.5 * sums_r
+        sums_m, sums_r = center - radius, center + radius
+        at = (n * out_n + y * out_h + x * out_w)[:, None] + (channel * out_c)[None, :]
+    else:
+        sums_m, sums_r = rounded(sums_m, DROPPED), rounded(sums_r, DROPPED)
+        sums_z = rounded(sums_z, DROPPED)
+    tl.store(out0_ptr + at, sums_m.to(out0_ptr.dtype.element_ty), mask=mask)
+    tl.store(out1_ptr + at, sums_r.to(out1_ptr.dtype.element_ty), mask=mask)
+    if STREAMS == 3:
+        tl.store(out2_ptr + at, sums_z.to(out2_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def forward_kernel(
+    m_ptr, r_ptr, z_ptr, weight_ptr, bias_ptr, out0_ptr, out1_ptr, out2_ptr, widths_ptr, sums_ptr,
+    pixels, out_n, out_h, out_w, out_c, chunk,
+    CIN: tl.constexpr, IH: tl.constexpr, IW: tl.constexpr,
+    COUT: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr,
+    STREAMS: tl.constexpr, RELU: tl.constexpr, BOUNDS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    DROPPED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    SPLITS: tl.constexpr, WEIGHT_FIRST: tl.constexpr,
+    PIXELS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """A tile [pixel, channel] of the outputs, or, with SPLITS, its sums over `chunk` products.
+
+    weight: [COUT, KH, KW, CIN]. sums: [SPLITS, STREAMS, pixels, COUT].
+    """
+    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    known_pixel, known_channel = pixel < pixels, channel < COUT
+    n, top, left = pixel // (OH * OW), pixel // OW % OH * SH - PH, pixel % OW * SW - PW
+    base = ((n * IH + top) * IW + left) * CIN
+    PRODUCTS: tl.constexpr = KH * KW * CIN
+    depth = tl.arange(0, DEPTH)
+    if WEIGHT_FIRST:
+        sums_m = tl.zeros((CHANNELS, PIXELS), tl.float32)
+    else:
+        sums_m = tl.zeros((PIXELS, CHANNELS), tl.float32)
+    sums_r, sums_z = sums_m, sums_m
+    if SPLITS == 1:
+        begin, end = 0, PRODUCTS
+    else:
+        begin = tl.program_id(2) * chunk
+        end = tl.minimum(begin + chunk, PRODUCTS)
+    for k0 in range(begin, end, DEPTH):
+        k = k0 + depth
+        if CIN % DEPTH == 0:  # of one tap; not k0 % CIN, which hides from Triton what divides k
+            tap = k0 // CIN
+            down, right = tap // KW * DH, tap % KW * DW
+            inside = (top + down >= 0) & (top + down < IH) & (left + right >= 0)
+            inside = (known_pixel & inside & (left + right < IW))[:, None]
+            at = (base + (down * IW + right) * CIN + (k0 - tap * CIN))[:, None] + depth[None, :]
+        else:
+            tap = k // CIN
+            down, right = tap // KW * DH, tap % KW * DW
+            y, x = top[:, None] + down[None, :], left[:, None] + right[None, :]
+            inside = (y >= 0) & (y < IH) & (x >= 0) & (x < IW)
+            inside = inside & known_pixel[:, None] & (k < PRODUCTS)[None, :]
+            at = base[:, None] + ((down * IW + right) * CIN + k % CIN)[None, :]
+        known = known_channel[:, None]
+        if PRODUCTS % DEPTH != 0:
+            known = known & (k < PRODUCTS)[None, :]
+        w = tl.load(weight_ptr + channel[:, None] * PRODUCTS + k[None, :], mask=known, other=0.0)
+        m = tl.load(m_ptr + at, mask=inside, other=0.0)
+        r = tl.load(r_ptr + at, mask=inside, other=0.0)
+        if WEIGHT_FIRST:
+            sums_m = dot(w, tl.trans(m), sums_m, PRECISION, UPCAST)
+            sums_r = dot(tl.abs(w), tl.trans(r), sums_r, PRECISION, UPCAST)
+        else:
+            sums_m = dot(m, tl.trans(w), sums_m, PRECISION, UPCAST)
+            sums_r = dot(r, tl.trans(tl.abs(w)), sums_r, PRECISION, UPCAST)
+        if STREAMS == 3:
+            z = tl.load(z_ptr + at, mask=inside, other=0.0)
+            if WEIGHT_FIRST:
+                sums_z = dot(w, tl.trans(z), sums_z, PRECISION, UPCAST)
+            else:
+                sums_z = dot(z, tl.trans(w), sums_z, PRECISION, UPCAST)
+    if WEIGHT_FIRST:
+        sums_m, sums_r, sums_z = tl.trans(sums_m), tl.trans(sums_r), tl.trans(sums_z)
+    mask = known_pixel[:, None] & known_channel[None, :]
+    if SPLITS == 1:
+        bias = tl.zeros((CHANNELS,), tl.float32)
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + channel, mask=known_channel, other=0.0)
+        width = store_outputs(
+            sums_m, sums_r, sums_z, bias, pixel, channel, mask, out0_ptr, out1_ptr, out2_ptr,
+            out_n, out_h, out_w, out_c, OH, OW, STREAMS, RELU, BOUNDS, DROPPED,
+        )  # fmt: skip
+        tl.store(widths_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), width)
+    else:
+        at = pixel[:, None] * COUT + channel[None, :]
+        size = pixels * COUT
+        part = sums_ptr + (tl.program_id(2) * STREAMS).to(tl.int64) * size
+        tl.store(part + at, sums_m, mask=mask)
+        tl.store(part + size + at, sums_r, mask=mask)
+        if STREAMS == 3:
+            tl.store(part + 2 * size + at, sums_z, mask=mask)
+
+
+@triton.jit
+def forward_sum_kernel(
+    sums_ptr, bias_ptr, out0_ptr, out1_ptr, out2_ptr, widths_ptr,
+    pixels, out_n, out_h, out_w, out_c,
+    COUT: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr,
+    STREAMS: tl.constexpr, RELU: tl.constexpr, BOUNDS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    DROPPED: tl.constexpr, SPLITS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """The outputs of a forward pass in SPLITS parts."""
+    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    mask = (pixel < pixels)[:, None] & (channel < COUT)[None, :]
+    at = pixel[:, None] * COUT + channel[None, :]
+    size = pixels * COUT
+    sums_m = tl.zeros((PIXELS, CHANNELS), tl.float32)
+    sums_r, sums_z = sums_m, sums_m
+    for split in range(SPLITS):
+        part = sums_ptr + (split * STREAMS).to(tl.int64) * size
+        sums_m += tl.load(part + at, mask=mask, other=0.0)
+        sums_r += tl.load(part + size + at, mask=mask, other=0.0)
+        if STREAMS == 3:
+            sums_z += tl.load(part + 2 * size + at, mask=mask, other=0.0)
+    bias = tl.zeros((CHANNELS,), tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + channel, mask=channel < COUT, other=0.0)
+    width = store_outputs(
+        sums_m, sums_r, sums_z, bias, pixel, channel, mask, out0_ptr, out1_ptr, out2_ptr,
+        out_n, out_h, out_w, out_c, OH, OW, STREAMS, RELU, BOUNDS, DROPPED,
+    )  # fmt: skip
+    tl.store(widths_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), width)
+
+
+@triton.jit
+def input_gradient_kernel(
+    gm_ptr, gr_ptr, gz_ptr, weight_ptr, m_ptr, r_ptr, z_ptr, head_m_ptr, head_r_ptr, scale_ptr,
+    out0_ptr, out1_ptr, out2_ptr, batch, scale, out_n, out_h, out_w, out_c,
+    CIN: tl.constexpr, IH: tl.constexpr, IW: tl.constexpr,
+    COUT: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr,
+    STREAMS: tl.constexpr, RELU: tl.constexpr, BOUNDS: tl.constexpr, HEAD: tl.constexpr,
+    WIDTH: tl.constexpr, DROPPED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    WEIGHT_FIRST: tl.constexpr,
+    PIXELS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """A tile [pixel, channel] of the gradient of the input, before the ReLU in front of it.
+
+    weight: [KH, KW, CIN, COUT]. A program takes input pixels that are SH and SW apart, since those
+    have the same taps. head: a further gradient of (m, r). WIDTH: `scale` times r is another of r.
+    """
+    row, column = tl.program_id(2) // SW, tl.program_id(2) % SW  # of the first pixel
+    ROWS: tl.constexpr = (IH + SH - 1) // SH
+    COLUMNS: tl.constexpr = (IW + SW - 1) // SW
+    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    n = pixel // (ROWS * COLUMNS)
+    y, x = pixel // COLUMNS % ROWS * SH + row, pixel % COLUMNS * SW + column
+    known_pixel, known_channel = (n < batch) & (y < IH) & (x < IW), channel < CIN
+    # the first tap that reaches these pixels, and from tap to tap
+    STEP_H: tl.constexpr = SH if DH == 1 else 1
+    STEP_W: tl.constexpr = SW if DW == 1 else 1
+    kh0, kw0 = (row + PH) % STEP_H, (column + PW) % STEP_W
+    taps_h, taps_w = (KH - kh0 + STEP_H - 1) // STEP_H, (KW - kw0 + STEP_W - 1) // STEP_W
+    BLOCKS: tl.constexpr = (COUT + DEPTH - 1) // DEPTH
+    depth = tl.arange(0, DEPTH)
+    if WEIGHT_FIRST:
+        sums_m = tl.zeros((CHANNELS, PIXELS), tl.float32)
+    else:
+        sums_m = tl.zeros((PIXELS, CHANNELS), tl.float32)
+    sums_r, sums_z = sums_m, sums_m
+    for step in range(0, taps_h * taps_w * BLOCKS):
+        tap = step // BLOCKS
+        k = (step - tap * BLOCKS) * DEPTH + depth
+        kh, kw = kh0 + tap // taps_w * STEP_H, kw0 + tap % taps_w * STEP_W
+        down, right = y + PH - kh * DH, x + PW - kw * DW  # SH and SW times the output pixel
+        inside = known_pixel & (down >= 0) & (right >= 0)
+        inside = inside & (down < OH * SH) & (right < OW * SW)
+        if STEP_H != SH:
+            inside = inside & (down % SH == 0)
+        if STEP_W != SW:
+            inside = inside & (right % SW == 0)
+        at = (((n * OH + down // SH) * OW + right // SW) * COUT)[:, None] + k[None, :]
+        inside, known = inside[:, None], known_channel[:, None]
+        if COUT % DEPTH != 0:
+            inside, known = inside & (k < COUT)[None, :], known & (k < COUT)[None, :]
+        from_ = weight_ptr + (kh * KW + kw) * CIN * COUT + channel[:, None] * COUT + k[None, :]
+        w = tl.load(from_, mask=known, other=0.0)
+        gm = tl.load(gm_ptr + at, mask=inside, other=0.0)
+        gr = tl.load(gr_ptr + at, mask=inside, other=0.0)
+        if WEIGHT_FIRST:
+            sums_m = dot(w, tl.trans(gm), sums_m, PRECISION, UPCAST)
+            sums_r = dot(tl.abs(w), tl.trans(gr), sums_r, PRECISION, UPCAST)
+        else:
+            sums_m = dot(gm, tl.trans(w), sums_m, PRECISION, UPCAST)
+            sums_r = dot(gr, tl.trans(tl.abs(w)), sums_r, PRECISION, UPCAST)
+        if STREAMS == 3:
+            gz = tl.load(gz_ptr + at, mask=inside, other=0.0)
+            if WEIGHT_FIRST:
+                sums_z = dot(w, tl.trans(gz), sums_z, PRECISION, UPCAST)
+            else:
+                sums_z = dot(gz, tl.trans(w), sums_z, PRECISION, UPCAST)
+    if WEIGHT_FIRST:
+        sums_m, sums_r, sums_z = tl.trans(sums_m), tl.trans(sums_r), tl.trans(sums_z)
+    mask = known_pixel[:, None] & known_channel[None, :]
+    store_input_gradient(
+        sums_m, sums_r, sums_z, n, y, x, channel, mask,
+        m_ptr, r_ptr, z_ptr, head_m_ptr, head_r_ptr, scale_ptr, scale,
+        out0_ptr, out1_ptr, out2_ptr, out_n, out_h, out_w, out_c,
+        CIN, IH, IW, STREAMS, RELU, BOUNDS, HEAD, WIDTH, DROPPED,
+    )  # fmt: skip
+
+
+@triton.jit
+def weight_gradient_kernel(
+    gm_ptr, gr_ptr, gz_ptr, m_ptr, r_ptr, z_ptr, weight_ptr, sums_ptr, bias_sums_ptr,
+    pixels, chunk,
+    CIN: tl.constexpr, IH: tl.constexpr, IW: tl.constexpr,
+    COUT: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr,
+    STREAMS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    CHANNELS: tl.constexpr, PRODUCTS_: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """A tile [channel, product] of the gradient of weights, summed over `chunk` output pixels.
+
+    weight: [COUT, KH, KW, CIN], as are the sums [splits, ...]; bias_sums: [splits, COUT].
+    """
+    PRODUCTS: tl.constexpr = KH * KW * CIN
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    k = tl.program_id(1) * PRODUCTS_ + tl.arange(0, PRODUCTS_)
+    known_channel, known_k = channel < COUT, k < PRODUCTS
+    tap = k // CIN
+    down, right = tap // KW * DH, tap % KW * DW
+    offset = (down * IW + right) * CIN + k % CIN
+    plus = tl.zeros((CHANNELS, PRODUCTS_), tl.float32)
+    magnitude = plus
+    bias = tl.zeros((CHANNELS,), tl.float32)
+    begin = tl.program_id(2) * chunk
+    end = tl.minimum(begin + chunk, pixels)
+    for first in range(begin, end, DEPTH):
+        pixel = first + tl.arange(0, DEPTH)
+        known_pixel = pixel < end
+        n, top, left = pixel // (OH * OW), pixel // OW % OH * SH - PH, pixel % OW * SW - PW
+        y, x = top[:, None] + down[None, :], left[:, None] + right[None, :]
+        inside = known_pixel[:, None] & known_k[None, :]
+        inside = inside & (y >= 0) & (y < IH) & (x >= 0) & (x < IW)
+        at = (((n * IH + top) * IW + left) * CIN)[:, None] + offset[None, :]
+        known = known_pixel[:, None] & known_channel[None, :]
+        of_gradient = pixel[:, None] * COUT + channel[None, :]
+        gm = tl.load(gm_ptr + of_gradient, mask=known, other=0.0)
+        gr = tl.load(gr_ptr + of_gradient, mask=known, other=0.0)
+        m = tl.load(m_ptr + at, mask=inside, other=0.0)
+        r = tl.load(r_ptr + at, mask=inside, other=0.0)
+        plus = dot(tl.trans(gm), m, plus, PRECISION, UPCAST)
+        magnitude = dot(tl.trans(gr), r, magnitude, PRECISION, UPCAST)
+        bias += tl.sum(gm.to(tl.float32), axis=0)
+        if STREAMS == 3:
+            gz = tl.load(gz_ptr + of_gradient, mask=known, other=0.0)
+            z = tl.load(z_ptr + at, mask=inside, other=0.0)
+            plus = dot(tl.trans(gz), z, plus, PRECISION, UPCAST)
+            bias += tl.sum(gz.to(tl.float32), axis=0)
+    at = channel[:, None] * PRODUCTS + k[None, :]
+    mask = known_channel[:, None] & known_k[None, :]
+    w = tl.load(weight_ptr + at, mask=mask, other=0.0)
+    sign = tl.where(w > 0, 1.0, tl.where(w < 0, -1.0, 0.0))
+    part = sums_ptr + tl.program_id(2).to(tl.int64) * (COUT * PRODUCTS)
+    tl.store(part + at, plus + sign * magnitude, mask=mask)
+    if tl.program_id(1) == 0:
+        tl.store(bias_sums_ptr + tl.program_id(2) * COUT + channel, bias, mask=known_channel)
+
+
+# Launches
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shape: Shape,
+    precision: Precision,
+    *,
+    relu: bool,
+    out: Tensor | None = None,
+    bounds: tuple[Tensor, ...] | None = None,
+    tiles: Tiles | None = None,
+) -> tuple[Tensor, Tensor]:
+    """All streams through a convolution, and ReLU where `relu`.
+
+    Equals ``mu, r, z = conv2d(m, W, b), conv2d(r, W.abs()), conv2d(z, W, b)``, and then the
+    encoding of the package's docstring.
+
+    Args:
+        x: [S, N, H, W, C], as the precision stores it.
+        weight: [out_channels, kernel_height, kernel_width, in_channels], as well.
+        bias: [out_channels] float32 or None.
+        out: where the result goes, or None.
+        bounds: lower, upper and nominal [N, out_channels, out_height, out_width] of any equal
+            strides, to be filled with those instead.
+
+    Returns:
+        The outputs [S, N, out_height, out_width, out_channels] as the precision stores them (of no
+        elements where `bounds` is given), and partial sums of (upper - lower)^2.
+    """
+    streams, pixels, channels = len(x), shape.out_pixels, shape.out_channels
+    tiles = tiles or tiles_for("forward", shape, precision)
+    if bounds is None:
+        size = (streams, shape.batch, shape.out_height, shape.out_width, channels)
+        out = x.new_empty(size) if out is None else out
+        row = shape.out_width * channels
+        outputs, strides = tuple(out), (shape.out_height * row, row, channels, 1)
+    else:
+        out, outputs = x.new_empty(0), bounds
+        n, c, h, w = bounds[0].stride()
+        strides = (n, h, w, c)
+    blocks = triton.cdiv(pixels, tiles.pixels), triton.cdiv(channels, tiles.channels)
+    chunk, splits = _chunks(shape.products, tiles)
+    widths = x.new_empty(blocks[0] * blocks[1], dtype=torch.float32)
+    sums = widths
+    if splits > 1:
+        sums = x.new_empty((splits, streams, pixels, channels), dtype=torch.float32)
+    common = {
+        **{"STREAMS": streams, "RELU": relu, "HAS_BIAS": bias is not None},
+        **{"BOUNDS": bounds is not None},
+        **{"DROPPED": precision.dropped, "SPLITS": splits},
+        **{"num_warps": tiles.warps},
+    }
+    bias = widths if bias is None else bias
+    outputs = _three(outputs)
+    forward_kernel[(*blocks, splits)](
+        *_three(tuple(x)), weight, bias, *outputs, widths, sums, pixels, *strides, chunk,
+        **shape.constants(), **common, **_multiplied(precision), WEIGHT_FIRST=tiles.weight_first,
+        PIXELS=tiles.pixels, CHANNELS=tiles.channels, DEPTH=tiles.depth, num_stages=tiles.stages,
+    )  # fmt: skip
+    if splits > 1:
+        # small tiles: there are few outputs, or there would be no splits
+        parts = (16, min(64, tiles.channels))
+        blocks = triton.cdiv(pixels, parts[0]), triton.cdiv(channels, parts[1])
+        widths = x.new_empty(blocks[0] * blocks[1], dtype=torch.float32)
+        forward_sum_kernel[blocks](
+            sums, bias, *outputs, widths, pixels, *strides,
+            COUT=channels, OH=shape.out_height, OW=shape.out_width, **common,
+            PIXELS=parts[0], CHANNELS=parts[1],
+        )  # fmt: skip
+    return out, widths
+
+
+def input_gradient(
+    gradient: Tensor,
+    weight: Tensor,
+    shape: Shape,
+    precision: Precision,
+    *,
+    x: Tensor | None = None,
+    relu: bool = False,
+    width: Scale | None = None,
+    head: Tensor | None = None,
+    bounds: tuple[Tensor, ...] | None = None,
+    tiles: Tiles | None = None,
+) -> Tensor:
+    """The gradient of (mu, r, z) of a convolution -> that of its input, in front of ReLU.
+
+    Equals ``torch.nn.grad.conv2d_input`` of each stream (of r with ``weight.abs()``), and what the
+    ReLU and the width before the convolution add to it.
+
+    Args:
+        gradient: [S, N, out_height, out_width, out_channels], as the precision stores it.
+        weight: [kernel_height, kernel_width, in_channels, out_channels], as well.
+        x: [S, N, H, W, C], the forward pass's input, needed where `relu` or `width` is.
+        relu: whether x came out of a ReLU.
+        width: the factor of r in the gradient of the width of x.
+        head: [2, N, H, W, C] float32, a further gradient of (m, r) of x.
+        bounds: lower, upper and nominal [N, C, H, W] of any equal strides, to be filled with their
+            gradients instead.
+
+    Returns:
+        [S, N, H, W, C] as the precision stores it; of no elements where `bounds` is given.
+    """
+    streams, channels = len(gradient), shape.in_channels
+    tiles = tiles or tiles_for("input_gradient", shape, precision)
+    if bounds is None:
+        out = gradient.new_empty((streams, shape.batch, *shape[2:4], channels))
+        outputs, strides = tuple(out), (0, 0, 0, 0)
+    else:
+        out, outputs = gradient.new_empty(0), bounds
+        n, c, h, w = bounds[0].stride()
+        strides = (n, h, w, c)
+    classes = shape.stride[0] * shape.stride[1]
+    rows, columns = (-(-size // step) for size, step in zip(shape[2:4], shape.stride, strict=True))
+    blocks = (
+        triton.cdiv(shape.batch * rows * columns, tiles.pixels),
+        triton.cdiv(channels, tiles.channels),
+    )
+    gradients = _three(tuple(gradient))
+    input_gradient_kernel[(*blocks, classes)](
+        *gradients, weight, *(gradients if x is None else _three(tuple(x))),
+        *(gradients[:2] if head is None else head),
+        gradients[0] if width is None else width.device, *_three(outputs), shape.batch,
+        0.0 if width is None else width.host, *strides,
+        **shape.constants(), STREAMS=streams, RELU=relu, BOUNDS=bounds is not None, HEAD=head is not None,
+        WIDTH=width is not None, DROPPED=precision.dropped, **_multiplied(precision),
+        WEIGHT_FIRST=tiles.weight_first, PIXELS=tiles.pixels, CHANNELS=tiles.channels,
+        DEPTH=tiles.depth, num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    return out
+
+
+def weight_gradient(
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    shape: Shape,
+    precision: Precision,
+    *,
+    tiles: Tiles | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of weight and bias, as partial sums [splits, ...] over parts of the batch.
+
+    Equals, summed, ``conv2d_weight(m, gm) + conv2d_weight(z, gz) + W.sign() * conv2d_weight(r,
+    gr)`` with ``torch.nn.grad.conv2d_weight``, and ``(gm + gz).sum((0, 2, 3))``.
+
+    Args:
+        gradient, x, weight: as in `input_gradient` and `forward`.
+
+    Returns:
+        [splits, out_channels, kernel_height, kernel_width, in_channels] and [splits, out_channels]
+        float32.
+    """
+    tiles = tiles or tiles_for("weight_gradient", shape, precision)
+    pixels, channels, products = shape.out_pixels, shape.out_channels, shape.products
+    chunk, splits = _chunks(pixels, tiles)
+    kernel = (shape.kernel_height, shape.kernel_width, shape.in_channels)
+    sums = x.new_empty((splits, channels, *kernel), dtype=torch.float32)
+    bias_sums = x.new_empty((splits, channels), dtype=torch.float32)
+    blocks = triton.cdiv(channels, tiles.channels), triton.cdiv(products, tiles.pixels)
+    weight_gradient_kernel[(*blocks, splits)](
+        *_three(tuple(gradient)), *_three(tuple(x)), weight, sums, bias_sums, pixels, chunk,
+        **shape.constants(), STREAMS=len(x), **_multiplied(precision), CHANNELS=tiles.channels,
+        PRODUCTS_=tiles.pixels, DEPTH=tiles.depth, num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    return sums, bias_sums
+
+
+def _multiplied(precision: Precision) -> dict[str, object]:
+    upcast = INTERPRETED and precision.dtype == torch.bfloat16
+    return {"PRECISION": precision.dot, "UPCAST": upcast}
+
+
+def _three(streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """With something in place of the nominal stream where there is none."""
+    return streams if len(streams) == 3 else (*streams, streams[0])
+
+
+def _chunks(length: int, tiles: Tiles) -> tuple[int, int]:
+    """The length of a part, a multiple of the tile's depth, and how many parts there are."""
+    chunk = -(-length // (tiles.splits * tiles.depth)) * tiles.depth
+    return chunk, -(-length // chunk)
