@@ -591,7 +591,7 @@ def loss(
     return Loss(terms, grad_x, grad_weight, grad_bias)
 
 
-def sum_partials(partials: Tensor) -> Tensor:
+def sum_terms(partials: Tensor) -> Tensor:
     """`partials.sum(0)` in one program and a fixed order: [P, K] contiguous float32 to [K].
 
     Raises ValueError for partials of another shape, dtype or layout.
