@@ -43,88 +43,93 @@ class Loss(NamedTuple):
 
 
 @triton.jit
-def _labels(y, n, batch, CLASSES: tl.constexpr):
-    """Rows of the weight [examples], 0 for want of a label, and whether the label is one."""
+def _examples(y, batch, CLASSES: tl.constexpr, EXAMPLES: tl.constexpr, tile):
+    """Of a tile [1, examples, 1]: indices, the labels' rows of the weight, whether it has them."""
+    n = tile.to(tl.int64) * EXAMPLES + tl.arange(0, EXAMPLES)[None, :, None]
     label = tl.load(y + n, mask=n < batch, other=0)
     known = (label >= 0) & (label < CLASSES)
-    return tl.where(known, label, 0).to(tl.int32), known
+    return n, tl.where(known, label, 0).to(tl.int32), known
+
+
+@triton.jit
+def _classes(ROWS: tl.constexpr):
+    return tl.arange(0, ROWS)[:, None, None]
 
 
 @triton.jit
 def _load(
     x,  # [3, batch, FEATURES]
     weight,  # [CLASSES, FEATURES]
-    rows,  # [examples], as n
     n,
-    f,  # [features]
+    rows,
+    f,  # [1, 1, features]
     batch,
     CLASSES: tl.constexpr,
     FEATURES: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """m, r, z and the labels' weights [examples, features], and the weights [ROWS, features]."""
-    j = tl.arange(0, ROWS)
-    column = (f < FEATURES)[None, :]
-    inside = (n < batch)[:, None] & column
-    at = x + f[None, :]
-    m = tl.load(at + n[:, None] * FEATURES, mask=inside, other=0.0).to(tl.float32)
-    r = tl.load(at + (n + batch)[:, None] * FEATURES, mask=inside, other=0.0).to(tl.float32)
-    z = tl.load(at + (n + 2 * batch)[:, None] * FEATURES, mask=inside, other=0.0).to(tl.float32)
-    at = weight + f[None, :]
-    own = tl.load(at + rows[:, None] * FEATURES, mask=column, other=0.0).to(tl.float32)
-    w = tl.load(at + j[:, None] * FEATURES, mask=(j < CLASSES)[:, None] & column, other=0.0)
-    return m, r, z, own, w.to(tl.float32)
+    """m, r, z and the labels' weights [1, examples, features]; weights [ROWS, 1, features]."""
+    j = _classes(ROWS)
+    inside = (n < batch) & (f < FEATURES)
+    m = tl.load(x + n * FEATURES + f, mask=inside, other=0.0)
+    r = tl.load(x + (n + batch) * FEATURES + f, mask=inside, other=0.0)
+    z = tl.load(x + (n + 2 * batch) * FEATURES + f, mask=inside, other=0.0)
+    own = tl.load(weight + rows * FEATURES + f, mask=inside, other=0.0)
+    w = tl.load(weight + j * FEATURES + f, mask=(j < CLASSES) & (f < FEATURES), other=0.0)
+    f32 = tl.float32
+    return m.to(f32), r.to(f32), z.to(f32), own.to(f32), w.to(f32)
 
 
 @triton.jit
 def _sums(
     x,
     weight,
-    rows,
     n,
+    rows,
     begin,
     batch,
     CLASSES: tl.constexpr,
     FEATURES: tl.constexpr,
     ROWS: tl.constexpr,
+    EXAMPLES: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Logits, their radii and the worst-case logits [ROWS, examples] of BLOCKS of features."""
-    nominal = tl.zeros((ROWS, n.shape[0], BLOCK), tl.float32)
-    radius = tl.zeros((ROWS, n.shape[0], BLOCK), tl.float32)
-    worst = tl.zeros((ROWS, n.shape[0], BLOCK), tl.float32)
+    """Logits, their radii and the worst-case logits [ROWS, examples, 1], of BLOCKS of features."""
+    nominal = tl.zeros((ROWS, EXAMPLES, BLOCK), tl.float32)
+    radius = tl.zeros((ROWS, EXAMPLES, BLOCK), tl.float32)
+    worst = tl.zeros((ROWS, EXAMPLES, BLOCK), tl.float32)
     for i in range(BLOCKS):
-        f = begin + i * BLOCK + tl.arange(0, BLOCK)
-        m, r, z, own, w = _load(x, weight, rows, n, f, batch, CLASSES, FEATURES, ROWS)
-        difference = w[:, None, :] - own[None, :, :]
-        nominal += w[:, None, :] * z[None, :, :]
-        radius += tl.abs(w)[:, None, :] * r[None, :, :]
-        worst += difference * m[None, :, :] + tl.abs(difference) * r[None, :, :]
-    return tl.sum(nominal, 2), tl.sum(radius, 2), tl.sum(worst, 2)
+        f = begin + i * BLOCK + tl.arange(0, BLOCK)[None, None, :]
+        m, r, z, own, w = _load(x, weight, n, rows, f, batch, CLASSES, FEATURES, ROWS)
+        difference = w - own
+        nominal += w * z
+        radius += tl.abs(w) * r
+        worst += difference * m + tl.abs(difference) * r
+    return tl.sum(nominal, 2, True), tl.sum(radius, 2, True), tl.sum(worst, 2, True)
 
 
 @triton.jit
 def _cross_entropy(logits, at_label):
-    """Of each example [examples], and its derivative by the logits [ROWS, examples]."""
-    shifted = logits - tl.max(logits, 0)[None, :]  # a NaN shows in the sum
+    """Of each example [1, examples, 1], and its derivative by the logits [ROWS, examples, 1]."""
+    shifted = logits - tl.max(logits, 0, keep_dims=True)  # a NaN shows in the sum
     exponentials = tl.exp(shifted)
-    total = tl.sum(exponentials, 0)
-    loss = tl.log(total) - tl.sum(tl.where(at_label, shifted, 0.0), 0)
-    others = tl.where(at_label, 0.0, exponentials) / total[None, :]
+    total = tl.sum(exponentials, 0, True)
+    loss = tl.log(total) - tl.sum(tl.where(at_label, shifted, 0.0), 0, True)
+    others = tl.where(at_label, 0.0, exponentials) / total
     # not probability - 1, of which rounding leaves nothing where the probability is almost 1
-    return loss, tl.where(at_label, -tl.sum(others, 0)[None, :], others)
+    return loss, tl.where(at_label, -tl.sum(others, 0, True), others)
 
 
 @triton.jit
 def _slopes(
-    nominal,  # [ROWS, examples], as radius and worst; the biases are yet to be added
+    nominal,  # [ROWS, examples, 1], as radius and worst; the biases are yet to be added
     radius,
     worst,
     bias,
+    n,
     rows,
     known,
-    n,
     batch,
     scalars,
     width_scale,
@@ -133,50 +138,47 @@ def _slopes(
     CLASSES: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Derivatives by the logits, their centers and their radii, each [ROWS, examples].
+    """Derivatives by the logits, their centers and their radii, each [ROWS, examples, 1].
 
     The derivative by a worst-case logit is that by the center, but for the label's.
     Stores the terms and the bias' gradient of the tile.
     """
-    j = tl.arange(0, ROWS)
+    j = _classes(ROWS)
     tile = tl.program_id(0)
     inside = n < batch
-    at_label = j[:, None] == rows[None, :]
+    at_label = j == rows
     if bias is not None:
-        b = tl.load(bias + j, mask=j < CLASSES, other=0.0)[:, None]
+        b = tl.load(bias + j, mask=j < CLASSES, other=0.0)
         nominal += b
-        worst += b - tl.load(bias + rows)[None, :]
+        worst += b - tl.load(bias + rows)
     worst = tl.where(at_label, 0.0, worst)
-    actual = (j < CLASSES)[:, None]
-    nominal = tl.where(actual, nominal, float("-inf"))
-    worst = tl.where(actual, worst, float("-inf"))
-    radius = tl.where(actual & inside[None, :], radius, 0.0)
+    nominal = tl.where(j < CLASSES, nominal, float("-inf"))
+    worst = tl.where(j < CLASSES, worst, float("-inf"))
+    radius = tl.where((j < CLASSES) & inside, radius, 0.0)
 
     kappa = tl.load(scalars)
     nominal_loss, by_nominal = _cross_entropy(nominal, at_label)
     worst_loss, by_worst = _cross_entropy(worst, at_label)
     # a label that is none makes everything of its example NaN
-    factor = tl.where(inside, tl.where(known, 1.0 / batch, float("nan")), 0.0)[None, :]
-    by_nominal = tl.where(inside[None, :], kappa * factor * by_nominal, 0.0)
-    by_worst = tl.where(inside[None, :], (1 - kappa) * factor * by_worst, 0.0)
+    factor = tl.where(known, 1.0 / batch, float("nan"))
+    by_nominal = tl.where(inside, kappa * factor * by_nominal, 0.0)
+    by_worst = tl.where(inside, (1 - kappa) * factor * by_worst, 0.0)
     by_radius = tl.load(scalars + 1) * width_scale * radius
 
     if tl.program_id(1) == 0:
         nominal_loss = tl.where(known, nominal_loss, float("nan"))
         worst_loss = tl.where(known, worst_loss, float("nan"))
         # the first of the greatest logits is the prediction; NaN predicts nothing
-        own = tl.sum(tl.where(at_label, nominal, 0.0), 0)[None, :]
-        before = j[:, None] < rows[None, :]
-        beaten = (nominal > own) | ((nominal == own) & before) | (nominal != nominal)
-        wrong = tl.max(beaten.to(tl.float32), 0)
-        wrong = tl.where(known, wrong, 1.0)
+        own = tl.sum(tl.where(at_label, nominal, 0.0), 0, True)
+        beaten = (nominal > own) | ((nominal == own) & (j < rows)) | (nominal != nominal)
+        wrong = tl.where(known, tl.max(beaten.to(tl.float32), 0, keep_dims=True), 1.0)
         at = terms + tile * 4
-        tl.store(at, tl.sum(tl.where(inside, nominal_loss, 0.0), 0))
-        tl.store(at + 1, tl.sum(tl.where(inside, worst_loss, 0.0), 0))
-        tl.store(at + 2, 4 * tl.sum(tl.sum(radius * radius, 1), 0))
-        tl.store(at + 3, tl.sum(tl.where(inside, wrong, 0.0), 0))
+        tl.store(at, tl.sum(tl.where(inside, nominal_loss, 0.0)))
+        tl.store(at + 1, tl.sum(tl.where(inside, worst_loss, 0.0)))
+        tl.store(at + 2, 4 * tl.sum(radius * radius))
+        tl.store(at + 3, tl.sum(tl.where(inside, wrong, 0.0)))
         if bias is not None:
-            by_bias = tl.sum(by_nominal + by_worst, 1)
+            by_bias = tl.sum(by_nominal + by_worst, 1, True)
             tl.store(grad_bias + tile * CLASSES + j, by_bias, mask=j < CLASSES)
     return by_nominal, by_worst, by_radius
 
@@ -191,11 +193,11 @@ def _with_sign(x, of):
 def _gradients(
     x,
     weight,
-    rows,
     n,
+    rows,
     f,
     batch,
-    by_nominal,  # [ROWS, examples], as by_worst and by_radius
+    by_nominal,  # [ROWS, examples, 1], as by_worst and by_radius
     by_worst,
     by_radius,
     scalars,
@@ -207,39 +209,33 @@ def _gradients(
     RELU: tl.constexpr,
     DROPPED: tl.constexpr,
 ):
-    """The weight's gradient [ROWS, features] of a tile; stores that of x."""
-    m, r, z, own, w = _load(x, weight, rows, n, f, batch, CLASSES, FEATURES, ROWS)
-    at_label = (tl.arange(0, ROWS)[:, None] == rows[None, :])[:, :, None]
-    w = w[:, None, :]
-    difference = w - own[None, :, :]
-    by_nominal, by_worst, by_radius = (
-        by_nominal[:, :, None],
-        by_worst[:, :, None],
-        by_radius[:, :, None],
-    )
+    """The weight's gradient [ROWS, 1, features] of a tile; stores that of x."""
+    m, r, z, own, w = _load(x, weight, n, rows, f, batch, CLASSES, FEATURES, ROWS)
+    at_label = _classes(ROWS) == rows
+    difference = w - own
     by_spread = tl.where(at_label, 0.0, by_worst)
 
-    by_z = tl.sum(by_nominal * w, 0)
-    by_m = tl.sum(by_worst * w, 0)
-    by_r = tl.sum(by_spread * tl.abs(difference) + by_radius * tl.abs(w), 0)
+    by_z = tl.sum(by_nominal * w, 0, True)
+    by_m = tl.sum(by_worst * w, 0, True)
+    by_r = tl.sum(by_spread * tl.abs(difference) + by_radius * tl.abs(w), 0, True)
     if input_scale is not None:
         by_r += tl.load(scalars + 1) * input_scale * r
     if RELU:
         by_m, by_r = deactivate(by_m, by_r, m, r)
         by_z = tl.where(z <= 0, 0.0, by_z)
-    inside = (n < batch)[:, None] & (f < FEATURES)[None, :]
-    at = grad_x + f[None, :]
+    inside = (n < batch) & (f < FEATURES)
+    at = grad_x + n * FEATURES + f
     stored = grad_x.dtype.element_ty
-    by_m, by_r, by_z = rounded(by_m, DROPPED), rounded(by_r, DROPPED), rounded(by_z, DROPPED)
-    tl.store(at + n[:, None] * FEATURES, by_m.to(stored), mask=inside)
-    tl.store(at + (n + batch)[:, None] * FEATURES, by_r.to(stored), mask=inside)
-    tl.store(at + (n + 2 * batch)[:, None] * FEATURES, by_z.to(stored), mask=inside)
+    tl.store(at, rounded(by_m, DROPPED).to(stored), mask=inside)
+    at = grad_x + (n + batch) * FEATURES + f
+    tl.store(at, rounded(by_r, DROPPED).to(stored), mask=inside)
+    at = grad_x + (n + 2 * batch) * FEATURES + f
+    tl.store(at, rounded(by_z, DROPPED).to(stored), mask=inside)
 
     by_difference = _with_sign(by_spread, difference)
-    by_own = tl.sum(by_difference, 0)[None, :, :]
+    by_own = tl.sum(by_difference, 0, True)
     by_magnitude = tl.where(at_label, -by_own, by_difference) + _with_sign(by_radius, w)
-    products = by_worst * m[None, :, :] + by_nominal * z[None, :, :] + by_magnitude * r[None, :, :]
-    return tl.sum(products, 1)
+    return tl.sum(by_worst * m + by_nominal * z + by_magnitude * r, 1, True)
 
 
 @triton.jit
@@ -252,10 +248,9 @@ def _store_weight(
     FEATURES: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    j = tl.arange(0, ROWS)
-    row = part.to(tl.int64) * CLASSES + j
-    inside = (j < CLASSES)[:, None] & (f < FEATURES)[None, :]
-    tl.store(grad_weight + row[:, None] * FEATURES + f[None, :], gradient, mask=inside)
+    j = _classes(ROWS)
+    at = grad_weight + (part.to(tl.int64) * CLASSES + j) * FEATURES + f
+    tl.store(at, gradient, mask=(j < CLASSES) & (f < FEATURES))
 
 
 @triton.jit
@@ -283,49 +278,23 @@ def _one_launch(
     DROPPED: tl.constexpr,
 ):
     """Grid [tiles of examples, parts of the features]: each part sums the logits for itself."""
-    n = tl.program_id(0).to(tl.int64) * EXAMPLES + tl.arange(0, EXAMPLES)
-    rows, known = _labels(y, n, batch, CLASSES)
+    n, rows, known = _examples(y, batch, CLASSES, EXAMPLES, tl.program_id(0))
+    # fmt: off
     nominal, radius, worst = _sums(
-        x, weight, rows, n, 0, batch, CLASSES, FEATURES, ROWS, BLOCK, BLOCKS
+        x, weight, n, rows, 0, batch, CLASSES, FEATURES, ROWS, EXAMPLES, BLOCK, BLOCKS
     )
     by_nominal, by_worst, by_radius = _slopes(
-        nominal,
-        radius,
-        worst,
-        bias,
-        rows,
-        known,
-        n,
-        batch,
-        scalars,
-        width_scale,
-        terms,
-        grad_bias,
-        CLASSES,
-        ROWS,
+        nominal, radius, worst, bias, n, rows, known, batch, scalars, width_scale, terms,
+        grad_bias, CLASSES, ROWS
     )
     for i in range(OWN_BLOCKS):
-        f = (tl.program_id(1) * OWN_BLOCKS + i) * BLOCK + tl.arange(0, BLOCK)
+        f = (tl.program_id(1) * OWN_BLOCKS + i) * BLOCK + tl.arange(0, BLOCK)[None, None, :]
         gradient = _gradients(
-            x,
-            weight,
-            rows,
-            n,
-            f,
-            batch,
-            by_nominal,
-            by_worst,
-            by_radius,
-            scalars,
-            input_scale,
-            grad_x,
-            CLASSES,
-            FEATURES,
-            ROWS,
-            RELU,
-            DROPPED,
+            x, weight, n, rows, f, batch, by_nominal, by_worst, by_radius, scalars, input_scale,
+            grad_x, CLASSES, FEATURES, ROWS, RELU, DROPPED
         )
         _store_weight(gradient, tl.program_id(0), f, grad_weight, CLASSES, FEATURES, ROWS)
+    # fmt: on
 
 
 @triton.jit
@@ -343,18 +312,17 @@ def _slice_launch(
     BLOCKS: tl.constexpr,  # of a slice
 ):
     """Grid [tiles of examples, slices of the features]."""
-    n = tl.program_id(0).to(tl.int64) * EXAMPLES + tl.arange(0, EXAMPLES)
-    rows, _ = _labels(y, n, batch, CLASSES)
+    n, rows, _ = _examples(y, batch, CLASSES, EXAMPLES, tl.program_id(0))
     begin = tl.program_id(1) * BLOCKS * BLOCK
     nominal, radius, worst = _sums(
-        x, weight, rows, n, begin, batch, CLASSES, FEATURES, ROWS, BLOCK, BLOCKS
+        x, weight, n, rows, begin, batch, CLASSES, FEATURES, ROWS, EXAMPLES, BLOCK, BLOCKS
     )
-    j = tl.arange(0, ROWS)[:, None]
-    inside = (j < CLASSES) & (n < batch)[None, :]
+    j = _classes(ROWS)
+    inside = (j < CLASSES) & (n < batch)
     first = n + tl.program_id(1) * 3 * batch
-    tl.store(sums + first[None, :] * CLASSES + j, nominal, mask=inside)
-    tl.store(sums + (first + batch)[None, :] * CLASSES + j, radius, mask=inside)
-    tl.store(sums + (first + 2 * batch)[None, :] * CLASSES + j, worst, mask=inside)
+    tl.store(sums + first * CLASSES + j, nominal, mask=inside)
+    tl.store(sums + (first + batch) * CLASSES + j, radius, mask=inside)
+    tl.store(sums + (first + 2 * batch) * CLASSES + j, worst, mask=inside)
 
 
 @triton.jit
@@ -374,37 +342,26 @@ def _slope_launch(
     SLICES: tl.constexpr,
 ):
     """Grid [tiles of examples]."""
-    n = tl.program_id(0).to(tl.int64) * EXAMPLES + tl.arange(0, EXAMPLES)
-    rows, known = _labels(y, n, batch, CLASSES)
-    j = tl.arange(0, ROWS)[:, None]
-    inside = (j < CLASSES) & (n < batch)[None, :]
-    nominal = tl.zeros((ROWS, EXAMPLES), tl.float32)
-    radius = tl.zeros((ROWS, EXAMPLES), tl.float32)
-    worst = tl.zeros((ROWS, EXAMPLES), tl.float32)
+    n, rows, known = _examples(y, batch, CLASSES, EXAMPLES, tl.program_id(0))
+    j = _classes(ROWS)
+    inside = (j < CLASSES) & (n < batch)
+    nominal = tl.zeros((ROWS, EXAMPLES, 1), tl.float32)
+    radius = tl.zeros((ROWS, EXAMPLES, 1), tl.float32)
+    worst = tl.zeros((ROWS, EXAMPLES, 1), tl.float32)
     for s in tl.static_range(SLICES):  # unrolled: no load waits for another
         at = n + s * 3 * batch
-        nominal += tl.load(sums + at[None, :] * CLASSES + j, mask=inside, other=0.0)
-        radius += tl.load(sums + (at + batch)[None, :] * CLASSES + j, mask=inside, other=0.0)
-        worst += tl.load(sums + (at + 2 * batch)[None, :] * CLASSES + j, mask=inside, other=0.0)
+        nominal += tl.load(sums + at * CLASSES + j, mask=inside, other=0.0)
+        radius += tl.load(sums + (at + batch) * CLASSES + j, mask=inside, other=0.0)
+        worst += tl.load(sums + (at + 2 * batch) * CLASSES + j, mask=inside, other=0.0)
+    # fmt: off
     by_nominal, by_worst, by_radius = _slopes(
-        nominal,
-        radius,
-        worst,
-        bias,
-        rows,
-        known,
-        n,
-        batch,
-        scalars,
-        width_scale,
-        terms,
-        grad_bias,
-        CLASSES,
-        ROWS,
+        nominal, radius, worst, bias, n, rows, known, batch, scalars, width_scale, terms,
+        grad_bias, CLASSES, ROWS
     )
-    tl.store(slopes + n[None, :] * CLASSES + j, by_nominal, mask=inside)
-    tl.store(slopes + (n + batch)[None, :] * CLASSES + j, by_worst, mask=inside)
-    tl.store(slopes + (n + 2 * batch)[None, :] * CLASSES + j, by_radius, mask=inside)
+    # fmt: on
+    tl.store(slopes + n * CLASSES + j, by_nominal, mask=inside)
+    tl.store(slopes + (n + batch) * CLASSES + j, by_worst, mask=inside)
+    tl.store(slopes + (n + 2 * batch) * CLASSES + j, by_radius, mask=inside)
 
 
 @triton.jit
@@ -428,37 +385,22 @@ def _gradient_launch(
     DROPPED: tl.constexpr,
 ):
     """Grid [parts of the examples, blocks of features]."""
-    f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    j = tl.arange(0, ROWS)[:, None]
-    gradient = tl.zeros((ROWS, BLOCK), tl.float32)
+    f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, None, :]
+    j = _classes(ROWS)
+    gradient = tl.zeros((ROWS, 1, BLOCK), tl.float32)
     for i in range(OWN_TILES):
         tile = tl.program_id(0) * OWN_TILES + i
-        n = tile.to(tl.int64) * EXAMPLES + tl.arange(0, EXAMPLES)
-        rows, _ = _labels(y, n, batch, CLASSES)
-        inside = (j < CLASSES) & (n < batch)[None, :]
-        at = slopes + j
-        by_nominal = tl.load(at + n[None, :] * CLASSES, mask=inside, other=0.0)
-        by_worst = tl.load(at + (n + batch)[None, :] * CLASSES, mask=inside, other=0.0)
-        by_radius = tl.load(at + (n + 2 * batch)[None, :] * CLASSES, mask=inside, other=0.0)
+        n, rows, _ = _examples(y, batch, CLASSES, EXAMPLES, tile)
+        inside = (j < CLASSES) & (n < batch)
+        by_nominal = tl.load(slopes + n * CLASSES + j, mask=inside, other=0.0)
+        by_worst = tl.load(slopes + (n + batch) * CLASSES + j, mask=inside, other=0.0)
+        by_radius = tl.load(slopes + (n + 2 * batch) * CLASSES + j, mask=inside, other=0.0)
+        # fmt: off
         gradient += _gradients(
-            x,
-            weight,
-            rows,
-            n,
-            f,
-            batch,
-            by_nominal,
-            by_worst,
-            by_radius,
-            scalars,
-            input_scale,
-            grad_x,
-            CLASSES,
-            FEATURES,
-            ROWS,
-            RELU,
-            DROPPED,
+            x, weight, n, rows, f, batch, by_nominal, by_worst, by_radius, scalars, input_scale,
+            grad_x, CLASSES, FEATURES, ROWS, RELU, DROPPED
         )
+        # fmt: on
     _store_weight(gradient, tl.program_id(0), f, grad_weight, CLASSES, FEATURES, ROWS)
 
 
