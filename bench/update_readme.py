@@ -140,9 +140,9 @@ RIVALS = {
 
 def performance() -> list[str]:
     rows = read("step")
-    memory = {"saved_bytes": "saved MiB, `\"fast\"`, two-pass"}
+    memory = {"saved_bytes": 'saved MiB, `"fast"`, two-pass'}
     if any(row["rss_bytes"] for row in rows):
-        memory["rss_bytes"] = "peak MiB, `\"fast\"`, two-pass"
+        memory["rss_bytes"] = 'peak MiB, `"fast"`, two-pass'
     lines = [
         "A training step of `cf.fuse` (nominal and interval pass, constrained IBP loss, backward "
         "pass), and how many times",

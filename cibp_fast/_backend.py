@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.metadata
 import os
 import platform
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import torch
 
 # Best first. Each is an extension module of its own, built from the same sources (see setup.py).
 ISAS = ("avx512", "avx2", "portable")
-BACKENDS = ("auto", "cpu", "torch")
+BACKENDS = ("auto", "cpu", "triton", "torch")
 KERNEL_DTYPES = (torch.float32, torch.float64)
 
 
@@ -88,7 +89,7 @@ def select(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[str,
     """The backend that runs an op on tensors of this device and dtype, and the reason.
 
     Returns:
-        ("cpu" | "torch", reason).
+        ("cpu" | "triton" | "torch", reason).
 
     Raises:
         ValueError: an unknown backend, or an explicit one that cannot run.
@@ -97,19 +98,55 @@ def select(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[str,
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "torch":
         return "torch", "asked for"
-    obstacle = ""
-    if device.type != "cpu":
-        obstacle = f"no kernels for device {device.type!r} yet"
-    elif dtype not in KERNEL_DTYPES:
-        obstacle = f"no kernels for {dtype}, only float32 and float64"
-    elif not available_isas():
-        missing = "; ".join(f"{isa}: {why}" for isa, why in _builds()[1].items())
-        obstacle = f"no CPU kernels are built here ({missing})"
+    wanted = backend
+    if backend == "auto":
+        wanted = "cpu" if device.type == "cpu" else "triton"
+    obstacle = (_cpu_obstacle if wanted == "cpu" else _triton_obstacle)(device, dtype)
     if not obstacle:
-        return "cpu", "built for this CPU"
-    if backend == "cpu":
-        raise ValueError(f"backend='cpu' cannot run: {obstacle}")
+        return wanted, "built for this CPU" if wanted == "cpu" else "compiled for this GPU"
+    if backend == wanted:
+        raise ValueError(f"backend={backend!r} cannot run: {obstacle}")
     return "torch", obstacle
+
+
+def _cpu_obstacle(device: torch.device, dtype: torch.dtype) -> str:
+    """Why the CPU's kernels cannot run on tensors of this device and dtype; empty: they can."""
+    if device.type != "cpu":
+        return f"they are for the CPU, and the tensors are on {device.type!r}"
+    if dtype not in KERNEL_DTYPES:
+        return f"no kernels for {dtype}, only float32 and float64"
+    if not available_isas():
+        missing = "; ".join(f"{isa}: {why}" for isa, why in _builds()[1].items())
+        return f"no CPU kernels are built here ({missing})"
+    return ""
+
+
+def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str:
+    """The same of Triton's."""
+    if device.type not in ("cpu", "cuda"):
+        return f"no kernels for device {device.type!r}"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "on the CPU Triton's kernels run in its interpreter only: set TRITON_INTERPRET=1"
+    if dtype != torch.float32:
+        return f"no Triton kernels for {dtype}, only float32"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "torch finds no GPU, or no driver"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"the GPU is of architecture sm_{major}{minor}, and Triton's kernels need sm_80"
+    return _triton_missing()
+
+
+@cache
+def _triton_missing() -> str:
+    """Why Triton cannot be used; empty: it can."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "Triton is not installed: pip install 'cibp_fast[triton]'"
+    if tuple(map(int, version.split(".")[:2])) < (3, 6):
+        return f"Triton {version} is too old: 3.6 or later is needed"
+    return ""
 
 
 _forked = False
@@ -134,6 +171,8 @@ def in_use(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     name, reason = select("auto", device, dtype)
     if name == "torch":
         return "PyTorch", reason
+    if name == "triton":
+        return "Triton", reason
     isa = kernels().__name__.rpartition("_")[2]
     asked = _forced_isa or os.environ.get("CIBP_FAST_ISA")
     return f"CPU {isa}", "asked for" if asked else "the widest vectors built that this CPU has"
@@ -152,7 +191,7 @@ def describe() -> list[tuple[str, str]]:
         else:
             text = missing[isa]
         rows.append((f"CPU kernels {isa}", text))
-    rows.append(("CUDA and Triton kernels", "none in this version"))
+    rows.append(("Triton kernels", _triton_missing() or "can be compiled"))
     for device, dtype in (
         ("cpu", torch.float32),
         ("cpu", torch.float64),

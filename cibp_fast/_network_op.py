@@ -1,7 +1,8 @@
 """A whole network as one torch op: its entry, its autograd Function and its registration.
 
-The kernels are csrc/cpu/network.h. What the backward pass reads is saved in their own layout, which
-depends on the instruction set: so the op names it, and its backward pass runs the same build.
+The kernels are csrc/cpu/network.h or kernels/network.py. What the backward pass reads is saved in
+their own layout: so the op names its engine, and its backward pass runs the same one. That is an
+instruction set of the CPU, or "triton-" and a precision of kernels/streams.py.
 """
 
 from __future__ import annotations
@@ -73,18 +74,21 @@ def network(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     mean: bool,
+    engine: str,
 ) -> tuple[Any, ...]:
-    """All stages, on float32 or float64 tensors of the CPU; nothing is checked.
+    """All stages, on tensors that the engine takes; nothing is checked.
 
     Args:
         lower, upper, nominal: [N, C, H, W], of any strides.
         ball_radius: [C], contiguous: the box is nominal +- ball_radius, lower and upper are not
-            read, and the first stage is a convolution without padding that is not dense. Or None.
+            read, and the first stage is a convolution without padding that is not dense. Or None,
+            as always with Triton.
         stages: the last one dense; after a dense one all are.
         weights: of each stage but pooling, out_channels * in_channels * kernel elements in torch's
             order.
         biases: of the same, [out_channels] or None.
         mean: whether the widths are means over the units too, or over the batch only.
+        engine: see the module.
 
     Returns:
         lower', upper', nominal': [N, classes]; the last stage's input as lower, upper: [N,
@@ -93,12 +97,13 @@ def network(
     """
     numbers = tuple(chain.from_iterable(stage.numbers() for stage in stages))
     return _Network.apply(
-        _isa(), numbers, mean, ball_radius, lower, upper, nominal, *weights, *biases
+        engine, numbers, mean, ball_radius, lower, upper, nominal, *weights, *biases
     )
 
 
 @torch.compiler.assume_constant_result  # dynamo need not trace the imports
-def _isa() -> str:
+def cpu_engine() -> str:
+    """The CPU's engine now."""
     return _backend.kernels().__name__.rpartition("_")[2]
 
 
@@ -106,7 +111,7 @@ class _Network(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        isa: str,
+        engine: str,
         numbers: tuple[int, ...],
         mean: bool,
         ball_radius: Tensor | None,
@@ -118,11 +123,11 @@ class _Network(torch.autograd.Function):
         count = len(parameters) // 2
         weights, biases = parameters[:count], parameters[count:]
         *outputs, packed = torch.ops.cibp_fast.network_forward(
-            lower, upper, nominal, ball_radius, weights, biases, numbers, isa, mean
+            lower, upper, nominal, ball_radius, weights, biases, numbers, engine, mean
         )
         ctx.save_for_backward(outputs[0], outputs[1], ball_radius, packed, *weights)
         ctx.set_materialize_grads(False)
-        ctx.isa, ctx.numbers, ctx.mean = isa, numbers, mean
+        ctx.engine, ctx.numbers, ctx.mean = engine, numbers, mean
         weight, bias = weights[-1], biases[-1]
         assert weight is not None
         return *outputs, weight.clone(), None if bias is None else bias.clone()
@@ -143,7 +148,7 @@ class _Network(torch.autograd.Function):
             ctx.numbers,
             any(wanted[:3]),
             wanted[3:],
-            ctx.isa,
+            ctx.engine,
             ctx.mean,
         )
         for last, gradient in ((len(weights) - 1, head_weight), (-1, head_bias)):
@@ -159,19 +164,20 @@ class _Network(torch.autograd.Function):
 
 _library.define(
     "network_forward(Tensor lower, Tensor upper, Tensor nominal, Tensor? ball_radius, "
-    "Tensor[] weights, Tensor?[] biases, int[] numbers, str isa, bool mean=False) "
+    "Tensor[] weights, Tensor?[] biases, int[] numbers, str engine, bool mean=False) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "network_backward(Tensor? grad_lower, Tensor? grad_upper, Tensor? grad_nominal, "
     "Tensor? grad_head_lower, Tensor? grad_head_upper, Tensor? grad_widths, Tensor lower_out, "
     "Tensor upper_out, Tensor? ball_radius, Tensor packed, Tensor[] weights, int[] numbers, "
-    "bool wants_input, bool[] wants_parameters, str isa, bool mean=False) -> (Tensor[], Tensor[])"
+    "bool wants_input, bool[] wants_parameters, str engine, bool mean=False) "
+    "-> (Tensor[], Tensor[])"
 )
 
 
-def _function(name: str, isa: str, dtype: torch.dtype) -> Any:
-    return getattr(_backend._builds()[0][isa], f"{name}_{str(dtype).removeprefix('torch.')}")
+def _function(name: str, engine: str, dtype: torch.dtype) -> Any:
+    return getattr(_backend._builds()[0][engine], f"{name}_{str(dtype).removeprefix('torch.')}")
 
 
 class _Plan(NamedTuple):
@@ -227,17 +233,19 @@ def _divisors(batch: int, plan: _Plan, mean: bool) -> list[int]:
     return [batch * units if mean else batch for units in plan.units]
 
 
-def _packed_offsets(batch: int, plan: _Plan, dtype: torch.dtype, ball: bool, isa: str) -> list[int]:
+def _packed_offsets(
+    batch: int, plan: _Plan, dtype: torch.dtype, ball: bool, engine: str
+) -> list[int]:
     """Where each stage's packed input begins, in bytes, and where the last one ends."""
     line = 64  # of the cache
-    sizes = _packed_sizes(plan, dtype, ball, isa)
+    sizes = _packed_sizes(plan, dtype, ball, engine)
     return list(accumulate((-(-batch * size // line) * line for size in sizes), initial=0))
 
 
 @lru_cache(maxsize=256)
-def _packed_sizes(plan: _Plan, dtype: torch.dtype, ball: bool, isa: str) -> tuple[int, ...]:
+def _packed_sizes(plan: _Plan, dtype: torch.dtype, ball: bool, engine: str) -> tuple[int, ...]:
     """Bytes of one example's packed input of each stage."""
-    size = _function("stage_input_bytes", isa, dtype)
+    size = _function("stage_input_bytes", engine, dtype)
     return tuple(
         size((1, *shape), i == 0, ball, stage.fast)
         for i, (stage, shape) in enumerate(zip(plan.stages, plan.shapes, strict=True))
@@ -265,28 +273,46 @@ def _backward_outputs(
     ]
 
 
+def _triton(engine: str) -> str | None:
+    """The precision of a Triton engine."""
+    return engine.removeprefix("triton-") if engine.startswith("triton-") else None
+
+
 @torch.library.register_fake("cibp_fast::network_forward", lib=_library)
-def _(lower, upper, nominal, ball_radius, weights, biases, numbers, isa, mean=False):  # type: ignore[no-untyped-def]
-    plan, ball = _plan(numbers), ball_radius is not None
-    offsets = _packed_offsets(nominal.shape[0], plan, nominal.dtype, ball, isa)
-    packed = nominal.new_empty(offsets[-1], dtype=torch.uint8)
+def _(lower, upper, nominal, ball_radius, weights, biases, numbers, engine, mean=False):  # type: ignore[no-untyped-def]
+    plan, ball, batch = _plan(numbers), ball_radius is not None, nominal.shape[0]
+    if precision := _triton(engine):
+        from cibp_fast.kernels import network as triton_network
+
+        size = triton_network.saved_bytes(plan.stages, batch, precision)
+    else:
+        size = _packed_offsets(batch, plan, nominal.dtype, ball, engine)[-1]
+    packed = nominal.new_empty(size, dtype=torch.uint8)
     return *_forward_outputs(nominal, plan.stages), packed
 
 
+@torch.library.impl(_library, "network_forward", "CUDA")
 @torch.library.impl(_library, "network_forward", "CPU")
-def _(lower, upper, nominal, ball_radius, weights, biases, numbers, isa, mean=False):  # type: ignore[no-untyped-def]
+def _(lower, upper, nominal, ball_radius, weights, biases, numbers, engine, mean=False):  # type: ignore[no-untyped-def]
     batch, plan = len(nominal), _plan(numbers)
-    outputs = _forward_outputs(nominal, plan.stages)
     if not batch:
+        outputs = _forward_outputs(nominal, plan.stages)
         outputs[-1].fill_(torch.nan)
         return *outputs, nominal.new_empty(0, dtype=torch.uint8)
-    *offsets, size = _packed_offsets(batch, plan, nominal.dtype, ball_radius is not None, isa)
+    if precision := _triton(engine):
+        from cibp_fast.kernels import network as triton_network
+
+        divisors = _divisors(batch, plan, mean)
+        arguments = (lower, upper, nominal, plan.stages, weights, biases, divisors, precision)
+        return triton_network.forward(*arguments)
+    outputs = _forward_outputs(nominal, plan.stages)
+    *offsets, size = _packed_offsets(batch, plan, nominal.dtype, ball_radius is not None, engine)
     # memory that an earlier call gave back: fresh pages would cost a small network a tenth more
-    buffer = _backend._builds()[0][isa].Buffer(size)
+    buffer = _backend._builds()[0][engine].Buffer(size)
     packed = torch.frombuffer(buffer, dtype=torch.uint8)
     weights = [weight.contiguous() for weight in weights]
     biases = [None if bias is None else bias.contiguous() for bias in biases]
-    _function("network_forward", isa, nominal.dtype)(
+    _function("network_forward", engine, nominal.dtype)(
         _rows(batch, plan, weights, biases),
         _backend.threads(),
         [(t.data_ptr(), *t.stride()) for t in (lower, upper, nominal)],
@@ -304,6 +330,7 @@ def _(*arguments):  # type: ignore[no-untyped-def]
     return _backward_outputs(lower_out, _plan(numbers).stages, weights, *arguments[12:14])
 
 
+@torch.library.impl(_library, "network_backward", "CUDA")
 @torch.library.impl(_library, "network_backward", "CPU")
 def _(  # type: ignore[no-untyped-def]
     grad_lower,
@@ -320,7 +347,7 @@ def _(  # type: ignore[no-untyped-def]
     numbers,
     wants_input,
     wants_parameters,
-    isa,
+    engine,
     mean=False,
 ):
     batch, plan = len(lower_out), _plan(numbers)
@@ -332,6 +359,23 @@ def _(  # type: ignore[no-untyped-def]
             gradient.zero_()
         return inputs, parameters
     weights = [weight.contiguous() for weight in weights]
+    if precision := _triton(engine):
+        from cibp_fast.kernels import network as triton_network
+
+        triton_network.backward(
+            (grad_lower, grad_upper, grad_nominal, head_lower, head_upper, grad_widths),
+            (lower_out, upper_out),
+            packed,
+            plan.stages,
+            weights,
+            _divisors(batch, plan, mean),
+            precision,
+            wants_input,
+            wants_parameters,
+            inputs,
+            parameters,
+        )
+        return inputs, parameters
     features = (batch, prod(plan.stages[-1].input))
 
     def dense(gradient: Tensor | None, shape: Sequence[int]) -> Tensor:
@@ -348,8 +392,8 @@ def _(  # type: ignore[no-untyped-def]
     targets = [
         t.data_ptr() if want else 0 for t, want in zip(parameters, wants_parameters, strict=True)
     ]
-    offsets = _packed_offsets(batch, plan, lower_out.dtype, ball_radius is not None, isa)[:-1]
-    _function("network_backward", isa, lower_out.dtype)(
+    offsets = _packed_offsets(batch, plan, lower_out.dtype, ball_radius is not None, engine)[:-1]
+    _function("network_backward", engine, lower_out.dtype)(
         _rows(batch, plan, weights, [None] * len(weights)),
         _backend.threads(),
         [packed.data_ptr() + offset for offset in offsets],

@@ -1,4 +1,4 @@
-"""`fuse`: a whole network's bounds as one op, on the CPU.
+"""`fuse`: a whole network's bounds as one op.
 
 A model is traced once into its layers, which are grouped into affine stages and what goes with them
 (`_group`). Every call reads parameters and hyperparameters anew (`_stages_and_parameters`) and runs
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from cibp_fast import _backend
-from cibp_fast._network_op import Stage, network
+from cibp_fast._network_op import Stage, cpu_engine, network
 from cibp_fast.bounds import Bounds, bounds, check_arguments
 from cibp_fast.interval import Interval
 from cibp_fast.nn import IntervalConv2d, IntervalLinear
@@ -56,7 +56,8 @@ _HYPERPARAMETERS: dict[type[nn.Module], Callable[[Any], Any]] = {
     nn.Flatten: operator.attrgetter("start_dim", "end_dim"),
 }
 
-PRECISIONS = ("float32", "fast")
+PRECISIONS = ("float32", "fast", "tf32", "bf16")
+_CPU_PRECISIONS = PRECISIONS[:2]
 
 _SUPPORTED = (
     "supported are chains of Conv2d (groups=1, padded with zeros), Linear, ReLU, Flatten, "
@@ -73,14 +74,17 @@ class FusedNetwork(nn.Module):
 
     _model: nn.Module
 
-    def __init__(self, model: nn.Module, precision: str = "float32") -> None:
+    def __init__(self, model: nn.Module, precision: str = "float32", backend: str = "auto") -> None:
         super().__init__()
         if precision not in PRECISIONS:
-            allowed = " or ".join(map(repr, PRECISIONS))
-            raise ValueError(f"precision must be {allowed}, got {precision!r}")
-        if precision == "fast" and not _backend.available_isas():
-            raise ValueError("precision='fast' needs the CPU kernels, and none are built here")
-        self.precision = precision
+            allowed = ", ".join(map(repr, PRECISIONS))
+            raise ValueError(f"precision must be one of {allowed}, got {precision!r}")
+        if backend not in _backend.BACKENDS:
+            allowed = ", ".join(map(repr, _backend.BACKENDS))
+            raise ValueError(f"backend must be one of {allowed}, got {backend!r}")
+        if backend == "cpu" and precision not in _CPU_PRECISIONS:
+            raise ValueError(f"precision={precision!r} needs Triton's kernels, not backend='cpu'")
+        self.precision, self.backend = precision, backend
         object.__setattr__(self, "_model", model)  # not a submodule: the names stay the model's
         self._modules, self._parameters = model._modules, model._parameters
         self._buffers = model._buffers
@@ -106,21 +110,21 @@ class FusedNetwork(nn.Module):
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return fuse, (self._model, self.precision)
+        return fuse, (self._model, self.precision, self.backend)
 
     def bounds(
         self, x: Tensor, box: Interval, width: str = "post", reduction: str = "mean"
     ) -> Bounds:
         """`cf.bounds(model, x, box, width, reduction)` in one op, with the same result.
 
-        Where no CPU kernels are built it is that call. Gradients reach the parameters, x and box,
-        but there are no second ones. A box made by `Interval.ball(x, eps, clip=None)`, with eps a
-        number or one per channel, of the same x costs less where the first layer is a convolution
-        without padding. Infinite bounds may become NaN (which verifies nothing) where cf.bounds
-        keeps them.
+        Where there are no kernels for x's device it is that call. Gradients reach the parameters,
+        x and box, but there are no second ones. On the CPU, a box made by `Interval.ball(x, eps,
+        clip=None)`, with eps a number or one per channel, of the same x costs less where the first
+        layer is a convolution without padding. Infinite bounds may become NaN (which verifies
+        nothing) where cf.bounds keeps them.
 
         Args:
-            x: [N, ...], float32 or float64, on the CPU; the nominal point.
+            x: [N, ...], float32, or float64 on the CPU; the nominal point.
             box: Interval of x's shape.
             width: "post"; the other widths of cf.bounds are not recorded here.
             reduction: as for cf.bounds.
@@ -129,8 +133,8 @@ class FusedNetwork(nn.Module):
             TypeError: x or box has the wrong type, or a parameter another dtype than x.
             ValueError: as cf.bounds; and width is not "post", x is of another dtype or on another
                 device than the above, a parameter is elsewhere, a layer does not fit its input or
-                has changed to one that `fuse` cannot take, or batch norm or dropout is in training
-                mode.
+                has changed to one that `fuse` cannot take, batch norm or dropout is in training
+                mode, or the backend or precision that was asked for cannot run there.
         """
         check_arguments(x, box, width, reduction)
         if width != "post":
@@ -138,24 +142,41 @@ class FusedNetwork(nn.Module):
                 f"fuse records widths after activations only: width must be 'post', got {width!r}; "
                 "cf.bounds takes it"
             )
-        if x.device.type != "cpu" or x.dtype not in _backend.KERNEL_DTYPES:
+        if x.device.type not in ("cpu", "cuda") or x.dtype not in _backend.KERNEL_DTYPES:
             raise ValueError(
-                f"fused networks run in float32 and float64 on the CPU, got x in {x.dtype} on "
-                f"{x.device}; cf.bounds takes it"
+                "fused networks run in float32 and float64 on the CPU and in float32 on a GPU, got "
+                f"x in {x.dtype} on {x.device}; cf.bounds takes it"
             )
-        if not _backend.available_isas():
-            return bounds(self._model, x, box, width, reduction)
+        backend, why_not = _backend.select(self.backend, x.device, x.dtype)
+        if backend == "torch":
+            return self._unfused(why_not, x, box, width, reduction)
         program = self._current_program()
-        stages, weights, biases = _stages_and_parameters(program, x, self.precision == "fast")
-        lower, upper, nominal, ball = _inputs(program, stages[0], x, box)
+        fast = self.precision == "fast" and backend == "cpu"
+        stages, weights, biases = _stages_and_parameters(program, x, fast)
+        if backend == "cpu":
+            if self.precision not in _CPU_PRECISIONS:
+                raise ValueError(f"precision={self.precision!r} is for a GPU, and x is on the CPU")
+            engine = cpu_engine()
+        else:
+            precision = "tf32" if self.precision == "fast" else self.precision
+            if self.backend == "auto" and (why_not := _unchecked(stages, x, precision)):
+                return self._unfused(why_not, x, box, width, reduction)
+            engine = f"triton-{precision}"
+        lower, upper, nominal, ball = _inputs(program, stages[0], x, box, backend == "cpu")
         lower, upper, logits, head_lower, head_upper, widths, weight, bias = network(
-            lower, upper, nominal, ball, stages, weights, biases, reduction == "mean"
+            lower, upper, nominal, ball, stages, weights, biases, reduction == "mean", engine
         )
         counted = [i for i, stage in enumerate(stages) if stage.relu or i == len(stages) - 1]
         if len(counted) < len(stages):
             widths = widths[counted]
         head = Head(head_lower, head_upper, weight, bias)
         return Bounds(Interval._make(lower, upper, logits), widths, head)
+
+    def _unfused(self, why: str, x: Tensor, box: Interval, width: str, reduction: str) -> Bounds:
+        """The bounds layer by layer, since the kernels cannot run."""
+        if self.precision != "float32":
+            raise ValueError(f"precision={self.precision!r} cannot run here: {why}")
+        return bounds(self._model, x, box, width, reduction)
 
     def _current_program(self) -> _Program:
         """The program of the model as it is now; traced again where its modules have changed."""
@@ -166,7 +187,7 @@ class FusedNetwork(nn.Module):
         return self._program
 
 
-def fuse(model: nn.Module, precision: str = "float32") -> FusedNetwork:
+def fuse(model: nn.Module, precision: str = "float32", backend: str = "auto") -> FusedNetwork:
     """A network whose bounds, of all layers, are computed by one op in one autograd node.
 
     The result shares the model's parameters and submodules (the same state_dict), and reads them at
@@ -185,17 +206,22 @@ def fuse(model: nn.Module, precision: str = "float32") -> FusedNetwork:
             value depends on that rounding, but gradients do: those of a whole step, relative in the
             2-norm for each parameter, are off by up to 1.1e-3 (small, medium and large of
             cibp_fast.models in batches of 16 to 100; 1.7e-3 for a single example), instead of 5e-7.
-            For training only: its bounds are never a certificate, and `cf.certify` does not use
-            them.
+            On a GPU "fast" is "tf32": products of numbers rounded to nearest tf32, 10 bits. "bf16"
+            stores all but the parameters in bfloat16. For training only: their bounds are never a
+            certificate, and `cf.certify` does not use them.
+        backend: "cpu", "triton", "torch" (layer by layer), or "auto": the kernels of x's device;
+            Triton's only where they were checked against float64 on that GPU, which the first call
+            with new shapes does. On the CPU Triton runs in its interpreter (TRITON_INTERPRET=1).
 
     Raises:
         TypeError: model is no module.
-        ValueError: precision is neither, or the model has a layer, named in the message, that
-            cannot be fused; cf.bounds still works.
+        ValueError: an unknown precision or backend, or the model has a layer, named in the
+            message, that cannot be fused; cf.bounds still works.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    return FusedNetwork(model._model if isinstance(model, FusedNetwork) else model, precision)
+    model = model._model if isinstance(model, FusedNetwork) else model
+    return FusedNetwork(model, precision, backend)
 
 
 class _Layer(NamedTuple):
@@ -443,13 +469,25 @@ def _group(layers: list[_Layer]) -> _Program:
 # What a call hands to the op
 
 
+@torch.compiler.disable  # it runs kernels of its own
+def _unchecked(stages: list[Stage], x: Tensor, precision: str) -> str:
+    """Why Triton's kernels must not be used for these stages; empty: they may."""
+    from cibp_fast.kernels import checks
+    from cibp_fast.kernels.network import shape_of
+
+    for stage in stages:
+        if not stage.pool and (why := checks.failure(shape_of(stage, len(x)), precision, x.device)):
+            return why
+    return ""
+
+
 def _inputs(
-    program: _Program, first: Stage, x: Tensor, box: Interval
+    program: _Program, first: Stage, x: Tensor, box: Interval, balls: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """lower, upper, nominal [N, C, H, W] of the first stage, and the radius [C] of a ball."""
     shape = (len(x), *first.input)
     normalize = None if program.normalize is None else program.normalize.module
-    ball = None if first.dense or first.padded else box._ball_radius(x)
+    ball = box._ball_radius(x) if balls and not (first.dense or first.padded) else None
     if normalize is not None and (normalize.mean.requires_grad or normalize.std.requires_grad):
         ball = None  # the op gives a ball's center and radius no gradient
     if ball is not None:

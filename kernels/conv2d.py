@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cibp_fast.kernels.streams import (
     INTERPRETED,
+    PRECISIONS,
     Precision,
     activate,
     deactivate,
@@ -64,13 +65,6 @@ class Shape(NamedTuple):
 _PAIRS = ("SH", "SW", "PH", "PW", "DH", "DW")
 
 
-class Scale(NamedTuple):
-    """A number on the device times one of the host."""
-
-    device: Tensor
-    host: float
-
-
 @triton.jit
 def store_outputs(
     mu, r, z, bias, pixel, channel, mask, out0_ptr, out1_ptr, out2_ptr,
@@ -107,7 +101,7 @@ def store_outputs(
 @triton.jit
 def store_input_gradient(
     sums_m, sums_r, sums_z, n, y, x, channel, mask,
-    m_ptr, r_ptr, z_ptr, head_m_ptr, head_r_ptr, scale_ptr, scale,
+    m_ptr, r_ptr, z_ptr, head_m_ptr, head_r_ptr, width_ptr,
     out0_ptr, out1_ptr, out2_ptr, out_n, out_h, out_w, out_c,
     CIN: tl.constexpr, IH: tl.constexpr, IW: tl.constexpr, STREAMS: tl.constexpr,
     RELU: tl.constexpr, BOUNDS: tl.constexpr, HEAD: tl.constexpr, WIDTH: tl.constexpr,
@@ -121,7 +115,7 @@ def store_input_gradient(
     if RELU or WIDTH:
         r = tl.load(r_ptr + at, mask=mask, other=0.0).to(tl.float32)
         if WIDTH:
-            sums_r += scale * tl.load(scale_ptr) * r
+            sums_r += 8.0 * tl.load(width_ptr) * r
         if RELU:
             m = tl.load(m_ptr + at, mask=mask, other=0.0).to(tl.float32)
             sums_m, sums_r = deactivate(sums_m, sums_r, m, r)
@@ -246,12 +240,12 @@ def forward_sum_kernel(
     size = pixels * COUT
     sums_m = tl.zeros((PIXELS, CHANNELS), tl.float32)
     sums_r, sums_z = sums_m, sums_m
-    for split in range(SPLITS):
-        part = sums_ptr + (split * STREAMS).to(tl.int64) * size
-        sums_m += tl.load(part + at, mask=mask, other=0.0)
-        sums_r += tl.load(part + size + at, mask=mask, other=0.0)
+    for _ in range(SPLITS):
+        sums_m += tl.load(sums_ptr + at, mask=mask, other=0.0)
+        sums_r += tl.load(sums_ptr + size + at, mask=mask, other=0.0)
         if STREAMS == 3:
-            sums_z += tl.load(part + 2 * size + at, mask=mask, other=0.0)
+            sums_z += tl.load(sums_ptr + 2 * size + at, mask=mask, other=0.0)
+        sums_ptr += STREAMS * size
     bias = tl.zeros((CHANNELS,), tl.float32)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + channel, mask=channel < COUT, other=0.0)
@@ -264,8 +258,8 @@ def forward_sum_kernel(
 
 @triton.jit
 def input_gradient_kernel(
-    gm_ptr, gr_ptr, gz_ptr, weight_ptr, m_ptr, r_ptr, z_ptr, head_m_ptr, head_r_ptr, scale_ptr,
-    out0_ptr, out1_ptr, out2_ptr, batch, scale, out_n, out_h, out_w, out_c,
+    gm_ptr, gr_ptr, gz_ptr, weight_ptr, m_ptr, r_ptr, z_ptr, head_m_ptr, head_r_ptr, width_ptr,
+    out0_ptr, out1_ptr, out2_ptr, batch, out_n, out_h, out_w, out_c,
     CIN: tl.constexpr, IH: tl.constexpr, IW: tl.constexpr,
     COUT: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
@@ -278,7 +272,8 @@ def input_gradient_kernel(
     """A tile [pixel, channel] of the gradient of the input, before the ReLU in front of it.
 
     weight: [KH, KW, CIN, COUT]. A program takes input pixels that are SH and SW apart, since those
-    have the same taps. head: a further gradient of (m, r). WIDTH: `scale` times r is another of r.
+    have the same taps. head: a further gradient of (m, r). width: that of the sum of
+    (upper - lower)^2 = 4 r^2.
     """
     row, column = tl.program_id(2) // SW, tl.program_id(2) % SW  # of the first pixel
     ROWS: tl.constexpr = (IH + SH - 1) // SH
@@ -336,7 +331,7 @@ def input_gradient_kernel(
     mask = known_pixel[:, None] & known_channel[None, :]
     store_input_gradient(
         sums_m, sums_r, sums_z, n, y, x, channel, mask,
-        m_ptr, r_ptr, z_ptr, head_m_ptr, head_r_ptr, scale_ptr, scale,
+        m_ptr, r_ptr, z_ptr, head_m_ptr, head_r_ptr, width_ptr,
         out0_ptr, out1_ptr, out2_ptr, out_n, out_h, out_w, out_c,
         CIN, IH, IW, STREAMS, RELU, BOUNDS, HEAD, WIDTH, DROPPED,
     )  # fmt: skip
@@ -409,7 +404,7 @@ def forward(
     weight: Tensor,
     bias: Tensor | None,
     shape: Shape,
-    precision: Precision,
+    precision: str,
     *,
     relu: bool,
     out: Tensor | None = None,
@@ -422,7 +417,7 @@ def forward(
     encoding of the package's docstring.
 
     Args:
-        x: [S, N, H, W, C], as the precision stores it.
+        x: [S, N, H, W, C], as the precision, of `streams.PRECISIONS`, stores it.
         weight: [out_channels, kernel_height, kernel_width, in_channels], as well.
         bias: [out_channels] float32 or None.
         out: where the result goes, or None.
@@ -434,7 +429,8 @@ def forward(
         elements where `bounds` is given), and partial sums of (upper - lower)^2.
     """
     streams, pixels, channels = len(x), shape.out_pixels, shape.out_channels
-    tiles = tiles or tiles_for("forward", shape, precision)
+    stored = PRECISIONS[precision]
+    tiles = tiles or tiles_for("forward", shape, stored)
     if bounds is None:
         size = (streams, shape.batch, shape.out_height, shape.out_width, channels)
         out = x.new_empty(size) if out is None else out
@@ -453,14 +449,14 @@ def forward(
     common = {
         **{"STREAMS": streams, "RELU": relu, "HAS_BIAS": bias is not None},
         **{"BOUNDS": bounds is not None},
-        **{"DROPPED": precision.dropped, "SPLITS": splits},
+        **{"DROPPED": stored.dropped, "SPLITS": splits},
         **{"num_warps": tiles.warps},
     }
     bias = widths if bias is None else bias
     outputs = _three(outputs)
     forward_kernel[(*blocks, splits)](
         *_three(tuple(x)), weight, bias, *outputs, widths, sums, pixels, *strides, chunk,
-        **shape.constants(), **common, **_multiplied(precision), WEIGHT_FIRST=tiles.weight_first,
+        **shape.constants(), **common, **_multiplied(stored), WEIGHT_FIRST=tiles.weight_first,
         PIXELS=tiles.pixels, CHANNELS=tiles.channels, DEPTH=tiles.depth, num_stages=tiles.stages,
     )  # fmt: skip
     if splits > 1:
@@ -480,11 +476,11 @@ def input_gradient(
     gradient: Tensor,
     weight: Tensor,
     shape: Shape,
-    precision: Precision,
+    precision: str,
     *,
     x: Tensor | None = None,
     relu: bool = False,
-    width: Scale | None = None,
+    width: Tensor | None = None,
     head: Tensor | None = None,
     bounds: tuple[Tensor, ...] | None = None,
     tiles: Tiles | None = None,
@@ -499,7 +495,7 @@ def input_gradient(
         weight: [kernel_height, kernel_width, in_channels, out_channels], as well.
         x: [S, N, H, W, C], the forward pass's input, needed where `relu` or `width` is.
         relu: whether x came out of a ReLU.
-        width: the factor of r in the gradient of the width of x.
+        width: [] or [1], the gradient of the sum of (upper - lower)^2 of x.
         head: [2, N, H, W, C] float32, a further gradient of (m, r) of x.
         bounds: lower, upper and nominal [N, C, H, W] of any equal strides, to be filled with their
             gradients instead.
@@ -507,8 +503,8 @@ def input_gradient(
     Returns:
         [S, N, H, W, C] as the precision stores it; of no elements where `bounds` is given.
     """
-    streams, channels = len(gradient), shape.in_channels
-    tiles = tiles or tiles_for("input_gradient", shape, precision)
+    streams, channels, stored = len(gradient), shape.in_channels, PRECISIONS[precision]
+    tiles = tiles or tiles_for("input_gradient", shape, stored)
     if bounds is None:
         out = gradient.new_empty((streams, shape.batch, *shape[2:4], channels))
         outputs, strides = tuple(out), (0, 0, 0, 0)
@@ -526,10 +522,9 @@ def input_gradient(
     input_gradient_kernel[(*blocks, classes)](
         *gradients, weight, *(gradients if x is None else _three(tuple(x))),
         *(gradients[:2] if head is None else head),
-        gradients[0] if width is None else width.device, *_three(outputs), shape.batch,
-        0.0 if width is None else width.host, *strides,
-        **shape.constants(), STREAMS=streams, RELU=relu, BOUNDS=bounds is not None, HEAD=head is not None,
-        WIDTH=width is not None, DROPPED=precision.dropped, **_multiplied(precision),
+        gradients[0] if width is None else width, *_three(outputs), shape.batch, *strides,
+        **shape.constants(), STREAMS=streams, RELU=relu, BOUNDS=bounds is not None,
+        HEAD=head is not None, WIDTH=width is not None, DROPPED=stored.dropped, **_multiplied(stored),
         WEIGHT_FIRST=tiles.weight_first, PIXELS=tiles.pixels, CHANNELS=tiles.channels,
         DEPTH=tiles.depth, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
@@ -541,7 +536,7 @@ def weight_gradient(
     x: Tensor,
     weight: Tensor,
     shape: Shape,
-    precision: Precision,
+    precision: str,
     *,
     tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -557,7 +552,8 @@ def weight_gradient(
         [splits, out_channels, kernel_height, kernel_width, in_channels] and [splits, out_channels]
         float32.
     """
-    tiles = tiles or tiles_for("weight_gradient", shape, precision)
+    stored = PRECISIONS[precision]
+    tiles = tiles or tiles_for("weight_gradient", shape, stored)
     pixels, channels, products = shape.out_pixels, shape.out_channels, shape.products
     chunk, splits = _chunks(pixels, tiles)
     kernel = (shape.kernel_height, shape.kernel_width, shape.in_channels)
@@ -566,15 +562,15 @@ def weight_gradient(
     blocks = triton.cdiv(channels, tiles.channels), triton.cdiv(products, tiles.pixels)
     weight_gradient_kernel[(*blocks, splits)](
         *_three(tuple(gradient)), *_three(tuple(x)), weight, sums, bias_sums, pixels, chunk,
-        **shape.constants(), STREAMS=len(x), **_multiplied(precision), CHANNELS=tiles.channels,
+        **shape.constants(), STREAMS=len(x), **_multiplied(stored), CHANNELS=tiles.channels,
         PRODUCTS_=tiles.pixels, DEPTH=tiles.depth, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return sums, bias_sums
 
 
-def _multiplied(precision: Precision) -> dict[str, object]:
-    upcast = INTERPRETED and precision.dtype == torch.bfloat16
-    return {"PRECISION": precision.dot, "UPCAST": upcast}
+def _multiplied(stored: Precision) -> dict[str, object]:
+    upcast = INTERPRETED and stored.dtype == torch.bfloat16
+    return {"PRECISION": stored.dot, "UPCAST": upcast}
 
 
 def _three(streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

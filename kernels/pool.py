@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from cibp_fast.kernels.conv2d import Scale, Shape, store_input_gradient, store_outputs
-from cibp_fast.kernels.streams import Precision
+from cibp_fast.kernels.conv2d import Shape, store_input_gradient, store_outputs
+from cibp_fast.kernels.streams import PRECISIONS
 
 PIXELS, CHANNELS = 16, 64
 
@@ -46,8 +47,8 @@ def forward_kernel(
 
 @triton.jit
 def input_gradient_kernel(
-    gm_ptr, gr_ptr, gz_ptr, m_ptr, r_ptr, z_ptr, scale_ptr, out_m_ptr, out_r_ptr, out_z_ptr,
-    pixels, scale,
+    gm_ptr, gr_ptr, gz_ptr, m_ptr, r_ptr, z_ptr, width_ptr, out_m_ptr, out_r_ptr, out_z_ptr,
+    pixels,
     CIN: tl.constexpr, IH: tl.constexpr, IW: tl.constexpr,
     COUT: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
@@ -72,20 +73,20 @@ def input_gradient_kernel(
     mean: tl.constexpr = 1.0 / (KH * KW)
     store_input_gradient(
         sums_m * mean, sums_r * mean, sums_z * mean, n, y, x, channel, known,
-        m_ptr, r_ptr, z_ptr, m_ptr, r_ptr, scale_ptr, scale, out_m_ptr, out_r_ptr, out_z_ptr,
+        m_ptr, r_ptr, z_ptr, m_ptr, r_ptr, width_ptr, out_m_ptr, out_r_ptr, out_z_ptr,
         0, 0, 0, 0, CIN, IH, IW, 3, RELU, False, False, WIDTH, DROPPED,
     )  # fmt: skip
 
 
-def forward(x: Tensor, shape: Shape, precision: Precision, out: Tensor) -> Tensor:
+def forward(x: Tensor, shape: Shape, precision: str, out: Tensor) -> Tensor:
     """``avg_pool2d`` of each stream of x [3, N, H, W, C] into out [3, N, out_height, out_width, C],
     with padding counted; returns partial sums of (upper - lower)^2.
     """
     blocks = triton.cdiv(shape.out_pixels, PIXELS), triton.cdiv(shape.in_channels, CHANNELS)
-    widths = x.new_empty(blocks[0] * blocks[1], dtype=out.new_empty(0).float().dtype)
+    widths = x.new_empty(blocks[0] * blocks[1], dtype=torch.float32)
     forward_kernel[blocks](
-        *x, *out, widths, shape.out_pixels, **shape.constants(), DROPPED=precision.dropped,
-        PIXELS=PIXELS, CHANNELS=CHANNELS,
+        *x, *out, widths, shape.out_pixels, **shape.constants(),
+        DROPPED=PRECISIONS[precision].dropped, PIXELS=PIXELS, CHANNELS=CHANNELS,
     )  # fmt: skip
     return widths
 
@@ -94,18 +95,18 @@ def input_gradient(
     gradient: Tensor,
     x: Tensor,
     shape: Shape,
-    precision: Precision,
+    precision: str,
     *,
     relu: bool,
-    width: Scale | None,
+    width: Tensor | None,
 ) -> Tensor:
     """The gradient of pooling's output -> that of its input x, as `conv2d.input_gradient`."""
     out = x.new_empty(x.shape)
     pixels = shape.batch * shape.in_height * shape.in_width
     blocks = triton.cdiv(pixels, PIXELS), triton.cdiv(shape.in_channels, CHANNELS)
     input_gradient_kernel[blocks](
-        *gradient, *x, gradient if width is None else width.device, *out, pixels,
-        0.0 if width is None else width.host, **shape.constants(), RELU=relu,
-        WIDTH=width is not None, DROPPED=precision.dropped, PIXELS=PIXELS, CHANNELS=CHANNELS,
+        *gradient, *x, gradient if width is None else width, *out, pixels,
+        **shape.constants(), RELU=relu, WIDTH=width is not None,
+        DROPPED=PRECISIONS[precision].dropped, PIXELS=PIXELS, CHANNELS=CHANNELS,
     )  # fmt: skip
     return out

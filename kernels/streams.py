@@ -85,3 +85,15 @@ def dot(a, b, sums, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     if UPCAST:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, sums, input_precision=PRECISION)
+
+
+def rounded_like(x: torch.Tensor, precision: str) -> torch.Tensor:
+    """float32 x as the precision stores it; equals `rounded`."""
+    stored = PRECISIONS[precision]
+    if not stored.dropped:
+        return x.clone()
+    unit = 1 << stored.dropped
+    bits = x.view(torch.int32)
+    nearest = (bits + (unit // 2 - 1) + ((bits >> stored.dropped) & 1)) & -unit
+    nearest = torch.where((x > 0) & (nearest == 0), unit, nearest).view(torch.float32)
+    return torch.where(x.isnan(), x, nearest).to(stored.dtype)

@@ -71,9 +71,10 @@ def passes(
     upper: Tensor,
     reduction: str = "mean",
     precision: str = "float32",
+    backend: str = "auto",
 ) -> tuple[Results, Results]:
     """Results of fuse and of cf.bounds, with gradients in parameters, x, lower and upper."""
-    net = cf.fuse(model, precision)
+    net = cf.fuse(model, precision, backend)
     leaves = {
         "x": x.detach().clone(memory_format=torch.preserve_format),
         "lower": lower.detach().clone(memory_format=torch.preserve_format),

@@ -115,8 +115,8 @@ def test_fast_computes_otherwise() -> None:
 
 
 def test_fast_refuses_other_names() -> None:
-    with pytest.raises(ValueError, match="precision must be 'float32' or 'fast', got 'bf16'"):
-        cf.fuse(small(), precision="bf16")
+    with pytest.raises(ValueError, match="precision must be one of 'float32', .*, got 'bf15'"):
+        cf.fuse(small(), precision="bf15")
 
 
 def test_fast_radius_is_never_negative() -> None:
@@ -139,9 +139,21 @@ def test_fast_keeps_nan(isa: str) -> None:
 
 
 def test_fast_needs_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.rand(2, 2, 9, 7)
+    net = cf.fuse(small(torch.float32), precision="fast")
     monkeypatch.setattr(_backend, "available_isas", lambda: ())
-    with pytest.raises(ValueError, match="precision='fast' needs the CPU kernels"):
-        cf.fuse(small(), precision="fast")
+    with pytest.raises(ValueError, match="precision='fast' cannot run here: no CPU kernels"):
+        net.bounds(x, Interval.ball(x, 0.1))
+
+
+def test_precisions_of_a_gpu() -> None:
+    x = torch.rand(2, 2, 9, 7)
+    with pytest.raises(ValueError, match="precision='tf32' is for a GPU, and x is on the CPU"):
+        cf.fuse(small(torch.float32), "tf32").bounds(x, Interval.ball(x, 0.1))
+    with pytest.raises(ValueError, match="precision='bf16' needs Triton's kernels"):
+        cf.fuse(small(), "bf16", backend="cpu")
+    with pytest.raises(ValueError, match="backend must be one of 'auto', .*, got 'gpu'"):
+        cf.fuse(small(), backend="gpu")
 
 
 def test_the_mode_is_the_model_s() -> None:

@@ -343,7 +343,7 @@ def test_registration(
     stages, weights, biases = fusion._stages_and_parameters(fusion._trace(model), x, fast)
     numbers = [n for stage in stages for n in stage.numbers()]
     radius = torch.tensor([0.1, 0.2], dtype=dtype) if ball else None
-    isa = _network_op._isa()
+    isa = _network_op.cpu_engine()
     arguments = (lower, upper, x, radius, weights, biases, numbers, isa)
     torch.library.opcheck(torch.ops.cibp_fast.network_forward.default, arguments)
     *outputs, packed = torch.ops.cibp_fast.network_forward(*arguments)
