@@ -316,7 +316,7 @@ def _arranged(
     tensors: Sequence[Tensor],
 ) -> tuple[tuple[int, int, int], tuple[int, int, int], Strides, dict[str, int]]:
     """How programs go through tensors [N, C, H, W]: the grid, the sizes (rows, columns, channels),
-    each tensor's strides of (image, row, column, channel), and the tile of columns X and channels C.
+    each tensor's strides of (image, row, column, channel), the tile of columns X and channels C.
 
     Dimensions of pixels that all tensors can be read through as one are one, so that a program has
     long rows: NCHW tensors have a row an image, channels-last ones a single row.
