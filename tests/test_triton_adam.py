@@ -264,7 +264,7 @@ def launches() -> None:
 
 
 def compiled(launches: Callable[[], None]) -> dict[str, dict[str, int]]:
-    """What each kernel that `launches` launches on CPU tensors uses on each of CAPABILITIES.
+    """What each launch of `launches`, on CPU tensors, would use on each of CAPABILITIES.
 
     Compiled in a process of its own, which does not interpret; launches must import what it needs.
     """
@@ -299,7 +299,7 @@ def usage(launches, capabilities):
                 file.flush()
                 tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
                 sass = subprocess.check_output([tool, "-sass", file.name], text=True)
-            found[f"{self.__name__} {capability}"] = {
+            found[f"{self.__name__} {len(found)} {capability}"] = {
                 "spills": len(re.findall(r"\b(STL|LDL)\b", sass)),
                 "wide_loads": len(re.findall(r"\bLDG\S*\.128", sass)),
                 "wide_stores": len(re.findall(r"\bSTG\S*\.128", sass)),
