@@ -13,6 +13,7 @@ from tritons import DEVICE, PRECISIONS
 
 from cibp_fast import Interval, data
 from cibp_fast.kernels.inputs import (
+    _arranged,
     batch,
     epoch_plan,
     pack,
@@ -284,6 +285,18 @@ def test_gradients_are_autograd_s(
         unpack_gradient(grad), torch.autograd.grad(middle, tensors, grad), strict=True
     ):
         assert equal(actual, other)
+
+
+def test_programs_have_long_rows_of_pixels() -> None:
+    box = torch.empty(50, 3, 16, 8)
+    for tensors, rows in (
+        ([planar(box)], 50),
+        ([channels_last(box)], 1),
+        ([planar(box), channels_last(box)], 50),
+        ([planar(box), transposed(box)], 50 * 16),
+    ):
+        grid, (_, columns, _), *_ = _arranged(tensors)
+        assert grid[0] == rows and rows * columns == 50 * 16 * 8
 
 
 def test_wrong_tensors_are_named() -> None:
