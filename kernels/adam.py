@@ -27,17 +27,17 @@ from torch import Tensor
 
 from cibp_fast.kernels.streams import PRECISIONS, rounded
 
-# Outputs, channels and taps of a program's tile.
+# Outputs, channels and taps of a program's tile, and of one where there is one tap.
 _TILE = (16, 8, 16)
-_TILE_OF_ONE_TAP = (16, 128, 1)
+_FLAT = (16, 128, 1)
 
 
 @triton.jit
-def _tile(o, c, t, outputs, channels, taps, O: tl.constexpr, C: tl.constexpr, T: tl.constexpr):
+def _tile(o, c, t, outputs, channels, taps, TILE: tl.constexpr):
     """Offsets of the tile (o, c, t) in the three layouts, and which of them are elements."""
-    o = o * O + tl.arange(0, O)[:, None, None]
-    c = c * C + tl.arange(0, C)[None, :, None]
-    t = t * T + tl.arange(0, T)[None, None, :]
+    o = o * TILE[0] + tl.arange(0, TILE[0])[:, None, None]
+    c = c * TILE[1] + tl.arange(0, TILE[1])[None, :, None]
+    t = t * TILE[2] + tl.arange(0, TILE[2])[None, None, :]
     master = (o * channels + c) * taps + t
     forward = (o * taps + t) * channels + c
     transposed = (t * channels + c) * outputs + o
@@ -56,7 +56,8 @@ def _total(partials, offsets, inside, splits, size):
 
 @triton.jit
 def _pointer(address, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
-    return tl.multiple_of(tl.load(address).to(tl.pointer_type(DTYPE)), 4 * ALIGN)
+    pointer = tl.load(address).to(tl.pointer_type(DTYPE))
+    return tl.multiple_of(pointer, 16) if ALIGN > 1 else pointer
 
 
 @triton.jit
@@ -70,22 +71,17 @@ def _update(
     WEIGHT_DECAY: tl.constexpr,
     DTYPE: tl.constexpr,
     DROPPED: tl.constexpr,
-    O: tl.constexpr,
-    C: tl.constexpr,
-    T: tl.constexpr,
+    TILE: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     """Adam of one tile. ALIGN divides all sizes, and the compiler is to know it."""
     splits = tl.load(row + 6).to(tl.int32)
     outputs = tl.load(row + 7).to(tl.int32) // ALIGN * ALIGN
     channels = tl.load(row + 8).to(tl.int32) // ALIGN * ALIGN
-    if T == 1:
-        taps = 1
-    else:
-        taps = tl.load(row + 9).to(tl.int32) // ALIGN * ALIGN
+    taps = 1 if TILE[2] == 1 else tl.load(row + 9).to(tl.int32) // ALIGN * ALIGN
     o, c, t = tl.load(row + 11), tl.load(row + 12), tl.load(row + 13)
     at, forward_at, transposed_at, inside = _tile(
-        o.to(tl.int32), c.to(tl.int32), t.to(tl.int32), outputs, channels, taps, O, C, T
+        o.to(tl.int32), c.to(tl.int32), t.to(tl.int32), outputs, channels, taps, TILE
     )
 
     partials = _pointer(row + 3, tl.float32, ALIGN)
@@ -98,7 +94,7 @@ def _update(
     v = tl.load(second, mask=inside, other=0.0)
     if WEIGHT_DECAY != 0:
         grad += WEIGHT_DECAY * weight
-    m += (1 - BETA1) * (grad - m)
+    m = BETA1 * m + (1 - BETA1) * grad
     v = BETA2 * v + (1 - BETA2) * grad * grad
     weight -= step_size * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), root) + EPS)
     tl.store(first, m, mask=inside)
@@ -127,7 +123,7 @@ def _adam_kernel(
     DTYPE: tl.constexpr,
     DROPPED: tl.constexpr,
     TILE: tl.constexpr,
-    TILE_OF_ONE_TAP: tl.constexpr,
+    FLAT: tl.constexpr,
 ):
     # In float64, since 1 - beta^step cancels.
     count = (tl.load(step) + 1).to(tl.float64)
@@ -138,22 +134,16 @@ def _adam_kernel(
 
     row = rows + FIELDS * tl.program_id(0)
     one_tap, wide = tl.load(row + 9) == 1, tl.load(row + 10) != 0
-    # fmt: off
     if one_tap:
         if wide:
-            _update(row, step_size, root, BETA1, BETA2, EPS, WEIGHT_DECAY, DTYPE, DROPPED,
-                    TILE_OF_ONE_TAP[0], TILE_OF_ONE_TAP[1], TILE_OF_ONE_TAP[2], 4)
+            _update(row, step_size, root, BETA1, BETA2, EPS, WEIGHT_DECAY, DTYPE, DROPPED, FLAT, 4)
         else:
-            _update(row, step_size, root, BETA1, BETA2, EPS, WEIGHT_DECAY, DTYPE, DROPPED,
-                    TILE_OF_ONE_TAP[0], TILE_OF_ONE_TAP[1], TILE_OF_ONE_TAP[2], 1)
+            _update(row, step_size, root, BETA1, BETA2, EPS, WEIGHT_DECAY, DTYPE, DROPPED, FLAT, 1)
     else:
         if wide:
-            _update(row, step_size, root, BETA1, BETA2, EPS, WEIGHT_DECAY, DTYPE, DROPPED,
-                    TILE[0], TILE[1], TILE[2], 4)
+            _update(row, step_size, root, BETA1, BETA2, EPS, WEIGHT_DECAY, DTYPE, DROPPED, TILE, 4)
         else:
-            _update(row, step_size, root, BETA1, BETA2, EPS, WEIGHT_DECAY, DTYPE, DROPPED,
-                    TILE[0], TILE[1], TILE[2], 1)
-    # fmt: on
+            _update(row, step_size, root, BETA1, BETA2, EPS, WEIGHT_DECAY, DTYPE, DROPPED, TILE, 1)
 
 
 class Parameter(NamedTuple):
@@ -176,7 +166,8 @@ class Adam:
     For each parameter it equals, with grad = partials.sum(0) in torch's layout,
 
         torch.optim.Adam([master], lr, betas, eps, weight_decay).step()
-        forward = rounded(master).permute(0, 2, 3, 1); transposed = rounded(master).permute(2, 3, 1, 0)
+        forward = rounded(master).permute(0, 2, 3, 1)
+        transposed = rounded(master).permute(2, 3, 1, 0)
 
     The addresses of the tensors are looked up once, here: they are kept alive and must not be
     replaced. float32 accuracy; the same bits in every run.
@@ -226,7 +217,7 @@ class Adam:
             "DTYPE": tl.bfloat16 if stored.dtype == torch.bfloat16 else tl.float32,
             "DROPPED": stored.dropped,
             "TILE": _TILE,
-            "TILE_OF_ONE_TAP": _TILE_OF_ONE_TAP,
+            "FLAT": _FLAT,
         }
 
     def __call__(self, lr: Tensor, step: Tensor) -> None:
@@ -235,7 +226,7 @@ class Adam:
         lr: one float. step: one int64, the steps done before this one. Both on the parameters'
         device.
         """
-        _adam_kernel[(len(self._rows),)](self._rows, lr, step, **self._constants)
+        _adam_kernel[(len(self._rows),)](self._rows, lr, step, num_warps=8, **self._constants)
 
 
 def _rows(
@@ -283,7 +274,7 @@ def _rows(
 
 def _tiles(outputs: int, channels: int, taps: int) -> tuple[int, int, int]:
     """How many tiles there are in each direction."""
-    o, c, t = _TILE if taps > 1 else _TILE_OF_ONE_TAP
+    o, c, t = _TILE if taps > 1 else _FLAT
     return triton.cdiv(outputs, o), triton.cdiv(channels, c), triton.cdiv(taps, t)
 
 
@@ -296,12 +287,10 @@ def _pack_kernel(
     channels,
     taps,
     DROPPED: tl.constexpr,
-    O: tl.constexpr,
-    C: tl.constexpr,
-    T: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     o, c, t = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    at, forward_at, transposed_at, inside = _tile(o, c, t, outputs, channels, taps, O, C, T)
+    at, forward_at, transposed_at, inside = _tile(o, c, t, outputs, channels, taps, TILE)
     copy = rounded(tl.load(weight + at, mask=inside, other=0.0), DROPPED)
     tl.store(forward + forward_at, copy, mask=inside)
     tl.store(transposed + transposed_at, copy, mask=inside)
@@ -324,9 +313,9 @@ def pack_weight(weight: Tensor, precision: str) -> tuple[Tensor, Tensor]:
     taps = math.prod(kernel)
     forward = weight.new_empty(outputs, *kernel, channels, dtype=stored.dtype)
     transposed = weight.new_empty(*kernel, channels, outputs, dtype=stored.dtype)
-    tile = _TILE if taps > 1 else _TILE_OF_ONE_TAP
+    tile = _TILE if taps > 1 else _FLAT
     _pack_kernel[_tiles(outputs, channels, taps)](
-        weight.contiguous(), forward, transposed, outputs, channels, taps, stored.dropped, *tile
+        weight.contiguous(), forward, transposed, outputs, channels, taps, stored.dropped, TILE=tile
     )
     return forward, transposed
 
@@ -339,12 +328,10 @@ def _sum_kernel(
     outputs,
     channels,
     taps,
-    O: tl.constexpr,
-    C: tl.constexpr,
-    T: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     o, c, t = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    at, forward_at, _, inside = _tile(o, c, t, outputs, channels, taps, O, C, T)
+    at, forward_at, _, inside = _tile(o, c, t, outputs, channels, taps, TILE)
     grad = _total(partials, forward_at, inside, splits, outputs * channels * taps)
     tl.store(total + at, grad, mask=inside)
 
@@ -371,8 +358,8 @@ def sum_partials(partials: Tensor) -> Tensor:
         _, outputs, *kernel, channels = partials.shape
         taps = math.prod(kernel)
         total = partials.new_empty(outputs, channels, *kernel)
-    tile = _TILE if taps > 1 else _TILE_OF_ONE_TAP
+    tile = _TILE if taps > 1 else _FLAT
     _sum_kernel[_tiles(outputs, channels, taps)](
-        partials, total, len(partials), outputs, channels, taps, *tile
+        partials, total, len(partials), outputs, channels, taps, TILE=tile
     )
     return total

@@ -273,14 +273,14 @@ def pack_gradient(
 
 
 def _pack(
-    boxes: Sequence[Tensor | None],
+    given: Sequence[Tensor | None],
     bounds: Sequence[Tensor],
     grad_width: Tensor | None,
     precision: str,
     gradient: bool = False,
 ) -> Tensor:
-    boxes = [tensor for tensor in boxes if tensor is not None]
-    sources = [*boxes, *bounds]
+    box = [tensor for tensor in given if tensor is not None]
+    sources = [*box, *bounds]
     shape = sources[0].shape
     for tensor in sources:
         if tensor.dtype != torch.float32:
@@ -292,7 +292,7 @@ def _pack(
             )
     images, channels, height, width = shape
     stored = PRECISIONS[precision]
-    streams = sources[0].new_empty(len(boxes), images, height, width, channels, dtype=stored.dtype)
+    streams = sources[0].new_empty(len(box), images, height, width, channels, dtype=stored.dtype)
     grid, sizes, strides, tile = _arranged(sources)
     _pack_kernel[grid](
         tuple(sources),
@@ -301,7 +301,7 @@ def _pack(
         streams,
         *sizes,
         streams.stride(0),
-        STREAMS=len(boxes),
+        STREAMS=len(box),
         GRADIENT=gradient,
         DROPPED=stored.dropped,
         **tile,
@@ -316,30 +316,30 @@ def _arranged(
     tensors: Sequence[Tensor],
 ) -> tuple[tuple[int, int, int], tuple[int, int, int], Strides, dict[str, int]]:
     """How programs go through tensors [N, C, H, W]: the grid, the sizes (rows, columns, channels),
-    each tensor's strides of (image, row, column, channel), and the tile of columns X and channels C.
+    each tensor's strides of (image, row, column, channel), the tile of columns X and channels C.
 
     Dimensions of pixels that all tensors can be read through as one are one, so that a program has
     long rows: NCHW tensors have a row an image, channels-last ones a single row.
     """
     images, channels, height, width = tensors[0].shape
-    merged: list[list] = []  # (size, strides), the innermost first
+    merged: list[tuple[int, list[int]]] = []  # (size, strides), the innermost first
     for size, dimension in ((width, 3), (height, 2), (images, 0)):
         strides = [tensor.stride(dimension) for tensor in tensors]
         if size == 1:
             continue
         if merged and strides == [merged[-1][0] * stride for stride in merged[-1][1]]:
-            merged[-1][0] *= size
+            merged[-1] = (merged[-1][0] * size, merged[-1][1])
         else:
-            merged.append([size, strides])
+            merged.append((size, strides))
     while len(merged) < 3:
-        merged.append([1, [0] * len(tensors)])
-    (columns, inner), (rows, middle), (outer_size, outer) = merged
+        merged.append((1, [0] * len(tensors)))
+    (columns, inner), (rows, middle), (images, outer) = merged
     by_channel = [tensor.stride(1) for tensor in tensors]
     c = min(64, triton.next_power_of_2(channels))
     x = max(1, min(2048 // c, triton.next_power_of_2(columns)))
-    grid = (outer_size * rows, triton.cdiv(columns, x), triton.cdiv(channels, c))
-    strides = tuple(zip(outer, middle, inner, by_channel, strict=True))
-    return grid, (rows, columns, channels), strides, {"X": x, "C": c}
+    grid = (images * rows, triton.cdiv(columns, x), triton.cdiv(channels, c))
+    by_tensor = tuple(zip(outer, middle, inner, by_channel, strict=True))
+    return grid, (rows, columns, channels), by_tensor, {"X": x, "C": c}
 
 
 @triton.jit

@@ -1,0 +1,329 @@
+"""Adam of all parameters in one launch, against torch.optim.Adam; and its two ends."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from tritons import DEVICE, PRECISIONS
+
+from cibp_fast.kernels import streams
+from cibp_fast.kernels.adam import Adam, Parameter, pack_weight, sum_partials
+
+# [Cout, Cin, KH, KW]: of few channels, of odd sizes, more than a tile each way, in vectors of four.
+SHAPES = [
+    (5, 1, 4, 4),
+    (16, 3, 3, 3),
+    (7, 9, 5, 4),
+    (20, 12, 4, 5),
+    (33, 130, 1, 1),
+    (20, 132, 1, 1),
+]
+BIASES = [1, 5, 140]
+
+
+@pytest.fixture(autouse=True)
+def _on_device() -> Iterator[None]:
+    with torch.device(DEVICE):
+        yield
+
+
+def stored(x: Tensor, precision: str) -> Tensor:
+    """float32 x as the precision stores it."""
+    if precision == "bf16":
+        return x.to(torch.bfloat16)
+    if precision == "float32":
+        return x
+    bits = x.view(torch.int32)
+    nearest = (bits + 0xFFF + ((bits >> 13) & 1)) & -0x2000
+    return torch.where(x == x, nearest.view(torch.float32), x)
+
+
+def copies(weight: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+    rounded = stored(weight, precision)
+    return rounded.permute(0, 2, 3, 1), rounded.permute(2, 3, 1, 0)
+
+
+def parameters(precision: str) -> list[Parameter]:
+    """Of all shapes, with 1 to 3 splits, fresh moments, and copies full of NaN."""
+    result = []
+    for index, (outputs, channels, *kernel) in enumerate(SHAPES):
+        weight = torch.randn(outputs, channels, *kernel)
+        master = weight.flatten(1) if kernel == [1, 1] else weight
+        copy = torch.full(
+            (outputs, *kernel, channels), torch.nan, dtype=streams.PRECISIONS[precision].dtype
+        )
+        moments = torch.zeros_like(master), torch.zeros_like(master)
+        partials = torch.empty(1 + index % 3, *copy.shape)
+        transposed = copy.new_full((*kernel, channels, outputs), torch.nan)
+        result.append(Parameter(master, *moments, partials, copy, transposed if index else None))
+    for count in BIASES:
+        bias = torch.randn(count)
+        result.append(
+            Parameter(bias, torch.zeros(count), torch.zeros(count), torch.empty(2, count))
+        )
+    return result
+
+
+def draw_gradients(parameters: list[Parameter]) -> list[Tensor]:
+    """New partials; returns their sums in torch's layout. Some weights never have a gradient."""
+    gradients = []
+    for parameter in parameters:
+        parameter.partials.normal_()
+        parameter.partials[:, ::2] *= 1e-4
+        parameter.partials[..., 0] = 0
+        total = parameter.partials[0].clone()
+        for split in parameter.partials[1:]:
+            total += split
+        if total.dim() == 4:
+            total = total.permute(0, 3, 1, 2)
+        gradients.append(total.reshape(parameter.master.shape))
+    return gradients
+
+
+@pytest.mark.parametrize(
+    ("precision", "betas", "eps", "weight_decay", "before"),
+    [
+        ("float32", (0.9, 0.999), 1e-8, 0.0, 0),
+        ("tf32", (0.5, 0.99), 1e-3, 0.1, 7),
+        ("bf16", (0.0, 0.0), 1e-8, 0.0, 300_000),
+    ],
+)
+def test_adam_is_torch_s(
+    precision: str, betas: tuple[float, float], eps: float, weight_decay: float, before: int
+) -> None:
+    ours = parameters(precision)
+    adam = Adam(ours, precision, betas, eps, weight_decay)
+    lr, step = torch.zeros(1), torch.tensor([before])
+    optimizers = []
+    for dtype in (torch.float32, torch.float64):
+        theirs = [our.master.to(dtype, copy=True).requires_grad_() for our in ours]
+        optimizer = torch.optim.Adam(theirs, 1.0, betas, eps, weight_decay)
+        for parameter in theirs:
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(before)),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+        optimizers.append((dtype, theirs, optimizer))
+
+    for rate in (1e-2, 3e-3, 1e-2):
+        gradients = draw_gradients(ours)
+        lr.fill_(rate)
+        adam(lr, step)
+        step += 1
+        for dtype, theirs, optimizer in optimizers:
+            for parameter, gradient in zip(theirs, gradients, strict=True):
+                parameter.grad = gradient.to(dtype)
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.step()
+            for our, their in zip(ours, theirs, strict=True):
+                state = optimizer.state[their]
+
+                def close(mine: Tensor, other: Tensor, rtol: float, atol: float) -> None:
+                    torch.testing.assert_close(mine.to(other.dtype), other, rtol=rtol, atol=atol)
+
+                # A gradient that its decay or moment cancels has the error of the larger numbers.
+                close(our.master, their.detach(), 5e-7, 3e-7)
+                close(our.exp_avg, state["exp_avg"], 2e-6, 5e-7)
+                close(our.exp_avg_sq, state["exp_avg_sq"], 1e-5, 1e-13)
+        for our in ours:
+            if our.forward is not None:
+                weight = our.master.reshape(our.forward.permute(0, 3, 1, 2).shape)
+                forward, transposed = copies(weight, precision)
+                assert torch.equal(our.forward, forward)
+                assert our.transposed is None or torch.equal(our.transposed, transposed)
+
+
+def test_adam_repeats_bitwise_and_writes_nothing_else() -> None:
+    def run() -> list[Tensor]:
+        torch.manual_seed(1)
+        guarded = []
+        buffers = []
+        for parameter in parameters("bf16"):
+            tensors = []
+            for tensor in parameter:
+                if tensor is None:
+                    tensors.append(None)
+                    continue
+                # Behind one element, so that no vector is aligned.
+                buffer = torch.full((tensor.numel() + 9,), 7.0, dtype=tensor.dtype)
+                tensors.append(buffer[1:-8].view(tensor.shape).copy_(tensor))
+                buffers.append(buffer)
+            guarded.append(Parameter(*tensors))
+        adam = Adam(guarded, "bf16")
+        draw_gradients(guarded)
+        adam(torch.tensor([1e-2]), torch.tensor([0]))
+        for buffer in buffers:
+            assert buffer[0] == 7 and (buffer[-8:] == 7).all()
+        return buffers
+
+    for once, again in zip(run(), run(), strict=True):
+        assert torch.equal(once, again)
+
+
+def test_only_whole_aligned_vectors_are_read_wide() -> None:
+    def wide(outputs: int, channels: int, taps: int, offset: int = 0) -> bool:
+        size = outputs * channels * taps
+        buffer = torch.empty(size + offset)[offset:].view(outputs, taps, 1, channels)
+        others = [torch.empty(size) for _ in range(3)]
+        return all(Adam([Parameter(*others, buffer[None])], "float32")._rows[:, 10].bool())
+
+    assert wide(8, 12, 4) and wide(8, 12, 1)
+    assert not any((wide(6, 12, 4), wide(8, 3, 4), wide(8, 12, 9), wide(8, 12, 4, offset=1)))
+
+
+def test_nan_stays_where_it_is() -> None:
+    parameter = parameters("bf16")[2]
+    draw_gradients([parameter])
+    parameter.partials[1, 2, 3, 1, 4] = torch.nan
+    Adam([parameter], "bf16")(torch.tensor([1e-2]), torch.tensor([0]))
+    expected = torch.zeros(parameter.master.shape, dtype=torch.bool)
+    expected[2, 4, 3, 1] = True
+    for tensor in parameter[:3]:
+        assert torch.equal(tensor.isnan(), expected)
+    assert torch.equal(parameter.forward.isnan(), expected.permute(0, 2, 3, 1))
+    assert torch.equal(parameter.transposed.isnan(), expected.permute(2, 3, 1, 0))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_pack_weight_is_exact(shape: tuple[int, ...], precision: str) -> None:
+    weight = torch.randn(shape)
+    weight.view(-1)[:5] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -3e38])
+    for given in (weight, weight.to(memory_format=torch.channels_last)):
+        for copy, expected in zip(
+            pack_weight(given, precision), copies(weight, precision), strict=True
+        ):
+            assert copy.is_contiguous()
+            torch.testing.assert_close(copy, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sum_partials_is_exact(shape: tuple[int, ...], splits: int) -> None:
+    outputs, channels, *kernel = shape
+    partials = torch.randn(splits, outputs, *kernel, channels)
+    total = partials[0].clone()
+    for split in partials[1:]:
+        total += split
+    assert torch.equal(sum_partials(partials), total.permute(0, 3, 1, 2))
+
+
+def test_sum_partials_of_a_bias() -> None:
+    partials = torch.randn(3, 140)
+    assert torch.equal(sum_partials(partials), partials[0] + partials[1] + partials[2])
+
+
+def test_wrong_arguments_are_named() -> None:
+    parameter = parameters("float32")[1]
+    with pytest.raises(ValueError, match="parameters must be at least one"):
+        Adam([], "float32")
+    with pytest.raises(ValueError, match=r"betas must be .* got \(0.9, 1.0\)"):
+        Adam([parameter], "float32", betas=(0.9, 1.0))
+    with pytest.raises(ValueError, match="eps must be at least 0, got -1"):
+        Adam([parameter], "float32", eps=-1)
+    with pytest.raises(ValueError, match="weight_decay must be at least 0, got -1"):
+        Adam([parameter], "float32", weight_decay=-1)
+    with pytest.raises(TypeError, match=r"parameters\[0\].forward must be torch.bfloat16 on"):
+        Adam([parameter], "bf16")
+    with pytest.raises(ValueError, match=r"parameters\[0\].exp_avg must be contiguous, of 432 el"):
+        Adam([parameter._replace(exp_avg=parameter.exp_avg[1:])], "float32")
+    with pytest.raises(ValueError, match=r"parameters\[0\].partials must be \[splits, Cout, KH"):
+        Adam([parameter._replace(partials=parameter.partials[0])], "float32")
+    with pytest.raises(TypeError, match=r"weight must be float32, got torch.float64"):
+        pack_weight(torch.zeros(1, 1, 1, 1, dtype=torch.float64), "bf16")
+    with pytest.raises(ValueError, match=r"weight must be \[Cout, Cin, KH, KW\], got \[2, 3\]"):
+        pack_weight(torch.zeros(2, 3), "bf16")
+    with pytest.raises(TypeError, match=r"partials must be float32, got torch.bfloat16"):
+        sum_partials(torch.zeros(2, 3, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=r"partials must be .* got \[2, 3, 4\]"):
+        sum_partials(torch.zeros(2, 3, 4))
+
+
+def launches() -> None:
+    """The kernels, on a network with all kinds of tiles."""
+    import torch
+
+    from cibp_fast.kernels.adam import Adam, Parameter, pack_weight, sum_partials
+
+    weight = torch.zeros(64, 32, 4, 4)
+    copies = pack_weight(weight, "bf16")
+    partials = torch.zeros(4, 64, 4, 4, 32)
+    sum_partials(partials)
+    Adam([Parameter(weight, weight, weight, partials, *copies)], "bf16")(
+        torch.zeros(1), torch.zeros(1, dtype=torch.int64)
+    )
+
+
+def compiled(launches: Callable[[], None]) -> dict[str, dict[str, int]]:
+    """What each launch of `launches`, on CPU tensors, would use on each of CAPABILITIES.
+
+    Compiled in a process of its own, which does not interpret; launches must import what it needs.
+    """
+    code = [inspect.getsource(launches), COMPILE, f"print(usage(launches, {CAPABILITIES}))"]
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", "\n".join(code)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+CAPABILITIES = (80, 90, 100)
+COMPILE = r"""
+import json, re, subprocess, tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+
+def usage(launches, capabilities):
+    found = {}
+
+    def compile_only(self, grid):
+        def run(*args, **kwargs):
+            kernel = self.run(*args, grid=grid, warmup=True, **kwargs)
+            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                file.write(kernel.asm["cubin"])
+                file.flush()
+                tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+                sass = subprocess.check_output([tool, "-sass", file.name], text=True)
+            found[f"{self.__name__} {len(found)} {capability}"] = {
+                "spills": len(re.findall(r"\b(STL|LDL)\b", sass)),
+                "wide_loads": len(re.findall(r"\bLDG\S*\.128", sass)),
+                "wide_stores": len(re.findall(r"\bSTG\S*\.128", sass)),
+            }
+
+        return run
+
+    JITFunction.__getitem__ = compile_only
+    for capability in capabilities:
+        driver.set_active(
+            SimpleNamespace(
+                get_current_target=lambda: GPUTarget("cuda", capability, 32),
+                get_current_device=lambda: capability,  # what was compiled is kept by device
+                get_current_stream=lambda device: 0,
+            )
+        )
+        launches()
+    return json.dumps(found)
+"""
+
+
+def test_compiled_kernels_do_not_spill_and_move_vectors() -> None:
+    found = compiled(launches)
+    assert len(found) == 3 * len(CAPABILITIES)
+    for usage in found.values():
+        assert usage["spills"] == 0
+        assert usage["wide_loads"] > 0 and usage["wide_stores"] > 0
