@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -521,21 +521,38 @@ def batches(
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be from 0 to {world_size - 1}, not {rank}")
 
-    random = np.random.default_rng((seed, epoch))
     device = split.labels.device
-    order = torch.from_numpy(random.permutation(examples)).to(device)
-    if augmentation == "crop-flip":
-        corners = random.integers(2 * CROP_PADDING + 1, size=(2, examples))
-        top, left = torch.from_numpy(corners).to(device)
-        flip = torch.from_numpy(random.random(examples) < 0.5).to(device)
+    order, corners, flip = (
+        None if each is None else each.to(device)
+        for each in draw(examples, seed=seed, epoch=epoch, augmentation=augmentation)
+    )
+    assert order is not None
     part = batch_size // world_size
     for start in range(first * batch_size + rank * part, steps * batch_size, batch_size):
         here = slice(start, start + part)
         chosen = order[here]
         images = split.images[chosen]
-        if augmentation == "crop-flip":
-            images = _crop_flip(images, top[here], left[here], flip[here])
+        if corners is not None and flip is not None:
+            images = _crop_flip(images, corners[0, here], corners[1, here], flip[here])
         yield to_pixels(images), split.labels[chosen]
+
+
+class Draw(NamedTuple):
+    """What is random in an epoch, by place in its order; the last two None: no augmentation."""
+
+    order: Tensor  # [E] int64, the examples
+    corners: Tensor | None  # [2, E] int64, top and left of the crops of the padded images
+    flip: Tensor | None  # [E] bool, whether it is mirrored
+
+
+def draw(examples: int, *, seed: int, epoch: int, augmentation: str) -> Draw:
+    """The random numbers of `batches`, on the CPU."""
+    random = np.random.default_rng((seed, epoch))
+    order = torch.from_numpy(random.permutation(examples))
+    if augmentation != "crop-flip":
+        return Draw(order, None, None)
+    corners = random.integers(2 * CROP_PADDING + 1, size=(2, examples))
+    return Draw(order, torch.from_numpy(corners), torch.from_numpy(random.random(examples) < 0.5))
 
 
 def _crop_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:

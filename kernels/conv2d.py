@@ -524,7 +524,8 @@ def input_gradient(
         *(gradients[:2] if head is None else head),
         gradients[0] if width is None else width, *_three(outputs), shape.batch, *strides,
         **shape.constants(), STREAMS=streams, RELU=relu, BOUNDS=bounds is not None,
-        HEAD=head is not None, WIDTH=width is not None, DROPPED=stored.dropped, **_multiplied(stored),
+        HEAD=head is not None, WIDTH=width is not None, DROPPED=stored.dropped,
+        **_multiplied(stored),
         WEIGHT_FIRST=tiles.weight_first, PIXELS=tiles.pixels, CHANNELS=tiles.channels,
         DEPTH=tiles.depth, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip

@@ -154,15 +154,16 @@ def batch(
 
 
 def epoch_plan(
-    order: Tensor, corners: tuple[Tensor, Tensor] | None = None, flip: Tensor | None = None
+    order: Tensor, corners: Sequence[Tensor] | None = None, flip: Tensor | None = None
 ) -> Tensor:
     """What `batch` takes from where: [E, 4] int32, rows (example, down, right, mirrored).
 
-    order: [E] int, the examples in the epoch's order. corners: top and left [E] int of the crops of
-    the padded images, by place in that order. flip: [E] bool likewise. Both None: no augmentation.
+    The arguments are those of `data.Draw`; corners and flip are None without augmentation.
     """
     nothing = torch.zeros_like(order)
-    top, left = corners or (nothing + CROP_PADDING, nothing + CROP_PADDING)
+    top = left = nothing + CROP_PADDING
+    if corners is not None:
+        top, left = corners
     mirrored = nothing if flip is None else flip
     columns = (order, top - CROP_PADDING, left - CROP_PADDING, mirrored)
     return torch.stack([column.to(torch.int32) for column in columns], 1)

@@ -446,6 +446,7 @@ def loss(
     divisor: float,
     input_divisor: float | None = None,
     relu: bool = True,
+    out: Loss | None = None,
     tiling: Tiling | None = None,
 ) -> Loss:
     """Last linear layer, constrained IBP loss and its gradients; no scalar is read by the host.
@@ -466,6 +467,7 @@ def loss(
         divisor: N * C for a mean of the logits' squared widths, N for a sum over the units.
         input_divisor: the same of x's widths; None: they are not part of the loss.
         relu: whether x comes out of a ReLU; its gradient is that before it, then.
+        out: where the results go, as an earlier call with such arguments returned them, or None.
         tiling: how the work is cut; None: `default_tiling`.
 
     Raises:
@@ -496,12 +498,19 @@ def loss(
     activation = {"RELU": relu, "DROPPED": dropped}
     scale, input_scale = 8 / divisor, None if input_divisor is None else 8 / input_divisor
 
-    terms = scalars.new_empty(tiles, TERMS)
-    grad_x = torch.empty_like(x)
-    grad_bias = None if bias is None else scalars.new_empty(tiles, classes)
+    if slices:
+        own_tiles = triton.cdiv(tiles, parts)
+        parts = triton.cdiv(tiles, own_tiles)
+    if out is None:
+        out = Loss(
+            scalars.new_empty(tiles, TERMS),
+            torch.empty_like(x),
+            scalars.new_empty(parts if slices else tiles, classes, features),
+            None if bias is None else scalars.new_empty(tiles, classes),
+        )
+    terms, grad_x, grad_weight, grad_bias = out
     if not slices:
         own = triton.cdiv(blocks, parts)
-        grad_weight = scalars.new_empty(tiles, classes, features)
         outputs = (terms, grad_x, grad_weight, grad_bias)
         _one_launch[(tiles, triton.cdiv(blocks, own))](
             *(x, weight, bias, y, scalars, *outputs, batch, scale, input_scale),
@@ -510,7 +519,7 @@ def loss(
             BLOCKS=blocks,
             OWN_BLOCKS=own,
         )
-        return Loss(*outputs)
+        return out
     own = triton.cdiv(blocks, slices)
     slices = triton.cdiv(blocks, own)
     sums = scalars.new_empty(slices, 3, batch, classes)
@@ -521,16 +530,13 @@ def loss(
         **shapes,
         SLICES=slices,
     )
-    own = triton.cdiv(tiles, parts)
-    parts = triton.cdiv(tiles, own)
-    grad_weight = scalars.new_empty(parts, classes, features)
     _gradient_launch[(parts, blocks)](
         *(x, weight, y, slopes, scalars, grad_x, grad_weight, batch, input_scale),
         **wide,
         **activation,
-        OWN_TILES=own,
+        OWN_TILES=own_tiles,
     )
-    return Loss(terms, grad_x, grad_weight, grad_bias)
+    return out
 
 
 def sum_terms(partials: Tensor) -> Tensor:

@@ -41,6 +41,9 @@ class TrainStep:
         width_weight: of the sum of widths in the loss.
         mean: whether widths are means over units, or sums; over the batch they are means.
         step: how many steps are done.
+
+    Raises:
+        ValueError: the first stage does not take images of this shape.
     """
 
     def __init__(
@@ -59,6 +62,11 @@ class TrainStep:
         precision: str,
         step: int = 0,
     ) -> None:
+        if stages[0].input != tuple(images.shape[1:]):
+            raise ValueError(
+                f"the first stage takes {list(stages[0].input)}, not images of "
+                f"{list(images.shape[1:])}"
+            )
         self.stages, self.precision = tuple(stages), precision
         self.images, self.labels, self.pixels = images, labels, pixels
         self.schedule, self.batch_size, self.clip = schedule, batch_size, clip
@@ -70,9 +78,7 @@ class TrainStep:
         self.now[SCHEDULED] = width_weight
         # loss, its terms (nominal, robust, width), error, and the widths
         self.counted = [i for i, stage in enumerate(self.stages) if stage.relu]
-        self.totals = torch.zeros(
-            6 + len(self.counted), dtype=torch.float64, device=images.device
-        )
+        self.totals = torch.zeros(6 + len(self.counted), dtype=torch.float64, device=images.device)
         self.divisors = [
             batch_size * prod(stage.output) if mean else batch_size for stage in self.stages
         ]

@@ -1,0 +1,121 @@
+"""A step of kernels/step.py against the loop that torch and the CPU's kernels make."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from fusions import small
+from torch import Tensor, nn
+from tritons import DEVICE
+
+import cibp_fast as cf
+from cibp_fast import Interval, data, models
+from cibp_fast.fusion import _stages_and_parameters, _trace
+from cibp_fast.kernels import inputs
+from cibp_fast.kernels.step import TrainStep
+
+STEPS = 3
+
+
+def split(channels: int, height: int, width: int) -> data.Split:
+    images = torch.randint(0, 256, (10, channels, height, width), dtype=torch.uint8)
+    return data.Split(images, torch.randint(0, 4, (10,)))
+
+
+def train_step(
+    model: nn.Module, examples: data.Split, prepare: nn.Module, table: Tensor, **options: object
+) -> TrainStep:
+    x = examples.images[:1].float()
+    stages, weights, biases = _stages_and_parameters(_trace(model), x)
+    parameters = [
+        tuple(
+            None if p is None else (p.data, torch.zeros_like(p), torch.zeros_like(p)) for p in pair
+        )
+        for pair in zip(weights, biases, strict=True)
+    ]
+    channels = examples.images.shape[1]
+    step = TrainStep(
+        stages, parameters, examples.images, examples.labels,
+        inputs.pixel_table(prepare, channels), table, **options,  # type: ignore[arg-type]
+    )  # fmt: skip
+    return step
+
+
+NETS = {
+    "small": (lambda: small(torch.float32), (2, 9, 7)),
+    "pooled, without ReLU before the end": (
+        lambda: nn.Sequential(
+            *(nn.Conv2d(2, 5, 3, bias=False), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(5, 6, 2)),
+            *(nn.Flatten(), nn.Linear(6 * 2, 4)),
+        ),
+        (2, 9, 7),
+    ),
+    "two layers": (
+        lambda: nn.Sequential(nn.Conv2d(2, 3, 4, 2), nn.ReLU(), nn.Flatten(), nn.Linear(18, 4)),
+        (2, 9, 7),
+    ),
+}
+
+
+@pytest.mark.parametrize("mean", [True, False])
+@pytest.mark.parametrize("name", NETS)
+def test_steps(name: str, mean: bool) -> None:
+    make, shape = NETS[name]
+    model, examples = make().to(DEVICE), split(*shape)
+    prepare = models.Normalize([0.3, 0.4], [0.5, 2.0])
+    table = torch.tensor([[0.1, 1e-3, 1.0], [0.2, 2e-3, 0.6], [0.3, 1e-3, 0.25]])
+    clip, width_weight = (-1.0, 2.0), 0.3
+
+    reference = copy.deepcopy(model)
+    optimizer = torch.optim.Adam(reference.parameters(), lr=1.0)
+    totals = 0
+    batches = data.batches(examples, 4, seed=5, epoch=1, augmentation="crop-flip")
+    again = data.batches(examples, 4, seed=5, epoch=2, augmentation="crop-flip")
+    for at, (pixels, y) in zip(range(STEPS), [*batches, *again], strict=False):
+        eps, lr, kappa = table[at].tolist()
+        optimizer.param_groups[0]["lr"] = lr
+        x = prepare(pixels)
+        out = cf.bounds(
+            reference, x, Interval.ball(x, eps, clip), reduction="mean" if mean else "sum"
+        )
+        terms = cf.losses.terms(out, y)
+        loss = terms.total(kappa, width_weight)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        error = (out.logits.argmax(1) != y).float().mean()
+        figures = torch.stack([loss, *terms, error, *out.widths]).detach().double()
+        totals = totals + figures
+
+    step = train_step(
+        model, data.Split(examples.images.to(DEVICE), examples.labels.to(DEVICE)), prepare,
+        table.to(DEVICE), batch_size=4, clip=clip, width_weight=width_weight, mean=mean,
+        precision="float32",
+    )  # fmt: skip
+    for at in range(STEPS):
+        if at in (0, 2):
+            step.load(
+                inputs.epoch_plan(
+                    *data.draw(10, seed=5, epoch=1 + at // 2, augmentation="crop-flip")
+                )
+            )
+        step.replay()
+    assert step.at.item() == STEPS
+    torch.testing.assert_close(step.totals.cpu(), totals, rtol=2e-5, atol=1e-7)
+    for (key, found), expected in zip(
+        model.named_parameters(), reference.parameters(), strict=True
+    ):
+        # Adam's first steps are as large for tiny gradients, whose sign rounding may decide
+        off = (found.cpu() - expected).abs()
+        assert (off > 1e-5).float().mean() < 0.01, (key, off.max())
+
+
+def test_a_network_that_flattens_its_input_is_refused() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(2 * 9 * 7, 4))
+    with pytest.raises(ValueError, match=r"the first stage takes \[126, 1, 1\], not images of"):
+        train_step(
+            model, split(2, 9, 7), nn.Identity(), torch.zeros(1, 3), batch_size=4, clip=None,
+            width_weight=1.0, mean=True, precision="float32",
+        )  # fmt: skip
