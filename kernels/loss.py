@@ -19,6 +19,8 @@ from torch import Tensor
 
 from cibp_fast.kernels.streams import PRECISIONS, deactivate, rounded
 
+# That a thread may use: left to itself, ptxas spills one or two for more programs at a time.
+_REGISTERS = 248
 TERMS = 4  # what is summed: both cross-entropies, the logits' squared widths, wrong predictions
 
 
@@ -495,6 +497,7 @@ def loss(
     tiles, blocks = triton.cdiv(batch, examples), triton.cdiv(features, block)
     shapes = {"CLASSES": classes, "ROWS": triton.next_power_of_2(classes), "EXAMPLES": examples}
     wide = {**shapes, "FEATURES": features, "BLOCK": block, "num_warps": warps}
+    wide["maxnreg"] = _REGISTERS
     activation = {"RELU": relu, "DROPPED": dropped}
     scale, input_scale = 8 / divisor, None if input_divisor is None else 8 / input_divisor
 
