@@ -95,6 +95,7 @@ def _train(options: argparse.Namespace) -> None:
             data_root=options.data_root,
             verify_data=not options.unverified_data,
             device=options.device,
+            backend=options.backend,
             overwrite=options.overwrite,
         )
     if not is_first():
@@ -306,6 +307,13 @@ def _parser() -> argparse.ArgumentParser:
         help="N runs, of --seed and the seeds after it, each in its own folder (default: 1)",
     )
     train.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    train.add_argument(
+        "--backend",
+        default="auto",
+        choices=_backend.BACKENDS,
+        help="of the bounds: the device's kernels where they can run (auto, default), those of the "
+        "CPU (cpu), Triton's (triton), or none (torch)",
+    )
     recipe = train.add_argument_group(
         "recipe", f"Each replaces what the preset says: in brackets, what {DEFAULT_PRESET} does."
     )

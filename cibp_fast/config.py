@@ -100,8 +100,8 @@ class Config:
         True,
     )
     precision: str = _option(
-        "of training: float32, or fast, with more rounding where that is faster (CPU, width post; "
-        "evaluation is always in float32)",
+        "of training: float32; fast, with more rounding where that is faster; tf32 or bf16, on a "
+        "GPU (width post; evaluation is always in float32)",
         "float32",
         choices=PRECISIONS,
     )
@@ -148,9 +148,9 @@ class Config:
             raise ValueError(
                 f"width_weight must be {allowed} for method {self.method}, not {self.width_weight}"
             )
-        if self.precision == "fast" and (self.method == "nominal" or self.width != "post"):
+        if self.precision != "float32" and (self.method == "nominal" or self.width != "post"):
             what = "method nominal" if self.method == "nominal" else f"width {self.width}"
-            raise ValueError(f"precision must be float32 for {what}, not fast")
+            raise ValueError(f"precision must be float32 for {what}, not {self.precision}")
         if self.method == "nominal" and self.kappa_end != 1:
             raise ValueError(
                 f"kappa_end must be 1 for method nominal (no robust loss), not {self.kappa_end}"

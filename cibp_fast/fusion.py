@@ -57,7 +57,7 @@ _HYPERPARAMETERS: dict[type[nn.Module], Callable[[Any], Any]] = {
 }
 
 PRECISIONS = ("float32", "fast", "tf32", "bf16")
-_CPU_PRECISIONS = PRECISIONS[:2]
+CPU_PRECISIONS = PRECISIONS[:2]
 
 _SUPPORTED = (
     "supported are chains of Conv2d (groups=1, padded with zeros), Linear, ReLU, Flatten, "
@@ -82,7 +82,7 @@ class FusedNetwork(nn.Module):
         if backend not in _backend.BACKENDS:
             allowed = ", ".join(map(repr, _backend.BACKENDS))
             raise ValueError(f"backend must be one of {allowed}, got {backend!r}")
-        if backend == "cpu" and precision not in _CPU_PRECISIONS:
+        if backend == "cpu" and precision not in CPU_PRECISIONS:
             raise ValueError(f"precision={precision!r} needs Triton's kernels, not backend='cpu'")
         self.precision, self.backend = precision, backend
         object.__setattr__(self, "_model", model)  # not a submodule: the names stay the model's
@@ -154,7 +154,7 @@ class FusedNetwork(nn.Module):
         fast = self.precision == "fast" and backend == "cpu"
         stages, weights, biases = _stages_and_parameters(program, x, fast)
         if backend == "cpu":
-            if self.precision not in _CPU_PRECISIONS:
+            if self.precision not in CPU_PRECISIONS:
                 raise ValueError(f"precision={self.precision!r} is for a GPU, and x is on the CPU")
             engine = cpu_engine()
         else:
@@ -171,6 +171,23 @@ class FusedNetwork(nn.Module):
             widths = widths[counted]
         head = Head(head_lower, head_upper, weight, bias)
         return Bounds(Interval._make(lower, upper, logits), widths, head)
+
+    def _triton_stages(
+        self, x: Tensor
+    ) -> tuple[list[Stage], list[Tensor], list[Tensor | None], str] | None:
+        """Stages, weights, biases and precision for Triton's kernels; None: they do not run here.
+
+        Weights and biases are the parameters themselves.
+        """
+        if _backend.select(self.backend, x.device, x.dtype)[0] != "triton":
+            return None
+        program = self._current_program()
+        stages, weights, biases = _stages_and_parameters(program, x)
+        precision = "tf32" if self.precision == "fast" else self.precision
+        plain = program.normalize is None and not any(each.norm for each in program.affine)
+        if not plain or (self.backend == "auto" and _unchecked(stages, x, precision)):
+            return None
+        return stages, weights, biases, precision
 
     def _unfused(self, why: str, x: Tensor, box: Interval, width: str, reduction: str) -> Bounds:
         """The bounds layer by layer, since the kernels cannot run."""

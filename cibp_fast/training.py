@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import FrameType
@@ -39,6 +40,7 @@ def train(
     data_root: str | Path | None = None,
     verify_data: bool = True,
     device: str = "cpu",
+    backend: str = "auto",
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Trains and evaluates one network, fills the run folder, and returns its result.json.
@@ -46,7 +48,10 @@ def train(
     run_dir: `default_run_dir(config)` where None. A run of the same config that the folder holds
     goes on, bitwise as if it had never stopped; one that has finished is not trained again. The
     same config and numbers of threads and processes give the same numbers bitwise on the same
-    machine. data_root, verify_data: see `data.load`. device: `cpu` or `cuda`. Under torchrun each
+    machine. data_root, verify_data: see `data.load`. device: `cpu` or `cuda`. backend: of the
+    bounds, as for `fuse`; with Triton's kernels a step of one process is one CUDA graph, where the
+    config allows it (interval method, width post, elide, a first layer that takes images; on the
+    CPU, in Triton's interpreter, the same kernels one by one). Under torchrun each
     process takes its share of every batch, and the first one writes the run. SIGINT and SIGTERM
     let the step finish, save the state and raise KeyboardInterrupt. Torch's global random state is
     left as it was.
@@ -63,12 +68,12 @@ def train(
         dataset = processes.together(
             lambda: data.load(config.dataset, data_root, verify=verify_data).to(processes.device)
         )
-        _check(config, dataset, processes)
+        _check(config, dataset, processes, backend)
         environment = {
             "versions": versions(),
             "hardware": hardware(processes.device, processes.size),
         }
-        training = _Training(config, dataset, processes)
+        training = _Training(config, dataset, processes, backend)
 
         def open_run() -> tuple[dict[str, Any] | None, runs.Checkpoint | None]:
             stack.enter_context(runs.locked(run_dir))
@@ -105,7 +110,7 @@ def default_run_dir(config: Config) -> Path:
     return Path("runs") / f"{config.name}-seed{config.seed}"
 
 
-def _check(config: Config, dataset: data.Dataset, processes: World) -> None:
+def _check(config: Config, dataset: data.Dataset, processes: World, backend: str = "auto") -> None:
     """Raises ValueError where the config does not fit the data or the processes."""
     if config.batch_size > len(dataset.train):
         raise ValueError(
@@ -117,8 +122,9 @@ def _check(config: Config, dataset: data.Dataset, processes: World) -> None:
             f"batch_size must be a multiple of the {processes.size} processes, "
             f"not {config.batch_size}"
         )
-    if config.precision == "fast" and processes.device.type != "cpu":
-        raise ValueError("precision 'fast' is for the CPU; on a GPU it must be 'float32'")
+    on_gpu = processes.device.type == "cuda" or backend == "triton"
+    if config.precision in ("tf32", "bf16") and not on_gpu:
+        raise ValueError(f"precision {config.precision!r} is for a GPU; on the CPU take 'fast'")
     if config.clip is not None and not config.clip[0] <= 0 < 1 <= config.clip[1]:
         raise ValueError(f"clip must contain the pixels' 0 to 1, or be none, not {config.clip}")
 
@@ -156,12 +162,16 @@ def _trained(training: _Training, run_dir: Path) -> dict[str, Any]:
 class _Training:
     """The state of a run between two steps."""
 
-    def __init__(self, config: Config, dataset: data.Dataset, processes: World) -> None:
+    def __init__(
+        self, config: Config, dataset: data.Dataset, processes: World, backend: str = "auto"
+    ) -> None:
         self.config, self.dataset, self.processes = config, dataset, processes
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.model = runs.build_model(config).to(processes.device)
-        self.loss = processes.wrap(_Loss(self.model, config).to(processes.device))
+        self.backend = backend
+        loss = _Loss(self.model, config, backend).to(processes.device)
+        self.loss = processes.wrap(loss)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=True)
         self.epoch_steps = len(dataset.train) // config.batch_size
         self.step = 0  # how many are done
@@ -212,7 +222,8 @@ class _Training:
         """Trains to the config's last step."""
         config, processes = self.config, self.processes
         eps, kappa, lr = config.eps_schedule(), config.kappa_schedule(), config.lr_schedule()
-        prepare = runs.to_input(config).to(processes.device)
+        captured = self._captured()
+        steps = self._steps if captured is None else partial(self._replays, captured)
         records: list[dict[str, Any]] = []
         if self.step >= self.epoch_steps:
             earlier = processes.of_first(lambda: runs.read_metrics(run_dir))
@@ -234,25 +245,8 @@ class _Training:
                 epoch = self.step // self.epoch_steps + 1
                 begin = (epoch - 1) * self.epoch_steps
                 end = min(begin + self.epoch_steps, config.steps)
-                batches = data.batches(
-                    self.dataset.train,
-                    config.batch_size,
-                    seed=config.seed,
-                    epoch=epoch,
-                    augmentation=config.augmentation,
-                    first=self.step - begin,
-                    rank=processes.rank,
-                    world_size=processes.size,
-                )
-                for pixels, y in islice(batches, end - self.step):
-                    at = self.step
-                    self.optimizer.param_groups[0]["lr"] = lr(at)
-                    loss, logged = self.loss(prepare(pixels), y, eps(at), kappa(at))
-                    self.optimizer.zero_grad()
-                    loss.backward()
-                    self.optimizer.step()
-                    self.totals = self.totals + logged
-                    self.step += 1
+                for at in islice(steps(epoch, self.step - begin), end - self.step):
+                    self.step = at + 1
                     progress.advance()
                     if self.step < end:
                         self._save_or_stop(run_dir, signals)
@@ -282,14 +276,105 @@ class _Training:
                     raise FloatingPointError(
                         f"training diverged: the loss of epoch {epoch} is {means[0]}, see {run_dir}"
                     )
-                self.totals = self.totals.new_zeros(())
+                self.totals = torch.zeros_like(self.totals)
                 self.save(run_dir)
                 self._save_or_stop(run_dir, signals)
+
+    def _steps(self, epoch: int, first: int) -> Iterator[int]:
+        """The epoch's steps from its `first` on; gives the number of each that is done."""
+        config = self.config
+        eps, kappa, lr = config.eps_schedule(), config.kappa_schedule(), config.lr_schedule()
+        prepare = runs.to_input(config).to(self.processes.device)
+        batches = data.batches(
+            self.dataset.train,
+            config.batch_size,
+            seed=config.seed,
+            epoch=epoch,
+            augmentation=config.augmentation,
+            first=first,
+            rank=self.processes.rank,
+            world_size=self.processes.size,
+        )
+        for at, (pixels, y) in enumerate(batches, (epoch - 1) * self.epoch_steps + first):
+            self.optimizer.param_groups[0]["lr"] = lr(at)
+            loss, logged = self.loss(prepare(pixels), y, eps(at), kappa(at))
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.totals = self.totals + logged
+            yield at
+
+    def _replays(self, captured: Any, epoch: int, first: int) -> Iterator[int]:
+        """The same by Triton's kernels."""
+        from cibp_fast.kernels.inputs import epoch_plan
+
+        config, examples = self.config, len(self.dataset.train)
+        draw = data.draw(examples, seed=config.seed, epoch=epoch, augmentation=config.augmentation)
+        captured.load(epoch_plan(*draw))
+        captured.totals.copy_(self.totals)
+        self.totals = captured.totals
+        begin = (epoch - 1) * self.epoch_steps
+        for at in range(begin + first, begin + self.epoch_steps):
+            captured.replay()
+            yield at
+
+    def _captured(self) -> Any:
+        """The step of Triton's kernels, on a GPU as a graph; or None where they do not take it."""
+        config, fused = self.config, _bare(self.loss).fused
+        examples = self.dataset.train
+        plain = config.elide and config.batch_size and self.processes.size == 1
+        if fused is None or not plain or self.step >= config.steps:
+            return None
+        like = examples.images[: config.batch_size].float()
+        found = fused._triton_stages(like)
+        if found is None or found[0][0].input != tuple(like.shape[1:]):
+            return None
+        if len(set(map(id, found[1]))) < len(found[1]):  # a layer that is used twice
+            return None
+        from cibp_fast.kernels.inputs import pixel_table
+        from cibp_fast.kernels.step import TrainStep
+
+        stages, weights, biases, precision = found
+        for parameter in self.model.parameters():
+            state = self.optimizer.state[parameter]
+            if not state:
+                state["step"] = torch.zeros((), device=parameter.device)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+        schedules = (config.eps_schedule(), config.lr_schedule(), config.kappa_schedule())
+        table = torch.tensor([[each(at) for each in schedules] for at in range(config.steps)])
+        device = self.processes.device
+        step = TrainStep(
+            stages,
+            [
+                tuple(None if p is None else self._with_moments(p) for p in pair)
+                for pair in zip(weights, biases, strict=True)
+            ],
+            examples.images,
+            examples.labels,
+            pixel_table(runs.to_input(config), like.shape[1]).to(device),
+            table.to(device),
+            batch_size=config.batch_size,
+            clip=config.clip,
+            width_weight=config.width_weight,
+            mean=config.width_reduction == "mean",
+            precision=precision,
+            step=self.step,
+        )
+        if device.type == "cuda":
+            step.capture()
+        return step
+
+    def _with_moments(self, parameter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        state = self.optimizer.state[parameter]
+        return parameter.data, state["exp_avg"], state["exp_avg_sq"]
 
     def save(self, run_dir: Path) -> None:
         """Writes the state, in the first process; all processes must call it."""
         totals = self.processes.gather(self.totals)
         self.saved = time.perf_counter()
+        for state in self.optimizer.state.values():
+            state["step"].fill_(self.step)  # which Triton's kernels count themselves
         checkpoint = runs.Checkpoint(
             step=self.step,
             seconds=self.seconds,
@@ -328,12 +413,13 @@ class _Loss(nn.Module):
 
     fused: FusedNetwork | None
 
-    def __init__(self, model: nn.Module, config: Config) -> None:
+    def __init__(self, model: nn.Module, config: Config, backend: str) -> None:
         super().__init__()
         self.model, self.config = model, config
         # as one op where it can be; not a submodule, since its parameters are the model's
-        fused = config.width == "post" and next(model.parameters()).device.type == "cpu"
-        object.__setattr__(self, "fused", fuse(model, config.precision) if fused else None)
+        fused = config.width == "post" and config.method != "nominal"
+        net = fuse(model, config.precision, backend) if fused else None
+        object.__setattr__(self, "fused", net)
 
     def forward(self, x: Tensor, y: Tensor, eps: float, kappa: float) -> tuple[Tensor, Tensor]:
         """The loss, 0-dim, of x [B, C, H, W], y [B], and what is logged of it, float64 [5 + K].
@@ -360,6 +446,13 @@ class _Loss(nn.Module):
             error = (predict(logits) != y).mean(dtype=loss.dtype)
             logged = torch.cat([torch.stack([loss, *parts, error]), widths])
         return loss, logged.double()
+
+
+def _bare(loss: nn.Module) -> _Loss:
+    """The loss without what wraps it."""
+    bare = getattr(loss, "module", None) or loss
+    assert isinstance(bare, _Loss)
+    return bare
 
 
 class _StopSignals:

@@ -189,7 +189,7 @@ def test_unknown_presets(name, message):
         ({"eps": 10**400}, "eps must be a finite number, not 1000"),
         ({"lr_decay_factor": 2.0}, "lr_decay_factor must be 1 or less, not 2.0"),
         ({"kappa_end": 1.5}, "kappa_end must be 1 or less, not 1.5"),
-        ({"precision": "bf16"}, "precision must be float32 or fast, not 'bf16'"),
+        ({"precision": "bf15"}, "precision must be float32, fast, tf32 or bf16, not 'bf15'"),
         ({"precision": "fast", "width": "pre"}, "precision must be float32 for width pre"),
         ({"width_weight": 0.0}, "width_weight must be above 0 for method cibp, not 0.0"),
         ({"method": "ibp"}, "width_weight must be 0 for method ibp, not 1.0"),

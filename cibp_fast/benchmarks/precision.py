@@ -29,7 +29,7 @@ from cibp_fast import data, training
 from cibp_fast.benchmarks import common
 from cibp_fast.config import Config, preset
 from cibp_fast.distributed import ALONE
-from cibp_fast.fusion import PRECISIONS
+from cibp_fast.fusion import CPU_PRECISIONS as PRECISIONS
 from cibp_fast.schedules import LinearRamp
 
 MOST_SEEDS = 8  # they can be parted in halves in 6,435 ways

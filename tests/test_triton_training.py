@@ -1,0 +1,125 @@
+"""Training by the steps of kernels/step.py: the numbers of the other loop, and resumed runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from digits import SHORT, toy_dataset
+from torch import nn
+from tritons import DEVICE
+
+import cibp_fast as cf
+from cibp_fast import data, models, runs, training
+from cibp_fast.config import Config, preset
+from cibp_fast.kernels.step import TrainStep
+
+pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="replays are counted in the interpreter")
+
+
+def _network(in_shape: Sequence[int], padding: str) -> nn.Sequential:
+    """In place of the paper's small network: of its layers, but quick."""
+    convolution = nn.Conv2d(1, 3, 5, stride=4)
+    return nn.Sequential(convolution, nn.ReLU(), nn.Flatten(), nn.Linear(3 * 6 * 6, 10))
+
+
+def _load(name: str, root: object = None, *, verify: bool = True) -> data.Dataset:
+    toy = toy_dataset()
+    return data.Dataset(name, toy.train[:17], toy.test[:10])
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "load", _load)
+    monkeypatch.setitem(models.NETS, "small", _network)
+
+
+def _config(method: str = "cibp", **changes: object) -> Config:
+    schedule = {"steps": 5, "batch_size": 8, "lr_decay_at": (4,), "eps_ramp": (0, 4)}
+    return preset(
+        f"mnist5k-small-0.1-{method}", **SHORT | schedule | {"kappa_ramp": (1, 5)} | changes
+    )
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps that Triton's kernels were called for."""
+    done: list[int] = []
+    replay = TrainStep.replay
+
+    def noted(self: TrainStep) -> None:
+        done.append(int(self.at))
+        replay(self)
+
+    monkeypatch.setattr(TrainStep, "replay", noted)
+    return done
+
+
+@pytest.mark.parametrize("method", ["ibp", "cibp"])
+def test_the_numbers_are_those_of_the_other_loop(
+    tmp_path: Path, replays: list[int], method: str
+) -> None:
+    config = _config(method, augmentation="crop-flip")
+    expected = training.train(config, tmp_path / "cpu", backend="cpu")
+    assert not replays
+    found = training.train(config, tmp_path / "triton", backend="triton")
+    assert replays == [0, 1, 2, 3, 4]
+    for a, b in zip(
+        *(runs.read_metrics(tmp_path / each) for each in ("triton", "cpu")), strict=True
+    ):
+        for key in ("loss", "nominal", "robust", "width", "train_error"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4), key
+        assert a["widths"] == pytest.approx(b["widths"], rel=1e-4)
+    assert found["verified_error"] == expected["verified_error"]
+    weights = (list(runs.read_model(tmp_path / each).parameters()) for each in ("triton", "cpu"))
+    for a, b in zip(*weights, strict=True):
+        assert (a - b).abs().max() < 1e-4
+
+
+def test_a_stopped_run_goes_on_bitwise(
+    tmp_path: Path, replays: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _config()
+    expected = training.train(config, tmp_path / "whole", backend="triton")
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+    replays.clear()
+    replay = TrainStep.replay
+
+    def stopped(self: TrainStep) -> None:
+        if int(self.at) == 3:
+            raise KeyboardInterrupt
+        replay(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainStep, "replay", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            training.train(config, tmp_path / "parts", backend="triton")
+    found = training.train(config, tmp_path / "parts", backend="triton")
+    assert replays == [0, 1, 2, 3, 4]
+    times = ("seconds", "train_seconds")
+    assert {k: v for k, v in found.items() if k not in times} == {
+        k: v for k, v in expected.items() if k not in times
+    }
+    whole, parts = (
+        list(runs.read_model(tmp_path / each).parameters()) for each in ("whole", "parts")
+    )
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"elide": False}, {"width": "pre", "precision": "float32"}], ids=str
+)
+def test_what_the_step_cannot_do_the_loop_does(
+    tmp_path: Path, replays: list[int], changes: dict[str, object]
+) -> None:
+    cf.train(
+        _config(steps=1, kappa_ramp=(0, 1), lr_decay_at=(1,), **changes), tmp_path, backend="triton"
+    )
+    assert not replays
+
+
+def test_precisions_need_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="precision 'bf16' is for a GPU; on the CPU take 'fast'"):
+        cf.train(_config(precision="bf16"), tmp_path)
