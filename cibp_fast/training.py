@@ -413,7 +413,7 @@ class _Loss(nn.Module):
 
     fused: FusedNetwork | None
 
-    def __init__(self, model: nn.Module, config: Config, backend: str) -> None:
+    def __init__(self, model: nn.Module, config: Config, backend: str = "auto") -> None:
         super().__init__()
         self.model, self.config = model, config
         # as one op where it can be; not a submodule, since its parameters are the model's
