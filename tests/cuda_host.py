@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import shlex
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -29,24 +31,28 @@ def compiler() -> list[str]:
     return command
 
 
-def build(folder: Path, flags: tuple[str, ...] = ()) -> Path:
-    """The module's path. Only the kernels are compiled with `flags`."""
+def compile_(source: Path, target: Path, options: Sequence[str]) -> str:
+    """The object's path."""
+    command = [*compiler(), *FLAGS, *WARNINGS, *options, "-x", "c++", "-c", str(source)]
+    run([*command, "-o", str(target)])
+    return str(target)
+
+
+@functools.cache
+def bindings(folder: Path) -> str:
     includes = ("-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include())
+    options = ["-O0", *includes, '-DCIBP_CUDA_ARCHITECTURES="host"']
+    return compile_(ROOT / "csrc/bindings_cuda.cpp", folder / "bindings_cuda.o", options)
+
+
+def build(folder: Path, base: Path, flags: tuple[str, ...] = ()) -> Path:
+    """The module's path. The kernels are compiled with flags, and the bindings once, in base."""
     kernels = [path for path in ROOT.glob("csrc/cuda/*.cu") if path.stem != "device"]
-    sources = [ROOT / "csrc/bindings_cuda.cpp", *kernels, ROOT / "tests/cpp/cuda_host.cc"]
-
-    def compile_(source: Path) -> str:
-        target = str(folder / f"{source.stem}.o")
-        options = ["-O1", *flags]
-        if source.stem == "bindings_cuda":
-            options = ["-O0", *includes, '-DCIBP_CUDA_ARCHITECTURES="host"']
-        run(
-            [*compiler(), *FLAGS, *WARNINGS, *options, "-x", "c++", "-c", str(source), "-o", target]
-        )
-        return target
-
+    sources = [*kernels, ROOT / "tests/cpp/cuda_host.cc"]
     with ThreadPoolExecutor(2) as threads:
-        objects = list(threads.map(compile_, sources))
+        first = threads.submit(bindings, base)
+        rest = threads.map(lambda s: compile_(s, folder / f"{s.stem}.o", ("-O1", *flags)), sources)
+        objects = [first.result(), *rest]
     module = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     run([*compiler(), *flags, "-shared", *objects, "-o", str(module)])
     return module

@@ -50,6 +50,7 @@ inline bool is_dense(const BoundsShape& shape, const int64_t* stride) {
 // `tensors` are those of a launch that are not absent: data and strides.
 inline Elements enumerate(const BoundsShape& shape,
                           const std::vector<std::pair<const float*, const int64_t*>>& tensors) {
+  if (shape.count() == 0) return {shape, false, 1};
   const int64_t* stride = tensors.front().second;
   bool dense = is_dense(shape, stride);
   for (const auto& [data, other] : tensors) {

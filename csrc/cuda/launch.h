@@ -40,8 +40,11 @@ void launch(const char* name, const Launch& at, const Kernel& kernel) {
   const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
                     static_cast<unsigned>(grid.z));
   const size_t shared = static_cast<size_t>(kernel.shared_floats()) * sizeof(float);
-  run<<<blocks, Kernel::kThreads, shared, reinterpret_cast<cudaStream_t>(at.stream)> > >(kernel);
-  check(name, cudaGetLastError());
+  Kernel arguments = kernel;
+  void* pointers[] = {&arguments};
+  check(name, cudaLaunchKernel(reinterpret_cast<const void*>(&run<Kernel>), blocks,
+                               dim3(Kernel::kThreads), pointers, shared,
+                               reinterpret_cast<cudaStream_t>(at.stream)));
 }
 
 }  // namespace cibp::cuda
