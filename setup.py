@@ -53,8 +53,8 @@ INSTRUCTION_SETS = {
 # Without -ffast-math: it reorders sums and flushes to zero, and a bound may not move by either.
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-Wall", "-Wextra"]
 
-# Of the GPUs to compile for, as far as nvcc knows them; what is newer than the last one compiles
-# that one's intermediate code when it loads it. A kernel of *_sm90a.cu is for sm_90a alone.
+# The GPUs to compile for, the last one where nvcc knows it. What is newer compiles the last one's
+# intermediate code when it loads it. The kernels of *_sm90a.cu are for sm_90a alone.
 CUDA_ARCHITECTURES = ("80", "90a", "100")
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra", "-DNDEBUG"]
 
@@ -160,8 +160,8 @@ def find_cuda() -> Cuda | None:
     # nvcc does not list 90a apart from 90
     listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True)
     known = [a for a in CUDA_ARCHITECTURES if f"sm_{a.rstrip('a')}" in listed.stdout.split()]
-    if not known:
-        message = f"{nvcc} compiles for none of sm_{', sm_'.join(CUDA_ARCHITECTURES)}"
+    if known[:2] != ["80", "90a"]:
+        message = f"{nvcc} does not compile for sm_80 and sm_90: CUDA 12 or newer is needed"
         if choice == "1":
             raise OptionError(f"CIBP_FAST_CUDA=1 asks for CUDA kernels, but {message}")
         warn(f"{message}: no CUDA kernels")
@@ -265,9 +265,7 @@ def write_cuda(ninja: ninja_syntax.Writer, cuda: Cuda, binding_flags: list[str])
     for source in CUDA_KERNELS:
         architectures = cuda.architectures
         if source.endswith("_sm90a.cu"):
-            architectures = [a for a in architectures if a == "90a"]
-        if not architectures:
-            continue
+            architectures = ["90a"]
         codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
         if not architectures[-1].endswith("a"):
             last = architectures[-1]

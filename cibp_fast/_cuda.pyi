@@ -56,6 +56,39 @@ def first_conv2d_grad_weight(
 ) -> None:
     """``outer(g_c, center) + outer(g_z, nominal) + W.sign() * outer(g_r, radius)``."""
 
+def halo_conv2d_blocks(
+    # batch, in_channels, in_height, in_width, out_channels, out_height, out_width, padding before
+    # the image (2)
+    shape: Sequence[int],
+    /,
+) -> int:
+    """Partial sums of the width that halo_conv2d_forward writes."""
+
+def halo_conv2d_pack_weight(
+    device: Device,
+    in_channels: int,  # a multiple of 16 (tf32) or 32 (bf16)
+    out_channels: int,  # a multiple of 64
+    weight: int,  # [K, C, 3, 3] float32
+    precision: str,  # tf32 or bf16
+    output: int,  # as many numbers of 4 (tf32) or 2 (bf16) bytes, rounded
+    /,
+) -> None:
+    """The weight as halo_conv2d_forward reads it."""
+
+def halo_conv2d_forward(
+    device: Device,  # of compute capability 9.0
+    shape: Sequence[int],  # 9 numbers, as above
+    streams: int,  # 2 or 3
+    input: int,  # [streams, N, H, W, C] as stored: center, radius, nominal
+    weight: int,  # that halo_conv2d_pack_weight wrote in the same precision
+    bias: int,  # [K] float32, or 0
+    relu: bool,
+    precision: str,
+    outputs: Sequence[int],  # pointers: as first_conv2d_forward's
+    /,
+) -> None:
+    """As first_conv2d_forward, for 3x3 kernels of stride 1 and many channels, on tensor cores."""
+
 def bounds_blocks(size: Sequence[int], /) -> int:
     """Partial sums of the width that bounds_forward writes; size is N, C, H, W."""
 

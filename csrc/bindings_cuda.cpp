@@ -37,16 +37,24 @@ Launch launch_at(const Device& device) {
   return {device.first, static_cast<uintptr_t>(device.second)};
 }
 
+int int_of(const char* what, int64_t value) {
+  if (value < 0 || value > std::numeric_limits<int>::max())
+    throw std::invalid_argument(std::string(what) + ": " + std::to_string(value) +
+                                " must be from 0 to 2^31 - 1");
+  return static_cast<int>(value);
+}
+
 FirstConv2dShape first_shape(const std::array<int64_t, 15>& numbers) {
   std::array<int, 15> s;
-  for (size_t i = 0; i < s.size(); ++i) {
-    if (numbers[i] < 0 || numbers[i] > std::numeric_limits<int>::max())
-      throw std::invalid_argument("first_conv2d: shape[" + std::to_string(i) + "] = " +
-                                  std::to_string(numbers[i]) + " must be from 0 to 2^31 - 1");
-    s[i] = static_cast<int>(numbers[i]);
-  }
+  for (size_t i = 0; i < s.size(); ++i) s[i] = int_of("first_conv2d: shape", numbers[i]);
   return {s[0], s[1], s[2],  s[3],  s[4],  s[5],  s[6], s[7],
           s[8], s[9], s[10], s[11], s[12], s[13], s[14]};
+}
+
+int streams_of(int count) {
+  if (count != 2 && count != 3)
+    throw std::invalid_argument("streams must be 2 or 3, not " + std::to_string(count));
+  return count;
 }
 
 int stream_count(int64_t third) { return third ? 3 : 2; }
@@ -83,9 +91,7 @@ std::pair<std::vector<std::pair<int, int>>, std::string> devices_py() {
 
 int64_t first_conv2d_blocks_py(const std::array<int64_t, 15>& shape, int streams,
                                const std::string& stored) {
-  if (streams != 2 && streams != 3)
-    throw std::invalid_argument("streams must be 2 or 3, not " + std::to_string(streams));
-  return first_conv2d_blocks(first_shape(shape), streams, precision(stored));
+  return first_conv2d_blocks(first_shape(shape), streams_of(streams), precision(stored));
 }
 
 void first_conv2d_forward_py(const Device& device, const std::array<int64_t, 15>& shape,
@@ -106,6 +112,43 @@ void first_conv2d_grad_weight_py(const Device& device, const std::array<int64_t,
                            at_least_1("splits", splits), first_input(in, bounds), precision(stored),
                            pointer<const void>(grad), pointer<const float>(weight),
                            pointer<float>(out[0]), pointer<float>(out[1]));
+}
+
+HaloShape halo_shape(const std::array<int64_t, 9>& numbers) {
+  std::array<int, 9> s;
+  for (size_t i = 0; i < s.size(); ++i) s[i] = int_of("halo_conv2d: shape", numbers[i]);
+  return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8]};
+}
+
+Precision halo_precision(const std::string& name) {
+  if (name == "float32")
+    throw std::invalid_argument("halo_conv2d: precision must be 'tf32' or 'bf16', not 'float32'");
+  return precision(name);
+}
+
+int64_t halo_conv2d_blocks_py(const std::array<int64_t, 9>& numbers) {
+  const HaloShape shape = halo_shape(numbers);
+  check_halo<float>(shape);
+  const Grid grid =
+      HaloConv2d<3, float>::make(shape, nullptr, nullptr, nullptr, false, 0, nullptr, nullptr)
+          .grid();
+  return grid.x * grid.y;
+}
+
+void halo_conv2d_pack_weight_py(const Device& device, int in_channels, int out_channels,
+                                int64_t weight, const std::string& stored, int64_t out) {
+  halo_conv2d_pack_weight(launch_at(device), in_channels, out_channels,
+                          pointer<const float>(weight), halo_precision(stored),
+                          pointer<uint32_t>(out));
+}
+
+void halo_conv2d_forward_py(const Device& device, const std::array<int64_t, 9>& shape, int streams,
+                            int64_t in, int64_t weight, int64_t bias, bool relu,
+                            const std::string& stored, const std::array<int64_t, 2>& out) {
+  halo_conv2d_forward(launch_at(device), halo_shape(shape), streams_of(streams),
+                      pointer<const void>(in), pointer<const uint32_t>(weight),
+                      pointer<const float>(bias), relu, halo_precision(stored),
+                      pointer<void>(out[0]), pointer<float>(out[1]));
 }
 
 int64_t bounds_blocks_py(const std::array<int64_t, 4>& size) {
@@ -161,6 +204,9 @@ PYBIND11_MODULE(_cuda, m) {
   def("first_conv2d_blocks", &first_conv2d_blocks_py);
   def("first_conv2d_forward", &first_conv2d_forward_py);
   def("first_conv2d_grad_weight", &first_conv2d_grad_weight_py);
+  def("halo_conv2d_blocks", &halo_conv2d_blocks_py);
+  def("halo_conv2d_pack_weight", &halo_conv2d_pack_weight_py);
+  def("halo_conv2d_forward", &halo_conv2d_forward_py);
   def("bounds_blocks", &bounds_blocks_py);
   def("bounds_forward", &bounds_forward_py);
   def("bounds_backward", &bounds_backward_py);

@@ -328,10 +328,91 @@ def test_first_conv2d_refuses(cuda: ModuleType) -> None:
         cuda.first_conv2d_blocks(numbers, 3, "half")
     with pytest.raises(ValueError, match="streams must be 2 or 3, not 1"):
         cuda.first_conv2d_blocks(numbers, 1, "float32")
-    with pytest.raises(ValueError, match=r"shape\[0\] = -1"):
+    with pytest.raises(ValueError, match="shape: -1 must be from 0"):
         cuda.first_conv2d_blocks([-1, *numbers[1:]], 3, "float32")
     with pytest.raises(ValueError, match="splits must be from 1 to 65535, not 0"):
         cuda.channel_sums(HOST, [1, 1, 1, 1], 0, [0] * 5, 0)
+
+
+def at_tf32_or_bf16(x: Tensor, precision: str) -> Tensor:
+    return rounded(x, precision).to(PRECISIONS[precision])
+
+
+HALOS = {
+    "one tile": (1, 64, (16, 8), 64, 1),
+    "no padding": (1, 32, (11, 19), 64, 0),
+    "three tiles across": (2, 64, (5, 21), 128, 1),
+    "wide padding": (1, 32, (3, 4), 64, 2),
+}
+
+
+@pytest.mark.parametrize("name", HALOS)
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+@pytest.mark.parametrize("streams", [2, 3])
+def test_halo_conv2d(name: str, precision: str, streams: int, cuda: ModuleType) -> None:
+    """Copies, fragments, descriptors and results, with the multiplication as PTX defines it."""
+    batch, channels, (height, width), out_channels, padding = HALOS[name]
+    out_height, out_width = height + 2 * padding - 2, width + 2 * padding - 2
+    shape = [batch, channels, height, width, out_channels, out_height, out_width, padding, padding]
+    dtype, relu = PRECISIONS[precision], streams == 3
+    inputs = torch.randn(streams, batch, height, width, channels)
+    inputs[1].abs_()
+    inputs = at_tf32_or_bf16(inputs, precision)
+    weight = torch.randn(out_channels, channels, 3, 3)
+    bias = torch.randn(out_channels) if relu else None
+    packed = unwritten(weight.numel(), dtype=dtype)
+    cuda.halo_conv2d_pack_weight(
+        HOST, channels, out_channels, weight.data_ptr(), precision, packed.data_ptr()
+    )
+    weight = at_tf32_or_bf16(weight, precision)
+    assert torch.equal(packed.sort().values, weight.flatten().sort().values)
+
+    out = unwritten(streams, batch, out_height, out_width, out_channels, dtype=dtype)
+    partials = unwritten(cuda.halo_conv2d_blocks(shape))
+    pointers = [out.data_ptr(), partials.data_ptr()]
+    bias_pointer = 0 if bias is None else bias.data_ptr()
+    tensors = (inputs.data_ptr(), packed.data_ptr(), bias_pointer)
+    cuda.halo_conv2d_forward(HOST, shape, streams, *tensors, relu, precision, pointers)
+
+    w, b = weight.double(), 0.0 if bias is None else bias.double()[:, None, None]
+    images = inputs.double().permute(0, 1, 4, 2, 3)
+    truths = [F.conv2d(images[0], w, padding=padding) + b]
+    truths.append(F.conv2d(images[1], w.abs(), padding=padding))
+    sizes = [F.conv2d(x.abs(), w.abs(), padding=padding) + abs(b) for x in images]
+    if relu:
+        truths = list(activated(*truths))
+        sizes[:2] = [sizes[0] + sizes[1]] * 2
+    if streams == 3:
+        truths.append((F.conv2d(images[2], w, padding=padding) + b).relu())
+    n = weight[0].numel() + 1 + 4
+    unit = 2.0 ** (DROPPED[precision] - 23)  # r may take the next number below the nearest
+    for value, truth, size in zip(out, truths, sizes, strict=True):
+        difference = (value.permute(0, 3, 1, 2).double() - truth).abs()
+        assert (
+            difference <= 1.01 * (gamma(n, torch.float32) * size + 1.5 * unit * truth.abs())
+        ).all()
+    squares = 4 * truths[1].square().sum()
+    tolerance = 8 * (truths[1] * gamma(n, torch.float32) * sizes[1]).sum()
+    total = sum_partials(cuda, partials[:, None])[0]
+    assert (total - squares).abs() <= 1.01 * tolerance + gamma(
+        out[0].numel(), torch.float32
+    ) * squares
+
+
+def test_halo_conv2d_keeps_nan(cuda: ModuleType) -> None:
+    shape = [1, 32, 6, 9, 64, 6, 9, 1, 1]
+    inputs = torch.rand(3, 1, 6, 9, 32, dtype=torch.bfloat16)
+    inputs[1, 0, 3, 7, 5] = torch.nan
+    packed = unwritten(64 * 32 * 9, dtype=torch.bfloat16)
+    weight = torch.rand(64, 32, 3, 3)
+    cuda.halo_conv2d_pack_weight(HOST, 32, 64, weight.data_ptr(), "bf16", packed.data_ptr())
+    out = torch.zeros(3, 1, 6, 9, 64, dtype=torch.bfloat16)
+    tensors = (inputs.data_ptr(), packed.data_ptr(), 0)
+    cuda.halo_conv2d_forward(HOST, shape, 3, *tensors, True, "bf16", [out.data_ptr(), 0])
+    touched = torch.zeros(1, 6, 9, 64, dtype=torch.bool)
+    touched[:, 2:5, 6:9] = True
+    for s, expected in enumerate([touched, touched, torch.zeros_like(touched)]):
+        assert torch.equal(out[s].isnan(), expected)
 
 
 LAYOUTS = ("contiguous", "channels last", "transposed", "gaps", "expanded", "mixed", "misaligned")

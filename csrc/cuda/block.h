@@ -1,8 +1,9 @@
 // How the bodies of kernels are written, so that a host compiler takes them too.
 //
 // A body is a function of a block: block.x, block.y and block.z say which one it is, and
-// block.each(f) calls f(thread) for each of its threads and then synchronises them. What a thread
-// keeps from one `each` to the next is a PerThread. On the GPU (DeviceBlock) `each` is a call and a
+// block.each(f) calls f(thread) for each of its threads and then synchronises them
+// (block.unsynced(f) does not). What a thread keeps from one `each` to the next is a PerThread. On
+// the GPU (DeviceBlock) `each` is a call and a
 // __syncthreads(); the tests run the same body in loops (tests/cpp/cuda_shim.h).
 #pragma once
 
@@ -36,13 +37,17 @@ struct DeviceBlock {
     f(static_cast<int>(threadIdx.x));
     __syncthreads();
   }
+  template <class F>
+  CIBP_DEVICE void unsynced(const F& f) {
+    f(static_cast<int>(threadIdx.x));
+  }
 };
 
 // Runs a kernel: a struct of arguments whose call operator is the body. All of its shared memory is
-// dynamic. At 512 threads, a thread may have 128 registers; left alone, ptxas spills some to use
-// fewer.
+// dynamic. kMinBlocks bounds the
+// registers of a thread: left alone, ptxas spills some to use fewer.
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads, 512 / Kernel::kThreads)
+__global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
     run(const __grid_constant__ Kernel kernel) {
   extern __shared__ float4 shared[];
   DeviceBlock block;

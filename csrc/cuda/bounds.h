@@ -110,7 +110,7 @@ struct BoundsGrad {
 // takes 4 dense elements at a time, or one of any strides.
 template <class Op>
 struct Elementwise {
-  static constexpr int kThreads = 256, kInputs = Op::kInputs;
+  static constexpr int kThreads = 256, kMinBlocks = 2, kInputs = Op::kInputs;
 
   Elements elements;
   Op op;
@@ -225,7 +225,7 @@ using BoundsBackward = Elementwise<BoundsGrad>;
 // out[split][c]: sums over every `splits`-th of the chunks of pixels. Threads lie along channels or
 // along pixels, whichever is contiguous.
 struct ChannelSums {
-  static constexpr int kThreads = 256;
+  static constexpr int kThreads = 256, kMinBlocks = 2;
 
   BoundsShape shape;
   Strided<const float> in;
@@ -272,7 +272,7 @@ struct ChannelSums {
 
 // out[i] = the sum of in[0][i], ..., in[splits - 1][i], in an order that is always the same.
 struct SumPartials {
-  static constexpr int kThreads = 256, kColumns = 32, kRows = kThreads / kColumns;
+  static constexpr int kThreads = 256, kMinBlocks = 2, kColumns = 32, kRows = kThreads / kColumns;
 
   int64_t splits, size;
   const float* in;  // [splits, size]

@@ -26,6 +26,17 @@ DeviceGuard::DeviceGuard(const char* kernel, int device) {
 
 DeviceGuard::~DeviceGuard() { cudaSetDevice(before_); }
 
+void require_capability(const char* kernel, const Launch& at, int major, int minor) {
+  int found[2] = {};
+  check(kernel, cudaDeviceGetAttribute(&found[0], cudaDevAttrComputeCapabilityMajor, at.device));
+  check(kernel, cudaDeviceGetAttribute(&found[1], cudaDevAttrComputeCapabilityMinor, at.device));
+  if (found[0] == major && found[1] == minor) return;
+  const auto name = [](int a, int b) { return std::to_string(a) + "." + std::to_string(b); };
+  throw std::runtime_error(std::string(kernel) + ": needs compute capability " +
+                           name(major, minor) + ", and device " + std::to_string(at.device) +
+                           " has " + name(found[0], found[1]));
+}
+
 std::vector<std::pair<int, int>> devices(std::string* why_none) {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);

@@ -136,7 +136,7 @@ struct FirstStage {
 // kChannels channels.
 template <int STREAMS, class T>
 struct FirstConv2dForward {
-  static constexpr int kThreads = 128, kChannels = 8, kPixels = 2;
+  static constexpr int kThreads = 128, kMinBlocks = 4, kChannels = 8, kPixels = 2;
   static constexpr int kProducts = 32;  // whose weights are in shared memory at a time
 
   FirstConv2dShape shape;
@@ -302,7 +302,7 @@ struct FirstConv2dForward {
 // the blocks (sum_partials). A thread has kProducts products of kChannels channels.
 template <int STREAMS, class T>
 struct FirstConv2dGradWeight {
-  static constexpr int kThreads = 128, kChannels = 4, kProducts = 4;
+  static constexpr int kThreads = 128, kMinBlocks = 4, kChannels = 4, kProducts = 4;
   static constexpr int kPixels = 32;
 
   FirstConv2dShape shape;

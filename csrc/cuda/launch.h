@@ -30,6 +30,9 @@ class DeviceGuard {
 // Raises std::runtime_error, which names the kernel, for anything but cudaSuccess.
 void check(const char* kernel, cudaError_t error);
 
+// Raises std::runtime_error on any other GPU.
+void require_capability(const char* kernel, const Launch& at, int major, int minor);
+
 template <class Kernel>
 void launch(const char* name, const Launch& at, const Kernel& kernel) {
   const Grid grid = kernel.grid();
@@ -40,10 +43,13 @@ void launch(const char* name, const Launch& at, const Kernel& kernel) {
   const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
                     static_cast<unsigned>(grid.z));
   const size_t shared = static_cast<size_t>(kernel.shared_floats()) * sizeof(float);
+  const void* function = reinterpret_cast<const void*>(&run<Kernel>);
+  if (shared > 48 * 1024)
+    check(name, cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     static_cast<int>(shared)));
   Kernel arguments = kernel;
   void* pointers[] = {&arguments};
-  check(name, cudaLaunchKernel(reinterpret_cast<const void*>(&run<Kernel>), blocks,
-                               dim3(Kernel::kThreads), pointers, shared,
+  check(name, cudaLaunchKernel(function, blocks, dim3(Kernel::kThreads), pointers, shared,
                                reinterpret_cast<cudaStream_t>(at.stream)));
 }
 

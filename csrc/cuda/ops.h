@@ -4,6 +4,7 @@
 #include "bounds.h"
 #include "device.h"
 #include "first_conv2d.h"
+#include "halo_conv2d.h"
 
 namespace cibp::cuda {
 
@@ -23,5 +24,14 @@ void bounds_forward(const Launch& at, const BoundsForward& kernel);
 void bounds_backward(const Launch& at, const BoundsBackward& kernel);
 void channel_sums(const Launch& at, const ChannelSums& kernel);
 void sum_partials(const Launch& at, const SumPartials& kernel);
+
+void halo_conv2d_pack_weight(const Launch& at, int in_channels, int out_channels,
+                             const float* weight, Precision precision,
+                             // outputs
+                             uint32_t* out);
+void halo_conv2d_forward(const Launch& at, const HaloShape& shape, int streams, const void* in,
+                         const uint32_t* weight, const float* bias, bool relu, Precision precision,
+                         // outputs
+                         void* out, float* width);
 
 }  // namespace cibp::cuda
