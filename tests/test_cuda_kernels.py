@@ -399,6 +399,17 @@ def test_halo_conv2d(name: str, precision: str, streams: int, cuda: ModuleType) 
     ) * squares
 
 
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_packed_weight_keeps_nan(precision: str, cuda: ModuleType) -> None:
+    """Even one whose payload is in the bits that rounding drops."""
+    weight = torch.ones(64, 32, 3, 3)
+    weight.view(torch.int32)[3, 4, 1, 2] = 0x7F800001
+    packed = torch.zeros(weight.numel(), dtype=PRECISIONS[precision])
+    cuda.halo_conv2d_pack_weight(HOST, 32, 64, weight.data_ptr(), precision, packed.data_ptr())
+    assert packed.isnan().sum() == 1
+    assert (packed == 1).sum() == weight.numel() - 1
+
+
 def test_halo_conv2d_keeps_nan(cuda: ModuleType) -> None:
     shape = [1, 32, 6, 9, 64, 6, 9, 1, 1]
     inputs = torch.rand(3, 1, 6, 9, 32, dtype=torch.bfloat16)
