@@ -2,11 +2,13 @@
 
 Environment variables:
   CXX, CXXFLAGS, LDFLAGS   the C++17 compiler, and flags added to its calls, as everywhere
-  CIBP_FAST_CUDA           CUDA kernels: auto (default) builds them where sources and nvcc are,
-                           0 never, 1 fails where they cannot be built
+  CIBP_FAST_CUDA           CUDA kernels: auto (default) builds them where nvcc is found and goes on
+                           without them where it fails, 0 never, 1 fails where they cannot be built
+  CUDA_HOME, CUDA_PATH     the folder whose bin/nvcc is taken before the one on the PATH
 
 A C++ compiler alone suffices: OpenMP and each instruction set are used where the compiler takes
-them. Objects stay in build/ninja-*, so that the next build compiles only what changed.
+them. The CUDA kernels need neither torch nor a driver, to build or to import. Objects stay in
+build/ninja-*, so that the next build compiles only what changed.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import pybind11
 from ninja import ninja_syntax
@@ -29,6 +32,8 @@ from setuptools.errors import CompileError, OptionError, PlatformError
 
 KERNELS = sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))
 BINDINGS = "csrc/bindings_cpu.cpp"
+CUDA_KERNELS = sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))
+CUDA_BINDINGS = "csrc/bindings_cuda.cpp"
 
 # One module for each instruction set; one of them is chosen at run time. They are separate shared
 # objects because an inline function or template has one name whatever it is compiled for: within
@@ -48,6 +53,11 @@ INSTRUCTION_SETS = {
 # Without -ffast-math: it reorders sums and flushes to zero, and a bound may not move by either.
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-Wall", "-Wextra"]
 
+# The GPUs to compile for, the last one where nvcc knows it. What is newer compiles the last one's
+# intermediate code when it loads it. The kernels of *_sm90a.cu are for sm_90a alone.
+CUDA_ARCHITECTURES = ("80", "90a", "100")
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra", "-DNDEBUG"]
+
 PROBE_CXX17 = "#include <optional>\nint main() { return std::optional<int>{0}.value(); }\n"
 PROBE_OPENMP = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
 PROBE_X86 = "#include <immintrin.h>\nint main() { return 0; }\n"
@@ -62,7 +72,7 @@ class NinjaBuild(build_ext):
                 f"cibp_fast builds on Linux (tested) and macOS, not on {platform.system()}: "
                 "on Windows, use the Windows Subsystem for Linux"
             )
-        require_no_cuda()
+        cuda = find_cuda()
         python_include = sysconfig.get_path("include")
         if not Path(python_include, "Python.h").is_file():
             raise CompileError(
@@ -83,44 +93,80 @@ class NinjaBuild(build_ext):
 
         built = []
         for extension in self.extensions:
+            if extension.name == "cibp_fast._cuda":
+                self.discard(extension)
+                continue
             isa_flags = INSTRUCTION_SETS[extension.name.split(".")[-1]]
             source = PROBE_X86 if any(f.startswith("-m") for f in isa_flags) else PROBE_CXX17
             if probe(compiler, [*flags, *isa_flags, *link_flags], source) is None:
                 built.append(extension)
             else:
                 warn(f"{compiler[0]} does not take {shlex.join(isa_flags)}: no {extension.name}")
-                # or the module of an earlier build would be taken for one of these sources
-                Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
-                if self.editable_mode:
-                    Path(self.get_ext_filename(extension.name)).unlink(missing_ok=True)
-        self.extensions = built
+                self.discard(extension)
 
         # Not self.build_temp: an editable install makes that a temporary folder, and the next build
         # would start from nothing.
         folder = Path("build", f"ninja-{sysconfig.get_config_var('SOABI')}").resolve()
         folder.mkdir(parents=True, exist_ok=True)
         names = [extension.name.split(".")[-1] for extension in built]
-        write_ninja(folder, compiler, flags, link_flags, names, python_include)
-        if subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder)]).returncode != 0:
+        write_ninja(folder, compiler, flags, link_flags, names, python_include, cuda)
+        if not run_ninja(folder, names):
             raise CompileError("the kernels did not compile: see the messages above")
-        for extension, name in zip(built, names, strict=True):
+        if cuda is not None:
+            if run_ninja(folder, ["_cuda"]):
+                built += [e for e in self.extensions if e.name == "cibp_fast._cuda"]
+            elif cuda.required:
+                raise CompileError("the CUDA kernels did not compile: see the messages above")
+            else:
+                warn(f"{cuda.nvcc} failed: no CUDA kernels (CIBP_FAST_CUDA=0 does not try)")
+        self.extensions = built
+        for extension in built:
             target = Path(self.get_ext_fullpath(extension.name))
             target.parent.mkdir(parents=True, exist_ok=True)
             # a new file, never new bytes in the old one: a running process may have that one mapped
             target.unlink(missing_ok=True)
-            shutil.copyfile(folder / f"{name}.so", target)
+            shutil.copyfile(folder / f"{extension.name.split('.')[-1]}.so", target)
+
+    def discard(self, extension: Extension) -> None:
+        """Remove a module of an earlier build, which would be taken for one of these sources."""
+        Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
+        if self.editable_mode:
+            Path(self.get_ext_filename(extension.name)).unlink(missing_ok=True)
 
 
-def require_no_cuda() -> None:
-    """Check CIBP_FAST_CUDA. There are no CUDA sources yet, so `auto` and `0` both build none."""
+class Cuda(NamedTuple):
+    nvcc: str
+    architectures: list[str]  # of CUDA_ARCHITECTURES
+    required: bool  # whether the build fails without these kernels
+
+
+def find_cuda() -> Cuda | None:
+    """What CIBP_FAST_CUDA asks for: nvcc and what it compiles for, or None to build no CUDA."""
     choice = os.environ.get("CIBP_FAST_CUDA", "auto")
     if choice not in ("auto", "0", "1"):
         raise OptionError(f"CIBP_FAST_CUDA={choice!r}: auto, 0 and 1 are allowed")
-    if choice == "1":
-        raise OptionError(
-            "CIBP_FAST_CUDA=1 asks for CUDA kernels, but this version has no CUDA sources "
-            "(csrc/cuda): use auto or 0"
-        )
+    if choice == "0":
+        return None
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    found = [shutil.which("nvcc", path=str(Path(home, "bin"))) for home in homes]
+    nvcc = next((path for path in [*found, shutil.which("nvcc")] if path), None)
+    if nvcc is None:
+        if choice == "1":
+            raise OptionError(
+                "CIBP_FAST_CUDA=1 asks for CUDA kernels, but there is no nvcc in bin of CUDA_HOME "
+                "or CUDA_PATH, or on the PATH: install the CUDA toolkit or use auto or 0"
+            )
+        return None
+    # nvcc does not list 90a apart from 90
+    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True)
+    known = [a for a in CUDA_ARCHITECTURES if f"sm_{a.rstrip('a')}" in listed.stdout.split()]
+    if known[:2] != ["80", "90a"]:
+        message = f"{nvcc} does not compile for sm_80 and sm_90: CUDA 12 or newer is needed"
+        if choice == "1":
+            raise OptionError(f"CIBP_FAST_CUDA=1 asks for CUDA kernels, but {message}")
+        warn(f"{message}: no CUDA kernels")
+        return None
+    return Cuda(nvcc, known, choice == "1")
 
 
 def find_compiler() -> list[str]:
@@ -145,6 +191,13 @@ def probe(compiler: list[str], flags: list[str], source: str) -> str | None:
     return None if result.returncode == 0 else result.stderr.strip()
 
 
+def run_ninja(folder: Path, names: list[str]) -> bool:
+    """Build NAME.so in that folder for each of names; whether that worked."""
+    targets = [f"{name}.so" for name in names]
+    command = [sys.executable, "-m", "ninja", "-C", str(folder), *targets]
+    return subprocess.run(command).returncode == 0
+
+
 def write_ninja(
     folder: Path,
     compiler: list[str],
@@ -152,8 +205,10 @@ def write_ninja(
     link_flags: list[str],
     names: list[str],
     python_include: str,
+    cuda: Cuda | None,
 ) -> None:
-    """Write folder/build.ninja, which builds NAME.so in that folder for each of names."""
+    """Write folder/build.ninja, which builds NAME.so in that folder for each of names, and _cuda.so
+    where cuda is given."""
     shared = ["-shared"]
     if platform.system() == "Darwin":
         shared = ["-bundle", "-undefined", "dynamic_lookup"]
@@ -186,6 +241,43 @@ def write_ninja(
                 objects += ninja.build(target, "compile", path, variables=variables)
             variables = {"flags": quote([*module_flags, *shared]), "link_flags": quote(link_flags)}
             ninja.build(f"{name}.so", "link", objects, variables=variables)
+        if cuda is not None:
+            write_cuda(ninja, cuda, [*flags, *binding_flags])
+
+
+def write_cuda(ninja: ninja_syntax.Writer, cuda: Cuda, binding_flags: list[str]) -> None:
+    """Write how _cuda.so is built."""
+    ninja.variable("nvcc", quote([cuda.nvcc]))
+    ninja.rule(
+        "nvcc",
+        command="$nvcc -MMD -MF $out.d $flags -c $in -o $out",
+        depfile="$out.d",
+        deps="gcc",
+        description="compile $out",
+    )
+    # CUDA's runtime is linked statically and its symbols are hidden: torch may bring another one
+    ninja.rule(
+        "nvcc_link",
+        command="$nvcc -shared -cudart static -Xlinker=--exclude-libs=ALL $in -o $out",
+        description="link $out",
+    )
+    objects = []
+    for source in CUDA_KERNELS:
+        architectures = cuda.architectures
+        if source.endswith("_sm90a.cu"):
+            architectures = ["90a"]
+        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
+        if not architectures[-1].endswith("a"):
+            last = architectures[-1]
+            codes[-1] = f"-gencode=arch=compute_{last},code=[sm_{last},compute_{last}]"
+        variables = {"flags": quote([*NVCC_FLAGS, *codes])}
+        target = f"_cuda/{Path(source).stem}.o"
+        objects += ninja.build(target, "nvcc", str(Path(source).resolve()), variables=variables)
+    known = " ".join(f"sm_{a}" for a in cuda.architectures)
+    variables = {"flags": quote([*binding_flags, f'-DCIBP_CUDA_ARCHITECTURES="{known}"'])}
+    bindings = str(Path(CUDA_BINDINGS).resolve())
+    objects += ninja.build("_cuda/bindings_cuda.o", "compile", bindings, variables=variables)
+    ninja.build("_cuda.so", "nvcc_link", objects)
 
 
 def quote(words: list[str]) -> str:
@@ -198,6 +290,9 @@ def warn(message: str) -> None:
 
 
 setup(
-    ext_modules=[Extension(f"cibp_fast.{name}", [*KERNELS, BINDINGS]) for name in INSTRUCTION_SETS],
+    ext_modules=[
+        *(Extension(f"cibp_fast.{name}", [*KERNELS, BINDINGS]) for name in INSTRUCTION_SETS),
+        Extension("cibp_fast._cuda", [*CUDA_KERNELS, CUDA_BINDINGS]),
+    ],
     cmdclass={"build_ext": NinjaBuild},
 )
