@@ -191,7 +191,8 @@ def describe() -> list[tuple[str, str]]:
         else:
             text = missing[isa]
         rows.append((f"CPU kernels {isa}", text))
-    rows.append(("Triton kernels", _triton_missing() or "can be compiled"))
+    rows.append(("Triton kernels", _triton_missing() or "compiled when they are first used"))
+    rows.append(("CUDA C++ kernels", _cuda_build()))
     for device, dtype in (
         ("cpu", torch.float32),
         ("cpu", torch.float64),
@@ -202,6 +203,17 @@ def describe() -> list[tuple[str, str]]:
         rows.append((f"on {device}, {str(dtype).removeprefix('torch.')}", f"{name}: {reason}"))
     rows.append(("threads", str(threads())))
     return rows
+
+
+def _cuda_build() -> str:
+    """What there is of csrc/cuda."""
+    try:
+        cuda = importlib.import_module("cibp_fast._cuda")
+    except ImportError as error:
+        return f"not built ({error})"
+    devices, why_not = cuda.devices()
+    found = ", ".join(f"sm_{major}{minor}" for major, minor in devices) or f"no GPU: {why_not}"
+    return f"built for {cuda.architectures}; {found}; no op runs them yet"
 
 
 def processor() -> str:

@@ -406,24 +406,6 @@ def _gradient_launch(
     _store_weight(gradient, tl.program_id(0), f, grad_weight, CLASSES, FEATURES, ROWS)
 
 
-@triton.jit
-def _sum_launch(
-    partials,  # [COUNT, COLUMNS]
-    sums,  # [COLUMNS]
-    COUNT: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    k = tl.arange(0, WIDTH)
-    total = tl.zeros((BLOCK, WIDTH), tl.float32)
-    for first in range(0, COUNT, BLOCK):
-        i = first + tl.arange(0, BLOCK)
-        inside = (i < COUNT)[:, None] & (k < COLUMNS)[None, :]
-        total += tl.load(partials + i[:, None] * COLUMNS + k[None, :], mask=inside, other=0.0)
-    tl.store(sums + k, tl.sum(total, 0), mask=k < COLUMNS)
-
-
 def default_tiling(batch: int, classes: int, features: int) -> Tiling:
     """For a GPU of about a hundred multiprocessors; nothing of it was measured."""
     rows = triton.next_power_of_2(classes)
@@ -540,29 +522,6 @@ def loss(
         OWN_TILES=own_tiles,
     )
     return out
-
-
-def sum_terms(partials: Tensor) -> Tensor:
-    """`partials.sum(0)` in one program and a fixed order: [P, K] contiguous float32 to [K].
-
-    Raises ValueError for partials of another shape, dtype or layout.
-    """
-    if partials.dim() != 2 or partials.numel() == 0:
-        raise ValueError(
-            f"partials must be [P, K] with P and K above 0, got {list(partials.shape)}"
-        )
-    _check("partials", partials, partials.shape, torch.float32, partials.device)
-    count, columns = partials.shape
-    sums = partials.new_empty(columns)
-    width = triton.next_power_of_2(columns)
-    _sum_launch[(1,)](
-        *(partials, sums),
-        COUNT=count,
-        COLUMNS=columns,
-        BLOCK=max(1, 1024 // width),
-        WIDTH=width,
-    )
-    return sums
 
 
 def _check(

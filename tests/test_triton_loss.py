@@ -19,7 +19,7 @@ from cibp_fast import Interval, reference
 from cibp_fast.bounds import Bounds
 from cibp_fast.certificates import predict
 from cibp_fast.kernels import loss as kernels
-from cibp_fast.kernels.loss import Tiling, default_tiling, sum_terms
+from cibp_fast.kernels.loss import Tiling, default_tiling
 from cibp_fast.kernels.streams import PRECISIONS as STORED
 from cibp_fast.losses import Terms
 from cibp_fast.recorder import Head
@@ -135,7 +135,7 @@ def case(shape: Sequence[int], precision: str = "float32", bias: bool = True) ->
 def found(result: kernels.Loss) -> tuple[Tensor, list[Tensor]]:
     partial = [result.grad_weight, result.grad_bias]
     sums = [g.sum(0).double().cpu() for g in partial if g is not None]
-    return sum_terms(result.terms).double().cpu(), [result.grad_x.double().cpu(), *sums]
+    return result.terms.sum(0).double().cpu(), [result.grad_x.double().cpu(), *sums]
 
 
 def check(case: Case, tiling: Tiling | None = None) -> None:
@@ -218,7 +218,7 @@ def test_predictions(tiling: Tiling) -> None:
         x, weight = torch.zeros(3, 3, 2), torch.zeros(3, 2)
         given = Case(x, weight, bias, torch.tensor([0, 1, 2]))
         wrong = (predict(bias.expand(3, 3)) != given.y).sum().item()
-        assert sum_terms(given.run(tiling).terms)[3].item() == wrong
+        assert given.run(tiling).terms.sum(0)[3].item() == wrong
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's NumPy
@@ -279,14 +279,6 @@ def test_repeats_are_bitwise_equal(tiling: Tiling | None) -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("shape", [(1, 4), (3, 1), (1000, 4), (700, 5)], ids=str)
-def test_sum_terms(shape: tuple[int, int]) -> None:
-    partials = torch.randn(shape, device=DEVICE)
-    torch.testing.assert_close(sum_terms(partials), partials.sum(0), rtol=1e-5, atol=1e-4)
-    partials[-1, 0] = math.nan
-    assert sum_terms(partials)[0].isnan()
-
-
 def test_bad_arguments() -> None:
     given = case((5, 4, 9))
     for wrong, message in (
@@ -304,14 +296,12 @@ def test_bad_arguments() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             replace(given, **wrong).run()
-    with pytest.raises(ValueError, match=r"partials must be \[P, K\] with P and K above 0, got"):
-        sum_terms(torch.zeros(3, 0))
 
 
 _COMPILE = """
 import sys, torch
 from aot import compiled
-from cibp_fast.kernels.loss import loss, sum_terms
+from cibp_fast.kernels.loss import loss
 from cibp_fast.kernels.streams import PRECISIONS
 
 def launch():
@@ -323,7 +313,6 @@ def launch():
         weight, bias = torch.zeros(classes, features, dtype=stored), torch.zeros(classes)
         arguments = (x, weight, bias, torch.zeros(batch, dtype=torch.int64), torch.zeros(2))
         loss(*arguments, precision=precision, divisor=1.0, input_divisor=1.0)
-    sum_terms(torch.zeros(25, 4))
 
 for capability in 80, 90, 100:
     for binary in compiled(launch, capability):
