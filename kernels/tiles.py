@@ -35,6 +35,8 @@ def tiles_for(kernel: str, shape: Shape, precision: Precision) -> Tiles:
     if kernel == "weight_gradient":
         channels = _between(shape.out_channels, 16, 64)
         products = _between(shape.products, 16, 64)
+        if precision.name == "float32" and shape.in_channels % 4:
+            deep = 16  # of narrow loads, with which its splitting spills
         tiles = -(-shape.out_channels // channels) * -(-shape.products // products)
         splits = _splits(tiles, shape.out_pixels, 4 * deep)
         return Tiles(products, channels, deep, splits=splits)

@@ -1,13 +1,17 @@
 """Compiling Triton kernels ahead of time, without a GPU: what their launches on CPU tensors would
-compile, for a given architecture. Not in the interpreter's process: run it in one of its own.
+compile, for a given architecture. In a process of its own, since interpreted functions cannot be.
 """
 
 from __future__ import annotations
 
+import importlib
+import json
+import os
 import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -20,19 +24,46 @@ from triton.runtime.jit import JITFunction
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
+CAPABILITIES = (80, 90, 100)
+
+
+class Job(NamedTuple):
+    """Launches to compile."""
+
+    launch: str  # module:function, to be imported
+    arguments: list[Any]  # of it; what JSON knows
+    capability: int  # for sm_{capability}
+
+
 class Binary(NamedTuple):
     """What a kernel was compiled to."""
 
     kernel: str
+    constants: dict[str, Any]  # its constexpr arguments
     registers: int
     spills: int  # instructions that load from or store to local memory
     shared: int  # bytes
     tensor_core: int  # instructions, warpgroup ones of sm_90 included
     warpgroup: int
-    wide_copies: (
-        int  # of 16 bytes from global to shared memory, or by the tensor memory accelerator
-    )
+    wide_copies: int  # of 16 bytes from global to shared memory
     narrow_copies: int  # of fewer
+
+
+def compiled_apart(jobs: Sequence[Job], cache: Path) -> list[list[Binary]]:
+    """`compiled` of each job, all in one other process.
+
+    cache: a folder for what Triton keeps; an empty one makes it compile everything.
+    """
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "0",
+        "TRITON_CACHE_DIR": str(cache),
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+    command = [sys.executable, __file__, json.dumps(jobs)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return [[Binary(*each) for each in found] for found in json.loads(result.stdout)]
 
 
 def compiled(launch: Callable[[], Any], capability: int) -> list[Binary]:
@@ -66,27 +97,40 @@ def _binary(name: str, kernel: Any) -> Binary:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        code = _output("-sass", file.name)
-        usage = _output("-res-usage", file.name)
+        command = [str(TOOLS / "cuobjdump"), "-sass", "-res-usage", file.name]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+    code = result.stdout + result.stderr
 
     def count(pattern: str) -> int:
         return len(re.findall(rf"^\s+/\*[0-9a-f]{{4,}}\*/.*\b{pattern}", code, re.MULTILINE))
 
-    registers = re.search(r"REG:(\d+)", usage)
-    assert registers, usage
+    names = kernel.src.fn.arg_names
+    constants = {names[at]: value for (at, *_), value in kernel.src.constants.items()}
+    registers = re.search(r"REG:(\d+)", code)
+    assert registers, code
+    wide = count(r"LDGSTS\S*\.128")
     return Binary(
         name,
+        {name: value for name, value in constants.items() if isinstance(value, int | float | str)},
         int(registers[1]),
         count("STL") + count("LDL"),
         kernel.metadata.shared,
-        count(r"\w*MMA\."),
+        count(r"\w*MMA\b"),
         count("HGMMA"),
-        count(r"LDGSTS\S*\.128") + count("UTMALDG"),
-        count("LDGSTS") - count(r"LDGSTS\S*\.128"),
+        wide,
+        count("LDGSTS") - wide,
     )
 
 
-def _output(option: str, file: str) -> str:
-    command = [str(TOOLS / "cuobjdump"), option, file]
-    result = subprocess.run(command, capture_output=True, text=True)
-    return result.stdout + result.stderr
+def _main() -> None:
+    found = []
+    for job in json.loads(sys.argv[1]):
+        launch, arguments, capability = Job(*job)
+        module, function = launch.split(":")
+        launched = getattr(importlib.import_module(module), function)
+        found.append(compiled(lambda: launched(*arguments), capability))  # noqa: B023
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    _main()

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
 from fusions import CHAINS, Results, compare, inputs, passes, small
 from torch import Tensor, nn
-from tritons import DEVICE, PRECISIONS
+from tritons import DEVICE, PRECISIONS, large_tiles
 
 import cibp_fast as cf
 from cibp_fast import Interval, models
 
 F32 = torch.float32
+
+
+@pytest.fixture(autouse=True)
+def _large_tiles() -> Iterator[None]:
+    with large_tiles():
+        yield
 
 
 def both(

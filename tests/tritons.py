@@ -2,13 +2,55 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
+from cibp_fast.kernels import adam, conv2d, pool
+from cibp_fast.kernels.conv2d import Shape
+from cibp_fast.kernels.streams import Precision
+from cibp_fast.kernels.tiles import Tiles, tiles_for
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("TRITON_INTERPRET=1 is not set", allow_module_level=True)
 PRECISIONS = ("float32", "tf32", "bf16")
+
+
+@contextlib.contextmanager
+def large_tiles() -> Iterator[None]:
+    """Without a GPU: tiles of few programs and steps, which is what the interpreter takes time for.
+
+    For tests of what is made of the kernels, of which those with the usual tiles have their own.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE == "cpu":
+            patch.setattr(conv2d, "tiles_for", _large)
+            patch.setattr(pool, "PIXELS", 64)
+            patch.setattr(adam, "_TILE", (16, 32, 16))
+            patch.setattr(adam, "_FLAT", (64, 128, 1))
+        yield
+
+
+def _large(kernel: str, shape: Shape, precision: Precision) -> Tiles:
+    """As many splits as there would be, up to 2."""
+    tiles = tiles_for(kernel, shape, precision)
+    tiles = tiles._replace(splits=min(tiles.splits, 2))
+    if kernel == "weight_gradient":
+        channels, products = _power(shape.out_channels), _power(shape.products)
+        return tiles._replace(pixels=products, channels=channels, depth=max(tiles.depth, 64))
+    if kernel == "forward":
+        pixels, channels, depth = shape.out_pixels, shape.out_channels, shape.products
+    else:
+        pixels = shape.batch * shape.in_height * shape.in_width
+        channels, depth = shape.in_channels, shape.out_channels
+    return tiles._replace(pixels=_power(pixels), channels=_power(channels), depth=_power(depth))
+
+
+def _power(size: int) -> int:
+    """The power of two above size, within limits."""
+    return max(16, min(512, 1 << (size - 1).bit_length()))
