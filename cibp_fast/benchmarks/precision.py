@@ -116,6 +116,7 @@ class Comparison:
     distance: float  # between the precisions
     step: int  # where that is
     others: float  # the greatest distance of other ways to part the trainings in halves
+    ways: int  # how many those are
     same_seed: float  # the greatest relative difference between the curves of one seed
 
     @staticmethod
@@ -148,6 +149,7 @@ class Comparison:
             float(by_precision.max()),
             steps[int(by_precision.argmax())],
             float(np.max(others)),
+            len(others),
             float(np.abs(fast / reference - 1).max()),
         )
 
@@ -159,7 +161,8 @@ class Comparison:
         where = "within" if self.distance < self.others else "beyond"
         return (
             f"{where} the noise of the seeds: the precisions are {self.distance:.2g} standard "
-            f"deviations apart, other halves of these trainings up to {self.others:.2g}"
+            f"deviations apart, the {self.ways} other ways to halve these trainings up to "
+            f"{self.others:.2g}"
         )
 
 
