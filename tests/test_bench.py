@@ -20,7 +20,7 @@ from cibp_fast.benchmarks import common, layer, precision, rivals, step
 from cibp_fast.benchmarks.precision import Comparison
 from cibp_fast.benchmarks.step import Contender, Exact, Problem
 from cibp_fast.config import preset
-from cibp_fast.fusion import PRECISIONS
+from cibp_fast.fusion import CPU_PRECISIONS as PRECISIONS
 from cibp_fast.losses import Terms
 
 BENCH = Path(__file__).parent.parent / "bench"
@@ -510,8 +510,8 @@ def test_peak_memory_is_shown_where_it_was_measured(readme):
     common.write(path, step.FIELDS, rows)
     lines = readme.performance()
     table = [line for line in lines if line.startswith("|")]
-    assert "peak MiB, two-pass |" in table[0] and len({line.count("|") for line in table}) == 1
-    assert all(line.endswith("| 3.0, 3.0 |") for line in table[2:])
+    assert 'peak MiB, `"fast"`, two-pass |' in table[0] and len({line.count("|") for line in table}) == 1
+    assert all(line.endswith("| 3.0, 3.0, 3.0 |") for line in table[2:])
 
 
 @pytest.mark.parametrize("name", ["step", "precisions"])

@@ -35,13 +35,13 @@ def test_fast_is_not_float32_in_every_stage() -> None:
     """Without a Winograd stage the tests of "fast" below would say nothing."""
     model, x = every_stage().float(), torch.rand(2, 2, 20, 18)
     box = Interval.ball(x, 0.1)
-    float32, fast = (cf.fuse(model, each).bounds(x, box).logits for each in fusion.PRECISIONS)
+    float32, fast = (cf.fuse(model, each).bounds(x, box).logits for each in fusion.CPU_PRECISIONS)
     assert not torch.equal(float32, fast)
 
 
 @pytest.mark.parametrize("repeats", [2, pytest.param(50, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("ball", [False, True])
-@pytest.mark.parametrize("precision", fusion.PRECISIONS)
+@pytest.mark.parametrize("precision", fusion.CPU_PRECISIONS)
 def test_repeats_on_1_to_8_threads(precision: str, ball: bool, repeats: int) -> None:
     """And again on the way back to 1: twice the repeats with each number of threads."""
     model = every_stage().float()
