@@ -510,7 +510,10 @@ def test_peak_memory_is_shown_where_it_was_measured(readme):
     common.write(path, step.FIELDS, rows)
     lines = readme.performance()
     table = [line for line in lines if line.startswith("|")]
-    assert 'peak MiB, `"fast"`, two-pass |' in table[0] and len({line.count("|") for line in table}) == 1
+    assert (
+        'peak MiB, `"fast"`, two-pass |' in table[0]
+        and len({line.count("|") for line in table}) == 1
+    )
     assert all(line.endswith("| 3.0, 3.0, 3.0 |") for line in table[2:])
 
 

@@ -365,8 +365,8 @@ def test_verified_examples_have_restarts_of_their_own(monkeypatch):
     assert result["pgd_error"] == (wrong | (toy_dataset().test.labels == 7)).double().mean().item()
 
 
-@pytest.mark.parametrize("precision", ["float32", "fast"])
-def test_the_loss_is_that_of_the_layers(monkeypatch, precision):
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-4), ("fast", 1e-2)])
+def test_the_loss_is_that_of_the_layers(monkeypatch, precision, tolerance):
     """Training runs the fused network, and its loss and gradients are those of cf.bounds."""
     config = preset("mnist5k-small-0.1-cibp", precision=precision)
     model = runs.build_model(config)
@@ -382,7 +382,7 @@ def test_the_loss_is_that_of_the_layers(monkeypatch, precision):
         value.backward()
         found.append([value.detach(), logged, *(p.grad for p in model.parameters())])
     for one, other in zip(*found, strict=True):
-        assert (one - other).norm() <= 1e-4 * other.norm()
+        assert (one - other).norm() <= tolerance * other.norm()
 
 
 def test_widths_before_activations_run_layer_by_layer():
