@@ -39,6 +39,12 @@ def _offsets(sizes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(accumulate((-(-size // line) * line for size in sizes), initial=0))
 
 
+@lru_cache(maxsize=256)
+def _on(device: torch.device, numbers: tuple[int, ...]) -> Tensor:
+    """The numbers on the device: copied there once, since a copy would wait for the host."""
+    return torch.tensor(numbers, dtype=torch.float32, device=device)
+
+
 def saved_bytes(stages: Sequence[Any], batch: int, precision: str) -> int:
     """Bytes of what the forward pass saves."""
     return _offsets(_sizes(stages, batch, precision))[-1]
@@ -104,7 +110,7 @@ def forward(
             )
         totals.append(partials.sum())
     assert logits is not None
-    widths = torch.stack(totals) / nominal.new_tensor(divisors)
+    widths = torch.stack(totals) / _on(nominal.device, tuple(divisors))
     head = [each.reshape(batch, -1) for each in inputs.unpack(streams[-1])[:2]]
     return *logits, *head, widths, saved
 
@@ -142,7 +148,7 @@ def backward(
     logits = [each.reshape(batch, classes, 1, 1) for each in (*given, *bounds)]
     of_squares = None  # the gradients of the sums of squares
     if gradients[5] is not None:
-        of_squares = gradients[5] / gradients[5].new_tensor(divisors)
+        of_squares = gradients[5] / _on(saved.device, tuple(divisors))
     last = None if of_squares is None else (of_squares[-1:], *logits[3:])
     gradient = inputs.pack_gradient(*logits[:3], precision, last)
     streams = _saved(saved, stages, batch, precision)
