@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from triton.runtime.driver import driver
+
+from cibp_fast.kernels.streams import INTERPRETED, Precision
 
 if TYPE_CHECKING:
     from cibp_fast.kernels.conv2d import Shape
-    from cibp_fast.kernels.streams import Precision
 
 
 class Tiles(NamedTuple):
@@ -27,7 +29,7 @@ PROGRAMS = 132  # that a large GPU runs at a time
 
 
 def tiles_for(kernel: str, shape: Shape, precision: Precision) -> Tiles:
-    """For "forward", "input_gradient" or "weight_gradient".
+    """For "forward", "input_gradient" or "weight_gradient", on the current device.
 
     4 warps: with 8 Triton has miscompiled such loops (pytorch/pytorch#173068).
     """
@@ -47,6 +49,9 @@ def tiles_for(kernel: str, shape: Shape, precision: Precision) -> Tiles:
         pixels = shape.batch * shape.in_height * shape.in_width
         outputs, products, whole = shape.in_channels, shape.products, shape.out_channels
     channels = _between(outputs, 16, 64)
+    if precision.name == "float32" and not INTERPRETED:
+        # before sm_90 it is in registers that both factors are split, and more of them spill
+        deep = 16 if driver.active.get_current_target().arch < 90 else deep
     depth = _between(whole, 16, deep)
     most = 32 if precision.name == "float32" and channels == 64 else 64  # its splitting spills
     size = Tiles(_between(pixels, 16, most), channels, depth, weight_first=channels == 64)
