@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from processes import python
 from torch import Tensor
 from tritons import DEVICE, PRECISIONS
 
@@ -269,11 +267,7 @@ def compiled(launches: Callable[[], None]) -> dict[str, dict[str, int]]:
     Compiled in a process of its own, which does not interpret; launches must import what it needs.
     """
     code = [inspect.getsource(launches), COMPILE, f"print(usage(launches, {CAPABILITIES}))"]
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", "\n".join(code)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+    return json.loads(python("\n".join(code), interpret=False))
 
 
 CAPABILITIES = (80, 90, 100)

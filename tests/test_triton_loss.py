@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from processes import python
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tritons import DEVICE, PRECISIONS
@@ -336,8 +334,4 @@ for capability in 80, 90, 100:
     ],
 )
 def test_compiles_without_spills(layers: list[str], kernels: int) -> None:
-    path = os.pathsep.join(filter(None, sys.path))
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path}
-    command = [sys.executable, "-c", _COMPILE, *layers]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.stdout.split() == 3 * kernels * ["0"], result.stderr
+    assert python(_COMPILE, *layers, interpret=False).split() == 3 * kernels * ["0"]

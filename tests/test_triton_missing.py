@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from processes import python
 
 IMPORTS = """
 import sys
@@ -52,12 +50,7 @@ for run in (
 
 def run(code: str) -> list[str]:
     """The lines that Python prints, in a process of its own."""
-    path = os.pathsep.join(filter(None, sys.path))
-    environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout.splitlines()
+    return python(code, interpret=True).splitlines()
 
 
 def test_imports_no_kernels() -> None:

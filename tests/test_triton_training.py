@@ -115,7 +115,9 @@ def test_what_the_step_cannot_do_the_loop_does(
     tmp_path: Path, replays: list[int], changes: dict[str, object]
 ) -> None:
     cf.train(
-        _config(steps=1, kappa_ramp=(0, 1), lr_decay_at=(1,), **changes), tmp_path, backend="triton"
+        _config(steps=1, eps_ramp=(0, 1), kappa_ramp=(0, 1), lr_decay_at=(1,), **changes),
+        tmp_path,
+        backend="triton",
     )
     assert not replays
 
