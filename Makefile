@@ -106,4 +106,4 @@ $(VENV)/dev: build/wheel/stamp $(VENV)/libraries
 	@touch $(VENV)/demo $@
 
 sanitize: $(VENV)/dev
-	$(BIN)/pytest tests/test_sanitizers.py
+	$(BIN)/pytest --slow tests/test_sanitizers.py tests/test_cuda_kernels.py

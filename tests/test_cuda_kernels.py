@@ -565,6 +565,7 @@ def test_many_elements(cuda: ModuleType) -> None:
     assert (width - squares).abs() <= gamma(n, torch.float32) * squares
 
 
+@pytest.mark.slow
 def test_under_sanitizers(tmp_path: Path, folder: Path) -> None:
     """All of the above again, with the kernels under ASan and UBSan."""
     if MODULE in os.environ:

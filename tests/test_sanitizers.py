@@ -93,7 +93,9 @@ def accepts(compiler: list[str], flags: tuple[str, ...], folder: Path) -> bool:
     return built.returncode == 0 and subprocess.run([program]).returncode == 0
 
 
-@pytest.mark.parametrize("isa", FLAGS)
+@pytest.mark.parametrize(
+    "isa", [pytest.param(isa, marks=() if isa == NATIVE else pytest.mark.slow) for isa in FLAGS]
+)
 def test_driver_under_sanitizers(isa: str, compiler: list[str], tmp_path: Path) -> None:
     if not accepts(compiler, SANITIZERS, tmp_path):
         pytest.skip(f"{compiler[0]} has no working ASan and UBSan runtime")
