@@ -34,11 +34,14 @@ def tiles_for(kernel: str, shape: Shape, precision: Precision) -> Tiles:
     4 warps: with 8 Triton has miscompiled such loops (pytorch/pytorch#173068).
     """
     deep = 64 if precision.dtype == torch.bfloat16 else 32
+    if precision.name == "float32" and not INTERPRETED:
+        # before sm_90 both factors are split in registers, and more of them spill
+        deep = 16 if driver.active.get_current_target().arch < 90 else deep
     if kernel == "weight_gradient":
         channels = _between(shape.out_channels, 16, 64)
         products = _between(shape.products, 16, 64)
         if precision.name == "float32" and shape.in_channels % 4:
-            deep = 16  # of narrow loads, with which its splitting spills
+            deep = 16  # as narrow loads leave fewer registers
         tiles = -(-shape.out_channels // channels) * -(-shape.products // products)
         splits = _splits(tiles, shape.out_pixels, 4 * deep)
         return Tiles(products, channels, deep, splits=splits)
@@ -49,9 +52,6 @@ def tiles_for(kernel: str, shape: Shape, precision: Precision) -> Tiles:
         pixels = shape.batch * shape.in_height * shape.in_width
         outputs, products, whole = shape.in_channels, shape.products, shape.out_channels
     channels = _between(outputs, 16, 64)
-    if precision.name == "float32" and not INTERPRETED:
-        # before sm_90 it is in registers that both factors are split, and more of them spill
-        deep = 16 if driver.active.get_current_target().arch < 90 else deep
     depth = _between(whole, 16, deep)
     most = 32 if precision.name == "float32" and channels == 64 else 64  # its splitting spills
     size = Tiles(_between(pixels, 16, most), channels, depth, weight_first=channels == 64)

@@ -30,9 +30,10 @@ def large_tiles() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE == "cpu":
             patch.setattr(conv2d, "tiles_for", _large)
-            patch.setattr(pool, "PIXELS", 64)
-            patch.setattr(adam, "_TILE", (16, 32, 16))
-            patch.setattr(adam, "_FLAT", (64, 128, 1))
+            patch.setattr(pool, "PIXELS", 256)
+            patch.setattr(pool, "CHANNELS", 16)
+            patch.setattr(adam, "_TILE", (32, 64, 16))
+            patch.setattr(adam, "_FLAT", (128, 128, 1))
         yield
 
 
