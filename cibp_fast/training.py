@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cibp_fast import data, losses, runs
+from cibp_fast import _backend, data, losses, runs
 from cibp_fast.bounds import bounds
 from cibp_fast.certificates import predict
 from cibp_fast.config import Config
@@ -122,6 +122,9 @@ def _check(config: Config, dataset: data.Dataset, processes: World, backend: str
             f"batch_size must be a multiple of the {processes.size} processes, "
             f"not {config.batch_size}"
         )
+    name, why = _backend.select(backend, processes.device, torch.float32)
+    if config.precision != "float32" and name == "torch":
+        raise ValueError(f"precision {config.precision!r} cannot run here: {why}")
     on_gpu = processes.device.type == "cuda" or backend == "triton"
     if config.precision in ("tf32", "bf16") and not on_gpu:
         raise ValueError(f"precision {config.precision!r} is for a GPU; on the CPU take 'fast'")

@@ -122,6 +122,17 @@ def test_what_the_step_cannot_do_the_loop_does(
     assert not replays
 
 
+def test_a_backend_that_cannot_run_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="backend='triton' cannot run: on the CPU Triton's"):
+        cf.train(_config(), tmp_path / "run", backend="triton")
+    with pytest.raises(ValueError, match="precision 'fast' cannot run here: asked for"):
+        cf.train(_config(precision="fast"), tmp_path / "run", backend="torch")
+    assert not (tmp_path / "run").exists()
+
+
 def test_precisions_need_a_gpu(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="precision 'bf16' is for a GPU; on the CPU take 'fast'"):
         cf.train(_config(precision="bf16"), tmp_path)
