@@ -95,7 +95,7 @@ def store_outputs(
         if not BOUNDS:
             z = rounded(z, DROPPED)
         tl.store(out2_ptr + at, z.to(out2_ptr.dtype.element_ty), mask=mask)
-    return tl.sum(width)  # both axes at once: of one after the other Triton 3.6 makes no sm_100 code
+    return tl.sum(width)  # not axis by axis: Triton 3.6 makes no code of that for sm_100
 
 
 @triton.jit
