@@ -26,7 +26,9 @@ from tolerances import LAYOUTS, arrange
 from torch import Tensor, nn
 
 import cibp_fast as cf
-from cibp_fast import Interval, _backend, _network_op, fusion, models
+from cibp_fast import Interval, _backend, _network_op, models
+from cibp_fast._program import trace
+from cibp_fast._stages import stages_and_parameters
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -340,7 +342,7 @@ def test_registration(
     monkeypatch.setattr(_backend.kernels(), "Buffer", bytearray)
     model = small(dtype).requires_grad_(False)
     x, lower, upper = inputs(3, 2, 9, 7, dtype=dtype)
-    stages, weights, biases = fusion._stages_and_parameters(fusion._trace(model), x, fast)
+    stages, weights, biases = stages_and_parameters(trace(model), x, fast)
     numbers = [n for stage in stages for n in stage.numbers()]
     radius = torch.tensor([0.1, 0.2], dtype=dtype) if ball else None
     isa = _network_op.cpu_engine()

@@ -7,14 +7,16 @@ from fusions import compare, inputs, of_box, small
 from torch import nn
 
 import cibp_fast as cf
-from cibp_fast import Interval, fusion
+from cibp_fast import Interval
+from cibp_fast._program import trace
+from cibp_fast._stages import stages_and_parameters
 
 
 def test_stages_are_kept_while_nothing_changes() -> None:
-    program, x = fusion._trace(small()), torch.rand(3, 2, 9, 7).double()
-    first, *_ = fusion._stages_and_parameters(program, x)
-    assert fusion._stages_and_parameters(program, x[:1])[0] is first  # of any batch
-    assert fusion._stages_and_parameters(program, x, fast=True)[0] != first
+    program, x = trace(small()), torch.rand(3, 2, 9, 7).double()
+    first, *_ = stages_and_parameters(program, x)
+    assert stages_and_parameters(program, x[:1])[0] is first  # of any batch
+    assert stages_and_parameters(program, x, fast=True)[0] != first
 
 
 def test_hyperparameters_in_a_list_may_change_in_place() -> None:

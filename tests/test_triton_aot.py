@@ -14,7 +14,9 @@ import torch
 pytest.importorskip("triton")
 from aot import CAPABILITIES, Binary, Job, compiled_apart
 
-from cibp_fast import fusion, models
+from cibp_fast import models
+from cibp_fast._program import trace
+from cibp_fast._stages import stages_and_parameters
 from cibp_fast.kernels import conv2d, layers, pool
 from cibp_fast.kernels.conv2d import Shape
 from cibp_fast.kernels.network import shape_of
@@ -26,8 +28,8 @@ BATCH = 100
 def network(name: str) -> list[Shape]:
     """The convolutions of one of the paper's networks, on the images that it is trained on."""
     image = (1, 28, 28) if name == "small" else (3, 32, 32)
-    program = fusion._trace(models.NETS[name](image))
-    stages, *_ = fusion._stages_and_parameters(program, torch.zeros(1, *image))
+    program = trace(models.NETS[name](image))
+    stages, *_ = stages_and_parameters(program, torch.zeros(1, *image))
     return [shape_of(stage, BATCH) for stage in stages]
 
 

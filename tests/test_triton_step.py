@@ -12,7 +12,8 @@ from tritons import DEVICE
 
 import cibp_fast as cf
 from cibp_fast import Interval, data, models
-from cibp_fast.fusion import _stages_and_parameters, _trace
+from cibp_fast._program import trace
+from cibp_fast._stages import stages_and_parameters
 from cibp_fast.kernels import inputs
 from cibp_fast.kernels.step import TrainStep
 
@@ -28,7 +29,7 @@ def train_step(
     model: nn.Module, examples: data.Split, prepare: nn.Module, table: Tensor, **options: object
 ) -> TrainStep:
     x = examples.images[:1].float()
-    stages, weights, biases = _stages_and_parameters(_trace(model), x)
+    stages, weights, biases = stages_and_parameters(trace(model), x)
     parameters = [
         tuple(
             None if p is None else (p.data, torch.zeros_like(p), torch.zeros_like(p)) for p in pair
