@@ -1,6 +1,6 @@
 // One build of the CPU kernels as a Python module: raw pointers and strides in, no torch headers.
 //
-// cibp_fast/ops.py, fusion.py and losses.py check dtypes, devices and shapes; ops.py,
+// cibp_fast/ops.py, _stages.py and losses.py check dtypes, devices and shapes; ops.py,
 // _network_op.py and _loss_op.py allocate the outputs and keep every tensor alive.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
