@@ -11,7 +11,6 @@
 #include "parallel.h"
 #include "pool.h"
 #include "saved.h"
-#include "streams.h"
 #include "tile.h"
 #include "winograd.h"
 
