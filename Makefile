@@ -15,7 +15,7 @@ INSTALL := $(PIP) install --no-compile -c constraints.txt
 
 CPP_FILES := $(sort $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h tests/cpp/*.c* tests/cpp/*.h))
 PACKAGE_FILES := pyproject.toml setup.py README.md LICENSE $(filter csrc/%,$(CPP_FILES)) \
-  $(wildcard cibp_fast/*.py cibp_fast/*/*.py cibp_fast/*.pyi cibp_fast/py.typed kernels/*.py)
+  $(wildcard cibp_fast/*.py cibp_fast/*/*.py cibp_fast/*.pyi cibp_fast/py.typed kernels/*.py kernels/*.json)
 
 .PHONY: help quickstart test test-cpu test-gpu lint format sanitize bench clean
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,13 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from cibp_fast import _backend, data, environment, plotting, runs, training
-from cibp_fast.benchmarks import layer, precision, step
+from cibp_fast.benchmarks import common, layer, precision, step
 from cibp_fast.config import PRESET_GRAMMAR, Config, parse, preset
 from cibp_fast.distributed import is_first
 from cibp_fast.evaluation import broken, certificate, inputs
 from cibp_fast.progress import bar
 
 DEFAULT_PRESET = "mnist5k-small-0.1-cibp"
+
+# Of the GPU's kernels; not imported from there, since that would import Triton.
+PRECISIONS = ("float32", "tf32", "bf16")
+KERNELS = ("forward", "input_gradient", "weight_gradient")
 
 MOST_THREADS = 1024  # beyond it the system may refuse to start them, which ends the process
 
@@ -165,6 +170,29 @@ def _quickstart(options: argparse.Namespace) -> None:
     )
 
 
+def _tune(options: argparse.Namespace) -> None:
+    if options.batch_size is not None and options.batch_size < 1:
+        raise ValueError(f"batch-size must be 1 or more, not {options.batch_size}")
+    if not options.limit > 0:
+        raise ValueError(f"limit must be more than 0 seconds, not {options.limit:g}")
+    common.check_output(options.output)
+    try:
+        _backend.select("triton", torch.device("cuda"), torch.float32)
+    except ValueError as error:
+        raise ValueError(f"tune measures on a GPU: {error}") from error
+    from cibp_fast.kernels import tune  # here: it imports Triton
+
+    tune.run(
+        options.models,
+        options.datasets,
+        options.batch_size,
+        options.precision,
+        options.kernel,
+        options.output,
+        options.limit,
+    )
+
+
 def _trained(options: argparse.Namespace) -> tuple[Config, nn.Module, data.Split]:
     """A run's config (with --eps), its network, and its first --examples held-out examples."""
     config = runs.read_config(options.run_dir)
@@ -239,6 +267,7 @@ def _parser() -> argparse.ArgumentParser:
         "  cibp-fast attack runs/first --steps 200 --restarts 10\n"
         "  cibp-fast plot runs/first -o curves.png\n"
         "  cibp-fast bench step --models small     a training step, timed against its rivals\n"
+        "  cibp-fast tune --models small           measure the GPU's fastest tiles, and keep them\n"
         "  cibp-fast info                          what is installed, which kernel runs and why",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -388,6 +417,47 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("--preset", metavar="NAME", help="draw this recipe's eps, kappa and lr")
     plot.add_argument(
         "-o", "--output", type=Path, required=True, metavar="FILE", help=".png, .pdf or .svg"
+    )
+
+    tune = command(
+        "tune",
+        _tune,
+        "Measure which tiles of Triton's kernels are fastest on this GPU, for networks' layers.",
+        "Tiles that are right and faster than those of the built-in rule are kept in a table for\n"
+        "later runs: $CIBP_FAST_TUNED, or cibp_fast/tuned.json of $XDG_CACHE_HOME or ~/.cache.\n"
+        "What is done is kept when it is stopped. How long it takes is not measured yet.\n\n"
+        "examples:\n"
+        "  cibp-fast tune --models small --datasets mnist --precision tf32\n"
+        "  cibp-fast tune --models large-same --datasets cifar10 --batch-size 200 --limit 600",
+    )
+    for flag, choices, default, what in (
+        ("--models", common.NETWORKS, list(common.NETWORKS), "networks"),
+        ("--datasets", common.DATASETS, list(common.DATASETS), "data sets"),
+        ("--precision", PRECISIONS, ["float32"], "precisions"),
+        ("--kernel", KERNELS, list(KERNELS), "kernels"),
+    ):
+        everything = len(default) == len(choices)
+        tune.add_argument(
+            flag,
+            nargs="+",
+            choices=choices,
+            default=default,
+            metavar="NAME",
+            help=f"{what}, of {', '.join(choices)} "
+            f"(default: {'all' if everything else ' '.join(default)})",
+        )
+    tune.add_argument(
+        "--batch-size", type=int, metavar="N", help="default: 50 for cifar10, else 100"
+    )
+    tune.add_argument(
+        "--output", type=Path, metavar="FILE", help="another table, which keeps its other entries"
+    )
+    tune.add_argument(
+        "--limit",
+        type=float,
+        default=math.inf,
+        metavar="SECONDS",
+        help="begin with no further kernel after that (default: none)",
     )
 
     summary = "Time training steps and single layers against others, and compare the precisions."

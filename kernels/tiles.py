@@ -1,10 +1,22 @@
-"""The tiles that a convolution is cut into, which decide how fast it is."""
+"""The tiles that a convolution is cut into, which decide how fast it is.
+
+They come from tables of what `cibp-fast tune` measured, the user's before tuned.json of this
+package, or else from a rule. A table is JSON: its format, and entries that are found by what is in
+`Where`, kernel, precision and shape, and give tiles.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+import json
+import os
+import warnings
+from collections.abc import Hashable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import triton
 from triton.runtime.driver import driver
 
 from cibp_fast.kernels.streams import INTERPRETED, Precision
@@ -30,6 +42,25 @@ PROGRAMS = 132  # that a large GPU runs at a time
 
 def tiles_for(kernel: str, shape: Shape, precision: Precision) -> Tiles:
     """For "forward", "input_gradient" or "weight_gradient", on the current device.
+
+    Tables are read once in a process, so that a step and its graph keep their tiles.
+    """
+    device = -1 if INTERPRETED else driver.active.get_current_device()
+    return _tiles_for(kernel, shape, precision, device)
+
+
+@cache
+def _tiles_for(kernel: str, shape: Shape, precision: Precision, device: int) -> Tiles:
+    if where := current():
+        wanted = key(entry_for(where, kernel, precision.name, shape))
+        for table in (_table(user_table()), _table(SHIPPED)):
+            if wanted in table:
+                return table[wanted]
+    return rule(kernel, shape, precision)
+
+
+def rule(kernel: str, shape: Shape, precision: Precision) -> Tiles:
+    """Where nothing was measured.
 
     4 warps: with 8 Triton has miscompiled such loops (pytorch/pytorch#173068).
     """
@@ -69,3 +100,140 @@ def _between(size: int, least: int, most: int) -> int:
 def _splits(tiles: int, length: int, least: int) -> int:
     """Parts that fill the GPU, of no fewer than `least` summands each."""
     return max(1, min(PROGRAMS // tiles, length // least))
+
+
+# Tables
+
+FORMAT = 1
+SHIPPED = Path(__file__).with_name("tuned.json")
+ABOUT = (
+    "Tiles that `cibp-fast tune` measured to be faster than those of the rule in kernels/tiles.py, "
+    "on the GPU named; times are in microseconds."
+)
+KEYS = ("architecture", "multiprocessors", "triton", "kernel", "precision", "shape")
+
+
+class Where(NamedTuple):
+    """The GPU and compiler of an entry. Not the GPU's name: H100 and H200 take the same tiles, and
+    what they have to fill is the multiprocessors, of which one name may have several counts.
+    """
+
+    architecture: str  # as "sm_90"
+    multiprocessors: int
+    triton: str  # major.minor
+
+
+def current() -> Where | None:
+    """Of the current device; None in the interpreter."""
+    if INTERPRETED or not torch.cuda.is_available():  # compiled ahead of time
+        return None
+    return Where(
+        f"sm_{driver.active.get_current_target().arch}",
+        torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count,
+        ".".join(triton.__version__.split(".")[:2]),
+    )
+
+
+def user_table() -> Path:
+    """$CIBP_FAST_TUNED, or cibp_fast/tuned.json of $XDG_CACHE_HOME or ~/.cache."""
+    if path := os.environ.get("CIBP_FAST_TUNED"):
+        return Path(path)
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(folder, "cibp_fast", "tuned.json")
+
+
+def entry_for(where: Where, kernel: str, precision: str, shape: Shape) -> dict[str, Any]:
+    """An entry's part that it is found by."""
+    sizes = {
+        name: list(size) if isinstance(size, tuple) else size
+        for name, size in shape._asdict().items()
+    }
+    return {**where._asdict(), "kernel": kernel, "precision": precision, "shape": sizes}
+
+
+def key(entry: Mapping[str, Any]) -> Hashable:
+    return json.dumps([entry.get(name) for name in KEYS], sort_keys=True)
+
+
+def text(entries: Sequence[Mapping[str, Any]]) -> str:
+    """A table, with a line for each entry."""
+    lines = ",\n".join(f"  {json.dumps(entry)}" for entry in entries)
+    listed = f"[\n{lines}\n ]" if lines else "[]"
+    return f'{{\n "format": {FORMAT},\n "about": {json.dumps(ABOUT)},\n "entries": {listed}\n}}\n'
+
+
+def read(path: Path) -> list[Any]:
+    """The entries of a table. Raises OSError or ValueError, naming the path, where it is none."""
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise type(error)(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    entries = content.get("entries") if isinstance(content, dict) else None
+    if not isinstance(entries, list):
+        raise ValueError(f"{path} is no table of tiles: it has no list of entries")
+    if content.get("format") != FORMAT:
+        raise ValueError(f"{path} is of format {content.get('format')!r}, not {FORMAT}")
+    return entries
+
+
+@cache
+def _table(path: Path) -> dict[Hashable, Tiles]:
+    """A table's tiles by `key`; warns of what cannot be used, since training can do without."""
+    table = {}
+    try:
+        entries = read(path)
+    except (OSError, ValueError) as error:
+        if not isinstance(error, FileNotFoundError) or os.environ.get("CIBP_FAST_TUNED"):
+            _warn(f"{error}; it is ignored")
+        return {}
+    for number, entry in enumerate(entries, 1):
+        try:
+            table[key(entry)] = _tiles(entry)
+        except ValueError as error:
+            _warn(f"{path}: entry {number} is ignored: {error}")
+    return table
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
+
+
+def _tiles(entry: Any) -> Tiles:
+    """Raises ValueError where it has none that its kernel can be cut into."""
+    for name in (*KEYS, "tiles"):
+        if not isinstance(entry, dict) or name not in entry:
+            raise ValueError(f"it has no {name}")
+    given = entry["tiles"]
+    if not isinstance(given, dict):
+        raise ValueError(f"tiles must be an object, not {given!r}")
+    defaults = Tiles._field_defaults
+    for name in given.keys() | (set(Tiles._fields) - defaults.keys()):
+        kind = bool if isinstance(defaults.get(name), bool) else int
+        if name not in Tiles._fields:
+            raise ValueError(f"tiles have no {name}, only {', '.join(Tiles._fields)}")
+        if type(given.get(name)) is not kind:
+            raise ValueError(f"{name} must be of type {kind.__name__}, not {given.get(name)!r}")
+    tiles = Tiles(**given)
+    if why := obstacle(entry["kernel"], tiles):
+        raise ValueError(why)
+    return tiles
+
+
+def obstacle(kernel: str, tiles: Tiles) -> str:
+    """Why a kernel cannot be cut into these tiles on any GPU; empty: it may be possible."""
+    for name in ("pixels", "channels", "depth"):
+        size = getattr(tiles, name)
+        if size not in (16, 32, 64, 128, 256, 512):
+            return f"{name} must be a power of two from 16 to 512, not {size}"
+    if tiles.warps not in (4, 8):
+        return f"warps must be 4 or 8, not {tiles.warps}"
+    if not 1 <= tiles.stages <= 8:
+        return f"stages must be from 1 to 8, not {tiles.stages}"
+    most = 1 if kernel == "input_gradient" else 65535  # of a grid's third axis
+    if not 1 <= tiles.splits <= most:
+        return f"splits of {kernel} must be from 1 to {most}, not {tiles.splits}"
+    if kernel == "weight_gradient" and tiles.weight_first:
+        return "weight_first must be false for weight_gradient"
+    return ""

@@ -35,6 +35,7 @@ def test_version_is_the_metadata_s() -> None:
 def test_typed_package_is_installed() -> None:
     package = Path(cf.__file__).parent
     assert (package / "py.typed").is_file()
+    assert (package / "kernels" / "tuned.json").is_file()
     for isa in ("avx2", "avx512"):
         assert (package / f"_cpu_{isa}.pyi").is_file()
     stub = (package / "_cpu_portable.pyi").read_text()
