@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -463,6 +464,47 @@ def test_on_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "1 of 12 kernels tuned" in capsys.readouterr().out
 
 
+def test_the_bench_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without one: what it asks of torch.cuda is made up, the kernels are interpreted."""
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            calls.append("record")
+
+        def synchronize(self) -> None:
+            calls.append("wait")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 0.25
+
+    calls: list[str] = []
+    properties = SimpleNamespace(L2_cache_size=64)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: calls.append("sleep"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append("synchronize"))
+    monkeypatch.setattr(tune, "compiled", lambda launch, candidates, begin: found)
+    bench = tune.GpuBench(TINY, "tf32", torch.device(DEVICE))
+    for kernel in checks.KERNELS:
+        default = rule(Job(kernel, "tf32", TINY))
+        other = default._replace(stages=2)
+        found = [("", 8), ("", 8), ("", 0), ("PTXASError: no", 0)]
+        candidates = [default, other, other, other]
+        assert bench.check(kernel, candidates) == [
+            "",
+            "it spills 8 registers",
+            "",
+            "PTXASError: no",
+        ]
+        assert calls == ["synchronize"]
+        assert bench.time(kernel, default) == 250
+        assert calls == ["synchronize", "sleep", "record", "record", "wait"]
+        calls.clear()
+
+
 COMPILED = """
 import json, sys
 from types import SimpleNamespace
@@ -473,7 +515,7 @@ from cibp_fast.kernels.conv2d import Shape
 from cibp_fast.kernels.tiles import Tiles
 
 def load(name, binary, shared, device):
-    return object(), 0, 128, 24 if shared < 20_000 else 0, 1024
+    return object(), 0, 128, 24 if shared < 10_000 else 0, 1024
 
 utils = SimpleNamespace(
     get_device_properties=lambda device: {"max_shared_mem": 100_000},
@@ -489,9 +531,9 @@ driver.set_active(SimpleNamespace(
 ))
 case = checks.Case(Shape(2, 64, 8, 8, 64, 6, 6, 3, 3), "bf16", "cpu")
 candidates = [
-    Tiles(64, 64, 64, stages=2),
-    Tiles(64, 64, 64, stages=8),
-    Tiles(64, 32, 48),
+    Tiles(32, 32, 32),
+    Tiles(32, 64, 64, stages=8),
+    Tiles(16, 16, 48),
     Tiles(16, 16, 16),
 ]
 begun = []
