@@ -53,12 +53,12 @@ class Job(NamedTuple):
 class Result(NamedTuple):
     """Times are in microseconds, NaN where the rule's tiles cannot be used, or none can."""
 
-    default: Tiles
+    default: Tiles  # the rule's
     default_us: float
     best: Tiles
     best_us: float
     tried: int
-    why_not: str  # of the rule's tiles
+    why_not: str  # why the rule's tiles cannot be used
 
     @property
     def gained(self) -> bool:
@@ -376,7 +376,7 @@ def _rounded(us: float) -> float | None:
 
 def report(jobs: Sequence[Job], results: Sequence[tuple[Job, Result]]) -> str:
     """A line for each kernel."""
-    heads = ("layer", "kernel", "precision", "rule us", "best us", "tiles")
+    heads = ("layer", "kernel", "precision", "tried", "rule us", "best us", "tiles")
     rows = [heads]
     for (kernel, precision, shape), result in results:
         kept = "the rule's" if not result.why_not else f"none: {' '.join(result.why_not.split())}"
@@ -386,7 +386,8 @@ def report(jobs: Sequence[Job], results: Sequence[tuple[Job, Result]]) -> str:
                 f"{shape.batch} x {shape.in_channels}x{shape.in_height}x{shape.in_width} -> "
                 f"{shape.out_channels}x{shape.out_height}x{shape.out_width}, "
                 f"{shape.kernel_height}x{shape.kernel_width}",
-                *(kernel, precision, _figure(result.default_us), _figure(result.best_us)),
+                *(kernel, precision, str(result.tried)),
+                *(_figure(us) for us in (result.default_us, result.best_us)),
                 cut if result.gained else kept[:100],
             )
         )
