@@ -9,8 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from cibp_fast.certificates import check_examples, evaluation, predict
+from cibp_fast._graphs import capturing, graphed, kept
+from cibp_fast.certificates import check_examples, check_labels, evaluation, predict, running
 from cibp_fast.interval import Interval
+
+# On a GPU a step is a CUDA graph of a fixed batch size, and to ask which examples are left is to
+# wait for it: after so many steps. Fewer examples go on in the half of the batch, its quarter, ...
+BURST = 10
+LEAST = 32  # examples in a graph, unless batch_size is less
 
 
 @dataclass(frozen=True)
@@ -45,8 +51,11 @@ def pgd(
     uniform in the box and drawn from `seed` alone; each takes `steps` steps. An example that is
     broken is left alone from then on. NaN logits count as misclassified, so the PGD error is never
     below the test error. The model is attacked in evaluation mode; its modes and its parameters'
-    `.grad` are left as they were. Raises TypeError or ValueError for inputs that do not fit, or a
-    box that is not finite.
+    `.grad` are left as they were. On a GPU steps are replays of CUDA graphs, whose batches are
+    filled up with copies of an example.
+
+    Raises TypeError or ValueError for inputs that do not fit, or a box that is not finite,
+    RuntimeError inside a capture, and torch.OutOfMemoryError where a GPU's memory is too small.
     """
     for name, value, least in (
         ("steps", steps, 0),
@@ -58,13 +67,20 @@ def pgd(
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be from 0 to 2**63 - 1, not {seed}")
     check_examples(x, y, batch_size)
+    if x.is_cuda and capturing():
+        raise RuntimeError(
+            "pgd cannot be captured, since the host decides which examples go on; it makes CUDA "
+            "graphs of its own: call it outside of torch.cuda.graph"
+        )
     box = Interval.ball(x, eps, clip)
     if (box.upper - box.lower).isinf().any():
         raise ValueError(f"eps must give a box of finite width, not {eps} with clip={clip}")
     random = torch.Generator().manual_seed(seed)
     adversarial, found = x.detach().clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    with evaluation(model):
-        _check_labels(model, x, y)
+    with evaluation(model), running("pgd", model, x, batch_size), kept():
+        if len(x):
+            with torch.no_grad():
+                check_labels(y, model(x[:1]).shape[1])  # cross_entropy would skip -100
         for first in range(0, len(x), batch_size):
             chosen = slice(first, first + batch_size)
             lower, upper = box.lower[chosen].detach(), box.upper[chosen].detach()
@@ -81,20 +97,11 @@ def pgd(
                     upper,
                     steps,
                     step_size,
+                    batch_size,
                     adversarial[chosen],
                     found[chosen],
                 )
     return Attack(adversarial, found)
-
-
-def _check_labels(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> None:
-    """Raises ValueError unless y [N] are classes of the model (cross_entropy would skip -100)."""
-    if len(x):
-        with torch.no_grad():
-            classes = model(x[:1]).shape[1]
-        least, greatest = int(y.min()), int(y.max())
-        if least < 0 or greatest >= classes:
-            raise ValueError(f"y must be in [0, {classes}), got labels {least} to {greatest}")
 
 
 def _descend(
@@ -105,29 +112,82 @@ def _descend(
     upper: Tensor,  # [B, ...]
     steps: int,
     step_size: float,
+    batch_size: int,
     # outputs, updated in place
     adversarial: Tensor,  # [B, ...]
     found: Tensor,  # [B]
 ) -> None:
     """`steps` steps from one start, for the examples that are not found yet."""
-    active = (~found).nonzero().flatten()
-    if not len(active):
-        return
-    point, y, lower, upper = point[active], y[active], lower[active], upper[active]
-    for step in range(steps + 1):
-        with torch.set_grad_enabled(step < steps):
-            point = point.detach().requires_grad_(step < steps)
-            logits = model(point)
-        broken = predict(logits.detach()) != y
-        adversarial[active[broken]], found[active[broken]] = point.detach()[broken], True
-        kept = ~broken
-        if step == steps or not kept.any():
+    step, last = graphed(_step, model, step_size), graphed(_last, model)
+    burst = _burst(point)
+    left = (~found).nonzero().flatten()
+    point, y, lower, upper = (each[left] for each in (point, y, lower, upper))
+    while len(left):
+        times = min(burst, steps)
+        size = len(left) if burst == 1 else _size(len(left), batch_size)
+        broken = torch.zeros_like(left, dtype=torch.bool)
+        inputs = [_padded(each, size) for each in (point, broken, y, lower, upper)]
+        outputs = step(*inputs, times=times) if times else last(*inputs[:3])
+        point, broken = (each[: len(left)] for each in outputs)
+        hit = broken.nonzero().flatten()
+        if len(hit):
+            adversarial[left[hit]], found[left[hit]] = point[hit], True
+            kept = (~broken).nonzero().flatten()
+            left, point, y, lower, upper = (each[kept] for each in (left, point, y, lower, upper))
+        if not times:
             return
-        gradient = _gradient(logits, y, point)[kept]
-        active, y, lower, upper = active[kept], y[kept], lower[kept], upper[kept]
-        # A NaN step must not carry the point out of the box, where breaking it means nothing.
-        change = (step_size * gradient.sign()).nan_to_num(0.0)
-        point = (point.detach()[kept] + change).clamp(lower, upper)
+        steps -= times
+
+
+def _burst(point: Tensor) -> int:
+    return 1 if point.device.type == "cpu" else BURST
+
+
+def _size(count: int, batch_size: int) -> int:
+    """The least of batch_size, its half, its quarter, ... that is at least count and LEAST."""
+    while batch_size // 2 >= max(count, LEAST):
+        batch_size //= 2
+    return batch_size
+
+
+def _padded(tensor: Tensor, size: int) -> Tensor:
+    """[size, ...]: the tensor, and copies of its first row."""
+    missing = size - len(tensor)
+    return torch.cat([tensor, tensor[:1].expand(missing, *tensor.shape[1:])]) if missing else tensor
+
+
+def _step(
+    model: Callable[[Tensor], Tensor],
+    step_size: float,
+    point: Tensor,  # [B, ...], as lower and upper
+    broken: Tensor,  # [B] bool
+    y: Tensor,  # [B]
+    lower: Tensor,
+    upper: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """One step of those that are not broken yet: their points, and which are broken without it."""
+    with torch.enable_grad():
+        point = point.detach().requires_grad_()
+        logits = model(point)
+        broken = broken | (predict(logits.detach()) != y)
+        if point.device.type == "cpu" and broken.all():  # what a GPU would have to be waited for
+            return point.detach(), broken
+        gradient = _gradient(logits, y, point)
+    point = point.detach()
+    # A NaN step must not carry the point out of the box, where breaking it means nothing.
+    change = (step_size * gradient.sign()).nan_to_num(0.0)
+    stays = broken.view(-1, *[1] * (point.dim() - 1))
+    return torch.where(stays, point, (point + change).clamp(lower, upper)), broken
+
+
+def _last(
+    model: Callable[[Tensor], Tensor],
+    point: Tensor,  # [B, ...]
+    broken: Tensor,  # [B] bool
+    y: Tensor,  # [B]
+) -> tuple[Tensor, Tensor]:
+    """As `_step`, but without the step."""
+    return point, broken | (predict(model(point)) != y)
 
 
 def _gradient(logits: Tensor, y: Tensor, point: Tensor) -> Tensor:

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cibp_fast._graphs import enough_memory, graphed, kept
+from cibp_fast._loss_op import label_error
 from cibp_fast.bounds import bounds
-from cibp_fast.interval import Interval
+from cibp_fast.interval import Interval, may_inspect
 
 SEMANTICS = ("real", "float32")
 
@@ -53,7 +55,8 @@ def certify(
     x: [N, ...]; y: [N] int64; eps and clip as in `Interval.ball`. sound=False gives the ordinary
     bounds, computed in rounded arithmetic: good for curves and comparisons, but no proof.
     sound=True raises NotImplementedError until the sound bounds exist. A NaN or infinite bound is
-    never verified. Raises TypeError or ValueError for inputs that do not fit.
+    never verified. On a GPU batches of one shape are replays of one CUDA graph. Raises TypeError or
+    ValueError for inputs that do not fit, torch.OutOfMemoryError where a GPU's memory is too small.
     """
     if semantics not in SEMANTICS:
         raise ValueError(f"semantics must be one of {', '.join(SEMANTICS)}, not {semantics!r}")
@@ -68,18 +71,31 @@ def certify(
         )
     check_examples(x, y, batch_size)
     box = Interval.ball(x, eps, clip)
-    margins, predicted = [], []
-    with evaluation(model), torch.no_grad():
+    streams = (x, box.lower, box.upper, y)
+    parts = []
+    with evaluation(model), running("certify", model, x, batch_size), kept():
+        bounded = graphed(_bounded, model)
         for first in range(0, max(len(x), 1), batch_size):
-            chosen = slice(first, first + batch_size)
-            out = bounds(model, x[chosen], box[chosen])
-            margins.append(out.margins(y[chosen]))
-            predicted.append(predict(out.logits))
-    all_margins, all_predicted = torch.cat(margins), torch.cat(predicted)
+            parts.append(bounded(*(each[first : first + batch_size] for each in streams)))
+    all_margins, all_predicted = (torch.cat(each) for each in zip(*parts, strict=True))
+    check_labels(y, all_margins.shape[1])
     others = all_margins.scatter(1, y[:, None], 0.0)
     margin = all_margins.amin(1)  # amin, not min over a mask: it propagates NaN
     verified = (margin > 0) & others.isfinite().all(1) & (all_predicted == y)
     return Certificate(verified, margin, all_margins, all_predicted, sound)
+
+
+def _bounded(
+    model: Callable[[Any], Any],
+    x: Tensor,  # [N, ...], as lower and upper
+    lower: Tensor,
+    upper: Tensor,
+    y: Tensor,  # [N]
+) -> tuple[Tensor, Tensor]:  # margins [N, classes] and predicted [N]
+    """What a certificate is made of. Labels of no class are taken for others."""
+    out = bounds(model, x, Interval(lower, upper, validate=False))
+    classes = out.logits.shape[1]
+    return out.margins(y.clamp(0, classes - 1)), predict(out.logits)
 
 
 def predict(logits: Tensor) -> Tensor:
@@ -102,6 +118,14 @@ def check_examples(x: Tensor, y: Tensor, batch_size: int) -> None:
         raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
 
 
+def check_labels(y: Tensor, classes: int) -> None:
+    """Raises ValueError unless y [N] are classes; skipped under CUDA graph capture."""
+    if may_inspect(y) and len(y):
+        least, greatest = torch.stack(y.aminmax()).tolist()
+        if least < 0 or greatest >= classes:
+            raise label_error(y, classes)
+
+
 def _type(value: Any) -> str:
     return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
 
@@ -122,3 +146,25 @@ def evaluation(model: Callable[[Any], Any]) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def running(name: str, model: Callable[[Any], Any], x: Tensor, batch_size: int) -> Iterator[None]:
+    """Explains what goes wrong inside the block for want of memory, or of the model's device."""
+    with enough_memory(f"{name} with batch_size={batch_size}", "take a smaller batch_size"):
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:
+            devices = _devices(model)
+            if not devices or x.device in devices:
+                raise
+            raise ValueError(
+                f"{name}: x is on {x.device} and the model on {', '.join(map(str, devices))}; move "
+                "one to the other"
+            ) from error
+
+
+def _devices(model: Callable[[Any], Any]) -> list[torch.device]:
+    if not isinstance(model, nn.Module):
+        return []
+    return list(dict.fromkeys(each.device for each in (*model.parameters(), *model.buffers())))

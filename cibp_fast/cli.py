@@ -31,7 +31,10 @@ KERNELS = ("forward", "input_gradient", "weight_gradient")
 MOST_THREADS = 1024  # beyond it the system may refuse to start them, which ends the process
 
 # What a user can cause: each message names the thing. Anything else is a bug, with a traceback.
-USER_ERRORS = (ValueError, OSError, ImportError, NotImplementedError, FloatingPointError)
+USER_ERRORS = (
+    *(ValueError, OSError, ImportError, NotImplementedError, FloatingPointError),
+    torch.OutOfMemoryError,  # of a GPU
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

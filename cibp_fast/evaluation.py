@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cibp_fast import data, runs
+from cibp_fast._graphs import capturing, graphed, kept
 from cibp_fast.attacks import pgd
 from cibp_fast.certificates import Certificate, certify, evaluation, predict
 from cibp_fast.config import Config
@@ -30,28 +31,37 @@ def evaluate(
     `pgd_verified_restarts` instead of `pgd_restarts`. `contradictions` counts the examples that are
     verified and yet broken: more than 0 shows that the bounds are wrong. The batches are shared
     among the processes; the numbers do not depend on how. Without `attack` what concerns PGD is
-    left out, and only one pass of bounds is made.
+    left out, and only one pass of bounds is made. On a GPU batches are replays of CUDA graphs, made
+    anew for each evaluation. Raises RuntimeError inside a capture.
     """
+    if split.images.is_cuda and capturing():
+        raise RuntimeError(
+            "evaluate cannot be captured, since it counts on the host; it makes CUDA graphs of its "
+            "own: call it outside of torch.cuda.graph"
+        )
     starts = range(0, len(split), config.eval_batch_size)[processes.rank :: processes.size]
     counts = torch.zeros(4, dtype=torch.int64, device=processes.device)
     description = "evaluating" if attack else "evaluating the epoch"
-    for first in bar(starts, description, "batch", shown=processes.first):
-        part = split[first : first + config.eval_batch_size]
-        x, y = inputs(config, part), part.labels
-        found = certificate(model, x, y, config)
-        if attack:
-            with evaluation(model), torch.no_grad():
-                wrong = predict(model(x)) != y
-            attacked = wrong.clone()
-            for chosen, restarts in (
-                (~found.verified, config.pgd_restarts),
-                (found.verified, config.pgd_verified_restarts),
-            ):
-                attacked[chosen] |= broken(model, x[chosen], y[chosen], config, restarts, first)
-        else:
-            wrong = attacked = found.predicted != y
-        counted = (wrong, attacked, ~found.verified, attacked & found.verified)
-        counts += torch.stack([chosen.sum() for chosen in counted])
+    with kept():
+        for first in bar(starts, description, "batch", shown=processes.first):
+            part = split[first : first + config.eval_batch_size]
+            x, y = inputs(config, part), part.labels
+            found = certificate(model, x, y, config)
+            if attack:
+                with evaluation(model):
+                    (predicted,) = graphed(_predicted, model)(x)
+                wrong = predicted != y
+                attacked = wrong.clone()
+                for group, restarts in (
+                    (~found.verified, config.pgd_restarts),
+                    (found.verified, config.pgd_verified_restarts),
+                ):
+                    chosen = group.nonzero().flatten()
+                    attacked[chosen] |= broken(model, x[chosen], y[chosen], config, restarts, first)
+            else:
+                wrong = attacked = found.predicted != y
+            counted = (wrong, attacked, ~found.verified, attacked & found.verified)
+            counts += torch.stack([each.sum() for each in counted])
     test, pgd_count, unverified, contradictions = processes.sum(counts).tolist()
     errors = {"test_error": test / len(split), "verified_error": unverified / len(split)}
     if not attack:
@@ -65,6 +75,10 @@ def evaluate(
         "examples": len(split),
         "contradictions": contradictions,
     }
+
+
+def _predicted(model: nn.Module, x: Tensor) -> tuple[Tensor]:
+    return (predict(model(x)),)
 
 
 def inputs(config: Config, split: data.Split) -> Tensor:

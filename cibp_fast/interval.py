@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+from cibp_fast._graphs import capturing
 from cibp_fast.recorder import Origin
 
 __all__ = ["Interval", "UnsupportedOpError"]
@@ -377,10 +378,14 @@ def _name(function: Callable[..., Any]) -> str:
 
 
 def may_inspect(tensor: Tensor) -> bool:
-    """Whether a check may look at values: not of meta tensors, under compile or graph capture."""
+    """Whether a check may look at values: not of meta tensors, under compile or graph capture, nor
+    where torch makes it an error to wait for the GPU.
+    """
     if torch.compiler.is_compiling() or tensor.device.type == "meta":
         return False
-    return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    if not torch.cuda.is_initialized():
+        return True
+    return not (capturing() or torch.cuda.get_sync_debug_mode() == 2)
 
 
 def as_float(number: Real) -> float:

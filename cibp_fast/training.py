@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from cibp_fast import _backend, data, losses, runs
+from cibp_fast._graphs import enough_memory
 from cibp_fast.bounds import bounds
 from cibp_fast.certificates import predict
 from cibp_fast.config import Config
@@ -300,10 +301,11 @@ class _Training:
         )
         for at, (pixels, y) in enumerate(batches, (epoch - 1) * self.epoch_steps + first):
             self.optimizer.param_groups[0]["lr"] = lr(at)
-            loss, logged = self.loss(prepare(pixels), y, eps(at), kappa(at))
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
+            with self._enough_memory():
+                loss, logged = self.loss(prepare(pixels), y, eps(at), kappa(at))
+                self.optimizer.zero_grad()
+                loss.backward()
+                self.optimizer.step()
             self.totals = self.totals + logged
             yield at
 
@@ -365,8 +367,13 @@ class _Training:
             step=self.step,
         )
         if device.type == "cuda":
-            step.capture()
+            with self._enough_memory():
+                step.capture()
         return step
+
+    def _enough_memory(self) -> AbstractContextManager[None]:
+        doing = f"a step of training with batch_size={self.config.batch_size}"
+        return enough_memory(doing, "take a smaller batch_size")
 
     def _with_moments(self, parameter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         state = self.optimizer.state[parameter]

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cibp_fast._graphs import capture, capturing
 from cibp_fast.kernels import adam, conv2d, inputs, pool
 from cibp_fast.kernels.loss import TERMS, Loss, loss
 from cibp_fast.kernels.network import shape_of
@@ -120,18 +121,22 @@ class TrainStep:
 
     def capture(self) -> None:
         """Makes a CUDA graph of `run`, which is compiled and warmed up first, in a trial step."""
-        kept = [t.clone() for t in self._state()]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.run()
-            for tensor, value in zip(self._state(), kept, strict=True):
-                tensor.copy_(value)
-            self._repack()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.run()
+        if capturing():
+            raise RuntimeError(
+                "a step of training makes a CUDA graph of its own: start it outside of "
+                "torch.cuda.graph"
+            )
+        with torch.cuda.device(self.images.device):
+            kept = [t.clone() for t in self._state()]
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self.run()
+                for tensor, value in zip(self._state(), kept, strict=True):
+                    tensor.copy_(value)
+                self._repack()
+            torch.cuda.current_stream().wait_stream(stream)
+        self.graph, _ = capture(self.run, stream)
 
     def replay(self) -> None:
         """One step: the graph's, or `run` where none was captured."""

@@ -7,8 +7,16 @@ import torch
 from torch import nn
 
 import cibp_fast as cf
-from cibp_fast import models
+from cibp_fast import attacks, models
 from cibp_fast.attacks import pgd
+
+
+@pytest.fixture(autouse=True, params=["as on a CPU", "as on a GPU"])
+def way(request, monkeypatch):
+    """Step by step on the examples that are left, or several steps of a padded batch."""
+    if request.param == "as on a GPU":
+        monkeypatch.setattr(attacks, "_burst", lambda point: 4)
+    return request.param
 
 
 class _Difference(nn.Module):
@@ -109,15 +117,23 @@ def test_an_endless_step_goes_to_the_sides_of_the_box(step_size):
     x, y = torch.full((2, 4), 0.5), torch.tensor([0, 0])
     attack = pgd(_Difference(0.58), x, y, 0.1, steps=1, restarts=1, step_size=step_size)
     assert torch.equal(attack.adversarial, torch.full_like(x, 0.6)) and attack.found.all()
-    flat = pgd(lambda x: torch.eye(2)[y], x, y, 0.1, steps=1, restarts=1, step_size=step_size)
+    flat = pgd(
+        lambda x: torch.eye(2)[:1].expand(len(x), 2),
+        x,
+        y,
+        0.1,
+        steps=1,
+        restarts=1,
+        step_size=step_size,
+    )
     assert not flat.found.any()  # 0 * inf would be NaN, and a NaN point counts as broken
 
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_logits_that_do_not_depend_on_x(trained):
     constant = torch.eye(2).requires_grad_(trained)
-    x, y = torch.rand(2, 3), torch.tensor([0, 0])
-    attack = pgd(lambda x: constant[: len(x)], x, y, 0.1, steps=2, restarts=1)
+    x, y = torch.rand(2, 3), torch.tensor([0, 1])
+    attack = pgd(lambda x: constant[:1].expand(len(x), 2), x, y, 0.1, steps=2, restarts=1)
     assert attack.found.tolist() == [False, True]
 
 
@@ -128,7 +144,49 @@ def test_a_plain_function_is_a_model():
     assert torch.equal(attack.adversarial, expected.adversarial) and attack.found.any()
 
 
-def test_no_gradient_is_computed_in_vain():
+def test_several_steps_of_a_padded_batch_end_where_single_steps_do(monkeypatch):
+    """Where they differ in rounding only: a gradient that is nearly 0 might change its sign."""
+    model = models.small((1, 28, 28)).double()
+    x = torch.rand(40, 1, 28, 28).double()
+    y = model(x).argmax(1)
+    y[::5] += 1
+    found = []
+    for burst in (1, 3, 50):
+        monkeypatch.setattr(attacks, "_burst", lambda point, burst=burst: burst)
+        found.append(pgd(model, x, y % 10, 0.02, steps=10, restarts=2, batch_size=70))
+    assert 8 < found[0].found.sum() < 40
+    for other in found[1:]:
+        assert torch.equal(other.found, found[0].found)
+        torch.testing.assert_close(other.adversarial, found[0].adversarial, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size", "size"),
+    [
+        *((500, 500, 500), (251, 500, 500), (250, 500, 250), (63, 500, 125), (62, 500, 62)),
+        *((1, 500, 62), (1, 32, 32), (3, 7, 7), (1, 1, 1)),
+    ],
+)
+def test_sizes_of_graphs(count, batch_size, size):
+    assert attacks._size(count, batch_size) == size
+
+
+def test_a_batch_that_shrinks_has_few_sizes(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(attacks, "_burst", lambda point: 2)
+    x, y = torch.rand(500, 4), torch.zeros(500, dtype=torch.int64)
+
+    def model(points):
+        sizes.append(len(points))
+        return _Difference(0.5)(points)
+
+    pgd(model, x, y, 0.3, steps=30, restarts=1, step_size=0.01)
+    assert {500, 250} <= set(sizes) <= {1, 500, 250, 125, 62}
+
+
+def test_no_gradient_is_computed_in_vain(way):
+    if way == "as on a GPU":
+        pytest.skip("there one would have to wait to know that it is in vain")
     passes = []
 
     class Counted(torch.autograd.Function):
@@ -149,6 +207,14 @@ def test_no_gradient_is_computed_in_vain():
     passes.clear()
     pgd(lambda x: model(Counted.apply(x)), x, torch.tensor([1]), 0.1, steps=2, restarts=3)
     assert passes == ["forward", "forward"]  # broken as it is
+
+
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad])
+def test_finds_the_same_with_gradients_or_without(context):
+    x, y = torch.full((3, 4), 0.5), torch.tensor([0, 0, 0])
+    with context():
+        attack = pgd(_Difference(0.58), x, y, 0.1, steps=20, restarts=0)
+    assert attack.found.all()
 
 
 @pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad])

@@ -1,0 +1,221 @@
+"""Functions of tensors as CUDA graphs: captured once for tensors of each shape, then replayed.
+
+A replay is one launch, where the function has one for each of its kernels and Python between them.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["Graphed", "capture", "capturing", "enough_memory", "graphed", "kept"]
+
+Result = TypeVar("Result")
+Function = Callable[..., tuple[Tensor, ...]]
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+class Graphed:
+    """A function of tensors, on a GPU replayed from the third call with tensors of a shape on.
+
+    The first call sets up what the function uses: kernels are compiled, libraries get workspaces.
+    The second one must not wait for the GPU, as a capture must not, but fails without harm. A
+    function that cannot be captured is called as it is, with a warning; so it is, without one, on
+    the CPU and while someone else captures.
+
+    Only the first calls run Python, hooks and checks of values included. What the function reads
+    besides its arguments must stay where it is; its values may change.
+    """
+
+    def __init__(self, function: Function) -> None:
+        self._function = function
+        self._calls: Counter[Hashable] = Counter()
+        self._graphs: dict[Hashable, _Graph] = {}
+        self._refused = False
+        self._place: tuple[torch.cuda.Stream, Any] | None = None  # of all captures, and their pool
+
+    @torch.no_grad()
+    def __call__(self, *inputs: Tensor, times: int = 1) -> tuple[Tensor, ...]:
+        """`function(*inputs)`, without gradients.
+
+        times: calls it so often, each time with what it returned in place of its first inputs.
+        """
+        loops = times > 1
+        key = (loops, *((each.shape, each.stride(), each.dtype, each.device) for each in inputs))
+        outputs: tuple[Tensor, ...] = ()
+        while times:
+            inputs = (*outputs, *inputs[len(outputs) :])
+            capturable = not self._refused and on_one_gpu(inputs) and not capturing()
+            if capturable and self._calls[key] >= 2:
+                graph = self._graphs.get(key) or self._captured(key, inputs, loops)
+                if graph is not None:
+                    return graph(inputs, times)
+            self._calls[key] += 1
+            rehearsed = capturable and self._calls[key] == 2
+            outputs = self._rehearsed(inputs) if rehearsed else self._function(*inputs)
+            times -= 1
+        return outputs
+
+    def _rehearsed(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The function's outputs, and whether it can be captured."""
+        try:
+            with _no_waiting():
+                return self._function(*inputs)
+        except Exception as error:
+            why = _reason(error)
+        outputs = self._function(*inputs)  # raises what has nothing to do with waiting
+        self._refuse(why)
+        return outputs
+
+    def _captured(self, key: Hashable, inputs: tuple[Tensor, ...], loops: bool) -> _Graph | None:
+        try:
+            if self._place is None:
+                self._place = _place(inputs[0].device)
+            self._graphs[key] = _Graph(self._function, inputs, loops, *self._place)
+        except Exception as error:
+            self._refuse(_reason(error))
+        return self._graphs.get(key)
+
+    def _refuse(self, why: str) -> None:
+        self._refused = True
+        warnings.warn(
+            f"no CUDA graph could be made of the model, which runs slower without: {why}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _place(device: torch.device) -> tuple[torch.cuda.Stream, Any]:
+    return torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        return "there is no memory for it; smaller batches need less"
+    return (
+        f"{str(error).partition(chr(10))[0] or type(error).__name__} (a capture allows neither "
+        "copies to or from the host nor decisions on values: .item(), `if tensor:`, boolean masks)"
+    )
+
+
+class _Graph:
+    """A function captured for tensors of some shapes."""
+
+    def __init__(
+        self,
+        function: Function,
+        inputs: tuple[Tensor, ...],
+        loops: bool,
+        stream: torch.cuda.Stream,
+        pool: Any,
+    ) -> None:
+        self._inputs = tuple(each.clone() for each in inputs)
+
+        def once() -> tuple[Tensor, ...]:
+            outputs = function(*self._inputs)
+            if loops:
+                for static, output in zip(self._inputs, outputs, strict=False):
+                    static.copy_(output)
+            return outputs
+
+        self._graph, self._outputs = capture(once, stream, pool)
+
+    def __call__(self, inputs: tuple[Tensor, ...], times: int) -> tuple[Tensor, ...]:
+        for static, given in zip(self._inputs, inputs, strict=True):
+            static.copy_(given)
+        for _ in range(times):
+            self._graph.replay()
+        return tuple(each.clone() for each in self._outputs)  # the next replay writes over them
+
+
+# Graphs whose capture broke off: torch's allocator goes on asking them which streams are theirs.
+_broken_off: list[torch.cuda.CUDAGraph] = []
+
+
+def capture(
+    function: Callable[[], Result], stream: torch.cuda.Stream, pool: Any = None
+) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """A graph of what the function does on the stream's GPU, and what the function returned.
+
+    The function must have run before. Its tensors have values only after the first replay, which
+    runs on the stream that is current then. Other threads may use the GPU meanwhile.
+    """
+    with torch.cuda.device(stream.device):
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(
+                graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+            ):
+                result = function()
+        except BaseException:
+            _broken_off.append(graph)
+            raise
+        finally:
+            torch.cuda.set_stream(current)  # torch leaves the other where a capture cannot end
+    return graph, result
+
+
+@contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Inside the block what waits for the GPU raises RuntimeError, as far as torch notices."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+def on_one_gpu(tensors: tuple[Tensor, ...]) -> bool:
+    return tensors[0].is_cuda and all(each.device == tensors[0].device for each in tensors)
+
+
+class _Active(threading.local):
+    kept: dict[Hashable, Graphed] | None = None
+
+
+_active = _Active()
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Inside the outermost such block `graphed` gives the same for the same arguments.
+
+    In it a model must keep its parameters' tensors, though not their values, and its modes.
+    """
+    previous = _active.kept
+    _active.kept = {} if previous is None else previous
+    try:
+        yield
+    finally:
+        _active.kept = previous
+
+
+def graphed(function: Function, model: object, *numbers: float) -> Graphed:
+    """`partial(function, model, *numbers)` as a `Graphed`."""
+    made = Graphed(partial(function, model, *numbers))  # which holds the model, and so its id
+    if _active.kept is None:
+        return made
+    return _active.kept.setdefault((function, id(model), *numbers), made)
+
+
+@contextmanager
+def enough_memory(doing: str, remedy: str) -> Iterator[None]:
+    """Names what was done, and what to do, where a GPU's memory runs out inside the block."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        why = str(error).partition(". ")[0]
+        raise torch.OutOfMemoryError(f"{doing}: {why}; {remedy}") from error
