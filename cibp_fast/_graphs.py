@@ -140,7 +140,7 @@ class _Graph:
         return tuple(each.clone() for each in self._outputs)  # the next replay writes over them
 
 
-# Graphs whose capture broke off: torch's allocator goes on asking them which streams are theirs.
+# Graphs whose capture could not be ended: torch's allocator goes on asking them for their streams.
 _broken_off: list[torch.cuda.CUDAGraph] = []
 
 
@@ -159,11 +159,10 @@ def capture(
                 graph, pool=pool, stream=stream, capture_error_mode="thread_local"
             ):
                 result = function()
-        except BaseException:
-            _broken_off.append(graph)
-            raise
         finally:
-            torch.cuda.set_stream(current)  # torch leaves the other where a capture cannot end
+            if torch.cuda.current_stream() != current:  # where torch failed to end the capture
+                torch.cuda.set_stream(current)
+                _broken_off.append(graph)
     return graph, result
 
 

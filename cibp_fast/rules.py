@@ -311,7 +311,8 @@ def _leaky_relu(input: Interval, negative_slope: float = 0.01, inplace: bool = F
 
 @_rule("prelu")
 def _prelu(input: Interval, weight: Tensor) -> Interval:
-    _require(bool((weight >= 0).all()), "prelu", "weight", weight.min().item(), ">= 0")
+    if may_inspect(weight):
+        _require(bool((weight >= 0).all()), "prelu", "weight", weight.min().item(), ">= 0")
     return _activation(F.prelu, input, weight)
 
 

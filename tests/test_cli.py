@@ -317,6 +317,18 @@ def test_bounds_that_the_attack_refutes_are_one_line(capsys, tmp_path, monkeypat
     assert runs.read_result(tmp_path)["contradictions"] > 0
 
 
+def test_a_gpu_without_memory_is_one_line(capsys, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr(training._Loss, "forward", full)
+    options = [*_short_options(), "--batch-size", "20", "--run-dir", str(tmp_path)]
+    assert (
+        "a step of training with batch_size=20: CUDA out of memory; take a smaller batch_size"
+        in _error(capsys, "train", *options)
+    )
+
+
 def test_a_run_of_another_config_is_not_replaced_unless_asked(capsys, run_dir):
     before = (run_dir / "result.json").read_bytes()
     options = [*_short_options(), "--preset", PRESET, "--run-dir", str(run_dir)]

@@ -70,6 +70,9 @@ NETS = {
     for padding in models.PADDINGS
 }
 NETS["with batch norm, pooling and dropout"] = _batch_norms
+NETS["with other activations, not ending in a linear layer"] = lambda: nn.Sequential(
+    *(nn.Flatten(), nn.Linear(3072, 9), nn.PReLU(), nn.Softplus(), nn.Linear(9, 10), nn.Tanh()),
+)
 
 
 @pytest.mark.parametrize(
@@ -295,6 +298,10 @@ def test_capture_goes_back_to_the_stream_it_came_from(cuda):
     _, result = _graphs.capture(lambda: seen.append(cuda.current) or 3, stream)
     assert result == 3 and seen == [stream] and cuda.current == "mine"
     assert _graphs._broken_off == []
+
+    with pytest.raises(ZeroDivisionError):
+        _graphs.capture(lambda: 1 / 0, stream)
+    assert cuda.current == "mine" and _graphs._broken_off == []
 
     cuda.ends = False  # torch then stays on the stream of the capture
     with pytest.raises(RuntimeError, match="previous error during capture"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from cibp_fast import Interval, data, models
 from cibp_fast._program import trace
 from cibp_fast._stages import stages_and_parameters
 from cibp_fast.kernels import inputs
+from cibp_fast.kernels import step as step_module
 from cibp_fast.kernels.step import TrainStep
 
 STEPS = 3
@@ -111,6 +114,58 @@ def test_steps(name: str, mean: bool) -> None:
         # Adam's first steps are as large for tiny gradients, whose sign rounding may decide
         off = (found.cpu() - expected).abs()
         assert (off > 1e-5).float().mean() < 0.01, (key, off.max())
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: streams that are none, and a graph whose replay calls the function."""
+    if DEVICE == "cpu":
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        for name in ("device", "stream"):
+            monkeypatch.setattr(torch.cuda, name, contextlib.nullcontext)
+        for name in ("Stream", "current_stream"):
+            monkeypatch.setattr(torch.cuda, name, lambda: stream)
+        monkeypatch.setattr(
+            step_module, "capture", lambda run, stream: (SimpleNamespace(replay=run), None)
+        )
+
+
+def test_capturing_changes_nothing(cuda: None) -> None:
+    examples = split(2, 9, 7)
+    examples = data.Split(examples.images.to(DEVICE), examples.labels.to(DEVICE))
+    table = torch.tensor([[0.1, 1e-2, 1.0], [0.2, 2e-2, 0.6]]).to(DEVICE)
+    plan = inputs.epoch_plan(*data.draw(10, seed=5, epoch=1, augmentation="none"))
+    models_, steps = [small(torch.float32).to(DEVICE)], []
+    models_.append(copy.deepcopy(models_[0]))
+    for model, captured in zip(models_, (False, True), strict=True):
+        step = train_step(
+            model, examples, nn.Identity(), table, batch_size=4, clip=None, width_weight=0.3,
+            mean=True, precision="float32",
+        )  # fmt: skip
+        step.load(plan)
+        if captured:
+            kept = [each.clone() for each in step._state()]
+            copies = [[c.clone() for c in each] for each in step.copies if each]
+            step.capture()
+            assert all(torch.equal(a, b) for a, b in zip(step._state(), kept, strict=True))
+            for each, before in zip(filter(None, step.copies), copies, strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(each, before, strict=True))
+        for _ in range(2):
+            step.replay()
+        steps.append(step)
+    plain, graph = steps
+    assert all(torch.equal(a, b) for a, b in zip(plain._state(), graph._state(), strict=True))
+    assert plain.at.item() == 2
+
+
+def test_a_capture_inside_another_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_module, "capturing", lambda: True)
+    step = train_step(
+        small(torch.float32).to(DEVICE), split(2, 9, 7), nn.Identity(), torch.zeros(1, 3),
+        batch_size=4, clip=None, width_weight=1.0, mean=True, precision="float32",
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match="start it outside of torch.cuda.graph"):
+        step.capture()
 
 
 def test_a_network_that_flattens_its_input_is_refused() -> None:
