@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from cibp_fast import _backend, data, environment, plotting, runs, training
+from cibp_fast._graphs import kept
 from cibp_fast.benchmarks import common, layer, precision, step
 from cibp_fast.config import PRESET_GRAMMAR, Config, parse, preset
-from cibp_fast.distributed import is_first
+from cibp_fast.distributed import available, is_first
 from cibp_fast.evaluation import broken, certificate, inputs
 from cibp_fast.progress import bar
 
@@ -116,12 +117,13 @@ def _train(options: argparse.Namespace) -> None:
 
 def _certify(options: argparse.Namespace) -> None:
     config, model, split = _trained(options)
-    verified = torch.cat(
-        [
-            certificate(model, inputs(config, part), part.labels, config).verified
-            for _, part in _parts(split, config, "certifying")
-        ]
-    )
+    with kept():
+        verified = torch.cat(
+            [
+                certificate(model, inputs(config, part), part.labels, config).verified
+                for _, part in _parts(split, config, "certifying")
+            ]
+        )
     print(_share("verified error", ~verified, config))
     print("sound: false (these bounds are computed in rounded arithmetic and are not yet a proof)")
 
@@ -131,12 +133,13 @@ def _attack(options: argparse.Namespace) -> None:
     config = replace(
         config, pgd_steps=options.steps, pgd_step_size=options.step_size, seed=options.seed
     )
-    found = torch.cat(
-        [
-            broken(model, inputs(config, part), part.labels, config, options.restarts, first)
-            for first, part in _parts(split, config, "attacking")
-        ]
-    )
+    with kept():
+        found = torch.cat(
+            [
+                broken(model, inputs(config, part), part.labels, config, options.restarts, first)
+                for first, part in _parts(split, config, "attacking")
+            ]
+        )
     name = f"PGD error ({options.steps} steps, {options.restarts} restarts)"
     print(_share(name, found, config))
 
@@ -197,7 +200,10 @@ def _tune(options: argparse.Namespace) -> None:
 
 
 def _trained(options: argparse.Namespace) -> tuple[Config, nn.Module, data.Split]:
-    """A run's config (with --eps), its network, and its first --examples held-out examples."""
+    """A run's config (with --eps), its network, and its first --examples held-out examples, both
+    on --device.
+    """
+    device = available(options.device)
     config = runs.read_config(options.run_dir)
     if options.eps is not None:
         config = replace(config, eps=options.eps)
@@ -209,7 +215,7 @@ def _trained(options: argparse.Namespace) -> tuple[Config, nn.Module, data.Split
         raise ValueError(
             f"examples must be from 1 to the {len(split)} of the test set, not {count}"
         )
-    return config, model, split[:count]
+    return config, model.to(device), split[:count].to(device)
 
 
 def _parts(split: data.Split, config: Config, description: str) -> Iterable[tuple[int, data.Split]]:
@@ -338,7 +344,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="N runs, of --seed and the seeds after it, each in its own folder (default: 1)",
     )
-    train.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     train.add_argument(
         "--backend",
         default="auto",
@@ -382,6 +387,7 @@ def _parser() -> argparse.ArgumentParser:
             "--examples", type=int, metavar="N", help="only the first N (default: all)"
         )
     for reader in (train, certify_run, attack):
+        reader.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
         reader.add_argument(
             "--data-root",
             type=Path,

@@ -99,7 +99,7 @@ def world(device: str | torch.device = "cpu") -> World:
     means the GPU of the process's local rank. Raises ValueError for a device that is not there, and
     for a numbered one under torchrun.
     """
-    device = _available(device)
+    device = available(device)
     if not dist.is_torchelastic_launched():
         return World(0, 1, device)
     if device.type == "cuda":
@@ -133,7 +133,7 @@ def _averaged(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     return averaged
 
 
-def _available(name: str | torch.device) -> torch.device:
+def available(name: str | torch.device) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -219,6 +219,8 @@ def test_bad_input_is_one_line(capsys, monkeypatch, tmp_path, arguments, words):
     ("arguments", "words"),
     [
         (["certify", "--eps", "-0.5"], "eps must be 0 or more, not -0.5"),
+        (["certify", "--device", "tpu"], "device must be cpu or cuda, not 'tpu'"),
+        (["attack", "--device", "tpu"], "device must be cpu or cuda, not 'tpu'"),
         (["certify", "--eps", "inf"], "eps must be a finite number, not inf"),
         (["certify", "--eps", "nan"], "eps must be a finite number, not nan"),
         (["attack", "--eps", "inf"], "eps must be a finite number, not inf"),

@@ -393,8 +393,10 @@ def test_attack_and_evaluation_refuse_to_be_captured(monkeypatch):
     for module in (attacks, evaluation):
         monkeypatch.setattr(module, "capturing", lambda: True)
     x, y = torch.rand(2, 4).as_subclass(OnGpu), torch.tensor([0, 1])
-    with pytest.raises(RuntimeError, match="pgd cannot be captured, since .* call it outside"):
+    with pytest.raises(RuntimeError, match=r"pgd cannot be captured, since .* call it outside"):
         pgd(nn.Linear(4, 2), x, y, 0.1)
     split = SimpleNamespace(images=x)
-    with pytest.raises(RuntimeError, match="evaluate cannot be captured, since .* call it outside"):
+    with pytest.raises(
+        RuntimeError, match=r"evaluate cannot be captured, since .* call it outside"
+    ):
         evaluation.evaluate(nn.Linear(4, 2), split, preset("mnist5k-small-0.001-cibp"))

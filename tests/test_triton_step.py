@@ -164,7 +164,7 @@ def test_a_capture_inside_another_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         small(torch.float32).to(DEVICE), split(2, 9, 7), nn.Identity(), torch.zeros(1, 3),
         batch_size=4, clip=None, width_weight=1.0, mean=True, precision="float32",
     )  # fmt: skip
-    with pytest.raises(RuntimeError, match="start it outside of torch.cuda.graph"):
+    with pytest.raises(RuntimeError, match=r"start it outside of torch\.cuda\.graph"):
         step.capture()
 
 
