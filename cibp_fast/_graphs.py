@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -41,7 +40,7 @@ class Graphed:
 
     def __init__(self, function: Function) -> None:
         self._function = function
-        self._calls: Counter[Hashable] = Counter()
+        self._called: set[Hashable] = set()
         self._graphs: dict[Hashable, _Graph] = {}
         self._refused = False
         self._place: tuple[torch.cuda.Stream, Any] | None = None  # of all captures, and their pool
@@ -57,36 +56,45 @@ class Graphed:
         outputs: tuple[Tensor, ...] = ()
         while times:
             inputs = (*outputs, *inputs[len(outputs) :])
-            capturable = not self._refused and on_one_gpu(inputs) and not capturing()
-            if capturable and self._calls[key] >= 2:
-                graph = self._graphs.get(key) or self._captured(key, inputs, loops)
-                if graph is not None:
-                    return graph(inputs, times)
-            self._calls[key] += 1
-            rehearsed = capturable and self._calls[key] == 2
-            outputs = self._rehearsed(inputs) if rehearsed else self._function(*inputs)
+            if self._refused or not on_one_gpu(inputs) or capturing():
+                outputs = self._function(*inputs)
+            elif key not in self._called:
+                outputs = self._function(*inputs)
+                self._called.add(key)
+            elif key not in self._graphs:
+                outputs = self._rehearsed(key, inputs, loops)
+            elif self._captured(self._graphs[key], inputs[0].device):
+                return self._graphs[key](inputs, times)
+            else:
+                outputs = self._function(*inputs)
             times -= 1
         return outputs
 
-    def _rehearsed(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The function's outputs, and whether it can be captured."""
+    def _rehearsed(
+        self, key: Hashable, inputs: tuple[Tensor, ...], loops: bool
+    ) -> tuple[Tensor, ...]:
+        """The function's outputs; a graph to be captured, or that there will be none."""
         try:
-            with _no_waiting():
-                return self._function(*inputs)
+            graph = _Graph(self._function, inputs, loops)
+            outputs = graph.rehearsal()
         except Exception as error:
             why = _reason(error)
+        else:
+            self._graphs[key] = graph
+            return outputs
         outputs = self._function(*inputs)  # raises what has nothing to do with waiting
         self._refuse(why)
         return outputs
 
-    def _captured(self, key: Hashable, inputs: tuple[Tensor, ...], loops: bool) -> _Graph | None:
+    def _captured(self, graph: _Graph, device: torch.device) -> bool:
+        """Whether the graph is, now at the latest."""
         try:
             if self._place is None:
-                self._place = _place(inputs[0].device)
-            self._graphs[key] = _Graph(self._function, inputs, loops, *self._place)
+                self._place = _place(device)
+            graph.capture(*self._place)
         except Exception as error:
             self._refuse(_reason(error))
-        return self._graphs.get(key)
+        return not self._refused
 
     def _refuse(self, why: str) -> None:
         self._refused = True
@@ -111,28 +119,36 @@ def _reason(error: Exception) -> str:
 
 
 class _Graph:
-    """A function captured for tensors of some shapes."""
+    """A function of tensors that are always the same: others are copied to them.
 
-    def __init__(
-        self,
-        function: Function,
-        inputs: tuple[Tensor, ...],
-        loops: bool,
-        stream: torch.cuda.Stream,
-        pool: Any,
-    ) -> None:
+    Kernels may be compiled for addresses as these, so that the rehearsal has them too.
+    """
+
+    def __init__(self, function: Function, inputs: tuple[Tensor, ...], loops: bool) -> None:
+        self._function, self._loops = function, loops
         self._inputs = tuple(each.clone() for each in inputs)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._outputs: tuple[Tensor, ...] = ()
 
-        def once() -> tuple[Tensor, ...]:
-            outputs = function(*self._inputs)
-            if loops:
-                for static, output in zip(self._inputs, outputs, strict=False):
-                    static.copy_(output)
-            return outputs
+    def _once(self) -> tuple[Tensor, ...]:
+        outputs = self._function(*self._inputs)
+        if self._loops:
+            for static, output in zip(self._inputs, outputs, strict=False):
+                static.copy_(output)
+        return outputs
 
-        self._graph, self._outputs = capture(once, stream, pool)
+    def rehearsal(self) -> tuple[Tensor, ...]:
+        """The outputs; raises RuntimeError where a capture would fail."""
+        with _no_waiting():
+            return tuple(each.clone() for each in self._once())
+
+    def capture(self, stream: torch.cuda.Stream, pool: Any) -> None:
+        """Unless that is done."""
+        if self._graph is None:
+            self._graph, self._outputs = capture(self._once, stream, pool)
 
     def __call__(self, inputs: tuple[Tensor, ...], times: int) -> tuple[Tensor, ...]:
+        assert self._graph is not None
         for static, given in zip(self._inputs, inputs, strict=True):
             static.copy_(given)
         for _ in range(times):
@@ -168,7 +184,7 @@ def capture(
 
 @contextmanager
 def _no_waiting() -> Iterator[None]:
-    """Inside the block what waits for the GPU raises RuntimeError, as far as torch notices."""
+    """Inside the block what waits for a GPU raises RuntimeError, if torch sees it; in any thread."""
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -40,7 +40,7 @@ def evaluate(
             "own: call it outside of torch.cuda.graph"
         )
     starts = range(0, len(split), config.eval_batch_size)[processes.rank :: processes.size]
-    counts = torch.zeros(4, dtype=torch.int64, device=processes.device)
+    counts = torch.zeros(4, dtype=torch.int64, device=split.images.device)
     description = "evaluating" if attack else "evaluating the epoch"
     with kept():
         for first in bar(starts, description, "batch", shown=processes.first):

@@ -171,6 +171,28 @@ def test_several_times_feed_the_outputs_back(gpu, times):
     assert StandIn.captures == 1
 
 
+def test_an_output_that_is_an_input_stays_too(gpu):
+    graphed = _graphs.Graphed(lambda x: (x,))
+    given = [torch.rand(3) for _ in range(5)]
+    found = [graphed(x)[0] for x in given]
+    assert all(torch.equal(a, b) for a, b in zip(found, given, strict=True))
+
+
+def test_the_rehearsal_has_the_addresses_of_the_capture(gpu):
+    """Triton compiles another kernel where an address is not divisible by 16."""
+    addresses = []
+
+    def function(x):
+        addresses.append(x.data_ptr())
+        return (2 * x,)
+
+    graphed, storage = _graphs.Graphed(function), torch.rand(7)
+    for first in range(1, 5):
+        graphed(storage[first : first + 3])
+    _, rehearsed, captured, *replayed = addresses
+    assert rehearsed == captured == replayed[0] and rehearsed % 16 == 0
+
+
 def test_no_gradient_flows():
     x = torch.rand(3, requires_grad=True)
     assert not _graphs.Graphed(lambda x: (2 * x,))(x)[0].requires_grad
