@@ -184,7 +184,7 @@ def capture(
 
 @contextmanager
 def _no_waiting() -> Iterator[None]:
-    """Inside the block what waits for a GPU raises RuntimeError, if torch sees it; in any thread."""
+    """Inside the block waiting for a GPU raises RuntimeError, if torch sees it."""
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
