@@ -19,7 +19,7 @@ def exact() -> Exact:
 def contender(name: str, memory_format: str, exact: Exact) -> Contender:
     if name == "auto_lirpa":
         pytest.importorskip("auto_LiRPA")
-    return checked(PROBLEM, name, memory_format, exact)[0]
+    return checked(PROBLEM, RIVALS[name], memory_format, exact)[0]
 
 
 CONTENDERS = [(name, each) for name, rival in RIVALS.items() for each in rival.formats]

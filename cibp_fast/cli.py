@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from cibp_fast import _backend, data, environment, plotting, runs, training
 from cibp_fast._graphs import kept
-from cibp_fast.benchmarks import common, layer, precision, step
+from cibp_fast.benchmarks import common, layer, numerics, precision, step
+from cibp_fast.benchmarks import training as training_benchmark
 from cibp_fast.config import PRESET_GRAMMAR, Config, parse, preset
 from cibp_fast.distributed import available, is_first
 from cibp_fast.evaluation import broken, certificate, inputs
@@ -469,7 +470,7 @@ def _parser() -> argparse.ArgumentParser:
         help="begin with no further kernel after that (default: none)",
     )
 
-    summary = "Time training steps and single layers against others, and compare the precisions."
+    summary = "Time training steps and single layers against others, and check what they compute."
     bench = commands.add_parser("bench", help=summary, description=summary)
     benchmarks = bench.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
     for module, help, example in (
@@ -487,6 +488,16 @@ def _parser() -> argparse.ArgumentParser:
             precision,
             "Train in float32 and in precision fast, and compare the curves of the loss.",
             "--presets mnist-small-0.4-cibp --steps 1000 --jobs 2 --threads 1",
+        ),
+        (
+            numerics,
+            "Check a GPU's kernels against float64 on the GPU.",
+            "--output numerics.csv",
+        ),
+        (
+            training_benchmark,
+            "Time epochs of training on a GPU.",
+            "--presets mnist-small-0.4-cibp --epochs 12",
         ),
     ):
         name = module.__name__.rpartition(".")[2]

@@ -98,7 +98,7 @@ def exact(request) -> tuple[Problem, Exact]:
 def test_every_contender_agrees_with_the_oracle(exact, name, memory_format):
     if name == "auto_lirpa":
         pytest.importorskip("auto_LiRPA")
-    contender, facts = step.checked(exact[0], name, memory_format, exact[1])
+    contender, facts = step.checked(exact[0], rivals.RIVALS[name], memory_format, exact[1])
     assert 0 < float(facts["gradient_error"]) <= facts["tolerance"]
     before = [parameter.clone() for parameter in contender.model.parameters()]
     contender.optimizer.step()
@@ -119,7 +119,7 @@ def test_a_term_that_is_off_by_a_hundredth_is_found(monkeypatch, wrong):
 
     monkeypatch.setitem(rivals.RIVALS, "naive", replace(rivals.RIVALS["naive"], build=build))
     with pytest.raises(AssertionError, match=r"wrong: loss off by .*, a gradient by"):
-        step.checked(PROBLEMS[0], "naive", "nchw", Exact.of(PROBLEMS[0]))
+        step.checked(PROBLEMS[0], rivals.RIVALS["naive"], "nchw", Exact.of(PROBLEMS[0]))
 
 
 def test_a_network_of_the_benchmark_exercises_all_of_the_step():
@@ -148,7 +148,7 @@ def test_flops_of_the_small_network_by_hand():
 
 
 def test_saved_bytes_counts_each_storage_once_without_parameters_and_batch():
-    contender = Contender(PROBLEMS[0], "naive", "nchw")
+    contender = Contender(PROBLEMS[0], rivals.RIVALS["naive"], "nchw")
     weight = next(contender.model.parameters())
 
     def terms(x: torch.Tensor, y: torch.Tensor) -> Terms:
@@ -168,7 +168,7 @@ def test_the_peak_memory_of_a_step_in_a_child(name):
         pytest.skip("no /proc/self/clear_refs")
     problem = Problem("small", "mnist", 100, clip=False)
     growth = step.in_child(step.peak_growth, problem, name, "nchw", 1)
-    saved = Contender(problem, name, "nchw").saved_bytes()
+    saved = Contender(problem, rivals.RIVALS[name], "nchw").saved_bytes()
     assert 0.9 * saved < growth < 10 * saved
 
 

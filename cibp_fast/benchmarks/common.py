@@ -9,10 +9,12 @@ import datetime
 import io
 import platform
 import shlex
+import signal
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,7 +31,9 @@ NETWORKS = {  # name: network, padding
 }
 DATASETS = {"mnist": ((1, 28, 28), 100), "cifar10": ((3, 32, 32), 50)}  # input shape, batch
 PLAIN = "plain"  # two 3x3 convolutions of as many channels as their input has, and linear
+POOLED = "pooled"  # the same with average pooling between them
 EPS = 0.1  # radius of the box, in pixels
+DEVICES = ("cpu", "cuda", "interpreter")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 Key = TypeVar("Key")
@@ -54,14 +58,17 @@ def network(name: str, dataset: str) -> nn.Sequential:
     """
     torch.manual_seed(0)
     channels, height, width = input_shape(dataset)
-    if name == PLAIN:
+    if name in (PLAIN, POOLED):
+        pool = 2 if name == POOLED else 1
+        pixels = ((height - 2) // pool - 2) * ((width - 2) // pool - 2)
         model = nn.Sequential(
             nn.Conv2d(channels, channels, 3),
             nn.ReLU(),
+            *([nn.AvgPool2d(pool)] if name == POOLED else []),
             nn.Conv2d(channels, channels, 3),
             nn.ReLU(),
             nn.Flatten(),
-            nn.Linear(channels * (height - 4) * (width - 4), 10),
+            nn.Linear(channels * pixels, 10),
         )
     else:
         kind, padding = NETWORKS[name]
@@ -83,49 +90,98 @@ def in_format(memory_format: str, value: Any) -> Any:
     return copy.deepcopy(value).to(memory_format=layout)
 
 
+def flops(outputs: int, products: int, training: bool, first: bool) -> int:
+    """Of a layer of three streams, a multiply-add as two; products: of an output. In training also
+    the gradients by weight, and by input but for the first layer.
+    """
+    passes = 1 + training * (1 if first else 2)
+    return 3 * 2 * outputs * products * passes
+
+
 def relative_error(found: Tensor | None, expected: Tensor, scale: Tensor) -> float:
     """|found - expected| / scale in the 2-norm; None is taken as zeros."""
     difference = expected if found is None else found.detach().double() - expected
     return (difference.norm() / scale).item()
 
 
+Timer = Callable[[Sequence[Callable[[], object]], int], tuple[float, ...]]
+
+
 def measure(
     contenders: Mapping[Key, Sequence[Callable[[], object]]],
     rounds: int,
-    clock: Callable[[], float],
-) -> dict[Key, list[tuple[float, ...]]]:
-    """Seconds of each part of each contender, a tuple a round, the contenders in turn in a round.
+    timer: Timer,
+    least: float = 0.002,
+) -> tuple[dict[Key, list[tuple[float, ...]]], dict[Key, str]]:
+    """Seconds of each part of each contender, a tuple a round, the contenders in turn in a round;
+    and of those that raised an exception, which are not timed, what it says.
 
     A contender is a sequence of functions, its parts, which are called one after the other. Before
     each timing it runs once untimed, unless that takes a second or more: training repeats one step,
-    so the caches hold what it needs first.
+    so the caches hold what it needs first. timer: seconds of a call of each part, over so many
+    calls. least: seconds of a timing; of less it would be mostly the clock's and the scheduler's
+    noise.
     """
     calls, short = {}, {}
-    for name, parts in contenders.items():
-        _seconds(parts, 1, clock)
-        once = sum(_seconds(parts, 1, clock))
-        # a timing of under 2 ms would be mostly the clock's and the scheduler's noise
-        calls[name] = max(1, round(0.002 / max(once, 1e-9)))
-        short[name] = once < 1
     seconds: dict[Key, list[tuple[float, ...]]] = {name: [] for name in contenders}
-    for _ in range(rounds):
+    failed: dict[Key, str] = {}
+    for turn in range(rounds + 1):  # the first one only tells how many calls make a timing
         for name, parts in contenders.items():
-            if short[name]:
-                _seconds(parts, 1, clock)
-            seconds[name].append(_seconds(parts, calls[name], clock))
-    return seconds
+            if name in failed:
+                continue
+            try:
+                if not turn:
+                    timer(parts, 1)
+                    once = sum(timer(parts, 1))
+                    calls[name], short[name] = max(1, round(least / max(once, 1e-9))), once < 1
+                    continue
+                if short[name]:
+                    timer(parts, 1)
+                seconds[name].append(timer(parts, calls[name]))
+            except Exception as error:  # whatever stops one must not stop the others
+                failed[name] = line(error)
+    return {name: own for name, own in seconds.items() if name not in failed}, failed
 
 
-def _seconds(
+def line(error: Exception) -> str:
+    """What an exception says, in at most 200 characters; an AssertionError without its name."""
+    text = " ".join(str(error).split()) or "no message"
+    kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+    return kind + (text if len(text) <= 200 else text[:197] + "...")
+
+
+@contextmanager
+def time_limit(seconds: float | None) -> Iterator[None]:
+    """Raises TimeoutError inside where it takes longer, again and again until it gets out; for the
+    main thread of a Unix system. None: no limit.
+    """
+    if seconds is None:
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"not ready after {seconds:g} s")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 5)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def seconds(
     parts: Sequence[Callable[[], object]], calls: int, clock: Callable[[], float]
 ) -> tuple[float, ...]:
+    """Of one call of each part: the mean over the calls."""
     total = [0.0] * len(parts)
     for _ in range(calls):
         for index, part in enumerate(parts):
             start = clock()
             part()
             total[index] += clock() - start
-    return tuple(seconds / calls for seconds in total)
+    return tuple(each / calls for each in total)
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -137,6 +193,16 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
     """Round by round: a slow spell of the machine is in both."""
     return [n / d for n, d in zip(numerators, denominators, strict=True)]
+
+
+def add_device(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--device",
+        choices=DEVICES,
+        default=default,
+        help="interpreter: what runs on a GPU, on the CPU in Triton's interpreter, to see that it "
+        f"runs (default: {default})",
+    )
 
 
 def add_options(parser: argparse.ArgumentParser, networks: Sequence[str]) -> None:
@@ -157,12 +223,20 @@ def add_options(parser: argparse.ArgumentParser, networks: Sequence[str]) -> Non
         metavar="NAME",
         help=f"of {', '.join(DATASETS)} (default: all)",
     )
+    add_device(parser, "cpu")
     parser.add_argument("--rounds", type=int, default=15, metavar="R", help="default: 15")
+    parser.add_argument(
+        "--limit",
+        type=float,
+        metavar="S",
+        help="give a contender up that is not ready to be timed after S seconds (default: never)",
+    )
     parser.add_argument(
         "--clock",
         choices=CLOCKS,
         default="wall",
-        help="cpu counts the process's own time, for one thread only (default: wall)",
+        help="cpu counts the process's own time, for one thread only; a GPU's own counts anyway "
+        "(default: wall)",
     )
     parser.add_argument("--output", type=Path, metavar="CSV", help="also write the rows there")
 
@@ -171,6 +245,10 @@ def check_options(options: argparse.Namespace) -> None:
     """Raises ValueError or OSError now rather than after the measurement."""
     if options.rounds < 2:
         raise ValueError(f"rounds must be 2 or more, not {options.rounds}")
+    if options.limit is not None and not options.limit > 0:
+        raise ValueError(f"limit must be more than 0, not {options.limit:g}")
+    if options.clock == "cpu" and options.device != "cpu":
+        raise ValueError(f"clock=cpu does not count a GPU's time: not with device {options.device}")
     if options.clock == "cpu" and torch.get_num_threads() > 1:
         raise ValueError("clock=cpu adds up the time of all threads: use it with --threads 1")
     check_output(options.output)

@@ -10,6 +10,12 @@ The contenders run in turn in one process; a ratio is taken within a round, and 
 quartiles are over rounds. Before a layer is timed, the results and gradients of all of them are
 checked against the float64 reference.
 
+On a GPU a row is one contender: each is a CUDA graph, replayed with the L2 cache flushed before,
+between two events: "fused" is the op, in float32; "kernels" are its kernels alone, on streams that
+lie as they want them, with the ReLU and its gradient (as in `cf.fuse` and the graphed step);
+"naive" is the naive layer in float32, in tf32 and under bfloat16 autocast. The reference is
+"naive_tf32" in the better format. Bytes are the fewest, as for `bench step`.
+
 FLOPs count a multiply-add as two: three products (center, radius, nominal) of the layer forward;
 backward three more for the weight, and three for the inputs where they need gradients.
 """
@@ -17,8 +23,9 @@ backward three more for the weight, and three for the inputs where they need gra
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,7 +35,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cibp_fast import ops
-from cibp_fast.benchmarks import common
+from cibp_fast.benchmarks import common, gpu
+from cibp_fast.benchmarks.rivals import TOLERANCES
 
 INPUTS = ("lower", "upper", "nominal", "weight", "bias")
 OUTPUTS = ("lower", "upper", "nominal", "width")
@@ -44,6 +52,10 @@ FIELDS = [
     "naive_ms", "fused_format", "naive_format", "fused_gflops", "naive_gflops", "rounds",
     "clock", *common.CONDITIONS,
 ]  # fmt: skip
+GPU_FIELDS = [
+    "model", "dataset", "layer", "pass", "batch", "contender", "format", "precision", "ratio",
+    *gpu.FIGURES, "error", "tolerance", "note", "rounds", *gpu.CONDITIONS,
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,10 +69,17 @@ class Layer:
     geometry: Geometry
     first: bool  # lower, upper and nominal need no gradient
 
+    def outputs(self) -> torch.Size:
+        return naive([x.to("meta") for x in self.inputs], self.geometry)[0].shape
+
     def flops(self, training: bool) -> int:
-        outputs = fused(self.inputs, self.geometry)[0].numel()
-        products = 3 * 2 * outputs * self.inputs[3][0].numel()
-        return products * (1 + training * (1 if self.first else 2))
+        products = self.inputs[3][0].numel()
+        return common.flops(self.outputs().numel(), products, training, self.first)
+
+    def bytes(self, training: bool, precision: str) -> int:
+        lower, *_, weight, bias = self.inputs
+        sizes = lower.numel(), self.outputs().numel(), weight.numel() + bias.numel()
+        return gpu.moved(*sizes, training, self.first) * gpu.ELEMENT[precision]
 
 
 def layers(model: str, dataset: str) -> list[Layer]:
@@ -90,11 +109,11 @@ def layers(model: str, dataset: str) -> list[Layer]:
     return found
 
 
-def fused(inputs: Sequence[Any], geometry: Geometry) -> Sequence[Any]:
+def fused(inputs: Sequence[Any], geometry: Geometry, backend: str = "auto") -> Sequence[Any]:
     """The layer as one op."""
     if geometry:
-        return ops.conv2d(*inputs, *geometry, width=True)
-    return ops.linear(*inputs, width=True)
+        return ops.conv2d(*inputs, *geometry, width=True, backend=backend)
+    return ops.linear(*inputs, width=True, backend=backend)
 
 
 def naive(inputs: Sequence[Tensor], geometry: Geometry) -> Sequence[Tensor]:
@@ -120,7 +139,19 @@ def exact(inputs: Sequence[Any], geometry: Geometry) -> Sequence[Any]:
     return reference.linear(*inputs)
 
 
+def naive_bf16(inputs: Sequence[Tensor], geometry: Geometry) -> Sequence[Tensor]:
+    """The naive layer under bfloat16 autocast."""
+    with torch.autocast(inputs[0].device.type, dtype=torch.bfloat16):
+        return naive(inputs, geometry)
+
+
 CONTENDERS: dict[str, Apply] = {"fused": fused, "naive": naive}
+GPU_CONTENDERS: dict[str, tuple[Apply, str]] = {  # name: function, precision
+    "fused": (partial(fused, backend="triton"), "float32"),
+    "naive": (naive, "float32"),
+    "naive_tf32": (naive, "tf32"),
+    "naive_bf16": (naive_bf16, "bf16"),
+}
 
 
 def call(
@@ -147,23 +178,41 @@ def call(
     return step
 
 
+def formats(layer: Layer) -> tuple[str, ...]:
+    return ("nchw", "nhwc") if layer.geometry else ("nchw",)
+
+
+class Exact:
+    """The results in float64, which those of a contender are compared with."""
+
+    def __init__(self, layer: Layer, training: bool) -> None:
+        like = fused(layer.inputs, layer.geometry)
+        self.cotangents = [torch.randn_like(x) for x in like]
+        self.expected = call(exact, layer, training, torch.Tensor.double, self.cotangents)()
+        self.names = [*OUTPUTS, *(f"gradient of {x}" for x in INPUTS[3 if layer.first else 0 :])]
+
+    def check(self, found: Sequence[Tensor], tolerance: float, what: str) -> float:
+        """The largest error. Raises AssertionError where it is more than the tolerance."""
+        errors = []
+        for name, x, y in zip(self.names, found, self.expected, strict=False):
+            errors.append(common.relative_error(x, y, y.norm()))
+            assert errors[-1] <= tolerance, f"{what}: {name} is off by {errors[-1]:.1e}"
+        return max(errors)
+
+
 def calls(layer: Layer, training: bool) -> dict[str, Callable[[], Sequence[Tensor]]]:
     """All contenders, keyed by name and memory format ("fused nchw").
 
     Raises AssertionError where one is further from the float64 reference than TOLERANCE.
     """
-    cotangents = [torch.randn_like(x) for x in fused(layer.inputs, layer.geometry)]
-    expected = call(exact, layer, training, torch.Tensor.double, cotangents)()
-    names = [*OUTPUTS, *(f"gradient of {x}" for x in INPUTS[3 if layer.first else 0 :])]
+    oracle = Exact(layer, training)
     found = {}
-    for memory_format in ("nchw", "nhwc") if layer.geometry else ("nchw",):
+    for memory_format in formats(layer):
         convert = partial(common.in_format, memory_format)
         for contender, apply in CONTENDERS.items():
             key = f"{contender} {memory_format}"
-            found[key] = call(apply, layer, training, convert, cotangents)
-            for name, x, y in zip(names, found[key](), expected, strict=False):
-                error = common.relative_error(x, y, y.norm())
-                assert error <= TOLERANCE, f"{layer.name}, {key}: {name} is off by {error:.1e}"
+            found[key] = call(apply, layer, training, convert, oracle.cotangents)
+            oracle.check(found[key](), TOLERANCE, f"{layer.name}, {key}")
     return found
 
 
@@ -171,7 +220,10 @@ def row(layer: Layer, training: bool, options: argparse.Namespace) -> dict[str, 
     """One row of the table: the better fused op against the better naive layer."""
     with torch.set_grad_enabled(training):
         timed = {name: (function,) for name, function in calls(layer, training).items()}
-        parts = common.measure(timed, options.rounds, common.CLOCKS[options.clock])
+        timer = partial(common.seconds, clock=common.CLOCKS[options.clock])
+        parts, failed = common.measure(timed, options.rounds, timer)
+    if failed:
+        raise RuntimeError(f"{layer.name}: {failed}")
     seconds = {name: [part for (part,) in rounds] for name, rounds in parts.items()}
 
     def best(name: str) -> str:
@@ -202,6 +254,117 @@ def row(layer: Layer, training: bool, options: argparse.Namespace) -> dict[str, 
     }
 
 
+Ready = tuple[Callable[[], object], dict[str, Any]]  # what is timed, and what is known of it
+
+
+def kernels(layer: Layer, training: bool, precision: str, device: torch.device) -> Ready:
+    """Those of the layer, checked against float64."""
+    from cibp_fast.kernels import adam, checks, conv2d, streams  # not without Triton
+
+    def as_images(x: Tensor) -> Tensor:
+        return x.view(*x.shape, *[1] * (4 - x.dim())).to(device)
+
+    def stored(images: Sequence[Tensor]) -> Tensor:
+        """[3, N, H, W, C]."""
+        return streams.rounded_like(torch.stack(list(images)).movedim(2, -1).contiguous(), precision)
+
+    lower, upper, nominal, weight = map(as_images, layer.inputs[:4])
+    bias = layer.inputs[4].to(device)
+    outputs = as_images(torch.empty(layer.outputs())).shape
+    sizes = (*lower.shape, *outputs[1:], *weight.shape[2:])
+    shape = conv2d.Shape(*sizes, *layer.geometry[:3])
+    error = max(checks.errors(shape, precision, device).values())
+    assert error <= checks.TOLERANCES[precision], f"wrong by {error:.1e}"
+    x = stored(((upper + lower) / 2, (upper - lower) / 2, nominal))
+    gradient = stored([torch.randn(outputs, device=device) for _ in range(3)])
+    copies = adam.pack_weight(weight, precision)
+    width = torch.ones(1, device=device)
+
+    def run() -> None:
+        conv2d.forward(x, copies[0], bias, shape, precision, relu=True)
+        if training:
+            conv2d.weight_gradient(gradient, x, copies[0], shape, precision)
+        if training and not layer.first:
+            conv2d.input_gradient(
+                gradient, copies[1], shape, precision, x=x, relu=True, width=width
+            )
+
+    known = {"error": f"{error:.2e}", "tolerance": checks.TOLERANCES[precision]}
+    return gpu.captured(run, device), known
+
+
+def ready(
+    oracle: Exact, layer: Layer, training: bool, key: tuple[str, str], device: torch.device
+) -> Ready:
+    """A contender of GPU_CONTENDERS in a memory format. Raises AssertionError if it is wrong."""
+    apply, precision = GPU_CONTENDERS[key[0]]
+    gpu.set_tf32(precision)
+
+    def convert(x: Tensor) -> Tensor:
+        return common.in_format(key[1], x.detach().to(device))
+
+    replay = gpu.captured(call(apply, layer, training, convert, oracle.cotangents), device)
+    error = oracle.check(replay(), TOLERANCES[precision], "wrong")
+    return replay, {"error": f"{error:.2e}", "tolerance": TOLERANCES[precision]}
+
+
+def gpu_rows(
+    layer: Layer, training: bool, options: argparse.Namespace, limits: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """A row for each contender; those of one that is not timed hold only the note why."""
+    device = gpu.device_of(options.device)
+    oracle = Exact(layer, training)
+    oracle.expected = [x.to(device) for x in oracle.expected]
+    makers: dict[tuple[str, str], Callable[[], Ready]] = {
+        (f"kernels_{precision}", "nhwc"): partial(kernels, layer, training, precision, device)
+        for precision in gpu.PRECISIONS
+    }
+    makers |= {
+        key: partial(ready, oracle, layer, training, key, device)
+        for key in ((name, each) for name in GPU_CONTENDERS for each in formats(layer))
+    }
+    made: dict[tuple[str, str], tuple[Callable[[], object]]] = {}
+    facts: dict[tuple[str, str], dict[str, Any]] = {}
+    with torch.set_grad_enabled(training):
+        for key, make in makers.items():
+            try:
+                with common.time_limit(options.limit):
+                    replay, facts[key] = make()
+                made[key] = (replay,)
+            except Exception as error:  # whatever stops a contender is reported
+                facts[key] = {"note": common.line(error)}
+            gc.collect()
+            torch.cuda.empty_cache()
+        timer = partial(gpu.seconds, device=device, flush=gpu.cold_cache(device))
+        seconds, failed = common.measure(made, options.rounds, timer)
+    facts |= {key: {"note": why} for key, why in failed.items()}
+    times = {key: [part for (part,) in rounds] for key, rounds in seconds.items()}
+    references = [own for (name, _), own in times.items() if name == "naive_tf32"]
+    reference = min(references, key=statistics.median, default=None)
+    found = []
+    for (name, memory_format), known in facts.items():
+        precision = name.rpartition("_")[2] if "_" in name else "float32"
+        row = {
+            "model": layer.model,
+            "dataset": layer.dataset,
+            "layer": layer.name,
+            "pass": "training" if training else "forward",
+            "batch": len(layer.inputs[0]),
+            "contender": name,
+            "format": memory_format,
+            "precision": precision,
+            "rounds": options.rounds,
+            **known,
+        }
+        if (name, memory_format) in times:
+            own, moved = times[name, memory_format], layer.bytes(training, precision)
+            row |= gpu.figures(own, layer.flops(training), moved, precision, limits)
+            if reference is not None:
+                row["ratio"] = round(statistics.median(common.ratios(reference, own)), 3)
+        found.append(row)
+    return found
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     common.add_options(parser, list(common.NETWORKS))
 
@@ -209,6 +372,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Raises ValueError or OSError for options that cannot be obeyed."""
     common.check_options(options)
+    if options.device != "cpu":
+        return _run_on_gpu(options)
     where = common.conditions(options)
     print(f"{where['cpu']}, {where['isa']}, torch {where['torch']}, {where['threads']} threads")
     print("naive / fused: median [quartiles]; ms and GFLOP/s of the fused op and the naive layer")
@@ -240,4 +405,39 @@ def _print_totals(found: list[dict[str, Any]]) -> None:
         )
         print(
             f"  {'all layers':<24} {kind:<8} {theirs / ours:5.2f} {ours:28.3f} ms {theirs:16.3f} ms"
+        )
+
+
+def _run_on_gpu(options: argparse.Namespace) -> None:
+    limits, where = gpu.prepared(options)
+    print(
+        f"{gpu.describe(where, limits)}\n"
+        "ratio: the time of the better naive_tf32 over its own; shares: of the matrix product's "
+        "and the copy's speed"
+    )
+    found = []
+    for model in options.models:
+        for dataset in options.datasets:
+            print(f"\n{model} {dataset}, batch {common.DATASETS[dataset][1]}")
+            for layer in layers(model, dataset):
+                for training in (False, True):
+                    own = gpu_rows(layer, training, options, limits)
+                    _print_gpu(own)
+                    found += [{**row, **where} for row in own]
+            if options.output:  # what is measured is kept if the next network is interrupted
+                common.write(options.output, GPU_FIELDS, found)
+
+
+def _print_gpu(found: list[dict[str, Any]]) -> None:
+    print("  {layer}, {pass}".format(**found[0]))
+    for row in found:
+        name = f"    {row['contender'] + ' ' + row['format']:<22}"
+        if "note" in row:
+            print(f"{name} not timed: {row['note']}", flush=True)
+            continue
+        ratio = f"{row['ratio']:.2f}" if "ratio" in row else ""
+        print(
+            f"{name} {1e3 * row['ms']:9.1f} us {ratio:>6} {row['matrix_share']:6.1%}"
+            f" {row['copy_share']:6.1%}",
+            flush=True,
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -42,9 +42,11 @@ class Ball:
         return (lower.clamp(min=0), upper.clamp(max=1)) if self.clip else (lower, upper)
 
 
-def fused(model: nn.Sequential, ball: Ball, precision: str = "float32") -> Step:
+def fused(
+    model: nn.Sequential, ball: Ball, precision: str = "float32", backend: str = "auto"
+) -> Step:
     """The whole network as one op."""
-    net = fuse(model, precision)
+    net = fuse(model, precision, backend)
     return lambda x, y: terms(net.bounds(x, ball.interval(x)), y)
 
 
@@ -123,7 +125,7 @@ def worst_logits(center: Tensor, features: Streams, weight: Tensor, y: Tensor) -
     classes = len(weight)
     table = (weight.unsqueeze(1) - weight).abs().flatten(0, 1)  # [classes^2, K]
     spread = (((upper - lower) / 2) @ table.T).unflatten(1, (classes, classes))
-    spread = spread[torch.arange(len(y)), y]
+    spread = spread[torch.arange(len(y), device=y.device), y]
     worst = center - center.gather(1, y.unsqueeze(1)) + spread
     return torch.where(F.one_hot(y, classes).bool(), 0.0, worst)
 
@@ -138,9 +140,20 @@ def four(model: nn.Sequential, ball: Ball) -> Step:
     return eager(four_products, model, ball)
 
 
-def compiled(model: nn.Sequential, ball: Ball) -> Step:
+def compiled(model: nn.Sequential, ball: Ball, mode: str | None = None) -> Step:
     """torch.compile of the two passes; fullgraph, so that nothing runs in eager mode unseen."""
-    return torch.compile(naive(model, ball), fullgraph=True, dynamic=False)
+    return torch.compile(naive(model, ball), fullgraph=True, dynamic=False, mode=mode)
+
+
+def compiled_with_graphs(model: nn.Sequential, ball: Ball) -> Step:
+    """The same with everything autotuned, under CUDA graphs of torch's own."""
+    inner = compiled(model, ball, "max-autotune")
+
+    def step(x: Tensor, y: Tensor) -> Terms:
+        torch.compiler.cudagraph_mark_step_begin()
+        return inner(x, y)
+
+    return step
 
 
 def naive_bf16(model: nn.Sequential, ball: Ball) -> Step:
@@ -148,7 +161,7 @@ def naive_bf16(model: nn.Sequential, ball: Ball) -> Step:
     inner = naive(model, ball)
 
     def step(x: Tensor, y: Tensor) -> Terms:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(x.device.type, dtype=torch.bfloat16):
             return inner(x, y)
 
     return step
@@ -176,7 +189,7 @@ def auto_lirpa(model: nn.Sequential, ball: Ball) -> Step:
         lower, upper = ball.streams(x)
         box = auto_LiRPA.PerturbationLpNorm(norm=torch.inf, x_L=lower, x_U=upper)
         logits = net(auto_LiRPA.BoundedTensor(x, box))
-        one_hot = torch.eye(logits.shape[1])
+        one_hot = torch.eye(logits.shape[1], device=x.device)
         differences = one_hot[y].unsqueeze(1) - one_hot  # [N, classes, classes]
         # Both reuse the input of the pass before, and the second the bounds of the hidden layers.
         margins, _ = net.compute_bounds(C=differences, method="IBP", bound_upper=False)
@@ -217,7 +230,7 @@ def _without_pad(model: nn.Sequential) -> nn.Sequential:
 
 @dataclass(frozen=True)
 class Rival:
-    build: Callable[[nn.Sequential, Ball], Step]
+    build: Callable[[nn.Sequential, Ball], Step] | None  # None: a step of kernels/step.py
     formats: tuple[str, ...]  # memory formats that it is timed in
     # The most that its loss and the gradient of any parameter may be off, relative in the 2-norm.
     # Seen in float32: ours 2e-6, the rivals' 4e-5 at batch 100, growing with the batch that their
@@ -225,16 +238,52 @@ class Rival:
     # and 0.17 for a single example: a unit within rounding of 0 is active in one computation and
     # not in the other.
     tolerance: float
+    precision: str = "float32"  # that a GPU multiplies in
+    graph: bool = False  # replayed as a CUDA graph
 
 
-BOTH = ("nchw", "nhwc")
+ONE, BOTH = ("nchw",), ("nchw", "nhwc")
 RIVALS = {
-    "fused": Rival(fused, ("nchw",), 1e-4),
-    "fast": Rival(partial(fused, precision="fast"), ("nchw",), 1e-2),
+    "fused": Rival(fused, ONE, 1e-4),
+    "fast": Rival(partial(fused, precision="fast"), ONE, 1e-2),
     "layers": Rival(layers, BOTH, 1e-4),
     "naive": Rival(naive, BOTH, 1e-3),
     "four": Rival(four, BOTH, 1e-3),
     "compile": Rival(compiled, BOTH, 1e-3),
-    "auto_lirpa": Rival(auto_lirpa, ("nchw",), 1e-3),
-    "naive_bf16": Rival(naive_bf16, ("nchw",), 0.25),  # ten times slower without AVX512_BF16
+    "auto_lirpa": Rival(auto_lirpa, ONE, 1e-3),
+    "naive_bf16": Rival(naive_bf16, ONE, 0.25),  # ten times slower without AVX512_BF16
+}
+
+# On a GPU. tf32 has three bits more than bfloat16: an eighth of its tolerance.
+TOLERANCES = {"float32": 1e-3, "tf32": 0.25 / 8, "bf16": 0.25}
+
+
+def _ours(precision: str) -> dict[str, Rival]:
+    """The whole step as one graph, and `cf.fuse` in eager mode."""
+    name = "" if precision == "float32" else f"_{precision}"
+    tolerance = TOLERANCES[precision]
+    build = partial(fused, precision=precision, backend="triton")
+    return {
+        f"graphed{name}": Rival(None, ONE, tolerance, precision, graph=True),
+        f"fused{name}": Rival(build, ONE, tolerance, precision),
+    }
+
+
+def _theirs(name: str, build: Any, precision: str) -> dict[str, Rival]:
+    """In eager mode, and as a CUDA graph."""
+    rival = Rival(build, BOTH, TOLERANCES[precision], precision)
+    return {name: rival, f"{name}_graph": replace(rival, graph=True)}
+
+
+# torch.compile chooses the memory format itself; the graphs of "compile_max" are torch's own.
+GPU_RIVALS = {
+    **_ours("tf32"),
+    **_ours("bf16"),
+    **_ours("float32"),
+    **_theirs("naive", naive, "float32"),
+    **_theirs("naive_tf32", naive, "tf32"),
+    **_theirs("naive_bf16", naive_bf16, "bf16"),
+    "auto_lirpa": Rival(auto_lirpa, ONE, TOLERANCES["tf32"], "tf32"),
+    "compile": Rival(compiled, ONE, TOLERANCES["tf32"], "tf32"),
+    "compile_max": Rival(compiled_with_graphs, ONE, TOLERANCES["tf32"], "tf32"),
 }

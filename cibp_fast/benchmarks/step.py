@@ -10,10 +10,21 @@ the better of its formats.
 Before it is timed, each contender's loss and gradients are checked against a step in float64 that
 is written from `cibp_fast.reference`. One that is wrong, or cannot run, is reported and not timed.
 
+On a GPU a step includes Adam (torch's fused one, capturable; ours its own), and is timed by events
+around steps in a row. "graphed" is the step of `cibp-fast train`, one CUDA graph: it also makes the
+batch and its boxes from bytes of images, with the shifts and mirrors of the augmentation (none
+here), reads the schedules and adds up the figures of an epoch. The others are spared that: they
+find their batch ready. "fused" is `cf.fuse` called in eager mode, "naive" the two passes, "_graph"
+the same as a CUDA graph, Adam in it. The reference is "naive_tf32", eager, in the better format.
+All torch code may choose its algorithms (cudnn.benchmark).
+
 FLOPs count a multiply-add as two, the same for all contenders: of each affine layer 2 N outputs
 products for each of the three streams (center, radius, nominal), once forward and once backward to
 the weights, and once backward to its inputs except in the first layer; products with the zeros of
 the padding included, everything else left out. What Winograd saves, in "fast", is not taken off.
+Bytes are the fewest that three passes over the layers can move: forward the inputs and outputs of
+all streams, backward to the weights the same, backward to the inputs the gradients of both and the
+inputs, each time the weights, all as the precision stores them; and 28 a parameter for Adam.
 """
 
 from __future__ import annotations
@@ -24,9 +35,11 @@ import gc
 import multiprocessing
 import re
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +47,15 @@ import torch
 from torch import Tensor, nn
 
 from cibp_fast import _backend
-from cibp_fast.benchmarks import common
-from cibp_fast.benchmarks.rivals import RIVALS, Ball
+from cibp_fast.benchmarks import common, gpu
+from cibp_fast.benchmarks.rivals import GPU_RIVALS, RIVALS, Ball, Rival
+from cibp_fast.data import to_pixels
+from cibp_fast.fusion import fuse
 
 KAPPA, WIDTH_WEIGHT = 0.5, 1.0
 OPTIMIZERS = ("none", "adam")
+BETA1 = 0.9  # of Adam
+CPU = torch.device("cpu")
 SIDE = 16  # of the images of --channels
 KEYS = ["model", "dataset", "batch", "clip", "contender", "format", "optimizer"]
 FIELDS = [
@@ -46,6 +63,10 @@ FIELDS = [
     "gflops", "peak_gflops", "peak_share", "ms_per_example", "ms_per_gflop", "saved_bytes",
     "rss_bytes", "loss_error", "gradient_error", "tolerance", "note", "rounds",
     "clock", *common.CONDITIONS,
+]  # fmt: skip
+GPU_FIELDS = [
+    *KEYS, "precision", "ratio", "ratio_q1", "ratio_q3", "fused_ratio", *gpu.FIGURES, "saved_bytes",
+    "peak_bytes", "loss_error", "gradient_error", "tolerance", "note", "rounds", *gpu.CONDITIONS,
 ]  # fmt: skip
 
 
@@ -65,42 +86,77 @@ class Problem:
     def network(self) -> nn.Sequential:
         return common.network(self.model, self.dataset)
 
+    def images(self) -> tuple[Tensor, Tensor]:
+        """[N, C, H, W] uint8 and labels [N]."""
+        random = torch.Generator().manual_seed(1)
+        shape = self.batch, *common.input_shape(self.dataset)
+        images = torch.randint(0, 256, shape, generator=random, dtype=torch.uint8)
+        return images, torch.randint(0, 10, (self.batch,), generator=random)
+
     def data(self) -> tuple[Tensor, Tensor]:
         """x [N, C, H, W] in [0, 1] and y [N]."""
-        random = torch.Generator().manual_seed(1)
-        x = torch.rand(self.batch, *common.input_shape(self.dataset), generator=random)
-        return x, torch.randint(0, 10, (self.batch,), generator=random)
+        images, y = self.images()
+        return to_pixels(images), y
+
+    def _layers(self) -> Iterator[tuple[nn.Module, int, int]]:
+        """The affine layers, and how many numbers the inputs and outputs of an example are."""
+        x = torch.empty(1, *common.input_shape(self.dataset), device="meta")
+        for module in self.network().to("meta"):
+            inputs, x = x, module(x)
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                yield module, inputs.numel(), x.numel()
 
     def flops(self) -> int:
         """See the module's docstring."""
-        total, first = 0, True
-        x = torch.empty(1, *common.input_shape(self.dataset), device="meta")
-        for module in self.network().to("meta"):
-            x = module(x)
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                product = 2 * self.batch * x.numel() * module.weight[0].numel()
-                total += 3 * product * (2 if first else 3)
-                first = False
+        total = 0
+        for i, (module, _, outputs) in enumerate(self._layers()):
+            products = prod(module.weight.shape[1:])  # type: ignore[arg-type]
+            total += common.flops(self.batch * outputs, products, training=True, first=not i)
+        return total
+
+    def bytes(self, precision: str) -> int:
+        """See the module's docstring."""
+        total = 0
+        for i, (module, inputs, outputs) in enumerate(self._layers()):
+            sizes = self.batch * inputs, self.batch * outputs
+            weights = sum(parameter.numel() for parameter in module.parameters())
+            moved = gpu.moved(*sizes, weights, training=True, first=not i)
+            total += moved * gpu.ELEMENT[precision] + 28 * weights
         return total
 
 
 class Contender:
     """A way to compute the step, with a network of its own in its memory format."""
 
-    def __init__(self, problem: Problem, name: str, memory_format: str) -> None:
-        self.model = common.in_format(memory_format, problem.network())
+    def __init__(
+        self, problem: Problem, rival: Rival, memory_format: str, device: torch.device = CPU
+    ) -> None:
+        assert rival.build is not None
+        self.rival, self.device = rival, device
+        self.model = common.in_format(memory_format, problem.network().to(device))
         x, y = problem.data()
-        self.batch = common.in_format(memory_format, x), y
-        self.terms = RIVALS[name].build(self.model, problem.ball)
+        self.batch = common.in_format(memory_format, x.to(device)), y.to(device)
+        self.terms = rival.build(self.model, problem.ball)
         # At rate 0 it does the same work, and every timed step is the one that was checked.
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.0, fused=True)
+        self.optimizer = torch.optim.Adam(
+            self.model.parameters(), lr=0.0, fused=True, capturable=device.type == "cuda"
+        )
 
     def step(self) -> Tensor:
         for parameter in self.model.parameters():
             parameter.grad = None
         loss = self.terms(*self.batch).total(KAPPA, WIDTH_WEIGHT)
         loss.backward()
-        return loss
+        return loss.detach()
+
+    def results(self) -> tuple[Tensor, list[Tensor | None]]:
+        """Loss and gradients of a step."""
+        loss = self.step()
+        return loss, [parameter.grad for parameter in self.model.parameters()]
+
+    def parts(self) -> tuple[Callable[[], object], ...]:
+        """What is timed."""
+        return self.step, self.optimizer.step
 
     def saved_bytes(self) -> int:
         """Bytes of the storages that autograd saves, without the parameters' and the batch's."""
@@ -118,6 +174,103 @@ class Contender:
         return sum(storages.values())
 
 
+class WholeStep(Contender):
+    """The step with Adam as one call, as a CUDA graph if the rival is one."""
+
+    def __init__(
+        self, problem: Problem, rival: Rival, memory_format: str, device: torch.device
+    ) -> None:
+        super().__init__(problem, rival, memory_format, device)
+        self.call = gpu.captured(self._whole, device) if rival.graph else self._whole
+
+    def _whole(self) -> Tensor:
+        gpu.set_tf32(self.rival.precision)
+        loss = self.step()
+        self.optimizer.step()
+        return loss
+
+    def results(self) -> tuple[Tensor, list[Tensor | None]]:
+        for parameter in self.model.parameters():  # a graph's gradients stay where they are
+            if parameter.grad is not None:
+                parameter.grad.fill_(torch.nan)
+        loss = self.call()
+        return loss, [parameter.grad for parameter in self.model.parameters()]
+
+    def parts(self) -> tuple[Callable[[], object], ...]:
+        return (self.call,)
+
+
+class Graphed:
+    """The step of kernels/step.py, see the module's docstring.
+
+    lost: a value of a pixel, 0 to 255, that the network sees as NaN.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        precision: str,
+        device: torch.device,
+        rate: float = 0.0,
+        lost: int | None = None,
+    ) -> None:
+        from cibp_fast.kernels import inputs  # not without Triton
+        from cibp_fast.kernels.step import TrainStep
+
+        images, labels = (each.to(device) for each in problem.images())
+        self.model = problem.network().to(device)
+        found = fuse(self.model, precision, "triton")._triton_stages(to_pixels(images))
+        assert found is not None
+        self.stages, weights, biases, self.precision = found
+        self.moments = {
+            id(p): (torch.zeros_like(p), torch.zeros_like(p)) for p in self.model.parameters()
+        }
+        pixels = inputs.pixel_table(nn.Identity(), images.shape[1])
+        if lost is not None:
+            pixels[:, lost] = torch.nan
+        self.made = TrainStep(
+            self.stages,
+            [
+                tuple(None if p is None else (p.data, *self.moments[id(p)]) for p in pair)
+                for pair in zip(weights, biases, strict=True)
+            ],
+            images,
+            labels,
+            pixels.to(device),
+            torch.tensor([[common.EPS, rate, KAPPA]], device=device),
+            batch_size=problem.batch,
+            clip=(0.0, 1.0) if problem.clip else None,
+            width_weight=WIDTH_WEIGHT,
+            mean=True,
+            precision=precision,
+        )
+        self.made.load(inputs.epoch_plan(torch.arange(problem.batch)))
+        if device.type == "cuda":
+            self.made.capture()
+
+    def results(self) -> tuple[Tensor, list[Tensor | None]]:
+        """Loss and gradients of a step: what Adam's first one puts into its first moments."""
+        for partials in self.made.partials:
+            for each in partials or ():
+                each.fill_(torch.nan)
+        for moments in self.moments.values():
+            for each in moments:
+                each.zero_()
+        self.made.totals.zero_()
+        self.made.replay()
+        first = [self.moments[id(parameter)][0] for parameter in self.model.parameters()]
+        return self.made.totals[0].clone(), [each / (1 - BETA1) for each in first]
+
+    def parts(self) -> tuple[Callable[[], object], ...]:
+        return (self.made.replay,)
+
+    def saved_bytes(self) -> int:
+        """Bytes of the layers' inputs, which is what the backward pass reads."""
+        from cibp_fast.kernels import network
+
+        return network.saved_bytes(self.stages, self.made.batch_size, self.precision)
+
+
 @dataclass(frozen=True)
 class Exact:
     """The step in float64."""
@@ -126,16 +279,16 @@ class Exact:
     gradients: list[Tensor]
 
     @staticmethod
-    def of(problem: Problem) -> Exact:
+    def of(problem: Problem, device: torch.device = CPU) -> Exact:
         from cibp_fast import reference  # here: loading the command line must not load it
 
-        x, y = problem.data()
+        x, y = (each.to(device) for each in problem.data())
         x = x.double()
         lower, upper = x - common.EPS, x + common.EPS
         nominal: Tensor | None = x
         if problem.clip:
             lower, upper = lower.clamp(min=0), upper.clamp(max=1)
-        model = problem.network().double()
+        model = problem.network().double().to(device)
         *hidden, last = model
         assert isinstance(last, nn.Linear)
         width = x.new_zeros(())
@@ -167,32 +320,47 @@ class Exact:
         gradients = torch.autograd.grad(loss, list(model.parameters()))
         return Exact(loss.detach(), list(gradients))
 
-    def errors(self, contender: Contender) -> tuple[float, float]:
-        """Relative error of the contender's loss, and the largest of its parameters' gradients."""
-        loss = common.relative_error(contender.step(), self.loss, self.loss.abs())
-        gradients = [
-            common.relative_error(parameter.grad, exact, exact.norm())
-            for parameter, exact in zip(contender.model.parameters(), self.gradients, strict=True)
+    def errors(self, contender: Contender | Graphed) -> tuple[float, float]:
+        """Relative error of the contender's loss, and the largest of its parameters' gradients.
+
+        NaN where one is.
+        """
+        loss, gradients = contender.results()
+        errors = [
+            common.relative_error(gradient, exact, exact.norm())
+            for gradient, exact in zip(gradients, self.gradients, strict=True)
         ]
-        return loss, max(gradients)
+        # not max, which may drop NaN
+        largest = float(torch.tensor(errors).max())
+        return common.relative_error(loss, self.loss, self.loss.abs()), largest
 
 
 def checked(
-    problem: Problem, name: str, memory_format: str, exact: Exact
-) -> tuple[Contender, dict[str, Any]]:
-    """The contender, and what its rows hold of its errors.
+    problem: Problem,
+    rival: Rival,
+    memory_format: str,
+    exact: Exact,
+    device: torch.device = CPU,
+    whole: bool = False,
+) -> tuple[Contender | Graphed, dict[str, Any]]:
+    """The contender, and what its rows hold of its errors. whole: Adam included, as on a GPU.
 
     Raises AssertionError where they exceed its tolerance.
     """
-    contender = Contender(problem, name, memory_format)
+    contender: Contender | Graphed
+    if rival.build is None:
+        contender = Graphed(problem, rival.precision, device)
+    else:
+        kind = WholeStep if whole else Contender
+        contender = kind(problem, rival, memory_format, device)
     loss, gradient = exact.errors(contender)
-    tolerance = RIVALS[name].tolerance
-    if not max(loss, gradient) <= tolerance:  # so that NaN is wrong
+    if not (loss <= rival.tolerance and gradient <= rival.tolerance):  # so that NaN is wrong
         raise AssertionError(
-            f"wrong: loss off by {loss:.1e}, a gradient by {gradient:.1e}, more than {tolerance:g}"
+            f"wrong: loss off by {loss:.1e}, a gradient by {gradient:.1e}, "
+            f"more than {rival.tolerance:g}"
         )
     errors = {"loss_error": f"{loss:.2e}", "gradient_error": f"{gradient:.2e}"}
-    return contender, {**errors, "tolerance": tolerance}
+    return contender, {**errors, "tolerance": rival.tolerance}
 
 
 def peak_growth(problem: Problem, name: str, memory_format: str, threads: int) -> int:
@@ -202,7 +370,7 @@ def peak_growth(problem: Problem, name: str, memory_format: str, threads: int) -
     the memory that the op keeps from one forward pass to the next: that is given back before.
     """
     torch.set_num_threads(threads)
-    made = Contender(problem, name, memory_format)
+    made = Contender(problem, RIVALS[name], memory_format)
     for _ in range(2):
         made.step()
     made.model.zero_grad()
@@ -226,7 +394,7 @@ def _resident(name: str) -> int:
     return 1024 * int(found[1])
 
 
-def in_child(function: Callable[..., int], *arguments: Any) -> int:
+def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
     """The function's result from a fresh process."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
@@ -243,44 +411,79 @@ def peak_gflops() -> float:
     return _backend.kernels().peak_flops_float32(torch.get_num_threads(), 5) / 1e9
 
 
-def rows(problem: Problem, options: argparse.Namespace, peak: float) -> list[dict[str, Any]]:
-    """Every contender's rows; those of one that is not timed hold only the note why."""
-    if "compile" in options.contenders:
+Key = tuple[str, str]  # contender, memory format
+
+
+def timed(
+    problem: Problem, options: argparse.Namespace
+) -> tuple[dict[Key, list[tuple[float, ...]]], dict[Key, dict[str, Any]]]:
+    """Seconds of the parts of each contender, a tuple a round; and what else is known of each.
+
+    Of those that are not timed that is only the note why.
+    """
+    device, on_gpu = gpu.device_of(options.device), options.device != "cpu"
+    rivals = GPU_RIVALS if on_gpu else RIVALS
+    if any(name.startswith("compile") for name in options.contenders):
         torch.compiler.reset()  # or compilations of earlier problems count towards its limit
-    exact = Exact.of(problem)
-    contenders: dict[tuple[str, str], Contender] = {}
-    facts: dict[tuple[str, str], dict[str, Any]] = {}
+    exact = Exact.of(problem, device)
+    contenders: dict[Key, Contender | Graphed] = {}
+    facts: dict[Key, dict[str, Any]] = {}
     for name in options.contenders:
-        for memory_format in RIVALS[name].formats:
+        for memory_format in rivals[name].formats:
             key = name, memory_format
             try:
-                made, facts[key] = checked(problem, *key, exact)
-                facts[key]["saved_bytes"] = made.saved_bytes()
+                with common.time_limit(options.limit):
+                    before = gpu.memory(device)
+                    made, facts[key] = checked(
+                        problem, rivals[name], memory_format, exact, device, on_gpu
+                    )
+                    facts[key]["saved_bytes"] = made.saved_bytes()
+                    if device.type == "cuda":
+                        peak = gpu.peak_memory(made.parts()[0], device)
+                        facts[key]["peak_bytes"] = peak - before
                 if options.rss:
                     threads = torch.get_num_threads()
                     facts[key]["rss_bytes"] = in_child(peak_growth, problem, *key, threads)
                 contenders[key] = made
             except Exception as error:  # whatever stops a rival is a result: it is reported
-                facts[key] = {"note": _line(error)}
-    seconds = common.measure(
-        {key: (made.step, made.optimizer.step) for key, made in contenders.items()},
-        options.rounds,
-        common.CLOCKS[options.clock],
-    )
-    base = {
+                facts[key] = {"note": common.line(error)}
+                made = None  # its memory is for the next one
+            gc.collect()
+            torch.cuda.empty_cache()
+    parts = {key: each.parts() for key, each in contenders.items()}
+    if on_gpu:
+        timer = partial(gpu.seconds, device=device)
+        seconds, failed = common.measure(parts, options.rounds, timer, gpu.LEAST)
+    else:
+        timer = partial(common.seconds, clock=common.CLOCKS[options.clock])
+        seconds, failed = common.measure(parts, options.rounds, timer)
+    return seconds, facts | {key: {"note": why} for key, why in failed.items()}
+
+
+def rows(
+    problem: Problem, options: argparse.Namespace, limits: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Every contender's rows; limits: `gpu.ceilings`, or the CPU's GFLOP/s as "peak"."""
+    seconds, facts = timed(problem, options)
+    base: dict[str, Any] = {
         "model": problem.model,
         "dataset": problem.dataset,
         "batch": problem.batch,
         "clip": problem.clip,
-        "gflop": round(problem.flops() / 1e9, 4),
-        "peak_gflops": round(peak, 1),
         "rounds": options.rounds,
-        "clock": options.clock,
     }
+    reference, ours, optimizers = "naive_tf32", "graphed_tf32", {"adam": 1}
+    if options.device == "cpu":
+        reference, ours, optimizers = "naive", "fused", {"none": 1, "adam": 2}
+        base |= {
+            "gflop": round(problem.flops() / 1e9, 4),
+            "peak_gflops": round(limits["peak"], 1),
+            "clock": options.clock,
+        }
     found = []
-    for parts, optimizer in enumerate(OPTIMIZERS, start=1):
+    for optimizer, parts in optimizers.items():
         times = {key: [sum(each[:parts], 0.0) for each in seconds[key]] for key in seconds}
-        naive, fused = _better(times, "naive"), _better(times, "fused")
+        naive, fused = _better(times, reference), _better(times, ours)
         for (name, memory_format), known in facts.items():
             row = {
                 **base,
@@ -289,9 +492,16 @@ def rows(problem: Problem, options: argparse.Namespace, peak: float) -> list[dic
                 "optimizer": optimizer,
                 **known,
             }
+            precision = GPU_RIVALS[name].precision if options.device != "cpu" else None
+            if precision:
+                row["precision"] = precision
             if (name, memory_format) in times:
                 own = times[name, memory_format]
-                row |= _figures(problem, own, peak)
+                if precision:
+                    moved = problem.bytes(precision)
+                    row |= gpu.figures(own, problem.flops(), moved, precision, limits)
+                else:
+                    row |= _figures(problem, own, limits["peak"])
                 if naive is not None:
                     q1, median, q3 = common.quartiles(common.ratios(naive, own))
                     row |= {
@@ -305,13 +515,7 @@ def rows(problem: Problem, options: argparse.Namespace, peak: float) -> list[dic
     return found
 
 
-def _line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or "no message"
-    kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
-    return kind + (text if len(text) <= 200 else text[:197] + "...")
-
-
-def _better(times: dict[tuple[str, str], list[float]], name: str) -> list[float] | None:
+def _better(times: dict[Key, list[float]], name: str) -> list[float] | None:
     """The rounds of the contender's better memory format, if it was timed."""
     own = [rounds for (contender, _), rounds in times.items() if contender == name]
     return min(own, key=statistics.median, default=None)
@@ -352,10 +556,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--contenders",
         nargs="+",
-        choices=RIVALS,
-        default=list(RIVALS),
+        choices=sorted({*RIVALS, *GPU_RIVALS}),
         metavar="NAME",
-        help=f"of {', '.join(RIVALS)} (default: all)",
+        help=f"of {', '.join(RIVALS)}; on a GPU of {', '.join(GPU_RIVALS)} (default: all)",
     )
     parser.add_argument("--clip", action="store_true", help="boxes cut to [0, 1], not exact balls")
     parser.add_argument(
@@ -374,19 +577,36 @@ def run(options: argparse.Namespace) -> None:
     channels = options.channels or []
     if any(count < 1 for count in channels):
         raise ValueError(f"channels must be 1 or more, not {min(channels)}")
+    rivals = RIVALS if options.device == "cpu" else GPU_RIVALS
+    options.contenders = options.contenders or list(rivals)
+    for name in options.contenders:
+        if name not in rivals:
+            allowed = ", ".join(rivals)
+            raise ValueError(f"on device {options.device} contenders are {allowed}, not {name}")
+    if options.rss and options.device != "cpu":
+        raise ValueError("rss is of a CPU's step; a GPU's table holds the peak memory anyway")
     if options.rss:
         try:
             _reset_peak()
         except OSError as error:
             raise ValueError(f"rss needs Linux's /proc/self/clear_refs: {error}") from error
-    where = common.conditions(options)
-    peak = peak_gflops()
-    print(
-        f"{where['cpu']}, {where['isa']}, torch {where['torch']}, {where['threads']} threads, "
-        f"{options.clock} time; peak {peak:.1f} GFLOP/s\n"
-        "ratio: the time of the better naive over its own; share: of the machine's peak; "
-        "error: of the\ngradients; the step without and with fused Adam"
-    )
+    if options.device == "cpu":
+        fields, print_rows, where = FIELDS, _print, common.conditions(options)
+        limits = {"peak": peak_gflops()}
+        print(
+            f"{where['cpu']}, {where['isa']}, torch {where['torch']}, {where['threads']} threads, "
+            f"{options.clock} time; peak {limits['peak']:.1f} GFLOP/s\n"
+            "ratio: the time of the better naive over its own; share: of the machine's peak; "
+            "error: of the\ngradients; the step without and with fused Adam"
+        )
+    else:
+        fields, print_rows = GPU_FIELDS, _print_gpu
+        limits, where = gpu.prepared(options)
+        print(
+            f"{gpu.describe(where, limits)}\n"
+            "ratio: the time of the better eager naive_tf32 over its own; shares: of the matrix "
+            "product's and the\ncopy's speed; error: of the gradients; the step includes Adam"
+        )
     networks = [
         (model, dataset, common.DATASETS[dataset][1])
         for model in options.models
@@ -398,19 +618,44 @@ def run(options: argparse.Namespace) -> None:
     for model, dataset, usual in networks:
         for batch in batches or [usual]:
             problem = Problem(model, dataset, batch, options.clip)
-            own = rows(problem, options, peak)
-            _print(problem, own)
+            own = rows(problem, options, limits)
+            print_rows(problem, own)
             found += [{**row, **where} for row in own]
             if options.output:  # what is measured is kept if the next problem is interrupted
-                common.write(options.output, FIELDS, found)
+                common.write(options.output, fields, found)
 
 
-def _print(problem: Problem, found: list[dict[str, Any]]) -> None:
+def _title(problem: Problem) -> str:
     box = "clipped" if problem.clip else "exact"
-    print(
+    return (
         f"\n{problem.model} {problem.dataset}, batch {problem.batch}, {box} ball, "
         f"{problem.flops() / 1e9:.3g} GFLOP a step"
     )
+
+
+def _print_gpu(problem: Problem, found: list[dict[str, Any]]) -> None:
+    print(_title(problem))
+    print(
+        f"  {'contender':<21} {'us':>9} {'[quartiles]':>20} {'ratio':>6} {'matrix':>6} {'copy':>6}"
+        f" {'saved MiB':>9} {'peak MiB':>9} {'error':>8}"
+    )
+    for row in found:
+        name = f"  {row['contender'] + ' ' + row['format']:<21}"
+        if "note" in row:
+            print(f"{name} not timed: {row['note']}", flush=True)
+            continue
+        spread = f"[{1e3 * row['ms_q1']:.1f}, {1e3 * row['ms_q3']:.1f}]"
+        peak = f"{row['peak_bytes'] / 2**20:.1f}" if "peak_bytes" in row else ""
+        print(
+            f"{name} {1e3 * row['ms']:9.1f} {spread:>20} {_ratio(row):>6}"
+            f" {row['matrix_share']:6.1%} {row['copy_share']:6.1%}"
+            f" {row['saved_bytes'] / 2**20:9.1f} {peak:>9} {row['gradient_error']:>8}",
+            flush=True,
+        )
+
+
+def _print(problem: Problem, found: list[dict[str, Any]]) -> None:
+    print(_title(problem))
     print(
         f"  {'contender':<16} {'ms':>9} {'[quartiles]':>20} {'ratio':>5} {'GFLOP/s':>7}"
         f" {'share':>6} {'Adam: ms':>9} {'ratio':>5} {'saved MiB':>9} {'peak MiB':>9} {'error':>8}"

@@ -1,0 +1,118 @@
+"""All benchmarks of a GPU, what matters most first, in a limited time.
+
+    python bench/gpu.py [--output bench/results] [--minutes 9]
+
+Each part is a `cibp-fast bench` command in a process of its own, which writes a table when it is
+done, so that a part that fails or runs out of time costs no other: numerics of all kernels against
+float64, whole steps against their rivals, epochs of training, steps against torch.compile, and
+layers. The exit status is 1 where a part did not end well. `bench/update_readme.py` then puts the
+results into the README.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from cibp_fast.benchmarks import gpu, rivals
+
+NETWORKS = {
+    "small": ["--models", "small", "--datasets", "mnist"],
+    "medium": ["--models", "medium", "--datasets", "cifar10"],
+    "large": ["--models", "large-same", "--datasets", "cifar10"],
+}
+COMPILED = ["compile", "compile_max"]
+STEPS = ["--contenders", *(name for name in rivals.GPU_RIVALS if name not in COMPILED)]
+LIMIT = ["--limit", "50"]  # seconds until a contender must be ready: compiling may take minutes
+
+# name of the table, the most minutes of nine, and words of `cibp-fast bench`
+PARTS: list[tuple[str, float, list[str]]] = [
+    ("gpu_numerics", 2.5, ["numerics"]),
+    *((f"gpu_step_{name}", 1, ["step", *which, *STEPS, *LIMIT]) for name, which in NETWORKS.items()),
+    ("gpu_training", 1, ["training"]),
+    *(
+        (
+            f"gpu_compile_{name}",
+            1.5,
+            ["step", *which, "--contenders", "graphed_tf32", "naive_tf32", *COMPILED, *LIMIT],
+        )
+        for name, which in NETWORKS.items()
+    ),
+    *(
+        (f"gpu_layers_{name}", 1, ["layer", *which, "--rounds", "5", *LIMIT])
+        for name, which in NETWORKS.items()
+    ),
+]
+LEAST = 10  # seconds in which a part can do something
+
+
+def run(command: list[str], seconds: float) -> str:
+    """Runs it for so long at most; says how it ended: "" where well."""
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        status = process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return f"stopped after {seconds:.0f} s"
+    finally:  # of a part that was stopped or interrupted, with all processes that it started
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        process.wait()
+    return f"failed with status {status}" if status else ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("bench/results"), metavar="DIR", help="of the tables"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=9, metavar="M", help="for all of it (default: 9)"
+    )
+    parser.add_argument(
+        "--device",
+        choices=("cuda", "interpreter"),
+        default="cuda",
+        help="interpreter: all of it on the CPU, which takes hours, to see that it runs",
+    )
+    options = parser.parse_args()
+    if not options.minutes > 0:
+        parser.error(f"minutes must be more than 0, not {options.minutes:g}")
+    try:
+        gpu.device_of(options.device)
+    except ValueError as error:
+        parser.error(str(error))
+    end = time.monotonic() + 60 * options.minutes
+    summary, failed = [], False
+    for name, share, words in PARTS:
+        begin = time.monotonic()
+        left = min(60 * share * options.minutes / 9, end - begin)
+        path = options.output / f"{name}.csv"
+        before = path.stat().st_mtime_ns if path.exists() else None
+        words = ["bench", *words, "--device", options.device, "--output", str(path)]
+        if left < LEAST * options.minutes / 9:
+            problem = "not started: out of time"
+        else:
+            print(f"\n== {name}: cibp-fast {shlex.join(words)}", flush=True)
+            problem = run([sys.executable, "-m", "cibp_fast", *words], left)
+        wrote = path.exists() and path.stat().st_mtime_ns != before
+        summary.append(
+            f"{name:<20} {time.monotonic() - begin:6.1f} s  {path if wrote else 'no new table'}"
+            + (f"  {problem}" if problem else "")
+        )
+        failed |= bool(problem)
+    print("\n" + "\n".join(summary))
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""`cibp-fast bench training`: the time of epochs of `cibp_fast.train` itself.
+
+On a GPU a step is a replayed CUDA graph. Trained are the first epochs of a preset, without the
+evaluation in between: "epoch_s" is the mean of all but the first, in which the step is compiled and
+captured, and the last, which ends in an evaluation. The metrics and the checkpoint that end an
+epoch are in it. "all_s" is what the whole preset would take, extrapolated: the first epoch, and
+"epoch_s" for each other one. Where the data set is not there, it is of random images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import tempfile
+from contextlib import redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cibp_fast import data, runs, training
+from cibp_fast.benchmarks import common, gpu
+from cibp_fast.benchmarks.precision import first_steps
+from cibp_fast.config import Config, preset
+from cibp_fast.distributed import world
+from cibp_fast.fusion import PRECISIONS
+
+PRESETS = (
+    "mnist-small-0.4-cibp",
+    "cifar10-small-8of255-cibp-normalized",
+    "cifar10-large-8of255-cibp-normalized",
+)
+FIELDS = [
+    "preset", "precision", "batch", "epoch_steps", "epochs", "first_epoch_s", "epoch_s", "step_us",
+    "all_epochs", "all_s", "images", "note", *gpu.CONDITIONS,
+]  # fmt: skip
+
+
+def dataset_of(name: str, root: Path | None) -> tuple[data.Dataset, str]:
+    """The data set with one test example, and what it is: "mnist" or "random"."""
+    try:
+        dataset = data.load(name, root)
+        return replace(dataset, test=dataset.test[:1]), name
+    except OSError:
+        examples, shape = data.SIZES[name][0], data.INPUT_SHAPES[name]
+        random = torch.Generator().manual_seed(0)
+        images = torch.randint(0, 256, (examples, *shape), generator=random, dtype=torch.uint8)
+        split = data.Split(images, torch.randint(0, 10, (examples,), generator=random))
+        return data.Dataset(name, split, split[:1]), "random"
+
+
+def timed(
+    config: Config, dataset: data.Dataset, epochs: int, device: str, backend: str
+) -> dict[str, Any]:
+    """What FIELDS say of a training."""
+    steps = len(dataset.train) // config.batch_size
+    first = first_steps(config, epochs * steps)
+    processes = world(device)
+    made = training._Training(first, dataset.to(processes.device), processes, backend)
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+        made.run(Path(folder))
+        ends = [record["seconds"] for record in runs.read_metrics(Path(folder))]
+    epoch = (ends[-2] - ends[0]) / (epochs - 2)
+    whole = config.steps / steps
+    return {
+        "epoch_steps": steps,
+        "epochs": epochs,
+        "first_epoch_s": ends[0],
+        "epoch_s": round(epoch, 4),
+        "step_us": round(1e6 * epoch / steps, 1),
+        "all_epochs": round(whole, 1),
+        "all_s": round(ends[0] + (whole - 1) * epoch, 2),
+    }
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    common.add_device(parser, "cuda")
+    parser.add_argument(
+        "--presets",
+        nargs="+",
+        default=list(PRESETS),
+        metavar="NAME",
+        help=f"recipes (default: {' '.join(PRESETS)})",
+    )
+    parser.add_argument("--precision", choices=PRECISIONS, default="tf32", help="default: tf32")
+    parser.add_argument("--epochs", type=int, default=12, metavar="N", help="default: 12")
+    parser.add_argument(
+        "--data-root",
+        type=Path,
+        metavar="DIR",
+        help="folder of the data sets (default: $CIBP_FAST_DATA, else data)",
+    )
+    parser.add_argument("--output", type=Path, metavar="CSV", help="also write the rows there")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Raises ValueError or OSError for options that cannot be obeyed."""
+    if options.epochs < 3:
+        raise ValueError(f"epochs must be 3 or more, not {options.epochs}")
+    if options.device == "cpu":
+        raise ValueError("training is timed on a GPU: device must be cuda or interpreter")
+    configs = [preset(name, precision=options.precision) for name in options.presets]
+    common.check_output(options.output)
+    device = gpu.device_of(options.device).type
+    where = gpu.conditions(options)
+    print(f"{where['gpu']}, torch {where['torch']}, Triton {where['triton']}")
+    found = []
+    for name, config in zip(options.presets, configs, strict=True):
+        row = {"preset": name, "precision": config.precision, "batch": config.batch_size}
+        try:
+            dataset, row["images"] = dataset_of(config.dataset, options.data_root)
+            row |= timed(config, dataset, options.epochs, device, "triton")
+            print(
+                f"  {name}, {row['images']} images: {row['epoch_s']:.3f} s an epoch of "
+                f"{row['epoch_steps']} steps ({row['step_us']:.0f} us a step), the first one "
+                f"{row['first_epoch_s']:.1f} s; extrapolated to {row['all_epochs']:.0f} epochs: "
+                f"{row['all_s']:.1f} s",
+                flush=True,
+            )
+        except Exception as error:  # whatever stops one must not stop the others
+            row["note"] = common.line(error)
+            print(f"  {name}: not timed: {row['note']}", flush=True)
+        found.append({**row, **where})
+        if options.output:
+            common.write(options.output, FIELDS, found)
