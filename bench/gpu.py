@@ -12,6 +12,7 @@ results into the README.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import signal
@@ -33,9 +34,12 @@ LIMIT = ["--limit", "50"]  # seconds until a contender must be ready: compiling 
 
 # name of the table, the most minutes of nine, and words of `cibp-fast bench`
 PARTS: list[tuple[str, float, list[str]]] = [
-    ("gpu_numerics", 2.5, ["numerics"]),
-    *((f"gpu_step_{name}", 1, ["step", *which, *STEPS, *LIMIT]) for name, which in NETWORKS.items()),
-    ("gpu_training", 1, ["training"]),
+    ("gpu_numerics", 2.3, ["numerics"]),
+    *(
+        (f"gpu_step_{name}", 1, ["step", *which, *STEPS, *LIMIT])
+        for name, which in NETWORKS.items()
+    ),
+    ("gpu_training", 0.7, ["training"]),
     *(
         (
             f"gpu_compile_{name}",
@@ -49,6 +53,7 @@ PARTS: list[tuple[str, float, list[str]]] = [
         for name, which in NETWORKS.items()
     ),
 ]
+COMMAND = [sys.executable, "-m", "cibp_fast"]
 LEAST = 10  # seconds in which a part can do something
 
 
@@ -60,10 +65,8 @@ def run(command: list[str], seconds: float) -> str:
     except subprocess.TimeoutExpired:
         return f"stopped after {seconds:.0f} s"
     finally:  # of a part that was stopped or interrupted, with all processes that it started
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.wait()
     return f"failed with status {status}" if status else ""
 
@@ -103,7 +106,7 @@ def main() -> int:
             problem = "not started: out of time"
         else:
             print(f"\n== {name}: cibp-fast {shlex.join(words)}", flush=True)
-            problem = run([sys.executable, "-m", "cibp_fast", *words], left)
+            problem = run([*COMMAND, *words], left)
         wrote = path.exists() and path.stat().st_mtime_ns != before
         summary.append(
             f"{name:<20} {time.monotonic() - begin:6.1f} s  {path if wrote else 'no new table'}"

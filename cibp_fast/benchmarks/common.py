@@ -34,6 +34,7 @@ PLAIN = "plain"  # two 3x3 convolutions of as many channels as their input has, 
 POOLED = "pooled"  # the same with average pooling between them
 EPS = 0.1  # radius of the box, in pixels
 DEVICES = ("cpu", "cuda", "interpreter")
+AGAIN = 5.0  # seconds until what has caught the error of `time_limit` gets it again
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 Key = TypeVar("Key")
@@ -163,7 +164,7 @@ def time_limit(seconds: float | None) -> Iterator[None]:
         raise TimeoutError(f"not ready after {seconds:g} s")
 
     previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 5)
+    signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN)
     try:
         yield
     finally:

@@ -15,7 +15,8 @@ import shlex
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -151,20 +152,17 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int:
 
 
 def ceilings(device: torch.device, size: int = 8192) -> dict[str, float]:
-    """"copy": GB/s of a copy, bytes read and written counted. By precision: TFLOP/s of torch.mm.
-
-    Of [size, size] random matrices, and a copy of 16 size^2 bytes; the best of ten.
+    """GB/s of a copy of 16 size^2 bytes, those read and written counted, as "copy"; and by precision
+    TFLOP/s of torch.mm on random matrices [size, size]; each the best of ten.
     """
     source = torch.rand(4 * size, size, device=device)
-    target = torch.empty_like(source)
-    found = {"copy": 2 * source.nbytes / _best(lambda: target.copy_(source), device) / 1e9}
-    del source, target
+    best = _best(partial(torch.empty_like(source).copy_, source), device)
+    found = {"copy": 2 * source.nbytes / best / 1e9}
     for precision in PRECISIONS:
         set_tf32(precision)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-        out = torch.empty_like(a)
-        best = _best(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device)
+        best = _best(partial(torch.mm, a, b, out=torch.empty_like(a)), device)
         found[precision] = 2 * size**3 / best / 1e12
     return found
 
@@ -187,7 +185,7 @@ def moved(inputs: int, outputs: int, weights: int, training: bool, first: bool) 
 
 
 def figures(
-    own: Sequence[float], flops: int, moved: int, precision: str, limits: dict[str, float]
+    own: Sequence[float], flops: int, moved: int, precision: str, limits: Mapping[str, float]
 ) -> dict[str, Any]:
     """FIGURES of at least two timings in seconds; moved: bytes; limits: of `ceilings`."""
     q1, median, q3 = common.quartiles(own)

@@ -266,7 +266,8 @@ def kernels(layer: Layer, training: bool, precision: str, device: torch.device) 
 
     def stored(images: Sequence[Tensor]) -> Tensor:
         """[3, N, H, W, C]."""
-        return streams.rounded_like(torch.stack(list(images)).movedim(2, -1).contiguous(), precision)
+        batch = torch.stack(list(images)).movedim(2, -1).contiguous()
+        return streams.rounded_like(batch, precision)
 
     lower, upper, nominal, weight = map(as_images, layer.inputs[:4])
     bias = layer.inputs[4].to(device)

@@ -125,7 +125,7 @@ def worst_logits(center: Tensor, features: Streams, weight: Tensor, y: Tensor) -
     classes = len(weight)
     table = (weight.unsqueeze(1) - weight).abs().flatten(0, 1)  # [classes^2, K]
     spread = (((upper - lower) / 2) @ table.T).unflatten(1, (classes, classes))
-    spread = spread[torch.arange(len(y), device=y.device), y]
+    spread = spread.take_along_dim(y.view(-1, 1, 1), 1).squeeze(1)  # row y of each example
     worst = center - center.gather(1, y.unsqueeze(1)) + spread
     return torch.where(F.one_hot(y, classes).bool(), 0.0, worst)
 

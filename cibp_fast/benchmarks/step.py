@@ -98,7 +98,7 @@ class Problem:
         images, y = self.images()
         return to_pixels(images), y
 
-    def _layers(self) -> Iterator[tuple[nn.Module, int, int]]:
+    def _layers(self) -> Iterator[tuple[nn.Conv2d | nn.Linear, int, int]]:
         """The affine layers, and how many numbers the inputs and outputs of an example are."""
         x = torch.empty(1, *common.input_shape(self.dataset), device="meta")
         for module in self.network().to("meta"):
@@ -110,7 +110,7 @@ class Problem:
         """See the module's docstring."""
         total = 0
         for i, (module, _, outputs) in enumerate(self._layers()):
-            products = prod(module.weight.shape[1:])  # type: ignore[arg-type]
+            products = prod(module.weight.shape[1:])
             total += common.flops(self.batch * outputs, products, training=True, first=not i)
         return total
 

@@ -1,0 +1,404 @@
+"""The benchmarks of a GPU, in Triton's interpreter: what they check, what they report, one script.
+
+What needs a GPU cannot be seen here: events, graphs, the cache, its memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from tritons import DEVICE, large_tiles
+
+from cibp_fast import cli, data, models
+from cibp_fast.benchmarks import common, gpu, layer, numerics, rivals, step, training
+from cibp_fast.benchmarks.layer import Layer
+from cibp_fast.benchmarks.rivals import GPU_RIVALS, Ball
+from cibp_fast.benchmarks.step import Exact, Graphed, Problem
+from cibp_fast.config import preset
+from cibp_fast.kernels import checks
+from cibp_fast.kernels.step import TrainStep
+
+pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="of the interpreter")
+CPU = torch.device("cpu")
+BENCH = Path(__file__).parent.parent / "bench"
+PROBLEM = Problem(common.PLAIN, "2x9x8", 3, clip=True)
+LIMITS = {"copy": 100.0, "float32": 0.5, "tf32": 2.0, "bf16": 4.0}
+
+
+@pytest.fixture(autouse=True)
+def _quick() -> Iterator[None]:
+    with large_tiles():
+        yield
+
+
+def _options(**changes: object) -> argparse.Namespace:
+    given = {"device": "interpreter", "rounds": 2, "limit": None, "rss": False, "words": []}
+    return argparse.Namespace(**given | changes)
+
+
+@pytest.fixture(scope="module")
+def exact() -> Exact:
+    return Exact.of(PROBLEM)
+
+
+OURS = [name for name in GPU_RIVALS if name.startswith(("graphed", "fused"))]
+
+
+@pytest.mark.parametrize("name", [*OURS, "naive_bf16", "naive_tf32_graph"])
+def test_every_contender_agrees_with_the_oracle(exact: Exact, name: str) -> None:
+    rival = GPU_RIVALS[name]
+    made, facts = step.checked(PROBLEM, rival, rival.formats[-1], exact, CPU, whole=True)
+    assert float(facts["gradient_error"]) <= rival.tolerance
+    before = [parameter.clone() for parameter in made.model.parameters()]
+    (call,) = made.parts()
+    call()
+    for old, new in zip(before, made.model.parameters(), strict=True):
+        assert torch.equal(old, new)  # the timed steps are the one that was checked
+    assert made.saved_bytes() > 0
+
+
+def test_a_graphed_step_that_is_off_by_a_hundredth_is_found(
+    exact: Exact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = Graphed.results
+
+    def results(self: Graphed) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        loss, (first, *others) = right(self)
+        assert first is not None
+        return loss, [1.01 * first, *others]
+
+    monkeypatch.setattr(Graphed, "results", results)
+    with pytest.raises(AssertionError, match=r"wrong: loss off by .*, a gradient by 1\.0e-02"):
+        step.checked(PROBLEM, GPU_RIVALS["graphed"], "nchw", exact, CPU, whole=True)
+
+
+def test_a_gradient_that_is_nan_is_wrong(exact: Exact, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Graphed, "results", lambda self: (exact.loss, [torch.tensor(torch.nan)]))
+    one = Exact(exact.loss, [exact.gradients[0]])
+    with pytest.raises(AssertionError, match="a gradient by nan"):
+        step.checked(PROBLEM, GPU_RIVALS["graphed"], "nchw", one, CPU, whole=True)
+
+
+def test_saved_bytes_are_half_and_a_quarter_of_the_naive_step() -> None:
+    problem = Problem("small", "mnist", 2, clip=False)
+    naive = step.WholeStep(problem, GPU_RIVALS["naive"], "nchw", CPU).saved_bytes()
+    tf32, bf16 = (Graphed(problem, precision, CPU).saved_bytes() for precision in ("tf32", "bf16"))
+    assert tf32 <= 0.5 * naive and bf16 <= 0.25 * naive
+
+
+def test_the_rows_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One has no memory, and one neither while it is timed: the rest goes on."""
+
+    def hungry(model: nn.Sequential, ball: Ball) -> rivals.Step:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    def failing(model: nn.Sequential, ball: Ball) -> rivals.Step:
+        inner, calls = rivals.naive(model, ball), iter(range(4))
+
+        def terms(x: torch.Tensor, y: torch.Tensor) -> rivals.Terms:
+            if next(calls) == 3:
+                raise torch.OutOfMemoryError("later")
+            return inner(x, y)
+
+        return terms
+
+    for name, build in (("compile", hungry), ("auto_lirpa", failing)):
+        monkeypatch.setitem(GPU_RIVALS, name, replace(GPU_RIVALS[name], build=build))
+    names = ["compile", "graphed_bf16", "auto_lirpa", "naive_tf32", "naive_tf32_graph"]
+    options = _options(contenders=names)
+    rows = {(r["contender"], r["format"]): r for r in step.rows(PROBLEM, options, LIMITS)}
+    assert len(rows) == 7  # naive in two formats
+    notes = {key[0]: row["note"] for key, row in rows.items() if "note" in row}
+    assert notes == {
+        "compile": "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB",
+        "auto_lirpa": "OutOfMemoryError: later",
+    }
+    timed = [row for row in rows.values() if "note" not in row]
+    for row in timed:
+        assert 0 < row["ms_q1"] <= row["ms"] <= row["ms_q3"] and row["ratio"] > 0
+        moved = PROBLEM.bytes(row["precision"]) / 1e6
+        assert row["mbytes"] == pytest.approx(moved, rel=1e-4)
+        assert row["gbytes_per_s"] == pytest.approx(moved / row["ms"], rel=1e-3)
+        assert row["copy_share"] == pytest.approx(row["gbytes_per_s"] / 100, rel=1e-3)
+        flops = PROBLEM.flops()
+        assert row["tflops"] == pytest.approx(flops / row["ms"] / 1e9, rel=1e-3)
+        share = row["tflops"] / LIMITS[row["precision"]]
+        assert row["matrix_share"] == pytest.approx(share, rel=1e-3)
+        assert set(row) <= set(step.GPU_FIELDS)
+    assert min(rows["naive_tf32", each]["ratio"] - 1 for each in ("nchw", "nhwc")) <= 0
+    step._print_gpu(PROBLEM, list(rows.values()))
+
+
+def test_what_takes_too_long_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(model: nn.Sequential, ball: Ball) -> rivals.Step:
+        while True:
+            try:
+                time.sleep(30)
+            except TimeoutError:
+                break  # as a compiler may that catches everything; the next signal gets through
+        time.sleep(30)
+        raise AssertionError("the limit did not hold")
+
+    monkeypatch.setitem(GPU_RIVALS, "compile", replace(GPU_RIVALS["compile"], build=slow))
+    monkeypatch.setattr(common, "AGAIN", 0.1)
+    options = _options(contenders=["compile", "naive_tf32"], limit=2.0)
+    compiled, *others = step.rows(PROBLEM, options, LIMITS)
+    assert compiled["note"] == "TimeoutError: not ready after 2 s" and "ms" not in compiled
+    assert len(others) == 2 and all(row["ms"] > 0 for row in others)
+
+
+def test_flops_and_bytes_of_the_small_network_by_hand() -> None:
+    problem = Problem("small", "mnist", 5, clip=False)
+    weights = [16 * 16 + 16, 32 * 16 * 16 + 32, 3200 * 100 + 100, 100 * 10 + 10]
+    units = [28 * 28, 16 * 13 * 13, 3200, 100, 10]
+    numbers = 0
+    for i, weight in enumerate(weights):
+        inputs, outputs = 3 * 5 * units[i], 3 * 5 * units[i + 1]
+        numbers += 2 * (inputs + outputs + weight) + (2 * inputs + outputs + weight if i else 0)
+    for precision, element in (("float32", 4), ("tf32", 4), ("bf16", 2)):
+        assert problem.bytes(precision) == element * numbers + 28 * sum(weights)
+
+
+def test_torch_of_a_gpu_gets_nothing_from_the_host() -> None:
+    """A capture forbids it: a tensor on the CPU, a number that the host waits for."""
+    with FakeTensorMode(), torch.no_grad():
+        model = Problem("large-same", "cifar10", 2, clip=True).network()
+        for module in model:
+            for name, parameter in module.named_parameters():
+                like = torch.empty(parameter.shape, device="cuda:0")
+                module._parameters[name] = nn.Parameter(like)
+        x = torch.empty(2, 3, 32, 32, device="cuda:0")
+        y = torch.zeros(2, dtype=torch.int64, device="cuda:0")
+        terms = rivals.naive(model, Ball(0.1, clip=True))(x, y)
+        assert terms.total(0.5, 1.0).device == torch.device("cuda:0")
+
+
+def _layer(geometry: tuple[object, ...]) -> Layer:
+    random = torch.Generator().manual_seed(0)
+    size, weight = ((2, 3, 6, 5), (4, 3, 3, 3)) if geometry else ((2, 20), (7, 20))
+    x = torch.rand(size, generator=random)
+    tensors = (torch.randn(each, generator=random) for each in (weight, weight[0]))
+    return Layer("tiny", "none", "1", (x - 0.1, x + 0.1, x, *tensors), geometry, first=False)
+
+
+@pytest.mark.parametrize("geometry", [((2, 1), (1, 0), (1, 1), 1), ()], ids=["conv", "linear"])
+def test_the_rows_of_a_layer(geometry: tuple[object, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer, "TOLERANCES", rivals.TOLERANCES | {"bf16": 1e-9})
+    rows = layer.gpu_rows(_layer(geometry), True, _options(), LIMITS)
+    formats = ("nchw", "nhwc") if geometry else ("nchw",)
+    assert [(row["contender"], row["format"]) for row in rows] == [
+        *((f"kernels_{precision}", "nhwc") for precision in gpu.PRECISIONS),
+        *((name, each) for name in layer.GPU_CONTENDERS for each in formats),
+    ]
+    for row in rows:
+        assert set(row) <= set(layer.GPU_FIELDS)
+        if row["contender"] == "naive_bf16":
+            assert row["note"].startswith("wrong: ") and "ms" not in row
+            continue
+        assert float(row["error"]) <= row["tolerance"] and row["ms"] > 0 and row["ratio"] > 0
+    layer._print_gpu(rows)
+    with_bf16 = Layer.bytes(_layer(geometry), True, "bf16")
+    assert rows[2]["mbytes"] == pytest.approx(with_bf16 / 1e6, rel=1e-4)
+
+
+def test_wrong_kernels_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = iter([{"forward": 0.0, "input_gradient": torch.nan, "weight_gradient": 2e-3}, None])
+
+    def errors(*_: object) -> dict[str, float]:
+        errors = next(found)
+        if errors is None:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return errors
+
+    monkeypatch.setattr(checks, "errors", errors)
+    group = numerics.Group("tf32", ["a", "b"], [None, None])
+    assert len(group.rows()) == 6 and all(row["note"] == "not measured" for row in group.rows())
+    rows = numerics.measured(group, "interpreter")
+    illegal = "RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert [row["note"] for row in rows] == ["", "wrong", "wrong", *[illegal] * 3]
+
+
+def test_a_step_that_drops_nan_or_does_not_repeat_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = numerics.step(PROBLEM, "bf16", CPU)
+    assert list(found) == list(numerics.STEP)
+    assert all(error <= tolerance for error, tolerance in found.values())
+    replay, noise = TrainStep.replay, iter(range(100))
+
+    def other(self: TrainStep) -> None:
+        replay(self)
+        self.totals.nan_to_num_().add_(next(noise))
+
+    monkeypatch.setattr(TrainStep, "replay", other)
+    found = numerics.step(PROBLEM, "bf16", CPU)
+    assert found["two runs"] == (1.0, 0.0) and found["NaN"] == (1.0, 0.0)
+
+
+def test_the_table_of_the_numerics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The groups run in processes of their own, of which one ends without a word."""
+    monkeypatch.setattr(numerics, "PROBLEMS", ())
+    monkeypatch.setattr(numerics, "GRID", (numerics.GRID[-1],))
+    monkeypatch.setattr(gpu, "PRECISIONS", ("bf16",))
+    output = tmp_path / "numerics.csv"
+    words = ["bench", "numerics", "--device", "interpreter", "--jobs", "1", "--output"]
+    assert cli.main([*words, str(output)]) == 0
+    assert "3 of 3 checks passed" in capsys.readouterr().out
+    rows = list(csv.DictReader(output.open()))
+    assert [(row["of"], row["check"]) for row in rows] == [
+        ("1x1x3x3->1x1x1 kernel 3x3", check) for check in numerics.CONVOLUTION
+    ]
+    assert all(float(row["error"]) <= 6e-3 and row["gpu"] == "interpreter" for row in rows)
+
+    def dead(*_: object) -> None:
+        raise RuntimeError("a process ended")
+
+    monkeypatch.setattr(numerics, "in_child", dead)
+    assert cli.main([*words, str(output)]) == 2
+    captured = capsys.readouterr()
+    assert "0 of 3 checks passed" in captured.out
+    assert captured.err == "cibp-fast: error: 3 of 3 checks of the kernels failed\n"
+    rows = list(csv.DictReader(output.open()))
+    assert {row["note"] for row in rows} == {"RuntimeError: a process ended"}
+
+
+def _tiny(in_shape: tuple[int, ...], padding: str) -> nn.Sequential:
+    convolution = nn.Conv2d(1, 3, 5, stride=4)
+    return nn.Sequential(convolution, nn.ReLU(), nn.Flatten(), nn.Linear(3 * 6 * 6, 10))
+
+
+def test_the_table_of_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(models.NETS, "small", _tiny)
+    for name in ("mnist", "cifar10"):
+        monkeypatch.setitem(data.SIZES, name, (4, 1))
+    monkeypatch.setattr(training, "preset", partial(preset, batch_size=2))
+    output = tmp_path / "training.csv"
+    presets = ["mnist-small-0.4-cibp", "cifar10-small-8of255-cibp"]
+    words = ["bench", "training", "--device", "interpreter", "--epochs", "3", "--presets"]
+    paths = ["--data-root", str(tmp_path), "--output", str(output)]
+    assert cli.main([*words, *presets, *paths]) == 0
+    cibp, of_three_channels = csv.DictReader(output.open())
+    assert of_three_channels["note"].startswith("ValueError: fuse cannot take 1 (Conv2d): weight")
+    assert (cibp["images"], cibp["epoch_steps"], cibp["epochs"]) == ("random", "2", "3")
+    epochs, epoch, first = (float(cibp[key]) for key in ("all_epochs", "epoch_s", "first_epoch_s"))
+    assert epochs == 60_000 / 2 and epoch > 0
+    assert float(cibp["all_s"]) == pytest.approx(first + (epochs - 1) * epoch, rel=1e-2)
+    assert float(cibp["step_us"]) == pytest.approx(1e6 * epoch / 2, rel=1e-2)
+    assert "random images" in capsys.readouterr().out
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "new" / "step.csv"
+    words = ["--channels", "1", "--batch", "1", "--rounds", "2", "--contenders", "naive_tf32"]
+    command = ["bench", "step", "--device", "interpreter", *words, "--output", str(output)]
+    assert cli.main(command) == 0
+    rows = list(csv.DictReader(output.open()))
+    assert len(rows) == 2 and rows[0]["command"] == f"cibp-fast {' '.join(command)}"
+    assert all(row["optimizer"] == "adam" and row["precision"] == "tf32" for row in rows)
+    assert "naive_tf32 nhwc" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["step", "--device", "cuda"], "device cuda: backend='triton' cannot run: torch finds no"),
+        (["layer", "--device", "cuda"], "device cuda: backend='triton' cannot run: torch finds no"),
+        (["numerics"], "device cuda: backend='triton' cannot run: torch finds no GPU"),
+        (["training"], "device cuda: backend='triton' cannot run: torch finds no GPU"),
+        (["step", "--device", "gpu"], "invalid choice: 'gpu'"),
+        (["step", "--contenders", "graphed"], "on device cpu contenders are fused, fast, "),
+        (["step", "--device", "cuda", "--contenders", "four"], "on device cuda contenders are gra"),
+        (["step", "--device", "cuda", "--rss"], "rss is of a CPU's step"),
+        (["step", "--device", "cuda", "--clock", "cpu"], "clock=cpu does not count a GPU's time"),
+        (["step", "--limit", "0"], "limit must be more than 0, not 0"),
+        (["numerics", "--device", "cpu"], "device must be cuda or interpreter"),
+        (["numerics", "--jobs", "0"], "jobs must be 1 or more, not 0"),
+        (["training", "--device", "cpu"], "device must be cuda or interpreter"),
+        (["training", "--epochs", "2"], "epochs must be 3 or more, not 2"),
+        (["training", "--presets", "mnist"], "unknown preset 'mnist'"),
+        (["training", "--device", "interpreter", "--output", "{tmp}"], "it is a folder"),
+    ],
+)
+def test_one_line_for_bad_input(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    try:
+        code = cli.main(["bench", *(word.format(tmp=tmp_path) for word in arguments)])
+    except SystemExit as exit:
+        code = exit.code
+    assert code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("cibp-fast: error: ") and message in line
+
+
+def _module(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, BENCH / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_script_of_all_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One part is done, one fails, one takes too long, and for the last one no time is left."""
+    script = _module("gpu")
+    program = (
+        "import pathlib, sys, time\n"
+        "_, _, part, *words = sys.argv\n"
+        "assert words[:3] == ['--device', 'interpreter', '--output']\n"
+        "if part == 'long': time.sleep(60)\n"
+        "pathlib.Path(words[3]).write_text(part)\n"
+        "sys.exit(2 * (part == 'wrong'))\n"
+    )
+    parts = [
+        ("done", 9.0, ["done"]),
+        ("wrong", 9.0, ["wrong"]),
+        ("kept", 9.0, ["long"]),
+        ("late", 0.1, ["done"]),
+    ]
+    monkeypatch.setattr(script, "COMMAND", [sys.executable, "-c", program])
+    monkeypatch.setattr(script, "PARTS", parts)
+    words = ["--device", "interpreter", "--output", str(tmp_path), "--minutes", "0.06"]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *words])
+    (tmp_path / "kept.csv").write_text("of another day")
+    assert script.main() == 1
+    done, wrong, kept, late = capfd.readouterr().out.splitlines()[-4:]
+    assert done.split()[-1] == str(tmp_path / "done.csv")
+    assert wrong.endswith("wrong.csv  failed with status 2")
+    assert "no new table  stopped after " in kept and (tmp_path / "kept.csv").exists()
+    assert late.endswith("no new table  not started: out of time")
+
+
+def test_the_script_needs_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    with pytest.raises(SystemExit, match="2"):
+        _module("gpu").main()
+    assert "device cuda: backend='triton' cannot run: torch finds no" in capsys.readouterr().err
+
+
+def test_the_parts_of_the_script_are_commands() -> None:
+    script = _module("gpu")
+    parser = cli._parser()
+    for _, _, words in script.PARTS:
+        parser.parse_args(["bench", *words, "--device", "cuda", "--output", "x.csv"])
+    minutes = [share for name, share, _ in script.PARTS if "compile" not in name]
+    assert sum(minutes) <= 9
