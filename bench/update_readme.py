@@ -4,7 +4,7 @@
 
 Each section between `<!-- NAME: ... -->` and `<!-- end NAME -->` is made anew: "quickstart" from
 the runs in results/quickstart, "runs" from the others in results, the rest from bench/results,
-where the charts step.png and precisions.png are drawn too.
+where the charts step.png and precisions.png are drawn too. "gpu" takes what there is of gpu_*.csv.
 """
 
 from __future__ import annotations
@@ -425,6 +425,145 @@ def loop() -> list[str]:
 
 PARTS_OUTSIDE = ("data", "logging", "writing", "other")
 
+# On a GPU: rivals of the graphed step in tf32, and the ways to compute a layer.
+GPU_RIVALS = {
+    "fused_tf32": "`cf.fuse`, eager",
+    "naive_tf32": "two-pass eager",
+    "naive": "without TF32",
+    "naive_tf32_graph": "as CUDA graph",
+    "naive_bf16_graph": "bf16, as CUDA graph",
+    "compile": "torch.compile",
+    "compile_max": "max-autotune",
+    "auto_lirpa": "auto_LiRPA",
+}
+GPU_LAYERS = {
+    "kernels_tf32": "our kernels, tf32",
+    "kernels_bf16": "bf16",
+    "kernels_float32": "float32",
+    "fused": "our op, float32",
+    "naive_tf32": "two-pass, tf32",
+    "naive_bf16": "bf16",
+    "naive": "float32",
+}
+
+
+def gpu() -> list[str]:
+    steps = [*read_all("gpu_step_*"), *read_all("gpu_compile_*")]
+    numerics, trainings = read_all("gpu_numerics"), read_all("gpu_training")
+    layers = read_all("gpu_layers_*")
+    every = [*steps, *numerics, *trainings, *layers]
+    if not every:
+        return ["Not measured yet: no GPU was at hand. `python bench/gpu.py` measures it."]
+    if any(row["gpu"] == "interpreter" for row in every):
+        sys.exit("bench/results: gpu_*.csv from the interpreter are no measurements")
+    where = every[0]
+    lines = []
+    if numerics:
+        passed = sum(not row["note"] for row in numerics)
+        lines += [f"{passed} of {len(numerics)} checks of the kernels against float64 passed.", ""]
+    lines += gpu_steps(steps) + gpu_trainings(trainings) + gpu_layers(layers)
+    return [
+        *lines,
+        f"{where['gpu']}, driver {where['driver']}, CUDA {where['cuda']}, torch {where['torch']}, "
+        f"Triton {where['triton']}, {where['date']}: `python bench/gpu.py`. All figures are in "
+        "`bench/results/gpu_*.csv`; what is not in the tables was not measured.",
+    ]
+
+
+def read_all(pattern: str) -> list[dict[str, str]]:
+    return [row for path in sorted(RESULTS.glob(f"{pattern}.csv")) for row in read(path.stem)]
+
+
+def gpu_steps(rows: list[dict[str, str]]) -> list[str]:
+    if not rows:
+        return []
+    networks: dict[str, Results] = {}
+    for row in rows:
+        own = networks.setdefault(f"{row['model']} {row['dataset']} {row['batch']}", {})
+        best = own.get(row["contender"])
+        if best is None or float(row["ms"] or "inf") < float(best["ms"] or "inf"):
+            own[row["contender"]] = row
+
+    def cell(row: dict[str, str] | None, key: str, form: Callable[[float], str]) -> str:
+        return "not measured" if row is None or not row[key] else form(float(row[key]))
+
+    lines = [
+        "A training step as one CUDA graph, from bytes of images to new parameters, in tf32 (and "
+        "bf16, float32); its shares of the speed of a matrix product and of a copy; and how many "
+        "times as long the others take with Adam, in the better memory format, which find their "
+        "batch ready:",
+        "",
+        f"| network, data, batch | us | shares | {' | '.join(GPU_RIVALS.values())} "
+        "| saved of the naive float32's, bf16 | peak MiB, naive's |",
+        f"|{'---|' * (len(GPU_RIVALS) + 5)}",
+    ]
+    for name, own in networks.items():
+        tf32, bf16, float32, naive = (
+            own.get(each) for each in ("graphed_tf32", "graphed_bf16", "graphed", "naive")
+        )
+        times = [cell(each, "ms", lambda ms: f"{1e3 * ms:.3g}") for each in (tf32, bf16, float32)]
+        shares = [
+            cell(tf32, f"{each}_share", lambda share: f"{100 * share:.0f} %")
+            for each in ("matrix", "copy")
+        ]
+        ratios = [cell(own.get(each), "fused_ratio", "{:.2f}".format) for each in GPU_RIVALS]
+        whole = float(naive["saved_bytes"] or "nan") if naive else math.nan
+        saved, peaks = (
+            [cell(each, key, form) for each in pair]
+            for key, form, pair in (
+                ("saved_bytes", lambda size, whole=whole: f"{size / whole:.2f}", (tf32, bf16)),
+                ("peak_bytes", lambda size: f"{size / 2**20:.0f}", (tf32, own.get("naive_tf32"))),
+            )
+        )
+        cells = [name, f"{times[0]} ({', '.join(times[1:])})", ", ".join(shares), *ratios]
+        lines.append(f"| {' | '.join([*cells, ', '.join(saved), ', '.join(peaks)])} |")
+    notes = sorted({f"`{row['contender']}`: {row['note']}" for row in rows if row["note"]})
+    return [*lines, "", *(f"Not timed: {note}.\n" for note in notes)]
+
+
+def gpu_trainings(rows: list[dict[str, str]]) -> list[str]:
+    if not rows:
+        return []
+    lines = [
+        f"Epochs of `cibp-fast train` in {rows[0]['precision']}, without evaluation:",
+        "",
+        "| preset | images | an epoch | the first one | all epochs, extrapolated |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [f"`{row['preset']}`", row["images"], f"not timed: {row['note']}", "", ""]
+        if not row["note"]:
+            whole = f"{float(row['all_epochs']):.0f}: {float(row['all_s']):.1f} s"
+            epochs = [f"{float(row[key]):.3g} s" for key in ("epoch_s", "first_epoch_s")]
+            cells = [*cells[:2], *epochs, whole]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def gpu_layers(rows: list[dict[str, str]]) -> list[str]:
+    if not rows:
+        return []
+    networks: dict[str, dict[str, dict[str, float]]] = {}  # contender, layer: us
+    for row in rows:
+        if row["pass"] == "training":
+            name = f"{row['model']} {row['dataset']} {row['batch']}"
+            own = networks.setdefault(name, {}).setdefault(row["contender"], {})
+            time = 1e3 * float(row["ms"] or "inf")
+            own[row["layer"]] = min(own.get(row["layer"], math.inf), time)
+    lines = [
+        "Microseconds of a network's layers together, each alone, forward and backward, as a CUDA "
+        "graph on a cold cache, in the better memory format:",
+        "",
+        f"| network, data, batch | {' | '.join(GPU_LAYERS.values())} |",
+        f"|{'---|' * (len(GPU_LAYERS) + 1)}",
+    ]
+    for name, found in networks.items():
+        sums = [sum(found.get(each, {"": math.inf}).values()) for each in GPU_LAYERS]
+        cells = [three_digits(each) if each < math.inf else "not measured" for each in sums]
+        lines.append(f"| {' | '.join([name, *cells])} |")
+    return [*lines, ""]
+
+
 SECTIONS: dict[str, Callable[[], list[str]]] = {
     "quickstart": quickstart,
     "runs": full_runs,
@@ -434,6 +573,7 @@ SECTIONS: dict[str, Callable[[], list[str]]] = {
     "precisions": precisions,
     "layers": layers,
     "loop": loop,
+    "gpu": gpu,
 }
 
 CHARTS: dict[str, Callable[[Any], None]] = {"step": draw_step, "precisions": draw_precisions}

@@ -160,6 +160,48 @@ def test_what_takes_too_long_is_reported(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(others) == 2 and all(row["ms"] > 0 for row in others)
 
 
+def test_a_timing_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock in the place of the GPU's, which the call and the flush of its cache advance."""
+    now = 0.0
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = now
+
+        def elapsed_time(self, end: Event) -> float:
+            return end.at - self.at
+
+    class Flush:
+        def zero_(self) -> None:
+            nonlocal now
+            now += 1000.0
+
+    def call() -> None:
+        nonlocal now
+        now += next(milliseconds)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    cuda, flush = torch.device("cuda"), Flush()
+    milliseconds = iter([1.0, 2.0, 6.0] * 2)
+    assert gpu.seconds((call,), 3, device=cuda) == (pytest.approx(0.003),)  # the mean
+    cold = gpu.seconds((call,), 3, device=cuda, flush=flush)  # type: ignore[arg-type]
+    assert cold == (pytest.approx(0.002),) and now == 3018.0  # the median, without the flush
+
+
+def test_the_memory_of_graphs_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    segments = [
+        {"segment_pool_id": (0, 0), "total_size": 1000, "allocated_size": 1},
+        {"segment_pool_id": (0, 1), "total_size": 500, "allocated_size": 100},
+    ]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 101)
+    assert gpu.memory(torch.device("cuda")) == 501
+
+
 def test_flops_and_bytes_of_the_small_network_by_hand() -> None:
     problem = Problem("small", "mnist", 5, clip=False)
     weights = [16 * 16 + 16, 32 * 16 * 16 + 32, 3200 * 100 + 100, 100 * 10 + 10]
@@ -194,13 +236,20 @@ def _layer(geometry: tuple[object, ...]) -> Layer:
     return Layer("tiny", "none", "1", (x - 0.1, x + 0.1, x, *tensors), geometry, first=False)
 
 
-@pytest.mark.parametrize("geometry", [((2, 1), (1, 0), (1, 1), 1), ()], ids=["conv", "linear"])
-def test_the_rows_of_a_layer(geometry: tuple[object, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("geometry", "precision"),
+    [(((2, 1), (1, 0), (1, 1), 1), "bf16"), ((), "tf32")],
+    ids=["conv", "linear"],
+)
+def test_the_rows_of_a_layer(
+    geometry: tuple[object, ...], precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "PRECISIONS", (precision,))
     monkeypatch.setattr(layer, "TOLERANCES", rivals.TOLERANCES | {"bf16": 1e-9})
     rows = layer.gpu_rows(_layer(geometry), True, _options(), LIMITS)
     formats = ("nchw", "nhwc") if geometry else ("nchw",)
     assert [(row["contender"], row["format"]) for row in rows] == [
-        *((f"kernels_{precision}", "nhwc") for precision in gpu.PRECISIONS),
+        (f"kernels_{precision}", "nhwc"),
         *((name, each) for name in layer.GPU_CONTENDERS for each in formats),
     ]
     for row in rows:
@@ -210,8 +259,8 @@ def test_the_rows_of_a_layer(geometry: tuple[object, ...], monkeypatch: pytest.M
             continue
         assert float(row["error"]) <= row["tolerance"] and row["ms"] > 0 and row["ratio"] > 0
     layer._print_gpu(rows)
-    with_bf16 = Layer.bytes(_layer(geometry), True, "bf16")
-    assert rows[2]["mbytes"] == pytest.approx(with_bf16 / 1e6, rel=1e-4)
+    moved = _layer(geometry).bytes(True, precision)
+    assert rows[0]["mbytes"] == pytest.approx(moved / 1e6, rel=1e-4)
 
 
 def test_wrong_kernels_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -402,3 +451,95 @@ def test_the_parts_of_the_script_are_commands() -> None:
         parser.parse_args(["bench", *words, "--device", "cuda", "--output", "x.csv"])
     minutes = [share for name, share, _ in script.PARTS if "compile" not in name]
     assert sum(minutes) <= 9
+
+
+@pytest.fixture
+def readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """bench/update_readme.py without any results."""
+    module = _module("update_readme")
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    return module
+
+
+GPU = {"gpu": "a made-up GPU", "driver": "1", "date": "2026-01-01"}
+
+
+def _table(folder: Path, name: str, fields: list[str], rows: list[dict[str, object]]) -> None:
+    common.write(folder / f"{name}.csv", fields, [{**GPU, **row} for row in rows])
+
+
+def _cells(lines: list[str], begin: str) -> list[str]:
+    (row,) = [line for line in lines if line.startswith(f"| {begin} ")]
+    header = next(line for line in lines[: lines.index(row)][::-1] if line.startswith("|---"))
+    assert header.count("|") == row.count("|")
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def test_the_readme_says_that_nothing_was_measured(readme: ModuleType) -> None:
+    (line,) = readme.gpu()
+    assert line.startswith("Not measured yet: no GPU was at hand.")
+
+
+def test_the_readme_takes_steps_of_a_gpu(readme: ModuleType, tmp_path: Path) -> None:
+    base = {"model": "small", "dataset": "mnist", "batch": 100, "optimizer": "adam"}
+
+    def row(name: str, ms: float, **more: object) -> dict[str, object]:
+        return {**base, "contender": name, "ms": ms, "fused_ratio": ms / 0.04, **more}
+
+    half = {"saved_bytes": 8, "peak_bytes": 2**21, "matrix_share": 0.1, "copy_share": 0.25}
+    rows = [
+        row("graphed_tf32", 0.04, **half),
+        row("graphed_bf16", 0.035, saved_bytes=4),
+        row("naive", 2.0, saved_bytes=16),
+        row("naive_tf32", 1.2, format="nchw"),
+        row("naive_tf32", 1.0, format="nhwc", peak_bytes=2**22),
+        {**base, "contender": "auto_lirpa", "note": "ModuleNotFoundError: none"},
+    ]
+    _table(tmp_path, "gpu_step_small", step.GPU_FIELDS, rows)
+    _table(tmp_path, "gpu_compile_small", step.GPU_FIELDS, [row("compile", 0.08), rows[0]])
+    lines = readme.gpu()
+    cells = _cells(lines, "small mnist 100")
+    assert cells[1:3] == ["40 (35, not measured)", "10 %, 25 %"]
+    rivals_of = dict(zip(readme.GPU_RIVALS, cells[3:-2], strict=True))
+    assert rivals_of["naive_tf32"] == "25.00" and rivals_of["compile"] == "2.00"
+    assert {rivals_of[name] for name in ("compile_max", "auto_lirpa")} == {"not measured"}
+    assert cells[-2:] == ["0.50, 0.25", "2, 4"]
+    assert "Not timed: `auto_lirpa`: ModuleNotFoundError: none.\n" in lines
+    assert lines[-1].startswith("a made-up GPU, driver 1, ")
+
+
+def test_the_readme_takes_the_other_tables_of_a_gpu(readme: ModuleType, tmp_path: Path) -> None:
+    checks = [{"note": ""}, {"note": "wrong"}, {"note": "not measured"}]
+    _table(tmp_path, "gpu_numerics", numerics.FIELDS, checks)
+    times = {"epoch_s": 0.03, "first_epoch_s": 5.1, "all_epochs": 100, "all_s": 8.07}
+    trainings = [
+        {"preset": "a", "images": "random", "precision": "tf32", **times},
+        {"preset": "b", "note": "OutOfMemoryError: none left"},
+    ]
+    _table(tmp_path, "gpu_training", training.FIELDS, trainings)
+    layers = [
+        {**GPU, "model": "small", "dataset": "mnist", "batch": 100, "contender": name, **row}
+        for name, row in (
+            ("kernels_tf32", {"pass": "training", "layer": "1", "ms": 0.01}),
+            ("kernels_tf32", {"pass": "training", "layer": "2", "ms": 0.02}),
+            ("kernels_tf32", {"pass": "forward", "layer": "2", "ms": 5}),
+            ("naive", {"pass": "training", "layer": "1", "ms": 0.3}),
+            ("naive", {"pass": "training", "layer": "2", "note": "wrong"}),
+            ("fused", {"pass": "training", "layer": "1", "ms": 0.2, "format": "nchw"}),
+            ("fused", {"pass": "training", "layer": "1", "ms": 0.1, "format": "nhwc"}),
+        )
+    ]
+    _table(tmp_path, "gpu_layers_small", layer.GPU_FIELDS, layers)
+    lines = readme.gpu()
+    assert lines[0].startswith("1 of 3 checks of the kernels against float64 passed")
+    assert _cells(lines, "`a`")[1:] == ["random", "0.03 s", "5.1 s", "100: 8.1 s"]
+    assert _cells(lines, "`b`")[2] == "not timed: OutOfMemoryError: none left"
+    found = dict(zip(readme.GPU_LAYERS, _cells(lines, "small mnist 100")[1:], strict=True))
+    assert (found["kernels_tf32"], found["fused"]) == ("30", "100")
+    assert found["naive"] == found["kernels_bf16"] == "not measured"
+
+
+def test_the_readme_refuses_the_interpreter(readme: ModuleType, tmp_path: Path) -> None:
+    _table(tmp_path, "gpu_numerics", numerics.FIELDS, [{"gpu": "interpreter"}])
+    with pytest.raises(SystemExit, match="from the interpreter are no measurements"):
+        readme.gpu()
