@@ -30,16 +30,17 @@ NETWORKS = {
 }
 COMPILED = ["compile", "compile_max"]
 STEPS = ["--contenders", *(name for name in rivals.GPU_RIVALS if name not in COMPILED)]
-LIMIT = ["--limit", "50"]  # seconds until a contender must be ready: compiling may take minutes
+# seconds until a contender must be ready, and all: compiling may take minutes
+LIMIT = ["--limit", "40", "--ready", "60"]
 
 # name of the table, the most minutes of nine, and words of `cibp-fast bench`
 PARTS: list[tuple[str, float, list[str]]] = [
-    ("gpu_numerics", 2.3, ["numerics"]),
+    ("gpu_numerics", 2.5, ["numerics"]),
     *(
-        (f"gpu_step_{name}", 1, ["step", *which, *STEPS, *LIMIT])
+        (f"gpu_step_{name}", 1.3, ["step", *which, *STEPS, *LIMIT])
         for name, which in NETWORKS.items()
     ),
-    ("gpu_training", 0.7, ["training"]),
+    ("gpu_training", 0.8, ["training"]),
     *(
         (
             f"gpu_compile_{name}",
@@ -49,7 +50,7 @@ PARTS: list[tuple[str, float, list[str]]] = [
         for name, which in NETWORKS.items()
     ),
     *(
-        (f"gpu_layers_{name}", 1, ["layer", *which, "--rounds", "5", *LIMIT])
+        (f"gpu_layers_{name}", 0.6, ["layer", *which, "--rounds", "5"])
         for name, which in NETWORKS.items()
     ),
 ]

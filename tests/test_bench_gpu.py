@@ -45,7 +45,7 @@ def _quick() -> Iterator[None]:
 
 
 def _options(**changes: object) -> argparse.Namespace:
-    given = {"device": "interpreter", "rounds": 2, "limit": None, "rss": False, "words": []}
+    given = {"device": "interpreter", "rounds": 2, "limit": None, "ready": None, "rss": False}
     return argparse.Namespace(**given | changes)
 
 
@@ -158,6 +158,11 @@ def test_what_takes_too_long_is_reported(monkeypatch: pytest.MonkeyPatch) -> Non
     compiled, *others = step.rows(PROBLEM, options, LIMITS)
     assert compiled["note"] == "TimeoutError: not ready after 2 s" and "ms" not in compiled
     assert len(others) == 2 and all(row["ms"] > 0 for row in others)
+    options = _options(contenders=["naive_tf32", "compile", "naive"], limit=9.0, ready=2.0)
+    *others, compiled, late, _ = step.rows(PROBLEM, options, LIMITS)
+    assert len(others) == 2 and all(row["ms"] > 0 for row in others)
+    assert compiled["note"].startswith("TimeoutError: not ready after ")
+    assert late["note"] == "TimeoutError: not ready after 0 s"
 
 
 def test_a_timing_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,6 +285,7 @@ def test_wrong_kernels_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row["note"] for row in rows] == ["", "wrong", "wrong", *[illegal] * 3]
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
 def test_a_step_that_drops_nan_or_does_not_repeat_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     found = numerics.step(PROBLEM, "bf16", CPU)
     assert list(found) == list(numerics.STEP)
@@ -375,6 +381,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         (["step", "--device", "cuda", "--rss"], "rss is of a CPU's step"),
         (["step", "--device", "cuda", "--clock", "cpu"], "clock=cpu does not count a GPU's time"),
         (["step", "--limit", "0"], "limit must be more than 0, not 0"),
+        (["step", "--ready", "-1"], "ready must be more than 0, not -1"),
         (["numerics", "--device", "cpu"], "device must be cuda or interpreter"),
         (["numerics", "--jobs", "0"], "jobs must be 1 or more, not 0"),
         (["training", "--device", "cpu"], "device must be cuda or interpreter"),

@@ -152,16 +152,21 @@ def line(error: Exception) -> str:
 
 
 @contextmanager
-def time_limit(seconds: float | None) -> Iterator[None]:
+def time_limit(seconds: float | None, end: float | None = None) -> Iterator[None]:
     """Raises TimeoutError inside where it takes longer, again and again until it gets out; for the
-    main thread of a Unix system. None: no limit.
+    main thread of a Unix system. None: no limit. end: of time.monotonic(), another limit.
     """
-    if seconds is None:
+    left = [each for each in (seconds, end and end - time.monotonic()) if each is not None]
+    if not left:
         yield
         return
+    seconds = min(left)
 
     def stop(*_: object) -> None:
-        raise TimeoutError(f"not ready after {seconds:g} s")
+        raise TimeoutError(f"not ready after {max(seconds, 0):.3g} s")
+
+    if seconds <= 0:
+        stop()
 
     previous = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN)

@@ -185,10 +185,16 @@ def formats(layer: Layer) -> tuple[str, ...]:
 class Exact:
     """The results in float64, which those of a contender are compared with."""
 
-    def __init__(self, layer: Layer, training: bool) -> None:
-        like = fused(layer.inputs, layer.geometry)
-        self.cotangents = [torch.randn_like(x) for x in like]
-        self.expected = call(exact, layer, training, torch.Tensor.double, self.cotangents)()
+    def __init__(
+        self, layer: Layer, training: bool, device: torch.device | str | None = None
+    ) -> None:
+        sizes = (*[layer.outputs()] * 3, ())
+        self.cotangents = [torch.randn(size) for size in sizes]
+
+        def convert(x: Tensor) -> Tensor:
+            return x.detach().to(device, torch.float64)
+
+        self.expected = call(exact, layer, training, convert, self.cotangents)()
         self.names = [*OUTPUTS, *(f"gradient of {x}" for x in INPUTS[3 if layer.first else 0 :])]
 
     def check(self, found: Sequence[Tensor], tolerance: float, what: str) -> float:
@@ -314,8 +320,7 @@ def gpu_rows(
 ) -> list[dict[str, Any]]:
     """A row for each contender; those of one that is not timed hold only the note why."""
     device = gpu.device_of(options.device)
-    oracle = Exact(layer, training)
-    oracle.expected = [x.to(device) for x in oracle.expected]
+    oracle = Exact(layer, training, device)
     makers: dict[tuple[str, str], Callable[[], Ready]] = {
         (f"kernels_{precision}", "nhwc"): partial(kernels, layer, training, precision, device)
         for precision in gpu.PRECISIONS
@@ -425,8 +430,8 @@ def _run_on_gpu(options: argparse.Namespace) -> None:
                     own = gpu_rows(layer, training, options, limits)
                     _print_gpu(own)
                     found += [{**row, **where} for row in own]
-            if options.output:  # what is measured is kept if the next network is interrupted
-                common.write(options.output, GPU_FIELDS, found)
+                    if options.output:  # what is measured is kept if the next is interrupted
+                        common.write(options.output, GPU_FIELDS, found)
 
 
 def _print_gpu(found: list[dict[str, Any]]) -> None:

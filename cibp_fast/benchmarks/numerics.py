@@ -1,6 +1,6 @@
 """`cibp-fast bench numerics`: the kernels of a GPU against float64, on the GPU itself.
 
-- Each convolution kernel, forward and both gradients, on the layers of three networks and on a grid
+- Each convolution kernel, forward and both gradients, on the layers of the networks and on a grid
   of shapes: the error on random numbers (`kernels.checks`).
 - Whole steps of kernels/step.py, which are all kernels: the errors of loss and gradients, how many
   tensors two runs of two steps do not agree on bitwise, and how many (loss and parameters) a NaN in
@@ -32,7 +32,9 @@ from cibp_fast.fusion import fuse
 FIELDS = ["of", "check", "precision", "error", "tolerance", "note", *gpu.CONDITIONS]
 PROBLEMS = (  # the slowest first
     Problem("large-same", "cifar10", 50, clip=False),
+    Problem("large", "cifar10", 50, clip=False),
     Problem("medium", "cifar10", 50, clip=False),
+    Problem("small", "cifar10", 50, clip=False),
     Problem("small", "mnist", 100, clip=False),
     Problem(common.POOLED, "5x14x14", 16, clip=True),
 )
@@ -75,18 +77,20 @@ class Group(NamedTuple):
 
 
 def groups(device: torch.device) -> Iterator[Group]:
-    """All of them, the slowest first."""
+    """All of them: steps, whose kernels other benchmarks find compiled then, layers, the grid."""
     from cibp_fast.kernels.conv2d import Shape  # not without Triton
     from cibp_fast.kernels.network import shape_of
 
-    for problem in PROBLEMS:
-        name = f"{problem.model} {problem.dataset} {problem.batch}"
+    names = [f"{problem.model} {problem.dataset} {problem.batch}" for problem in PROBLEMS]
+    for name, problem in zip(names, PROBLEMS, strict=True):
+        for precision in gpu.PRECISIONS:
+            yield Group(precision, [f"step of {name}"], [problem])
+    for name, problem in zip(names, PROBLEMS, strict=True):
         x = to_pixels(problem.images()[0]).to(device)
         found = fuse(problem.network().to(device), "float32", "triton")._triton_stages(x)
         assert found is not None
         shapes = [shape_of(stage, problem.batch) for stage in found[0] if not stage.pool]
         for precision in gpu.PRECISIONS:
-            yield Group(precision, [f"step of {name}"], [problem])
             yield Group(precision, [f"{name}: {_text(shape)}" for shape in shapes], shapes)
     for first in range(0, len(GRID), PART):
         shapes = [Shape(*numbers) for numbers in GRID[first : first + PART]]

@@ -35,6 +35,7 @@ import gc
 import multiprocessing
 import re
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -425,6 +426,7 @@ def timed(
     rivals = GPU_RIVALS if on_gpu else RIVALS
     if any(name.startswith("compile") for name in options.contenders):
         torch.compiler.reset()  # or compilations of earlier problems count towards its limit
+    end = None if options.ready is None else time.monotonic() + options.ready
     exact = Exact.of(problem, device)
     contenders: dict[Key, Contender | Graphed] = {}
     facts: dict[Key, dict[str, Any]] = {}
@@ -432,7 +434,7 @@ def timed(
         for memory_format in rivals[name].formats:
             key = name, memory_format
             try:
-                with common.time_limit(options.limit):
+                with common.time_limit(options.limit, end):
                     before = gpu.memory(device)
                     made, facts[key] = checked(
                         problem, rivals[name], memory_format, exact, device, on_gpu
@@ -560,6 +562,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"of {', '.join(RIVALS)}; on a GPU of {', '.join(GPU_RIVALS)} (default: all)",
     )
+    parser.add_argument(
+        "--ready",
+        type=float,
+        metavar="S",
+        help="after S seconds give up all contenders of a network that are not ready, and time the "
+        "others (default: never)",
+    )
     parser.add_argument("--clip", action="store_true", help="boxes cut to [0, 1], not exact balls")
     parser.add_argument(
         "--rss",
@@ -583,6 +592,8 @@ def run(options: argparse.Namespace) -> None:
         if name not in rivals:
             allowed = ", ".join(rivals)
             raise ValueError(f"on device {options.device} contenders are {allowed}, not {name}")
+    if options.ready is not None and not options.ready > 0:
+        raise ValueError(f"ready must be more than 0, not {options.ready:g}")
     if options.rss and options.device != "cpu":
         raise ValueError("rss is of a CPU's step; a GPU's table holds the peak memory anyway")
     if options.rss:
