@@ -154,11 +154,11 @@ def test_what_takes_too_long_is_reported(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setitem(GPU_RIVALS, "compile", replace(GPU_RIVALS["compile"], build=slow))
     monkeypatch.setattr(common, "AGAIN", 0.1)
-    options = _options(contenders=["compile", "naive_tf32"], limit=2.0)
+    options = _options(contenders=["compile", "naive_tf32"], limit=1.0)
     compiled, *others = step.rows(PROBLEM, options, LIMITS)
-    assert compiled["note"] == "TimeoutError: not ready after 2 s" and "ms" not in compiled
+    assert compiled["note"] == "TimeoutError: not ready after 1 s" and "ms" not in compiled
     assert len(others) == 2 and all(row["ms"] > 0 for row in others)
-    options = _options(contenders=["naive_tf32", "compile", "naive"], limit=9.0, ready=2.0)
+    options = _options(contenders=["naive_tf32", "compile", "naive"], limit=9.0, ready=1.0)
     *others, compiled, late, _ = step.rows(PROBLEM, options, LIMITS)
     assert len(others) == 2 and all(row["ms"] > 0 for row in others)
     assert compiled["note"].startswith("TimeoutError: not ready after ")
@@ -431,7 +431,7 @@ def test_the_script_of_all_parts(
     ]
     monkeypatch.setattr(script, "COMMAND", [sys.executable, "-c", program])
     monkeypatch.setattr(script, "PARTS", parts)
-    words = ["--device", "interpreter", "--output", str(tmp_path), "--minutes", "0.06"]
+    words = ["--device", "interpreter", "--output", str(tmp_path), "--minutes", "0.04"]
     monkeypatch.setattr(sys, "argv", ["gpu.py", *words])
     (tmp_path / "kept.csv").write_text("of another day")
     assert script.main() == 1

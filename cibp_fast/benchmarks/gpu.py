@@ -152,7 +152,7 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> int:
 
 
 def ceilings(device: torch.device, size: int = 8192) -> dict[str, float]:
-    """GB/s of a copy of 16 size^2 bytes, those read and written counted, as "copy"; and by precision
+    """As "copy" GB/s of one of 16 size^2 bytes, those read and written counted; and by precision
     TFLOP/s of torch.mm on random matrices [size, size]; each the best of ten.
     """
     source = torch.rand(4 * size, size, device=device)

@@ -264,40 +264,28 @@ Ready = tuple[Callable[[], object], dict[str, Any]]  # what is timed, and what i
 
 
 def kernels(layer: Layer, training: bool, precision: str, device: torch.device) -> Ready:
-    """Those of the layer, checked against float64."""
-    from cibp_fast.kernels import adam, checks, conv2d, streams  # not without Triton
+    """Those of the layer on random numbers, checked against float64."""
+    from cibp_fast.kernels import checks, conv2d  # not without Triton
 
-    def as_images(x: Tensor) -> Tensor:
-        return x.view(*x.shape, *[1] * (4 - x.dim())).to(device)
-
-    def stored(images: Sequence[Tensor]) -> Tensor:
-        """[3, N, H, W, C]."""
-        batch = torch.stack(list(images)).movedim(2, -1).contiguous()
-        return streams.rounded_like(batch, precision)
-
-    lower, upper, nominal, weight = map(as_images, layer.inputs[:4])
-    bias = layer.inputs[4].to(device)
-    outputs = as_images(torch.empty(layer.outputs())).shape
-    sizes = (*lower.shape, *outputs[1:], *weight.shape[2:])
-    shape = conv2d.Shape(*sizes, *layer.geometry[:3])
-    error = max(checks.errors(shape, precision, device).values())
-    assert error <= checks.TOLERANCES[precision], f"wrong by {error:.1e}"
-    x = stored(((upper + lower) / 2, (upper - lower) / 2, nominal))
-    gradient = stored([torch.randn(outputs, device=device) for _ in range(3)])
-    copies = adam.pack_weight(weight, precision)
-    width = torch.ones(1, device=device)
+    ones = [1] * (4 - layer.inputs[0].dim())  # a linear layer is a 1x1 convolution of 1x1 images
+    shape = conv2d.Shape(
+        *(*layer.inputs[0].shape, *ones, *layer.outputs()[1:], *ones),
+        *(*layer.inputs[3].shape[2:], *ones),
+        *layer.geometry[:3],
+    )
+    case = checks.Case(shape, precision, device)
+    names = ["forward"]
+    if training:
+        names += ["weight_gradient"] if layer.first else ["weight_gradient", "input_gradient"]
+    errors = torch.tensor([case.error(name) for name in names])
+    error, tolerance = float(errors.max()), checks.TOLERANCES[precision]
+    assert error <= tolerance, f"wrong by {error:.1e}"  # so that NaN is wrong
 
     def run() -> None:
-        conv2d.forward(x, copies[0], bias, shape, precision, relu=True)
-        if training:
-            conv2d.weight_gradient(gradient, x, copies[0], shape, precision)
-        if training and not layer.first:
-            conv2d.input_gradient(
-                gradient, copies[1], shape, precision, x=x, relu=True, width=width
-            )
+        for name in names:
+            case.launch(name)
 
-    known = {"error": f"{error:.2e}", "tolerance": checks.TOLERANCES[precision]}
-    return gpu.captured(run, device), known
+    return gpu.captured(run, device), {"error": f"{error:.2e}", "tolerance": tolerance}
 
 
 def ready(
