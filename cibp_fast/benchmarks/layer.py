@@ -322,13 +322,13 @@ def gpu_rows(
     with torch.set_grad_enabled(training):
         for key, make in makers.items():
             try:
+                gc.collect()  # the memory of one that failed is for the next one
+                torch.cuda.empty_cache()
                 with common.time_limit(options.limit):
                     replay, facts[key] = make()
                 made[key] = (replay,)
             except Exception as error:  # whatever stops a contender is reported
                 facts[key] = {"note": common.line(error)}
-            gc.collect()
-            torch.cuda.empty_cache()
         timer = partial(gpu.seconds, device=device, flush=gpu.cold_cache(device))
         seconds, failed = common.measure(made, options.rounds, timer)
     facts |= {key: {"note": why} for key, why in failed.items()}

@@ -435,6 +435,8 @@ def timed(
         for memory_format in rivals[name].formats:
             key = name, memory_format
             try:
+                gc.collect()  # the memory of one that failed is for the next one
+                torch.cuda.empty_cache()
                 with common.time_limit(options.limit, end):
                     before = gpu.memory(device)
                     made, facts[key] = checked(
@@ -450,9 +452,7 @@ def timed(
                 contenders[key] = made
             except Exception as error:  # whatever stops a rival is a result: it is reported
                 facts[key] = {"note": common.line(error)}
-                made = None  # its memory is for the next one
-            gc.collect()
-            torch.cuda.empty_cache()
+                made = None
     parts = {key: each.parts() for key, each in contenders.items()}
     if on_gpu:
         timer = partial(gpu.seconds, device=device)
