@@ -254,8 +254,8 @@ RIVALS = {
     "naive_bf16": Rival(naive_bf16, ONE, 0.25),  # ten times slower without AVX512_BF16
 }
 
-# On a GPU. tf32 has three bits more than bfloat16: an eighth of its tolerance. (0.01 was the most in
-# an emulation that cuts the factors of all products off to tf32: medium and large, batch 50.)
+# On a GPU. tf32 has three bits more than bfloat16: an eighth of its tolerance. (0.01 was the most
+# in an emulation that cuts the factors of all products off to tf32: medium and large, batch 50.)
 TOLERANCES = {"float32": 1e-3, "tf32": 0.25 / 8, "bf16": 0.25}
 
 
