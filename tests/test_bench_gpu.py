@@ -6,15 +6,16 @@ What needs a GPU cannot be seen here: events, graphs, the cache, its memory.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import importlib.util
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -163,6 +164,23 @@ def test_what_takes_too_long_is_reported(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(others) == 2 and all(row["ms"] > 0 for row in others)
     assert compiled["note"].startswith("TimeoutError: not ready after ")
     assert late["note"] == "TimeoutError: not ready after 0 s"
+
+
+def test_a_graph_is_warmed_up_captured_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    def capture(function: Callable[[], str], stream: object) -> tuple[object, str]:
+        done.append("capture")
+        return SimpleNamespace(replay=lambda: done.append("replay")), function()
+
+    waiting = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: waiting)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: waiting)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(gpu, "capture", capture)
+    call = gpu.captured(lambda: done.append("run") or "result", torch.device("cuda"))
+    assert done == ["run", "run", "run", "capture", "run"]
+    assert [call(), call()] == ["result", "result"] and done[5:] == ["replay", "replay"]
 
 
 def test_a_timing_by_events(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from cibp_fast import __version__, _backend
+from cibp_fast._graphs import capture
 from cibp_fast.benchmarks import common
 
 PRECISIONS = ("float32", "tf32", "bf16")
@@ -69,15 +70,13 @@ def captured(function: Callable[[], Result], device: torch.device) -> Callable[[
     """
     if device.type == "cpu":
         return function
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):  # compiles, chooses algorithms, and makes the optimizer's state
             function()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = function()
+    graph, result = capture(function, stream)
 
     def replay() -> Result:
         graph.replay()
