@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cibp_fast.benchmarks.contenders import Contender, Exact, Problem, checked
 from cibp_fast.benchmarks.rivals import RIVALS
-from cibp_fast.benchmarks.step import Contender, Exact, Problem, checked
 
 PROBLEM = Problem("small", "mnist", 10, clip=False)
 

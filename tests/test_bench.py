@@ -17,8 +17,8 @@ import torch
 
 from cibp_fast import cli, runs, training
 from cibp_fast.benchmarks import common, layer, precision, rivals, step
+from cibp_fast.benchmarks.contenders import Contender, Exact, Problem, checked
 from cibp_fast.benchmarks.precision import Comparison
-from cibp_fast.benchmarks.step import Contender, Exact, Problem
 from cibp_fast.config import preset
 from cibp_fast.fusion import CPU_PRECISIONS as PRECISIONS
 from cibp_fast.losses import Terms
@@ -98,7 +98,7 @@ def exact(request) -> tuple[Problem, Exact]:
 def test_every_contender_agrees_with_the_oracle(exact, name, memory_format):
     if name == "auto_lirpa":
         pytest.importorskip("auto_LiRPA")
-    contender, facts = step.checked(exact[0], rivals.RIVALS[name], memory_format, exact[1])
+    contender, facts = checked(exact[0], rivals.RIVALS[name], memory_format, exact[1])
     assert 0 < float(facts["gradient_error"]) <= facts["tolerance"]
     before = [parameter.clone() for parameter in contender.model.parameters()]
     contender.optimizer.step()
@@ -119,7 +119,7 @@ def test_a_term_that_is_off_by_a_hundredth_is_found(monkeypatch, wrong):
 
     monkeypatch.setitem(rivals.RIVALS, "naive", replace(rivals.RIVALS["naive"], build=build))
     with pytest.raises(AssertionError, match=r"wrong: loss off by .*, a gradient by"):
-        step.checked(PROBLEMS[0], rivals.RIVALS["naive"], "nchw", Exact.of(PROBLEMS[0]))
+        checked(PROBLEMS[0], rivals.RIVALS["naive"], "nchw", Exact.of(PROBLEMS[0]))
 
 
 def test_a_network_of_the_benchmark_exercises_all_of_the_step():

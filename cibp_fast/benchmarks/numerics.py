@@ -24,8 +24,9 @@ from typing import Any, NamedTuple
 import torch
 
 from cibp_fast.benchmarks import common, gpu
+from cibp_fast.benchmarks.contenders import Exact, Graphed, Problem
 from cibp_fast.benchmarks.rivals import TOLERANCES
-from cibp_fast.benchmarks.step import Exact, Graphed, Problem, in_child
+from cibp_fast.benchmarks.step import in_child
 from cibp_fast.data import to_pixels
 from cibp_fast.fusion import fuse
 

@@ -25,9 +25,9 @@ from tritons import DEVICE, large_tiles
 
 from cibp_fast import cli, data, models
 from cibp_fast.benchmarks import common, gpu, layer, numerics, rivals, step, training
+from cibp_fast.benchmarks.contenders import Exact, Graphed, Problem, WholeStep, checked
 from cibp_fast.benchmarks.layer import Layer
 from cibp_fast.benchmarks.rivals import GPU_RIVALS, Ball
-from cibp_fast.benchmarks.step import Exact, Graphed, Problem
 from cibp_fast.config import preset
 from cibp_fast.kernels import checks
 from cibp_fast.kernels.step import TrainStep
@@ -61,7 +61,7 @@ OURS = [name for name in GPU_RIVALS if name.startswith(("graphed", "fused"))]
 @pytest.mark.parametrize("name", [*OURS, "naive_bf16", "naive_tf32_graph"])
 def test_every_contender_agrees_with_the_oracle(exact: Exact, name: str) -> None:
     rival = GPU_RIVALS[name]
-    made, facts = step.checked(PROBLEM, rival, rival.formats[-1], exact, CPU, whole=True)
+    made, facts = checked(PROBLEM, rival, rival.formats[-1], exact, CPU, whole=True)
     assert float(facts["gradient_error"]) <= rival.tolerance
     before = [parameter.clone() for parameter in made.model.parameters()]
     (call,) = made.parts()
@@ -83,19 +83,19 @@ def test_a_graphed_step_that_is_off_by_a_hundredth_is_found(
 
     monkeypatch.setattr(Graphed, "results", results)
     with pytest.raises(AssertionError, match=r"wrong: loss off by .*, a gradient by 1\.0e-02"):
-        step.checked(PROBLEM, GPU_RIVALS["graphed"], "nchw", exact, CPU, whole=True)
+        checked(PROBLEM, GPU_RIVALS["graphed"], "nchw", exact, CPU, whole=True)
 
 
 def test_a_gradient_that_is_nan_is_wrong(exact: Exact, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Graphed, "results", lambda self: (exact.loss, [torch.tensor(torch.nan)]))
     one = Exact(exact.loss, [exact.gradients[0]])
     with pytest.raises(AssertionError, match="a gradient by nan"):
-        step.checked(PROBLEM, GPU_RIVALS["graphed"], "nchw", one, CPU, whole=True)
+        checked(PROBLEM, GPU_RIVALS["graphed"], "nchw", one, CPU, whole=True)
 
 
 def test_saved_bytes_are_half_and_a_quarter_of_the_naive_step() -> None:
     problem = Problem("small", "mnist", 2, clip=False)
-    naive = step.WholeStep(problem, GPU_RIVALS["naive"], "nchw", CPU).saved_bytes()
+    naive = WholeStep(problem, GPU_RIVALS["naive"], "nchw", CPU).saved_bytes()
     tf32, bf16 = (Graphed(problem, precision, CPU).saved_bytes() for precision in ("tf32", "bf16"))
     assert tf32 <= 0.5 * naive and bf16 <= 0.25 * naive
 
