@@ -65,9 +65,9 @@ def rule(kernel: str, shape: Shape, precision: Precision) -> Tiles:
     4 warps: with 8 Triton has miscompiled such loops (pytorch/pytorch#173068).
     """
     deep = 64 if precision.dtype == torch.bfloat16 else 32
-    if precision.name == "float32" and not INTERPRETED:
-        # before sm_90 both factors are split in registers, and more of them spill
-        deep = 16 if driver.active.get_current_target().arch < 90 else deep
+    small = not INTERPRETED and not 90 <= driver.active.get_current_target().arch < 120
+    if small and precision.name != "tf32":
+        deep //= 2  # all factors pass through registers there, and more of them spill
     if kernel == "weight_gradient":
         channels = _between(shape.out_channels, 16, 64)
         products = _between(shape.products, 16, 64)
@@ -84,7 +84,9 @@ def rule(kernel: str, shape: Shape, precision: Precision) -> Tiles:
         outputs, products, whole = shape.in_channels, shape.products, shape.out_channels
     channels = _between(outputs, 16, 64)
     depth = _between(whole, 16, deep)
-    most = 32 if precision.name == "float32" and channels == 64 else 64  # its splitting spills
+    # splitting float32, and narrow loads, leave fewer registers for sums
+    spills = channels == 64 and (precision.name == "float32" or whole % 4)
+    most = 32 if spills else 64
     size = Tiles(_between(pixels, 16, most), channels, depth, weight_first=channels == 64)
     if kernel == "forward":
         tiles = -(-pixels // size.pixels) * -(-outputs // channels)
