@@ -25,6 +25,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 CAPABILITIES = (80, 90, 100)
+SHARED = {80: 163, 86: 99, 90: 227, 100: 227, 120: 99}  # KiB, that a program may have
 
 
 class Job(NamedTuple):
@@ -47,6 +48,8 @@ class Binary(NamedTuple):
     warpgroup: int
     wide_copies: int  # of 16 bytes from global to shared memory
     narrow_copies: int  # of fewer
+    wide_loads: int  # of 16 bytes from global memory to registers
+    wide_stores: int
 
 
 def compiled_apart(jobs: Sequence[Job], cache: Path) -> list[list[Binary]]:
@@ -119,6 +122,8 @@ def _binary(name: str, kernel: Any) -> Binary:
         count("HGMMA"),
         wide,
         count("LDGSTS") - wide,
+        count(r"LDG\S*\.128"),
+        count(r"STG\S*\.128"),
     )
 
 

@@ -8,17 +8,17 @@ import sys
 from pathlib import Path
 
 
-def python(code: str, *arguments: str, interpret: bool) -> str:
-    """What it prints; `interpret`: whether Triton interprets its kernels or compiles them.
+def python(code: str) -> str:
+    """What it prints; Triton interprets its kernels.
 
     It starts among the tests, since at the root it would import the tree, which is not built.
     """
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        "TRITON_INTERPRET": str(int(interpret)),
+        "TRITON_INTERPRET": "1",
     }
-    command = [sys.executable, "-c", code, *arguments]
+    command = [sys.executable, "-c", code]
     folder = Path(__file__).parent
     result = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

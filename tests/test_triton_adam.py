@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
-from processes import python
 from torch import Tensor
 from tritons import DEVICE, PRECISIONS
 
@@ -244,80 +241,3 @@ def test_wrong_arguments_are_named() -> None:
         sum_partials(torch.zeros(2, 3, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match=r"partials must be .* got \[2, 3, 4\]"):
         sum_partials(torch.zeros(2, 3, 4))
-
-
-def launches() -> None:
-    """The kernels, on a network with all kinds of tiles."""
-    import torch
-
-    from cibp_fast.kernels.adam import Adam, Parameter, pack_weight, sum_partials
-
-    weight = torch.zeros(64, 32, 4, 4)
-    copies = pack_weight(weight, "bf16")
-    partials = torch.zeros(4, 64, 4, 4, 32)
-    sum_partials(partials)
-    Adam([Parameter(weight, weight, weight, partials, *copies)], "bf16")(
-        torch.zeros(1), torch.zeros(1, dtype=torch.int64)
-    )
-
-
-def compiled(launches: Callable[[], None]) -> dict[str, dict[str, int]]:
-    """What each launch of `launches`, on CPU tensors, would use on each of CAPABILITIES.
-
-    Compiled in a process of its own, which does not interpret; launches must import what it needs.
-    """
-    code = [inspect.getsource(launches), COMPILE, f"print(usage(launches, {CAPABILITIES}))"]
-    return json.loads(python("\n".join(code), interpret=False))
-
-
-CAPABILITIES = (80, 90, 100)
-COMPILE = r"""
-import json, re, subprocess, tempfile
-from pathlib import Path
-from types import SimpleNamespace
-
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
-
-
-def usage(launches, capabilities):
-    found = {}
-
-    def compile_only(self, grid):
-        def run(*args, **kwargs):
-            kernel = self.run(*args, grid=grid, warmup=True, **kwargs)
-            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-                file.write(kernel.asm["cubin"])
-                file.flush()
-                tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-                sass = subprocess.check_output([tool, "-sass", file.name], text=True)
-            found[f"{self.__name__} {len(found)} {capability}"] = {
-                "spills": len(re.findall(r"\b(STL|LDL)\b", sass)),
-                "wide_loads": len(re.findall(r"\bLDG\S*\.128", sass)),
-                "wide_stores": len(re.findall(r"\bSTG\S*\.128", sass)),
-            }
-
-        return run
-
-    JITFunction.__getitem__ = compile_only
-    for capability in capabilities:
-        driver.set_active(
-            SimpleNamespace(
-                get_current_target=lambda: GPUTarget("cuda", capability, 32),
-                get_current_device=lambda: capability,  # what was compiled is kept by device
-                get_current_stream=lambda device: 0,
-            )
-        )
-        launches()
-    return json.dumps(found)
-"""
-
-
-def test_compiled_kernels_do_not_spill_and_move_vectors() -> None:
-    found = compiled(launches)
-    assert len(found) == 3 * len(CAPABILITIES)
-    for usage in found.values():
-        assert usage["spills"] == 0
-        assert usage["wide_loads"] > 0 and usage["wide_stores"] > 0

@@ -1,10 +1,8 @@
-"""Triton's kernels compiled ahead of time for GPUs of three architectures.
-
-Those of Adam, the inputs and the loss have such tests beside their others.
-"""
+"""Triton's kernels compiled ahead of time for GPUs of three architectures."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +10,43 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from aot import CAPABILITIES, Binary, Job, compiled_apart
+from aot import CAPABILITIES, SHARED, Binary, Job, compiled_apart
 
 from cibp_fast import models
 from cibp_fast._program import trace
 from cibp_fast._stages import stages_and_parameters
-from cibp_fast.kernels import conv2d, layers, pool
+from cibp_fast.kernels import adam, conv2d, inputs, layers, pool
 from cibp_fast.kernels.conv2d import Shape
+from cibp_fast.kernels.loss import loss
 from cibp_fast.kernels.network import shape_of
+from cibp_fast.kernels.step import TrainStep
 from cibp_fast.kernels.streams import PRECISIONS
 
 BATCH = 100
 
 
-def network(name: str) -> list[Shape]:
-    """The convolutions of one of the paper's networks, on the images that it is trained on."""
+def network(name: str) -> tuple[Any, ...]:
+    """The image, and stages and parameters, of one of the paper's networks."""
     image = (1, 28, 28) if name == "small" else (3, 32, 32)
-    program = trace(models.NETS[name](image))
-    stages, *_ = stages_and_parameters(program, torch.zeros(1, *image))
-    return [shape_of(stage, BATCH) for stage in stages]
+    return image, *stages_and_parameters(trace(models.NETS[name](image)), torch.zeros(1, *image))
+
+
+def convolutions(name: str) -> list[Shape]:
+    return [shape_of(stage, BATCH) for stage in network(name)[1]]
+
+
+def step(name: str, precision: str) -> None:
+    """Launches all kernels of a step of training."""
+    image, stages, *pairs = network(name)
+    parameters = [
+        tuple((p.detach(), torch.zeros_like(p), torch.zeros_like(p)) for p in pair)
+        for pair in zip(*pairs, strict=True)
+    ]
+    images, labels = torch.zeros(BATCH, *image, dtype=torch.uint8), torch.zeros(BATCH).long()
+    TrainStep(
+        stages, parameters, images, labels, torch.zeros(image[0], 256), torch.zeros(1, 3),
+        batch_size=BATCH, clip=(0.0, 1.0), width_weight=1.0, mean=True, precision=precision,
+    ).run()  # fmt: skip
 
 
 def convolution(numbers: list[Any], precision: str, streams: int, bounds: bool) -> None:
@@ -73,17 +89,45 @@ def channelwise(precision: str) -> None:
     layers.relu_backward(box, width, box, tuple(box))
 
 
-def job(
-    shape: Shape, precision: str, capability: int, streams: int = 3, bounds: bool = False
-) -> Job:
-    return Job(f"{__name__}:convolution", [shape, precision, streams, bounds], capability)
+def parameters(precision: str) -> None:
+    """Launches those of kernels/adam.py."""
+    weight, partials = torch.zeros(64, 32, 4, 4), torch.zeros(4, 64, 4, 4, 32)
+    copies = adam.pack_weight(weight, precision)
+    adam.sum_partials(partials)
+    update = adam.Adam([adam.Parameter(weight, weight, weight, partials, *copies)], precision)
+    update(torch.zeros(1), torch.zeros(1).long())
+
+
+def batches(precision: str) -> None:
+    """Launches those of kernels/inputs.py, of color images and of 64 channels."""
+    images, labels = torch.zeros(64, 3, 32, 32, dtype=torch.uint8), torch.zeros(64).long()
+    table, plan = torch.zeros(3, 256), torch.zeros(64, 4, dtype=torch.int32)
+    inputs.batch(images, labels, plan, table, torch.zeros(1), labels[:1], 50, precision)
+    box = torch.zeros(50, 64, 16, 16)
+    inputs.pack(box, box, box, precision)
+    inputs.unpack(inputs.pack_gradient(box, box, box, precision, (torch.zeros(1), box, box)))
+
+
+def losses(precision: str, batch: int, classes: int, features: int) -> None:
+    """Launches those of kernels/loss.py."""
+    dtype = PRECISIONS[precision].dtype
+    x, weight = torch.zeros(3, batch, features), torch.zeros(classes, features)
+    loss(
+        x.to(dtype), weight.to(dtype), torch.zeros(classes), torch.zeros(batch).long(),
+        torch.zeros(2), precision=precision, divisor=1.0, input_divisor=1.0,
+    )  # fmt: skip
+
+
+def job(capability: int, launch: Callable[..., None], *arguments: Any) -> Job:
+    return Job(f"{__name__}:{launch.__name__}", list(arguments), capability)
 
 
 def check(found: list[Binary], capability: int) -> None:
     for binary in found:
         constants = binary.constants
         assert binary.spills == 0, binary
-        if "PRECISION" not in constants:
+        assert binary.shared <= SHARED[capability] * 1024, binary
+        if "PRECISION" not in constants or "DEPTH" not in constants:
             continue
         assert binary.tensor_core > 0, binary
         # Triton pipelines loads of 64 channels of one tap, which lie side by side
@@ -93,26 +137,72 @@ def check(found: list[Binary], capability: int) -> None:
             assert capability != 90 or binary.warpgroup == binary.tensor_core, binary
 
 
+def compiled(jobs: list[Job], cache: Path) -> list[list[Binary]]:
+    """What they compile to, checked."""
+    found = compiled_apart(jobs, cache)
+    for binaries, (_, _, capability) in zip(found, jobs, strict=True):
+        check(binaries, capability)
+    return found
+
+
 def kernels(found: list[Binary]) -> list[str]:
-    return [binary.kernel.removesuffix("_kernel") for binary in found]
+    return [binary.kernel.removesuffix("_kernel").lstrip("_") for binary in found]
 
 
-def test_some_layers(tmp_path: Path) -> None:
-    small, large = network("small"), network("large")
+def test_some_layers_and_a_step(tmp_path: Path) -> None:
+    small, large = convolutions("small"), convolutions("large")
     jobs = [
-        job(large[1], "float32", 90),
-        job(small[2], "tf32", 80),
-        job(small[1], "bf16", 100, streams=2, bounds=True),
-        Job(f"{__name__}:channelwise", ["bf16"], 90),
+        job(90, convolution, large[1], "float32", 3, False),
+        job(80, step, "small", "tf32"),
+        job(100, convolution, small[1], "bf16", 2, True),
+        job(90, channelwise, "bf16"),
     ]
-    found = compiled_apart(jobs, tmp_path)
-    for each, (_, _, capability) in zip(found, jobs, strict=True):
-        check(each, capability)
+    found = compiled(jobs, tmp_path)
     whole = ["forward", "input_gradient", "weight_gradient"]
     assert kernels(found[0]) == kernels(found[2]) == whole
     assert all(binary.warpgroup for binary in found[0])  # the weight gradient's, too
-    assert kernels(found[1]) == ["forward", "forward_sum", *whole[1:]]  # in parts
+    assert kernels(found[1]) == [
+        *(4 * ["pack"]),
+        *("batch", *(3 * ["forward"]), "forward_sum", "one_launch"),  # the last one in parts
+        *(*(2 * ["weight_gradient", "input_gradient"]), "weight_gradient", "adam", "end"),
+    ]
     assert len(found[3]) == 4
+
+
+def test_what_moves_images_and_weights_moves_vectors(tmp_path: Path) -> None:
+    jobs = [
+        job(capability, launch, "bf16")
+        for capability in CAPABILITIES
+        for launch in (parameters, batches)
+    ]
+    found = compiled(jobs, tmp_path)
+    for each in found:
+        for binary in each:
+            if binary.kernel != "_batch_kernel":  # which looks pixels up, one by one
+                assert binary.wide_loads > 0 and binary.wide_stores > 0, binary
+    assert [len(each) for each in found] == [3, 4] * len(CAPABILITIES)
+
+
+# precision, N, classes, features: some for one launch, some for three
+@pytest.mark.parametrize(
+    "layers, launches",
+    [
+        ([("float32", 100, 10, 100), ("bf16", 50, 10, 4096)], 4),
+        pytest.param(
+            [
+                *(("bf16", 100, 10, 100), ("tf32", 50, 10, 512), ("bf16", 50, 10, 512)),
+                *(("float32", 100, 64, 200), ("bf16", 1, 2, 5), ("bf16", 7, 33, 130)),
+                *(("float32", 100, 10, 4096), ("bf16", 100, 64, 40000)),
+            ],
+            12,
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_losses(layers: list[tuple[Any, ...]], launches: int, tmp_path: Path) -> None:
+    jobs = [job(capability, losses, *layer) for capability in CAPABILITIES for layer in layers]
+    found = compiled(jobs, tmp_path)
+    assert sum(map(len, found)) == launches * len(CAPABILITIES)
 
 
 @pytest.mark.slow
@@ -120,11 +210,20 @@ def test_some_layers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", models.NETS)
 def test_networks(name: str, precision: str, capability: int, tmp_path: Path) -> None:
-    shapes = network(name)
-    jobs = [job(shape, precision, capability) for shape in shapes]
-    jobs.append(job(shapes[1], precision, capability, streams=2, bounds=True))
-    jobs.append(Job(f"{__name__}:channelwise", [precision], capability))
-    found = compiled_apart(jobs, tmp_path)
-    assert all(len(each) >= 3 for each in found)
-    for each in found:
-        check(each, capability)
+    first, second, *_ = convolutions(name)
+    jobs = [
+        job(capability, step, name, precision),
+        job(capability, convolution, first, precision, 3, True),
+        job(capability, convolution, second, precision, 2, True),
+        job(capability, channelwise, precision),
+    ]
+    assert all(len(each) >= 3 for each in compiled(jobs, tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [86, 120])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_gpus_of_less_shared_memory(precision: str, capability: int, tmp_path: Path) -> None:
+    compiled(
+        [job(capability, convolution, convolutions("small")[2], precision, 3, False)], tmp_path
+    )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
-from test_triton_adam import CAPABILITIES, compiled, stored
+from test_triton_adam import stored
 from torch import Tensor, nn
 from tritons import DEVICE, PRECISIONS
 
@@ -311,28 +311,3 @@ def test_wrong_tensors_are_named() -> None:
         unpack(box)
     with pytest.raises(ValueError, match=r"memory_format must be .* got torch.preserve_format"):
         unpack_gradient(torch.zeros(2, 2, 3, 4, 5), torch.preserve_format)
-
-
-def launches() -> None:
-    """The kernels, of color images and of 64 channels."""
-    import torch
-
-    from cibp_fast.kernels.inputs import batch, pack, pack_gradient, unpack
-
-    count = torch.zeros(64, dtype=torch.int64)
-    images = torch.zeros(64, 3, 32, 32, dtype=torch.uint8)
-    table, plan = torch.zeros(3, 256), torch.zeros(64, 4, dtype=torch.int32)
-    batch(images, count, plan, table, torch.zeros(1), count[:1], 50, "bf16")
-    box = torch.zeros(50, 64, 16, 16)
-    pack(box, box, box, "bf16")
-    streams = pack_gradient(box, box, box, "bf16", (torch.zeros(1), box, box))
-    unpack(streams)
-
-
-def test_compiled_kernels_do_not_spill_and_move_vectors() -> None:
-    found = compiled(launches)
-    assert len(found) == 4 * len(CAPABILITIES)
-    for name, usage in found.items():
-        assert usage["spills"] == 0
-        if not name.startswith("_batch"):  # which looks pixels up, one by one
-            assert usage["wide_loads"] > 0 and usage["wide_stores"] > 0

@@ -1,4 +1,4 @@
-"""The loss kernels in the interpreter against autograd in float64, and compiled for GPUs."""
+"""The loss kernels in the interpreter against autograd in float64."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from processes import python
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tritons import DEVICE, PRECISIONS
@@ -294,44 +293,3 @@ def test_bad_arguments() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             replace(given, **wrong).run()
-
-
-_COMPILE = """
-import sys, torch
-from aot import compiled
-from cibp_fast.kernels.loss import loss
-from cibp_fast.kernels.streams import PRECISIONS
-
-def launch():
-    for argument in sys.argv[1:]:
-        precision, *shape = argument.split(",")
-        batch, classes, features = map(int, shape)
-        stored = PRECISIONS[precision].dtype
-        x = torch.zeros(3, batch, features, dtype=stored)
-        weight, bias = torch.zeros(classes, features, dtype=stored), torch.zeros(classes)
-        arguments = (x, weight, bias, torch.zeros(batch, dtype=torch.int64), torch.zeros(2))
-        loss(*arguments, precision=precision, divisor=1.0, input_divisor=1.0)
-
-for capability in 80, 90, 100:
-    for binary in compiled(launch, capability):
-        print(binary.spills)
-"""
-
-
-# precision,N,classes,features: some for one launch, some for three
-@pytest.mark.parametrize(
-    "layers, kernels",
-    [
-        (["float32,100,10,100", "bf16,50,10,4096"], 4),
-        pytest.param(
-            [
-                *("bf16,100,10,100", "tf32,50,10,512", "bf16,50,10,512", "float32,100,64,200"),
-                *("bf16,1,2,5", "bf16,7,33,130", "float32,100,10,4096", "bf16,100,64,40000"),
-            ],
-            12,
-            marks=pytest.mark.slow,
-        ),
-    ],
-)
-def test_compiles_without_spills(layers: list[str], kernels: int) -> None:
-    assert python(_COMPILE, *layers, interpret=False).split() == 3 * kernels * ["0"]

@@ -50,7 +50,7 @@ for run in (
 
 def run(code: str) -> list[str]:
     """The lines that Python prints, in a process of its own."""
-    return python(code, interpret=True).splitlines()
+    return python(code).splitlines()
 
 
 def test_imports_no_kernels() -> None:
