@@ -8,12 +8,15 @@ serves all streams, its absolute values made in registers.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.driver import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cibp_fast.kernels.streams import (
     INTERPRETED,
@@ -66,16 +69,70 @@ _PAIRS = ("SH", "SW", "PH", "PW", "DH", "DW")
 
 
 @triton.jit
-def store_outputs(
-    mu, r, z, bias, pixel, channel, mask, out0_ptr, out1_ptr, out2_ptr,
-    out_n, out_h, out_w, out_c,
-    OH: tl.constexpr, OW: tl.constexpr, STREAMS: tl.constexpr, RELU: tl.constexpr,
-    BOUNDS: tl.constexpr, DROPPED: tl.constexpr,
+def tile_start(ROWS: tl.constexpr, COLUMNS: tl.constexpr, BOX: tl.constexpr):
+    """Image, row and column of a program's first pixel, of images of ROWS x COLUMNS."""
+    columns: tl.constexpr = (COLUMNS + BOX[2] - 1) // BOX[2]
+    rows: tl.constexpr = (ROWS + BOX[1] - 1) // BOX[1]
+    tile = tl.program_id(0)
+    n, y, x = tile // (rows * columns), tile // columns % rows, tile % columns
+    return n * BOX[0], y * BOX[1], x * BOX[2]
+
+
+@triton.jit
+def tile_pixels(
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIXELS: tl.constexpr, BOX: tl.constexpr
 ):  # fmt: skip
-    """Bias, ReLU, rounding and storing of a tile [pixel, channel]; its sum of (upper - lower)^2."""
-    n, y, x = pixel // (OH * OW), pixel // OW % OH, pixel % OW
+    """Image, row and column of each of a program's pixels; they may lie outside.
+
+    BOX: how many images, rows and columns they are of; None: they follow one another.
+    """
+    pixel = tl.arange(0, PIXELS)
+    if BOX is None:
+        pixel += tl.program_id(0) * PIXELS
+        return pixel // (ROWS * COLUMNS), pixel // COLUMNS % ROWS, pixel % COLUMNS
+    else:
+        n, y, x = tile_start(ROWS, COLUMNS, BOX)
+        return n + pixel // (BOX[1] * BOX[2]), y + pixel // BOX[2] % BOX[1], x + pixel % BOX[2]
+
+
+@triton.jit
+def load_box(descriptor, n, y, row, x, channel, PIXELS: tl.constexpr, DEPTH: tl.constexpr):
+    """A tile [pixel, channel] through a descriptor of `_operands`; zeros outside the images."""
+    return descriptor.load([n, y, row, x, channel]).reshape(PIXELS, DEPTH)
+
+
+@triton.jit
+def add_products(
+    w, m, r, z, sums_m, sums_r, sums_z,
+    STREAMS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    WEIGHT_FIRST: tl.constexpr,
+):  # fmt: skip
+    """Of a tile of weights [channel, depth] and of the streams [pixel, depth]."""
+    if WEIGHT_FIRST:
+        sums_m = dot(w, tl.trans(m), sums_m, PRECISION, UPCAST)
+        sums_r = dot(tl.abs(w), tl.trans(r), sums_r, PRECISION, UPCAST)
+        if STREAMS == 3:
+            sums_z = dot(w, tl.trans(z), sums_z, PRECISION, UPCAST)
+    else:
+        sums_m = dot(m, tl.trans(w), sums_m, PRECISION, UPCAST)
+        sums_r = dot(r, tl.trans(tl.abs(w)), sums_r, PRECISION, UPCAST)
+        if STREAMS == 3:
+            sums_z = dot(z, tl.trans(w), sums_z, PRECISION, UPCAST)
+    return sums_m, sums_r, sums_z
+
+
+@triton.jit
+def store_outputs(
+    mu, r, z, n, y, x, channel, mask, bias_ptr, out0_ptr, out1_ptr, out2_ptr, widths_ptr,
+    out_n, out_h, out_w, out_c,
+    COUT: tl.constexpr, STREAMS: tl.constexpr, RELU: tl.constexpr, BOUNDS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, DROPPED: tl.constexpr,
+):  # fmt: skip
+    """Finishes and stores a tile [pixel, channel] of outputs, and its sum of (upper - lower)^2."""
     at = (n * out_n + y * out_h + x * out_w)[:, None] + (channel * out_c)[None, :]
-    mu += bias[None, :]
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + channel, mask=channel < COUT, other=0.0)[None, :]
+        mu, z = mu + bias, z + bias
     if RELU:
         mu, r = activate(mu, r)
     width = tl.where(mask, 4.0 * r * r, 0.0)
@@ -89,13 +146,14 @@ def store_outputs(
     tl.store(out0_ptr + at, first.to(out0_ptr.dtype.element_ty), mask=mask)
     tl.store(out1_ptr + at, second.to(out1_ptr.dtype.element_ty), mask=mask)
     if STREAMS == 3:
-        z += bias[None, :]
         if RELU:
             z = positive(z)
         if not BOUNDS:
             z = rounded(z, DROPPED)
         tl.store(out2_ptr + at, z.to(out2_ptr.dtype.element_ty), mask=mask)
-    return tl.sum(width)  # not axis by axis: Triton 3.6 makes no code of that for sm_100
+    # not axis by axis: Triton 3.6 makes no code of that for sm_100
+    width = tl.sum(width)
+    tl.store(widths_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), width)
 
 
 @triton.jit
@@ -138,7 +196,7 @@ def store_input_gradient(
 @triton.jit
 def forward_kernel(
     m_ptr, r_ptr, z_ptr, weight_ptr, bias_ptr, out0_ptr, out1_ptr, out2_ptr, widths_ptr, sums_ptr,
-    pixels, out_n, out_h, out_w, out_c, chunk,
+    batch, out_n, out_h, out_w, out_c, chunk,
     CIN: tl.constexpr, IH: tl.constexpr, IW: tl.constexpr,
     COUT: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
@@ -146,16 +204,17 @@ def forward_kernel(
     STREAMS: tl.constexpr, RELU: tl.constexpr, BOUNDS: tl.constexpr, HAS_BIAS: tl.constexpr,
     DROPPED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     SPLITS: tl.constexpr, WEIGHT_FIRST: tl.constexpr,
-    PIXELS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr,
+    PIXELS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr, BOX: tl.constexpr,
 ):  # fmt: skip
     """A tile [pixel, channel] of the outputs, or, with SPLITS, its sums over `chunk` products.
 
-    weight: [COUT, KH, KW, CIN]. sums: [SPLITS, STREAMS, pixels, COUT].
+    weight: [COUT, KH, KW, CIN]. sums: [SPLITS, STREAMS, N, OH, OW, COUT]. With BOX, streams and
+    weight are descriptors.
     """
-    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    n, y, x = tile_pixels(OH, OW, PIXELS, BOX)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    known_pixel, known_channel = pixel < pixels, channel < COUT
-    n, top, left = pixel // (OH * OW), pixel // OW % OH * SH - PH, pixel % OW * SW - PW
+    known_pixel, known_channel = (n < batch) & (y < OH) & (x < OW), channel < COUT
+    top, left = y * SH - PH, x * SW - PW
     base = ((n * IH + top) * IW + left) * CIN
     PRODUCTS: tl.constexpr = KH * KW * CIN
     depth = tl.arange(0, DEPTH)
@@ -170,53 +229,62 @@ def forward_kernel(
         begin = tl.program_id(2) * chunk
         end = tl.minimum(begin + chunk, PRODUCTS)
     for k0 in range(begin, end, DEPTH):
-        k = k0 + depth
-        if CIN % DEPTH == 0:  # of one tap; not k0 % CIN, which hides from Triton what divides k
+        if BOX is not None:
+            n0, y0, x0 = tile_start(OH, OW, BOX)
+            # of strided inputs [N, IH / SH, SH, IW / SW, SW * CIN]; from before the padding on
+            BEFORE_H: tl.constexpr = (PH + SH - 1) // SH
+            BEFORE_W: tl.constexpr = (PW + SW - 1) // SW
             tap = k0 // CIN
-            down, right = tap // KW * DH, tap % KW * DW
-            inside = (top + down >= 0) & (top + down < IH) & (left + right >= 0)
-            inside = (known_pixel & inside & (left + right < IW))[:, None]
-            at = (base + (down * IW + right) * CIN + (k0 - tap * CIN))[:, None] + depth[None, :]
+            down = BEFORE_H * SH - PH + tap // KW * DH
+            right = BEFORE_W * SW - PW + tap % KW * DW
+            y_in, x_in = y0 - BEFORE_H + down // SH, x0 - BEFORE_W + right // SW
+            row, c = down % SH, right % SW * CIN + k0 - tap * CIN
+            w = weight_ptr.load([tl.program_id(1) * CHANNELS, k0])
+            m = load_box(m_ptr, n0, y_in, row, x_in, c, PIXELS, DEPTH)
+            r = load_box(r_ptr, n0, y_in, row, x_in, c, PIXELS, DEPTH)
+            z = m
+            if STREAMS == 3:
+                z = load_box(z_ptr, n0, y_in, row, x_in, c, PIXELS, DEPTH)
         else:
-            tap = k // CIN
-            down, right = tap // KW * DH, tap % KW * DW
-            y, x = top[:, None] + down[None, :], left[:, None] + right[None, :]
-            inside = (y >= 0) & (y < IH) & (x >= 0) & (x < IW)
-            inside = inside & known_pixel[:, None] & (k < PRODUCTS)[None, :]
-            at = base[:, None] + ((down * IW + right) * CIN + k % CIN)[None, :]
-        known = known_channel[:, None]
-        if PRODUCTS % DEPTH != 0:
-            known = known & (k < PRODUCTS)[None, :]
-        w = tl.load(weight_ptr + channel[:, None] * PRODUCTS + k[None, :], mask=known, other=0.0)
-        m = tl.load(m_ptr + at, mask=inside, other=0.0)
-        r = tl.load(r_ptr + at, mask=inside, other=0.0)
-        if WEIGHT_FIRST:
-            sums_m = dot(w, tl.trans(m), sums_m, PRECISION, UPCAST)
-            sums_r = dot(tl.abs(w), tl.trans(r), sums_r, PRECISION, UPCAST)
-        else:
-            sums_m = dot(m, tl.trans(w), sums_m, PRECISION, UPCAST)
-            sums_r = dot(r, tl.trans(tl.abs(w)), sums_r, PRECISION, UPCAST)
-        if STREAMS == 3:
-            z = tl.load(z_ptr + at, mask=inside, other=0.0)
-            if WEIGHT_FIRST:
-                sums_z = dot(w, tl.trans(z), sums_z, PRECISION, UPCAST)
+            k = k0 + depth
+            if CIN % DEPTH == 0:  # of one tap; not k0 % CIN, which hides what divides k
+                tap = k0 // CIN
+                down, right = tap // KW * DH, tap % KW * DW
+                inside = (top + down >= 0) & (top + down < IH) & (left + right >= 0)
+                inside = (known_pixel & inside & (left + right < IW))[:, None]
+                at = (base + (down * IW + right) * CIN + (k0 - tap * CIN))[:, None] + depth[None, :]
             else:
-                sums_z = dot(z, tl.trans(w), sums_z, PRECISION, UPCAST)
+                tap = k // CIN
+                down, right = tap // KW * DH, tap % KW * DW
+                y_in, x_in = top[:, None] + down[None, :], left[:, None] + right[None, :]
+                inside = (y_in >= 0) & (y_in < IH) & (x_in >= 0) & (x_in < IW)
+                inside = inside & known_pixel[:, None] & (k < PRODUCTS)[None, :]
+                at = base[:, None] + ((down * IW + right) * CIN + k % CIN)[None, :]
+            known = known_channel[:, None]
+            if PRODUCTS % DEPTH != 0:
+                known = known & (k < PRODUCTS)[None, :]
+            from_ = weight_ptr + channel[:, None] * PRODUCTS + k[None, :]
+            w = tl.load(from_, mask=known, other=0.0)
+            m = tl.load(m_ptr + at, mask=inside, other=0.0)
+            r = tl.load(r_ptr + at, mask=inside, other=0.0)
+            z = m
+            if STREAMS == 3:
+                z = tl.load(z_ptr + at, mask=inside, other=0.0)
+        sums_m, sums_r, sums_z = add_products(
+            w, m, r, z, sums_m, sums_r, sums_z, STREAMS, PRECISION, UPCAST, WEIGHT_FIRST
+        )
     if WEIGHT_FIRST:
         sums_m, sums_r, sums_z = tl.trans(sums_m), tl.trans(sums_r), tl.trans(sums_z)
     mask = known_pixel[:, None] & known_channel[None, :]
     if SPLITS == 1:
-        bias = tl.zeros((CHANNELS,), tl.float32)
-        if HAS_BIAS:
-            bias = tl.load(bias_ptr + channel, mask=known_channel, other=0.0)
-        width = store_outputs(
-            sums_m, sums_r, sums_z, bias, pixel, channel, mask, out0_ptr, out1_ptr, out2_ptr,
-            out_n, out_h, out_w, out_c, OH, OW, STREAMS, RELU, BOUNDS, DROPPED,
+        store_outputs(
+            sums_m, sums_r, sums_z, n, y, x, channel, mask, bias_ptr,
+            out0_ptr, out1_ptr, out2_ptr, widths_ptr, out_n, out_h, out_w, out_c,
+            COUT, STREAMS, RELU, BOUNDS, HAS_BIAS, DROPPED,
         )  # fmt: skip
-        tl.store(widths_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), width)
     else:
-        at = pixel[:, None] * COUT + channel[None, :]
-        size = pixels * COUT
+        at = (((n * OH + y) * OW + x) * COUT)[:, None] + channel[None, :]
+        size = batch * (OH * OW * COUT)
         part = sums_ptr + (tl.program_id(2) * STREAMS).to(tl.int64) * size
         tl.store(part + at, sums_m, mask=mask)
         tl.store(part + size + at, sums_r, mask=mask)
@@ -227,17 +295,17 @@ def forward_kernel(
 @triton.jit
 def forward_sum_kernel(
     sums_ptr, bias_ptr, out0_ptr, out1_ptr, out2_ptr, widths_ptr,
-    pixels, out_n, out_h, out_w, out_c,
+    batch, out_n, out_h, out_w, out_c,
     COUT: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr,
     STREAMS: tl.constexpr, RELU: tl.constexpr, BOUNDS: tl.constexpr, HAS_BIAS: tl.constexpr,
     DROPPED: tl.constexpr, SPLITS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """The outputs of a forward pass in SPLITS parts."""
-    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    n, y, x = tile_pixels(OH, OW, PIXELS, None)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    mask = (pixel < pixels)[:, None] & (channel < COUT)[None, :]
-    at = pixel[:, None] * COUT + channel[None, :]
-    size = pixels * COUT
+    mask = (n < batch)[:, None] & (channel < COUT)[None, :]
+    at = (((n * OH + y) * OW + x) * COUT)[:, None] + channel[None, :]
+    size = batch * (OH * OW * COUT)
     sums_m = tl.zeros((PIXELS, CHANNELS), tl.float32)
     sums_r, sums_z = sums_m, sums_m
     for _ in range(SPLITS):
@@ -246,14 +314,11 @@ def forward_sum_kernel(
         if STREAMS == 3:
             sums_z += tl.load(sums_ptr + 2 * size + at, mask=mask, other=0.0)
         sums_ptr += STREAMS * size
-    bias = tl.zeros((CHANNELS,), tl.float32)
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + channel, mask=channel < COUT, other=0.0)
-    width = store_outputs(
-        sums_m, sums_r, sums_z, bias, pixel, channel, mask, out0_ptr, out1_ptr, out2_ptr,
-        out_n, out_h, out_w, out_c, OH, OW, STREAMS, RELU, BOUNDS, DROPPED,
+    store_outputs(
+        sums_m, sums_r, sums_z, n, y, x, channel, mask, bias_ptr,
+        out0_ptr, out1_ptr, out2_ptr, widths_ptr, out_n, out_h, out_w, out_c,
+        COUT, STREAMS, RELU, BOUNDS, HAS_BIAS, DROPPED,
     )  # fmt: skip
-    tl.store(widths_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), width)
 
 
 @triton.jit
@@ -267,21 +332,20 @@ def input_gradient_kernel(
     STREAMS: tl.constexpr, RELU: tl.constexpr, BOUNDS: tl.constexpr, HEAD: tl.constexpr,
     WIDTH: tl.constexpr, DROPPED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     WEIGHT_FIRST: tl.constexpr,
-    PIXELS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr,
+    PIXELS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr, BOX: tl.constexpr,
 ):  # fmt: skip
     """A tile [pixel, channel] of the gradient of the input, before the ReLU in front of it.
 
     weight: [KH, KW, CIN, COUT]. A program takes input pixels that are SH and SW apart, since those
     have the same taps. head: a further gradient of (m, r). width: that of the sum of
-    (upper - lower)^2 = 4 r^2.
+    (upper - lower)^2 = 4 r^2. With BOX, gradients and weight are descriptors.
     """
     row, column = tl.program_id(2) // SW, tl.program_id(2) % SW  # of the first pixel
     ROWS: tl.constexpr = (IH + SH - 1) // SH
     COLUMNS: tl.constexpr = (IW + SW - 1) // SW
-    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    n, y, x = tile_pixels(ROWS, COLUMNS, PIXELS, BOX)
+    y, x = y * SH + row, x * SW + column
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    n = pixel // (ROWS * COLUMNS)
-    y, x = pixel // COLUMNS % ROWS * SH + row, pixel % COLUMNS * SW + column
     known_pixel, known_channel = (n < batch) & (y < IH) & (x < IW), channel < CIN
     # the first tap that reaches these pixels, and from tap to tap
     STEP_H: tl.constexpr = SH if DH == 1 else 1
@@ -297,35 +361,41 @@ def input_gradient_kernel(
     sums_r, sums_z = sums_m, sums_m
     for step in range(0, taps_h * taps_w * BLOCKS):
         tap = step // BLOCKS
-        k = (step - tap * BLOCKS) * DEPTH + depth
+        k0 = (step - tap * BLOCKS) * DEPTH
         kh, kw = kh0 + tap // taps_w * STEP_H, kw0 + tap % taps_w * STEP_W
-        down, right = y + PH - kh * DH, x + PW - kw * DW  # SH and SW times the output pixel
-        inside = known_pixel & (down >= 0) & (right >= 0)
-        inside = inside & (down < OH * SH) & (right < OW * SW)
-        if STEP_H != SH:
-            inside = inside & (down % SH == 0)
-        if STEP_W != SW:
-            inside = inside & (right % SW == 0)
-        at = (((n * OH + down // SH) * OW + right // SW) * COUT)[:, None] + k[None, :]
-        inside, known = inside[:, None], known_channel[:, None]
-        if COUT % DEPTH != 0:
-            inside, known = inside & (k < COUT)[None, :], known & (k < COUT)[None, :]
-        from_ = weight_ptr + (kh * KW + kw) * CIN * COUT + channel[:, None] * COUT + k[None, :]
-        w = tl.load(from_, mask=known, other=0.0)
-        gm = tl.load(gm_ptr + at, mask=inside, other=0.0)
-        gr = tl.load(gr_ptr + at, mask=inside, other=0.0)
-        if WEIGHT_FIRST:
-            sums_m = dot(w, tl.trans(gm), sums_m, PRECISION, UPCAST)
-            sums_r = dot(tl.abs(w), tl.trans(gr), sums_r, PRECISION, UPCAST)
+        if BOX is not None:
+            n0, y0, x0 = tile_start(ROWS, COLUMNS, BOX)
+            y_out = y0 + (row + PH - kh * DH) // SH  # without a rest, for these taps
+            x_out = x0 + (column + PW - kw * DW) // SW
+            w = weight_ptr.load([(kh * KW + kw) * CIN + tl.program_id(1) * CHANNELS, k0])
+            gm = load_box(gm_ptr, n0, y_out, 0, x_out, k0, PIXELS, DEPTH)
+            gr = load_box(gr_ptr, n0, y_out, 0, x_out, k0, PIXELS, DEPTH)
+            gz = gm
+            if STREAMS == 3:
+                gz = load_box(gz_ptr, n0, y_out, 0, x_out, k0, PIXELS, DEPTH)
         else:
-            sums_m = dot(gm, tl.trans(w), sums_m, PRECISION, UPCAST)
-            sums_r = dot(gr, tl.trans(tl.abs(w)), sums_r, PRECISION, UPCAST)
-        if STREAMS == 3:
-            gz = tl.load(gz_ptr + at, mask=inside, other=0.0)
-            if WEIGHT_FIRST:
-                sums_z = dot(w, tl.trans(gz), sums_z, PRECISION, UPCAST)
-            else:
-                sums_z = dot(gz, tl.trans(w), sums_z, PRECISION, UPCAST)
+            k = k0 + depth
+            down, right = y + PH - kh * DH, x + PW - kw * DW  # SH and SW times the output pixel
+            inside = known_pixel & (down >= 0) & (right >= 0)
+            inside = inside & (down < OH * SH) & (right < OW * SW)
+            if STEP_H != SH:
+                inside = inside & (down % SH == 0)
+            if STEP_W != SW:
+                inside = inside & (right % SW == 0)
+            at = (((n * OH + down // SH) * OW + right // SW) * COUT)[:, None] + k[None, :]
+            inside, known = inside[:, None], known_channel[:, None]
+            if COUT % DEPTH != 0:
+                inside, known = inside & (k < COUT)[None, :], known & (k < COUT)[None, :]
+            from_ = weight_ptr + (kh * KW + kw) * CIN * COUT + channel[:, None] * COUT + k[None, :]
+            w = tl.load(from_, mask=known, other=0.0)
+            gm = tl.load(gm_ptr + at, mask=inside, other=0.0)
+            gr = tl.load(gr_ptr + at, mask=inside, other=0.0)
+            gz = gm
+            if STREAMS == 3:
+                gz = tl.load(gz_ptr + at, mask=inside, other=0.0)
+        sums_m, sums_r, sums_z = add_products(
+            w, gm, gr, gz, sums_m, sums_r, sums_z, STREAMS, PRECISION, UPCAST, WEIGHT_FIRST
+        )
     if WEIGHT_FIRST:
         sums_m, sums_r, sums_z = tl.trans(sums_m), tl.trans(sums_r), tl.trans(sums_z)
     mask = known_pixel[:, None] & known_channel[None, :]
@@ -440,7 +510,12 @@ def forward(
         out, outputs = x.new_empty(0), bounds
         n, c, h, w = bounds[0].stride()
         strides = (n, h, w, c)
-    blocks = triton.cdiv(pixels, tiles.pixels), triton.cdiv(channels, tiles.channels)
+    _check_descriptors("forward", shape, tiles)
+    images = (shape.batch, shape.out_height, shape.out_width)
+    x_given, weight_given, box, blocks = _operands(
+        x, weight.view(channels, -1), shape.stride, images, tiles
+    )
+    blocks = blocks, triton.cdiv(channels, tiles.channels)
     chunk, splits = _chunks(shape.products, tiles)
     widths = x.new_empty(blocks[0] * blocks[1], dtype=torch.float32)
     sums = widths
@@ -455,9 +530,10 @@ def forward(
     bias = widths if bias is None else bias
     outputs = _three(outputs)
     forward_kernel[(*blocks, splits)](
-        *_three(tuple(x)), weight, bias, *outputs, widths, sums, pixels, *strides, chunk,
+        *x_given, weight_given, bias, *outputs, widths, sums, shape.batch, *strides, chunk,
         **shape.constants(), **common, **_multiplied(stored), WEIGHT_FIRST=tiles.weight_first,
-        PIXELS=tiles.pixels, CHANNELS=tiles.channels, DEPTH=tiles.depth, num_stages=tiles.stages,
+        PIXELS=tiles.pixels, CHANNELS=tiles.channels, DEPTH=tiles.depth, BOX=box,
+        num_stages=tiles.stages,
     )  # fmt: skip
     if splits > 1:
         # small tiles: there are few outputs, or there would be no splits
@@ -465,7 +541,7 @@ def forward(
         blocks = triton.cdiv(pixels, parts[0]), triton.cdiv(channels, parts[1])
         widths = x.new_empty(blocks[0] * blocks[1], dtype=torch.float32)
         forward_sum_kernel[blocks](
-            sums, bias, *outputs, widths, pixels, *strides,
+            sums, bias, *outputs, widths, shape.batch, *strides,
             COUT=channels, OH=shape.out_height, OW=shape.out_width, **common,
             PIXELS=parts[0], CHANNELS=parts[1],
         )  # fmt: skip
@@ -514,20 +590,20 @@ def input_gradient(
         strides = (n, h, w, c)
     classes = shape.stride[0] * shape.stride[1]
     rows, columns = (-(-size // step) for size, step in zip(shape[2:4], shape.stride, strict=True))
-    blocks = (
-        triton.cdiv(shape.batch * rows * columns, tiles.pixels),
-        triton.cdiv(channels, tiles.channels),
+    _check_descriptors("input_gradient", shape, tiles)
+    gradients, weight_given, box, blocks = _operands(
+        gradient, weight.view(-1, shape.out_channels), (1, 1), (shape.batch, rows, columns), tiles
     )
-    gradients = _three(tuple(gradient))
-    input_gradient_kernel[(*blocks, classes)](
-        *gradients, weight, *(gradients if x is None else _three(tuple(x))),
-        *(gradients[:2] if head is None else head),
-        gradients[0] if width is None else width, *_three(outputs), shape.batch, *strides,
+    unused = gradient[0]
+    input_gradient_kernel[blocks, triton.cdiv(channels, tiles.channels), classes](
+        *gradients, weight_given, *(3 * [unused] if x is None else _three(tuple(x))),
+        *(2 * [unused] if head is None else head),
+        unused if width is None else width, *_three(outputs), shape.batch, *strides,
         **shape.constants(), STREAMS=streams, RELU=relu, BOUNDS=bounds is not None,
         HEAD=head is not None, WIDTH=width is not None, DROPPED=stored.dropped,
         **_multiplied(stored),
         WEIGHT_FIRST=tiles.weight_first, PIXELS=tiles.pixels, CHANNELS=tiles.channels,
-        DEPTH=tiles.depth, num_warps=tiles.warps, num_stages=tiles.stages,
+        DEPTH=tiles.depth, BOX=box, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return out
 
@@ -574,12 +650,66 @@ def weight_gradient(
     return sums, bias_sums
 
 
+def undescribed(kernel: str, shape: Shape, depth: int) -> str:
+    """Why tensor descriptors cannot load a kernel's tiles on this device; empty: they can."""
+    if not INTERPRETED and driver.active.get_current_target().arch < 90:
+        return "the GPU is older than sm_90"
+    if kernel == "forward":
+        if shape.in_height % shape.stride[0] or shape.in_width % shape.stride[1]:
+            return f"images of {shape[2:4]} cannot be divided by the stride of {shape.stride}"
+        if shape.in_channels % depth:
+            return f"{shape.in_channels} channels cannot be divided by the depth of {depth}"
+    else:
+        if shape.out_channels % 8:
+            return f"{shape.out_channels} channels may take no multiple of 16 bytes"
+        if any(min(pair) > 1 for pair in zip(shape.stride, shape.dilation, strict=True)):
+            return f"there is a stride of {shape.stride} and a dilation of {shape.dilation}"
+    return ""
+
+
+def _check_descriptors(kernel: str, shape: Shape, tiles: Tiles) -> None:
+    if tiles.descriptors and (why := undescribed(kernel, shape, tiles.depth)):
+        raise ValueError(f"tiles of {kernel} must not have descriptors: {why}")
+
+
+def _operands(
+    x: Tensor, weight: Tensor, steps: tuple[int, int], images: tuple[int, int, int], tiles: Tiles
+) -> tuple[tuple[Any, ...], Any, tuple[int, int, int] | None, int]:
+    """What a kernel loads tiles of x [S, N, H, W, C] and weight [channels, products] from.
+
+    steps: how many rows and columns of x there are for one of the images (count, rows, columns)
+    whose pixels are cut into tiles. Also returns a tile's box of those, and how many tiles.
+    """
+    if not tiles.descriptors:
+        return _three(tuple(x)), weight, None, triton.cdiv(prod(images), tiles.pixels)
+    box = _box(images, tiles.pixels)
+    streams, n, h, w, c = x.shape
+    strided = x.view(streams, n, h // steps[0], steps[0], w // steps[1], steps[1] * c)
+    block = [box[0], box[1], 1, box[2], tiles.depth]
+    described = tuple(TensorDescriptor.from_tensor(each, block) for each in strided)
+    weights = TensorDescriptor.from_tensor(weight, [tiles.channels, tiles.depth])
+    return _three(described), weights, box, _boxes(images, box)
+
+
+def _box(images: tuple[int, int, int], pixels: int) -> tuple[int, int, int]:
+    """How many images, rows and columns a tile is of: of those that make the fewest tiles, the one
+    whose taps share the most pixels.
+    """
+    sizes = [1 << i for i in range(pixels.bit_length())]
+    boxes = [(pixels // (h * w), h, w) for h in sizes for w in sizes if h * w <= pixels]
+    return min(boxes, key=lambda box: (_boxes(images, box), box[0] * (box[1] + box[2])))
+
+
+def _boxes(images: tuple[int, int, int], box: tuple[int, int, int]) -> int:
+    return prod(triton.cdiv(size, part) for size, part in zip(images, box, strict=True))
+
+
 def _multiplied(stored: Precision) -> dict[str, object]:
     upcast = INTERPRETED and stored.dtype == torch.bfloat16
     return {"PRECISION": stored.dot, "UPCAST": upcast}
 
 
-def _three(streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _three(streams: tuple[Any, ...]) -> tuple[Any, ...]:
     """With something in place of the nominal stream where there is none."""
     return streams if len(streams) == 3 else (*streams, streams[0])
 

@@ -37,12 +37,11 @@ def forward_kernel(
         sums_z += tl.load(z_ptr + at, mask=inside, other=0.0).to(tl.float32)
     scale: tl.constexpr = 1.0 / (KH * KW)
     row: tl.constexpr = OW * COUT
-    width = store_outputs(
-        sums_m * scale, sums_r * scale, sums_z * scale, tl.zeros((CHANNELS,), tl.float32),
-        pixel, channel, known, out_m_ptr, out_r_ptr, out_z_ptr, OH * row, row, COUT, 1,
-        OH, OW, 3, False, False, DROPPED,
+    store_outputs(
+        sums_m * scale, sums_r * scale, sums_z * scale, n, pixel // OW % OH, pixel % OW,
+        channel, known, None, out_m_ptr, out_r_ptr, out_z_ptr, widths_ptr, OH * row, row, COUT, 1,
+        COUT, 3, False, False, False, DROPPED,
     )  # fmt: skip
-    tl.store(widths_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), width)
 
 
 @triton.jit

@@ -35,6 +35,9 @@ class Tiles(NamedTuple):
     stages: int = 3
     splits: int = 1  # how many parts the sums are taken in
     weight_first: bool = False  # channels by pixels, which spares the copy of |W|
+    # Loads by tensor descriptors, which the hardware of sm_90 and later turns into addresses (TMA);
+    # where `conv2d.undescribed` names no obstacle, never of a weight gradient.
+    descriptors: bool = False
 
 
 PROGRAMS = 132  # that a large GPU runs at a time
@@ -236,6 +239,7 @@ def obstacle(kernel: str, tiles: Tiles) -> str:
     most = 1 if kernel == "input_gradient" else 65535  # of a grid's third axis
     if not 1 <= tiles.splits <= most:
         return f"splits of {kernel} must be from 1 to {most}, not {tiles.splits}"
-    if kernel == "weight_gradient" and tiles.weight_first:
-        return "weight_first must be false for weight_gradient"
+    for name in ("weight_first", "descriptors"):
+        if kernel == "weight_gradient" and getattr(tiles, name):
+            return f"{name} must be false for weight_gradient"
     return ""

@@ -48,6 +48,7 @@ class Binary(NamedTuple):
     warpgroup: int
     wide_copies: int  # of 16 bytes from global to shared memory
     narrow_copies: int  # of fewer
+    box_copies: int  # by tensor descriptors
     wide_loads: int  # of 16 bytes from global memory to registers
     wide_stores: int
 
@@ -122,6 +123,7 @@ def _binary(name: str, kernel: Any) -> Binary:
         count("HGMMA"),
         wide,
         count("LDGSTS") - wide,
+        count("UTMALDG"),
         count(r"LDG\S*\.128"),
         count(r"STG\S*\.128"),
     )

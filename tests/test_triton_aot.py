@@ -15,12 +15,13 @@ from aot import CAPABILITIES, SHARED, Binary, Job, compiled_apart
 from cibp_fast import models
 from cibp_fast._program import trace
 from cibp_fast._stages import stages_and_parameters
-from cibp_fast.kernels import adam, conv2d, inputs, layers, pool
+from cibp_fast.kernels import adam, checks, conv2d, inputs, layers, pool
 from cibp_fast.kernels.conv2d import Shape
 from cibp_fast.kernels.loss import loss
 from cibp_fast.kernels.network import shape_of
 from cibp_fast.kernels.step import TrainStep
 from cibp_fast.kernels.streams import PRECISIONS
+from cibp_fast.kernels.tiles import tiles_for
 
 BATCH = 100
 
@@ -49,31 +50,35 @@ def step(name: str, precision: str) -> None:
     ).run()  # fmt: skip
 
 
-def convolution(numbers: list[Any], precision: str, streams: int, bounds: bool) -> None:
-    """Launches the kernels of one. bounds: as a single layer, else as one between others."""
-    *sizes, stride, padding, dilation = numbers
-    shape = Shape(*sizes, tuple(stride), tuple(padding), tuple(dilation))
-    dtype = PRECISIONS[precision].dtype
-    size = (shape.in_channels, shape.in_height, shape.in_width)
-    out_size = (shape.out_channels, shape.out_height, shape.out_width)
-    kernel = (shape.kernel_height, shape.kernel_width)
-    x = torch.zeros(streams, shape.batch, *size[1:], size[0], dtype=dtype)
-    gradient = torch.zeros(streams, shape.batch, *out_size[1:], out_size[0], dtype=dtype)
-    weight = torch.zeros(shape.out_channels, *kernel, shape.in_channels, dtype=dtype)
-    transposed = torch.zeros(*kernel, shape.in_channels, shape.out_channels, dtype=dtype)
-    bias = torch.zeros(shape.out_channels)
-    of = (shape, precision)
-    if bounds:
-        outputs, wanted = (
-            tuple(torch.zeros(streams, shape.batch, *each)) for each in (out_size, size)
-        )
-        conv2d.forward(x, weight, bias, *of, relu=False, bounds=outputs)
-        conv2d.input_gradient(gradient, transposed, *of, bounds=wanted)
-    else:
-        conv2d.forward(x, weight, bias, *of, relu=True)
-        width = torch.zeros(1)
-        conv2d.input_gradient(gradient, transposed, *of, x=x, relu=True, width=width)
+def convolution(numbers: list[Any], precision: str, descriptors: bool = False) -> None:
+    """Launches the kernels of one between others. descriptors: which load by those, if they can."""
+    case = checks.Case(shape_from(numbers), precision, "cpu")
+    for kernel in checks.KERNELS:
+        tiles = tiles_for(kernel, case.shape, PRECISIONS[precision])
+        by_them = descriptors and kernel != "weight_gradient"
+        case.launch(kernel, tiles._replace(descriptors=by_them))
+
+
+def layer(numbers: list[Any], precision: str, streams: int) -> None:
+    """Launches the kernels of a single convolution, from bounds to bounds."""
+    shape = shape_from(numbers)
+    dtype, images = PRECISIONS[precision].dtype, (streams, shape.batch)
+    size, out_size, kernel = shape[1:4], shape[4:7], shape[7:9]
+    x, gradient = (
+        torch.zeros(*images, *pixels, channels, dtype=dtype)
+        for channels, *pixels in (size, out_size)
+    )
+    weight = torch.zeros(out_size[0], *kernel, size[0], dtype=dtype)
+    transposed = weight.permute(1, 2, 3, 0).contiguous()
+    of, bias = (shape, precision), torch.zeros(len(weight))
+    bounds, wanted = (tuple(torch.zeros(*images, *each)) for each in (out_size, size))
+    conv2d.forward(x, weight, bias, *of, relu=False, bounds=bounds)
+    conv2d.input_gradient(gradient, transposed, *of, bounds=wanted)
     conv2d.weight_gradient(gradient, x, weight, *of)
+
+
+def shape_from(numbers: list[Any]) -> Shape:
+    return Shape(*(tuple(each) if isinstance(each, list) else each for each in numbers))
 
 
 def channelwise(precision: str) -> None:
@@ -133,7 +138,7 @@ def check(found: list[Binary], capability: int) -> None:
         # Triton pipelines loads of 64 channels of one tap, which lie side by side
         by_tap = binary.kernel != "weight_gradient_kernel"
         if by_tap and constants["CIN"] % 64 == 0 and constants["COUT"] % 64 == 0:
-            assert binary.wide_copies > binary.narrow_copies, binary
+            assert binary.box_copies or binary.wide_copies > binary.narrow_copies, binary
             assert capability != 90 or binary.warpgroup == binary.tensor_core, binary
 
 
@@ -152,10 +157,11 @@ def kernels(found: list[Binary]) -> list[str]:
 def test_some_layers_and_a_step(tmp_path: Path) -> None:
     small, large = convolutions("small"), convolutions("large")
     jobs = [
-        job(90, convolution, large[1], "float32", 3, False),
+        job(90, convolution, large[1], "float32"),
         job(80, step, "small", "tf32"),
-        job(100, convolution, small[1], "bf16", 2, True),
+        job(100, layer, small[1], "bf16", 2),
         job(90, channelwise, "bf16"),
+        job(90, convolution, large[2], "tf32", True),
     ]
     found = compiled(jobs, tmp_path)
     whole = ["forward", "input_gradient", "weight_gradient"]
@@ -167,6 +173,8 @@ def test_some_layers_and_a_step(tmp_path: Path) -> None:
         *(*(2 * ["weight_gradient", "input_gradient"]), "weight_gradient", "adam", "end"),
     ]
     assert len(found[3]) == 4
+    assert kernels(found[4]) == whole
+    assert all(binary.box_copies for binary in found[4][:2])
 
 
 def test_what_moves_images_and_weights_moves_vectors(tmp_path: Path) -> None:
@@ -213,17 +221,28 @@ def test_networks(name: str, precision: str, capability: int, tmp_path: Path) ->
     first, second, *_ = convolutions(name)
     jobs = [
         job(capability, step, name, precision),
-        job(capability, convolution, first, precision, 3, True),
-        job(capability, convolution, second, precision, 2, True),
+        job(capability, layer, first, precision, 3),
+        job(capability, layer, second, precision, 2),
         job(capability, channelwise, precision),
     ]
     assert all(len(each) >= 3 for each in compiled(jobs, tmp_path))
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("capability", [90, 100])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_descriptors(precision: str, capability: int, tmp_path: Path) -> None:
+    shapes = [shape for shape in convolutions("large") if shape.in_channels % 64 == 0]
+    jobs = [job(capability, convolution, shape, precision, True) for shape in shapes]
+    for each in compiled(jobs, tmp_path):
+        first, *_, last, _ = each  # and the weight gradient
+        for binary in (first, last):
+            assert binary.box_copies and not binary.wide_copies + binary.narrow_copies, binary
+            assert capability != 90 or binary.warpgroup == binary.tensor_core, binary
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", [86, 120])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_gpus_of_less_shared_memory(precision: str, capability: int, tmp_path: Path) -> None:
-    compiled(
-        [job(capability, convolution, convolutions("small")[2], precision, 3, False)], tmp_path
-    )
+    compiled([job(capability, convolution, convolutions("small")[2], precision)], tmp_path)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from triton.backends.compiler import GPUTarget
 from tritons import DEVICE, PRECISIONS
 
-from cibp_fast.kernels import checks
+from cibp_fast.kernels import checks, conv2d
 from cibp_fast.kernels.conv2d import Shape
+from cibp_fast.kernels.tiles import Tiles
 
 # name: shape
 SHAPES = {
@@ -33,3 +37,66 @@ SHAPES = {
 def test_against_float64(name: str, precision: str) -> None:
     for error in checks.errors(SHAPES[name], precision, torch.device(DEVICE)).values():
         assert error < checks.TOLERANCES[precision]
+
+
+# name: shape. Tiles of 64 pixels are boxes of images, rows and columns, none of which they divide.
+DESCRIBED = {
+    "padded": Shape(2, 16, 9, 7, 24, 9, 7, 3, 3, (1, 1), (1, 1)),
+    "stride 2, padded": Shape(3, 32, 10, 12, 24, 5, 6, 4, 4, (2, 2), (1, 1)),
+    "padded by more than the stride": Shape(2, 16, 8, 9, 16, 5, 5, 3, 3, (2, 3), (2, 4)),
+    "dilated": Shape(2, 16, 9, 7, 24, 5, 7, 3, 2, (1, 1), (0, 1), (2, 2)),
+    "more padding at the end": Shape(1, 16, 4, 4, 16, 4, 4, 2, 2, (1, 1), (0, 0)),
+    "pixels that no output sees": Shape(2, 16, 12, 12, 8, 6, 4, 1, 1, (2, 3)),
+    "linear, in parts": Shape(70, 64, 1, 1, 40, 1, 1, 1, 1),
+}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", DESCRIBED)
+@pytest.mark.parametrize("weight_first", [True, False])
+def test_descriptors_against_float64(name: str, precision: str, weight_first: bool) -> None:
+    shape = DESCRIBED[name]
+    case = checks.Case(shape, precision, DEVICE)
+    tiles = Tiles(64, 32, 16, weight_first=weight_first, descriptors=True)
+    for kernel in ("forward", "input_gradient"):
+        assert not conv2d.undescribed(kernel, shape, tiles.depth)
+        in_parts = tiles._replace(splits=2 if kernel == "forward" and "parts" in name else 1)
+        assert case.error(kernel, in_parts) < checks.TOLERANCES[precision]
+
+
+def test_descriptors_are_refused_where_they_do_not_apply() -> None:
+    tiles = Tiles(16, 16, 16, descriptors=True)
+    for kernel, shape, why in (
+        ("forward", Shape(1, 8, 4, 4, 16, 4, 4, 1, 1), "8 channels cannot be divided by the depth"),
+        ("forward", Shape(1, 16, 5, 4, 16, 2, 2, 2, 2, (2, 2)), r"images of \(5, 4\) cannot be"),
+        ("input_gradient", Shape(1, 16, 4, 4, 12, 4, 4, 1, 1), "12 channels may take no multiple"),
+        (
+            "input_gradient",
+            Shape(1, 16, 9, 9, 16, 3, 3, 2, 2, (2, 2), (0, 0), (3, 3)),
+            r"a stride of \(2, 2\) and a dilation of \(3, 3\)",
+        ),
+    ):
+        case = checks.Case(shape, "float32", DEVICE)
+        with pytest.raises(ValueError, match=f"^tiles of {kernel} must not have desc.*: .*{why}"):
+            case.launch(kernel, tiles)
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+def test_descriptors_need_sm_90(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    active = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", capability, 32))
+    monkeypatch.setattr(conv2d, "driver", SimpleNamespace(active=active))
+    monkeypatch.setattr(conv2d, "INTERPRETED", False)
+    for kernel in ("forward", "input_gradient"):
+        why = conv2d.undescribed(kernel, DESCRIBED["padded"], 16)
+        assert why == ("the GPU is older than sm_90" if capability < 90 else "")
+
+
+def test_boxes() -> None:
+    for images, box, count in (
+        ((100, 28, 28), (4, 4, 4), 25 * 7 * 7),
+        ((100, 1, 1), (64, 1, 1), 2),
+        ((2, 30, 30), (1, 2, 32), 2 * 15),
+        ((1, 5, 7), (1, 8, 8), 1),
+    ):
+        assert conv2d._box(images, 64) == box
+        assert conv2d._boxes(images, box) == count

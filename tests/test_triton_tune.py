@@ -311,6 +311,7 @@ BAD = {
     "splits of forward must be from 1 to 65535, not 0": entry(splits=0),
     "splits of input_gradient must be from 1 to 1, not 2": entry("input_gradient", splits=2),
     "weight_first must be false for weight_gradient": entry("weight_gradient", weight_first=True),
+    "descriptors must be false for weight_gradient": entry("weight_gradient", descriptors=True),
     "weight_first must be of type bool, not 1": entry(weight_first=1),
     "pixels must be of type int, not None": {
         **entry(),
