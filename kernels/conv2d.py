@@ -2,8 +2,9 @@
 gradients by input and by weight.
 
 A linear layer is a 1x1 convolution of 1x1 images. The pointers are to channels-last streams; where
-`BOUNDS` is set, a result goes to tensors of any strides as bounds instead. One tile of weights
-serves all streams, its absolute values made in registers.
+`BOUNDS` is set, a result goes to tensors of any strides as bounds instead, and where there is a
+`BOX`, tiles are loaded by tensor descriptors: a tile's pixels are then a box of images, rows and
+columns. One tile of weights serves all streams, its absolute values made in registers.
 """
 
 from __future__ import annotations
