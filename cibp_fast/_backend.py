@@ -121,6 +121,7 @@ def _cpu_obstacle(device: torch.device, dtype: torch.dtype) -> str:
     return ""
 
 
+@torch.compiler.assume_constant_result  # dynamo need not trace the questions to driver and pip
 def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str:
     """The same of Triton's."""
     if device.type not in ("cpu", "cuda"):

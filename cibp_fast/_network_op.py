@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cibp_fast import _backend
-from cibp_fast.ops import _library, _no_double_backward, _pointer
+from cibp_fast.ops import _library, _no_double_backward, _pointer, on_its_gpu
 
 __all__ = ["Stage", "network"]
 
@@ -65,6 +65,11 @@ class Stage(NamedTuple):
         return (*self.input, *self.output, *chain.from_iterable(geometry), *map(int, flags))
 
 
+def numbers_of(stages: Sequence[Stage]) -> tuple[int, ...]:
+    """All of them, in order, as the ops take them."""
+    return tuple(chain.from_iterable(stage.numbers() for stage in stages))
+
+
 def network(
     lower: Tensor,
     upper: Tensor,
@@ -95,9 +100,8 @@ def network(
         features]; [stages], the mean or sum of (upper - lower)^2 over each stage's output; and
         copies of the last stage's weight and bias.
     """
-    numbers = tuple(chain.from_iterable(stage.numbers() for stage in stages))
     return _Network.apply(
-        engine, numbers, mean, ball_radius, lower, upper, nominal, *weights, *biases
+        engine, numbers_of(stages), mean, ball_radius, lower, upper, nominal, *weights, *biases
     )
 
 
@@ -192,10 +196,13 @@ def _plan(numbers: Sequence[int]) -> _Plan:
     return _parsed(tuple(numbers))
 
 
+def stages_of(numbers: Sequence[int]) -> tuple[Stage, ...]:
+    """The inverse of `numbers_of`."""
+    return _plan(numbers).stages
+
+
 @lru_cache(maxsize=256)
 def _parsed(numbers: tuple[int, ...]) -> _Plan:
-    """The inverse of Stage.numbers, of several."""
-
     def stage(n: tuple[int, ...]) -> Stage:
         return Stage(n[:3], n[3:6], n[6:8], n[8:10], n[10:12], n[12:14], *map(bool, n[14:]))
 
@@ -291,7 +298,7 @@ def _(lower, upper, nominal, ball_radius, weights, biases, numbers, engine, mean
     return *_forward_outputs(nominal, plan.stages), packed
 
 
-@torch.library.impl(_library, "network_forward", "CUDA")
+@on_its_gpu("network_forward")
 @torch.library.impl(_library, "network_forward", "CPU")
 def _(lower, upper, nominal, ball_radius, weights, biases, numbers, engine, mean=False):  # type: ignore[no-untyped-def]
     batch, plan = len(nominal), _plan(numbers)
@@ -330,7 +337,7 @@ def _(*arguments):  # type: ignore[no-untyped-def]
     return _backward_outputs(lower_out, _plan(numbers).stages, weights, *arguments[12:14])
 
 
-@torch.library.impl(_library, "network_backward", "CUDA")
+@on_its_gpu("network_backward")
 @torch.library.impl(_library, "network_backward", "CPU")
 def _(  # type: ignore[no-untyped-def]
     grad_lower,

@@ -6,13 +6,14 @@ anew (`_stages`) and runs all stages in one autograd node (`_network_op`).
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cibp_fast import _backend
-from cibp_fast._network_op import Stage, cpu_engine, network
+from cibp_fast._network_op import Stage, cpu_engine, network, numbers_of, stages_of
 from cibp_fast._program import Program, structure, trace
 from cibp_fast._stages import stages_and_parameters
 from cibp_fast.bounds import Bounds, bounds, check_arguments
@@ -118,7 +119,7 @@ class FusedNetwork(nn.Module):
             engine = cpu_engine()
         else:
             precision = "tf32" if self.precision == "fast" else self.precision
-            if self.backend == "auto" and (why_not := _unchecked(stages, x, precision)):
+            if why_not := self._unchecked(stages, x, precision):
                 return self._unfused(why_not, x, box, width, reduction)
             engine = f"triton-{precision}"
         lower, upper, nominal, ball = _inputs(program, stages[0], x, box, backend == "cpu")
@@ -133,20 +134,29 @@ class FusedNetwork(nn.Module):
 
     def _triton_stages(
         self, x: Tensor
-    ) -> tuple[list[Stage], list[Tensor], list[Tensor | None], str] | None:
-        """Stages, weights, biases and precision for Triton's kernels; None: they do not run here.
+    ) -> tuple[list[Stage], list[Tensor], list[Tensor | None], str] | str:
+        """Stages, weights, biases and precision for Triton's kernels; or why they do not run here.
 
         Weights and biases are the parameters themselves.
         """
-        if _backend.select(self.backend, x.device, x.dtype)[0] != "triton":
-            return None
+        backend, why_not = _backend.select(self.backend, x.device, x.dtype)
+        if backend != "triton":
+            return why_not
         program = self._current_program()
         stages, weights, biases = stages_and_parameters(program, x)
         precision = "tf32" if self.precision == "fast" else self.precision
-        plain = program.normalize is None and not any(each.norm for each in program.affine)
-        if not plain or (self.backend == "auto" and _unchecked(stages, x, precision)):
-            return None
+        if program.normalize is not None or any(each.norm for each in program.affine):
+            return "a layer is a normalization"
+        if why_not := self._unchecked(stages, x, precision):
+            return why_not
         return stages, weights, biases, precision
+
+    def _unchecked(self, stages: list[Stage], x: Tensor, precision: str) -> str:
+        """Why Triton's kernels must not be used; empty: they may, or were asked for."""
+        if self.backend != "auto" or not len(x):
+            return ""
+        batch = operator.index(len(x))  # not dynamo's symbol: tiles depend on it
+        return _network_failure(numbers_of(stages), batch, precision, x.device)
 
     def _unfused(self, why: str, x: Tensor, box: Interval, width: str, reduction: str) -> Bounds:
         """The bounds layer by layer, since the kernels cannot run."""
@@ -200,16 +210,13 @@ def fuse(model: nn.Module, precision: str = "float32", backend: str = "auto") ->
     return FusedNetwork(model, precision, backend)
 
 
-@torch.compiler.disable  # it runs kernels of its own
-def _unchecked(stages: list[Stage], x: Tensor, precision: str) -> str:
-    """Why Triton's kernels must not be used for these stages; empty: they may."""
+@torch.compiler.assume_constant_result  # it runs kernels of its own, while dynamo traces
+def _network_failure(
+    numbers: tuple[int, ...], batch: int, precision: str, device: torch.device
+) -> str:
     from cibp_fast.kernels import checks
-    from cibp_fast.kernels.network import shape_of
 
-    for stage in stages:
-        if not stage.pool and (why := checks.failure(shape_of(stage, len(x)), precision, x.device)):
-            return why
-    return ""
+    return checks.network_failure(stages_of(numbers), batch, precision, device)
 
 
 def _inputs(

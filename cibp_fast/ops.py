@@ -8,7 +8,8 @@ Tensors come in as (lower, upper, nominal); the nominal may be None throughout. 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -183,7 +184,9 @@ def relu(
         TypeError, ValueError: as for :func:`conv2d`.
     """
     _check_streams("relu", {"lower": lower, "upper": upper, "nominal": nominal})
-    backend, _ = _backend.select(backend, lower.device, lower.dtype)
+    asked, (backend, _) = backend, _backend.select(backend, lower.device, lower.dtype)
+    if asked == "auto" and backend == "triton" and _unchecked(None, lower.device):
+        backend = "torch"
     if backend == "torch":
         from cibp_fast import reference
 
@@ -246,18 +249,19 @@ def _chosen(backend: str, lower: Tensor, weight: Tensor, shape: Sequence[int]) -
     elif name == "triton" and shape[-2] != 1:
         obstacle = f"groups must be 1 for Triton's kernels, got {shape[-2]}"
     elif name == "triton" and backend == "auto" and 0 not in shape[:4]:
-        return "torch" if _unchecked(shape, lower.device) else name
+        numbers = tuple(map(operator.index, shape))  # not dynamo's symbols: tiles depend on them
+        return "torch" if _unchecked(numbers, lower.device) else name
     if obstacle and backend != "auto":
         raise ValueError(f"backend={backend!r} cannot run: {obstacle}")
     return "torch" if obstacle else name
 
 
-@torch.compiler.disable  # it runs kernels of its own
-def _unchecked(shape: Sequence[int], device: torch.device) -> str:
-    """Why Triton's kernels must not be used for this layer; empty: they may."""
-    from cibp_fast.kernels import checks, layers
+@torch.compiler.assume_constant_result  # it runs kernels of its own, while dynamo traces
+def _unchecked(shape: tuple[int, ...] | None, device: torch.device) -> str:
+    """Why Triton's kernels must not be used for this layer, None: for ReLU; empty: they may."""
+    from cibp_fast.kernels import checks
 
-    return checks.failure(layers.shape_of(shape), "float32", device)
+    return checks.relu_failure(device) if shape is None else checks.layer_failure(shape, device)
 
 
 def _linear_shape(batch: int, weight: Tensor) -> tuple[int, ...]:
@@ -408,6 +412,23 @@ _library.define(
 )
 
 
+def on_its_gpu(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a function as the GPU's kernel of an op: with the GPU of its tensors current, since
+    Triton compiles for, and launches on, the current one.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            tensor = next(each for each in arguments if isinstance(each, Tensor))
+            with torch.cuda.device_of(tensor):
+                return function(*arguments)
+
+        torch.library.impl(_library, name, "CUDA")(run)
+        return function
+
+    return register
+
+
 def _layout(image: Tensor) -> torch.memory_format:
     """The memory format of what is computed from this tensor, as with torch's convolutions."""
     last = image.dim() == 4 and image.is_contiguous(memory_format=torch.channels_last)
@@ -528,7 +549,7 @@ def _(lower, upper, nominal, weight, bias, stride, padding, dilation, groups, tr
     return _forward_outputs(lower, nominal, (lower.shape[0], weight.shape[0], *size))
 
 
-@torch.library.impl(_library, "conv2d_forward", "CUDA")
+@on_its_gpu("conv2d_forward")
 @torch.library.impl(_library, "conv2d_forward", "CPU")
 def _(lower, upper, nominal, weight, bias, stride, padding, dilation, groups, triton=False):  # type: ignore[no-untyped-def]
     shape = _conv2d_shape(lower, weight, stride, padding, dilation, groups)
@@ -545,7 +566,7 @@ def _(*arguments):  # type: ignore[no-untyped-def]
     return _backward_outputs(lower, nominal, weight, *arguments[14:16])
 
 
-@torch.library.impl(_library, "conv2d_backward", "CUDA")
+@on_its_gpu("conv2d_backward")
 @torch.library.impl(_library, "conv2d_backward", "CPU")
 def _(*arguments):  # type: ignore[no-untyped-def]
     gradients, saved = arguments[:4], arguments[4:10]
@@ -563,7 +584,7 @@ def _(lower, upper, nominal, weight, bias, triton=False):  # type: ignore[no-unt
     return _forward_outputs(lower, nominal, (lower.shape[0], weight.shape[0]))
 
 
-@torch.library.impl(_library, "linear_forward", "CUDA")
+@on_its_gpu("linear_forward")
 @torch.library.impl(_library, "linear_forward", "CPU")
 def _(lower, upper, nominal, weight, bias, triton=False):  # type: ignore[no-untyped-def]
     outputs = _forward_outputs(lower, nominal, (lower.shape[0], weight.shape[0]))
@@ -581,7 +602,7 @@ def _(*arguments):  # type: ignore[no-untyped-def]
     return _backward_outputs(lower, nominal, weight, *arguments[10:12])
 
 
-@torch.library.impl(_library, "linear_backward", "CUDA")
+@on_its_gpu("linear_backward")
 @torch.library.impl(_library, "linear_backward", "CPU")
 def _(*arguments):  # type: ignore[no-untyped-def]
     gradients, saved = arguments[:4], arguments[4:10]
@@ -601,7 +622,7 @@ def _(lower, upper, nominal, triton=False):  # type: ignore[no-untyped-def]
     return _forward_outputs(lower, nominal, lower.shape)
 
 
-@torch.library.impl(_library, "relu_forward", "CUDA")
+@on_its_gpu("relu_forward")
 @torch.library.impl(_library, "relu_forward", "CPU")
 def _(lower, upper, nominal, triton=False):  # type: ignore[no-untyped-def]
     outputs = _forward_outputs(lower, nominal, lower.shape)
@@ -635,7 +656,7 @@ def _(*arguments):  # type: ignore[no-untyped-def]
     return _relu_gradients(lower_out, nominal_out)
 
 
-@torch.library.impl(_library, "relu_backward", "CUDA")
+@on_its_gpu("relu_backward")
 @torch.library.impl(_library, "relu_backward", "CPU")
 def _(  # type: ignore[no-untyped-def]
     grad_lower,

@@ -332,14 +332,30 @@ class _Training:
             return None
         like = examples.images[: config.batch_size].float()
         found = fused._triton_stages(like)
-        if found is None or found[0][0].input != tuple(like.shape[1:]):
+        if isinstance(found, str):
+            return self._ordinary(found)
+        if found[0][0].input != tuple(like.shape[1:]):
             return None
         if len(set(map(id, found[1]))) < len(found[1]):  # a layer that is used twice
             return None
         from cibp_fast.kernels.inputs import pixel_table
         from cibp_fast.kernels.step import TrainStep
+        from cibp_fast.kernels.step_check import failure
 
         stages, weights, biases, precision = found
+        device = self.processes.device
+        pixels = pixel_table(runs.to_input(config), like.shape[1]).to(device)
+        options: dict[str, Any] = {
+            "batch_size": config.batch_size,
+            "clip": config.clip,
+            "width_weight": config.width_weight,
+            "mean": config.width_reduction == "mean",
+            "precision": precision,
+        }
+        if self.backend == "auto":
+            has_bias = [bias is not None for bias in biases]
+            if why := failure(stages, has_bias, pixels, device, **options):
+                return self._ordinary(why)
         for parameter in self.model.parameters():
             state = self.optimizer.state[parameter]
             if not state:
@@ -348,7 +364,6 @@ class _Training:
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
         schedules = (config.eps_schedule(), config.lr_schedule(), config.kappa_schedule())
         table = torch.tensor([[each(at) for each in schedules] for at in range(config.steps)])
-        device = self.processes.device
         step = TrainStep(
             stages,
             [
@@ -357,19 +372,20 @@ class _Training:
             ],
             examples.images,
             examples.labels,
-            pixel_table(runs.to_input(config), like.shape[1]).to(device),
+            pixels,
             table.to(device),
-            batch_size=config.batch_size,
-            clip=config.clip,
-            width_weight=config.width_weight,
-            mean=config.width_reduction == "mean",
-            precision=precision,
             step=self.step,
+            **options,
         )
         if device.type == "cuda":
             with self._enough_memory():
                 step.capture()
         return step
+
+    def _ordinary(self, why: str) -> None:
+        """Says why a GPU does not train by Triton's kernels."""
+        if self.processes.device.type != "cpu" and self.backend == "auto":
+            print(f"Steps are not CUDA graphs of Triton's kernels: {why}.", file=sys.stderr)
 
     def _enough_memory(self) -> AbstractContextManager[None]:
         doing = f"a step of training with batch_size={self.config.batch_size}"

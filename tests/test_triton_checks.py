@@ -1,0 +1,279 @@
+"""Checks of the kernels against float64: they pass, find faults, and decide what "auto" runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from tritons import DEVICE, PRECISIONS, large_tiles
+
+import cibp_fast as cf
+from cibp_fast import Interval, _backend, ops
+from cibp_fast._program import trace
+from cibp_fast._stages import stages_and_parameters
+from cibp_fast.kernels import adam, checks, conv2d, inputs, layers, network, pool, step_check
+from cibp_fast.kernels import step as step_module
+from cibp_fast.kernels.conv2d import Shape
+
+POOLING = Shape(2, 5, 7, 6, 5, 3, 3, 3, 2, (2, 2), (1, 0))
+CONVOLUTION = (2, 3, 7, 6, 5, 4, 3, 3, 3, 2, 2, 1, 1, 1, 1, 1)  # see ops._conv2d_shape
+LINEAR = (3, 20, 1, 1, 6, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1)
+
+
+@pytest.fixture(autouse=True)
+def _large_tiles() -> Iterator[None]:
+    with large_tiles():
+        yield
+
+
+@pytest.fixture
+def auto(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, str]]:
+    """Makes backend="auto" choose Triton on DEVICE; gives what is known of its kernels."""
+    known: dict[str, str] = {}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(checks, "_known", lambda: known)
+    monkeypatch.setattr(_backend, "_cpu_obstacle", lambda device, dtype: "")
+    select = _backend.select
+
+    def chosen(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+        return select("triton" if backend == "auto" else backend, device, dtype)
+
+    monkeypatch.setattr(_backend, "select", chosen)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    torch._dynamo.reset()
+    yield known
+    torch._dynamo.reset()
+
+
+def test_fuse_compiles_as_one_graph(auto: dict[str, str]) -> None:
+    """For a batch size: tiles, and so checks, depend on it."""
+    model = nn.Sequential(nn.Conv2d(2, 3, 4, 2), nn.ReLU(), nn.Flatten(), nn.Linear(18, 4))
+    model.to(DEVICE)
+    net = cf.fuse(model)
+
+    def loss(x: Tensor) -> Tensor:
+        out = net.bounds(x, Interval.ball(x, 0.1, None))
+        return out.width + out.box.lower.sum() + out.logits.square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for batch in (3, 5):
+        x = torch.randn(batch, 2, 9, 7, device=DEVICE, requires_grad=True)
+        values = compiled(x), loss(x)
+        assert len(auto) == (3 if batch == 3 else 6) and not any(auto.values())
+        grads = (torch.autograd.grad(value, [x, *model.parameters()]) for value in values)
+        torch.testing.assert_close(*values)
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_layers_compile_as_one_graph(auto: dict[str, str]) -> None:
+    convolution, linear = cf.nn.IntervalConv2d(2, 3, 3).to(DEVICE), cf.nn.IntervalLinear(12, 4)
+    linear.to(DEVICE)
+
+    def ends(x: Tensor) -> Tensor:
+        box = torch.relu(convolution(Interval.ball(x, 0.1, None)))
+        out = linear(Interval(box.lower.flatten(1), box.upper.flatten(1), box.nominal.flatten(1)))
+        return out.lower.sum() + (out.upper * out.nominal).sum()
+
+    x = torch.randn(2, 2, 4, 4, device=DEVICE, requires_grad=True)
+    compiled = torch.compile(ends, fullgraph=True, backend="aot_eager")
+    values = compiled(x), ends(x)
+    assert len(auto) == 3 and not any(auto.values())
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*(torch.autograd.grad(value, x)[0] for value in values))
+
+
+def stages_of(model: nn.Module, *shape: int) -> tuple[list[Any], list[bool]]:
+    stages, _, biases = stages_and_parameters(trace(model), torch.zeros(1, *shape))
+    return stages, [bias is not None for bias in biases]
+
+
+def pooled() -> nn.Sequential:
+    """Of all kinds of stages, with a bias and without."""
+    convolutions = nn.Conv2d(2, 5, 3, bias=False), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(5, 6, 2)
+    return nn.Sequential(*convolutions, nn.ReLU(), nn.Flatten(), nn.Linear(6 * 2, 4))
+
+
+def step_errors(model: nn.Module, precision: str) -> checks.Errors:
+    stages, biases = stages_of(model, 2, 9, 7)
+    pixels = torch.linspace(-1, 1, 256).repeat(2, 1)
+    return step_check.errors(
+        stages, biases, pixels, DEVICE, batch_size=4, clip=(-1.0, 1.0), width_weight=0.5,
+        mean=False, precision=precision,
+    )  # fmt: skip
+
+
+def pooling_errors(precision: str) -> checks.Errors:
+    case = checks.Pooling(POOLING, precision, DEVICE)
+    return {
+        kernel: (case.error(kernel), checks.TOLERANCES[precision])
+        for kernel in ("forward", "input_gradient")
+    }
+
+
+CHECKS: dict[str, Callable[[str], checks.Errors]] = {
+    "pooling": pooling_errors,
+    "ends": lambda p: checks.ends_errors(stages_of(pooled(), 2, 9, 7)[0], 3, p, DEVICE),
+    "step": lambda p: step_errors(pooled(), p),
+    "convolution": lambda p: checks.layer_errors((*CONVOLUTION, 0), DEVICE),
+    "channels last": lambda p: checks.layer_errors((*CONVOLUTION, 1), DEVICE),
+    "linear": lambda p: checks.layer_errors((*LINEAR, 0), DEVICE),
+    "relu": lambda p: checks.relu_errors(DEVICE),
+}
+OF_ALL_PRECISIONS = ("pooling", "ends", "step")
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [(name, p) for name in CHECKS for p in (PRECISIONS if name in OF_ALL_PRECISIONS else ("",))],
+)
+def test_what_is_right_passes(name: str, precision: str) -> None:
+    """With room to spare, since a GPU rounds otherwise."""
+    for part, (error, allowed) in CHECKS[name](precision).items():
+        assert error <= allowed / 2, part
+
+
+def changed(function: Callable[..., Any], change: Callable[[Any], None]) -> Callable[..., Any]:
+    """The function, whose result is changed in place."""
+
+    def wrong(*arguments: Any, **options: Any) -> Any:
+        result = function(*arguments, **options)
+        change(result)
+        return result
+
+    return wrong
+
+
+def _first_pixel(result: Any) -> None:
+    result.view(-1)[:4].add_(4)
+
+
+def _no_second_split(result: tuple[Tensor, Tensor]) -> None:
+    result[0][-1].zero_()
+
+
+def _a_nan(result: tuple[Tensor, ...]) -> None:
+    result[0].view(-1)[-1] = torch.nan
+
+
+# where it is, what is done to what it returns, the check, and what that names
+FAULTS = {
+    "pooled gradient": (pool, "input_gradient", _first_pixel, "pooling", "input_gradient"),
+    "pooled widths": (pool, "forward", lambda r: r[0].mul_(1.1), "pooling", "forward"),
+    "packed": (inputs, "pack", _first_pixel, "ends", "packing"),
+    "packed weight": (adam, "pack_weight", _a_nan, "ends", "the last layer's forward"),
+    "summed": (adam, "sum_partials", _first_pixel, "ends", "the last layer's backward"),
+    "width's gradient": (
+        inputs, "pack_gradient", lambda r: r[1].mul_(1.1), "ends", "the last layer's backward",
+    ),
+    "bounds": (
+        layers.conv2d, "forward", lambda r: r[1].mul_(1.1), "convolution", "a layer's forward",
+    ),
+    "layer's gradient": (
+        layers.conv2d, "weight_gradient", _no_second_split, "linear", "a layer's backward",
+    ),
+    "rectified": (layers, "relu_forward", lambda r: r[0].neg_(), "relu", "ReLU's forward"),
+    "before ReLU": (layers, "relu_backward", _a_nan, "relu", "ReLU's backward"),
+    "batch": (inputs, "batch", lambda r: r[0][0, 0, 0, 0].add_(1), "step", "the batch"),
+    "labels": (inputs, "batch", lambda r: r[1].copy_(r[1].flip(0)), "step", "the batch"),
+    "loss": (step_module, "loss", lambda r: r.terms[:, 1].mul_(1.1), "step", "the loss"),
+    "head's gradient": (
+        step_module, "loss", lambda r: r.grad_x[1].mul_(2), "step", "the gradients",
+    ),
+    "bias' gradient": (
+        step_module, "loss", lambda r: r.grad_bias.mul_(2), "step", "the gradients",
+    ),
+    "hidden gradient": (
+        conv2d, "weight_gradient", _no_second_split, "step", "the gradients",
+    ),
+    "hidden widths": (
+        step_module.conv2d, "forward", lambda r: r[1].mul_(1.2), "step", "the loss",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the precision of the widest tolerances."""
+    module, name, change, check, part = FAULTS[fault]
+    monkeypatch.setattr(module, name, changed(getattr(module, name), change))
+    why = checks._why(lambda: CHECKS[check]("bf16"))
+    assert why.startswith(part) and why.endswith("relative to float64")
+
+
+@pytest.mark.parametrize(
+    ("constant", "value", "part"),
+    [
+        ("BETA1", 0.91, "the first moments"),
+        ("BETA2", 0.9991, "the second moments"),
+        ("LOG2_BETA2", -1e-3, "the parameters"),
+        ("DROPPED", 8, "the weights' copies"),
+    ],
+)
+def test_faults_of_adam_are_found(
+    constant: str, value: float, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(self: adam.Adam, *arguments: Any) -> None:
+        self._constants[constant] = value
+        call(self, *arguments)
+
+    call = adam.Adam.__call__
+    monkeypatch.setattr(adam.Adam, "__call__", wrong)
+    assert checks._why(lambda: CHECKS["step"]("bf16")).startswith(f"{part} of step 1 is wrong")
+
+
+def test_a_wrong_network_runs_layer_by_layer(
+    auto: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = pooled().to(DEVICE), torch.randn(2, 2, 9, 7, device=DEVICE)
+    monkeypatch.setattr(pool, "forward", changed(pool.forward, lambda r: r.mul_(1.1)))
+    called: list[int] = []
+    monkeypatch.setattr(network, "forward", changed(network.forward, lambda r: called.append(1)))
+    box = Interval.ball(x, 0.1, None)
+    found, expected = cf.fuse(model).bounds(x, box), cf.bounds(model, x, box)
+    assert torch.equal(found.widths, expected.widths) and not called
+    assert [why for why in auto.values() if why] == [
+        why for why in auto.values() if why.startswith("forward of pooling is wrong on this GPU")
+    ]
+    with pytest.raises(ValueError, match=r"precision='bf16' cannot run here: forward of pooling"):
+        cf.fuse(model, "bf16").bounds(x, box)
+    cf.fuse(model, backend="triton").bounds(x, box)
+    assert called
+
+
+def test_a_wrong_relu_runs_in_torch(auto: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(3, 4, device=DEVICE)
+    monkeypatch.setattr(layers, "relu_forward", changed(layers.relu_forward, _a_nan))
+    assert torch.equal(ops.relu(x, x, x)[0], x.relu())
+    assert list(auto.values()) == [
+        "ReLU's forward is wrong on this GPU, by nan relative to float64"
+    ]
+
+
+def test_a_capture_is_no_time_to_check(
+    auto: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "capturing", lambda: True)
+    why = checks.relu_failure(torch.device(DEVICE))
+    assert why == "its kernels were not checked before a graph was captured: run it once before"
+    assert not auto
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (torch.OutOfMemoryError("of 80 GiB"), "there is no memory to check its kernels"),
+        (RuntimeError("no cubin"), "its kernels do not run here (RuntimeError: no cubin)"),
+    ],
+)
+def test_a_check_that_cannot_run(error: Exception, why: str) -> None:
+    def check() -> checks.Errors:
+        raise error
+
+    assert checks._why(check) == why
