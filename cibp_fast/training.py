@@ -331,13 +331,16 @@ class _Training:
         if fused is None or not plain or self.step >= config.steps:
             return None
         like = examples.images[: config.batch_size].float()
+        name, _ = _backend.select(self.backend, like.device, like.dtype)
+        if self.backend == "torch" or name == "cpu":
+            return None
         found = fused._triton_stages(like)
         if isinstance(found, str):
             return self._ordinary(found)
         if found[0][0].input != tuple(like.shape[1:]):
-            return None
-        if len(set(map(id, found[1]))) < len(found[1]):  # a layer that is used twice
-            return None
+            return self._ordinary("the network does not begin with a convolution")
+        if len(set(map(id, found[1]))) < len(found[1]):
+            return self._ordinary("the network uses a layer twice")
         from cibp_fast.kernels.inputs import pixel_table
         from cibp_fast.kernels.step import TrainStep
         from cibp_fast.kernels.step_check import failure
@@ -383,9 +386,8 @@ class _Training:
         return step
 
     def _ordinary(self, why: str) -> None:
-        """Says why a GPU does not train by Triton's kernels."""
-        if self.processes.device.type != "cpu" and self.backend == "auto":
-            print(f"Steps are not CUDA graphs of Triton's kernels: {why}.", file=sys.stderr)
+        """Says why Triton's kernels do not train the network."""
+        print(f"A step is not one CUDA graph of Triton's kernels: {why}.", file=sys.stderr)
 
     def _enough_memory(self) -> AbstractContextManager[None]:
         doing = f"a step of training with batch_size={self.config.batch_size}"

@@ -30,6 +30,7 @@ from cibp_fast.kernels.streams import PRECISIONS, rounded
 # Outputs, channels and taps of a program's tile, and of one where there is one tap.
 _TILE = (16, 8, 16)
 _FLAT = (16, 128, 1)
+_AT_ONCE = tl.constexpr(4)  # splits whose loads do not wait for each other
 
 
 @triton.jit
@@ -47,10 +48,12 @@ def _tile(o, c, t, outputs, channels, taps, TILE: tl.constexpr):
 @triton.jit
 def _total(partials, offsets, inside, splits, size):
     """The sum of the splits, the first one first."""
-    total = tl.load(partials + offsets, mask=inside, other=0.0)
-    for _ in range(1, splits):
-        partials += size
-        total += tl.load(partials + offsets, mask=inside, other=0.0)
+    total = tl.zeros(offsets.shape, tl.float32)
+    for first in range(0, splits, _AT_ONCE):
+        for i in tl.static_range(_AT_ONCE):  # unrolled: no load waits for another
+            known = inside & (first + i < splits)
+            total += tl.load(partials + offsets, mask=known, other=0.0)
+            partials += size
     return total
 
 

@@ -65,7 +65,7 @@ def backward(
     """Fills outputs, the gradients of lower, upper, nominal, weight and bias, and returns them.
 
     Those of no elements are not wanted. gradients: of lower', upper', nominal' and the width.
-    saved: lower, upper, nominal, weight, and lower' and upper' where the width has a gradient.
+    saved: lower, upper, nominal, weight, and lower' and upper' where the width counts.
     """
     of_lower, of_upper, of_nominal, of_weight, of_bias = outputs
     lower, upper, nominal, weight, lower_out, upper_out = saved
@@ -79,7 +79,7 @@ def backward(
     zeros = lower.new_zeros(()).expand(size)
     given = [zeros if each is None else _image(each) for each in gradients[:3]]
     width = None
-    if gradients[3] is not None:
+    if gradients[3] is not None and lower_out is not None:  # torch.compile gives zeros for None
         width = (gradients[3].reshape(1), *_images([lower_out, upper_out]))
     gradient = inputs.pack_gradient(
         *given[:2], None if nominal is None else given[2], PRECISION, width

@@ -89,10 +89,8 @@ class TrainStep:
         self.has_width = width_weight > 0
         given = iter(parameters)
         self.parameters = [None if stage.pool else next(given) for stage in self.stages]
-        self.copies = [
-            None if each is None else adam.pack_weight(_kernel(each[0][0], stage), precision)
-            for each, stage in zip(self.parameters, self.stages, strict=True)
-        ]
+        with torch.cuda.device_of(images):
+            self.copies = self._packed()
         # partial gradients of weight and bias: kept, so that their addresses stay
         self.partials: list[tuple[Tensor, Tensor] | None] = [None] * len(self.stages)
         self.loss: Loss | None = None
@@ -105,6 +103,10 @@ class TrainStep:
 
     def run(self) -> None:
         """One step."""
+        with torch.cuda.device_of(self.images):  # Triton launches on the current device
+            self._run()
+
+    def _run(self) -> None:
         widths = self._forward_and_backward()
         if self.adam is None:
             self.adam = adam.Adam(self._table(), self.precision)
@@ -150,13 +152,18 @@ class TrainStep:
         tensors = [t for each in self.parameters if each for one in each if one for t in one]
         return [*tensors, self.now, self.totals, self.at]
 
+    def _packed(self) -> list[tuple[Tensor, Tensor] | None]:
+        """The copies of the weights."""
+        return [
+            None if each is None else adam.pack_weight(_kernel(each[0][0], stage), self.precision)
+            for each, stage in zip(self.parameters, self.stages, strict=True)
+        ]
+
     def _repack(self) -> None:
         """Makes the copies of weights anew, where they are."""
-        for each, stage, copies in zip(self.parameters, self.stages, self.copies, strict=True):
-            if each is not None:
-                new = adam.pack_weight(_kernel(each[0][0], stage), self.precision)
-                for copy, value in zip(copies, new, strict=True):
-                    copy.copy_(value)
+        for copies, new in zip(self.copies, self._packed(), strict=True):
+            for copy, value in zip(copies or (), new or (), strict=True):
+                copy.copy_(value)
 
     def _forward_and_backward(self) -> list[Tensor]:
         """Fills the partial gradients; returns partial sums of the hidden layers' widths."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
 import torch
 from fusions import small
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import GridExecutor
 from tritons import DEVICE
 
 import cibp_fast as cf
@@ -156,6 +159,69 @@ def test_capturing_changes_nothing(cuda: None) -> None:
     plain, graph = steps
     assert all(torch.equal(a, b) for a, b in zip(plain._state(), graph._state(), strict=True))
     assert plain.at.item() == 2
+
+
+class Calls(TorchDispatchMode):
+    """The names of what torch was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):  # type: ignore[no-untyped-def]
+        self.names.add(function.overloadpacket.__name__)
+        return function(*arguments, **(options or {}))
+
+
+def addresses(step: TrainStep) -> list[int]:
+    assert step.loss is not None and step.adam is not None
+    kept = [*step._state(), *step.loss, step.adam._rows, step.of_squares, step.plan]
+    for pair in (*step.partials, *step.copies):
+        kept += pair or ()
+    return [each.data_ptr() for each in kept if each is not None]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="launches are replaced in the interpreter")
+@pytest.mark.parametrize("name", NETS)
+def test_what_is_captured_asks_nothing_of_the_host(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the second run on torch only allocates; what is kept stays where it is. Kernels are
+    launched on the current device, so that has to be the tensors'.
+    """
+    make, shape = NETS[name]
+    inside: list[Tensor] = []
+
+    @contextlib.contextmanager
+    def device_of(tensor: Tensor) -> Iterator[None]:
+        inside.append(tensor)
+        yield
+        inside.pop()
+
+    launched: list[bool] = []
+    call = GridExecutor.__call__
+
+    def launch(self: GridExecutor, *arguments: object, **options: object) -> None:
+        launched.append(bool(inside))
+        if not kept:
+            call(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(GridExecutor, "__call__", launch)
+    kept: list[int] = []
+    step = train_step(
+        make(), split(*shape), nn.Identity(), torch.zeros(1, 3), batch_size=4, clip=None,
+        width_weight=1.0, mean=True, precision="bf16",
+    )  # fmt: skip
+    step.run()
+    kept = addresses(step)
+    once = len(launched)
+    with Calls() as calls:
+        step.run()
+    allocations, views = {"empty", "new_empty", "empty_like"}, {"view", "select", "slice", "unbind"}
+    assert calls.names <= allocations | views | {"_unsafe_view", "detach", "alias"}
+    assert addresses(step) == kept
+    assert all(launched) and once < len(launched) < 2 * once + 1
 
 
 def test_a_capture_inside_another_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,10 @@ from torch import nn
 from tritons import DEVICE
 
 import cibp_fast as cf
-from cibp_fast import data, models, runs, training
+from cibp_fast import _backend, data, models, runs, training
 from cibp_fast.config import Config, preset
+from cibp_fast.kernels import checks
+from cibp_fast.kernels.adam import Adam
 from cibp_fast.kernels.step import TrainStep
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="replays are counted in the interpreter")
@@ -120,6 +122,35 @@ def test_what_the_step_cannot_do_the_loop_does(
         backend="triton",
     )
     assert not replays
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_auto_trains_by_steps_that_were_checked(
+    tmp_path: Path,
+    replays: list[int],
+    wrong: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As on a GPU: "auto" chooses Triton."""
+    select = _backend.select
+    monkeypatch.setattr(
+        _backend, "select", lambda name, *of: select("triton" if name == "auto" else name, *of)
+    )
+    monkeypatch.setattr(checks, "_known", dict)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    if wrong:
+        betas = Adam.__init__
+        monkeypatch.setattr(Adam, "__init__", lambda *a: betas(*a, betas=(0.9, 0.99)))
+    short = {"steps": 2, "eps_ramp": (0, 1), "kappa_ramp": (0, 1), "lr_decay_at": (1,)}
+    training.train(_config(**short), tmp_path / "run")
+    warned = capsys.readouterr().err.count(
+        "A step is not one CUDA graph of Triton's kernels: the second moments of step 1 is wrong"
+    )
+    # the check takes its steps by `run`
+    assert (replays, warned) == (([], 1) if wrong else ([0, 1], 0))
 
 
 def test_a_backend_that_cannot_run_leaves_nothing_behind(
