@@ -131,7 +131,8 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str:
     if dtype != torch.float32:
         return f"no Triton kernels for {dtype}, only float32"
     if device.type == "cuda" and not torch.cuda.is_available():
-        return "torch finds no GPU, or no driver"
+        built = torch.version.cuda or torch.version.hip
+        return "torch finds no GPU, or no driver" if built else "torch is a build without CUDA"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         major, minor = torch.cuda.get_device_capability(device)
         return f"the GPU is of architecture sm_{major}{minor}, and Triton's kernels need sm_80"

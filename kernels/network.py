@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import accumulate
 from math import prod
 from typing import Any
@@ -39,7 +39,7 @@ def _offsets(sizes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(accumulate((-(-size // line) * line for size in sizes), initial=0))
 
 
-@lru_cache(maxsize=None)  # for good: a CUDA graph may read them
+@cache  # for good: a CUDA graph may read them
 def _on(device: torch.device, numbers: tuple[int, ...]) -> Tensor:
     """The numbers on the device: copied there once, since a copy would wait for the host."""
     return torch.tensor(numbers, dtype=torch.float32, device=device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -277,3 +279,57 @@ def test_a_check_that_cannot_run(error: Exception, why: str) -> None:
         raise error
 
     assert checks._why(check) == why
+
+
+@pytest.mark.parametrize(
+    ("available", "capability", "built", "why"),
+    [
+        (False, (0, 0), None, "torch is a build without CUDA"),
+        (False, (0, 0), "13.0", "torch finds no GPU, or no driver"),
+        (True, (7, 5), "13.0", "the GPU is of architecture sm_75, and Triton's kernels need sm_80"),
+        (True, (8, 0), "13.0", ""),
+    ],
+)
+def test_gpus_that_cannot_run(
+    available: bool,
+    capability: tuple[int, int],
+    built: str | None,
+    why: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "cuda", built)
+    gpu = torch.device("cuda")
+    if not why:
+        assert _backend.select("auto", gpu, torch.float32)[0] == "triton"
+        return
+    assert _backend.select("auto", gpu, torch.float32) == ("torch", why)
+    with pytest.raises(ValueError, match=f"^backend='triton' cannot run: {why}$"):
+        _backend.select("triton", gpu, torch.float32)
+
+
+def test_an_old_triton_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.5.1")
+    missing = _backend._triton_missing.__wrapped__()
+    assert missing == "Triton 3.5.1 is too old: 3.6 or later is needed"
+
+
+def test_ops_run_with_the_gpu_of_their_tensors_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current one."""
+    registered, inside = [], []
+
+    @contextlib.contextmanager
+    def device_of(tensor: Tensor) -> Iterator[None]:
+        inside.append(tensor)
+        yield
+        inside.pop()
+
+    monkeypatch.setattr(torch.library, "impl", lambda *of: lambda run: registered.append((of, run)))
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    x = torch.zeros(1)
+    ops.on_its_gpu("relu_forward")(lambda *given: (given, list(inside)))
+    ((of, run),) = registered
+    assert of[1:] == ("relu_forward", "CUDA")
+    given, current = run(None, x, 3)
+    assert given == (None, x, 3) and current[0] is x and not inside

@@ -234,7 +234,7 @@ class Graphed:
         images, labels = (each.to(device) for each in problem.images())
         self.model = problem.network().to(device)
         found = fuse(self.model, precision, "triton")._triton_stages(to_pixels(images))
-        assert found is not None
+        assert not isinstance(found, str), found
         self.stages, weights, biases, self.precision = found
         self.moments = {
             id(p): (torch.zeros_like(p), torch.zeros_like(p)) for p in self.model.parameters()

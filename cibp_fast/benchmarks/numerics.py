@@ -89,7 +89,7 @@ def groups(device: torch.device) -> Iterator[Group]:
     for name, problem in zip(names, PROBLEMS, strict=True):
         x = to_pixels(problem.images()[0]).to(device)
         found = fuse(problem.network().to(device), "float32", "triton")._triton_stages(x)
-        assert found is not None
+        assert not isinstance(found, str), found
         shapes = [shape_of(stage, problem.batch) for stage in found[0] if not stage.pool]
         for precision in gpu.PRECISIONS:
             yield Group(precision, [f"{name}: {_text(shape)}" for shape in shapes], shapes)
