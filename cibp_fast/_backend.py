@@ -15,7 +15,7 @@ import torch
 
 # Best first. Each is an extension module of its own, built from the same sources (see setup.py).
 ISAS = ("avx512", "avx2", "portable")
-BACKENDS = ("auto", "cpu", "triton", "torch")
+BACKENDS = ("auto", "cpu", "triton", "cuda", "torch")
 KERNEL_DTYPES = (torch.float32, torch.float64)
 
 
@@ -89,7 +89,7 @@ def select(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[str,
     """The backend that runs an op on tensors of this device and dtype, and the reason.
 
     Returns:
-        ("cpu" | "triton" | "torch", reason).
+        ("cpu" | "triton" | "cuda" | "torch", reason).
 
     Raises:
         ValueError: an unknown backend, or an explicit one that cannot run.
@@ -101,7 +101,8 @@ def select(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[str,
     wanted = backend
     if backend == "auto":
         wanted = "cpu" if device.type == "cpu" else "triton"
-    obstacle = (_cpu_obstacle if wanted == "cpu" else _triton_obstacle)(device, dtype)
+    obstacles = {"cpu": _cpu_obstacle, "triton": _triton_obstacle, "cuda": _cuda_obstacle}
+    obstacle = obstacles[wanted](device, dtype)
     if not obstacle:
         return wanted, "built for this CPU" if wanted == "cpu" else "compiled for this GPU"
     if backend == wanted:
@@ -149,6 +150,41 @@ def _triton_missing() -> str:
     if tuple(map(int, version.split(".")[:2])) < (3, 6):
         return f"Triton {version} is too old: 3.6 or later is needed"
     return ""
+
+
+def _cuda_obstacle(device: torch.device, dtype: torch.dtype) -> str:
+    """The same of csrc/cuda."""
+    return _cuda_missing(device) or (
+        "" if dtype == torch.float32 else f"no CUDA kernels for {dtype}, only float32"
+    )
+
+
+def _cuda_missing(device: torch.device) -> str:
+    """Why they cannot run on this device; empty: they can."""
+    if device.type != "cuda":
+        return f"they are for NVIDIA's GPUs, and the tensors are on {device.type!r}"
+    if why := _no_cuda_devices():
+        return why
+    if not torch.cuda.is_available():
+        return "torch finds no GPU, or no driver"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"the GPU is of architecture sm_{major}{minor}, and they need sm_80"
+    return ""
+
+
+@torch.compiler.assume_constant_result
+def _no_cuda_devices() -> str:
+    """Why there is no GPU for the CUDA kernels, or no kernels; empty: there is."""
+    try:
+        return cuda_kernels().devices()[1]
+    except ImportError as error:
+        return f"the CUDA kernels are not built ({error}): install cibp_fast where nvcc is"
+
+
+def cuda_kernels() -> ModuleType:
+    """The extension module of csrc/cuda. Raises ImportError where it is not built."""
+    return importlib.import_module("cibp_fast._cuda")
 
 
 _forked = False
@@ -210,12 +246,12 @@ def describe() -> list[tuple[str, str]]:
 def _cuda_build() -> str:
     """What there is of csrc/cuda."""
     try:
-        cuda = importlib.import_module("cibp_fast._cuda")
+        cuda = cuda_kernels()
     except ImportError as error:
         return f"not built ({error})"
     devices, why_not = cuda.devices()
     found = ", ".join(f"sm_{major}{minor}" for major, minor in devices) or f"no GPU: {why_not}"
-    return f"built for {cuda.architectures}; {found}; no op runs them yet"
+    return f"built for {cuda.architectures}; {found}; run by backend='cuda'"
 
 
 def processor() -> str:

@@ -51,7 +51,7 @@ def first_conv2d_grad_weight(
     precision: str,
     grad: int,  # gradient of center, radius, nominal before ReLU, [3 or 2, N, H', W', K] as stored
     weight: int,  # [K, C, R, S]
-    outputs: Sequence[int],  # [splits, K, C, R, S], and [splits, K] of the bias or 0
+    outputs: Sequence[int],  # [splits, K, R, S, C], and [splits, K] of the bias or 0
     /,
 ) -> None:
     """``outer(g_c, center) + outer(g_z, nominal) + W.sign() * outer(g_r, radius)``."""
@@ -95,7 +95,9 @@ def bounds_blocks(size: Sequence[int], /) -> int:
 def bounds_forward(
     device: Device,
     size: Sequence[int],  # N, C, H, W
-    tensors: Sequence[Sequence[int]],  # 3: center, radius, nominal (may be absent), without bias
+    # 3: center, radius, nominal (may be absent), without bias, or lower, upper, nominal
+    tensors: Sequence[Sequence[int]],
+    bounds: bool,  # whether they are lower and upper: then there is no bias
     bias: Sequence[int],  # pointer [C] or 0, stride
     relu: bool,
     outputs: Sequence[Sequence[int]],  # 3: lower, upper, nominal
@@ -110,9 +112,11 @@ def bounds_backward(
     # 6: gradients of lower, upper, nominal (any absent: zeros); lower, upper (both needed for relu
     # or grad_width) and nominal (for relu) that bounds_forward wrote
     tensors: Sequence[Sequence[int]],
+    bounds: bool,  # as bounds_forward's
     grad_width: int,  # pointer to one number: gradient of the sum of (upper - lower)^2; 0: none
     relu: bool,
-    outputs: Sequence[Sequence[int]],  # 3: gradients of center, radius, nominal (absent: unwanted)
+    # 3: gradients of what bounds_forward was given (absent: unwanted)
+    outputs: Sequence[Sequence[int]],
     /,
 ) -> None: ...
 def channel_sums(

@@ -7,6 +7,7 @@ Tensors come in as (lower, upper, nominal); the nominal may be None throughout. 
 
 from __future__ import annotations
 
+import importlib
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -47,9 +48,10 @@ def conv2d(
         bias: [out_channels] or None.
         stride, padding, dilation: (vertical, horizontal); padding is with zeros, on both sides.
         width: whether the width is wanted (and may be differentiated).
-        backend: "cpu" (the C++ kernels), "triton", "torch" (plain PyTorch), or "auto": the kernels
-            of the tensors' device; Triton's only where they were checked against float64 on that
-            GPU, which the first call with new shapes does.
+        backend: "cpu" (the C++ kernels), "triton", "cuda" (the CUDA C++ kernels, with torch's own
+            products in float32 where there are more than 4 channels, or groups), "torch" (plain
+            PyTorch), or "auto": on the CPU its kernels, on a GPU Triton's where they were checked
+            against float64 on it, which the first call with new shapes does.
 
     Returns:
         lower', upper', nominal' (or None): [N, out_channels, out_height, out_width]; and the
@@ -95,7 +97,7 @@ def conv2d(
         )
         return out[0], out[1], out[2], out[3] if width else None
     arguments = (lower, upper, nominal, weight, bias, stride, padding, dilation, groups)
-    result = _Conv2d.apply(*arguments, width, backend == "triton")
+    result = _Conv2d.apply(*arguments, width, backend)
     return _streams(result, nominal, width)
 
 
@@ -140,7 +142,7 @@ def linear(
         out = reference.linear(lower, upper, nominal, weight, bias)
         return out[0], out[1], out[2], out[3] if width else None
     flat = [None if t is None else t.reshape(-1, t.shape[-1]) for t in (lower, upper, nominal)]
-    result = _Linear.apply(*flat, weight, bias, width, backend == "triton")
+    result = _Linear.apply(*flat, weight, bias, width, backend)
     lower_out, upper_out, nominal_out, squares = _streams(result, nominal, width)
     shape = (*lower.shape[:-1], weight.shape[0])
     return (
@@ -192,7 +194,7 @@ def relu(
 
         out = reference.relu(lower, upper, nominal)
         return out[0], out[1], out[2], out[3] if width else None
-    result = _Relu.apply(lower, upper, nominal, width, backend == "triton")
+    result = _Relu.apply(lower, upper, nominal, width, backend)
     return _streams(result, nominal, width)
 
 
@@ -319,13 +321,13 @@ class _Conv2d(torch.autograd.Function):
         dilation: Pair,
         groups: int,
         width: bool,
-        triton: bool,
+        backend: str,
     ) -> tuple[Tensor, ...]:
         result = torch.ops.cibp_fast.conv2d_forward(
-            lower, upper, nominal, weight, bias, stride, padding, dilation, groups, triton
+            lower, upper, nominal, weight, bias, stride, padding, dilation, groups, backend
         )
         _save(ctx, width, result, lower, upper, nominal, weight)
-        ctx.geometry, ctx.triton = (stride, padding, dilation, groups), triton
+        ctx.geometry, ctx.backend = (stride, padding, dilation, groups), backend
         return result
 
     @staticmethod
@@ -334,7 +336,7 @@ class _Conv2d(torch.autograd.Function):
         needs = ctx.needs_input_grad
         grads = torch.ops.cibp_fast.conv2d_backward(
             *(*gradients, *ctx.saved_tensors, *ctx.geometry),
-            *(any(needs[:3]), needs[3] or needs[4], ctx.triton),
+            *(any(needs[:3]), needs[3] or needs[4], ctx.backend),
         )
         return *(g if need else None for g, need in zip(grads, needs, strict=False)), *([None] * 6)
 
@@ -349,11 +351,11 @@ class _Linear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         width: bool,
-        triton: bool,
+        backend: str,
     ) -> tuple[Tensor, ...]:
-        result = torch.ops.cibp_fast.linear_forward(lower, upper, nominal, weight, bias, triton)
+        result = torch.ops.cibp_fast.linear_forward(lower, upper, nominal, weight, bias, backend)
         _save(ctx, width, result, lower, upper, nominal, weight)
-        ctx.triton = triton
+        ctx.backend = backend
         return result
 
     @staticmethod
@@ -361,7 +363,7 @@ class _Linear(torch.autograd.Function):
         _no_double_backward("linear")
         needs = ctx.needs_input_grad
         grads = torch.ops.cibp_fast.linear_backward(
-            *gradients, *ctx.saved_tensors, any(needs[:3]), needs[3] or needs[4], ctx.triton
+            *gradients, *ctx.saved_tensors, any(needs[:3]), needs[3] or needs[4], ctx.backend
         )
         return *(g if need else None for g, need in zip(grads, needs, strict=False)), None, None
 
@@ -369,10 +371,10 @@ class _Linear(torch.autograd.Function):
 class _Relu(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, lower: Tensor, upper: Tensor, nominal: Tensor | None, width: bool, triton: bool
+        ctx: Any, lower: Tensor, upper: Tensor, nominal: Tensor | None, width: bool, backend: str
     ) -> tuple[Tensor, ...]:
-        result = torch.ops.cibp_fast.relu_forward(lower, upper, nominal, triton)
-        ctx.triton = triton
+        result = torch.ops.cibp_fast.relu_forward(lower, upper, nominal, backend)
+        ctx.backend = backend
         _mark(ctx, width, result, nominal)
         ctx.save_for_backward(*result[: 2 if nominal is None else 3])
         return result
@@ -381,7 +383,7 @@ class _Relu(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         _no_double_backward("relu")
         saved = (*ctx.saved_tensors, None)[:3]
-        grads = torch.ops.cibp_fast.relu_backward(*gradients, *saved, ctx.triton)
+        grads = torch.ops.cibp_fast.relu_backward(*gradients, *saved, ctx.backend)
         needs = ctx.needs_input_grad
         return *(g if need else None for g, need in zip(grads, needs, strict=False)), None, None
 
@@ -395,20 +397,20 @@ _GEOMETRY = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt gro
 _GRADIENTS = "Tensor? grad_lower, Tensor? grad_upper, Tensor? grad_nominal, Tensor? grad_width"
 _SAVED = f"{_INPUTS}, Tensor? lower_out, Tensor? upper_out"
 _WANTED = "bool wants_input, bool wants_weight"
-_TRITON = "bool triton=False"  # on the CPU; a GPU's kernels are Triton's
+_BACKEND = "str backend='cpu'"  # of _MODULES, or the CPU's
 _FOUR = "(Tensor, Tensor, Tensor, Tensor)"
 _FIVE = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
-_library.define(f"conv2d_forward({_INPUTS}, Tensor? bias, {_GEOMETRY}, {_TRITON}) -> {_FOUR}")
+_library.define(f"conv2d_forward({_INPUTS}, Tensor? bias, {_GEOMETRY}, {_BACKEND}) -> {_FOUR}")
 _library.define(
-    f"conv2d_backward({_GRADIENTS}, {_SAVED}, {_GEOMETRY}, {_WANTED}, {_TRITON}) -> {_FIVE}"
+    f"conv2d_backward({_GRADIENTS}, {_SAVED}, {_GEOMETRY}, {_WANTED}, {_BACKEND}) -> {_FIVE}"
 )
-_library.define(f"linear_forward({_INPUTS}, Tensor? bias, {_TRITON}) -> {_FOUR}")
-_library.define(f"linear_backward({_GRADIENTS}, {_SAVED}, {_WANTED}, {_TRITON}) -> {_FIVE}")
+_library.define(f"linear_forward({_INPUTS}, Tensor? bias, {_BACKEND}) -> {_FOUR}")
+_library.define(f"linear_backward({_GRADIENTS}, {_SAVED}, {_WANTED}, {_BACKEND}) -> {_FIVE}")
 
-_library.define(f"relu_forward(Tensor lower, Tensor upper, Tensor? nominal, {_TRITON}) -> {_FOUR}")
+_library.define(f"relu_forward(Tensor lower, Tensor upper, Tensor? nominal, {_BACKEND}) -> {_FOUR}")
 _library.define(
     f"relu_backward({_GRADIENTS}, Tensor lower_out, Tensor upper_out, Tensor? nominal_out=None, "
-    f"{_TRITON}) -> (Tensor, Tensor, Tensor)"
+    f"{_BACKEND}) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -477,10 +479,12 @@ def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _triton_layers() -> ModuleType:
-    from cibp_fast.kernels import layers  # imports Triton
+_MODULES = {"triton": "layers", "cuda": "cuda"}  # of cibp_fast.kernels, all of the same functions
 
-    return layers
+
+def _layers(backend: str) -> ModuleType:
+    """The module of a GPU's kernels: imported late, since it may need Triton."""
+    return importlib.import_module(f"cibp_fast.kernels.{_MODULES[backend]}")
 
 
 def _kernel(name: str, dtype: torch.dtype) -> Any:
@@ -544,18 +548,18 @@ def _conv2d_shape(
 
 
 @torch.library.register_fake("cibp_fast::conv2d_forward", lib=_library)
-def _(lower, upper, nominal, weight, bias, stride, padding, dilation, groups, triton=False):  # type: ignore[no-untyped-def]
+def _(lower, upper, nominal, weight, bias, stride, padding, dilation, groups, backend="cpu"):  # type: ignore[no-untyped-def]
     size = _conv2d_size(lower, weight, stride, padding, dilation)
     return _forward_outputs(lower, nominal, (lower.shape[0], weight.shape[0], *size))
 
 
 @on_its_gpu("conv2d_forward")
 @torch.library.impl(_library, "conv2d_forward", "CPU")
-def _(lower, upper, nominal, weight, bias, stride, padding, dilation, groups, triton=False):  # type: ignore[no-untyped-def]
+def _(lower, upper, nominal, weight, bias, stride, padding, dilation, groups, backend="cpu"):  # type: ignore[no-untyped-def]
     shape = _conv2d_shape(lower, weight, stride, padding, dilation, groups)
     outputs = _forward_outputs(lower, nominal, (shape[0], *shape[4:7]))
-    if triton or lower.is_cuda:
-        return _triton_layers().forward(shape, outputs, lower, upper, nominal, weight, bias)
+    if backend in _MODULES:
+        return _layers(backend).forward(shape, outputs, lower, upper, nominal, weight, bias)
     _run_forward("conv2d_forward", shape, outputs, lower, upper, nominal, weight, bias)
     return outputs
 
@@ -573,24 +577,24 @@ def _(*arguments):  # type: ignore[no-untyped-def]
     lower, _, nominal, weight = saved[:4]
     shape = _conv2d_shape(lower, weight, *arguments[10:14])
     outputs = _backward_outputs(lower, nominal, weight, *arguments[14:16])
-    if any(arguments[16:]) or lower.is_cuda:
-        return _triton_layers().backward(shape, outputs, gradients, saved)
+    if (backend := (*arguments, "cpu")[16]) in _MODULES:
+        return _layers(backend).backward(shape, outputs, gradients, saved)
     _run_backward("conv2d_backward", shape, (shape[0], *shape[4:7]), outputs, gradients, saved)
     return outputs
 
 
 @torch.library.register_fake("cibp_fast::linear_forward", lib=_library)
-def _(lower, upper, nominal, weight, bias, triton=False):  # type: ignore[no-untyped-def]
+def _(lower, upper, nominal, weight, bias, backend="cpu"):  # type: ignore[no-untyped-def]
     return _forward_outputs(lower, nominal, (lower.shape[0], weight.shape[0]))
 
 
 @on_its_gpu("linear_forward")
 @torch.library.impl(_library, "linear_forward", "CPU")
-def _(lower, upper, nominal, weight, bias, triton=False):  # type: ignore[no-untyped-def]
+def _(lower, upper, nominal, weight, bias, backend="cpu"):  # type: ignore[no-untyped-def]
     outputs = _forward_outputs(lower, nominal, (lower.shape[0], weight.shape[0]))
-    if triton or lower.is_cuda:
+    if backend in _MODULES:
         shape = _linear_shape(len(lower), weight)
-        return _triton_layers().forward(shape, outputs, lower, upper, nominal, weight, bias)
+        return _layers(backend).forward(shape, outputs, lower, upper, nominal, weight, bias)
     shape = (*lower.shape, weight.shape[0])
     _run_forward("linear_forward", shape, outputs, lower, upper, nominal, weight, bias)
     return outputs
@@ -608,9 +612,9 @@ def _(*arguments):  # type: ignore[no-untyped-def]
     gradients, saved = arguments[:4], arguments[4:10]
     lower, _, nominal, weight = saved[:4]
     outputs = _backward_outputs(lower, nominal, weight, *arguments[10:12])
-    if any(arguments[12:]) or lower.is_cuda:
+    if (backend := (*arguments, "cpu")[12]) in _MODULES:
         shape = _linear_shape(len(lower), weight)
-        return _triton_layers().backward(shape, outputs, gradients, saved)
+        return _layers(backend).backward(shape, outputs, gradients, saved)
     out_shape = (lower.shape[0], weight.shape[0])
     shape = (*lower.shape, weight.shape[0])
     _run_backward("linear_backward", shape, out_shape, outputs, gradients, saved)
@@ -618,20 +622,20 @@ def _(*arguments):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("cibp_fast::relu_forward", lib=_library)
-def _(lower, upper, nominal, triton=False):  # type: ignore[no-untyped-def]
+def _(lower, upper, nominal, backend="cpu"):  # type: ignore[no-untyped-def]
     return _forward_outputs(lower, nominal, lower.shape)
 
 
 @on_its_gpu("relu_forward")
 @torch.library.impl(_library, "relu_forward", "CPU")
-def _(lower, upper, nominal, triton=False):  # type: ignore[no-untyped-def]
+def _(lower, upper, nominal, backend="cpu"):  # type: ignore[no-untyped-def]
     outputs = _forward_outputs(lower, nominal, lower.shape)
     layout = _layout(lower)
     inputs = [
         None if t is None else t.contiguous(memory_format=layout) for t in (lower, upper, nominal)
     ]
-    if triton or lower.is_cuda:
-        return _triton_layers().relu_forward(inputs, outputs)
+    if backend in _MODULES:
+        return _layers(backend).relu_forward(inputs, outputs)
     _kernel("relu_forward", lower.dtype)(
         lower.numel(),
         _backend.threads(),
@@ -666,16 +670,16 @@ def _(  # type: ignore[no-untyped-def]
     lower_out,
     upper_out,
     nominal_out=None,
-    triton=False,
+    backend="cpu",
 ):
     outputs = _relu_gradients(lower_out, nominal_out)
     gradients = [
         torch.zeros_like(lower_out) if g is None else g.contiguous(memory_format=_layout(lower_out))
         for g in (grad_lower, grad_upper, grad_nominal)
     ]
-    if triton or lower_out.is_cuda:
+    if backend in _MODULES:
         values = (lower_out, upper_out, nominal_out)
-        return _triton_layers().relu_backward(gradients, grad_width, values, outputs)
+        return _layers(backend).relu_backward(gradients, grad_width, values, outputs)
     _kernel("relu_backward", lower_out.dtype)(
         lower_out.numel(),
         _backend.threads(),

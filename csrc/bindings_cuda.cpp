@@ -169,16 +169,17 @@ Elementwise<Op> elementwise(const std::array<int64_t, 4>& size, const Op& op,
 }
 
 void bounds_forward_py(const Device& device, const std::array<int64_t, 4>& size,
-                       const std::array<Tensor, 3>& in, const std::array<int64_t, 2>& bias,
-                       bool relu, const std::array<Tensor, 3>& out, int64_t width) {
-  const Bounds op{pointer<const float>(bias[0]), bias[1], relu};
+                       const std::array<Tensor, 3>& in, bool bounds,
+                       const std::array<int64_t, 2>& bias, bool relu,
+                       const std::array<Tensor, 3>& out, int64_t width) {
+  const Bounds op{bounds, pointer<const float>(bias[0]), bias[1], relu};
   bounds_forward(launch_at(device), elementwise(size, op, in, out, width));
 }
 
 void bounds_backward_py(const Device& device, const std::array<int64_t, 4>& size,
-                        const std::array<Tensor, 6>& in, int64_t grad_width, bool relu,
+                        const std::array<Tensor, 6>& in, bool bounds, int64_t grad_width, bool relu,
                         const std::array<Tensor, 3>& out) {
-  const BoundsGrad op{pointer<const float>(grad_width), relu};
+  const BoundsGrad op{bounds, pointer<const float>(grad_width), relu};
   bounds_backward(launch_at(device), elementwise(size, op, in, out, 0));
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -9,13 +10,15 @@ import shlex
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
 import pybind11
 import pytest
+
+from cibp_fast import _backend
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-Icsrc/cuda", "-Itests/cpp")
@@ -62,6 +65,18 @@ def run(command: list[str]) -> None:
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if result.returncode != 0:
         pytest.fail(f"{shlex.join(command)}\n{result.stdout}{result.stderr}", pytrace=False)
+
+
+@contextlib.contextmanager
+def in_place(module: ModuleType) -> Iterator[None]:
+    """Within it backend="cuda" runs this build, on tensors of the CPU."""
+    from cibp_fast.kernels import cuda
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_backend, "cuda_kernels", lambda: module)
+        patch.setattr(_backend, "_cuda_missing", lambda device: "")
+        patch.setattr(cuda, "_halo_runs", lambda device: True)
+        yield
 
 
 def load(path: Path) -> ModuleType:

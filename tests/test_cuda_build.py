@@ -85,8 +85,8 @@ def test_failed_launches_name_the_kernel(cuda: ModuleType) -> None:
     calls = {
         "sum_partials": (1, 1, 0, 0),
         "channel_sums": ([1, 1, 1, 1], 1, empty, 0),
-        "bounds_forward": ([0, 1, 1, 1], [empty] * 3, (0, 0), False, [empty] * 3, 0),
-        "bounds_backward": ([0, 1, 1, 1], [empty] * 6, 0, False, [empty] * 3),
+        "bounds_forward": ([0, 1, 1, 1], [empty] * 3, False, (0, 0), False, [empty] * 3, 0),
+        "bounds_backward": ([0, 1, 1, 1], [empty] * 6, False, 0, False, [empty] * 3),
         "first_conv2d_forward": (shape, [empty] * 3, True, 0, 0, True, "float32", (0, 0)),
         "halo_conv2d_pack_weight": (64, 64, 0, "tf32", 0),
         "halo_conv2d_forward": (halo, 3, 0, 0, 0, True, "bf16", (0, 0)),

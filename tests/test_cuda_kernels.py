@@ -261,7 +261,7 @@ def test_first_conv2d_grad_weight(
     inputs, (weight, _) = box(g, streams), parameters(g)
     grad = torch.randn(streams, *g.streams).to(PRECISIONS[precision])
     splits = 3
-    partials = unwritten(splits, *weight.shape)
+    partials = unwritten(splits, g.out_channels, *g.kernel, g.channels)
     bias_partials = unwritten(splits, g.out_channels)
     tensors = [arg(x) for x in (*inputs, None)[:3]]
     pointers = [partials.data_ptr(), bias_partials.data_ptr()]
@@ -287,7 +287,7 @@ def test_first_conv2d_grad_weight(
     # products of all pixels, center and radius (2), both sums, the splits
     n = streams * g.batch * g.out[0] * g.out[1] + 2 + 2 + splits
     tolerance = gamma(n, torch.float32)
-    result = sum_partials(cuda, partials).double()
+    result = sum_partials(cuda, partials).movedim(-1, 1).double()
     assert ((result - expected).abs() <= tolerance * magnitude).all()
     result = sum_partials(cuda, bias_partials).double()
     assert ((result - expected_bias).abs() <= tolerance * bias_magnitude).all()
@@ -308,14 +308,14 @@ def test_first_conv2d_keeps_nan(stream: int, cuda: ModuleType) -> None:
         assert torch.equal(x.isnan(), expected)
     assert width.isnan() == (stream != 2)
 
-    partials = unwritten(2, *weight.shape)
+    partials = unwritten(2, g.out_channels, *g.kernel, g.channels)
     grad = torch.ones(3, *g.streams)
     pointers = [partials.data_ptr(), 0]
     arguments = (True, "float32", grad.data_ptr(), weight.data_ptr(), pointers)
     cuda.first_conv2d_grad_weight(HOST, g.numbers, 2, [arg(x) for x in inputs], *arguments)
     nan = torch.zeros_like(weight, dtype=torch.bool)
     nan[:, 1] = True
-    assert torch.equal(sum_partials(cuda, partials).isnan(), nan)
+    assert torch.equal(sum_partials(cuda, partials).movedim(-1, 1).isnan(), nan)
 
 
 def test_first_conv2d_refuses(cuda: ModuleType) -> None:
@@ -471,7 +471,9 @@ def test_bounds(
     tensors = [arg(x) for x in (*inputs[:streams], *absent)]
     targets = [arg(x) for x in (*outputs[:streams], *absent)]
     bias_argument = (bias.data_ptr(), bias.stride(0))
-    cuda.bounds_forward(HOST, shape, tensors, bias_argument, relu, targets, partials.data_ptr())
+    cuda.bounds_forward(
+        HOST, shape, tensors, False, bias_argument, relu, targets, partials.data_ptr()
+    )
     width = sum_partials(cuda, partials[:, None])[0]
 
     b = bias[None, :, None, None]
@@ -500,7 +502,7 @@ def test_bounds(
     results = [arranged(unwritten(*shape), layout) for _ in range(3)]
     tensors = [arg(x) for x in (*grads[:streams], *absent, *outputs[:streams], *absent)]
     targets = [arg(x) for x in (*results[:streams], *absent)]
-    cuda.bounds_backward(HOST, shape, tensors, grad_width.data_ptr(), relu, targets)
+    cuda.bounds_backward(HOST, shape, tensors, False, grad_width.data_ptr(), relu, targets)
     size = grads[0].abs() + grads[1].abs()
     size = size + 4 * grad_width.abs() * (outputs[0].abs() + outputs[1].abs())
     for i, (value, truth) in enumerate(zip(results, expected_grads, strict=False)):
@@ -517,13 +519,43 @@ def test_bounds(
         assert (difference <= gamma(n, torch.float32) * magnitude).all()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("relu", [False, True])
+def test_bounds_of_lower_and_upper(layout: str, relu: bool, cuda: ModuleType) -> None:
+    shape = (2, 3, 4, 5)
+    center, radius, nominal = streams_of(shape, "contiguous")
+    inputs = [arranged(x, layout) for x in (center - radius, center + radius, nominal)]
+    outputs, results = ([unwritten(*shape) for _ in range(3)] for _ in range(2))
+    partials, grads = unwritten(cuda.bounds_blocks(shape)), [torch.randn(shape) for _ in range(3)]
+    targets = [arg(x) for x in outputs]
+    tensors = [arg(x) for x in inputs]
+    cuda.bounds_forward(HOST, shape, tensors, True, (0, 0), relu, targets, partials.data_ptr())
+    double = [x.double().requires_grad_() for x in inputs]
+    truths = [x.relu() if relu else x.clone() for x in double]
+    assert all(
+        torch.equal(value, truth.float()) for value, truth in zip(outputs, truths, strict=True)
+    )
+    squares = (truths[1] - truths[0]).square().sum()
+    width, n = sum_partials(cuda, partials[:, None])[0], center.numel() + 20
+    assert (width - squares).abs() <= gamma(n, torch.float32) * squares
+
+    loss = sum((g * x).sum() for g, x in zip(grads, truths, strict=True)) + squares / 2
+    half = torch.full((1,), 0.5)
+    tensors = [arg(x) for x in (*grads, *outputs)]
+    targets = [arg(x) for x in results]
+    cuda.bounds_backward(HOST, shape, tensors, True, half.data_ptr(), relu, targets)
+    for found, truth in zip(results, torch.autograd.grad(loss, double), strict=True):
+        magnitude = torch.stack(grads).abs().sum(0) + outputs[0].abs() + outputs[1].abs()
+        assert ((found - truth).abs() <= gamma(4, torch.float32) * magnitude.double()).all()
+
+
 def test_bounds_absent_gradients_are_zeros(cuda: ModuleType) -> None:
     shape = (2, 3, 4, 4)
     grad = torch.randn(shape)
     results = [unwritten(*shape), unwritten(*shape)]
     targets = [*map(arg, results), arg(None)]
     tensors = [arg(None), arg(grad), arg(None), arg(None), arg(None), arg(None)]
-    cuda.bounds_backward(HOST, shape, tensors, 0, False, targets)
+    cuda.bounds_backward(HOST, shape, tensors, False, 0, False, targets)
     assert torch.equal(results[0], grad)
     assert torch.equal(results[1], grad)
 
@@ -537,7 +569,7 @@ def test_bounds_keep_nan(relu: bool, layout: str, cuda: ModuleType) -> None:
     outputs = [torch.zeros(shape) for _ in range(3)]
     partials = unwritten(cuda.bounds_blocks(shape))
     tensors, targets = [arg(x) for x in inputs], [arg(x) for x in outputs]
-    cuda.bounds_forward(HOST, shape, tensors, (0, 0), relu, targets, partials.data_ptr())
+    cuda.bounds_forward(HOST, shape, tensors, False, (0, 0), relu, targets, partials.data_ptr())
     assert partials.isnan().any()
     for s, place in enumerate([(0, 0, 0, 0), (0, 0, 0, 0), (0, 1, 2, 3)]):
         expected = torch.zeros(shape, dtype=torch.bool)
@@ -555,7 +587,7 @@ def test_many_elements(cuda: ModuleType) -> None:
     partials = unwritten(blocks)
     tensors = [arg(center), arg(radius), arg(None)]
     targets = [*map(arg, outputs), arg(None)]
-    cuda.bounds_forward(HOST, shape, tensors, (0, 0), False, targets, partials.data_ptr())
+    cuda.bounds_forward(HOST, shape, tensors, False, (0, 0), False, targets, partials.data_ptr())
     assert torch.equal(outputs[0], center - radius)
     assert torch.equal(outputs[1], center + radius)
     squares = 4 * radius.double().square().sum()

@@ -75,7 +75,7 @@ def test_registration(kind: str) -> None:
     elif kind == "relu":
         parameters = ()
     op = getattr(torch.ops.cibp_fast, f"{kind}_forward").default
-    torch.library.opcheck(op, (lower, upper, nominal, *parameters, *geometry, True))
+    torch.library.opcheck(op, (lower, upper, nominal, *parameters, *geometry, "triton"))
 
 
 def test_groups_are_refused() -> None:

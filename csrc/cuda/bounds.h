@@ -66,9 +66,11 @@ CIBP_HOST_DEVICE int64_t bounds_blocks(const BoundsShape& shape) {
   return blocks < 1 ? 1 : blocks > 1024 ? 1024 : blocks;
 }
 
-// (center, radius, nominal), of a layer without its bias, -> (lower, upper, nominal).
+// (center, radius, nominal), of a layer without its bias, or (lower, upper, nominal) -> (lower,
+// upper, nominal).
 struct Bounds {
   static constexpr int kInputs = 3;
+  bool bounds;        // whether lower and upper are given, and no bias
   const float* bias;  // [C] of this stride, or null
   int64_t bias_stride;
   bool relu;
@@ -79,28 +81,38 @@ struct Bounds {
     out[0] = center - radius;
     out[1] = center + radius;
     out[2] = in[2] + b;
-    if (!relu) return 4.0f * radius * radius;
+    if (bounds) {
+      out[0] = in[0];
+      out[1] = in[1];
+    } else if (!relu) {
+      return 4.0f * radius * radius;
+    }
     CIBP_UNROLL
-    for (int s = 0; s < 3; ++s) out[s] = positive(out[s]);
+    for (int s = 0; s < 3; ++s) out[s] = relu ? positive(out[s]) : out[s];
     return (out[1] - out[0]) * (out[1] - out[0]);
   }
 };
 
-// The gradients of (lower, upper, nominal), and the outputs themselves -> those of (center, radius,
-// nominal).
+// The gradients of (lower, upper, nominal), and the outputs themselves -> those of what was given.
 struct BoundsGrad {
   static constexpr int kInputs = 6;
+  bool bounds;              // whether that was lower and upper, and not center and radius
   const float* grad_width;  // of the sum of (upper - lower)^2; null: none
   bool relu;
 
   CIBP_DEVICE float operator()(int64_t, const float* in, float* out) const {
     const float width = grad_width ? 2.0f * *grad_width * (in[4] - in[3]) : 0.0f;
-    float grad[3] = {in[0] - width, in[1] + width, in[2]};
+    float grad[3] = {in[0], in[1], in[2]}, of_width[3] = {width, width, 0.0f};
     CIBP_UNROLL
     for (int s = 0; s < 3; ++s)
-      if (relu && in[3 + s] <= 0) grad[s] = 0.0f;
-    out[0] = grad[0] + grad[1];
-    out[1] = grad[1] - grad[0];
+      if (relu && in[3 + s] <= 0) grad[s] = of_width[s] = 0.0f;
+    if (bounds) {
+      out[0] = grad[0] - of_width[0];
+      out[1] = grad[1] + of_width[1];
+    } else {  // the width's gradients cancel in the center, exactly where they come after the rest
+      out[0] = grad[0] + grad[1] + (of_width[1] - of_width[0]);
+      out[1] = grad[1] - grad[0] + (of_width[1] + of_width[0]);
+    }
     out[2] = grad[2];
     return 0.0f;
   }

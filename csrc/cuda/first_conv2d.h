@@ -315,7 +315,7 @@ struct FirstConv2dGradWeight {
   const float* weight;  // [K, C, R, S]
 
   // outputs
-  float* grad_weight;  // [splits, K, C, R, S]
+  float* grad_weight;  // [splits, K, R, S, C]
   float* grad_bias;    // [splits, K], or null
 
   static FirstConv2dGradWeight make(const FirstConv2dShape& shape, int splits, const FirstInput& in,
@@ -407,6 +407,7 @@ struct FirstConv2dGradWeight {
     block.each([&](int thread) {
       Sums& sum = sums[thread];
       const int channel = first_channel + thread / lanes * kChannels;
+      const int taps = shape.kernel_height * shape.kernel_width;
       CIBP_UNROLL
       for (int c = 0; c < kChannels; ++c) {
         if (channel + c >= shape.out_channels) continue;
@@ -416,7 +417,8 @@ struct FirstConv2dGradWeight {
           const int k = first_product + thread % lanes + j * lanes;
           if (k >= all_products) continue;
           const float w = weight[static_cast<int64_t>(channel + c) * all_products + k];
-          grad_weight[row * all_products + k] = sum.plus[j][c] + sign(w) * sum.magnitude[j][c];
+          const int tap = k % taps * shape.in_channels + k / taps;
+          grad_weight[row * all_products + tap] = sum.plus[j][c] + sign(w) * sum.magnitude[j][c];
         }
         if (grad_bias && block.z == 0 && thread % lanes == 0) grad_bias[row] = sum.bias[c];
       }
