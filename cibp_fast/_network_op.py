@@ -2,7 +2,7 @@
 
 The kernels are csrc/cpu/network.h or kernels/network.py. What the backward pass reads is saved in
 their own layout: so the op names its engine, and its backward pass runs the same one. That is an
-instruction set of the CPU, or "triton-" and a precision of kernels/streams.py.
+instruction set of the CPU, or "triton-" or "cuda-" and a precision of kernels/streams.py.
 """
 
 from __future__ import annotations
@@ -280,18 +280,19 @@ def _backward_outputs(
     ]
 
 
-def _triton(engine: str) -> str | None:
-    """The precision of a Triton engine."""
-    return engine.removeprefix("triton-") if engine.startswith("triton-") else None
+def _of_gpu(engine: str) -> tuple[str, bool] | None:
+    """The precision of a GPU's engine, and whether it runs CUDA kernels too; None: a CPU's."""
+    name, _, precision = engine.partition("-")
+    return (precision, name == "cuda") if precision else None
 
 
 @torch.library.register_fake("cibp_fast::network_forward", lib=_library)
 def _(lower, upper, nominal, ball_radius, weights, biases, numbers, engine, mean=False):  # type: ignore[no-untyped-def]
     plan, ball, batch = _plan(numbers), ball_radius is not None, nominal.shape[0]
-    if precision := _triton(engine):
-        from cibp_fast.kernels import network as triton_network
+    if gpu := _of_gpu(engine):
+        from cibp_fast.kernels import network as gpu_network
 
-        size = triton_network.saved_bytes(plan.stages, batch, precision)
+        size = gpu_network.saved_bytes(plan.stages, batch, gpu[0])
     else:
         size = _packed_offsets(batch, plan, nominal.dtype, ball, engine)[-1]
     packed = nominal.new_empty(size, dtype=torch.uint8)
@@ -306,12 +307,12 @@ def _(lower, upper, nominal, ball_radius, weights, biases, numbers, engine, mean
         outputs = _forward_outputs(nominal, plan.stages)
         outputs[-1].fill_(torch.nan)
         return *outputs, nominal.new_empty(0, dtype=torch.uint8)
-    if precision := _triton(engine):
-        from cibp_fast.kernels import network as triton_network
+    if gpu := _of_gpu(engine):
+        from cibp_fast.kernels import network as gpu_network
 
         divisors = _divisors(batch, plan, mean)
-        arguments = (lower, upper, nominal, plan.stages, weights, biases, divisors, precision)
-        return triton_network.forward(*arguments)
+        arguments = (lower, upper, nominal, plan.stages, weights, biases, divisors, *gpu)
+        return gpu_network.forward(*arguments)
     outputs = _forward_outputs(nominal, plan.stages)
     *offsets, size = _packed_offsets(batch, plan, nominal.dtype, ball_radius is not None, engine)
     # memory that an earlier call gave back: fresh pages would cost a small network a tenth more
@@ -366,17 +367,17 @@ def _(  # type: ignore[no-untyped-def]
             gradient.zero_()
         return inputs, parameters
     weights = [weight.contiguous() for weight in weights]
-    if precision := _triton(engine):
-        from cibp_fast.kernels import network as triton_network
+    if gpu := _of_gpu(engine):
+        from cibp_fast.kernels import network as gpu_network
 
-        triton_network.backward(
+        gpu_network.backward(
             (grad_lower, grad_upper, grad_nominal, head_lower, head_upper, grad_widths),
             (lower_out, upper_out),
             packed,
             plan.stages,
             weights,
             _divisors(batch, plan, mean),
-            precision,
+            *gpu,
             wants_input,
             wants_parameters,
             inputs,

@@ -350,7 +350,8 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         choices=_backend.BACKENDS,
         help="of the bounds: the device's kernels where they can run (auto, default), those of the "
-        "CPU (cpu), Triton's (triton), or none (torch)",
+        "CPU (cpu), Triton's (triton), those with CUDA C++ kernels where there are any (cuda), or "
+        "none (torch)",
     )
     recipe = train.add_argument_group(
         "recipe", f"Each replaces what the preset says: in brackets, what {DEFAULT_PRESET} does."

@@ -107,7 +107,7 @@ class FusedNetwork(nn.Module):
                 "fused networks run in float32 and float64 on the CPU and in float32 on a GPU, got "
                 f"x in {x.dtype} on {x.device}; cf.bounds takes it"
             )
-        backend, why_not = _backend.select(self.backend, x.device, x.dtype)
+        backend, why_not = self._selected(x)
         if backend == "torch":
             return self._unfused(why_not, x, box, width, reduction)
         program = self._current_program()
@@ -121,7 +121,7 @@ class FusedNetwork(nn.Module):
             precision = "tf32" if self.precision == "fast" else self.precision
             if why_not := self._unchecked(stages, x, precision):
                 return self._unfused(why_not, x, box, width, reduction)
-            engine = f"triton-{precision}"
+            engine = f"{backend}-{precision}"
         lower, upper, nominal, ball = _inputs(program, stages[0], x, box, backend == "cpu")
         lower, upper, logits, head_lower, head_upper, widths, weight, bias = network(
             lower, upper, nominal, ball, stages, weights, biases, reduction == "mean", engine
@@ -132,6 +132,15 @@ class FusedNetwork(nn.Module):
         head = Head(head_lower, head_upper, weight, bias)
         return Bounds(Interval._make(lower, upper, logits), widths, head)
 
+    def _selected(self, x: Tensor) -> tuple[str, str]:
+        """The backend for x, and the reason."""
+        found = _backend.select(self.backend, x.device, x.dtype)
+        if found[0] == "cuda" and (why_not := _backend._triton_obstacle(x.device, x.dtype)):
+            raise ValueError(
+                f"backend='cuda' cannot run a network, most layers of which are Triton's: {why_not}"
+            )
+        return found
+
     def _triton_stages(
         self, x: Tensor
     ) -> tuple[list[Stage], list[Tensor], list[Tensor | None], str] | str:
@@ -139,8 +148,8 @@ class FusedNetwork(nn.Module):
 
         Weights and biases are the parameters themselves.
         """
-        backend, why_not = _backend.select(self.backend, x.device, x.dtype)
-        if backend != "triton":
+        backend, why_not = self._selected(x)
+        if backend not in ("triton", "cuda"):
             return why_not
         program = self._current_program()
         stages, weights, biases = stages_and_parameters(program, x)
@@ -195,9 +204,13 @@ def fuse(model: nn.Module, precision: str = "float32", backend: str = "auto") ->
             On a GPU "fast" is "tf32": products of numbers rounded to nearest tf32, 10 bits. "bf16"
             stores all but the parameters in bfloat16. For training only: their bounds are never a
             certificate, and `cf.certify` does not use them.
-        backend: "cpu", "triton", "torch" (layer by layer), or "auto": the kernels of x's device;
-            Triton's only where they were checked against float64 on that GPU, which the first call
-            with new shapes does. On the CPU Triton runs in its interpreter (TRITON_INTERPRET=1).
+        backend: "cpu", "triton", "cuda" (Triton's, but for the layers that CUDA C++ kernels take:
+            those of at most 4 input channels, and in tf32 and bf16 on a GPU of compute capability
+            9.0 the forward pass of 3x3 convolutions of stride 1 with multiples of 64 channels;
+            which is faster was not measured yet), "torch" (layer by layer), or "auto": on the CPU
+            its kernels, on a GPU Triton's where they were checked against float64 on it, which the
+            first call with new shapes does. On the CPU Triton runs in its interpreter
+            (TRITON_INTERPRET=1).
 
     Raises:
         TypeError: model is no module.

@@ -126,7 +126,7 @@ def _check(config: Config, dataset: data.Dataset, processes: World, backend: str
     name, why = _backend.select(backend, processes.device, torch.float32)
     if config.precision != "float32" and name == "torch":
         raise ValueError(f"precision {config.precision!r} cannot run here: {why}")
-    on_gpu = processes.device.type == "cuda" or backend == "triton"
+    on_gpu = processes.device.type == "cuda" or backend in ("triton", "cuda")
     if config.precision in ("tf32", "bf16") and not on_gpu:
         raise ValueError(f"precision {config.precision!r} is for a GPU; on the CPU take 'fast'")
     if config.clip is not None and not config.clip[0] <= 0 < 1 <= config.clip[1]:
@@ -378,6 +378,7 @@ class _Training:
             pixels,
             table.to(device),
             step=self.step,
+            cpp=self.backend == "cuda",
             **options,
         )
         if device.type == "cuda":

@@ -98,7 +98,7 @@ def forward(
 ) -> tuple[Tensor, ...]:
     """An affine layer: fills outputs, (lower', upper', nominal', width), and returns them.
 
-    numbers: `cibp_fast.ops._conv2d_shape`; of a linear layer, whose weight has 2 dimensions, unused.
+    numbers: `cibp_fast.ops._conv2d_shape`; not read of a linear layer, with a weight of 2 dimensions.
     """
     *bounds, width = outputs
     if not bounds[0].numel():
@@ -232,7 +232,7 @@ def convolution(
 
     Args:
         x: [S, N, H, W, C] and out: [S, N, H', W', K], as the precision stores them.
-        weight: [K, C, R, S] float32, contiguous, and bias: [K] float32 or None.
+        weight: [K, C, R, S] and bias: [K] or None, float32, contiguous.
         shape: `kernels.conv2d.Shape`.
 
     Returns:
@@ -247,18 +247,54 @@ def convolution(
         targets = (out.data_ptr(), widths.data_ptr())
         _launch("first_conv2d_forward", x, numbers, _three(images), False, *pointers, targets)
         return widths
-    if _is_halo(shape, precision) and _halo_runs(x.device):
-        packed = torch.empty_like(weight, dtype=x.dtype)
-        sizes = (shape.in_channels, shape.out_channels)
-        arguments = (*sizes, weight.data_ptr(), precision, packed.data_ptr())
-        _launch("halo_conv2d_pack_weight", x, *arguments)
-        halo = (*shape[:7], *shape.padding)
-        widths = weight.new_empty(kernels.halo_conv2d_blocks(halo))
-        inputs = (len(x), x.data_ptr(), packed.data_ptr(), _pointer(bias), relu, precision)
-        targets = (out.data_ptr(), widths.data_ptr())
-        _launch("halo_conv2d_forward", x, halo, *inputs, targets)
-        return widths
+    if _is_halo(shape, precision) and _is_hopper(x.device):
+        _check_halo(x.device, precision)
+        return _halo(x, weight, bias, (*shape[:7], *shape.padding), precision, relu, out)
     return None
+
+
+def _halo(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    numbers: tuple[int, ...],
+    precision: str,
+    relu: bool,
+    out: Tensor,
+) -> Tensor:
+    packed = torch.empty_like(weight, dtype=x.dtype)
+    outputs, channels = weight.shape[:2]
+    arguments = (channels, outputs, weight.data_ptr(), precision, packed.data_ptr())
+    _launch("halo_conv2d_pack_weight", x, *arguments)
+    widths = weight.new_empty(_backend.cuda_kernels().halo_conv2d_blocks(numbers))
+    inputs = (len(x), x.data_ptr(), packed.data_ptr(), _pointer(bias), relu, precision)
+    targets = (out.data_ptr(), widths.data_ptr())
+    _launch("halo_conv2d_forward", x, numbers, *inputs, targets)
+    return widths
+
+
+@cache
+def _check_halo(device: torch.device, precision: str) -> None:
+    """Raises RuntimeError where its tensor cores do not give what PyTorch does, in float64."""
+    random = torch.Generator().manual_seed(0)
+    x, weight = (
+        torch.randn(size, generator=random) for size in ((3, 1, 17, 9, 64), (64, 64, 3, 3))
+    )
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    # numbers that both precisions store exactly
+    x, weight = (t.to(device, torch.bfloat16) for t in (x.abs(), weight))
+    out = torch.empty(x.shape, dtype=dtype, device=device)
+    numbers = (1, 64, 17, 9, 64, 17, 9, 1, 1)
+    _halo(x.to(dtype), weight.float(), None, numbers, precision, False, out)
+    x, weight = x.double().movedim(-1, 2), weight.double()
+    for found, each, w in zip(out.double().movedim(-1, 2), x, _weights(weight), strict=True):
+        expected = F.conv2d(each, w, padding=1)
+        error = float((found - expected).norm() / expected.norm())
+        if not error < 1e-2:
+            raise RuntimeError(
+                f"halo_conv2d_forward is wrong on {device} in {precision}, by {error:.1e} relative "
+                "to float64; take backend='triton'"
+            )
 
 
 def weight_gradient(
@@ -343,10 +379,9 @@ def _is_halo(shape: Any, precision: str) -> bool:
     return plain and divided and shape.dilation == (1, 1) and precision in ("tf32", "bf16")
 
 
-@cache
-def _halo_runs(device: torch.device) -> bool:
-    """Its instructions are of compute capability 9.0 alone."""
-    return torch.cuda.get_device_capability(device) == (9, 0)
+def _is_hopper(device: torch.device) -> bool:
+    """Instructions of the convolution by halos are of compute capability 9.0 alone."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _numbers(shape: Any) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cibp_fast.kernels import adam, conv2d, inputs, pool
+from cibp_fast.kernels import adam, conv2d, cuda, inputs, pool
 from cibp_fast.kernels.conv2d import Shape
 from cibp_fast.kernels.streams import PRECISIONS
 
@@ -75,8 +75,12 @@ def forward(
     biases: Sequence[Tensor | None],
     divisors: Sequence[int],
     precision: str,
+    cpp: bool,
 ) -> tuple[Tensor, ...]:
-    """All stages; arguments and results are those of `cibp_fast._network_op`, nominal not empty."""
+    """All stages; arguments and results are those of `cibp_fast._network_op`, nominal not empty.
+
+    cpp: whether CUDA C++ kernels run the layers that they take.
+    """
     batch = len(nominal)
     saved = nominal.new_empty(saved_bytes(stages, batch, precision), dtype=torch.uint8)
     streams = _saved(saved, stages, batch, precision)
@@ -91,23 +95,26 @@ def forward(
             partials = pool.forward(streams[i], shape, precision, out)
         else:
             weight, bias = next(parameters)
-            copy, _ = adam.pack_weight(_kernel(weight, stage), precision)
+            weight, x, partials, bounds = (
+                _kernel(weight, stage),
+                _images(streams[i], shape),
+                None,
+                None,
+            )
             if out is None:
                 bounds = tuple(nominal.new_empty(batch, len(weight), 1, 1) for _ in range(3))
                 logits = tuple(each.view(batch, -1) for each in bounds)
             else:
-                bounds = None
                 out = out.view(3, *_out_size(shape))
-            _, partials = conv2d.forward(
-                _images(streams[i], shape),
-                copy,
-                bias,
-                shape,
-                precision,
-                relu=stage.relu,
-                out=out,
-                bounds=bounds,
-            )
+                if cpp:
+                    partials = cuda.convolution(
+                        x, weight, bias, shape, precision, relu=stage.relu, out=out
+                    )
+            if partials is None:
+                copy, _ = adam.pack_weight(weight, precision)
+                _, partials = conv2d.forward(
+                    x, copy, bias, shape, precision, relu=stage.relu, out=out, bounds=bounds
+                )
         totals.append(partials.sum())
     assert logits is not None
     widths = torch.stack(totals) / _on(nominal.device, tuple(divisors))
@@ -132,6 +139,7 @@ def backward(
     weights: Sequence[Tensor],
     divisors: Sequence[int],
     precision: str,
+    cpp: bool,
     wants_input: bool,
     wants_parameters: Sequence[bool],
     inputs_out: Sequence[Tensor],
@@ -165,9 +173,13 @@ def backward(
             gradient = pool.input_gradient(gradient, x, shape, precision, relu=relu, width=width)
             continue
         at -= 1
-        copy, transposed = adam.pack_weight(_kernel(weights[at], stage), precision)
+        weight = _kernel(weights[at], stage)
+        copy, transposed = adam.pack_weight(weight, precision)
         if wants_parameters[at] or wants_parameters[count + at]:
-            sums, bias_sums = conv2d.weight_gradient(gradient, x, copy, shape, precision)
+            found = cuda.weight_gradient(gradient, x, weight, shape, precision) if cpp else None
+            if found is None:
+                found = conv2d.weight_gradient(gradient, x, copy, shape, precision)
+            sums, bias_sums = found
             if wants_parameters[at]:
                 sums = sums.view(len(sums), len(copy), *copy.shape[1:])
                 total = adam.sum_partials(sums)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cibp_fast._graphs import capture, capturing
-from cibp_fast.kernels import adam, conv2d, inputs, pool
+from cibp_fast.kernels import adam, conv2d, cuda, inputs, pool
 from cibp_fast.kernels.loss import TERMS, Loss, loss
 from cibp_fast.kernels.network import shape_of
 
@@ -42,6 +42,7 @@ class TrainStep:
         width_weight: of the sum of widths in the loss.
         mean: whether widths are means over units, or sums; over the batch they are means.
         step: how many steps are done.
+        cpp: whether CUDA C++ kernels run the layers that they take.
 
     Raises:
         ValueError: the first stage does not take images of this shape.
@@ -62,13 +63,14 @@ class TrainStep:
         mean: bool,
         precision: str,
         step: int = 0,
+        cpp: bool = False,
     ) -> None:
         if stages[0].input != tuple(images.shape[1:]):
             raise ValueError(
                 f"the first stage takes {list(stages[0].input)}, not images of "
                 f"{list(images.shape[1:])}"
             )
-        self.stages, self.precision = tuple(stages), precision
+        self.stages, self.precision, self.cpp = tuple(stages), precision, cpp
         self.images, self.labels, self.pixels = images, labels, pixels
         self.schedule, self.batch_size, self.clip = schedule, batch_size, clip
         self.plan = torch.zeros(len(images), 4, dtype=torch.int32, device=images.device)
@@ -183,7 +185,14 @@ class TrainStep:
                 pool.forward(x, shape, precision, out)
             else:
                 copy, bias = self.copies[i][0], _value(self.parameters[i][1])
-                out, partials = conv2d.forward(x, copy, bias, shape, precision, relu=stage.relu)
+                out = x.new_empty(3, batch, shape.out_height, shape.out_width, shape.out_channels)
+                layer = {"relu": stage.relu, "out": out}
+                partials = None
+                if self.cpp:
+                    weight = _kernel(self.parameters[i][0][0], stage)
+                    partials = cuda.convolution(x, weight, bias, shape, precision, **layer)
+                if partials is None:
+                    _, partials = conv2d.forward(x, copy, bias, shape, precision, **layer)
                 if stage.relu:
                     widths.append(partials)
             streams.append(out)
@@ -216,9 +225,12 @@ class TrainStep:
                 )
                 continue
             copy, transposed = self.copies[i]
-            self.partials[i] = conv2d.weight_gradient(
-                gradient, x, copy, shape, precision, out=self.partials[i]
-            )
+            of, out = (shape, precision), self.partials[i]
+            if self.cpp:
+                weight = _kernel(self.parameters[i][0][0], stage)
+                self.partials[i] = cuda.weight_gradient(gradient, x, weight, *of, out=out)
+            if not self.cpp or self.partials[i] is None:
+                self.partials[i] = conv2d.weight_gradient(gradient, x, copy, *of, out=out)
             if i > 0:
                 gradient = conv2d.input_gradient(
                     gradient, transposed, shape, precision, x=x, relu=relu, width=width

@@ -75,7 +75,7 @@ def in_place(module: ModuleType) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_backend, "cuda_kernels", lambda: module)
         patch.setattr(_backend, "_cuda_missing", lambda device: "")
-        patch.setattr(cuda, "_halo_runs", lambda device: True)
+        patch.setattr(cuda, "_is_hopper", lambda device: True)
         yield
 
 
