@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from types import ModuleType
 
 import hypothesis
 import pytest
@@ -41,6 +42,14 @@ def _reproducible() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def host_cuda(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """cibp_fast._cuda, built for the host."""
+    import cuda_host
+
+    return cuda_host.load(cuda_host.build(tmp_path_factory.mktemp("cuda")))
 
 
 @pytest.fixture(params=["portable", "avx2", "avx512"])

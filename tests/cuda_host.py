@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
-import os
-import shlex
-import shutil
-import subprocess
 import sysconfig
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,21 +12,11 @@ from types import ModuleType
 
 import pybind11
 import pytest
+from compilers import ROOT, WARNINGS, compiler, run
 
 from cibp_fast import _backend
 
-ROOT = Path(__file__).resolve().parents[1]
 FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-Icsrc/cuda", "-Itests/cpp")
-WARNINGS = ("-Wall", "-Wextra", "-Werror")
-
-
-def compiler() -> list[str]:
-    """As in setup.py: the one in CXX, or the first usual name found."""
-    found = [name for name in ("c++", "g++", "clang++") if shutil.which(name)]
-    command = shlex.split(os.environ.get("CXX", "")) or found[:1]
-    if not command:
-        pytest.skip("no C++ compiler (c++, g++ or clang++)")
-    return command
 
 
 def compile_(source: Path, target: Path, options: Sequence[str]) -> str:
@@ -41,30 +26,23 @@ def compile_(source: Path, target: Path, options: Sequence[str]) -> str:
     return str(target)
 
 
-@functools.cache
 def bindings(folder: Path) -> str:
     includes = ("-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include())
     options = ["-O0", *includes, '-DCIBP_CUDA_ARCHITECTURES="host"']
     return compile_(ROOT / "csrc/bindings_cuda.cpp", folder / "bindings_cuda.o", options)
 
 
-def build(folder: Path, base: Path, flags: tuple[str, ...] = ()) -> Path:
-    """The module's path. The kernels are compiled with flags, and the bindings once, in base."""
+def build(folder: Path, flags: tuple[str, ...] = ()) -> Path:
+    """The module's path. The flags are of the kernels, not of the bindings."""
     kernels = [path for path in ROOT.glob("csrc/cuda/*.cu") if path.stem != "device"]
     sources = [*kernels, ROOT / "tests/cpp/cuda_host.cc"]
     with ThreadPoolExecutor(2) as threads:
-        first = threads.submit(bindings, base)
+        first = threads.submit(bindings, folder)
         rest = threads.map(lambda s: compile_(s, folder / f"{s.stem}.o", ("-O1", *flags)), sources)
         objects = [first.result(), *rest]
     module = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     run([*compiler(), *flags, "-shared", *objects, "-o", str(module)])
     return module
-
-
-def run(command: list[str]) -> None:
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if result.returncode != 0:
-        pytest.fail(f"{shlex.join(command)}\n{result.stdout}{result.stderr}", pytrace=False)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import cuda_host
 import pytest
 import torch
 import torch.nn.functional as F
+from compilers import compiler
 from tolerances import gamma
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
@@ -28,13 +29,10 @@ MODULE = "CIBP_TEST_CUDA_MODULE"  # set where these tests run under sanitizers
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cuda")
-
-
-@pytest.fixture(scope="module")
-def cuda(folder: Path) -> ModuleType:
-    return cuda_host.load(Path(os.environ.get(MODULE) or cuda_host.build(folder, folder)))
+def cuda(request: pytest.FixtureRequest) -> ModuleType:
+    if path := os.environ.get(MODULE):
+        return cuda_host.load(Path(path))
+    return request.getfixturevalue("host_cuda")
 
 
 class Geometry(NamedTuple):
@@ -598,19 +596,19 @@ def test_many_elements(cuda: ModuleType) -> None:
 
 
 @pytest.mark.slow
-def test_under_sanitizers(tmp_path: Path, folder: Path) -> None:
+def test_under_sanitizers(tmp_path: Path) -> None:
     """All of the above again, with the kernels under ASan and UBSan."""
     if MODULE in os.environ:
         pytest.skip("runs already")
     runtimes = []
     for library in ("libasan.so", "libstdc++.so"):  # exceptions need the latter from the start
-        command = [*cuda_host.compiler(), f"-print-file-name={library}"]
+        command = [*compiler(), f"-print-file-name={library}"]
         runtimes.append(subprocess.run(command, capture_output=True, text=True).stdout.strip())
         if not Path(runtimes[-1]).is_absolute():
             pytest.skip(f"no {library}")
     environment = {
         **os.environ,
-        MODULE: str(cuda_host.build(tmp_path, folder, SANITIZERS)),
+        MODULE: str(cuda_host.build(tmp_path, SANITIZERS)),
         "LD_PRELOAD": " ".join(runtimes),
         "ASAN_OPTIONS": "detect_leaks=0",
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import cuda_host
@@ -23,9 +23,8 @@ F32 = torch.float32
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    folder: Path = tmp_path_factory.mktemp("cuda")
-    with cuda_host.in_place(cuda_host.load(cuda_host.build(folder, folder))):
+def _host(host_cuda: ModuleType) -> Iterator[None]:
+    with cuda_host.in_place(host_cuda):
         yield
 
 

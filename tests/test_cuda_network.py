@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import cuda_host
 import pytest
 import torch
 from fusions import CHAINS, Results, compare, inputs, passes, small
-from torch import Tensor, nn
 from test_triton_step import split, train_step
+from torch import Tensor, nn
 from tritons import DEVICE, PRECISIONS, large_tiles
 
 import cibp_fast as cf
@@ -24,9 +25,8 @@ F32 = torch.float32
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    folder = tmp_path_factory.mktemp("cuda")
-    with cuda_host.in_place(cuda_host.load(cuda_host.build(folder, folder))), large_tiles():
+def _host(host_cuda: ModuleType) -> Iterator[None]:
+    with cuda_host.in_place(host_cuda), large_tiles():
         yield
 
 
@@ -145,7 +145,7 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     box = Interval.ball(x, 0.1, None)
     conv: Any = model[0]
     cf.functional.interval_conv2d(box, conv.weight, conv.bias, backend="cuda")
-    with pytest.raises(ValueError, match="backend='cuda' cannot run a network.*not installed"):
+    with pytest.raises(ValueError, match=r"backend='cuda' cannot run a network.*not installed"):
         cf.fuse(model, backend="cuda").bounds(x, box)
 
 

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import ast
-import os
-import shlex
-import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from compilers import ROOT, WARNINGS, compiler, run
 
 from cibp_fast import _backend
 
-ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted(
     str(path) for path in (*ROOT.glob("csrc/cpu/*.cpp"), *ROOT.glob("tests/cpp/*.cpp"))
 )
-WARNINGS = ("-Wall", "-Wextra", "-Werror")
 ALL_RIGHT = "0 of 200 layers, 0 of 200 networks, 0 of 100 losses wrong"
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
@@ -53,16 +49,9 @@ def isa_flags(isa: str) -> tuple[str, ...]:
     return (*size, *(flag for flag in FLAGS[instructions] if flag.startswith("-m")), "-Wno-psabi")
 
 
-def run(command: list[str]) -> str:
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if result.returncode != 0:
-        pytest.fail(f"{shlex.join(command)}\n{result.stdout}{result.stderr}", pytrace=False)
-    return result.stdout
-
-
-def build(compiler: list[str], flags: tuple[str, ...], folder: Path) -> str:
+def build(flags: tuple[str, ...], folder: Path) -> str:
     """Compile the driver and the kernels, two files at a time; the path of the program."""
-    common = [*compiler, "-std=c++17", "-O1", *flags]
+    common = [*compiler(), "-std=c++17", "-O1", *flags]
 
     def compile_(source: str) -> str:
         target = str(folder / f"{Path(source).stem}.o")
@@ -75,39 +64,29 @@ def build(compiler: list[str], flags: tuple[str, ...], folder: Path) -> str:
     return str(folder / "driver")
 
 
-@pytest.fixture(scope="module")
-def compiler() -> list[str]:
-    """As in setup.py: the one in CXX, or the first usual name found."""
-    found = [name for name in ("c++", "g++", "clang++") if shutil.which(name)]
-    command = shlex.split(os.environ.get("CXX", "")) or found[:1]
-    if not command:
-        pytest.skip("no C++ compiler (c++, g++ or clang++)")
-    return command
-
-
-def accepts(compiler: list[str], flags: tuple[str, ...], folder: Path) -> bool:
+def accepts(flags: tuple[str, ...], folder: Path) -> bool:
     """Whether a program can be built with these flags, and runs."""
     source, program = folder / "probe.cpp", str(folder / "probe")
     source.write_text("int main() {}\n")
-    built = subprocess.run([*compiler, *flags, str(source), "-o", program], capture_output=True)
+    built = subprocess.run([*compiler(), *flags, str(source), "-o", program], capture_output=True)
     return built.returncode == 0 and subprocess.run([program]).returncode == 0
 
 
 @pytest.mark.parametrize(
     "isa", [pytest.param(isa, marks=() if isa == NATIVE else pytest.mark.slow) for isa in FLAGS]
 )
-def test_driver_under_sanitizers(isa: str, compiler: list[str], tmp_path: Path) -> None:
-    if not accepts(compiler, SANITIZERS, tmp_path):
-        pytest.skip(f"{compiler[0]} has no working ASan and UBSan runtime")
-    openmp = ("-fopenmp",) if accepts(compiler, ("-fopenmp",), tmp_path) else ()
+def test_driver_under_sanitizers(isa: str, tmp_path: Path) -> None:
+    if not accepts(SANITIZERS, tmp_path):
+        pytest.skip(f"{compiler()[0]} has no working ASan and UBSan runtime")
+    openmp = ("-fopenmp",) if accepts(("-fopenmp",), tmp_path) else ()
     flags = (*SANITIZERS, "-g1", "-DCIBP_POISON", *openmp, *isa_flags(isa))
-    output = run([build(compiler, flags, tmp_path)])
+    output = run([build(flags, tmp_path)])
     print(output)
     size = isa_flags(isa)[0].partition("=")[2]
     assert output.startswith(f"{size}-byte vectors")
     assert f": {ALL_RIGHT}" in output
 
 
-def test_driver_without_openmp(compiler: list[str], tmp_path: Path) -> None:
-    output = run([build(compiler, ("-DCIBP_POISON", *isa_flags(NATIVE)), tmp_path)])
+def test_driver_without_openmp(tmp_path: Path) -> None:
+    output = run([build(("-DCIBP_POISON", *isa_flags(NATIVE)), tmp_path)])
     assert f"no OpenMP: {ALL_RIGHT}" in output

@@ -25,6 +25,12 @@ struct FirstConv2dShape {
   int stride_height, stride_width, padding_height, padding_width, dilation_height, dilation_width;
 
   CIBP_HOST_DEVICE int products() const { return in_channels * kernel_height * kernel_width; }
+  // Of the outputs of a stream, [N, H', W', K]: their number, and where one is.
+  CIBP_HOST_DEVICE int64_t outputs() const { return place(batch, 0, 0, 0); }
+  CIBP_HOST_DEVICE int64_t place(int n, int y, int x, int channel) const {
+    const int64_t row = static_cast<int64_t>(n) * out_height + y;
+    return (row * out_width + x) * out_channels + channel;
+  }
 };
 
 struct Image {
@@ -247,8 +253,6 @@ struct FirstConv2dForward {
       Sums& sum = sums[thread];
       const int channel = first_channel + thread % groups * kChannels;
       const int channels = shape.out_channels - channel;  // from here on
-      const int64_t stream_stride = static_cast<int64_t>(shape.batch) * shape.out_height *
-                                    shape.out_width * shape.out_channels;
       float squares = 0.0f;
       CIBP_UNROLL
       for (int p = 0; p < kPixels; ++p) {
@@ -272,13 +276,10 @@ struct FirstConv2dForward {
             result[2].value[c] = stored<T>(rounded(relu ? positive(z) : z, dropped));
           }
         }
-        const int64_t place =
-            ((static_cast<int64_t>(n) * shape.out_height + y) * shape.out_width + x) *
-                shape.out_channels +
-            channel;
+        const int64_t place = shape.place(n, y, x, channel);
         CIBP_UNROLL
         for (int s = 0; s < STREAMS; ++s) {
-          T* target = out + s * stream_stride + place;
+          T* target = out + s * shape.outputs() + place;
           if (packed && channels > 0) {
             store_pack(target, result[s]);
           } else {
@@ -428,18 +429,13 @@ struct FirstConv2dGradWeight {
   // grads[stream][pixel of the tile][channel] of the block, zeros where there is no such channel.
   CIBP_DEVICE void load_grads(int n, int top, int left, int rows, int columns, int first_channel,
                               int thread, float* grads) const {
-    const int64_t stream_stride =
-        static_cast<int64_t>(shape.batch) * shape.out_height * shape.out_width * shape.out_channels;
     for (int i = thread; i < rows * columns * groups; i += kThreads) {
       const int pixel = i / groups, c = i % groups * kChannels, channel = first_channel + c;
       const int y = top + pixel / columns, x = left + pixel % columns;
-      const int64_t place =
-          ((static_cast<int64_t>(n) * shape.out_height + y) * shape.out_width + x) *
-              shape.out_channels +
-          channel;
+      const int64_t place = shape.place(n, y, x, channel);
       CIBP_UNROLL
       for (int s = 0; s < STREAMS; ++s) {
-        const T* source = grad + s * stream_stride + place;
+        const T* source = grad + s * shape.outputs() + place;
         Pack<float, kChannels> values;
         if (packed && channel < shape.out_channels) {
           const Pack<T, kChannels> read = load_pack<kChannels>(source);

@@ -233,7 +233,10 @@ struct HaloConv2d {
           });
       }
       await_multiply(block, false);
-      block.each([](int) {});  // before the stage is written again
+      block.each([&](int thread) {  // and all, before the stage is written again
+        CIBP_UNROLL
+        for (int s = 0; s < STREAMS; ++s) settle(threads[thread].sum[s]);
+      });
     }
 
     block.each([&](int thread) {

@@ -65,6 +65,8 @@ void end_multiply(HostBlock<THREADS>&) {}
 template <int THREADS>
 void await_multiply(HostBlock<THREADS>&, bool) {}
 
+inline void settle(float (&)[32]) {}
+
 // Element `index` of A's fragment in a thread -> row and column: wgmma m64k16, and m64k8 of tf32.
 inline void place_of_a(BFloat16, int thread, int index, int* row, int* column) {
   const int group = thread % 32 / 4, in_group = thread % 4;

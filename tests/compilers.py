@@ -1,0 +1,31 @@
+"""The C++ compiler, for tests that build programs."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+WARNINGS = ("-Wall", "-Wextra", "-Werror")
+
+
+def compiler() -> list[str]:
+    """As in setup.py: the one in CXX, or the first usual name found."""
+    found = [name for name in ("c++", "g++", "clang++") if shutil.which(name)]
+    command = shlex.split(os.environ.get("CXX", "")) or found[:1]
+    if not command:
+        pytest.skip("no C++ compiler (c++, g++ or clang++)")
+    return command
+
+
+def run(command: list[str]) -> str:
+    """What it prints, run in the root folder; fails the test where the command does."""
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if result.returncode != 0:
+        pytest.fail(f"{shlex.join(command)}\n{result.stdout}{result.stderr}", pytrace=False)
+    return result.stdout
