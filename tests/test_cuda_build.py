@@ -9,11 +9,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 
 import cibp_fast as cf
+from cibp_fast import _backend
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted(ROOT.glob("csrc/cuda/*.cu"))
@@ -95,6 +97,43 @@ def test_failed_launches_name_the_kernel(cuda: ModuleType) -> None:
     for name, arguments in calls.items():
         with pytest.raises(RuntimeError, match=f"^{name}: {message}"):
             getattr(cuda, name)(nowhere, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "why_none", "reason"),
+    [
+        ("cpu", (9, 0), "", "they are for NVIDIA's GPUs, and the tensors are on 'cpu'"),
+        ("cuda", (9, 0), "no CUDA driver is installed on this machine", "no CUDA driver"),
+        ("cuda", (7, 5), "", "the GPU is of architecture sm_75, and they need sm_80"),
+        ("cuda", None, "", "the CUDA kernels are not built .*: install cibp_fast where nvcc is"),
+    ],
+)
+def test_why_they_cannot_run(
+    device: str,
+    capability: tuple[int, int] | None,
+    why_none: str,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if capability is None:
+        monkeypatch.setitem(sys.modules, "cibp_fast._cuda", None)
+    else:
+        found = SimpleNamespace(devices=lambda: ([] if why_none else [capability], why_none))
+        monkeypatch.setattr(_backend, "cuda_kernels", lambda: found)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match=f"^backend='cuda' cannot run: {reason}"):
+        _backend.select("cuda", torch.device(device), torch.float32)
+
+
+def test_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = SimpleNamespace(devices=lambda: ([(9, 0)], ""))
+    monkeypatch.setattr(_backend, "cuda_kernels", lambda: found)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert _backend.select("cuda", torch.device("cuda"), torch.float32)[0] == "cuda"
+    with pytest.raises(ValueError, match=r"no CUDA kernels for torch\.float64, only float32"):
+        _backend.select("cuda", torch.device("cuda"), torch.float64)
 
 
 # A tree of setup.py and empty sources, with compilers that only make their output: what setup.py

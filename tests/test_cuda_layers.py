@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import cuda_host
@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from strategies import convolutions, linear_layers, subsets
 from test_relu import gradients as relu_gradients
 from tolerances import INPUTS, OUTPUTS, Case, box, check, poisoned_memory, signed_weight
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cibp_fast as cf
-from cibp_fast import Interval, ops
+from cibp_fast import Interval, _backend, ops
 from cibp_fast.kernels import cuda
 
 F32 = torch.float32
@@ -205,6 +206,22 @@ def test_tf32_is_off_only_in_the_products(before: str, monkeypatch: pytest.Monke
         matmul.fp32_precision, conv.fp32_precision = kept
     assert set(seen) == {("ieee", "ieee")}
     assert not torch.backends.cudnn.deterministic
+
+
+def test_launches_are_on_the_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And on its current stream, whichever device is the current one."""
+    launched = []
+    kernels = SimpleNamespace(sum_partials=lambda device, *arguments: launched.append(device))
+    monkeypatch.setattr(_backend, "cuda_kernels", lambda: kernels)
+    streams = {0: 40, 1: 41}
+    monkeypatch.setattr(
+        torch.cuda,
+        "current_stream",
+        lambda device: SimpleNamespace(cuda_stream=streams[device.index]),
+    )
+    with FakeTensorMode():
+        cuda._launch("sum_partials", torch.empty(3, device="cuda:1"))
+    assert launched == [(1, 41)]
 
 
 def test_interval_functions() -> None:
