@@ -1,4 +1,6 @@
-"""The GPU's kernels, in Triton. Importing this package does not import Triton; its modules do.
+"""The GPU's kernels, in Triton, and (`cuda`) launches of those in CUDA C++, which need no Triton.
+
+Importing this package does not import Triton; its modules but `cuda` do.
 
 A batch in here is one contiguous tensor [S, N, H, W, C] of S = 3 streams: center m, radius r and
 nominal z; or the first two. After ReLU m and r tell the state of a unit, as in csrc/cpu/layers.h:
