@@ -311,8 +311,9 @@ def _(lower, upper, nominal, ball_radius, weights, biases, numbers, engine, mean
         from cibp_fast.kernels import network as gpu_network
 
         divisors = _divisors(batch, plan, mean)
-        arguments = (lower, upper, nominal, plan.stages, weights, biases, divisors, *gpu)
-        return gpu_network.forward(*arguments)
+        precision, cpp = gpu
+        arguments = (lower, upper, nominal, plan.stages, weights, biases, divisors, precision)
+        return gpu_network.forward(*arguments, cpp=cpp)
     outputs = _forward_outputs(nominal, plan.stages)
     *offsets, size = _packed_offsets(batch, plan, nominal.dtype, ball_radius is not None, engine)
     # memory that an earlier call gave back: fresh pages would cost a small network a tenth more
@@ -377,11 +378,12 @@ def _(  # type: ignore[no-untyped-def]
             plan.stages,
             weights,
             _divisors(batch, plan, mean),
-            *gpu,
+            gpu[0],
             wants_input,
             wants_parameters,
             inputs,
             parameters,
+            cpp=gpu[1],
         )
         return inputs, parameters
     features = (batch, prod(plan.stages[-1].input))

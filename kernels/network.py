@@ -75,7 +75,8 @@ def forward(
     biases: Sequence[Tensor | None],
     divisors: Sequence[int],
     precision: str,
-    cpp: bool,
+    *,
+    cpp: bool = False,
 ) -> tuple[Tensor, ...]:
     """All stages; arguments and results are those of `cibp_fast._network_op`, nominal not empty.
 
@@ -139,11 +140,12 @@ def backward(
     weights: Sequence[Tensor],
     divisors: Sequence[int],
     precision: str,
-    cpp: bool,
     wants_input: bool,
     wants_parameters: Sequence[bool],
     inputs_out: Sequence[Tensor],
     parameters_out: Sequence[Tensor],
+    *,
+    cpp: bool = False,
 ) -> None:
     """The gradients of the inputs and parameters that are wanted, into the last two arguments.
 
