@@ -96,12 +96,8 @@ def forward(
             partials = pool.forward(streams[i], shape, precision, out)
         else:
             weight, bias = next(parameters)
-            weight, x, partials, bounds = (
-                _kernel(weight, stage),
-                _images(streams[i], shape),
-                None,
-                None,
-            )
+            weight, x = _kernel(weight, stage), _images(streams[i], shape)
+            partials = bounds = None
             if out is None:
                 bounds = tuple(nominal.new_empty(batch, len(weight), 1, 1) for _ in range(3))
                 logits = tuple(each.view(batch, -1) for each in bounds)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import cibp_fast as cf
 from cibp_fast import Interval
-from cibp_fast.benchmarks.step import Contender, Exact, Problem
+from cibp_fast.benchmarks.contenders import Contender, Exact, Problem
+from cibp_fast.benchmarks.rivals import RIVALS
 
 F32 = torch.float32
 
@@ -51,7 +52,7 @@ def check_values(model: nn.Module, x: Tensor, box: Interval) -> None:
 def test_gradients_are_off_by_a_rounding(name: str, data: str, clip: bool) -> None:
     """Of a whole step's parameters, relative in the 2-norm; seen: 3e-4 to 1.2e-3."""
     problem = Problem(name, data, 10, clip)
-    loss, gradient = Exact.of(problem).errors(Contender(problem, "fast", "nchw"))
+    loss, gradient = Exact.of(problem).errors(Contender(problem, RIVALS["fast"], "nchw"))
     assert loss < 1e-6
     assert 1e-5 < gradient < 2**-8  # of a single rounding, at most
 
@@ -59,7 +60,9 @@ def test_gradients_are_off_by_a_rounding(name: str, data: str, clip: bool) -> No
 @pytest.mark.parametrize("data", ["mnist", "cifar10"])
 def test_it_saves_a_quarter_of_two_passes(data: str) -> None:
     problem = Problem("small", data, 10, clip=False)
-    fast, naive = (Contender(problem, name, "nchw").saved_bytes() for name in ("fast", "naive"))
+    fast, naive = (
+        Contender(problem, RIVALS[name], "nchw").saved_bytes() for name in ("fast", "naive")
+    )
     assert 0 < fast <= 0.25 * naive
 
 
