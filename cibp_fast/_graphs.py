@@ -75,13 +75,11 @@ class Graphed:
     ) -> tuple[Tensor, ...]:
         """The function's outputs; a graph to be captured, or that there will be none."""
         try:
-            graph = _Graph(self._function, inputs, loops)
-            outputs = graph.rehearsal()
+            self._graphs[key] = _Graph(self._function, inputs, loops)
+            return self._graphs[key].rehearsal()
         except Exception as error:
             why = _reason(error)
-        else:
-            self._graphs[key] = graph
-            return outputs
+        del self._graphs[key]
         outputs = self._function(*inputs)  # raises what has nothing to do with waiting
         self._refuse(why)
         return outputs
@@ -98,6 +96,7 @@ class Graphed:
 
     def _refuse(self, why: str) -> None:
         self._refused = True
+        self._graphs.clear()  # their memory
         warnings.warn(
             f"no CUDA graph could be made of the model, which runs slower without: {why}",
             RuntimeWarning,
@@ -186,8 +185,10 @@ def capture(
 def _no_waiting() -> Iterator[None]:
     """Inside the block waiting for a GPU raises RuntimeError, if torch sees it."""
     mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings():  # torch says once that this is a prototype
+            warnings.simplefilter("ignore")
+            torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode(mode)

@@ -307,6 +307,8 @@ def _(lower, upper, nominal, ball_radius, weights, biases, numbers, engine, mean
         outputs = _forward_outputs(nominal, plan.stages)
         outputs[-1].fill_(torch.nan)
         return *outputs, nominal.new_empty(0, dtype=torch.uint8)
+    weights = [weight.contiguous() for weight in weights]
+    biases = [None if bias is None else bias.contiguous() for bias in biases]
     if gpu := _of_gpu(engine):
         from cibp_fast.kernels import network as gpu_network
 
@@ -319,8 +321,6 @@ def _(lower, upper, nominal, ball_radius, weights, biases, numbers, engine, mean
     # memory that an earlier call gave back: fresh pages would cost a small network a tenth more
     buffer = _backend._builds()[0][engine].Buffer(size)
     packed = torch.frombuffer(buffer, dtype=torch.uint8)
-    weights = [weight.contiguous() for weight in weights]
-    biases = [None if bias is None else bias.contiguous() for bias in biases]
     _function("network_forward", engine, nominal.dtype)(
         _rows(batch, plan, weights, biases),
         _backend.threads(),

@@ -87,7 +87,9 @@ def pgd(
             for restart in range(restarts + 1):
                 start = x[chosen].detach()
                 if restart:
-                    noise = torch.rand(start.shape, generator=random, dtype=x.dtype).to(x.device)
+                    noise = torch.rand(
+                        start.shape, generator=random, dtype=x.dtype, device="cpu"
+                    ).to(x.device)
                     start = (lower + noise * (upper - lower)).clamp(lower, upper)
                 _descend(
                     model,

@@ -126,6 +126,11 @@ def _check(config: Config, dataset: data.Dataset, processes: World, backend: str
     name, why = _backend.select(backend, processes.device, torch.float32)
     if config.precision != "float32" and name == "torch":
         raise ValueError(f"precision {config.precision!r} cannot run here: {why}")
+    if backend != "auto" and config.method != "nominal" and config.width != "post":
+        raise ValueError(
+            f"backend={backend!r} is of bounds as one op, whose width is 'post', not "
+            f"{config.width!r}: take backend='auto'"
+        )
     on_gpu = processes.device.type == "cuda" or backend in ("triton", "cuda")
     if config.precision in ("tf32", "bf16") and not on_gpu:
         raise ValueError(f"precision {config.precision!r} is for a GPU; on the CPU take 'fast'")

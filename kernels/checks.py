@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from math import prod
@@ -35,6 +36,8 @@ KERNELS = ("forward", "input_gradient", "weight_gradient")
 # Of a result, relative in the 2-norm: the products are of numbers that are stored exactly, so that
 # what is left is summing in float32 and rounding once.
 TOLERANCES = {"float32": 1e-5, "tf32": 1e-3, "bf16": 6e-3}
+
+NO_MEMORY = "there is no memory to check its kernels"
 
 Errors = dict[str, tuple[float, float]]  # by what is wrong then: how large, and how large it may be
 
@@ -370,17 +373,24 @@ def checked(
                 return (
                     "its kernels were not checked before a graph was captured: run it once before"
                 )
-            known[key] = _why(check)
+            why = _why(check)
+            if why:
+                text = f"PyTorch runs what Triton's kernels should: {why} (of {of})"
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
+            if why == NO_MEMORY:  # there may be some the next time
+                return why
+            known[key] = why
             _keep(known)
     return known[key]
 
 
 def _why(check: Callable[[], Errors]) -> str:
     try:
-        with torch.inference_mode(False), torch.no_grad():
+        # random numbers are the CPU's, whatever the default device is
+        with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
             found = check()
     except torch.OutOfMemoryError:
-        return "there is no memory to check its kernels"
+        return NO_MEMORY
     except Exception as error:  # whatever a compiler or driver raises
         return f"its kernels do not run here ({type(error).__name__}: {str(error)[:200]})"
     for name, (error, allowed) in found.items():

@@ -58,6 +58,16 @@ class Shape(NamedTuple):
         """Of one output."""
         return self.kernel_height * self.kernel_width * self.in_channels
 
+    def check_size(self) -> None:
+        """Raises ValueError where a stream has more elements than the kernels can count."""
+        pixels = self.batch * self.in_height * self.in_width
+        size = max(pixels * self.in_channels, self.out_pixels * self.out_channels)
+        if size >= 2**31:
+            raise ValueError(
+                f"a layer's inputs and outputs must have fewer than 2**31 elements, got {size} "
+                f"with a batch of {self.batch}: take a smaller one"
+            )
+
     def constants(self) -> dict[str, int]:
         """What the kernels are compiled for."""
         sizes = self[1:9]
@@ -501,6 +511,7 @@ def forward(
     """
     streams, pixels, channels = len(x), shape.out_pixels, shape.out_channels
     stored = PRECISIONS[precision]
+    shape.check_size()
     tiles = tiles or tiles_for("forward", shape, stored)
     if bounds is None:
         size = (streams, shape.batch, shape.out_height, shape.out_width, channels)
@@ -581,6 +592,7 @@ def input_gradient(
         [S, N, H, W, C] as the precision stores it; of no elements where `bounds` is given.
     """
     streams, channels, stored = len(gradient), shape.in_channels, PRECISIONS[precision]
+    shape.check_size()
     tiles = tiles or tiles_for("input_gradient", shape, stored)
     if bounds is None:
         out = gradient.new_empty((streams, shape.batch, *shape[2:4], channels))
@@ -633,6 +645,7 @@ def weight_gradient(
         float32.
     """
     stored = PRECISIONS[precision]
+    shape.check_size()
     tiles = tiles or tiles_for("weight_gradient", shape, stored)
     pixels, channels, products = shape.out_pixels, shape.out_channels, shape.products
     chunk, splits = _chunks(pixels, tiles)

@@ -153,7 +153,8 @@ def backward(
         layout = torch.contiguous_format
         if lower.dim() == 4 and numbers[16]:
             layout = torch.channels_last
-        grads = [torch.empty(size, device=lower.device, memory_format=layout) for _ in given]
+        like = {"dtype": lower.dtype, "device": lower.device}
+        grads = [torch.empty(size, **like, memory_format=layout) for _ in given]
     missing = [None] * (3 - len(given))
     width = gradients[3]
     values = [None, None] if width is None else bounds
@@ -278,7 +279,8 @@ def _check_halo(device: torch.device, precision: str) -> None:
     """Raises RuntimeError where its tensor cores do not give what PyTorch does, in float64."""
     random = torch.Generator().manual_seed(0)
     x, weight = (
-        torch.randn(size, generator=random) for size in ((3, 1, 17, 9, 64), (64, 64, 3, 3))
+        torch.randn(size, generator=random, device="cpu")
+        for size in ((3, 1, 17, 9, 64), (64, 64, 3, 3))
     )
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     # numbers that both precisions store exactly

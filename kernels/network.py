@@ -103,7 +103,7 @@ def forward(
                 logits = tuple(each.view(batch, -1) for each in bounds)
             else:
                 out = out.view(3, *_out_size(shape))
-                if cpp:
+                if cpp and not stage.dense:
                     partials = cuda.convolution(
                         x, weight, bias, shape, precision, relu=stage.relu, out=out
                     )
@@ -174,7 +174,9 @@ def backward(
         weight = _kernel(weights[at], stage)
         copy, transposed = adam.pack_weight(weight, precision)
         if wants_parameters[at] or wants_parameters[count + at]:
-            found = cuda.weight_gradient(gradient, x, weight, shape, precision) if cpp else None
+            found = None
+            if cpp and not stage.dense:
+                found = cuda.weight_gradient(gradient, x, weight, shape, precision)
             if found is None:
                 found = conv2d.weight_gradient(gradient, x, copy, shape, precision)
             sums, bias_sums = found

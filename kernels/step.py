@@ -188,7 +188,7 @@ class TrainStep:
                 out = x.new_empty(3, batch, shape.out_height, shape.out_width, shape.out_channels)
                 layer = {"relu": stage.relu, "out": out}
                 partials = None
-                if self.cpp:
+                if self.cpp and not stage.dense:
                     weight = _kernel(self.parameters[i][0][0], stage)
                     partials = cuda.convolution(x, weight, bias, shape, precision, **layer)
                 if partials is None:
@@ -226,11 +226,11 @@ class TrainStep:
                 continue
             copy, transposed = self.copies[i]
             of, out = (shape, precision), self.partials[i]
-            if self.cpp:
+            found = None
+            if self.cpp and not stage.dense:
                 weight = _kernel(self.parameters[i][0][0], stage)
-                self.partials[i] = cuda.weight_gradient(gradient, x, weight, *of, out=out)
-            if not self.cpp or self.partials[i] is None:
-                self.partials[i] = conv2d.weight_gradient(gradient, x, copy, *of, out=out)
+                found = cuda.weight_gradient(gradient, x, weight, *of, out=out)
+            self.partials[i] = found or conv2d.weight_gradient(gradient, x, copy, *of, out=out)
             if i > 0:
                 gradient = conv2d.input_gradient(
                     gradient, transposed, shape, precision, x=x, relu=relu, width=width

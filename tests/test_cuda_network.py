@@ -126,6 +126,23 @@ def test_inputs_in_any_layout(layout: str) -> None:
     compare(*both(small(), *streams), 1e-5)
 
 
+@pytest.mark.parametrize("precision", ["float32", "tf32"])
+def test_weights_in_channels_last(precision: str) -> None:
+    model, streams = wide(), inputs(2, 3, 6, 5, dtype=F32, radius=0.05)
+    expected = passes(model, *streams, "mean", precision, "cuda")[0]
+    model.to(memory_format=torch.channels_last)
+    found = passes(model, *streams, "mean", precision, "cuda")[0]
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, msg=name)
+
+
+def test_a_small_linear_layer_is_not_taken_for_a_convolution_of_few_channels() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(2, 2, (6, 4)), nn.ReLU(), nn.Flatten(), nn.Linear(4, 5), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Linear(5, 4))
+    compare(*both(model, *inputs(2, 2, 6, 5, dtype=F32, radius=0.02)), 1e-5)
+
+
 def test_two_runs_agree_bitwise() -> None:
     model, streams = small(F32), inputs(3, 2, 9, 7, dtype=F32)
     first, second = (both(model, *streams)[0] for _ in range(2))

@@ -391,3 +391,9 @@ def test_widths_before_activations_run_layer_by_layer():
     assert loss.fused is None
     value, _ = loss(torch.rand(2, 1, 28, 28), torch.arange(2), 0.1, 0.5)
     assert value.isfinite()
+
+
+def test_a_backend_that_nothing_would_run_is_refused(tmp_path):
+    config = preset("mnist5k-small-0.1-cibp", width="all", **SHORT)
+    with pytest.raises(ValueError, match="backend='torch' is of bounds as one op, whose width is"):
+        training.train(config, tmp_path / "run", backend="torch")

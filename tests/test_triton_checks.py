@@ -281,6 +281,22 @@ def test_a_check_that_cannot_run(error: Exception, why: str) -> None:
     assert checks._why(check) == why
 
 
+def test_a_lack_of_memory_is_not_kept(auto: dict[str, str]) -> None:
+    def check() -> checks.Errors:
+        raise torch.OutOfMemoryError("of 80 GiB")
+
+    device = torch.device(DEVICE)
+    with pytest.warns(RuntimeWarning, match="PyTorch runs what Triton's kernels should: there is"):
+        assert checks.checked(("this",), [], device, check) == checks.NO_MEMORY
+    assert not auto
+    assert checks.checked(("this",), [], device, lambda: {"it": (0.0, 1e-5)}) == ""
+
+
+def test_another_default_device_changes_nothing(auto: dict[str, str]) -> None:
+    with torch.device("meta"):
+        assert checks.relu_failure(torch.device(DEVICE)) == ""
+
+
 @pytest.mark.parametrize(
     ("available", "capability", "built", "why"),
     [

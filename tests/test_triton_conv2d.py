@@ -100,3 +100,12 @@ def test_boxes() -> None:
     ):
         assert conv2d._box(images, 64) == box
         assert conv2d._boxes(images, box) == count
+
+
+def test_streams_of_too_many_elements_are_refused() -> None:
+    shape = Shape(40_000, 64, 32, 32, 64, 32, 32, 3, 3, (1, 1), (1, 1))
+    x = torch.empty(3, 1, 1, 1, 64)  # not looked at
+    with pytest.raises(
+        ValueError, match=r"fewer than 2\*\*31 elements, got 2621440000 with a batch"
+    ):
+        conv2d.forward(x, x, None, shape, "float32", relu=True)
