@@ -30,22 +30,17 @@ NETWORKS = {
 }
 COMPILED = ["compile", "compile_max"]
 STEPS = ["--contenders", *(name for name in rivals.GPU_RIVALS if name not in COMPILED)]
-# seconds until a contender must be ready, and all: compiling may take minutes
-LIMIT = ["--limit", "40", "--ready", "60"]
 
 # name of the table, the most minutes of nine, and words of `cibp-fast bench`
 PARTS: list[tuple[str, float, list[str]]] = [
     ("gpu_numerics", 2.5, ["numerics"]),
-    *(
-        (f"gpu_step_{name}", 1.3, ["step", *which, *STEPS, *LIMIT])
-        for name, which in NETWORKS.items()
-    ),
+    *((f"gpu_step_{name}", 1.3, ["step", *which, *STEPS]) for name, which in NETWORKS.items()),
     ("gpu_training", 0.8, ["training"]),
     *(
         (
             f"gpu_compile_{name}",
             1.5,
-            ["step", *which, "--contenders", "graphed_tf32", "naive_tf32", *COMPILED, *LIMIT],
+            ["step", *which, "--contenders", "graphed_tf32", "naive_tf32", *COMPILED],
         )
         for name, which in NETWORKS.items()
     ),
@@ -73,6 +68,7 @@ def run(command: list[str], seconds: float) -> str:
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which ends the running part too
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -91,17 +87,19 @@ def main() -> int:
     options = parser.parse_args()
     if not options.minutes > 0:
         parser.error(f"minutes must be more than 0, not {options.minutes:g}")
+    end = time.monotonic() + 60 * options.minutes
     try:
         gpu.device_of(options.device)
     except ValueError as error:
         parser.error(str(error))
-    end = time.monotonic() + 60 * options.minutes
     summary, failed = [], False
     for name, share, words in PARTS:
         begin = time.monotonic()
         left = min(60 * share * options.minutes / 9, end - begin)
         path = options.output / f"{name}.csv"
         before = path.stat().st_mtime_ns if path.exists() else None
+        if words[0] == "step":  # compiling may take minutes: the others must still be timed
+            words = [*words, "--limit", f"{left / 3:.3g}", "--ready", f"{left / 2:.3g}"]
         words = ["bench", *words, "--device", options.device, "--output", str(path)]
         if left < LEAST * options.minutes / 9:
             problem = "not started: out of time"

@@ -457,6 +457,10 @@ def gpu() -> list[str]:
     if any(row["gpu"] == "interpreter" for row in every):
         sys.exit("bench/results: gpu_*.csv from the interpreter are no measurements")
     where = every[0]
+    for key in ("gpu", "driver", "cuda", "torch", "triton"):
+        found = sorted({row[key] for row in every})
+        if len(found) > 1:
+            sys.exit(f"bench/results: gpu_*.csv must be of one {key}, not of {' and '.join(found)}")
     lines = []
     if numerics:
         passed = sum(not row["note"] for row in numerics)
@@ -541,12 +545,17 @@ def gpu_trainings(rows: list[dict[str, str]]) -> list[str]:
 
 
 def gpu_layers(rows: list[dict[str, str]]) -> list[str]:
+    from cibp_fast.benchmarks.common import layer_count
+
     if not rows:
         return []
+    counts: dict[str, int] = {}  # a table that was not finished lacks layers
     networks: dict[str, dict[str, dict[str, float]]] = {}  # contender, layer: us
     for row in rows:
         if row["pass"] == "training":
             name = f"{row['model']} {row['dataset']} {row['batch']}"
+            if name not in counts:
+                counts[name] = layer_count(row["model"], row["dataset"])
             own = networks.setdefault(name, {}).setdefault(row["contender"], {})
             time = 1e3 * float(row["ms"] or "inf")
             own[row["layer"]] = min(own.get(row["layer"], math.inf), time)
@@ -558,7 +567,8 @@ def gpu_layers(rows: list[dict[str, str]]) -> list[str]:
         f"|{'---|' * (len(GPU_LAYERS) + 1)}",
     ]
     for name, found in networks.items():
-        sums = [sum(found.get(each, {"": math.inf}).values()) for each in GPU_LAYERS]
+        times = [found.get(each, {}) for each in GPU_LAYERS]
+        sums = [sum(own.values()) if len(own) == counts[name] else math.inf for own in times]
         cells = [three_digits(each) if each < math.inf else "not measured" for each in sums]
         lines.append(f"| {' | '.join([name, *cells])} |")
     return [*lines, ""]

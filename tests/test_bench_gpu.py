@@ -9,6 +9,8 @@ import argparse
 import contextlib
 import csv
 import importlib.util
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -121,7 +123,7 @@ def test_the_rows_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["compile", "graphed_bf16", "auto_lirpa", "naive_tf32", "naive_tf32_graph"]
     options = _options(contenders=names)
     rows = {(r["contender"], r["format"]): r for r in step.rows(PROBLEM, options, LIMITS)}
-    assert len(rows) == 7  # naive in two formats
+    assert len(rows) == 8  # naive and compile in two formats
     notes = {key[0]: row["note"] for key, row in rows.items() if "note" in row}
     assert notes == {
         "compile": "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB",
@@ -153,17 +155,34 @@ def test_what_takes_too_long_is_reported(monkeypatch: pytest.MonkeyPatch) -> Non
         time.sleep(30)
         raise AssertionError("the limit did not hold")
 
-    monkeypatch.setitem(GPU_RIVALS, "compile", replace(GPU_RIVALS["compile"], build=slow))
+    monkeypatch.setitem(
+        GPU_RIVALS, "compile", replace(GPU_RIVALS["compile"], build=slow, formats=("nchw",))
+    )
     monkeypatch.setattr(common, "AGAIN", 0.1)
-    options = _options(contenders=["compile", "naive_tf32"], limit=1.0)
+    options = _options(contenders=["compile", "naive_tf32"], limit=5.0)
     compiled, *others = step.rows(PROBLEM, options, LIMITS)
-    assert compiled["note"] == "TimeoutError: not ready after 1 s" and "ms" not in compiled
+    assert compiled["note"] == "TimeoutError: not ready after 5 s" and "ms" not in compiled
     assert len(others) == 2 and all(row["ms"] > 0 for row in others)
-    options = _options(contenders=["naive_tf32", "compile", "naive"], limit=9.0, ready=1.0)
+    options = _options(contenders=["naive_tf32", "compile", "naive"], limit=60.0, ready=5.0)
     *others, compiled, late, _ = step.rows(PROBLEM, options, LIMITS)
     assert len(others) == 2 and all(row["ms"] > 0 for row in others)
     assert compiled["note"].startswith("TimeoutError: not ready after ")
     assert late["note"] == "TimeoutError: not ready after 0 s"
+
+
+def test_an_alarm_at_the_end_of_a_limit_is_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    right, before = signal.signal, signal.getsignal(signal.SIGALRM)
+
+    def late(number: int, handler: object) -> object:
+        if handler is signal.SIG_IGN:
+            raise TimeoutError("late")  # as Python's own for a signal that it has yet to handle
+        return right(number, handler)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(signal, "signal", late)
+    with pytest.raises(TimeoutError, match="late"), common.time_limit(60.0):
+        pass
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    assert signal.getsignal(signal.SIGALRM) == before
 
 
 def test_a_graph_is_warmed_up_captured_and_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -428,14 +447,27 @@ def _module(name: str) -> ModuleType:
     return module
 
 
+@pytest.fixture
+def script() -> Iterator[ModuleType]:
+    """bench/gpu.py, which handles SIGTERM."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield _module("gpu")
+    signal.signal(signal.SIGTERM, before)
+
+
 def test_the_script_of_all_parts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    script: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """One part is done, one fails, one takes too long, and for the last one no time is left."""
-    script = _module("gpu")
     program = (
         "import pathlib, sys, time\n"
         "_, _, part, *words = sys.argv\n"
+        "if part == 'step':\n"
+        "    limit, ready, *words = words[1], words[3], *words[4:]\n"
+        "    assert 0 < float(limit) < float(ready) <= 60 / 2\n"
         "assert words[:3] == ['--device', 'interpreter', '--output']\n"
         "if part == 'long': time.sleep(60)\n"
         "pathlib.Path(words[3]).write_text(part)\n"
@@ -444,33 +476,53 @@ def test_the_script_of_all_parts(
     parts = [
         ("done", 9.0, ["done"]),
         ("wrong", 9.0, ["wrong"]),
-        ("kept", 9.0, ["long"]),
+        ("kept", 0.3, ["long"]),
+        ("steps", 9.0, ["step"]),
         ("late", 0.1, ["done"]),
     ]
     monkeypatch.setattr(script, "COMMAND", [sys.executable, "-c", program])
     monkeypatch.setattr(script, "PARTS", parts)
-    words = ["--device", "interpreter", "--output", str(tmp_path), "--minutes", "0.04"]
+    words = ["--device", "interpreter", "--output", str(tmp_path), "--minutes", "1"]
     monkeypatch.setattr(sys, "argv", ["gpu.py", *words])
     (tmp_path / "kept.csv").write_text("of another day")
     assert script.main() == 1
-    done, wrong, kept, late = capfd.readouterr().out.splitlines()[-4:]
+    done, wrong, kept, steps, late = capfd.readouterr().out.splitlines()[-5:]
     assert done.split()[-1] == str(tmp_path / "done.csv")
     assert wrong.endswith("wrong.csv  failed with status 2")
     assert "no new table  stopped after " in kept and (tmp_path / "kept.csv").exists()
+    assert steps.split()[-1] == str(tmp_path / "steps.csv")
     assert late.endswith("no new table  not started: out of time")
 
 
+def test_a_script_that_is_ended_ends_its_part(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = (
+        "import os, pathlib, signal, sys, time\n"
+        "pathlib.Path(sys.argv[-1]).write_text(str(os.getpid()))\n"
+        "os.kill(os.getppid(), signal.SIGTERM)\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setattr(script, "COMMAND", [sys.executable, "-c", program])
+    monkeypatch.setattr(script, "PARTS", [("ended", 9.0, ["part"])])
+    words = ["--device", "interpreter", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *words])
+    with pytest.raises(SystemExit, match="1"):
+        script.main()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "ended.csv").read_text()), 0)
+
+
 def test_the_script_needs_a_gpu(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["gpu.py"])
     with pytest.raises(SystemExit, match="2"):
-        _module("gpu").main()
+        script.main()
     assert "device cuda: backend='triton' cannot run: torch " in capsys.readouterr().err
 
 
-def test_the_parts_of_the_script_are_commands() -> None:
-    script = _module("gpu")
+def test_the_parts_of_the_script_are_commands(script: ModuleType) -> None:
     parser = cli._parser()
     for _, _, words in script.PARTS:
         parser.parse_args(["bench", *words, "--device", "cuda", "--output", "x.csv"])
@@ -547,10 +599,13 @@ def test_the_readme_takes_the_other_tables_of_a_gpu(readme: ModuleType, tmp_path
         for name, row in (
             ("kernels_tf32", {"pass": "training", "layer": "1", "ms": 0.01}),
             ("kernels_tf32", {"pass": "training", "layer": "2", "ms": 0.02}),
+            ("kernels_tf32", {"pass": "training", "layer": "3", "ms": 0.03}),
+            ("kernels_tf32", {"pass": "training", "layer": "4", "ms": 0.04}),
+            ("kernels_bf16", {"pass": "training", "layer": "1", "ms": 0.01}),
             ("kernels_tf32", {"pass": "forward", "layer": "2", "ms": 5}),
-            ("naive", {"pass": "training", "layer": "1", "ms": 0.3}),
-            ("naive", {"pass": "training", "layer": "2", "note": "wrong"}),
-            ("fused", {"pass": "training", "layer": "1", "ms": 0.2, "format": "nchw"}),
+            *(("naive", {"pass": "training", "layer": each, "ms": 0.3}) for each in "123"),
+            ("naive", {"pass": "training", "layer": "4", "note": "wrong"}),
+            *(("fused", {"pass": "training", "layer": each, "ms": 0.2}) for each in "1234"),
             ("fused", {"pass": "training", "layer": "1", "ms": 0.1, "format": "nhwc"}),
         )
     ]
@@ -560,8 +615,14 @@ def test_the_readme_takes_the_other_tables_of_a_gpu(readme: ModuleType, tmp_path
     assert _cells(lines, "`a`")[1:] == ["random", "0.03 s", "5.1 s", "100: 8.1 s"]
     assert _cells(lines, "`b`")[2] == "not timed: OutOfMemoryError: none left"
     found = dict(zip(readme.GPU_LAYERS, _cells(lines, "small mnist 100")[1:], strict=True))
-    assert (found["kernels_tf32"], found["fused"]) == ("30", "100")
+    assert (found["kernels_tf32"], found["fused"]) == ("100", "700")
     assert found["naive"] == found["kernels_bf16"] == "not measured"
+
+
+def test_the_readme_refuses_tables_of_two_gpus(readme: ModuleType, tmp_path: Path) -> None:
+    _table(tmp_path, "gpu_numerics", numerics.FIELDS, [{}, {"driver": "2"}])
+    with pytest.raises(SystemExit, match=r"gpu_\*\.csv must be of one driver, not of 1 and 2"):
+        readme.gpu()
 
 
 def test_the_readme_refuses_the_interpreter(readme: ModuleType, tmp_path: Path) -> None:

@@ -83,6 +83,11 @@ def network(name: str, dataset: str) -> nn.Sequential:
     return model
 
 
+def layer_count(name: str, dataset: str) -> int:
+    """Convolutions and linear layers of the network."""
+    return sum(isinstance(module, (nn.Conv2d, nn.Linear)) for module in network(name, dataset))
+
+
 def in_format(memory_format: str, value: Any) -> Any:
     """A copy of a tensor or module; what is 4-dim in NCHW ("nchw") or channels_last ("nhwc")."""
     layout = torch.channels_last if memory_format == "nhwc" else torch.contiguous_format
@@ -173,8 +178,11 @@ def time_limit(seconds: float | None, end: float | None = None) -> Iterator[None
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
+        try:
+            signal.signal(signal.SIGALRM, signal.SIG_IGN)  # raises for an alarm that just came
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, previous)
 
 
 def seconds(

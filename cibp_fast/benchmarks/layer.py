@@ -265,7 +265,7 @@ Ready = tuple[Callable[[], object], dict[str, Any]]  # what is timed, and what i
 
 def kernels(layer: Layer, training: bool, precision: str, device: torch.device) -> Ready:
     """Those of the layer on random numbers, checked against float64."""
-    from cibp_fast.kernels import checks, conv2d  # not without Triton
+    from cibp_fast.kernels import adam, checks, conv2d  # not without Triton
 
     ones = [1] * (4 - layer.inputs[0].dim())  # a linear layer is a 1x1 convolution of 1x1 images
     shape = conv2d.Shape(
@@ -283,7 +283,10 @@ def kernels(layer: Layer, training: bool, precision: str, device: torch.device) 
 
     def run() -> None:
         for name in names:
-            case.launch(name)
+            results = case.launch(name)
+            if name == "weight_gradient":
+                for partials in results:
+                    adam.sum_partials(partials)
 
     return gpu.captured(run, device), {"error": f"{error:.2e}", "tolerance": tolerance}
 
