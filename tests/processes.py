@@ -8,18 +8,15 @@ import sys
 from pathlib import Path
 
 
-def python(code: str) -> str:
-    """What it prints; Triton interprets its kernels.
+def python(code: str, **environment: str) -> str:
+    """What it prints; Triton interprets its kernels, unless the environment says otherwise.
 
     It starts among the tests, since at the root it would import the tree, which is not built.
     """
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        "TRITON_INTERPRET": "1",
-    }
+    path = os.pathsep.join(filter(None, sys.path))
+    variables = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1", **environment}
     command = [sys.executable, "-c", code]
     folder = Path(__file__).parent
-    result = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    result = subprocess.run(command, env=variables, cwd=folder, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout

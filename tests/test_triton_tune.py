@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import python
 from tritons import DEVICE
 
 from cibp_fast import cli
@@ -548,17 +546,8 @@ print(json.dumps([whys, bool(begun)]))
 
 def test_what_cannot_run_is_not_measured(tmp_path: Path) -> None:
     """Compiled in threads for sm_90; what the driver says of spills is made up."""
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "0",
-        "TRITON_CACHE_DIR": str(tmp_path),
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-    }
-    result = subprocess.run(
-        [sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    (right, large, broken, spilled), begun = json.loads(result.stdout)
+    printed = python(COMPILED, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    (right, large, broken, spilled), begun = json.loads(printed)
     assert right == ["", 0] and begun
     assert "OutOfResources" in large[0] and "shared memory" in large[0]
     assert "power of 2" in broken[0]
