@@ -27,7 +27,7 @@ from torch import Tensor
 from cibp_fast import __version__, reference
 from cibp_fast._graphs import capturing
 from cibp_fast.kernels import adam, conv2d, inputs, layers, network, pool
-from cibp_fast.kernels.conv2d import Shape
+from cibp_fast.kernels.shape import Shape
 from cibp_fast.kernels.streams import PRECISIONS, rounded_like
 from cibp_fast.kernels.tiles import Tiles, tiles_for
 

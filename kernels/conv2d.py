@@ -9,107 +9,16 @@ columns. One tile of weights serves all streams, its absolute values made in reg
 
 from __future__ import annotations
 
-from math import prod
-from typing import Any, NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.driver import driver
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from cibp_fast.kernels.streams import (
-    INTERPRETED,
-    PRECISIONS,
-    Precision,
-    activate,
-    deactivate,
-    dot,
-    positive,
-    rounded,
-    rounded_pair,
-)
+from cibp_fast.kernels.epilogues import store_input_gradient, store_outputs
+from cibp_fast.kernels.operands import load_box, operands, three, tile_pixels, tile_start
+from cibp_fast.kernels.shape import Shape
+from cibp_fast.kernels.streams import INTERPRETED, PRECISIONS, Precision, dot
 from cibp_fast.kernels.tiles import Tiles, tiles_for
-
-
-class Shape(NamedTuple):
-    """A convolution. Padding is with zeros: before the input as given, after it as needed."""
-
-    batch: int
-    in_channels: int
-    in_height: int
-    in_width: int
-    out_channels: int
-    out_height: int
-    out_width: int
-    kernel_height: int
-    kernel_width: int
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
-
-    @property
-    def out_pixels(self) -> int:
-        return self.batch * self.out_height * self.out_width
-
-    @property
-    def products(self) -> int:
-        """Of one output."""
-        return self.kernel_height * self.kernel_width * self.in_channels
-
-    def check_size(self) -> None:
-        """Raises ValueError where a stream has more elements than the kernels can count."""
-        pixels = self.batch * self.in_height * self.in_width
-        size = max(pixels * self.in_channels, self.out_pixels * self.out_channels)
-        if size >= 2**31:
-            raise ValueError(
-                f"a layer's inputs and outputs must have fewer than 2**31 elements, got {size} "
-                f"with a batch of {self.batch}: take a smaller one"
-            )
-
-    def constants(self) -> dict[str, int]:
-        """What the kernels are compiled for."""
-        sizes = self[1:9]
-        names = ("CIN", "IH", "IW", "COUT", "OH", "OW", "KH", "KW")
-        pairs = (*self.stride, *self.padding, *self.dilation)
-        return dict(zip((*names, *_PAIRS), (*sizes, *pairs), strict=True))
-
-
-_PAIRS = ("SH", "SW", "PH", "PW", "DH", "DW")
-
-
-@triton.jit
-def tile_start(ROWS: tl.constexpr, COLUMNS: tl.constexpr, BOX: tl.constexpr):
-    """Image, row and column of a program's first pixel, of images of ROWS x COLUMNS."""
-    columns: tl.constexpr = (COLUMNS + BOX[2] - 1) // BOX[2]
-    rows: tl.constexpr = (ROWS + BOX[1] - 1) // BOX[1]
-    tile = tl.program_id(0)
-    n, y, x = tile // (rows * columns), tile // columns % rows, tile % columns
-    return n * BOX[0], y * BOX[1], x * BOX[2]
-
-
-@triton.jit
-def tile_pixels(
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIXELS: tl.constexpr, BOX: tl.constexpr
-):  # fmt: skip
-    """Image, row and column of each of a program's pixels; they may lie outside.
-
-    BOX: how many images, rows and columns they are of; None: they follow one another.
-    """
-    pixel = tl.arange(0, PIXELS)
-    if BOX is None:
-        pixel += tl.program_id(0) * PIXELS
-        return pixel // (ROWS * COLUMNS), pixel // COLUMNS % ROWS, pixel % COLUMNS
-    else:
-        n, y, x = tile_start(ROWS, COLUMNS, BOX)
-        return n + pixel // (BOX[1] * BOX[2]), y + pixel // BOX[2] % BOX[1], x + pixel % BOX[2]
-
-
-@triton.jit
-def load_box(descriptor, n, y, row, x, channel, PIXELS: tl.constexpr, DEPTH: tl.constexpr):
-    """A tile [pixel, channel] through a descriptor of `_operands`; zeros outside the images."""
-    return descriptor.load([n, y, row, x, channel]).reshape(PIXELS, DEPTH)
 
 
 @triton.jit
@@ -130,78 +39,6 @@ def add_products(
         if STREAMS == 3:
             sums_z = dot(z, tl.trans(w), sums_z, PRECISION, UPCAST)
     return sums_m, sums_r, sums_z
-
-
-@triton.jit
-def store_outputs(
-    mu, r, z, n, y, x, channel, mask, bias_ptr, out0_ptr, out1_ptr, out2_ptr, widths_ptr,
-    out_n, out_h, out_w, out_c,
-    COUT: tl.constexpr, STREAMS: tl.constexpr, RELU: tl.constexpr, BOUNDS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, DROPPED: tl.constexpr,
-):  # fmt: skip
-    """Finishes and stores a tile [pixel, channel] of outputs, and its sum of (upper - lower)^2."""
-    at = (n * out_n + y * out_h + x * out_w)[:, None] + (channel * out_c)[None, :]
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + channel, mask=channel < COUT, other=0.0)[None, :]
-        mu, z = mu + bias, z + bias
-    if RELU:
-        mu, r = activate(mu, r)
-    width = tl.where(mask, 4.0 * r * r, 0.0)
-    if BOUNDS:
-        first, second = mu - r, mu + r
-    else:
-        if RELU:
-            first, second = rounded_pair(mu, r, DROPPED)
-        else:
-            first, second = rounded(mu, DROPPED), rounded(r, DROPPED)
-    tl.store(out0_ptr + at, first.to(out0_ptr.dtype.element_ty), mask=mask)
-    tl.store(out1_ptr + at, second.to(out1_ptr.dtype.element_ty), mask=mask)
-    if STREAMS == 3:
-        if RELU:
-            z = positive(z)
-        if not BOUNDS:
-            z = rounded(z, DROPPED)
-        tl.store(out2_ptr + at, z.to(out2_ptr.dtype.element_ty), mask=mask)
-    # not axis by axis: Triton 3.6 makes no code of that for sm_100
-    width = tl.sum(width)
-    tl.store(widths_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), width)
-
-
-@triton.jit
-def store_input_gradient(
-    sums_m, sums_r, sums_z, n, y, x, channel, mask,
-    m_ptr, r_ptr, z_ptr, head_m_ptr, head_r_ptr, width_ptr,
-    out0_ptr, out1_ptr, out2_ptr, out_n, out_h, out_w, out_c,
-    CIN: tl.constexpr, IH: tl.constexpr, IW: tl.constexpr, STREAMS: tl.constexpr,
-    RELU: tl.constexpr, BOUNDS: tl.constexpr, HEAD: tl.constexpr, WIDTH: tl.constexpr,
-    DROPPED: tl.constexpr,
-):  # fmt: skip
-    """Finishes and stores a tile [pixel, channel] of an input's gradient; see `input_gradient`."""
-    at = (((n * IH + y) * IW + x) * CIN)[:, None] + channel[None, :]
-    if HEAD:
-        sums_m += tl.load(head_m_ptr + at, mask=mask, other=0.0)
-        sums_r += tl.load(head_r_ptr + at, mask=mask, other=0.0)
-    if RELU or WIDTH:
-        r = tl.load(r_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        if WIDTH:
-            sums_r += 8.0 * tl.load(width_ptr) * r
-        if RELU:
-            m = tl.load(m_ptr + at, mask=mask, other=0.0).to(tl.float32)
-            sums_m, sums_r = deactivate(sums_m, sums_r, m, r)
-            if STREAMS == 3:
-                z = tl.load(z_ptr + at, mask=mask, other=0.0).to(tl.float32)
-                sums_z = tl.where(z <= 0, 0.0, sums_z)
-    if BOUNDS:
-        center, radius = 0.5 * sums_m, 0.5 * sums_r
-        sums_m, sums_r = center - radius, center + radius
-        at = (n * out_n + y * out_h + x * out_w)[:, None] + (channel * out_c)[None, :]
-    else:
-        sums_m, sums_r = rounded(sums_m, DROPPED), rounded(sums_r, DROPPED)
-        sums_z = rounded(sums_z, DROPPED)
-    tl.store(out0_ptr + at, sums_m.to(out0_ptr.dtype.element_ty), mask=mask)
-    tl.store(out1_ptr + at, sums_r.to(out1_ptr.dtype.element_ty), mask=mask)
-    if STREAMS == 3:
-        tl.store(out2_ptr + at, sums_z.to(out2_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -522,12 +359,10 @@ def forward(
         out, outputs = x.new_empty(0), bounds
         n, c, h, w = bounds[0].stride()
         strides = (n, h, w, c)
-    _check_descriptors("forward", shape, tiles)
-    images = (shape.batch, shape.out_height, shape.out_width)
-    x_given, weight_given, box, blocks = _operands(
-        x, weight.view(channels, -1), shape.stride, images, tiles
+    x_given, weight_given, box, of_pixels = operands(
+        "forward", x, weight.view(channels, -1), shape, tiles
     )
-    blocks = blocks, triton.cdiv(channels, tiles.channels)
+    blocks = of_pixels, triton.cdiv(channels, tiles.channels)
     chunk, splits = _chunks(shape.products, tiles)
     widths = x.new_empty(blocks[0] * blocks[1], dtype=torch.float32)
     sums = widths
@@ -540,7 +375,7 @@ def forward(
         **{"num_warps": tiles.warps},
     }
     bias = widths if bias is None else bias
-    outputs = _three(outputs)
+    outputs = three(outputs)
     forward_kernel[(*blocks, splits)](
         *x_given, weight_given, bias, *outputs, widths, sums, shape.batch, *strides, chunk,
         **shape.constants(), **common, **_multiplied(stored), WEIGHT_FIRST=tiles.weight_first,
@@ -602,16 +437,14 @@ def input_gradient(
         n, c, h, w = bounds[0].stride()
         strides = (n, h, w, c)
     classes = shape.stride[0] * shape.stride[1]
-    rows, columns = (-(-size // step) for size, step in zip(shape[2:4], shape.stride, strict=True))
-    _check_descriptors("input_gradient", shape, tiles)
-    gradients, weight_given, box, blocks = _operands(
-        gradient, weight.view(-1, shape.out_channels), (1, 1), (shape.batch, rows, columns), tiles
+    gradients, weight_given, box, blocks = operands(
+        "input_gradient", gradient, weight.view(-1, shape.out_channels), shape, tiles
     )
     unused = gradient[0]
     input_gradient_kernel[blocks, triton.cdiv(channels, tiles.channels), classes](
-        *gradients, weight_given, *(3 * [unused] if x is None else _three(tuple(x))),
+        *gradients, weight_given, *(3 * [unused] if x is None else three(tuple(x))),
         *(2 * [unused] if head is None else head),
-        unused if width is None else width, *_three(outputs), shape.batch, *strides,
+        unused if width is None else width, *three(outputs), shape.batch, *strides,
         **shape.constants(), STREAMS=streams, RELU=relu, BOUNDS=bounds is not None,
         HEAD=head is not None, WIDTH=width is not None, DROPPED=stored.dropped,
         **_multiplied(stored),
@@ -657,75 +490,16 @@ def weight_gradient(
         sums, bias_sums = out
     blocks = triton.cdiv(channels, tiles.channels), triton.cdiv(products, tiles.pixels)
     weight_gradient_kernel[(*blocks, splits)](
-        *_three(tuple(gradient)), *_three(tuple(x)), weight, sums, bias_sums, pixels, chunk,
+        *three(tuple(gradient)), *three(tuple(x)), weight, sums, bias_sums, pixels, chunk,
         **shape.constants(), STREAMS=len(x), **_multiplied(stored), CHANNELS=tiles.channels,
         PRODUCTS_=tiles.pixels, DEPTH=tiles.depth, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return sums, bias_sums
 
 
-def undescribed(kernel: str, shape: Shape, depth: int) -> str:
-    """Why tensor descriptors cannot load a kernel's tiles on this device; empty: they can."""
-    if not INTERPRETED and driver.active.get_current_target().arch < 90:
-        return "the GPU is older than sm_90"
-    if kernel == "forward":
-        if shape.in_height % shape.stride[0] or shape.in_width % shape.stride[1]:
-            return f"images of {shape[2:4]} cannot be divided by the stride of {shape.stride}"
-        if shape.in_channels % depth:
-            return f"{shape.in_channels} channels cannot be divided by the depth of {depth}"
-    else:
-        if shape.out_channels % 8:
-            return f"{shape.out_channels} channels may take no multiple of 16 bytes"
-        if any(min(pair) > 1 for pair in zip(shape.stride, shape.dilation, strict=True)):
-            return f"there is a stride of {shape.stride} and a dilation of {shape.dilation}"
-    return ""
-
-
-def _check_descriptors(kernel: str, shape: Shape, tiles: Tiles) -> None:
-    if tiles.descriptors and (why := undescribed(kernel, shape, tiles.depth)):
-        raise ValueError(f"tiles of {kernel} must not have descriptors: {why}")
-
-
-def _operands(
-    x: Tensor, weight: Tensor, steps: tuple[int, int], images: tuple[int, int, int], tiles: Tiles
-) -> tuple[tuple[Any, ...], Any, tuple[int, int, int] | None, int]:
-    """What a kernel loads tiles of x [S, N, H, W, C] and weight [channels, products] from.
-
-    steps: how many rows and columns of x there are for one of the images (count, rows, columns)
-    whose pixels are cut into tiles. Also returns a tile's box of those, and how many tiles.
-    """
-    if not tiles.descriptors:
-        return _three(tuple(x)), weight, None, triton.cdiv(prod(images), tiles.pixels)
-    box = _box(images, tiles.pixels)
-    streams, n, h, w, c = x.shape
-    strided = x.view(streams, n, h // steps[0], steps[0], w // steps[1], steps[1] * c)
-    block = [box[0], box[1], 1, box[2], tiles.depth]
-    described = tuple(TensorDescriptor.from_tensor(each, block) for each in strided)
-    weights = TensorDescriptor.from_tensor(weight, [tiles.channels, tiles.depth])
-    return _three(described), weights, box, _boxes(images, box)
-
-
-def _box(images: tuple[int, int, int], pixels: int) -> tuple[int, int, int]:
-    """How many images, rows and columns a tile is of: of those that make the fewest tiles, the one
-    whose taps share the most pixels.
-    """
-    sizes = [1 << i for i in range(pixels.bit_length())]
-    boxes = [(pixels // (h * w), h, w) for h in sizes for w in sizes if h * w <= pixels]
-    return min(boxes, key=lambda box: (_boxes(images, box), box[0] * (box[1] + box[2])))
-
-
-def _boxes(images: tuple[int, int, int], box: tuple[int, int, int]) -> int:
-    return prod(triton.cdiv(size, part) for size, part in zip(images, box, strict=True))
-
-
 def _multiplied(stored: Precision) -> dict[str, object]:
     upcast = INTERPRETED and stored.dtype == torch.bfloat16
     return {"PRECISION": stored.dot, "UPCAST": upcast}
-
-
-def _three(streams: tuple[Any, ...]) -> tuple[Any, ...]:
-    """With something in place of the nominal stream where there is none."""
-    return streams if len(streams) == 3 else (*streams, streams[0])
 
 
 def _chunks(length: int, tiles: Tiles) -> tuple[int, int]:

@@ -234,7 +234,7 @@ def convolution(
     Args:
         x: [S, N, H, W, C] and out: [S, N, H', W', K], as the precision stores them.
         weight: [K, C, R, S] and bias: [K] or None, float32, contiguous.
-        shape: `kernels.conv2d.Shape`.
+        shape: `kernels.shape.Shape`.
 
     Returns:
         Partial sums of (upper - lower)^2.

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cibp_fast.kernels import adam, conv2d, inputs
-from cibp_fast.kernels.conv2d import Shape
+from cibp_fast.kernels.shape import Shape
 from cibp_fast.kernels.streams import positive
 
 PRECISION = "float32"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cibp_fast.kernels import adam, conv2d, cuda, inputs, pool
-from cibp_fast.kernels.conv2d import Shape
+from cibp_fast.kernels.shape import Shape
 from cibp_fast.kernels.streams import PRECISIONS
 
 

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cibp_fast.kernels.conv2d import Shape, store_input_gradient, store_outputs
+from cibp_fast.kernels.epilogues import store_input_gradient, store_outputs
+from cibp_fast.kernels.shape import Shape
 from cibp_fast.kernels.streams import PRECISIONS
 
 PIXELS, CHANNELS = 16, 64

@@ -19,8 +19,8 @@ from cibp_fast import data, reference
 from cibp_fast.interval import Interval
 from cibp_fast.kernels import inputs
 from cibp_fast.kernels.checks import Errors, checked, convolved, relative
-from cibp_fast.kernels.conv2d import Shape
 from cibp_fast.kernels.network import shape_of
+from cibp_fast.kernels.shape import Shape
 from cibp_fast.kernels.step import TrainStep
 from cibp_fast.kernels.streams import rounded_like
 

@@ -13,16 +13,14 @@ import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from triton.runtime.driver import driver
 
+from cibp_fast.kernels.shape import Shape
 from cibp_fast.kernels.streams import INTERPRETED, Precision
-
-if TYPE_CHECKING:
-    from cibp_fast.kernels.conv2d import Shape
 
 
 class Tiles(NamedTuple):
@@ -36,7 +34,7 @@ class Tiles(NamedTuple):
     splits: int = 1  # how many parts the sums are taken in
     weight_first: bool = False  # channels by pixels, which spares the copy of |W|
     # Loads by tensor descriptors, which the hardware of sm_90 and later turns into addresses (TMA);
-    # where `conv2d.undescribed` names no obstacle, never of a weight gradient.
+    # where `operands.undescribed` names no obstacle, never of a weight gradient.
     descriptors: bool = False
 
 

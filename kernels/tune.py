@@ -25,9 +25,9 @@ from cibp_fast import __version__, models, runs
 from cibp_fast._program import trace
 from cibp_fast._stages import stages_and_parameters
 from cibp_fast.benchmarks import common
-from cibp_fast.kernels import adam, checks, conv2d, tiles
-from cibp_fast.kernels.conv2d import Shape
+from cibp_fast.kernels import adam, checks, operands, tiles
 from cibp_fast.kernels.network import shape_of
+from cibp_fast.kernels.shape import Shape
 from cibp_fast.kernels.streams import INTERPRETED, PRECISIONS
 from cibp_fast.kernels.tiles import Tiles, Where
 from cibp_fast.progress import bar
@@ -183,7 +183,7 @@ def fits(kernel: str, shape: Shape, candidate: Tiles) -> bool:
     programs = -(-cut[0] // sizes[0]) * -(-cut[1] // sizes[1]) * candidate.splits
     return (
         not tiles.obstacle(kernel, candidate)
-        and not (candidate.descriptors and conv2d.undescribed(kernel, shape, candidate.depth))
+        and not (candidate.descriptors and operands.undescribed(kernel, shape, candidate.depth))
         and all(size < 2 * max(whole, 16) for size, whole in zip(sizes, cut, strict=True))
         and registers <= ACCUMULATORS
         and (candidate.splits == 1 or programs <= WAVES * tiles.PROGRAMS)

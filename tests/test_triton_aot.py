@@ -16,9 +16,9 @@ from cibp_fast import models
 from cibp_fast._program import trace
 from cibp_fast._stages import stages_and_parameters
 from cibp_fast.kernels import adam, checks, conv2d, inputs, layers, pool
-from cibp_fast.kernels.conv2d import Shape
 from cibp_fast.kernels.loss import loss
 from cibp_fast.kernels.network import shape_of
+from cibp_fast.kernels.shape import Shape
 from cibp_fast.kernels.step import TrainStep
 from cibp_fast.kernels.streams import PRECISIONS
 from cibp_fast.kernels.tiles import tiles_for

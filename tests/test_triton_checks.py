@@ -19,7 +19,7 @@ from cibp_fast._program import trace
 from cibp_fast._stages import stages_and_parameters
 from cibp_fast.kernels import adam, checks, conv2d, inputs, layers, network, pool, step_check
 from cibp_fast.kernels import step as step_module
-from cibp_fast.kernels.conv2d import Shape
+from cibp_fast.kernels.shape import Shape
 
 POOLING = Shape(2, 5, 7, 6, 5, 3, 3, 3, 2, (2, 2), (1, 0))
 CONVOLUTION = (2, 3, 7, 6, 5, 4, 3, 3, 3, 2, 2, 1, 1, 1, 1, 1)  # see ops._conv2d_shape

@@ -9,8 +9,8 @@ import torch
 from triton.backends.compiler import GPUTarget
 from tritons import DEVICE, PRECISIONS
 
-from cibp_fast.kernels import checks, conv2d
-from cibp_fast.kernels.conv2d import Shape
+from cibp_fast.kernels import checks, conv2d, operands
+from cibp_fast.kernels.shape import Shape
 from cibp_fast.kernels.tiles import Tiles
 
 # name: shape
@@ -59,7 +59,7 @@ def test_descriptors_against_float64(name: str, precision: str, weight_first: bo
     case = checks.Case(shape, precision, DEVICE)
     tiles = Tiles(64, 32, 16, weight_first=weight_first, descriptors=True)
     for kernel in ("forward", "input_gradient"):
-        assert not conv2d.undescribed(kernel, shape, tiles.depth)
+        assert not operands.undescribed(kernel, shape, tiles.depth)
         in_parts = tiles._replace(splits=2 if kernel == "forward" and "parts" in name else 1)
         assert case.error(kernel, in_parts) < checks.TOLERANCES[precision]
 
@@ -84,10 +84,10 @@ def test_descriptors_are_refused_where_they_do_not_apply() -> None:
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
 def test_descriptors_need_sm_90(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     active = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", capability, 32))
-    monkeypatch.setattr(conv2d, "driver", SimpleNamespace(active=active))
-    monkeypatch.setattr(conv2d, "INTERPRETED", False)
+    monkeypatch.setattr(operands, "driver", SimpleNamespace(active=active))
+    monkeypatch.setattr(operands, "INTERPRETED", False)
     for kernel in ("forward", "input_gradient"):
-        why = conv2d.undescribed(kernel, DESCRIBED["padded"], 16)
+        why = operands.undescribed(kernel, DESCRIBED["padded"], 16)
         assert why == ("the GPU is older than sm_90" if capability < 90 else "")
 
 
@@ -98,8 +98,8 @@ def test_boxes() -> None:
         ((2, 30, 30), (1, 2, 32), 2 * 15),
         ((1, 5, 7), (1, 8, 8), 1),
     ):
-        assert conv2d._box(images, 64) == box
-        assert conv2d._boxes(images, box) == count
+        assert operands.box_of(images, 64) == box
+        assert operands.boxes(images, box) == count
 
 
 def test_streams_of_too_many_elements_are_refused() -> None:

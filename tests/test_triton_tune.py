@@ -18,7 +18,7 @@ from tritons import DEVICE
 
 from cibp_fast import cli
 from cibp_fast.kernels import checks, conv2d, tiles, tune
-from cibp_fast.kernels.conv2d import Shape
+from cibp_fast.kernels.shape import Shape
 from cibp_fast.kernels.streams import PRECISIONS
 from cibp_fast.kernels.tiles import Tiles, Where, tiles_for
 from cibp_fast.kernels.tune import Job
@@ -511,7 +511,7 @@ from types import SimpleNamespace
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from cibp_fast.kernels import checks, tune
-from cibp_fast.kernels.conv2d import Shape
+from cibp_fast.kernels.shape import Shape
 from cibp_fast.kernels.tiles import Tiles
 
 def load(name, binary, shared, device):

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 from cibp_fast.kernels import adam, conv2d, pool
-from cibp_fast.kernels.conv2d import Shape
+from cibp_fast.kernels.shape import Shape
 from cibp_fast.kernels.streams import Precision
 from cibp_fast.kernels.tiles import Tiles, tiles_for
 

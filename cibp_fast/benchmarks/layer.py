@@ -265,10 +265,11 @@ Ready = tuple[Callable[[], object], dict[str, Any]]  # what is timed, and what i
 
 def kernels(layer: Layer, training: bool, precision: str, device: torch.device) -> Ready:
     """Those of the layer on random numbers, checked against float64."""
-    from cibp_fast.kernels import adam, checks, conv2d  # not without Triton
+    from cibp_fast.kernels import adam, checks  # not without Triton
+    from cibp_fast.kernels.shape import Shape
 
     ones = [1] * (4 - layer.inputs[0].dim())  # a linear layer is a 1x1 convolution of 1x1 images
-    shape = conv2d.Shape(
+    shape = Shape(
         *(*layer.inputs[0].shape, *ones, *layer.outputs()[1:], *ones),
         *(*layer.inputs[3].shape[2:], *ones),
         *layer.geometry[:3],

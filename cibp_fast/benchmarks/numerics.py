@@ -39,7 +39,7 @@ PROBLEMS = (  # the slowest first
     Problem("small", "mnist", 100, clip=False),
     Problem(common.POOLED, "5x14x14", 16, clip=True),
 )
-GRID: tuple[tuple[Any, ...], ...] = (  # of kernels.conv2d.Shape
+GRID: tuple[tuple[Any, ...], ...] = (  # of kernels.shape.Shape
     (2, 1, 9, 11, 16, 3, 4, 4, 4, (2, 2)),
     (2, 3, 8, 7, 20, 8, 7, 3, 3, (1, 1), (1, 1)),
     (3, 5, 10, 6, 7, 8, 3, 4, 2, (1, 2), (1, 0), (1, 1)),
@@ -66,7 +66,7 @@ class Group(NamedTuple):
 
     precision: str
     names: list[str]
-    subjects: list[Any]  # a Problem, for its step, or kernels.conv2d.Shape
+    subjects: list[Any]  # a Problem, for its step, or kernels.shape.Shape
 
     def rows(self) -> list[dict[str, Any]]:
         """Of the table, before anything is measured."""
