@@ -191,6 +191,15 @@ def _require(name: str, tensor: Tensor, dtype: torch.dtype, shape: str, fits: bo
 
 
 @triton.jit
+def _tile(rows, columns, channels, X: tl.constexpr, C: tl.constexpr):
+    """Image, row, columns [X, 1] and channels [1, C] of a program, and which there are."""
+    line = tl.program_id(0).to(tl.int64)
+    x = (tl.program_id(1) * X + tl.arange(0, X)[:, None]).to(tl.int64)
+    c = tl.program_id(2) * C + tl.arange(0, C)[None, :]
+    return line // rows, line % rows, x, c, (x < columns) & (c < channels)
+
+
+@triton.jit
 def _load(source, strides, image, row, column, channel, inside):
     offset = image * strides[0] + row * strides[1] + column * strides[2] + channel * strides[3]
     return tl.load(source + offset, mask=inside, other=0.0)
@@ -218,11 +227,7 @@ def _pack_kernel(
     X: tl.constexpr,
     C: tl.constexpr,
 ):
-    line = tl.program_id(0).to(tl.int64)
-    n, row = line // rows, line % rows
-    x = (tl.program_id(1) * X + tl.arange(0, X)[:, None]).to(tl.int64)
-    c = tl.program_id(2) * C + tl.arange(0, C)[None, :]
-    inside = (x < columns) & (c < channels)
+    n, row, x, c, inside = _tile(rows, columns, channels, X, C)
     lower = _load(sources[0], strides[0], n, row, x, c, inside)
     upper = _load(sources[1], strides[1], n, row, x, c, inside)
     if GRADIENT:
@@ -233,7 +238,7 @@ def _pack_kernel(
             r += 4.0 * tl.load(grad_width) * (high - low)
     else:  # halves first, so that large bounds do not overflow
         m, r = 0.5 * lower + 0.5 * upper, 0.5 * upper - 0.5 * lower
-    out = streams + line * columns * channels + x * channels + c
+    out = streams + ((n * rows + row) * columns + x) * channels + c
     tl.store(out, rounded(m, DROPPED), mask=inside)
     tl.store(out + stream_stride, rounded(r, DROPPED), mask=inside)
     if STREAMS == 3:
@@ -357,12 +362,8 @@ def _unpack_kernel(
     X: tl.constexpr,
     C: tl.constexpr,
 ):
-    line = tl.program_id(0).to(tl.int64)
-    n, row = line // rows, line % rows
-    x = (tl.program_id(1) * X + tl.arange(0, X)[:, None]).to(tl.int64)
-    c = tl.program_id(2) * C + tl.arange(0, C)[None, :]
-    inside = (x < columns) & (c < channels)
-    at = streams + line * columns * channels + x * channels + c
+    n, row, x, c, inside = _tile(rows, columns, channels, X, C)
+    at = streams + ((n * rows + row) * columns + x) * channels + c
     m = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     r = tl.load(at + stream_stride, mask=inside, other=0.0).to(tl.float32)
     if GRADIENT:

@@ -13,7 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import convolutions, linear_layers, subsets
 from test_relu import gradients as relu_gradients
-from tolerances import INPUTS, OUTPUTS, Case, box, check, poisoned_memory, signed_weight
+from tolerances import (
+    INPUTS,
+    OUTPUTS,
+    Case,
+    box,
+    check,
+    check_registration,
+    poisoned_memory,
+    signed_weight,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cibp_fast as cf
@@ -153,25 +162,7 @@ def test_two_runs_agree_bitwise(channels: int) -> None:
 
 @pytest.mark.parametrize("kind", ["conv2d", "linear", "relu"])
 def test_registration(kind: str) -> None:
-    """Schema, fake and autograd of the ops with the CUDA kernels behind them."""
-    lower, upper, nominal = box((2, 3, 5, 5) if kind == "conv2d" else (2, 3), F32)
-    shape = (4, 3, 3, 3) if kind == "conv2d" else (4, 3)
-    parameters: tuple[Any, ...] = (signed_weight(shape, F32), torch.randn(4))
-    geometry: tuple[Any, ...] = ()
-    if kind == "conv2d":
-        geometry = ((1, 1), (0, 0), (1, 1), 1)
-    elif kind == "relu":
-        parameters = ()
-    op = getattr(torch.ops.cibp_fast, f"{kind}_forward").default
-    torch.library.opcheck(op, (lower, upper, nominal, *parameters, *geometry, "cuda"))
-    outputs = op(lower, upper, nominal, *parameters, *geometry, "cuda")
-    grads = [torch.randn_like(t) for t in outputs]
-    saved: tuple[Any, ...] = outputs[:3]
-    if kind != "relu":
-        saved = (lower, upper, nominal, parameters[0], *outputs[:2])
-    wanted = () if kind == "relu" else (True, True)
-    op = getattr(torch.ops.cibp_fast, f"{kind}_backward").default
-    torch.library.opcheck(op, (*grads, *saved, *geometry, *wanted, "cuda"))
+    check_registration(kind, "cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

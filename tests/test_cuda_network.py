@@ -12,6 +12,7 @@ import pytest
 import torch
 from fusions import CHAINS, Results, compare, inputs, passes, small
 from test_triton_step import split, train_step
+from tolerances import arrange
 from torch import Tensor, nn
 from tritons import DEVICE, PRECISIONS, large_tiles
 
@@ -114,15 +115,9 @@ def test_nan_reaches_the_margins(layer: int, precision: str) -> None:
     assert out.width.isnan()
 
 
-@pytest.mark.parametrize("layout", ["channels last", "every other", "expanded"])
+@pytest.mark.parametrize("layout", ["channels_last", "sliced", "expanded"])
 def test_inputs_in_any_layout(layout: str) -> None:
-    streams = inputs(4, 2, 9, 7, dtype=F32)
-    if layout == "channels last":
-        streams = tuple(s.to(memory_format=torch.channels_last) for s in streams)
-    elif layout == "every other":
-        streams = tuple(s.repeat_interleave(2, 3)[..., ::2] for s in streams)
-    else:
-        streams = tuple(s[:1].expand(4, -1, -1, -1) for s in streams)
+    streams = (arrange(each, layout) for each in inputs(4, 2, 9, 7, dtype=F32))
     compare(*both(small(), *streams), 1e-5)
 
 

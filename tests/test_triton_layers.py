@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from strategies import convolutions, linear_layers, subsets
 from test_relu import gradients as relu_gradients
-from tolerances import INPUTS, OUTPUTS, Case, box, check, signed_weight
+from tolerances import INPUTS, OUTPUTS, Case, box, check, check_registration, signed_weight
 from tritons import DEVICE
 
 import cibp_fast as cf
@@ -65,17 +65,7 @@ def test_channels_last_stays() -> None:
 
 @pytest.mark.parametrize("kind", ["conv2d", "linear", "relu"])
 def test_registration(kind: str) -> None:
-    """Schema, fake and autograd of the ops with Triton's kernels behind them."""
-    lower, upper, nominal = box((2, 3, 5, 5) if kind == "conv2d" else (2, 3), F32)
-    shape = (4, 3, 3, 3) if kind == "conv2d" else (4, 3)
-    parameters: tuple[Any, ...] = (signed_weight(shape, F32), torch.randn(4))
-    geometry: tuple[Any, ...] = ()
-    if kind == "conv2d":
-        geometry = ((1, 1), (0, 0), (1, 1), 1)
-    elif kind == "relu":
-        parameters = ()
-    op = getattr(torch.ops.cibp_fast, f"{kind}_forward").default
-    torch.library.opcheck(op, (lower, upper, nominal, *parameters, *geometry, "triton"))
+    check_registration(kind, "triton")
 
 
 def test_groups_are_refused() -> None:
