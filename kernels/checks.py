@@ -14,7 +14,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
+from functools import cache, partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -43,11 +43,24 @@ Errors = dict[str, tuple[float, float]]  # by what is wrong then: how large, and
 
 
 class Case:
-    """A convolution of random numbers, whose kernels run as in training, and their results in
+    """A convolution of random numbers, whose kernels run as in a network, and their results in
     float64.
+
+    relu: whether one is behind it. before: whether one is in front of it, and width: whether the
+    width there has a gradient. head: whether its input has a further gradient.
     """
 
-    def __init__(self, shape: Shape, precision: str, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        precision: str,
+        device: torch.device | str,
+        *,
+        relu: bool = True,
+        before: bool = True,
+        width: bool = True,
+        head: bool = False,
+    ) -> None:
         self.shape, self.precision = shape, precision
         random = torch.Generator().manual_seed(0)
 
@@ -61,18 +74,22 @@ class Case:
         self.bias = torch.randn(outputs, generator=random).to(device)
         self.gradient = numbers(3, batch, shape.out_height, shape.out_width, outputs)
         self.transposed = self.weight.permute(1, 2, 3, 0).contiguous()
-        self.width = torch.full((1,), 0.1, device=device)  # the gradient of x's width
+        self.relu, self.before = relu, before
+        self.width = torch.full((1,), 0.1, device=device) if before and width else None
+        self.head = self.x[:2].flip(0).float() if head else None
         self.expected: dict[str, list[Tensor]] = {}
 
     def launch(self, kernel: str, tiles: Tiles | None = None) -> tuple[Tensor, ...]:
         """Runs one of KERNELS, cut into these tiles or those of `tiles_for`."""
         of = (self.shape, self.precision)
         if kernel == "forward":
-            return conv2d.forward(self.x, self.weight, self.bias, *of, relu=True, tiles=tiles)
+            given = (self.x, self.weight, self.bias)
+            return conv2d.forward(*given, *of, relu=self.relu, tiles=tiles)
         if kernel == "weight_gradient":
             return conv2d.weight_gradient(self.gradient, self.x, self.weight, *of, tiles=tiles)
-        before = {"x": self.x, "relu": True, "width": self.width}
-        return (conv2d.input_gradient(self.gradient, self.transposed, *of, **before, tiles=tiles),)
+        given = (self.gradient, self.transposed)
+        before = {"x": self.x, "relu": self.before, "width": self.width, "head": self.head}
+        return (conv2d.input_gradient(*given, *of, **before, tiles=tiles),)
 
     def error(self, kernel: str, tiles: Tiles | None = None) -> float:
         """The largest of its outputs' errors, relative in the 2-norm; NaN where one has a NaN."""
@@ -92,22 +109,28 @@ class Case:
             for each, each_w in zip(_exact(self.x), (w, w.abs(), w), strict=True)
         )
         mu, z = (each + self.bias.double().view(-1, 1, 1) for each in (mu, z))
-        half = (mu + r).relu() / 2
-        m, r = torch.where(mu > r, mu, half), torch.where(mu > r, r, half)
-        return [m, r, z.relu(), 4 * r.square().sum()]
+        if self.relu:
+            half = (mu + r).relu() / 2
+            mu, r, z = torch.where(mu > r, mu, half), torch.where(mu > r, r, half), z.relu()
+        return [mu, r, z, 4 * r.square().sum()]
 
     def _input_gradient(self) -> list[Tensor]:
         w = _exact(self.weight)
         return self._before_relu((w, w.abs(), w))
 
     def _before_relu(self, weights: Sequence[Tensor], groups: int = 1) -> list[Tensor]:
-        """The gradient of x before its ReLU; weights: of each stream."""
+        """The gradient of x, before its ReLU if it has one; weights: of each stream."""
         m, r, z = _exact(self.x)
         of_m, of_r, of_z = (
             _vjp(lambda x, w=w: convolved(x, w, self.shape, groups), m, each)
             for w, each in zip(weights, _exact(self.gradient), strict=True)
         )
-        of_r = of_r + 8 * self.width.double() * r
+        if self.head is not None:
+            of_m, of_r = (a + b for a, b in zip((of_m, of_r), _exact(self.head), strict=True))
+        if self.width is not None:
+            of_r = of_r + 8 * self.width.double() * r
+        if not self.before:
+            return [of_m, of_r, of_z]
         half = torch.where(m > 0, (of_m + of_r) / 2, 0)
         return [torch.where(m > r, of_m, half), torch.where(m > r, of_r, half), of_z * (z > 0)]
 
@@ -122,12 +145,12 @@ class Case:
 
 
 class Pooling(Case):
-    """The same of average pooling, whose ReLU is the one in front of it."""
+    """The same of average pooling, without a ReLU behind it or a further gradient."""
 
     def launch(self, kernel: str, tiles: Tiles | None = None) -> tuple[Tensor, ...]:
         shape, precision = self.shape, self.precision
         if kernel == "input_gradient":
-            before = {"relu": True, "width": self.width}
+            before = {"relu": self.before, "width": self.width}
             return (pool.input_gradient(self.gradient, self.x, shape, precision, **before),)
         out = torch.empty_like(self.gradient)
         return out, pool.forward(self.x, shape, precision, out)
@@ -184,8 +207,13 @@ def errors(shape: Shape, precision: str, device: torch.device | str) -> dict[str
     return {kernel: case.error(kernel) for kernel in KERNELS}
 
 
-def layer_errors(numbers: Sequence[int], device: torch.device | str) -> Errors:
-    """Of an affine layer as `cibp_fast.ops` runs it; numbers: its `_conv2d_shape`."""
+def layer_errors(
+    numbers: Sequence[int], device: torch.device | str, nominal: bool = True
+) -> Errors:
+    """Of an affine layer as `cibp_fast.ops` runs it, with a nominal stream or without.
+
+    numbers: its `_conv2d_shape`.
+    """
     shape, random = layers.shape_of(numbers), torch.Generator().manual_seed(0)
     layout = torch.channels_last if numbers[-1] else torch.contiguous_format
 
@@ -198,47 +226,94 @@ def layer_errors(numbers: Sequence[int], device: torch.device | str) -> Errors:
     outputs, kernel = shape.out_channels, (shape.kernel_height, shape.kernel_width)
     size = (shape.batch, shape.in_channels, shape.in_height, shape.in_width)
     out_size = (shape.batch, outputs, shape.out_height, shape.out_width)
-    center, radius, nominal = image(*size), image(*size).abs(), image(*size)
-    given = [center - radius, center + radius, nominal]
+    center, radius = image(*size), image(*size).abs()
+    given = [center - radius, center + radius, image(*size) if nominal else None]
     given += [normal(outputs, shape.in_channels, *kernel), normal(outputs)]
-    gradients = [*(image(*out_size) for _ in range(3)), torch.full((), 0.1, device=device)]
+    gradients = [image(*out_size) if each is not None else None for each in given[:3]]
 
-    found = tuple(torch.empty_like(each) for each in gradients)
-    layers.forward(numbers, found, *given)
-    found_grads = tuple(torch.empty_like(each) for each in given)
-    layers.backward(numbers, found_grads, gradients, [*given[:4], *found[:2]])
+    def backward(outputs: Outputs, of: Streams, found: Outputs) -> None:
+        layers.backward(numbers, outputs, of, [*given[:4], *found[:2]])
 
-    exact = [each.double().requires_grad_() for each in given]
-    with torch.enable_grad():
-        expected = reference.conv2d(*exact, shape.stride, shape.padding, shape.dilation)
-        grads = torch.autograd.grad(expected, exact, [each.double() for each in gradients])
-    allowed = TOLERANCES[layers.PRECISION]
-    return {
-        "a layer's forward": (relative(found, expected), allowed),  # type: ignore[arg-type]
-        "a layer's backward": (relative(found_grads, grads), allowed),
-    }
+    return _op_errors(
+        *("a layer", given, gradients),
+        lambda outputs: layers.forward(numbers, outputs, *given),  # type: ignore[arg-type]
+        backward,
+        lambda *exact: reference.conv2d(*exact, shape.stride, shape.padding, shape.dilation),
+    )
 
 
-def relu_errors(device: torch.device | str, size: int = 3 * layers.BLOCK + 5) -> Errors:
-    """Of ReLU as `cibp_fast.ops` runs it."""
+def relu_errors(
+    device: torch.device | str, nominal: bool = True, size: int = 3 * layers.BLOCK + 5
+) -> Errors:
+    """Of ReLU as `cibp_fast.ops` runs it, with a nominal stream or without."""
     random = torch.Generator().manual_seed(0)
-    given = [torch.randn(size, generator=random).to(device) for _ in range(6)]
-    given[1] = given[0] + given[1].abs()
-    width = torch.full((), 0.1, device=device)
-    found = (*(torch.empty_like(each) for each in given[:3]), torch.empty_like(width))
-    layers.relu_forward(given[:3], found)
-    found_grads = tuple(torch.empty_like(each) for each in given[:3])
-    layers.relu_backward(given[3:], width, found[:3], found_grads)
-    exact = [each.double().requires_grad_() for each in given[:3]]
+    numbers = [torch.randn(size, generator=random).to(device) for _ in range(6)]
+    lower, upper, z = numbers[0], numbers[0] + numbers[1].abs(), numbers[2]
+    given, gradients = [lower, upper, z if nominal else None], numbers[3:]
+
+    def backward(outputs: Outputs, of: Streams, found: Outputs) -> None:
+        values = (*found[:2], found[2] if nominal else None)
+        layers.relu_backward(gradients, of[3], values, outputs)
+
+    return _op_errors(
+        *("ReLU", given, [*gradients[:2], gradients[2] if nominal else None]),
+        lambda outputs: layers.relu_forward(given, outputs),
+        backward,
+        reference.relu,
+    )
+
+
+Streams = Sequence[Tensor | None]
+Outputs = tuple[Tensor, ...]  # to be filled; of no elements where they are not wanted
+
+
+def _op_errors(
+    name: str,
+    given: Streams,
+    gradients: Streams,  # of lower, upper and nominal
+    forward: Callable[[Outputs], object],
+    backward: Callable[[Outputs, Streams, Outputs], object],  # takes what `forward` filled, too
+    exactly: Callable[..., Streams],
+) -> Errors:
+    """Of an op whose width has a gradient, and of one whose width has none."""
+
+    assert given[0] is not None
+    some = given[0].new_empty(())
+
+    def outputs(like: Streams) -> Outputs:
+        return tuple(some.new_empty(0) if t is None else torch.empty_like(t) for t in like)
+
+    width = torch.full_like(some, 0.1)
+    exact = [None if each is None else each.double().requires_grad_() for each in given]
     with torch.enable_grad():
-        expected = reference.relu(*exact)
-        of_outputs = [*(each.double() for each in given[3:]), width.double()]
-        grads = torch.autograd.grad(expected, exact, of_outputs)
+        expected = exactly(*exact)
+    found = outputs([*gradients, width])
+    forward(found)
     allowed = TOLERANCES[layers.PRECISION]
-    return {
-        "ReLU's forward": (relative(found, expected), allowed),  # type: ignore[arg-type]
-        "ReLU's backward": (relative(found_grads, grads), allowed),
-    }
+    errors = {f"{name}'s forward": (_relative(found, expected), allowed)}
+    for kind, last in ((" with the width's", width), ("", None)):
+        of = [*gradients, last]
+        wanted = [each for each in zip(expected, of, strict=True) if None not in each]
+        grads = torch.autograd.grad(
+            [each for each, _ in wanted],
+            [each for each in exact if each is not None],
+            [each.double() for _, each in wanted],
+            retain_graph=True,
+        )
+        of_given = outputs(given)
+        backward(of_given, of, found)
+        there = iter(grads)
+        errors[f"{name}'s backward{kind}"] = (
+            _relative(of_given, [None if t is None else next(there) for t in given]),
+            allowed,
+        )
+    return errors
+
+
+def _relative(found: Outputs, expected: Streams) -> float:
+    """`relative` of those that there are."""
+    pairs = [(a, b) for a, b in zip(found, expected, strict=True) if b is not None]
+    return relative(*zip(*pairs, strict=True))
 
 
 def ends_errors(
@@ -302,24 +377,21 @@ def ends_errors(
     return {name: (error, TOLERANCES[precision]) for name, error in found.items()}
 
 
-def failure(shape: Shape, precision: str, device: torch.device) -> str:
-    """Why the kernels must not be used for this convolution on this GPU; empty: they may."""
-
-    def check() -> Errors:
-        found = errors(shape, precision, device)
-        return {name: (error, TOLERANCES[precision]) for name, error in found.items()}
-
-    return checked((precision, tuple(shape)), [(shape, precision)], device, check)
-
-
 def network_failure(stages: Sequence[Any], batch: int, precision: str, device: torch.device) -> str:
-    """The same of a network as `cf.fuse` runs it; stages: of `cibp_fast._network_op.Stage`."""
-    for stage in stages:
+    """Why the kernels must not be used on this GPU for a network as `cf.fuse` runs it; empty: they
+    may.
+
+    stages: of `cibp_fast._network_op.Stage`.
+    """
+    for i, stage in enumerate(stages):
         shape = network.shape_of(stage, batch)
-        if not stage.pool:
-            why = failure(shape, precision, device)
-        else:
-            why = _pooling_failure(shape, precision, device)
+        before, last = i > 0 and stages[i - 1].relu, stage is stages[-1]
+        why = checked(
+            ("stage", precision, stage.pool, stage.relu, before, last, tuple(shape)),
+            [] if stage.pool else [(shape, precision)],
+            device,
+            partial(stage_errors, stage, shape, precision, device, before=before, last=last),
+        )
         if why:
             return why
     return checked(
@@ -330,26 +402,48 @@ def network_failure(stages: Sequence[Any], batch: int, precision: str, device: t
     )
 
 
-def _pooling_failure(shape: Shape, precision: str, device: torch.device) -> str:
-    def check() -> Errors:
-        case, allowed = Pooling(shape, precision, device), TOLERANCES[precision]
-        return {
-            f"{kernel} of pooling": (case.error(kernel), allowed)
-            for kernel in ("forward", "input_gradient")
-        }
+def stage_errors(
+    stage: Any,
+    shape: Shape,
+    precision: str,
+    device: torch.device | str,
+    *,
+    before: bool,
+    last: bool,
+) -> Errors:
+    """Of a stage's kernels in all the ways in which its network may run them.
 
-    return checked(("pooling", precision, tuple(shape)), [], device, check)
+    Whether the width in front of it, and behind that the last stage's input, have gradients is not
+    known before the loss is.
+    """
+    kind, of = (Pooling, " of pooling") if stage.pool else (Case, "")
+    found: Errors = {}
+    for width in (True, False) if before else (False,):
+        for head in (False, True) if last else (False,):
+            options = {"relu": stage.relu, "before": before, "width": width, "head": head}
+            case = kind(shape, precision, device, **options)
+            if not found:
+                for kernel in ("forward",) if stage.pool else ("forward", "weight_gradient"):
+                    found[f"{kernel}{of}"] = case.error(kernel), TOLERANCES[precision]
+            which = ", a width's" * width + ", a head's" * head
+            error = case.error("input_gradient")
+            found[f"input_gradient{of}{which}"] = error, TOLERANCES[precision]
+    return found
 
 
-def layer_failure(numbers: Sequence[int], device: torch.device) -> str:
-    """The same of an affine layer as `cibp_fast.ops` runs it; numbers: its `_conv2d_shape`."""
+def layer_failure(numbers: Sequence[int], nominal: bool, device: torch.device) -> str:
+    """The same of an affine layer as `cibp_fast.ops` runs it, with a nominal stream or without.
+
+    numbers: its `_conv2d_shape`.
+    """
     tiled = [(layers.shape_of(numbers), layers.PRECISION)]
-    return checked(("layer", *numbers), tiled, device, lambda: layer_errors(numbers, device))
+    check = partial(layer_errors, numbers, device, nominal)
+    return checked(("layer", nominal, *numbers), tiled, device, check)
 
 
-def relu_failure(device: torch.device) -> str:
+def relu_failure(nominal: bool, device: torch.device) -> str:
     """The same of ReLU."""
-    return checked(("relu",), [], device, lambda: relu_errors(device))
+    return checked(("relu", nominal), [], device, partial(relu_errors, device, nominal))
 
 
 def checked(

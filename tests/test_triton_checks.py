@@ -249,6 +249,82 @@ def test_a_wrong_network_runs_layer_by_layer(
     assert called
 
 
+# what a fault is in: where it is, the argument that it depends on, and with which value
+WAYS = {
+    "no ReLU behind": (conv2d, "forward", "relu", False),
+    "no ReLU in front": (conv2d, "input_gradient", "relu", False),
+    "no gradient of a width": (conv2d, "input_gradient", "width", None),
+    "pooling without that": (pool, "input_gradient", "width", None),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_network_is_checked_as_it_runs(
+    way: str, auto: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, name, argument, value = WAYS[way]
+    function = getattr(module, name)
+
+    def wrong(*arguments: Any, **options: Any) -> Any:
+        result = function(*arguments, **options)
+        if options.get(argument) is value and "bounds" not in options:
+            (result[0] if isinstance(result, tuple) else result).view(-1)[:4].add_(4)
+        return result
+
+    monkeypatch.setattr(module, name, wrong)
+    stages, _ = stages_of(pooled(), 2, 9, 7)
+    with pytest.warns(RuntimeWarning, match=f"{name}.* is wrong on this GPU"):
+        assert checks.network_failure(stages, 3, "float32", torch.device(DEVICE))
+
+
+def test_the_last_layer_is_checked_with_a_head(
+    auto: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function = conv2d.input_gradient
+
+    def wrong(*arguments: Any, **options: Any) -> Tensor:
+        if options["head"] is not None and options["relu"]:
+            options["head"] = None
+        return function(*arguments, **options)
+
+    monkeypatch.setattr(conv2d, "input_gradient", wrong)
+    stages, _ = stages_of(pooled(), 2, 9, 7)
+    why = "input_gradient, a width's, a head's is wrong on this GPU"
+    with pytest.warns(RuntimeWarning, match=why):
+        assert checks.network_failure(stages, 3, "float32", torch.device(DEVICE))
+
+
+def test_layers_are_checked_with_as_many_streams_as_they_have(
+    auto: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault with two runs PyTorch for two only."""
+    x, weight = torch.randn(3, 20, device=DEVICE), torch.randn(6, 20, device=DEVICE)
+    forward, relu = layers.conv2d.forward, layers.relu_forward
+
+    def wrong_forward(given: Tensor, *arguments: Any, **options: Any) -> Any:
+        result = forward(given, *arguments, **options)
+        if len(given) == 2:
+            options["bounds"][0].add_(1)
+        return result
+
+    def wrong_relu(bounds: Any, outputs: Any) -> Any:
+        relu(bounds, outputs)
+        if bounds[2] is None:
+            outputs[0].add_(1)
+        return outputs
+
+    monkeypatch.setattr(layers.conv2d, "forward", wrong_forward)
+    monkeypatch.setattr(layers, "relu_forward", wrong_relu)
+    device, numbers = torch.device(DEVICE), (*LINEAR, 0)
+    with pytest.warns(RuntimeWarning, match="PyTorch runs what Triton's kernels should"):
+        assert checks.layer_failure(numbers, False, device) and checks.relu_failure(False, device)
+        found = ops.linear(x, x, None, weight, None)[0], ops.relu(x, x, None)[0]
+    torch.testing.assert_close(found, (x @ weight.t(), x.relu()))
+    ops.linear(x, x, x, weight, None)
+    ops.relu(x, x, x)
+    assert [bool(why) for why in auto.values()] == [True, True, False, False]
+
+
 def test_a_wrong_relu_runs_in_torch(auto: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(3, 4, device=DEVICE)
     monkeypatch.setattr(layers, "relu_forward", changed(layers.relu_forward, _a_nan))
@@ -262,7 +338,7 @@ def test_a_capture_is_no_time_to_check(
     auto: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checks, "capturing", lambda: True)
-    why = checks.relu_failure(torch.device(DEVICE))
+    why = checks.relu_failure(True, torch.device(DEVICE))
     assert why == "its kernels were not checked before a graph was captured: run it once before"
     assert not auto
 
@@ -294,7 +370,7 @@ def test_a_lack_of_memory_is_not_kept(auto: dict[str, str]) -> None:
 
 def test_another_default_device_changes_nothing(auto: dict[str, str]) -> None:
     with torch.device("meta"):
-        assert checks.relu_failure(torch.device(DEVICE)) == ""
+        assert checks.relu_failure(True, torch.device(DEVICE)) == ""
 
 
 @pytest.mark.parametrize(
