@@ -2,7 +2,8 @@
 
 Two steps of a network of random weights, each from what the one before left, against float64. A
 rounding may move a unit into another state, and Adam divides small gradients by their own size: so
-that gradients are compared loosely, and what is made of those found is compared tightly.
+that gradients are compared loosely, and what is made of those found is compared tightly; so is the
+loss of the last layer with its gradients, on numbers that nothing rounds.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from torch import Tensor
 from cibp_fast import data, reference
 from cibp_fast.interval import Interval
 from cibp_fast.kernels import inputs
-from cibp_fast.kernels.checks import Errors, checked, convolved, relative
+from cibp_fast.kernels.checks import TOLERANCES, Errors, checked, convolved, relative
+from cibp_fast.kernels.loss import loss
 from cibp_fast.kernels.network import shape_of
 from cibp_fast.kernels.shape import Shape
 from cibp_fast.kernels.step import TrainStep
@@ -97,7 +99,7 @@ def errors(
         errors[f"the batch of step {at + 1}"] = (0.0 if same else math.inf, 0.0)
         for name, error in _step_errors(step, streams, labels, float(schedule[at, 2])).items():
             errors[f"{name} of step {at + 1}"] = error
-    return errors
+    return errors | _loss_errors(step, labels, random)
 
 
 def _parameters(
@@ -197,9 +199,10 @@ def _expected(
     widths = []
     with torch.enable_grad():
         for stage, each, divisor in zip(step.stages, step.parameters, step.divisors, strict=True):
+            if stage is step.stages[-1]:
+                break
             sizes = (*stage.input, *stage.output, *stage.kernel)
             shape = Shape(len(y), *sizes, stage.stride, stage.padding, stage.dilation)
-            before = m, r
             if each is None:
                 size = (stage.input[0], 1, *stage.kernel)
                 w = torch.full(size, 1 / math.prod(stage.kernel), dtype=m.dtype, device=m.device)
@@ -215,18 +218,69 @@ def _expected(
                 )
                 m, z = m + bias, z + bias
             if stage.relu:
-                lower, upper, z = (m - r).relu(), (m + r).relu(), z.relu()
-                m, r = (upper + lower) / 2, (upper - lower) / 2
-            if stage.relu or stage is step.stages[-1]:
+                m, r, z = _activated(m, r, z)
                 widths.append(4 * r.square().sum() / divisor)
-        m, r = (each.flatten(1) for each in before)
-        margins = reference.elided_margins(
-            m - r, m + r, w.flatten(1), None if each[1] is None else bias.flatten(), y
-        )
-        worst = reference.elided_worst_logits(margins, y)
-        logits, width = z.flatten(1), torch.stack(widths).sum()
+        flat = (each.flatten(1) for each in (m, r, z))
+        logits, worst, squares = _end(*flat, next(given).flatten(1), next(given, None), y)
+        widths.append(squares / step.divisors[-1])
         nominal, robust = F.cross_entropy(logits, y), F.cross_entropy(worst, y)
+        width = torch.stack(widths).sum()
         loss = kappa * nominal + (1 - kappa) * robust + step.now[-1].double() * width
         gradients = torch.autograd.grad(loss, exact)
     error = (logits.argmax(1) != y).double().mean()
     return torch.stack([loss, nominal, robust, width, error, *widths]).detach(), gradients
+
+
+def _activated(m: Tensor, r: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    lower, upper = (m - r).relu(), (m + r).relu()
+    return (upper + lower) / 2, (upper - lower) / 2, z.relu()
+
+
+def _end(
+    m: Tensor, r: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the last layer, elided: logits, worst-case logits, and the sum of (upper - lower)^2."""
+    margins = reference.elided_margins(m - r, m + r, weight, bias, y)
+    squares = 4 * F.linear(r, weight.abs()).square().sum()
+    return F.linear(z, weight, bias), reference.elided_worst_logits(margins, y), squares
+
+
+def _loss_errors(step: TrainStep, y: Tensor, random: torch.Generator) -> Errors:
+    """Of `kernels.loss` as the step runs it, on numbers that are stored exactly."""
+    stage, batch, precision = step.stages[-1], step.batch_size, step.precision
+    relu = len(step.stages) > 1 and step.stages[-2].relu
+    divisor, input_divisor = step.divisors[-1], step.divisors[-2] if relu else None
+    given = torch.randint(-63, 64, (3, batch, math.prod(stage.input)), generator=random) / 16
+    given = given.to(y.device)
+    given[1].abs_()
+    x = torch.stack(_activated(*given)) if relu else given
+    weight = step.copies[-1][0].view(stage.output[0], -1)
+    bias = None if step.parameters[-1][1] is None else step.parameters[-1][1][0].detach()
+    scalars = step.now[-2:]
+    found = loss(
+        rounded_like(x, precision), weight, bias, y, scalars, precision=precision, divisor=divisor,
+        input_divisor=input_divisor, relu=relu,
+    )  # fmt: skip
+
+    of = [given, weight] if bias is None else [given, weight, bias]
+    exact = [each.double().requires_grad_() for each in of]
+    with torch.enable_grad():
+        m, r, z = _activated(*exact[0]) if relu else exact[0]
+        logits, worst, squares = _end(m, r, z, *exact[1:], *[None] * (3 - len(of)), y)
+        losses = [F.cross_entropy(each, y, reduction="sum") for each in (logits, worst)]
+        width = squares / divisor
+        if input_divisor is not None:
+            width = width + 4 * r.square().sum() / input_divisor
+        kappa, width_weight = scalars.double()
+        total = (kappa * losses[0] + (1 - kappa) * losses[1]) / batch + width_weight * width
+        gradients = torch.autograd.grad(total, exact)
+    wrong = (logits.argmax(1) != y).double().sum()
+    terms = torch.stack([*losses, squares, wrong])
+    found_gradients = [found.grad_x, found.grad_weight.sum(0)]
+    if found.grad_bias is not None:
+        found_gradients.append(found.grad_bias.sum(0))
+    allowed = TOLERANCES[precision]
+    return {
+        "the last layer's loss": (relative(found.terms.sum(0), terms), allowed),
+        "the last layer's gradients": (relative(found_gradients, gradients), allowed),
+    }

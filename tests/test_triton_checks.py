@@ -191,6 +191,12 @@ FAULTS = {
     "bias' gradient": (
         step_module, "loss", lambda r: r.grad_bias.mul_(2), "step", "the gradients",
     ),
+    "part of that": (
+        step_check, "loss", lambda r: r.grad_x[1].mul_(1.01), "step", "the last layer's gradients",
+    ),
+    "a term": (
+        step_check, "loss", lambda r: r.terms[:, 1].mul_(1.01), "step", "the last layer's loss",
+    ),
     "hidden gradient": (
         conv2d, "weight_gradient", _no_second_split, "step", "the gradients",
     ),
