@@ -239,8 +239,21 @@ def describe() -> list[tuple[str, str]]:
     ):
         name, reason = in_use(torch.device(device), dtype)
         rows.append((f"on {device}, {str(dtype).removeprefix('torch.')}", f"{name}: {reason}"))
+    rows += _checked()
     rows.append(("threads", str(threads())))
     return rows
+
+
+def _checked() -> list[tuple[str, str]]:
+    """What `backend="auto"` knows of Triton's kernels on each GPU."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = [torch.device("cuda", i) for i in range(count)]
+    gpus = [gpu for gpu in gpus if not _triton_obstacle(gpu, torch.float32)]
+    if not gpus:
+        return []
+    from cibp_fast.kernels import checks  # not without Triton
+
+    return [(f"checks on {gpu}", checks.summary(gpu)) for gpu in gpus]
 
 
 def _cuda_build() -> str:

@@ -29,9 +29,7 @@ from cibp_fast._graphs import capturing
 from cibp_fast.kernels import adam, conv2d, inputs, layers, network, pool
 from cibp_fast.kernels.shape import Shape
 from cibp_fast.kernels.streams import PRECISIONS, rounded_like
-from cibp_fast.kernels.tiles import Tiles, tiles_for
-
-KERNELS = ("forward", "input_gradient", "weight_gradient")
+from cibp_fast.kernels.tiles import KERNELS, Tiles, dismiss, tiles_for
 
 # Of a result, relative in the 2-norm: the products are of numbers that are stored exactly, so that
 # what is left is summing in float32 and rounding once.
@@ -468,14 +466,25 @@ def checked(
                     "its kernels were not checked before a graph was captured: run it once before"
                 )
             why = _why(check)
+            if why not in ("", NO_MEMORY) and _dismissed(tiled):
+                _warn(f"tuned tiles are not used, but the rule's: {why} (of {of})")
+                return checked(of, tiled, device, check)
             if why:
-                text = f"PyTorch runs what Triton's kernels should: {why} (of {of})"
-                warnings.warn(text, RuntimeWarning, stacklevel=2)
+                _warn(f"PyTorch runs what Triton's kernels should: {why} (of {of})")
             if why == NO_MEMORY:  # there may be some the next time
                 return why
             known[key] = why
             _keep(known)
     return known[key]
+
+
+def _dismissed(tiled: Sequence[tuple[Shape, str]]) -> bool:
+    """Whether tuned tiles were in use, which they are no longer, for any of these."""
+    return any([dismiss(shape, PRECISIONS[precision]) for shape, precision in tiled])
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 def _why(check: Callable[[], Errors]) -> str:
@@ -499,11 +508,22 @@ def _key(of: tuple[Any, ...], tiled: Sequence[tuple[Shape, str]], device: torch.
         for shape, precision in tiled
         for kernel in KERNELS
     ]
-    parts = (
-        *(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)),
-        *(triton.__version__, torch.__version__, __version__, *of, tiles),
-    )
-    return " ".join(map(str, parts))
+    return " ".join(map(str, (*_where(device), *of, tiles)))
+
+
+def _where(device: torch.device) -> tuple[Any, ...]:
+    """What every result is of."""
+    gpu = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    return *gpu, triton.__version__, torch.__version__, __version__
+
+
+def summary(device: torch.device) -> str:
+    """What was checked on this GPU until now, for `cibp-fast info`."""
+    here = " ".join(map(str, _where(device))) + " "
+    found = {key.removeprefix(here): why for key, why in _read().items() if key.startswith(here)}
+    failed = [f"{why} (of {of})" for of, why in found.items() if why]
+    text = f"{len(found) - len(failed)} passed"
+    return f"{text}; PyTorch runs: {'; '.join(failed)}" if failed else text
 
 
 def _file() -> Path:
@@ -513,6 +533,11 @@ def _file() -> Path:
 
 @cache
 def _known() -> dict[str, str]:
+    """Results by `_key`; what failed in another process may not fail in this one."""
+    return {key: why for key, why in _read().items() if not why}
+
+
+def _read() -> dict[str, str]:
     with contextlib.suppress(OSError, ValueError):
         content = json.loads(_file().read_text())
         if isinstance(content, dict):
@@ -521,10 +546,9 @@ def _known() -> dict[str, str]:
 
 
 def _keep(known: dict[str, str]) -> None:
-    """Writes the results, those that passed; another process's may be lost, and are made again."""
-    passed = {key: why for key, why in known.items() if not why}
+    """Writes the results; what another process writes just now may be lost, and is made again."""
     with contextlib.suppress(OSError):  # a folder that cannot be written to costs only time
         _file().parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=_file().parent, delete=False) as file:
-            json.dump(passed, file, indent=1)
+            json.dump(_read() | known, file, indent=1)
         os.replace(file.name, _file())

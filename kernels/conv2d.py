@@ -488,6 +488,8 @@ def weight_gradient(
         bias_sums = x.new_empty((splits, channels), dtype=torch.float32)
     else:
         sums, bias_sums = out
+        if len(sums) != splits:
+            raise ValueError(f"out must have {splits} parts, as the tiles have, not {len(sums)}")
     blocks = triton.cdiv(channels, tiles.channels), triton.cdiv(products, tiles.pixels)
     weight_gradient_kernel[(*blocks, splits)](
         *three(tuple(gradient)), *three(tuple(x)), weight, sums, bias_sums, pixels, chunk,

@@ -38,11 +38,12 @@ class Tiles(NamedTuple):
     descriptors: bool = False
 
 
+KERNELS = ("forward", "input_gradient", "weight_gradient")
 PROGRAMS = 132  # that a large GPU runs at a time
 
 
 def tiles_for(kernel: str, shape: Shape, precision: Precision) -> Tiles:
-    """For "forward", "input_gradient" or "weight_gradient", on the current device.
+    """For one of KERNELS, on the current device.
 
     Tables are read once in a process, so that a step and its graph keep their tiles.
     """
@@ -50,9 +51,23 @@ def tiles_for(kernel: str, shape: Shape, precision: Precision) -> Tiles:
     return _tiles_for(kernel, shape, precision, device)
 
 
+_dismissed: set[tuple[Shape, Precision]] = set()
+
+
+def dismiss(shape: Shape, precision: Precision) -> bool:
+    """Takes the rule's tiles for this convolution from now on; whether others were taken before."""
+    if (shape, precision) in _dismissed or all(
+        tiles_for(kernel, shape, precision) == rule(kernel, shape, precision) for kernel in KERNELS
+    ):
+        return False
+    _dismissed.add((shape, precision))
+    _tiles_for.cache_clear()
+    return True
+
+
 @cache
 def _tiles_for(kernel: str, shape: Shape, precision: Precision, device: int) -> Tiles:
-    if where := current():
+    if (shape, precision) not in _dismissed and (where := current()):
         wanted = key(entry_for(where, kernel, precision.name, shape))
         for table in (_table(user_table()), _table(SHIPPED)):
             if wanted in table:
@@ -110,8 +125,8 @@ def _splits(tiles: int, length: int, least: int) -> int:
 FORMAT = 1
 SHIPPED = Path(__file__).with_name("tuned.json")
 ABOUT = (
-    "Tiles that `cibp-fast tune` measured to be faster than those of the rule in kernels/tiles.py, "
-    "on the GPU named; times are in microseconds."
+    "Tiles that `cibp-fast tune` measured to be the fastest on the GPU named; without an entry the "
+    "rule in kernels/tiles.py decides. Times are in microseconds, default_us that of the rule."
 )
 KEYS = ("architecture", "multiprocessors", "triton", "kernel", "precision", "shape")
 
@@ -156,6 +171,11 @@ def entry_for(where: Where, kernel: str, precision: str, shape: Shape) -> dict[s
 
 def key(entry: Mapping[str, Any]) -> Hashable:
     return json.dumps([entry.get(name) for name in KEYS], sort_keys=True)
+
+
+def is_shipped(entry: Mapping[str, Any]) -> bool:
+    """Whether the package's table has tiles for it."""
+    return key(entry) in _table(SHIPPED)
 
 
 def text(entries: Sequence[Mapping[str, Any]]) -> str:

@@ -7,6 +7,8 @@ float64 than its precision allows is left out before anything is timed.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import math
 import os
 import threading
@@ -45,7 +47,7 @@ WAVES = 8  # the most programs for each that can run at a time
 class Job(NamedTuple):
     """A kernel to find tiles for."""
 
-    kernel: str  # of checks.KERNELS
+    kernel: str  # of tiles.KERNELS
     precision: str
     shape: Shape
 
@@ -349,8 +351,10 @@ def tune(
             result = search(job, bench)
             results.append((job, result))
             entry = tiles.entry_for(where, *job)
-            if result.gained:
-                us = {"us": round(result.best_us, 2), "default_us": _rounded(result.default_us)}
+            # what comes with the package may be slower here than the rule
+            overruled = not result.why_not and tiles.is_shipped(entry)
+            if result.gained or overruled:
+                us = {"us": _rounded(result.best_us), "default_us": _rounded(result.default_us)}
                 found = {"tiles": result.best._asdict()}
                 update(output, [entry], entry | found | us | (remarks or {}))
             else:
@@ -360,15 +364,24 @@ def tune(
 
 
 def update(path: Path, dropped: Sequence[dict[str, Any]], *added: dict[str, Any]) -> None:
-    """Adds entries to a table, and drops those with the same keys; makes it where there is none."""
-    try:
-        entries = [each for each in tiles.read(path) if isinstance(each, dict)]
-    except FileNotFoundError:
-        entries = []
-    keys = {tiles.key(each) for each in dropped}
-    entries = [each for each in entries if tiles.key(each) not in keys]
+    """Adds entries to a table, and drops those with the same keys; makes it where there is none.
+
+    Another process that updates a table of the same folder waits meanwhile.
+    """
     runs.make_folder(path.parent)
-    runs.write_atomic(path, tiles.text([*entries, *added]).encode())
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system may have no locks
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        try:
+            entries = [each for each in tiles.read(path) if isinstance(each, dict)]
+        except FileNotFoundError:
+            entries = []
+        keys = {tiles.key(each) for each in dropped}
+        entries = [each for each in entries if tiles.key(each) not in keys]
+        runs.write_atomic(path, tiles.text([*entries, *added]).encode())
+    finally:
+        os.close(folder)  # and the lock with it
 
 
 def _rounded(us: float) -> float | None:

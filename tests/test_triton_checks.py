@@ -17,9 +17,21 @@ import cibp_fast as cf
 from cibp_fast import Interval, _backend, ops
 from cibp_fast._program import trace
 from cibp_fast._stages import stages_and_parameters
-from cibp_fast.kernels import adam, checks, conv2d, inputs, layers, network, pool, step_check
+from cibp_fast.kernels import (
+    adam,
+    checks,
+    conv2d,
+    inputs,
+    layers,
+    network,
+    pool,
+    step_check,
+    streams,
+    tiles,
+)
 from cibp_fast.kernels import step as step_module
 from cibp_fast.kernels.shape import Shape
+from cibp_fast.kernels.tiles import Tiles, Where, tiles_for
 
 POOLING = Shape(2, 5, 7, 6, 5, 3, 3, 3, 2, (2, 2), (1, 0))
 CONVOLUTION = (2, 3, 7, 6, 5, 4, 3, 3, 3, 2, 2, 1, 1, 1, 1, 1)  # see ops._conv2d_shape
@@ -331,6 +343,39 @@ def test_layers_are_checked_with_as_many_streams_as_they_have(
     assert [bool(why) for why in auto.values()] == [True, True, False, False]
 
 
+def test_wrong_tuned_tiles_are_left_for_the_rule(
+    auto: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where, table = Where("sm_90", 132, "3.6"), tmp_path / "tuned.json"
+    shape, float32 = layers.shape_of(LINEAR), streams.PRECISIONS["float32"]
+    tuned = Tiles(32, 16, 16, stages=2)._asdict()
+    table.write_text(
+        tiles.text([{**tiles.entry_for(where, "forward", "float32", shape), "tiles": tuned}])
+    )
+    monkeypatch.setenv("CIBP_FAST_TUNED", str(table))
+    monkeypatch.setattr(tiles, "current", lambda: where)
+    monkeypatch.setattr(tiles, "_dismissed", set())
+    monkeypatch.setattr(conv2d, "tiles_for", tiles_for)  # not large_tiles
+    taken = []
+    forward = conv2d.forward
+
+    def wrong(*arguments: Any, **options: Any) -> Any:
+        result = forward(*arguments, **options)
+        taken.append(tiles_for("forward", shape, float32).stages)
+        if taken[-1] == 2:
+            options["bounds"][0].add_(1)
+        return result
+
+    monkeypatch.setattr(layers.conv2d, "forward", wrong)
+    tiles._tiles_for.cache_clear()
+    x, weight = torch.randn(3, 20, device=DEVICE), torch.randn(6, 20, device=DEVICE)
+    with pytest.warns(RuntimeWarning, match="tuned tiles are not used, .* a layer's forward is wr"):
+        found = ops.linear(x, x, x, weight, None)
+    torch.testing.assert_close(found[0], x @ weight.t())
+    assert taken == [2, 3, 3] and list(auto.values()) == [""]  # checked twice, and run
+    tiles._tiles_for.cache_clear()
+
+
 def test_a_wrong_relu_runs_in_torch(auto: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(3, 4, device=DEVICE)
     monkeypatch.setattr(layers, "relu_forward", changed(layers.relu_forward, _a_nan))
@@ -372,6 +417,29 @@ def test_a_lack_of_memory_is_not_kept(auto: dict[str, str]) -> None:
         assert checks.checked(("this",), [], device, check) == checks.NO_MEMORY
     assert not auto
     assert checks.checked(("this",), [], device, lambda: {"it": (0.0, 1e-5)}) == ""
+
+
+def test_info_says_what_was_checked(auto: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    row = "checks on cuda:0"
+    assert dict(_backend._checked())[row] == "0 passed"
+    device = torch.device(DEVICE)
+    assert checks.checked(("this",), [], device, lambda: {"it": (0.0, 1e-5)}) == ""
+    with pytest.warns(RuntimeWarning, match="PyTorch runs"):
+        checks.checked(("that",), [], device, lambda: {"it": (1.0, 1e-5)})
+    assert dict(_backend._checked())[row] == (
+        "1 passed; PyTorch runs: it is wrong on this GPU, by 1.0e+00 relative to float64 "
+        "(of that [])"
+    )
+    auto.clear()  # another process, in which it passes
+    assert checks.checked(("that",), [], device, lambda: {"it": (0.0, 1e-5)}) == ""
+    assert checks.summary(gpu) == "2 passed"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "another GPU")
+    assert checks.summary(gpu) == "0 passed"
 
 
 def test_another_default_device_changes_nothing(auto: dict[str, str]) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -287,6 +289,41 @@ def test_the_user_s_table_comes_before_the_shipped_one(
     monkeypatch.setenv("CIBP_FAST_TUNED", str(shipped))
     forget()
     assert used(job) == Tiles(32, 32, 32)
+
+
+def test_the_rule_overrules_the_shipped_table(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job("forward", "bf16", LAYER)
+
+    def bench_of(shape: Shape, precision: str) -> Given:
+        return Given(lambda each: 1.0 if each == rule(job) else 2.0)
+
+    tune.tune([job], bench_of, WHERE, table)
+    assert tiles.read(table) == []
+    shipped = tmp_path / "shipped.json"
+    monkeypatch.setattr(tiles, "SHIPPED", shipped)
+    slow = {**tiles.entry_for(WHERE, *job), "tiles": Tiles(32, 32, 32)._asdict()}
+    tune.update(shipped, [], slow)
+    assert used(job) == Tiles(32, 32, 32)
+    tune.tune([job], bench_of, WHERE, table)
+    forget()
+    assert used(job) == rule(job)
+
+
+def test_two_at_once_lose_nothing(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = tiles.read
+
+    def slowly(path: Path) -> list[Any]:
+        entries = read(path)
+        time.sleep(0.02)  # time for the other to read the same
+        return entries
+
+    monkeypatch.setattr(tiles, "read", slowly)
+    entries = [{"kernel": name, "shape": i} for i in range(5) for name in ("one", "other")]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda entry: tune.update(table, [], entry), entries))
+    assert sorted(map(str, read(table))) == sorted(map(str, entries))
 
 
 def test_the_shipped_table_is_as_tune_writes_it() -> None:
