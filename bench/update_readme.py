@@ -427,6 +427,7 @@ PARTS_OUTSIDE = ("data", "logging", "writing", "other")
 
 # On a GPU: rivals of the graphed step in tf32, and the ways to compute a layer.
 GPU_RIVALS = {
+    "graphed_cuda_tf32": '`backend="cuda"`',
     "fused_tf32": "`cf.fuse`, eager",
     "naive_tf32": "two-pass eager",
     "naive": "without TF32",
@@ -464,7 +465,9 @@ def gpu() -> list[str]:
     lines = []
     if numerics:
         passed = sum(not row["note"] for row in numerics)
-        lines += [f"{passed} of {len(numerics)} checks of the kernels against float64 passed.", ""]
+        skipped = sum(row["note"].startswith("not measured") for row in numerics)
+        text = f"{passed} of {len(numerics)} checks of the kernels against float64 passed"
+        lines += [f"{text}, {skipped} were not made." if skipped else f"{text}.", ""]
     lines += gpu_steps(steps) + gpu_trainings(trainings) + gpu_layers(layers)
     return [
         *lines,
@@ -494,8 +497,8 @@ def gpu_steps(rows: list[dict[str, str]]) -> list[str]:
     lines = [
         "A training step as one CUDA graph, from bytes of images to new parameters, in tf32 (and "
         "bf16, float32); its shares of the speed of a matrix product and of a copy; and how many "
-        "times as long the others take with Adam, in the better memory format, which find their "
-        "batch ready:",
+        "times as long it takes with CUDA C++ kernels, and the others with Adam, in the better "
+        "memory format, which find their batch ready:",
         "",
         f"| network, data, batch | us | shares | {' | '.join(GPU_RIVALS.values())} "
         "| saved of the naive float32's, bf16 | peak MiB, naive's |",

@@ -57,7 +57,11 @@ def exact() -> Exact:
     return Exact.of(PROBLEM)
 
 
-OURS = [name for name in GPU_RIVALS if name.startswith(("graphed", "fused"))]
+OURS = [
+    name
+    for name, rival in GPU_RIVALS.items()
+    if name.startswith(("graphed", "fused")) and rival.backend == "triton"
+]
 
 
 @pytest.mark.parametrize("name", [*OURS, "naive_bf16", "naive_tf32_graph"])
@@ -121,11 +125,13 @@ def test_the_rows_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, build in (("compile", hungry), ("auto_lirpa", failing)):
         monkeypatch.setitem(GPU_RIVALS, name, replace(GPU_RIVALS[name], build=build))
     names = ["compile", "graphed_bf16", "auto_lirpa", "naive_tf32", "naive_tf32_graph"]
-    options = _options(contenders=names)
+    options = _options(contenders=[*names, "graphed_cuda_tf32"])
     rows = {(r["contender"], r["format"]): r for r in step.rows(PROBLEM, options, LIMITS)}
-    assert len(rows) == 8  # naive and compile in two formats
+    assert len(rows) == 9  # naive and compile in two formats
     notes = {key[0]: row["note"] for key, row in rows.items() if "note" in row}
     assert notes == {
+        "graphed_cuda_tf32": "ValueError: backend='cuda' cannot run: they are for NVIDIA's GPUs, "
+        "and the tensors are on 'cpu'",
         "compile": "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB",
         "auto_lirpa": "OutOfMemoryError: later",
     }
@@ -315,7 +321,7 @@ def test_wrong_kernels_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
         return errors
 
     monkeypatch.setattr(checks, "errors", errors)
-    group = numerics.Group("tf32", ["a", "b"], [None, None])
+    group = numerics.Group("convolution", "triton", "tf32", ["a", "b"], [None, None])
     assert len(group.rows()) == 6 and all(row["note"] == "not measured" for row in group.rows())
     rows = numerics.measured(group, "interpreter")
     illegal = "RuntimeError: CUDA error: an illegal memory access was encountered"
@@ -324,8 +330,8 @@ def test_wrong_kernels_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
 def test_a_step_that_drops_nan_or_does_not_repeat_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = numerics.step(PROBLEM, "bf16", CPU)
-    assert list(found) == list(numerics.STEP)
+    found = numerics.step(PROBLEM, "bf16", "triton", CPU)
+    assert list(found) == list(numerics.CHECKS["step"])
     assert all(error <= tolerance for error, tolerance in found.values())
     replay, noise = TrainStep.replay, iter(range(100))
 
@@ -334,7 +340,7 @@ def test_a_step_that_drops_nan_or_does_not_repeat_is_found(monkeypatch: pytest.M
         self.totals.nan_to_num_().add_(next(noise))
 
     monkeypatch.setattr(TrainStep, "replay", other)
-    found = numerics.step(PROBLEM, "bf16", CPU)
+    found = numerics.step(PROBLEM, "bf16", "triton", CPU)
     assert found["two runs"] == (1.0, 0.0) and found["NaN"] == (1.0, 0.0)
 
 
@@ -344,16 +350,27 @@ def test_the_table_of_the_numerics(
     """The groups run in processes of their own, of which one ends without a word."""
     monkeypatch.setattr(numerics, "PROBLEMS", ())
     monkeypatch.setattr(numerics, "GRID", (numerics.GRID[-1],))
+    monkeypatch.setattr(numerics, "OPS", (numerics.Op("relu", (2, 3)),))
     monkeypatch.setattr(gpu, "PRECISIONS", ("bf16",))
     output = tmp_path / "numerics.csv"
     words = ["bench", "numerics", "--device", "interpreter", "--jobs", "1", "--output"]
     assert cli.main([*words, str(output)]) == 0
-    assert "3 of 3 checks passed" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "5 of 5 checks passed, 4 not measured" in out
+    assert "not measured: backend='cuda' cannot run: they are for NVIDIA's GPUs" in out
     rows = list(csv.DictReader(output.open()))
-    assert [(row["of"], row["check"]) for row in rows] == [
-        ("1x1x3x3->1x1x1 kernel 3x3", check) for check in numerics.CONVOLUTION
+    kernel, relu = "1x1x3x3->1x1x1 kernel 3x3", "relu (2, 3)"
+    assert [(row["of"], row["check"], row["backend"]) for row in rows] == [
+        *((kernel, check, "triton") for check in numerics.CHECKS["convolution"]),
+        *((relu, check, each) for each in ("triton", "cuda") for check in numerics.CHECKS["op"]),
+        *((kernel, check, "cuda") for check in ("forward", "weight_gradient")),
     ]
-    assert all(float(row["error"]) <= 6e-3 and row["gpu"] == "interpreter" for row in rows)
+    assert all(row["gpu"] == "interpreter" for row in rows)
+    for row in rows:
+        if row["backend"] == "triton":
+            assert float(row["error"]) <= 6e-3 and not row["note"]
+        else:
+            assert not row["error"] and row["note"].startswith("not measured: backend='cuda' can")
 
     def dead(*_: object) -> None:
         raise RuntimeError("a process ended")
@@ -361,10 +378,11 @@ def test_the_table_of_the_numerics(
     monkeypatch.setattr(numerics, "in_child", dead)
     assert cli.main([*words, str(output)]) == 2
     captured = capsys.readouterr()
-    assert "0 of 3 checks passed" in captured.out
-    assert captured.err == "cibp-fast: error: 3 of 3 checks of the kernels failed\n"
+    assert "0 of 5 checks passed" in captured.out
+    assert captured.err == "cibp-fast: error: 5 of 5 checks of the kernels failed\n"
     rows = list(csv.DictReader(output.open()))
-    assert {row["note"] for row in rows} == {"RuntimeError: a process ended"}
+    notes = {row["note"] for row in rows if row["backend"] == "triton"}
+    assert notes == {"RuntimeError: a process ended"}
 
 
 def _tiny(in_shape: tuple[int, ...], padding: str) -> nn.Sequential:
@@ -567,6 +585,7 @@ def test_the_readme_takes_steps_of_a_gpu(readme: ModuleType, tmp_path: Path) -> 
     rows = [
         row("graphed_tf32", 0.04, **half),
         row("graphed_bf16", 0.035, saved_bytes=4),
+        row("graphed_cuda_tf32", 0.03),
         row("naive", 2.0, saved_bytes=16),
         row("naive_tf32", 1.2, format="nchw"),
         row("naive_tf32", 1.0, format="nhwc", peak_bytes=2**22),
@@ -578,6 +597,7 @@ def test_the_readme_takes_steps_of_a_gpu(readme: ModuleType, tmp_path: Path) -> 
     cells = _cells(lines, "small mnist 100")
     assert cells[1:3] == ["40 (35, not measured)", "10 %, 25 %"]
     rivals_of = dict(zip(readme.GPU_RIVALS, cells[3:-2], strict=True))
+    assert rivals_of["graphed_cuda_tf32"] == "0.75"
     assert rivals_of["naive_tf32"] == "25.00" and rivals_of["compile"] == "2.00"
     assert {rivals_of[name] for name in ("compile_max", "auto_lirpa")} == {"not measured"}
     assert cells[-2:] == ["0.50, 0.25", "2, 4"]
@@ -611,7 +631,7 @@ def test_the_readme_takes_the_other_tables_of_a_gpu(readme: ModuleType, tmp_path
     ]
     _table(tmp_path, "gpu_layers_small", layer.GPU_FIELDS, layers)
     lines = readme.gpu()
-    assert lines[0].startswith("1 of 3 checks of the kernels against float64 passed")
+    assert lines[0] == "1 of 3 checks of the kernels against float64 passed, 1 were not made."
     assert _cells(lines, "`a`")[1:] == ["random", "0.03 s", "5.1 s", "100: 8.1 s"]
     assert _cells(lines, "`b`")[2] == "not timed: OutOfMemoryError: none left"
     found = dict(zip(readme.GPU_LAYERS, _cells(lines, "small mnist 100")[1:], strict=True))

@@ -217,7 +217,8 @@ class WholeStep(Contender):
 class Graphed:
     """The step of kernels/step.py, see `step`.
 
-    lost: a value of a pixel, 0 to 255, that the network sees as NaN.
+    lost: a value of a pixel, 0 to 255, that the network sees as NaN. backend: "triton" or "cuda".
+    Raises ValueError where that cannot run.
     """
 
     def __init__(
@@ -227,13 +228,14 @@ class Graphed:
         device: torch.device,
         rate: float = 0.0,
         lost: int | None = None,
+        backend: str = "triton",
     ) -> None:
         from cibp_fast.kernels import inputs  # not without Triton
         from cibp_fast.kernels.step import TrainStep
 
         images, labels = (each.to(device) for each in problem.images())
         self.model = problem.network().to(device)
-        found = fuse(self.model, precision, "triton")._triton_stages(to_pixels(images))
+        found = fuse(self.model, precision, backend)._triton_stages(to_pixels(images))
         assert not isinstance(found, str), found
         self.stages, weights, biases, self.precision = found
         self.moments = {
@@ -257,6 +259,7 @@ class Graphed:
             width_weight=WIDTH_WEIGHT,
             mean=True,
             precision=precision,
+            cpp=backend == "cuda",
         )
         self.made.load(inputs.epoch_plan(torch.arange(problem.batch)))
         if device.type == "cuda":
@@ -299,7 +302,7 @@ def checked(
     """
     contender: Contender | Graphed
     if rival.build is None:
-        contender = Graphed(problem, rival.precision, device)
+        contender = Graphed(problem, rival.precision, device, backend=rival.backend)
     else:
         kind = WholeStep if whole else Contender
         contender = kind(problem, rival, memory_format, device)

@@ -240,6 +240,7 @@ class Rival:
     tolerance: float
     precision: str = "float32"  # that a GPU multiplies in
     graph: bool = False  # replayed as a CUDA graph
+    backend: str = "triton"  # of a step of kernels/step.py
 
 
 ONE, BOTH = ("nchw",), ("nchw", "nhwc")
@@ -260,12 +261,14 @@ TOLERANCES = {"float32": 1e-3, "tf32": 0.25 / 8, "bf16": 0.25}
 
 
 def _ours(precision: str) -> dict[str, Rival]:
-    """The whole step as one graph, and `cf.fuse` in eager mode."""
+    """The whole step as one graph, by both backends, and `cf.fuse` in eager mode."""
     name = "" if precision == "float32" else f"_{precision}"
     tolerance = TOLERANCES[precision]
     build = partial(fused, precision=precision, backend="triton")
+    step = Rival(None, ONE, tolerance, precision, graph=True)
     return {
-        f"graphed{name}": Rival(None, ONE, tolerance, precision, graph=True),
+        f"graphed{name}": step,
+        f"graphed_cuda{name}": replace(step, backend="cuda"),
         f"fused{name}": Rival(build, ONE, tolerance, precision),
     }
 

@@ -13,11 +13,12 @@ is written from `cibp_fast.reference`. One that is wrong, or cannot run, is repo
 On a GPU a step includes Adam (torch's fused one, capturable; ours its own), and is timed by events
 around steps in a row. "graphed" is the step of `cibp-fast train`, one CUDA graph: it also makes the
 batch and its boxes from bytes of images, with the shifts and mirrors of the augmentation (none
-here), reads the schedules and adds up the figures of an epoch. The others are spared that: they
-find their batch ready. "fused" is `cf.fuse` called in eager mode, "naive" the two passes, "_graph"
-the same as a CUDA graph, Adam in it. The reference is "naive_tf32", eager, in the better format.
-All torch code may choose its algorithms (cudnn.benchmark). Peak memory is what a contender adds at
-its peak, network, moments and what its graph keeps included.
+here), reads the schedules and adds up the figures of an epoch; "graphed_cuda" is the same with
+CUDA C++ kernels for the layers that they take. The others are spared that: they find their batch
+ready. "fused" is `cf.fuse` called in eager mode, "naive" the two passes, "_graph" the same as a
+CUDA graph, Adam in it. The reference is "naive_tf32", eager, in the better format. All torch code
+may choose its algorithms (cudnn.benchmark). Peak memory is what a contender adds at its peak,
+network, moments and what its graph keeps included.
 
 FLOPs count a multiply-add as two, the same for all contenders: of each affine layer 2 N outputs
 products for each of the three streams (center, radius, nominal), once forward and once backward to
