@@ -229,9 +229,13 @@ def graphed(function: Function, model: object, *numbers: float) -> Graphed:
 
 @contextmanager
 def enough_memory(doing: str, remedy: str) -> Iterator[None]:
-    """Names what was done, and what to do, where a GPU's memory runs out inside the block."""
+    """Names what was done, and what to do, where a GPU's memory runs out inside the block.
+
+    The outermost of such blocks speaks: it knows what the user set.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
-        why = str(error).partition(". ")[0]
-        raise torch.OutOfMemoryError(f"{doing}: {why}; {remedy}") from error
+        first = error.__cause__ if isinstance(error.__cause__, torch.OutOfMemoryError) else error
+        why = str(first).partition(". ")[0]
+        raise torch.OutOfMemoryError(f"{doing}: {why}; {remedy}") from first

@@ -201,13 +201,15 @@ def _tune(options: argparse.Namespace) -> None:
 
 
 def _trained(options: argparse.Namespace) -> tuple[Config, nn.Module, data.Split]:
-    """A run's config (with --eps), its network, and its first --examples held-out examples, both
-    on --device.
+    """A run's config (with --eps and --eval-batch-size), its network, and its first --examples
+    held-out examples, both on --device.
     """
     device = available(options.device)
     config = runs.read_config(options.run_dir)
     if options.eps is not None:
         config = replace(config, eps=options.eps)
+    if options.eval_batch_size is not None:
+        config = replace(config, eval_batch_size=options.eval_batch_size)
     model = runs.read_model(options.run_dir)
     verify = not options.unverified_data
     split = data.load(config.dataset, options.data_root, verify=verify).test
@@ -387,6 +389,12 @@ def _parser() -> argparse.ArgumentParser:
         )
         trained.add_argument(
             "--examples", type=int, metavar="N", help="only the first N (default: all)"
+        )
+        trained.add_argument(
+            "--eval-batch-size",
+            type=int,
+            metavar="N",
+            help="examples at a time (default: the run's)",
         )
     for reader in (train, certify_run, attack):
         reader.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cibp_fast import data, runs
-from cibp_fast._graphs import capturing, graphed, kept
+from cibp_fast._graphs import capturing, enough_memory, graphed, kept
 from cibp_fast.attacks import pgd
 from cibp_fast.certificates import Certificate, certify, evaluation, predict
 from cibp_fast.config import Config
@@ -32,7 +33,8 @@ def evaluate(
     verified and yet broken: more than 0 shows that the bounds are wrong. The batches are shared
     among the processes; the numbers do not depend on how. Without `attack` what concerns PGD is
     left out, and only one pass of bounds is made. On a GPU batches are replays of CUDA graphs, made
-    anew for each evaluation. Raises RuntimeError inside a capture.
+    anew for each evaluation. Raises RuntimeError inside a capture, and torch.OutOfMemoryError where
+    a GPU's memory is too small.
     """
     if split.images.is_cuda and capturing():
         raise RuntimeError(
@@ -42,7 +44,7 @@ def evaluate(
     starts = range(0, len(split), config.eval_batch_size)[processes.rank :: processes.size]
     counts = torch.zeros(4, dtype=torch.int64, device=split.images.device)
     description = "evaluating" if attack else "evaluating the epoch"
-    with kept():
+    with kept(), _enough_memory("evaluation", config):
         for first in bar(starts, description, "batch", shown=processes.first):
             part = split[first : first + config.eval_batch_size]
             x, y = inputs(config, part), part.labels
@@ -88,9 +90,9 @@ def inputs(config: Config, split: data.Split) -> Tensor:
 
 def certificate(model: nn.Module, x: Tensor, y: Tensor, config: Config) -> Certificate:
     """The ordinary bounds of examples x [N, C, H, W], y [N] in the config's box."""
-    return certify(
-        model, x, y, config.eps, config.clip, sound=False, batch_size=config.eval_batch_size
-    )
+    size = config.eval_batch_size
+    with _enough_memory("certification", config):
+        return certify(model, x, y, config.eps, config.clip, sound=False, batch_size=size)
 
 
 def broken(
@@ -101,15 +103,21 @@ def broken(
     first is the number of the batch's first example: each batch has random starts of its own, from
     it and the config's seed, so that it does not matter which process attacks it.
     """
-    return pgd(
-        model,
-        x,
-        y,
-        config.eps,
-        steps=config.pgd_steps,
-        restarts=restarts,
-        step_size=config.pgd_step_size,
-        clip=config.clip,
-        seed=int(np.random.SeedSequence((config.seed, first)).generate_state(1)[0]),
-        batch_size=config.eval_batch_size,
-    ).found
+    with _enough_memory("PGD", config):
+        return pgd(
+            model,
+            x,
+            y,
+            config.eps,
+            steps=config.pgd_steps,
+            restarts=restarts,
+            step_size=config.pgd_step_size,
+            clip=config.clip,
+            seed=int(np.random.SeedSequence((config.seed, first)).generate_state(1)[0]),
+            batch_size=config.eval_batch_size,
+        ).found
+
+
+def _enough_memory(doing: str, config: Config) -> AbstractContextManager[None]:
+    doing = f"{doing} with eval_batch_size={config.eval_batch_size}"
+    return enough_memory(doing, "take a smaller eval_batch_size")

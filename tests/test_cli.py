@@ -15,7 +15,7 @@ import pytest
 import torch
 from digits import SHORT, load_toy
 
-from cibp_fast import cli, data, evaluation, runs, training
+from cibp_fast import attacks, certificates, cli, data, evaluation, runs, training
 from cibp_fast.certificates import Certificate
 from cibp_fast.config import Config, preset
 
@@ -221,6 +221,7 @@ def test_bad_input_is_one_line(capsys, monkeypatch, tmp_path, arguments, words):
         (["certify", "--eps", "-0.5"], "eps must be 0 or more, not -0.5"),
         (["certify", "--device", "tpu"], "device must be cpu or cuda, not 'tpu'"),
         (["attack", "--device", "tpu"], "device must be cpu or cuda, not 'tpu'"),
+        (["certify", "--eval-batch-size", "0"], "eval_batch_size must be 1 or more, not 0"),
         (["certify", "--eps", "inf"], "eps must be a finite number, not inf"),
         (["certify", "--eps", "nan"], "eps must be a finite number, not nan"),
         (["attack", "--eps", "inf"], "eps must be a finite number, not inf"),
@@ -329,6 +330,29 @@ def test_a_gpu_without_memory_is_one_line(capsys, tmp_path, monkeypatch):
         "a step of training with batch_size=20: CUDA out of memory; take a smaller batch_size"
         in _error(capsys, "train", *options)
     )
+
+
+@pytest.mark.parametrize(
+    ("where", "command", "words"),
+    [
+        ((certificates, "_bounded"), "train", "evaluation with eval_batch_size=25"),
+        ((attacks, "_step"), "train", "evaluation with eval_batch_size=25"),
+        ((certificates, "_bounded"), "certify", "certification with eval_batch_size=7"),
+        ((attacks, "_step"), "attack", "PGD with eval_batch_size=7"),
+    ],
+)
+def test_a_gpu_without_memory_for_an_evaluation_is_one_line(
+    capsys, run_dir, tmp_path, monkeypatch, where, command, words
+):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr(*where, full)
+    options = [str(run_dir), "--eval-batch-size", "7"]
+    if command == "train":
+        options = [*_short_options(), "--run-dir", str(tmp_path)]
+    line = f"error: {words}: CUDA out of memory; take a smaller eval_batch_size"
+    assert _error(capsys, command, *options).endswith(line)
 
 
 def test_a_run_of_another_config_is_not_replaced_unless_asked(capsys, run_dir):
