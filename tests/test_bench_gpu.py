@@ -18,11 +18,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from tritons import DEVICE, large_tiles
 
 from cibp_fast import cli, data, models
@@ -195,6 +197,7 @@ def test_a_graph_is_warmed_up_captured_and_replayed(monkeypatch: pytest.MonkeyPa
     done: list[str] = []
 
     def capture(function: Callable[[], str], stream: object) -> tuple[object, str]:
+        assert stream is waiting
         done.append("capture")
         return SimpleNamespace(replay=lambda: done.append("replay")), function()
 
@@ -206,6 +209,9 @@ def test_a_graph_is_warmed_up_captured_and_replayed(monkeypatch: pytest.MonkeyPa
     call = gpu.captured(lambda: done.append("run") or "result", torch.device("cuda"))
     assert done == ["run", "run", "run", "capture", "run"]
     assert [call(), call()] == ["result", "result"] and done[5:] == ["replay", "replay"]
+
+    waiting = SimpleNamespace(wait_stream=lambda other: None)  # a stream that it is given
+    gpu.captured(lambda: "result", torch.device("cuda"), waiting)  # type: ignore[arg-type]
 
 
 def test_a_timing_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,6 +254,52 @@ def test_the_memory_of_graphs_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 101)
     assert gpu.memory(torch.device("cuda")) == 501
+
+
+def test_workspaces_are_made_on_both_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before they could count: forward and backward."""
+    current, done = ["mine"], []
+
+    @contextlib.contextmanager
+    def stream(which: str) -> Iterator[None]:
+        before, current[0] = current[0], which
+        yield
+        current[0] = before
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, op: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            done.append((current[0], op.overloadpacket))
+            return op(*args, **kwargs or {})
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "new")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "mine")
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    with Seen():
+        assert gpu.capture_stream(torch.device("meta")) == "new"
+    for each in ("mine", "new"):
+        products = [op for on, op in done if on == each]
+        assert products.count(torch.ops.aten.addmm) == 1  # forward
+        assert products.count(torch.ops.aten.mm) == 2  # backward
+
+
+def test_a_contender_gets_its_stream_before_memory_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done: list[object] = []
+
+    def made(*arguments: object) -> None:
+        done.append(arguments[-1])
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(gpu, "capture_stream", lambda device: done.append("workspaces") or "stream")
+    monkeypatch.setattr(gpu, "memory", lambda device: done.append("memory"))
+    monkeypatch.setattr(step, "checked", made)
+    rows = step.rows(PROBLEM, _options(contenders=["naive_tf32_graph"]), LIMITS)
+    assert [row["note"] for row in rows] == ["RuntimeError: enough"] * 2
+    assert done == ["workspaces", "memory", "stream"] * 2
 
 
 def test_flops_and_bytes_of_the_small_network_by_hand() -> None:

@@ -192,10 +192,15 @@ class WholeStep(Contender):
     """The step with Adam as one call, as a CUDA graph if the rival is one."""
 
     def __init__(
-        self, problem: Problem, rival: Rival, memory_format: str, device: torch.device
+        self,
+        problem: Problem,
+        rival: Rival,
+        memory_format: str,
+        device: torch.device,
+        stream: torch.cuda.Stream | None = None,
     ) -> None:
         super().__init__(problem, rival, memory_format, device)
-        self.call = gpu.captured(self._whole, device) if rival.graph else self._whole
+        self.call = gpu.captured(self._whole, device, stream) if rival.graph else self._whole
 
     def _whole(self) -> Tensor:
         gpu.set_tf32(self.rival.precision)
@@ -295,17 +300,20 @@ def checked(
     exact: Exact,
     device: torch.device = CPU,
     whole: bool = False,
+    stream: torch.cuda.Stream | None = None,
 ) -> tuple[Contender | Graphed, dict[str, Any]]:
-    """The contender, and what its rows hold of its errors. whole: Adam included, as on a GPU.
+    """The contender, and what its rows hold of its errors.
 
+    whole: Adam included, as on a GPU. stream: of `gpu.capture_stream`, for the capture of a rival.
     Raises AssertionError where they exceed its tolerance.
     """
     contender: Contender | Graphed
     if rival.build is None:
         contender = Graphed(problem, rival.precision, device, backend=rival.backend)
+    elif whole:
+        contender = WholeStep(problem, rival, memory_format, device, stream)
     else:
-        kind = WholeStep if whole else Contender
-        contender = kind(problem, rival, memory_format, device)
+        contender = Contender(problem, rival, memory_format, device)
     loss, gradient = exact.errors(contender)
     if not (loss <= rival.tolerance and gradient <= rival.tolerance):  # so that NaN is wrong
         raise AssertionError(

@@ -63,14 +63,35 @@ def set_tf32(precision: str) -> None:
     torch.backends.cudnn.allow_tf32 = precision != "float32"
 
 
-def captured(function: Callable[[], Result], device: torch.device) -> Callable[[], Result]:
+def capture_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """A stream for `captured`, with workspaces for torch's products; None on the CPU.
+
+    torch keeps workspaces for each stream that products run on, forward and, in autograd's thread,
+    backward. They are made here, for this stream and the current one, before `memory` is read: so
+    that they are nobody's, whoever multiplies first. Graphs share no stream, since torch drops its
+    workspaces with the first of them.
+    """
+    if device.type == "cpu":
+        return None
+    stream = torch.cuda.Stream(device)
+    for each in (torch.cuda.current_stream(device), stream):
+        with torch.cuda.stream(each):
+            x = torch.ones(64, 64, device=device, requires_grad=True)
+            torch.addmm(x[0], x, x).sum().backward()
+    torch.cuda.synchronize(device)
+    return stream
+
+
+def captured(
+    function: Callable[[], Result], device: torch.device, stream: torch.cuda.Stream | None = None
+) -> Callable[[], Result]:
     """The function as a CUDA graph: a call is a replay, and returns what the capture did.
 
-    On the CPU it is the function itself.
+    stream: of the capture, or a new one. On the CPU it is the function itself.
     """
     if device.type == "cpu":
         return function
-    stream = torch.cuda.Stream(device)
+    stream = stream or torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):  # compiles, chooses algorithms, and makes the optimizer's state
@@ -127,7 +148,9 @@ def _seconds(
 
 
 def memory(device: torch.device) -> int:
-    """Bytes of tensors, and what graphs keep beside them in pools of their own."""
+    """Bytes of tensors, workspaces of torch's products among them (see `capture_stream`), and what
+    graphs keep beside them in pools of their own; not what CUDA and its libraries take themselves.
+    """
     if device.type == "cpu":
         return 0
     return torch.cuda.memory_allocated(device) + _pools()

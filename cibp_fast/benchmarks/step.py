@@ -17,8 +17,10 @@ here), reads the schedules and adds up the figures of an epoch; "graphed_cuda" i
 CUDA C++ kernels for the layers that they take. The others are spared that: they find their batch
 ready. "fused" is `cf.fuse` called in eager mode, "naive" the two passes, "_graph" the same as a
 CUDA graph, Adam in it. The reference is "naive_tf32", eager, in the better format. All torch code
-may choose its algorithms (cudnn.benchmark). Peak memory is what a contender adds at its peak,
-network, moments and what its graph keeps included.
+may choose its algorithms (cudnn.benchmark). Peak memory is what a contender adds at its peak to
+what torch has allocated: network, data, moments and what its graph keeps included, but not the
+workspaces of torch's products, which are there before; those that "compile_max" moves into its
+graphs count.
 
 FLOPs count a multiply-add as two, the same for all contenders: of each affine layer 2 N outputs
 products for each of the three streams (center, radius, nominal), once forward and once backward to
@@ -139,9 +141,10 @@ def timed(
                 gc.collect()  # the memory of one that failed is for the next one
                 torch.cuda.empty_cache()
                 with common.time_limit(options.limit, end):
+                    stream = gpu.capture_stream(device)
                     before = gpu.memory(device)
                     made, facts[key] = checked(
-                        problem, rivals[name], memory_format, exact, device, on_gpu
+                        problem, rivals[name], memory_format, exact, device, on_gpu, stream
                     )
                     facts[key]["saved_bytes"] = made.saved_bytes()
                     if device.type == "cuda":
