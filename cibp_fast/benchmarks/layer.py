@@ -428,11 +428,7 @@ def _run_on_gpu(options: argparse.Namespace) -> None:
 
 def _print_gpu(found: list[dict[str, Any]]) -> None:
     print("  {layer}, {pass}".format(**found[0]))
-    for row in found:
-        name = f"    {row['contender'] + ' ' + row['format']:<22}"
-        if "note" in row:
-            print(f"{name} not timed: {row['note']}", flush=True)
-            continue
+    for name, row in common.timed_rows(found, "    {:<22}"):
         ratio = f"{row['ratio']:.2f}" if "ratio" in row else ""
         print(
             f"{name} {1e3 * row['ms']:9.1f} us {ratio:>6} {row['matrix_share']:6.1%}"

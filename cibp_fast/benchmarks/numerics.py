@@ -21,7 +21,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -307,7 +306,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="processes at a time (default: as many as there are processors, up to 16)",
     )
-    parser.add_argument("--output", type=Path, metavar="CSV", help="also write the rows there")
+    common.add_output(parser)
 
 
 def run(options: argparse.Namespace) -> None:

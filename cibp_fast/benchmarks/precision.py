@@ -188,18 +188,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="trainings at a time, each with --threads (default: 1)",
     )
-    parser.add_argument(
-        "--data-root",
-        type=Path,
-        metavar="DIR",
-        help="folder of the data sets (default: $CIBP_FAST_DATA, else data)",
-    )
+    common.add_data_root(parser)
     parser.add_argument(
         "--unverified-data",
         action="store_true",
         help="only warn of data files that are not the official ones",
     )
-    parser.add_argument("--output", type=Path, metavar="CSV", help="also write the rows there")
+    common.add_output(parser)
 
 
 def run(options: argparse.Namespace) -> None:

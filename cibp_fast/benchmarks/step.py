@@ -355,17 +355,13 @@ def _print_gpu(problem: Problem, found: list[dict[str, Any]]) -> None:
         f"  {'contender':<21} {'us':>9} {'[quartiles]':>20} {'ratio':>6} {'matrix':>6} {'copy':>6}"
         f" {'saved MiB':>9} {'peak MiB':>9} {'error':>8}"
     )
-    for row in found:
-        name = f"  {row['contender'] + ' ' + row['format']:<21}"
-        if "note" in row:
-            print(f"{name} not timed: {row['note']}", flush=True)
-            continue
+    for name, row in common.timed_rows(found, "  {:<21}"):
         spread = f"[{1e3 * row['ms_q1']:.1f}, {1e3 * row['ms_q3']:.1f}]"
-        peak = f"{row['peak_bytes'] / 2**20:.1f}" if "peak_bytes" in row else ""
         print(
             f"{name} {1e3 * row['ms']:9.1f} {spread:>20} {_ratio(row):>6}"
             f" {row['matrix_share']:6.1%} {row['copy_share']:6.1%}"
-            f" {row['saved_bytes'] / 2**20:9.1f} {peak:>9} {row['gradient_error']:>8}",
+            f" {_mib(row, 'saved_bytes'):>9} {_mib(row, 'peak_bytes'):>9}"
+            f" {row['gradient_error']:>8}",
             flush=True,
         )
 
@@ -376,21 +372,23 @@ def _print(problem: Problem, found: list[dict[str, Any]]) -> None:
         f"  {'contender':<16} {'ms':>9} {'[quartiles]':>20} {'ratio':>5} {'GFLOP/s':>7}"
         f" {'share':>6} {'Adam: ms':>9} {'ratio':>5} {'saved MiB':>9} {'peak MiB':>9} {'error':>8}"
     )
-    half = len(found) // 2
-    for row, adam in zip(found[:half], found[half:], strict=True):
-        name = f"  {row['contender'] + ' ' + row['format']:<16}"
-        if "note" in row:
-            print(f"{name} not timed: {row['note']}", flush=True)
-            continue
+    alone, with_adam = ([row for row in found if row["optimizer"] == each] for each in OPTIMIZERS)
+    adams = {(row["contender"], row["format"]): row for row in with_adam}
+    for name, row in common.timed_rows(alone, "  {:<16}"):
+        adam = adams[row["contender"], row["format"]]
         spread = f"[{row['ms_q1']:.2f}, {row['ms_q3']:.2f}]"
-        peak = f"{row['rss_bytes'] / 2**20:.1f}" if "rss_bytes" in row else ""
         print(
             f"{name} {row['ms']:9.2f} {spread:>20} {_ratio(row):>5} {row['gflops']:7.1f}"
             f" {row['peak_share']:6.1%} {adam['ms']:9.2f} {_ratio(adam):>5}"
-            f" {row['saved_bytes'] / 2**20:9.1f} {peak:>9} {row['gradient_error']:>8}",
+            f" {_mib(row, 'saved_bytes'):>9} {_mib(row, 'rss_bytes'):>9}"
+            f" {row['gradient_error']:>8}",
             flush=True,
         )
 
 
-def _ratio(row: dict[str, Any]) -> str:
+def _ratio(row: Mapping[str, Any]) -> str:
     return f"{row['ratio']:.2f}" if "ratio" in row else ""
+
+
+def _mib(row: Mapping[str, Any], key: str) -> str:
+    return f"{row[key] / 2**20:.1f}" if key in row else ""

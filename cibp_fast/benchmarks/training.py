@@ -85,13 +85,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--precision", choices=PRECISIONS, default="tf32", help="default: tf32")
     parser.add_argument("--epochs", type=int, default=12, metavar="N", help="default: 12")
-    parser.add_argument(
-        "--data-root",
-        type=Path,
-        metavar="DIR",
-        help="folder of the data sets (default: $CIBP_FAST_DATA, else data)",
-    )
-    parser.add_argument("--output", type=Path, metavar="CSV", help="also write the rows there")
+    common.add_data_root(parser)
+    common.add_output(parser)
 
 
 def run(options: argparse.Namespace) -> None:
