@@ -4,9 +4,9 @@
 
 Each part is a `cibp-fast bench` command in a process of its own, which writes a table when it is
 done, so that a part that fails or runs out of time costs no other: numerics of all kernels against
-float64, whole steps against their rivals, epochs of training, steps against torch.compile, and
-layers. The exit status is 1 where a part did not end well. `bench/update_readme.py` then puts the
-results into the README.
+float64, whole steps against their rivals, epochs of training and evaluation, steps against
+torch.compile, and layers. The exit status is 1 where a part did not end well.
+`bench/update_readme.py` then puts the results into the README.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ STEPS = ["--contenders", *(name for name in rivals.GPU_RIVALS if name not in COM
 PARTS: list[tuple[str, float, list[str]]] = [
     ("gpu_numerics", 2.5, ["numerics"]),
     *((f"gpu_step_{name}", 1.3, ["step", *which, *STEPS]) for name, which in NETWORKS.items()),
-    ("gpu_training", 0.8, ["training"]),
+    ("gpu_training", 1.2, ["training"]),
     *(
         (
             f"gpu_compile_{name}",
@@ -45,7 +45,7 @@ PARTS: list[tuple[str, float, list[str]]] = [
         for name, which in NETWORKS.items()
     ),
     *(
-        (f"gpu_layers_{name}", 0.6, ["layer", *which, "--rounds", "5"])
+        (f"gpu_layers_{name}", 0.45, ["layer", *which, "--rounds", "5"])
         for name, which in NETWORKS.items()
     ),
 ]

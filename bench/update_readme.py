@@ -532,10 +532,11 @@ def gpu_trainings(rows: list[dict[str, str]]) -> list[str]:
     if not rows:
         return []
     lines = [
-        f"Epochs of `cibp-fast train` in {rows[0]['precision']}, without evaluation:",
+        f"Epochs of `cibp-fast train` in {rows[0]['precision']}, without evaluation; and examples "
+        "a second of the evaluation after an epoch and of one start of PGD (without CUDA graphs):",
         "",
-        "| preset | images | an epoch | the first one | all epochs, extrapolated |",
-        "|---|---|---|---|---|",
+        "| preset | images | an epoch | the first one | all, extrapolated | evaluation | PGD |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         cells = [f"`{row['preset']}`", row["images"], f"not timed: {row['note']}", "", ""]
@@ -543,6 +544,12 @@ def gpu_trainings(rows: list[dict[str, str]]) -> list[str]:
             whole = f"{float(row['all_epochs']):.0f}: {float(row['all_s']):.1f} s"
             epochs = [f"{float(row[key]):.3g} s" for key in ("epoch_s", "first_epoch_s")]
             cells = [*cells[:2], *epochs, whole]
+        for name in ("evaluation", "pgd"):
+            both = [row[f"{name}_per_s"], row[f"{name}_eager_per_s"]]
+            if all(both):
+                cells.append("{:,.0f} ({:,.0f})".format(*map(float, both)))
+            else:
+                cells.append("not measured")
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Graphed", "capture", "capturing", "enough_memory", "graphed", "kept"]
+__all__ = ["Graphed", "capture", "capturing", "enough_memory", "graphed", "kept", "without"]
 
 Result = TypeVar("Result")
 Function = Callable[..., tuple[Tensor, ...]]
@@ -56,7 +56,7 @@ class Graphed:
         outputs: tuple[Tensor, ...] = ()
         while times:
             inputs = (*outputs, *inputs[len(outputs) :])
-            if self._refused or not on_one_gpu(inputs) or capturing():
+            if self._refused or _active.without or not on_one_gpu(inputs) or capturing():
                 outputs = self._function(*inputs)
             elif key not in self._called:
                 outputs = self._function(*inputs)
@@ -200,6 +200,7 @@ def on_one_gpu(tensors: tuple[Tensor, ...]) -> bool:
 
 class _Active(threading.local):
     kept: dict[Hashable, Graphed] | None = None
+    without = False
 
 
 _active = _Active()
@@ -217,6 +218,16 @@ def kept() -> Iterator[None]:
         yield
     finally:
         _active.kept = previous
+
+
+@contextmanager
+def without() -> Iterator[None]:
+    """Inside the block every `Graphed` is called as it is, for comparisons."""
+    previous, _active.without = _active.without, True
+    try:
+        yield
+    finally:
+        _active.without = previous
 
 
 def graphed(function: Function, model: object, *numbers: float) -> Graphed:

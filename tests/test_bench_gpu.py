@@ -28,7 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from tritons import DEVICE, large_tiles
 
-from cibp_fast import cli, data, models
+from cibp_fast import _graphs, cli, data, models
 from cibp_fast.benchmarks import common, gpu, layer, numerics, rivals, step, training
 from cibp_fast.benchmarks.contenders import Exact, Graphed, Problem, WholeStep, checked
 from cibp_fast.benchmarks.layer import Layer
@@ -449,7 +449,16 @@ def test_the_table_of_the_training(
     monkeypatch.setitem(models.NETS, "small", _tiny)
     for name in ("mnist", "cifar10"):
         monkeypatch.setitem(data.SIZES, name, (4, 1))
-    monkeypatch.setattr(training, "preset", partial(preset, batch_size=2))
+    monkeypatch.setattr(training, "preset", partial(preset, batch_size=2, pgd_steps=2))
+    without: list[tuple[str, bool]] = []
+    for name in ("evaluate", "broken"):
+        inner = getattr(training.evaluation, name)
+
+        def spy(*arguments: Any, name: str = name, inner: Any = inner, **options: Any) -> Any:
+            without.append((name, _graphs._active.without))
+            return inner(*arguments, **options)
+
+        monkeypatch.setattr(training.evaluation, name, spy)
     output = tmp_path / "training.csv"
     presets = ["mnist-small-0.4-cibp", "cifar10-small-8of255-cibp"]
     words = ["bench", "training", "--device", "interpreter", "--epochs", "3", "--presets"]
@@ -462,7 +471,17 @@ def test_the_table_of_the_training(
     assert epochs == 60_000 / 2 and epoch > 0
     assert float(cibp["all_s"]) == pytest.approx(first + (epochs - 1) * epoch, rel=1e-2)
     assert float(cibp["step_us"]) == pytest.approx(1e6 * epoch / 2, rel=1e-2)
-    assert "random images" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "random images" in out and "a start of PGD" in out
+    names = ("evaluation", "evaluation_eager", "pgd", "pgd_eager")
+    assert all(float(cibp[f"{name}_per_s"]) > 0 for name in names)
+    assert of_three_channels["evaluation_note"].startswith("RuntimeError: Given groups=1, weight")
+    assert without == [
+        (name, eager)
+        for name in ("evaluate", "broken")
+        for eager in (False, True)
+        for _ in range(4)
+    ]
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -657,6 +676,7 @@ def test_the_readme_takes_the_other_tables_of_a_gpu(readme: ModuleType, tmp_path
     checks = [{"note": ""}, {"note": "wrong"}, {"note": "not measured"}]
     _table(tmp_path, "gpu_numerics", numerics.FIELDS, checks)
     times = {"epoch_s": 0.03, "first_epoch_s": 5.1, "all_epochs": 100, "all_s": 8.07}
+    times |= {"evaluation_per_s": 123456, "evaluation_eager_per_s": 4567.8, "pgd_per_s": 99}
     trainings = [
         {"preset": "a", "images": "random", "precision": "tf32", **times},
         {"preset": "b", "note": "OutOfMemoryError: none left"},
@@ -680,7 +700,9 @@ def test_the_readme_takes_the_other_tables_of_a_gpu(readme: ModuleType, tmp_path
     _table(tmp_path, "gpu_layers_small", layer.GPU_FIELDS, layers)
     lines = readme.gpu()
     assert lines[0] == "1 of 3 checks of the kernels against float64 passed, 1 were not made."
-    assert _cells(lines, "`a`")[1:] == ["random", "0.03 s", "5.1 s", "100: 8.1 s"]
+    epochs = ["0.03 s", "5.1 s", "100: 8.1 s"]
+    evaluations = ["123,456 (4,568)", "not measured"]
+    assert _cells(lines, "`a`")[1:] == ["random", *epochs, *evaluations]
     assert _cells(lines, "`b`")[2] == "not timed: OutOfMemoryError: none left"
     found = dict(zip(readme.GPU_LAYERS, _cells(lines, "small mnist 100")[1:], strict=True))
     assert (found["kernels_tf32"], found["fused"]) == ("100", "700")

@@ -261,6 +261,17 @@ def test_inside_the_capture_of_someone_else_it_is_a_call(gpu):
     assert calls[before:] == [x]
 
 
+def test_without_graphs(gpu):
+    graphed, x = _graphs.Graphed(lambda x: (2 * x,)), torch.rand(2)
+    with _graphs.without():
+        for _ in range(4):
+            assert torch.equal(graphed(x)[0], 2 * x)
+    assert StandIn.captures == 0
+    for _ in range(3):
+        graphed(x)
+    assert StandIn.captures == 1
+
+
 def test_kept_graphs_serve_until_the_outermost_block_ends():
     def double(model, x):
         return (2 * x,)
