@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from cibp_fast._graphs import capturing, graphed, kept
-from cibp_fast.certificates import check_examples, check_labels, evaluation, predict, running
+from cibp_fast.bounds import check_labels
+from cibp_fast.certificates import check_examples, evaluation, predict, running
 from cibp_fast.interval import Interval
 
 # On a GPU a step is a CUDA graph of a fixed batch size, and to ask which examples are left is to

@@ -97,9 +97,7 @@ class Bounds:
 
     def _label(self, y: Tensor) -> Tensor:
         self._check_labels(y)
-        classes = self.logits.shape[1]
-        if may_inspect(y) and len(y) and (y.min() < 0 or y.max() >= classes):
-            raise label_error(y, classes)
+        check_labels(y, self.logits.shape[1])
         return y.unsqueeze(1)
 
     def _differences(self, y: Tensor) -> Tensor:
@@ -118,6 +116,15 @@ class Bounds:
             between = (weight[y].unsqueeze(1) - weight).abs()  # [N, classes, K]
             spread = (between @ input.radius.unsqueeze(2)).squeeze(2)
         return center.gather(1, y.unsqueeze(1)) - center - spread
+
+
+def check_labels(y: Tensor, classes: int) -> None:
+    """Raises ValueError unless y [N] are classes; skipped as in `Interval`."""
+    if may_inspect(y) and len(y):
+        # one tensor: a GPU is waited for once
+        least, greatest = torch.stack(y.aminmax()).tolist()
+        if least < 0 or greatest >= classes:
+            raise label_error(y, classes)
 
 
 def check_arguments(x: Tensor, box: Interval, width: str, reduction: str) -> None:

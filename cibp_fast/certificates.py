@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from cibp_fast._graphs import enough_memory, graphed, kept
-from cibp_fast._loss_op import label_error
-from cibp_fast.bounds import bounds
-from cibp_fast.interval import Interval, may_inspect
+from cibp_fast.bounds import bounds, check_labels
+from cibp_fast.interval import Interval
 
 SEMANTICS = ("real", "float32")
 
@@ -116,14 +115,6 @@ def check_examples(x: Tensor, y: Tensor, batch_size: int) -> None:
         )
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
-
-
-def check_labels(y: Tensor, classes: int) -> None:
-    """Raises ValueError unless y [N] are classes; skipped under CUDA graph capture."""
-    if may_inspect(y) and len(y):
-        least, greatest = torch.stack(y.aminmax()).tolist()
-        if least < 0 or greatest >= classes:
-            raise label_error(y, classes)
 
 
 def _type(value: Any) -> str:

@@ -164,7 +164,7 @@ class Interval:
                 raise ValueError(f"clip must be (least, greatest) or None, got {clip!r}")
             least, greatest = clip
             if validate and may_inspect(x) and x.numel():
-                low, high = x.min().item(), x.max().item()
+                low, high = torch.stack(x.detach().aminmax()).tolist()  # waits for a GPU once
                 if not (least <= low and high <= greatest):
                     raise ValueError(
                         f"x has values in [{low:g}, {high:g}], outside clip={clip}; scale x to "

@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from digits import SHORT, load_toy, toy_dataset
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cibp_fast as cf
-from cibp_fast import data, environment, evaluation, runs, training
+from cibp_fast import _loss_op, data, environment, evaluation, runs, training
 from cibp_fast.config import preset
 from cibp_fast.distributed import World
 
@@ -397,3 +398,32 @@ def test_a_backend_that_nothing_would_run_is_refused(tmp_path):
     config = preset("mnist5k-small-0.1-cibp", width="all", **SHORT)
     with pytest.raises(ValueError, match="backend='torch' is of bounds as one op, whose width is"):
         training.train(config, tmp_path / "run", backend="torch")
+
+
+@pytest.mark.parametrize("method", ["nominal", "cibp"])
+def test_a_step_on_a_gpu_waits_once_at_the_most(method, monkeypatch):
+    """To see whether y are classes; counted on the CPU, without its own loss op."""
+    looks, tolist = [], torch.Tensor.tolist
+
+    class Looks(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if op.overloadpacket is torch.ops.aten._local_scalar_dense:
+                looks.append(op)
+            return op(*args, **kwargs or {})
+
+    def spy(tensor):
+        looks.append(tolist)
+        return tolist(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", spy)
+    monkeypatch.setattr(_loss_op, "takes", lambda *tensors: False)
+    config = preset(f"mnist5k-small-0.001-{method}")
+    loss = training._Loss(runs.build_model(config), config, "torch")
+    x, y = torch.rand(3, 1, 28, 28), torch.tensor([0, 9, 1])
+    with Looks():
+        loss(x, y, 0.1, 0.5)[0].backward()
+    assert len(looks) == (method == "cibp")
+    for wrong in (-1, 10):
+        y[1] = wrong
+        with pytest.raises((ValueError, IndexError), match=r"y must be in|Target -?1"):
+            loss(x, y, 0.1, 0.5)
