@@ -1,11 +1,12 @@
 """All benchmarks of a GPU, what matters most first, in a limited time.
 
-    python bench/gpu.py [--output bench/results] [--minutes 9]
+    python bench/gpu.py [--output bench/results] [--minutes 9] [--parts NAME ...]
 
 Each part is a `cibp-fast bench` command in a process of its own, which writes a table when it is
 done, so that a part that fails or runs out of time costs no other: numerics of all kernels against
-float64, whole steps against their rivals, epochs of training and evaluation, steps against
-torch.compile, and layers. The exit status is 1 where a part did not end well.
+float64, whole steps against their rivals, epochs of training and evaluation, layers, and steps
+against torch.compile. The last, which compile for minutes, get what the others leave of their time;
+`--parts gpu_compile` runs them alone. The exit status is 1 where a part did not end well.
 `bench/update_readme.py` then puts the results into the README.
 """
 
@@ -37,18 +38,19 @@ PARTS: list[tuple[str, float, list[str]]] = [
     *((f"gpu_step_{name}", 1.3, ["step", *which, *STEPS]) for name, which in NETWORKS.items()),
     ("gpu_training", 1.2, ["training"]),
     *(
+        (f"gpu_layers_{name}", 0.45, ["layer", *which, "--rounds", "5"])
+        for name, which in NETWORKS.items()
+    ),
+    *(
         (
             f"gpu_compile_{name}",
-            1.5,
+            3.0,
             ["step", *which, "--contenders", "graphed_tf32", "naive_tf32", *COMPILED],
         )
         for name, which in NETWORKS.items()
     ),
-    *(
-        (f"gpu_layers_{name}", 0.45, ["layer", *which, "--rounds", "5"])
-        for name, which in NETWORKS.items()
-    ),
 ]
+NAMES = ", ".join(name for name, *_ in PARTS)
 COMMAND = [sys.executable, "-m", "cibp_fast"]
 LEAST = 10  # seconds in which a part can do something
 
@@ -84,7 +86,20 @@ def main() -> int:
         default="cuda",
         help="interpreter: all of it on the CPU, which takes hours, to see that it runs",
     )
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        default=[""],
+        metavar="NAME",
+        help=f"only those whose names begin so, of\n{NAMES}",
+    )
     options = parser.parse_args()
+    parts = [part for part in PARTS if part[0].startswith(tuple(options.parts))]
+    for name in options.parts:
+        if not any(part[0].startswith(name) for part in parts):
+            parser.error(f"no part's name begins with {name!r}; they are {NAMES}")
+    # what few parts there are may take the time of all
+    nine = min(9, sum(share for _, share, _ in parts))
     if not options.minutes > 0:
         parser.error(f"minutes must be more than 0, not {options.minutes:g}")
     end = time.monotonic() + 60 * options.minutes
@@ -93,13 +108,14 @@ def main() -> int:
     except ValueError as error:
         parser.error(str(error))
     summary, failed = [], False
-    for name, share, words in PARTS:
+    for name, share, words in parts:
         begin = time.monotonic()
-        left = min(60 * share * options.minutes / 9, end - begin)
+        left = min(60 * share * options.minutes / nine, end - begin)
         path = options.output / f"{name}.csv"
         before = path.stat().st_mtime_ns if path.exists() else None
         if words[0] == "step":  # compiling may take minutes: the others must still be timed
-            words = [*words, "--limit", f"{left / 3:.3g}", "--ready", f"{left / 2:.3g}"]
+            ready = left * (0.75 if "compile" in name else 0.5)
+            words = [*words, "--limit", f"{left / 3:.3g}", "--ready", f"{ready:.3g}"]
         words = ["bench", *words, "--device", options.device, "--output", str(path)]
         if left < LEAST * options.minutes / 9:
             problem = "not started: out of time"

@@ -579,6 +579,31 @@ def test_the_script_of_all_parts(
     assert late.endswith("no new table  not started: out of time")
 
 
+def test_parts_take_the_time_of_all(
+    script: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    program = "import sys; print(sys.argv[-3:], file=open(sys.argv[-1], 'w'))"
+    monkeypatch.setattr(script, "COMMAND", [sys.executable, "-c", program])
+    given: list[float] = []
+    run = script.run
+    monkeypatch.setattr(script, "run", lambda *of: given.append(of[1]) or run(*of))
+    words = ["--device", "interpreter", "--output", str(tmp_path), "--parts"]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *words, "gpu_layers_s", "gpu_layers_l"])
+    assert script.main() == 0
+    assert sorted(path.stem for path in tmp_path.iterdir()) == [
+        "gpu_layers_large",
+        "gpu_layers_small",
+    ]
+    assert given == pytest.approx([270, 270], rel=0.01)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *words, "layers"])
+    with pytest.raises(SystemExit, match="2"):
+        script.main()
+    assert "no part's name begins with 'layers'; they are gpu_num" in capfd.readouterr().err
+
+
 def test_a_script_that_is_ended_ends_its_part(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
