@@ -34,6 +34,7 @@ def _host(host_cuda: ModuleType) -> Iterator[None]:
         yield
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # of a step with NaN
 def test_the_cuda_kernels_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numerics, "PROBLEMS", (PROBLEM,))
     monkeypatch.setattr(numerics, "GRID", (FEW, HALO, NEITHER))
