@@ -197,6 +197,7 @@ def _tune(options: argparse.Namespace) -> None:
         options.kernel,
         options.output,
         options.limit,
+        options.again,
     )
 
 
@@ -437,9 +438,9 @@ def _parser() -> argparse.ArgumentParser:
         "tune",
         _tune,
         "Measure which tiles of Triton's kernels are fastest on this GPU, for networks' layers.",
-        "Tiles that are right and faster than those of the built-in rule are kept in a table for\n"
-        "later runs: $CIBP_FAST_TUNED, or cibp_fast/tuned.json of $XDG_CACHE_HOME or ~/.cache.\n"
-        "What is done is kept when it is stopped. How long it takes is not measured yet.\n\n"
+        "The fastest tiles that are right are kept in a table for later runs, $CIBP_FAST_TUNED or\n"
+        "cibp_fast/tuned.json of $XDG_CACHE_HOME or ~/.cache. What is done is kept when it is\n"
+        "stopped, and not done again. How long it takes is not measured yet.\n\n"
         "examples:\n"
         "  cibp-fast tune --models small --datasets mnist --precision tf32\n"
         "  cibp-fast tune --models large-same --datasets cifar10 --batch-size 200 --limit 600",
@@ -472,6 +473,9 @@ def _parser() -> argparse.ArgumentParser:
         default=math.inf,
         metavar="SECONDS",
         help="begin with no further kernel after that (default: none)",
+    )
+    tune.add_argument(
+        "--again", action="store_true", help="measure what is in the table already, too"
     )
 
     summary = "Time training steps and single layers against others, and check what they compute."

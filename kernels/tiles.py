@@ -173,11 +173,6 @@ def key(entry: Mapping[str, Any]) -> Hashable:
     return json.dumps([entry.get(name) for name in KEYS], sort_keys=True)
 
 
-def is_shipped(entry: Mapping[str, Any]) -> bool:
-    """Whether the package's table has tiles for it."""
-    return key(entry) in _table(SHIPPED)
-
-
 def text(entries: Sequence[Mapping[str, Any]]) -> str:
     """A table, with a line for each entry."""
     lines = ",\n".join(f"  {json.dumps(entry)}" for entry in entries)

@@ -41,6 +41,7 @@ FINAL_ROUNDS = 25  # in which the fastest and the rule's are compared
 LEADERS = 2  # how many the search goes on from
 STEPS = 4  # how often it does at most
 ACCUMULATORS = 192  # registers of a thread, of 255
+VERSION = "cibp_fast"  # in an entry, whose kernels were timed
 WAVES = 8  # the most programs for each that can run at a time
 
 
@@ -300,6 +301,7 @@ def run(
     kernels: Sequence[str],
     output: Path | None,
     limit: float,
+    again: bool,
 ) -> None:
     """The command; its options are those of the command line. Raises ValueError or OSError where it
     cannot run.
@@ -321,7 +323,7 @@ def run(
         for kernel in kernels
     ]
     bench_of = partial(GpuBench, device=device)
-    tune(jobs, bench_of, where, output, limit, {"gpu": name, "cibp_fast": __version__})
+    tune(jobs, bench_of, where, output, name, limit=limit, again=again)
 
 
 def tune(
@@ -329,17 +331,23 @@ def tune(
     bench_of: Callable[[Shape, str], Bench],
     where: Where,
     output: Path,
+    gpu: str,
+    *,
     limit: float = math.inf,
-    remarks: dict[str, str] | None = None,
+    again: bool = False,
 ) -> None:
     """Searches for tiles, for as long as `limit` seconds are not over, and prints what was found.
 
-    Each search's result is written before the next one begins.
+    Each search's result is written before the next one begins. Unless `again`, what the table has
+    an entry for is left out, if this version of cibp_fast measured it.
     """
     end = time.monotonic() + limit
     results: list[tuple[Job, Result]] = []
     bench, measured = None, None
-    update(output, [])  # that cannot be written is told now
+    known = {tiles.key(each) for each in update(output) if each.get(VERSION) == __version__}
+    asked = len(jobs)
+    if not again:
+        jobs = [job for job in jobs if tiles.key(tiles.entry_for(where, *job)) not in known]
     try:
         for job in bar(jobs, "tuning", "kernel"):
             if time.monotonic() > end:
@@ -350,21 +358,21 @@ def tune(
                 bench = bench_of(*measured)
             result = search(job, bench)
             results.append((job, result))
-            entry = tiles.entry_for(where, *job)
-            # what comes with the package may be slower here than the rule
-            overruled = not result.why_not and tiles.is_shipped(entry)
-            if result.gained or overruled:
+            if result.gained or not result.why_not:
                 us = {"us": _rounded(result.best_us), "default_us": _rounded(result.default_us)}
-                found = {"tiles": result.best._asdict()}
-                update(output, [entry], entry | found | us | (remarks or {}))
-            else:
-                update(output, [entry])
+                found = {"tiles": result.best._asdict(), **us, "gpu": gpu, VERSION: __version__}
+                update(output, tiles.entry_for(where, *job) | found)
     finally:
         print(report(jobs, results))
+        if len(jobs) < asked:
+            print(
+                f"{asked - len(jobs)} others are in the table already (--again measures them anew)"
+            )
 
 
-def update(path: Path, dropped: Sequence[dict[str, Any]], *added: dict[str, Any]) -> None:
-    """Adds entries to a table, and drops those with the same keys; makes it where there is none.
+def update(path: Path, *added: dict[str, Any]) -> list[dict[str, Any]]:
+    """Adds entries to a table in place of those with the same keys, makes it where there is none,
+    and returns all of its entries.
 
     Another process that updates a table of the same folder waits meanwhile.
     """
@@ -377,11 +385,12 @@ def update(path: Path, dropped: Sequence[dict[str, Any]], *added: dict[str, Any]
             entries = [each for each in tiles.read(path) if isinstance(each, dict)]
         except FileNotFoundError:
             entries = []
-        keys = {tiles.key(each) for each in dropped}
-        entries = [each for each in entries if tiles.key(each) not in keys]
-        runs.write_atomic(path, tiles.text([*entries, *added]).encode())
+        keys = {tiles.key(each) for each in added}
+        entries = [each for each in entries if tiles.key(each) not in keys] + list(added)
+        runs.write_atomic(path, tiles.text(entries).encode())
     finally:
         os.close(folder)  # and the lock with it
+    return entries
 
 
 def _rounded(us: float) -> float | None:

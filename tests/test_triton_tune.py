@@ -165,7 +165,7 @@ def test_wrong_tiles_of_the_rule_are_replaced() -> None:
 
 def test_where_no_tiles_are_right(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job = Job("forward", "tf32", LAYER)
-    tune.tune([job], lambda *_: Given(lambda _: 5.0, lambda _: True), WHERE, table)
+    tune.tune([job], lambda *_: Given(lambda _: 5.0, lambda _: True), WHERE, table, "a GPU")
     assert not tiles.read(table)
     assert "none: wrong" in capsys.readouterr().out
 
@@ -191,7 +191,7 @@ def test_a_wrong_kernel_is_never_written(table: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(tune, "STEPS", 1)
     job = Job("forward", "tf32", TINY)
     bench = Interpreted(lambda each: 1.0 * each.channels * each.pixels)
-    tune.tune([job], lambda *_: bench, WHERE, table)
+    tune.tune([job], lambda *_: bench, WHERE, table, "a GPU")
     assert {each.channels for each in bench.checked} == {16, 32}
     assert used(job) == rule(job)._replace(pixels=16)
 
@@ -226,7 +226,7 @@ def test_what_is_tuned_is_used(table: Path, capsys: pytest.CaptureFixture[str]) 
     jobs = [Job(kernel, "bf16", LAYER) for kernel in checks.KERNELS]
     assert [used(job) for job in jobs] == [rule(job) for job in jobs]
     forget()
-    tune.tune(jobs, bench_of, WHERE, table, remarks={"gpu": "a GPU"})
+    tune.tune(jobs, bench_of, WHERE, table, "a GPU")
     entries = tiles.read(table)
     for job, entry in zip(jobs, entries, strict=True):
         assert used(job) == Tiles(**entry["tiles"]) != rule(job)
@@ -250,7 +250,7 @@ def test_another_gpu_takes_the_rule(
     table: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any]
 ) -> None:
     job = Job("forward", "bf16", LAYER)
-    tune.tune([job], bench_of, WHERE, table)
+    tune.tune([job], bench_of, WHERE, table, "a GPU")
     assert used(job) != rule(job)
     forget()
     monkeypatch.setattr(tiles, "current", lambda: WHERE._replace(**changed))
@@ -262,7 +262,7 @@ def test_tables_are_read_once_and_not_in_the_interpreter(
 ) -> None:
     job = Job("forward", "bf16", LAYER)
     before = used(job)
-    tune.tune([job], bench_of, WHERE, table)
+    tune.tune([job], bench_of, WHERE, table, "a GPU")
     assert used(job) == before  # a step keeps its tiles
     forget()
     assert used(job) != before
@@ -282,8 +282,8 @@ def test_the_user_s_table_comes_before_the_shipped_one(
     monkeypatch.setattr(tiles, "SHIPPED", shipped)
     entries = [tiles.entry_for(WHERE, *each) for each in (job, other)]
     of_both = Tiles(32, 32, 32)._asdict()
-    tune.update(shipped, [], *({**each, "tiles": of_both} for each in entries))
-    tune.update(table, [], {**entries[0], "tiles": Tiles(16, 16, 16)._asdict()})
+    tune.update(shipped, *({**each, "tiles": of_both} for each in entries))
+    tune.update(table, {**entries[0], "tiles": Tiles(16, 16, 16)._asdict()})
     assert used(job) == Tiles(16, 16, 16)
     assert used(other) == Tiles(32, 32, 32)
     monkeypatch.setenv("CIBP_FAST_TUNED", str(shipped))
@@ -299,14 +299,12 @@ def test_the_rule_overrules_the_shipped_table(
     def bench_of(shape: Shape, precision: str) -> Given:
         return Given(lambda each: 1.0 if each == rule(job) else 2.0)
 
-    tune.tune([job], bench_of, WHERE, table)
-    assert tiles.read(table) == []
     shipped = tmp_path / "shipped.json"
     monkeypatch.setattr(tiles, "SHIPPED", shipped)
     slow = {**tiles.entry_for(WHERE, *job), "tiles": Tiles(32, 32, 32)._asdict()}
-    tune.update(shipped, [], slow)
+    tune.update(shipped, slow)
     assert used(job) == Tiles(32, 32, 32)
-    tune.tune([job], bench_of, WHERE, table)
+    tune.tune([job], bench_of, WHERE, table, "a GPU")
     forget()
     assert used(job) == rule(job)
 
@@ -322,7 +320,7 @@ def test_two_at_once_lose_nothing(table: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(tiles, "read", slowly)
     entries = [{"kernel": name, "shape": i} for i in range(5) for name in ("one", "other")]
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda entry: tune.update(table, [], entry), entries))
+        list(pool.map(lambda entry: tune.update(table, entry), entries))
     assert sorted(map(str, read(table))) == sorted(map(str, entries))
 
 
@@ -366,7 +364,7 @@ BAD = {
 def test_a_bad_entry_is_named_and_the_others_are_used(table: Path, why: str) -> None:
     good = Job("weight_gradient", "tf32", LAYER)
     whole = {**tiles.entry_for(WHERE, *good), "tiles": Tiles(32, 32, 32)._asdict()}
-    tune.update(table, [], whole)
+    tune.update(table, whole)
     table.write_text(tiles.text([BAD[why], whole]))
     with pytest.warns(UserWarning) as warned:
         assert used(good) == Tiles(32, 32, 32)
@@ -402,7 +400,7 @@ def test_a_bad_table_is_named_and_ignored(table: Path, content: bytes | None, wh
     (warning,) = warned
     assert why in str(warning.message) and str(table) in str(warning.message)
     with pytest.raises((OSError, ValueError), match=why):  # rather than lose what it may hold
-        tune.tune([job], bench_of, WHERE, table)
+        tune.tune([job], bench_of, WHERE, table, "a GPU")
 
 
 def test_a_table_that_was_asked_for_must_be_there(
@@ -416,7 +414,7 @@ def test_a_table_that_was_asked_for_must_be_there(
 def test_an_older_table_has_fewer_fields(table: Path) -> None:
     job = Job("forward", "bf16", LAYER)
     given = {"pixels": 32, "channels": 16, "depth": 64}
-    tune.update(table, [], {**tiles.entry_for(WHERE, *job), "tiles": given})
+    tune.update(table, {**tiles.entry_for(WHERE, *job), "tiles": given})
     assert used(job) == Tiles(32, 16, 64)
 
 
@@ -429,7 +427,7 @@ def test_an_interrupt_keeps_what_is_done(table: Path, capsys: pytest.CaptureFixt
         return bench_of(shape, precision)
 
     with pytest.raises(KeyboardInterrupt):
-        tune.tune(jobs, interrupted, WHERE, table)
+        tune.tune(jobs, interrupted, WHERE, table, "a GPU")
     assert used(jobs[0]) != rule(jobs[0])
     assert used(jobs[1]) == rule(jobs[1])
     assert "1 of 2 kernels tuned" in capsys.readouterr().out
@@ -441,20 +439,49 @@ def test_no_kernel_is_begun_after_the_limit(
     seconds = iter([0.0, 1.0, 4.0, 6.0])
     monkeypatch.setattr(tune, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
     jobs = [Job(kernel, "bf16", LAYER) for kernel in checks.KERNELS]
-    tune.tune(jobs, bench_of, WHERE, table, limit=5)
+    tune.tune(jobs, bench_of, WHERE, table, "a GPU", limit=5)
     assert len(tiles.read(table)) == 2
     assert "2 of 3 kernels tuned" in capsys.readouterr().out
 
 
-def test_an_entry_is_replaced_or_dropped(table: Path) -> None:
+def test_an_entry_is_replaced(table: Path) -> None:
     job, other = Job("forward", "bf16", LAYER), Job("forward", "tf32", LAYER)
-    tune.tune([job, other], bench_of, WHERE, table)
-    tune.tune([job], lambda *_: Given(lambda each: 10.0 * each.pixels), WHERE, table)
+    tune.tune([job, other], bench_of, WHERE, table, "a GPU")
+    again: Any = {"gpu": "a GPU", "again": True}
+    tune.tune([job], lambda *_: Given(lambda each: 10.0 * each.pixels), WHERE, table, **again)
     first, second = tiles.read(table)
     assert (first["precision"], second["precision"]) == ("tf32", "bf16")
     assert second["tiles"]["pixels"] == 16
-    tune.tune([job], lambda *_: Given(lambda _: 1.0), WHERE, table)
-    assert tiles.read(table) == [first]
+    tune.tune([job], lambda *_: Given(lambda _: 1.0), WHERE, table, **again)
+    assert tiles.read(table)[0] == first
+    assert Tiles(**tiles.read(table)[1]["tiles"]) == rule(job)
+
+
+def test_what_is_done_is_not_done_again(
+    table: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless another version of the kernels was measured, or the rule's tiles could not run."""
+
+    def measured(wrong: Callable[[Tiles], bool] = lambda _: False) -> list[str]:
+        begun = []
+
+        def bench(shape: Shape, precision: str) -> Given:
+            begun.append(precision)
+            return Given(lambda _: 1.0, wrong)
+
+        tune.tune(jobs, bench, WHERE, table, "a GPU")
+        return begun
+
+    jobs = [Job("forward", "bf16", LAYER)]
+    assert measured(lambda _: True) == ["bf16"]
+    assert measured() == ["bf16"]
+    jobs.append(Job("forward", "tf32", LAYER))
+    capsys.readouterr()
+    assert measured() == ["tf32"]
+    out = capsys.readouterr().out
+    assert "1 of 1 kernels tuned" in out and "\n1 others are in the table already" in out
+    monkeypatch.setattr(tune, "__version__", "of tomorrow")
+    assert measured() == ["bf16", "tf32"]
 
 
 # The command
@@ -482,7 +509,7 @@ def test_names_are_those_of_the_kernels() -> None:
 
 
 def test_neither_interpreted_nor_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = ([], [], None, [], [], None, 1.0)
+    arguments = ([], [], None, [], [], None, 1.0, False)
     monkeypatch.setattr(tune, "INTERPRETED", True)
     with pytest.raises(ValueError, match="TRITON_INTERPRET=1 is set"):
         tune.run(*arguments)
