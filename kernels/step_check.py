@@ -19,9 +19,10 @@ from torch import Tensor
 from cibp_fast import data, reference
 from cibp_fast.interval import Interval
 from cibp_fast.kernels import inputs
-from cibp_fast.kernels.checks import TOLERANCES, Errors, checked, convolved, relative
+from cibp_fast.kernels.checks import checked
 from cibp_fast.kernels.loss import loss
 from cibp_fast.kernels.network import shape_of
+from cibp_fast.kernels.numerics import TOLERANCES, Errors, convolved, relative
 from cibp_fast.kernels.shape import Shape
 from cibp_fast.kernels.step import TrainStep
 from cibp_fast.kernels.streams import rounded_like

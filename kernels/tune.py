@@ -27,7 +27,7 @@ from cibp_fast import __version__, models, runs
 from cibp_fast._program import trace
 from cibp_fast._stages import stages_and_parameters
 from cibp_fast.benchmarks import common
-from cibp_fast.kernels import adam, checks, operands, tiles
+from cibp_fast.kernels import adam, numerics, operands, tiles
 from cibp_fast.kernels.network import shape_of
 from cibp_fast.kernels.shape import Shape
 from cibp_fast.kernels.streams import INTERPRETED, PRECISIONS
@@ -202,7 +202,7 @@ class GpuBench:
 
     def __init__(self, shape: Shape, precision: str, device: torch.device) -> None:
         self.device = device
-        self.case = checks.Case(shape, precision, device)
+        self.case = numerics.Case(shape, precision, device)
         size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
         self.flushed = torch.empty(size, dtype=torch.int8, device=device)
         self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -235,13 +235,13 @@ class GpuBench:
         return 1000 * self.begin.elapsed_time(self.end)
 
 
-def checked(case: checks.Case, kernel: str, candidate: Tiles) -> str:
+def checked(case: numerics.Case, kernel: str, candidate: Tiles) -> str:
     """Why its results are wrong; empty: they are right."""
     try:
         error = case.error(kernel, candidate)
     except torch.OutOfMemoryError:
         return "there is no memory to check it"
-    if not error <= checks.TOLERANCES[case.precision]:
+    if not error <= numerics.TOLERANCES[case.precision]:
         return f"it is wrong, by {error:.1e} relative to float64"
     return ""
 

@@ -34,7 +34,7 @@ from cibp_fast.benchmarks.contenders import Exact, Graphed, Problem, WholeStep, 
 from cibp_fast.benchmarks.layer import Layer
 from cibp_fast.benchmarks.rivals import GPU_RIVALS, Ball
 from cibp_fast.config import preset
-from cibp_fast.kernels import checks
+from cibp_fast.kernels import numerics as kernel_numerics
 from cibp_fast.kernels.step import TrainStep
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="of the interpreter")
@@ -373,7 +373,7 @@ def test_wrong_kernels_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         return errors
 
-    monkeypatch.setattr(checks, "errors", errors)
+    monkeypatch.setattr(kernel_numerics, "errors", errors)
     group = numerics.Group("convolution", "triton", "tf32", ["a", "b"], [None, None])
     assert len(group.rows()) == 6 and all(row["note"] == "not measured" for row in group.rows())
     rows = numerics.measured(group, "interpreter")

@@ -15,13 +15,13 @@ from aot import CAPABILITIES, SHARED, Binary, Job, compiled_apart
 from cibp_fast import models
 from cibp_fast._program import trace
 from cibp_fast._stages import stages_and_parameters
-from cibp_fast.kernels import adam, checks, conv2d, inputs, layers, pool
+from cibp_fast.kernels import adam, conv2d, inputs, layers, numerics, pool
 from cibp_fast.kernels.loss import loss
 from cibp_fast.kernels.network import shape_of
 from cibp_fast.kernels.shape import Shape
 from cibp_fast.kernels.step import TrainStep
 from cibp_fast.kernels.streams import PRECISIONS
-from cibp_fast.kernels.tiles import tiles_for
+from cibp_fast.kernels.tiles import KERNELS, tiles_for
 
 BATCH = 100
 
@@ -52,8 +52,8 @@ def step(name: str, precision: str) -> None:
 
 def convolution(numbers: list[Any], precision: str, descriptors: bool = False) -> None:
     """Launches the kernels of one between others. descriptors: which load by those, if they can."""
-    case = checks.Case(shape_from(numbers), precision, "cpu")
-    for kernel in checks.KERNELS:
+    case = numerics.Case(shape_from(numbers), precision, "cpu")
+    for kernel in KERNELS:
         tiles = tiles_for(kernel, case.shape, PRECISIONS[precision])
         by_them = descriptors and kernel != "weight_gradient"
         case.launch(kernel, tiles._replace(descriptors=by_them))

@@ -24,6 +24,7 @@ from cibp_fast.kernels import (
     inputs,
     layers,
     network,
+    numerics,
     pool,
     step_check,
     streams,
@@ -114,7 +115,7 @@ def pooled() -> nn.Sequential:
     return nn.Sequential(*convolutions, nn.ReLU(), nn.Flatten(), nn.Linear(6 * 2, 4))
 
 
-def step_errors(model: nn.Module, precision: str) -> checks.Errors:
+def step_errors(model: nn.Module, precision: str) -> numerics.Errors:
     stages, biases = stages_of(model, 2, 9, 7)
     pixels = torch.linspace(-1, 1, 256).repeat(2, 1)
     return step_check.errors(
@@ -123,22 +124,22 @@ def step_errors(model: nn.Module, precision: str) -> checks.Errors:
     )  # fmt: skip
 
 
-def pooling_errors(precision: str) -> checks.Errors:
-    case = checks.Pooling(POOLING, precision, DEVICE)
+def pooling_errors(precision: str) -> numerics.Errors:
+    case = numerics.Pooling(POOLING, precision, DEVICE)
     return {
-        kernel: (case.error(kernel), checks.TOLERANCES[precision])
+        kernel: (case.error(kernel), numerics.TOLERANCES[precision])
         for kernel in ("forward", "input_gradient")
     }
 
 
-CHECKS: dict[str, Callable[[str], checks.Errors]] = {
+CHECKS: dict[str, Callable[[str], numerics.Errors]] = {
     "pooling": pooling_errors,
-    "ends": lambda p: checks.ends_errors(stages_of(pooled(), 2, 9, 7)[0], 3, p, DEVICE),
+    "ends": lambda p: numerics.ends_errors(stages_of(pooled(), 2, 9, 7)[0], 3, p, DEVICE),
     "step": lambda p: step_errors(pooled(), p),
-    "convolution": lambda p: checks.layer_errors((*CONVOLUTION, 0), DEVICE),
-    "channels last": lambda p: checks.layer_errors((*CONVOLUTION, 1), DEVICE),
-    "linear": lambda p: checks.layer_errors((*LINEAR, 0), DEVICE),
-    "relu": lambda p: checks.relu_errors(DEVICE),
+    "convolution": lambda p: numerics.layer_errors((*CONVOLUTION, 0), DEVICE),
+    "channels last": lambda p: numerics.layer_errors((*CONVOLUTION, 1), DEVICE),
+    "linear": lambda p: numerics.layer_errors((*LINEAR, 0), DEVICE),
+    "relu": lambda p: numerics.relu_errors(DEVICE),
 }
 OF_ALL_PRECISIONS = ("pooling", "ends", "step")
 
@@ -402,14 +403,14 @@ def test_a_capture_is_no_time_to_check(
     ],
 )
 def test_a_check_that_cannot_run(error: Exception, why: str) -> None:
-    def check() -> checks.Errors:
+    def check() -> numerics.Errors:
         raise error
 
     assert checks._why(check) == why
 
 
 def test_a_lack_of_memory_is_not_kept(auto: dict[str, str]) -> None:
-    def check() -> checks.Errors:
+    def check() -> numerics.Errors:
         raise torch.OutOfMemoryError("of 80 GiB")
 
     device = torch.device(DEVICE)

@@ -9,7 +9,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from tritons import DEVICE, PRECISIONS
 
-from cibp_fast.kernels import checks, conv2d, operands
+from cibp_fast.kernels import conv2d, numerics, operands
 from cibp_fast.kernels.shape import Shape
 from cibp_fast.kernels.tiles import Tiles
 
@@ -35,8 +35,8 @@ SHAPES = {
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", SHAPES)
 def test_against_float64(name: str, precision: str) -> None:
-    for error in checks.errors(SHAPES[name], precision, torch.device(DEVICE)).values():
-        assert error < checks.TOLERANCES[precision]
+    for error in numerics.errors(SHAPES[name], precision, torch.device(DEVICE)).values():
+        assert error < numerics.TOLERANCES[precision]
 
 
 # name: shape. Tiles of 64 pixels are boxes of images, rows and columns, none of which they divide.
@@ -56,12 +56,12 @@ DESCRIBED = {
 @pytest.mark.parametrize("weight_first", [True, False])
 def test_descriptors_against_float64(name: str, precision: str, weight_first: bool) -> None:
     shape = DESCRIBED[name]
-    case = checks.Case(shape, precision, DEVICE)
+    case = numerics.Case(shape, precision, DEVICE)
     tiles = Tiles(64, 32, 16, weight_first=weight_first, descriptors=True)
     for kernel in ("forward", "input_gradient"):
         assert not operands.undescribed(kernel, shape, tiles.depth)
         in_parts = tiles._replace(splits=2 if kernel == "forward" and "parts" in name else 1)
-        assert case.error(kernel, in_parts) < checks.TOLERANCES[precision]
+        assert case.error(kernel, in_parts) < numerics.TOLERANCES[precision]
 
 
 def test_descriptors_are_refused_where_they_do_not_apply() -> None:
@@ -76,7 +76,7 @@ def test_descriptors_are_refused_where_they_do_not_apply() -> None:
             r"a stride of \(2, 2\) and a dilation of \(3, 3\)",
         ),
     ):
-        case = checks.Case(shape, "float32", DEVICE)
+        case = numerics.Case(shape, "float32", DEVICE)
         with pytest.raises(ValueError, match=f"^tiles of {kernel} must not have desc.*: .*{why}"):
             case.launch(kernel, tiles)
 

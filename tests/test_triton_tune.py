@@ -19,7 +19,7 @@ from processes import python
 from tritons import DEVICE
 
 from cibp_fast import cli
-from cibp_fast.kernels import checks, conv2d, tiles, tune
+from cibp_fast.kernels import conv2d, numerics, tiles, tune
 from cibp_fast.kernels.shape import Shape
 from cibp_fast.kernels.streams import PRECISIONS
 from cibp_fast.kernels.tiles import Tiles, Where, tiles_for
@@ -87,7 +87,7 @@ def distance(candidate: Tiles, best: Tiles) -> int:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("kernel", checks.KERNELS)
+@pytest.mark.parametrize("kernel", tiles.KERNELS)
 def test_candidates_fit(kernel: str, precision: str) -> None:
     for shape in tune.layers(["small", "large-same"], ["mnist", "cifar10"], None):
         default = tiles.rule(kernel, shape, PRECISIONS[precision])
@@ -107,10 +107,10 @@ def test_candidates_fit(kernel: str, precision: str) -> None:
                 assert conv2d._chunks(summed, each)[0] >= each.depth
 
 
-@pytest.mark.parametrize("kernel", checks.KERNELS)
+@pytest.mark.parametrize("kernel", tiles.KERNELS)
 def test_candidates_are_right(kernel: str) -> None:
     """All that the search would begin with, and a step from the rule's."""
-    case = checks.Case(TINY, "float32", DEVICE)
+    case = numerics.Case(TINY, "float32", DEVICE)
     default = tiles.rule(kernel, TINY, PRECISIONS["float32"])
     found = {*tune.all_sizes(kernel, TINY, default), *tune.neighbours(kernel, TINY, default)}
     assert len(found) > 5
@@ -181,7 +181,7 @@ def test_a_wrong_kernel_is_never_written(table: Path, monkeypatch: pytest.Monkey
         return out, widths
 
     monkeypatch.setattr(conv2d, "forward", miscompiled)
-    case = checks.Case(TINY, "tf32", DEVICE)
+    case = numerics.Case(TINY, "tf32", DEVICE)
 
     class Interpreted(Given):
         def check(self, kernel: str, candidates: Sequence[Tiles]) -> list[str]:
@@ -197,7 +197,7 @@ def test_a_wrong_kernel_is_never_written(table: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_nan_in_any_output_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = checks.Case(TINY, "tf32", DEVICE)
+    case = numerics.Case(TINY, "tf32", DEVICE)
     forward = conv2d.forward
 
     def broken(*args: Any, **options: Any) -> tuple[torch.Tensor, ...]:
@@ -223,7 +223,7 @@ def bench_of(shape: Shape, precision: str) -> Given:
 
 
 def test_what_is_tuned_is_used(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    jobs = [Job(kernel, "bf16", LAYER) for kernel in checks.KERNELS]
+    jobs = [Job(kernel, "bf16", LAYER) for kernel in tiles.KERNELS]
     assert [used(job) for job in jobs] == [rule(job) for job in jobs]
     forget()
     tune.tune(jobs, bench_of, WHERE, table, "a GPU")
@@ -438,7 +438,7 @@ def test_no_kernel_is_begun_after_the_limit(
 ) -> None:
     seconds = iter([0.0, 1.0, 4.0, 6.0])
     monkeypatch.setattr(tune, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
-    jobs = [Job(kernel, "bf16", LAYER) for kernel in checks.KERNELS]
+    jobs = [Job(kernel, "bf16", LAYER) for kernel in tiles.KERNELS]
     tune.tune(jobs, bench_of, WHERE, table, "a GPU", limit=5)
     assert len(tiles.read(table)) == 2
     assert "2 of 3 kernels tuned" in capsys.readouterr().out
@@ -504,7 +504,7 @@ def test_bad_arguments(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
 
 
 def test_names_are_those_of_the_kernels() -> None:
-    assert cli.KERNELS == checks.KERNELS
+    assert cli.KERNELS == tiles.KERNELS
     assert tuple(PRECISIONS) == cli.PRECISIONS
 
 
@@ -552,7 +552,7 @@ def test_the_bench_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append("synchronize"))
     monkeypatch.setattr(tune, "compiled", lambda launch, candidates, begin: found)
     bench = tune.GpuBench(TINY, "tf32", torch.device(DEVICE))
-    for kernel in checks.KERNELS:
+    for kernel in tiles.KERNELS:
         default = rule(Job(kernel, "tf32", TINY))
         other = default._replace(stages=2)
         found = [("", 8), ("", 8), ("", 0), ("PTXASError: no", 0)]
@@ -574,7 +574,7 @@ import json, sys
 from types import SimpleNamespace
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
-from cibp_fast.kernels import checks, tune
+from cibp_fast.kernels import numerics, tune
 from cibp_fast.kernels.shape import Shape
 from cibp_fast.kernels.tiles import Tiles
 
@@ -593,7 +593,7 @@ driver.set_active(SimpleNamespace(
     launcher_cls=lambda source, metadata: lambda *args: None,
     utils=utils,
 ))
-case = checks.Case(Shape(2, 64, 8, 8, 64, 6, 6, 3, 3), "bf16", "cpu")
+case = numerics.Case(Shape(2, 64, 8, 8, 64, 6, 6, 3, 3), "bf16", "cpu")
 candidates = [
     Tiles(32, 32, 32),
     Tiles(32, 64, 64, stages=8),

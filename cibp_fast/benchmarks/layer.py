@@ -265,7 +265,7 @@ Ready = tuple[Callable[[], object], dict[str, Any]]  # what is timed, and what i
 
 def kernels(layer: Layer, training: bool, precision: str, device: torch.device) -> Ready:
     """Those of the layer on random numbers, checked against float64."""
-    from cibp_fast.kernels import adam, checks  # not without Triton
+    from cibp_fast.kernels import adam, numerics  # not without Triton
     from cibp_fast.kernels.shape import Shape
 
     ones = [1] * (4 - layer.inputs[0].dim())  # a linear layer is a 1x1 convolution of 1x1 images
@@ -274,12 +274,12 @@ def kernels(layer: Layer, training: bool, precision: str, device: torch.device) 
         *(*layer.inputs[3].shape[2:], *ones),
         *layer.geometry[:3],
     )
-    case = checks.Case(shape, precision, device)
+    case = numerics.Case(shape, precision, device)
     names = ["forward"]
     if training:
         names += ["weight_gradient"] if layer.first else ["weight_gradient", "input_gradient"]
     errors = torch.tensor([case.error(name) for name in names])
-    error, tolerance = float(errors.max()), checks.TOLERANCES[precision]
+    error, tolerance = float(errors.max()), numerics.TOLERANCES[precision]
     assert error <= tolerance, f"wrong by {error:.1e}"  # so that NaN is wrong
 
     def run() -> None:

@@ -1,7 +1,7 @@
 """`cibp-fast bench numerics`: the kernels of a GPU against float64, on the GPU itself.
 
 - Each convolution kernel, forward and both gradients, on the layers of the networks and on a grid
-  of shapes: the error on random numbers (`kernels.checks`); of the CUDA C++ kernels on those that
+  of shapes: the error on random numbers (`kernels.numerics`); of the CUDA C++ kernels on those that
   they take.
 - The ops of single layers (`cibp_fast.ops`) by both backends, forward and all gradients.
 - Whole steps of kernels/step.py, which are all kernels, by both backends: the errors of loss and
@@ -236,13 +236,13 @@ def step(problem: Problem, precision: str, backend: str, device: torch.device) -
 
 def convolution(shape: Any, precision: str, backend: str, device: torch.device) -> Found:
     """The errors of its kernels, in CUDA C++ those that take it."""
-    from cibp_fast.kernels import checks, cuda
+    from cibp_fast.kernels import cuda, numerics
 
     if backend == "triton":
-        errors = checks.errors(shape, precision, device)
-        return {name: (error, checks.TOLERANCES[precision]) for name, error in errors.items()}
+        errors = numerics.errors(shape, precision, device)
+        return {name: (error, numerics.TOLERANCES[precision]) for name, error in errors.items()}
 
-    class Case(checks.Case):
+    class Case(numerics.Case):
         def launch(self, kernel: str, tiles: Any = None) -> tuple[Tensor, ...]:
             weight = self.weight.float().permute(0, 3, 1, 2).contiguous()
             of = (shape, precision)
@@ -258,13 +258,13 @@ def convolution(shape: Any, precision: str, backend: str, device: torch.device) 
 
     case = Case(shape, precision, device)
     names = CHECKS[_kind(shape, precision)]
-    return {name: (case.error(name), checks.TOLERANCES[precision]) for name in names}
+    return {name: (case.error(name), numerics.TOLERANCES[precision]) for name in names}
 
 
 def op(subject: Op, precision: str, backend: str, device: torch.device) -> Found:
     """The errors of outputs and gradients."""
     from cibp_fast import reference
-    from cibp_fast.kernels import checks
+    from cibp_fast.kernels import numerics
 
     random = torch.Generator().manual_seed(0)
 
@@ -284,8 +284,8 @@ def op(subject: Op, precision: str, backend: str, device: torch.device) -> Found
     exact = [each.detach().double().requires_grad_() for each in arguments]
     expected = getattr(reference, subject.name)(*exact, *subject.geometry)
     wanted = torch.autograd.grad(expected, exact, [each.double() for each in gradients])
-    errors = checks.relative(outputs, expected), checks.relative(found, wanted)
-    tolerance = checks.TOLERANCES[precision]
+    errors = numerics.relative(outputs, expected), numerics.relative(found, wanted)
+    tolerance = numerics.TOLERANCES[precision]
     return {name: (error, tolerance) for name, error in zip(CHECKS["op"], errors, strict=True)}
 
 
