@@ -13,6 +13,7 @@ import math
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -374,13 +375,10 @@ def update(path: Path, *added: dict[str, Any]) -> list[dict[str, Any]]:
     """Adds entries to a table in place of those with the same keys, makes it where there is none,
     and returns all of its entries.
 
-    Another process that updates a table of the same folder waits meanwhile.
+    Another process that updates it waits meanwhile.
     """
     runs.make_folder(path.parent)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system may have no locks
-            fcntl.flock(folder, fcntl.LOCK_EX)
+    with _locked(path):
         try:
             entries = [each for each in tiles.read(path) if isinstance(each, dict)]
         except FileNotFoundError:
@@ -388,9 +386,27 @@ def update(path: Path, *added: dict[str, Any]) -> list[dict[str, Any]]:
         keys = {tiles.key(each) for each in added}
         entries = [each for each in entries if tiles.key(each) not in keys] + list(added)
         runs.write_atomic(path, tiles.text(entries).encode())
-    finally:
-        os.close(folder)  # and the lock with it
     return entries
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds the lock of a table, a file beside it, which stays; warns where it cannot be locked."""
+    lock = path.with_name(f".{path.name}.lock")
+    try:
+        file = lock.open("ab")  # to write to: NFS locks neither folders nor what is read only
+    except OSError as error:
+        raise OSError(f"cannot write {lock}: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            warnings.warn(
+                f"cannot lock {lock} ({error.strerror}): another tune that writes {path} at the "
+                "same time may lose what this one writes",
+                stacklevel=2,
+            )
+        yield
 
 
 def _rounded(us: float) -> float | None:

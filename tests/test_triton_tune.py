@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import re
 import time
 import warnings
@@ -322,6 +324,23 @@ def test_two_at_once_lose_nothing(table: Path, monkeypatch: pytest.MonkeyPatch) 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda entry: tune.update(table, entry), entries))
     assert sorted(map(str, read(table))) == sorted(map(str, entries))
+
+
+def test_a_file_system_without_locks_is_said(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(file: Any, how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(tune.fcntl, "flock", flock)
+    with pytest.warns(UserWarning, match=r"cannot lock \S+/\.tuned\.json\.lock \(No locks avail"):
+        tune.update(table, {"kernel": "one"})
+    assert tiles.read(table) == [{"kernel": "one"}]
+
+
+def test_a_lock_that_cannot_be_made_is_named(table: Path) -> None:
+    lock = table.with_name(f".{table.name}.lock")
+    lock.mkdir(parents=True)
+    with pytest.raises(OSError, match=f"cannot write {lock}: Is a directory"):
+        tune.update(table, {"kernel": "one"})
 
 
 def test_the_shipped_table_is_as_tune_writes_it() -> None:
