@@ -404,7 +404,7 @@ def _locked(path: Path) -> Iterator[None]:
             warnings.warn(
                 f"cannot lock {lock} ({error.strerror}): another tune that writes {path} at the "
                 "same time may lose what this one writes",
-                stacklevel=2,
+                stacklevel=3,
             )
         yield
 

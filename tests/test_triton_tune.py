@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -320,6 +321,7 @@ def test_two_at_once_lose_nothing(table: Path, monkeypatch: pytest.MonkeyPatch) 
         return entries
 
     monkeypatch.setattr(tiles, "read", slowly)
+    monkeypatch.setattr(os, "getpid", threading.get_ident)  # temporary files of their own
     entries = [{"kernel": name, "shape": i} for i in range(5) for name in ("one", "other")]
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda entry: tune.update(table, entry), entries))
