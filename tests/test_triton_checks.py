@@ -205,10 +205,19 @@ FAULTS = {
         step_module, "loss", lambda r: r.grad_bias.mul_(2), "step", "the gradients",
     ),
     "part of that": (
-        step_check, "loss", lambda r: r.grad_x[1].mul_(1.01), "step", "the last layer's gradients",
+        step_check, "loss", lambda r: r.grad_weight[-1, 0].mul_(1.001), "step",
+        "the last layer's gradients",
+    ),
+    "part of the bias'": (
+        step_check, "loss", lambda r: r.grad_bias[0].mul_(1.001), "step",
+        "the last layer's gradients",
+    ),
+    "before that": (
+        step_check, "loss", lambda r: r.grad_x[1].mul_(1.01), "step",
+        "the gradients in front of it",
     ),
     "a term": (
-        step_check, "loss", lambda r: r.terms[:, 1].mul_(1.01), "step", "the last layer's loss",
+        step_check, "loss", lambda r: r.terms[:, 1].mul_(1.0001), "step", "the last layer's loss",
     ),
     "hidden gradient": (
         conv2d, "weight_gradient", _no_second_split, "step", "the gradients",
