@@ -119,7 +119,7 @@ class FusedNetwork(nn.Module):
             engine = cpu_engine()
         else:
             precision = "tf32" if self.precision == "fast" else self.precision
-            if why_not := self._unchecked(stages, x, precision):
+            if why_not := self._unchecked(stages, biases, x, precision):
                 return self._unfused(why_not, x, box, width, reduction)
             engine = f"{backend}-{precision}"
         lower, upper, nominal, ball = _inputs(program, stages[0], x, box, backend == "cpu")
@@ -156,16 +156,19 @@ class FusedNetwork(nn.Module):
         precision = "tf32" if self.precision == "fast" else self.precision
         if program.normalize is not None or any(each.norm for each in program.affine):
             return "a layer is a normalization"
-        if why_not := self._unchecked(stages, x, precision):
+        if why_not := self._unchecked(stages, biases, x, precision):
             return why_not
         return stages, weights, biases, precision
 
-    def _unchecked(self, stages: list[Stage], x: Tensor, precision: str) -> str:
+    def _unchecked(
+        self, stages: list[Stage], biases: list[Tensor | None], x: Tensor, precision: str
+    ) -> str:
         """Why Triton's kernels must not be used; empty: they may, or were asked for."""
         if self.backend != "auto" or not len(x):
             return ""
         batch = operator.index(len(x))  # not dynamo's symbol: tiles depend on it
-        return _network_failure(numbers_of(stages), batch, precision, x.device)
+        has_bias = tuple(bias is not None for bias in biases)
+        return _network_failure(numbers_of(stages), has_bias, batch, precision, x.device)
 
     def _unfused(self, why: str, x: Tensor, box: Interval, width: str, reduction: str) -> Bounds:
         """The bounds layer by layer, since the kernels cannot run."""
@@ -225,11 +228,15 @@ def fuse(model: nn.Module, precision: str = "float32", backend: str = "auto") ->
 
 @torch.compiler.assume_constant_result  # it runs kernels of its own, while dynamo traces
 def _network_failure(
-    numbers: tuple[int, ...], batch: int, precision: str, device: torch.device
+    numbers: tuple[int, ...],
+    biases: tuple[bool, ...],
+    batch: int,
+    precision: str,
+    device: torch.device,
 ) -> str:
     from cibp_fast.kernels import checks
 
-    return checks.network_failure(stages_of(numbers), batch, precision, device)
+    return checks.network_failure(stages_of(numbers), biases, batch, precision, device)
 
 
 def _inputs(

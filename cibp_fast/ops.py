@@ -88,7 +88,7 @@ def conv2d(
             f"the input {tuple(lower.shape)} padded by {tuple(padding)}"
         )
     shape = _conv2d_shape(lower, weight, stride, padding, dilation, groups)
-    backend = _chosen(backend, lower, nominal, weight, shape)
+    backend = _chosen(backend, lower, nominal, weight, bias, shape)
     if backend == "torch":
         from cibp_fast import reference
 
@@ -135,7 +135,7 @@ def linear(
             f"lower is {tuple(lower.shape)}"
         )
     batch = math.prod(lower.shape[:-1])
-    backend = _chosen(backend, lower, nominal, weight, _linear_shape(batch, weight))
+    backend = _chosen(backend, lower, nominal, weight, bias, _linear_shape(batch, weight))
     if backend == "torch":
         from cibp_fast import reference
 
@@ -188,7 +188,7 @@ def relu(
     _check_streams("relu", {"lower": lower, "upper": upper, "nominal": nominal})
     asked, (backend, _) = backend, _backend.select(backend, lower.device, lower.dtype)
     if asked == "auto" and backend == "triton":
-        backend = "torch" if _unchecked(None, nominal is not None, lower.device) else backend
+        backend = "torch" if _relu_failure(nominal is not None, lower.device) else backend
     if backend == "torch":
         from cibp_fast import reference
 
@@ -241,7 +241,12 @@ def _check_streams(op: str, named: dict[str, Tensor | None]) -> None:
 
 
 def _chosen(
-    backend: str, lower: Tensor, nominal: Tensor | None, weight: Tensor, shape: Sequence[int]
+    backend: str,
+    lower: Tensor,
+    nominal: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    shape: Sequence[int],
 ) -> str:
     """The backend that runs an affine layer of this `_conv2d_shape`."""
     name, _ = _backend.select(backend, lower.device, lower.dtype)
@@ -254,20 +259,29 @@ def _chosen(
         obstacle = f"groups must be 1 for Triton's kernels, got {shape[-2]}"
     elif name == "triton" and backend == "auto" and 0 not in shape[:4]:
         numbers = tuple(map(operator.index, shape))  # not dynamo's symbols: tiles depend on them
-        return "torch" if _unchecked(numbers, nominal is not None, lower.device) else name
+        streams = nominal is not None, bias is not None
+        return "torch" if _layer_failure(numbers, *streams, lower.device) else name
     if obstacle and backend != "auto":
         raise ValueError(f"backend={backend!r} cannot run: {obstacle}")
     return "torch" if obstacle else name
 
 
 @torch.compiler.assume_constant_result  # it runs kernels of its own, while dynamo traces
-def _unchecked(shape: tuple[int, ...] | None, nominal: bool, device: torch.device) -> str:
-    """Why Triton's kernels must not be used for this layer, None: for ReLU; empty: they may."""
+def _layer_failure(
+    numbers: tuple[int, ...], nominal: bool, bias: bool, device: torch.device
+) -> str:
+    """Why Triton's kernels must not be used for this layer; empty: they may."""
     from cibp_fast.kernels import checks
 
-    if shape is None:
-        return checks.relu_failure(nominal, device)
-    return checks.layer_failure(shape, nominal, device)
+    return checks.layer_failure(numbers, nominal, bias, device)
+
+
+@torch.compiler.assume_constant_result
+def _relu_failure(nominal: bool, device: torch.device) -> str:
+    """The same of ReLU."""
+    from cibp_fast.kernels import checks
+
+    return checks.relu_failure(nominal, device)
 
 
 def _linear_shape(batch: int, weight: Tensor) -> tuple[int, ...]:

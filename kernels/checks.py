@@ -37,39 +37,51 @@ from cibp_fast.kernels.tiles import KERNELS, dismiss, tiles_for
 NO_MEMORY = "there is no memory to check its kernels"
 
 
-def network_failure(stages: Sequence[Any], batch: int, precision: str, device: torch.device) -> str:
+def network_failure(
+    stages: Sequence[Any],
+    biases: Sequence[bool],
+    batch: int,
+    precision: str,
+    device: torch.device,
+) -> str:
     """Why the kernels must not be used on this GPU for a network as `cf.fuse` runs it; empty: they
     may.
 
-    stages: of `cibp_fast._network_op.Stage`.
+    stages: of `cibp_fast._network_op.Stage`. biases: of each but pooling, whether it has one.
     """
+    has_bias = iter(biases)
     for i, stage in enumerate(stages):
         shape = network.shape_of(stage, batch)
-        before, last = i > 0 and stages[i - 1].relu, stage is stages[-1]
+        options = {
+            "bias": not stage.pool and next(has_bias),
+            "before": i > 0 and stages[i - 1].relu,
+            "last": stage is stages[-1],
+        }
         why = checked(
-            ("stage", precision, stage.pool, stage.relu, before, last, tuple(shape)),
+            ("stage", precision, stage.pool, stage.relu, *options.values(), tuple(shape)),
             [] if stage.pool else [(shape, precision)],
             device,
-            partial(stage_errors, stage, shape, precision, device, before=before, last=last),
+            partial(stage_errors, stage, shape, precision, device, **options),
         )
         if why:
             return why
     return checked(
-        ("ends", precision, batch, *(stage.numbers() for stage in stages)),
+        ("ends", precision, batch, biases[-1], *(stage.numbers() for stage in stages)),
         [(network.shape_of(stages[-1], batch), precision)],
         device,
-        lambda: ends_errors(stages, batch, precision, device),
+        partial(ends_errors, stages, batch, precision, device, biases[-1]),
     )
 
 
-def layer_failure(numbers: Sequence[int], nominal: bool, device: torch.device) -> str:
-    """The same of an affine layer as `cibp_fast.ops` runs it, with a nominal stream or without.
+def layer_failure(numbers: Sequence[int], nominal: bool, bias: bool, device: torch.device) -> str:
+    """The same of an affine layer as `cibp_fast.ops` runs it, with a nominal stream and a bias or
+    without.
 
     numbers: its `_conv2d_shape`.
     """
     tiled = [(layers.shape_of(numbers), layers.PRECISION)]
-    check = partial(layer_errors, numbers, device, nominal)
-    return checked(("layer", nominal, *numbers), tiled, device, check)
+    check = partial(layer_errors, numbers, device, nominal, bias)
+    return checked(("layer", nominal, bias, *numbers), tiled, device, check)
 
 
 def relu_failure(nominal: bool, device: torch.device) -> str:

@@ -30,8 +30,8 @@ class Case:
     """A convolution of random numbers, whose kernels run as in a network, and their results in
     float64.
 
-    relu: whether one is behind it. before: whether one is in front of it, and width: whether the
-    width there has a gradient. head: whether its input has a further gradient.
+    bias: whether it has one. relu: whether one is behind it. before: whether one is in front of it,
+    and width: whether the width there has a gradient. head: whether its input has a further one.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class Case:
         precision: str,
         device: torch.device | str,
         *,
+        bias: bool = True,
         relu: bool = True,
         before: bool = True,
         width: bool = True,
@@ -55,7 +56,7 @@ class Case:
         self.x = numbers(3, batch, shape.in_height, shape.in_width, channels)
         self.x[1].abs_()
         self.weight = numbers(outputs, shape.kernel_height, shape.kernel_width, channels)
-        self.bias = torch.randn(outputs, generator=random).to(device)
+        self.bias = torch.randn(outputs, generator=random).to(device) if bias else None
         self.gradient = numbers(3, batch, shape.out_height, shape.out_width, outputs)
         self.transposed = self.weight.permute(1, 2, 3, 0).contiguous()
         self.relu, self.before = relu, before
@@ -92,7 +93,8 @@ class Case:
             convolved(each, each_w, self.shape)
             for each, each_w in zip(_exact(self.x), (w, w.abs(), w), strict=True)
         )
-        mu, z = (each + self.bias.double().view(-1, 1, 1) for each in (mu, z))
+        if self.bias is not None:
+            mu, z = (each + self.bias.double().view(-1, 1, 1) for each in (mu, z))
         if self.relu:
             half = (mu + r).relu() / 2
             mu, r, z = torch.where(mu > r, mu, half), torch.where(mu > r, r, half), z.relu()
@@ -142,15 +144,16 @@ class Pooling(Case):
     def _mean(self) -> Tensor:
         """Pooling as a convolution's weight."""
         kernel = (self.shape.kernel_height, self.shape.kernel_width)
-        return self.x.new_full((len(self.bias), 1, *kernel), 1 / prod(kernel), dtype=torch.float64)
+        size = (self.shape.in_channels, 1, *kernel)
+        return self.x.new_full(size, 1 / prod(kernel), dtype=torch.float64)
 
     def _forward(self) -> list[Tensor]:
-        mean, channels = self._mean(), len(self.bias)
+        mean, channels = self._mean(), self.shape.in_channels
         m, r, z = (convolved(each, mean, self.shape, channels) for each in _exact(self.x))
         return [m, r, z, 4 * r.square().sum()]
 
     def _input_gradient(self) -> list[Tensor]:
-        return self._before_relu([self._mean()] * 3, len(self.bias))
+        return self._before_relu([self._mean()] * 3, self.shape.in_channels)
 
 
 def convolved(x: Tensor, weight: Tensor, shape: Shape, groups: int = 1) -> Tensor:
@@ -192,9 +195,9 @@ def errors(shape: Shape, precision: str, device: torch.device | str) -> dict[str
 
 
 def layer_errors(
-    numbers: Sequence[int], device: torch.device | str, nominal: bool = True
+    numbers: Sequence[int], device: torch.device | str, nominal: bool = True, bias: bool = True
 ) -> Errors:
-    """Of an affine layer as `cibp_fast.ops` runs it, with a nominal stream or without.
+    """Of an affine layer as `cibp_fast.ops` runs it, with a nominal stream and a bias or without.
 
     numbers: its `_conv2d_shape`.
     """
@@ -212,11 +215,14 @@ def layer_errors(
     out_size = (shape.batch, outputs, shape.out_height, shape.out_width)
     center, radius = image(*size), image(*size).abs()
     given = [center - radius, center + radius, image(*size) if nominal else None]
-    given += [normal(outputs, shape.in_channels, *kernel), normal(outputs)]
+    given += [normal(outputs, shape.in_channels, *kernel), normal(outputs) if bias else None]
     gradients = [image(*out_size) if each is not None else None for each in given[:3]]
 
     def backward(outputs: Outputs, of: Streams, found: Outputs) -> None:
-        layers.backward(numbers, outputs, of, [*given[:4], *found[:2]])
+        of_bias = center.new_empty(shape.out_channels)  # given whether there is one or not
+        layers.backward(numbers, (*outputs[:4], of_bias), of, [*given[:4], *found[:2]])
+        if bias:
+            outputs[4].copy_(of_bias)
 
     return _op_errors(
         *("a layer", given, gradients),
@@ -226,10 +232,17 @@ def layer_errors(
     )
 
 
-def relu_errors(
-    device: torch.device | str, nominal: bool = True, size: int = 3 * layers.BLOCK + 5
-) -> Errors:
-    """Of ReLU as `cibp_fast.ops` runs it, with a nominal stream or without."""
+def relu_errors(device: torch.device | str, nominal: bool = True) -> Errors:
+    """Of ReLU as `cibp_fast.ops` runs it, with a nominal stream or without.
+
+    Of two sizes: Triton compiles a kernel for multiples of 16 apart.
+    """
+    sizes = 3 * layers.BLOCK + 5, 3 * layers.BLOCK + 16
+    odd, even = (_relu_errors(device, nominal, size) for size in sizes)
+    return odd | {f"{name}, of {sizes[1]} numbers,": error for name, error in even.items()}
+
+
+def _relu_errors(device: torch.device | str, nominal: bool, size: int) -> Errors:
     random = torch.Generator().manual_seed(0)
     numbers = [torch.randn(size, generator=random).to(device) for _ in range(6)]
     lower, upper, z = numbers[0], numbers[0] + numbers[1].abs(), numbers[2]
@@ -301,9 +314,16 @@ def _relative(found: Outputs, expected: Streams) -> float:
 
 
 def ends_errors(
-    stages: Sequence[Any], batch: int, precision: str, device: torch.device | str
+    stages: Sequence[Any],
+    batch: int,
+    precision: str,
+    device: torch.device | str,
+    bias: bool = True,
 ) -> Errors:
-    """Of what is in a network but its hidden stages: packing, the last stage, and all weights."""
+    """Of what is in a network but its hidden stages: packing, the last stage, and all weights.
+
+    bias: whether the last stage has one.
+    """
     random = torch.Generator().manual_seed(0)
     first, last = stages[0], stages[-1]
     classes, divisor = last.output[0], batch * last.output[0]
@@ -324,27 +344,31 @@ def ends_errors(
 
     streams, bounds = box(last.input)
     weight = rounded_like(torch.randn(classes, prod(last.input), generator=random), precision)
-    weight, bias = weight.float().to(device), torch.randn(classes, generator=random).to(device)
+    weight = weight.float().to(device)
+    offset = torch.randn(classes, generator=random).to(device) if bias else None
     gradients = [few_bits(batch, classes) for _ in range(3)]
     gradients += [few_bits(batch, prod(last.input)) for _ in range(2)]
     gradients.append(torch.full((1,), 0.1, device=device))
     *results, saved = network.forward(
-        *bounds, streams[2], [last], [weight], [bias], [divisor], precision
+        *bounds, streams[2], [last], [weight], [offset], [divisor], precision
     )
-    of_inputs = [torch.empty_like(streams[2]) for _ in range(3)]
-    of_parameters = [torch.empty_like(weight), torch.empty_like(bias)]
-    network.backward(
-        gradients, (results[0], results[1]), saved, [last], [weight], [divisor], precision,
-        True, (True, True), of_inputs, of_parameters,
-    )  # fmt: skip
-    exact = [each.double().requires_grad_() for each in (*bounds, streams[2], weight, bias)]
+    of = [each for each in (*bounds, streams[2], weight, offset) if each is not None]
+    exact = [each.double().requires_grad_() for each in of]
     with torch.enable_grad():
         head = [each.flatten(1) for each in exact[:3]]
-        *logits, squares = reference.linear(*head, *exact[3:])
+        *logits, squares = reference.linear(*head, exact[3], exact[4] if bias else None)
         expected = [*logits, *head[:2], squares.reshape(1) / divisor]
-        grads = torch.autograd.grad(expected, exact, [each.double() for each in gradients])
     found["the last layer's forward"] = relative(results, expected)
-    found["the last layer's backward"] = relative([*of_inputs, *of_parameters], grads)
+    # what the loss takes, it says too late: the logits, or the width and the head as well
+    for kind, count in (("", 6), (" from the logits", 3)):
+        outputs = [torch.empty_like(each) for each in of]
+        network.backward(
+            [*gradients[:count], *[None] * (6 - count)], (results[0], results[1]), saved, [last],
+            [weight], [divisor], precision, True, (True, bias), outputs[:3], outputs[3:],
+        )  # fmt: skip
+        given = [each.double() for each in gradients[:count]]
+        grads = torch.autograd.grad(expected[:count], exact, given, retain_graph=True)
+        found[f"the last layer's backward{kind}"] = relative(outputs, grads)
 
     for i, stage in enumerate(stages):
         if not stage.pool:
@@ -367,6 +391,7 @@ def stage_errors(
     precision: str,
     device: torch.device | str,
     *,
+    bias: bool,
     before: bool,
     last: bool,
 ) -> Errors:
@@ -379,8 +404,8 @@ def stage_errors(
     found: Errors = {}
     for width in (True, False) if before else (False,):
         for head in (False, True) if last else (False,):
-            options = {"relu": stage.relu, "before": before, "width": width, "head": head}
-            case = kind(shape, precision, device, **options)
+            ends = {"bias": bias, "relu": stage.relu, "before": before}
+            case = kind(shape, precision, device, **ends, width=width, head=head)
             if not found:
                 for kernel in ("forward",) if stage.pool else ("forward", "weight_gradient"):
                     found[f"{kernel}{of}"] = case.error(kernel), TOLERANCES[precision]

@@ -300,9 +300,68 @@ def test_a_network_is_checked_as_it_runs(
         return result
 
     monkeypatch.setattr(module, name, wrong)
-    stages, _ = stages_of(pooled(), 2, 9, 7)
+    stages, biases = stages_of(pooled(), 2, 9, 7)
     with pytest.warns(RuntimeWarning, match=f"{name}.* is wrong on this GPU"):
-        assert checks.network_failure(stages, 3, "float32", torch.device(DEVICE))
+        assert checks.network_failure(stages, biases, 3, "float32", torch.device(DEVICE))
+
+
+def test_a_missing_bias_is_checked(auto: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault without a bias runs PyTorch for the layers that have none, and their networks."""
+    forward = conv2d.forward
+
+    def wrong(
+        x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any, **options: Any
+    ) -> Any:
+        result = forward(x, weight, bias, *arguments, **options)
+        if bias is None:
+            result[1].mul_(2)
+        return result
+
+    monkeypatch.setattr(conv2d, "forward", wrong)
+    stages, _ = stages_of(pooled(), 2, 9, 7)
+    for missing in (0, 2):  # and in the last layer
+        biases = [i != missing for i in range(3)]
+        with pytest.warns(RuntimeWarning, match="forward is wrong on this GPU"):
+            assert checks.network_failure(stages, biases, 3, "float32", torch.device(DEVICE))
+    assert checks.network_failure(stages, [True] * 3, 3, "float32", torch.device(DEVICE)) == ""
+    x, weight = torch.randn(3, 20, device=DEVICE), torch.randn(6, 20, device=DEVICE)
+    with pytest.warns(RuntimeWarning, match="a layer's forward is wrong on this GPU"):
+        found = ops.linear(x, x + 1, x, weight, None, width=True)
+    torch.testing.assert_close(found[3], 3 * weight.abs().sum(1).square().sum())
+    auto.clear()
+    ops.linear(x, x, x, weight, weight[:, 0])
+    assert list(auto.values()) == [""]
+
+
+def test_backward_from_the_logits_alone_is_checked(
+    auto: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack = inputs.pack_gradient
+
+    def wrong(lower: Tensor, upper: Tensor, nominal: Any, precision: str, width: Any = None) -> Any:
+        wrong = width is None and nominal is not None  # which a head's gradient is without
+        return pack(lower, upper, nominal, precision, width).mul_(2 if wrong else 1)
+
+    monkeypatch.setattr(inputs, "pack_gradient", wrong)
+    stages, biases = stages_of(pooled(), 2, 9, 7)
+    with pytest.warns(RuntimeWarning, match="the last layer's backward from the logits is wrong"):
+        assert checks.network_failure(stages, biases, 3, "bf16", torch.device(DEVICE))
+
+
+def test_relu_is_checked_in_multiples_of_16(
+    auto: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function = layers.relu_backward
+
+    def wrong(gradients: Any, *arguments: Any) -> Any:
+        outputs = function(gradients, *arguments)
+        if gradients[0].numel() % 16 == 0:
+            outputs[0].mul_(2)
+        return outputs
+
+    monkeypatch.setattr(layers, "relu_backward", wrong)
+    with pytest.warns(RuntimeWarning, match="ReLU's backward.*, of 3088 numbers, is wrong"):
+        assert checks.relu_failure(True, torch.device(DEVICE))
 
 
 def test_the_last_layer_is_checked_with_a_head(
@@ -316,10 +375,10 @@ def test_the_last_layer_is_checked_with_a_head(
         return function(*arguments, **options)
 
     monkeypatch.setattr(conv2d, "input_gradient", wrong)
-    stages, _ = stages_of(pooled(), 2, 9, 7)
+    stages, biases = stages_of(pooled(), 2, 9, 7)
     why = "input_gradient, a width's, a head's is wrong on this GPU"
     with pytest.warns(RuntimeWarning, match=why):
-        assert checks.network_failure(stages, 3, "float32", torch.device(DEVICE))
+        assert checks.network_failure(stages, biases, 3, "float32", torch.device(DEVICE))
 
 
 def test_layers_are_checked_with_as_many_streams_as_they_have(
@@ -345,7 +404,9 @@ def test_layers_are_checked_with_as_many_streams_as_they_have(
     monkeypatch.setattr(layers, "relu_forward", wrong_relu)
     device, numbers = torch.device(DEVICE), (*LINEAR, 0)
     with pytest.warns(RuntimeWarning, match="PyTorch runs what Triton's kernels should"):
-        assert checks.layer_failure(numbers, False, device) and checks.relu_failure(False, device)
+        assert checks.layer_failure(numbers, False, False, device) and checks.relu_failure(
+            False, device
+        )
         found = ops.linear(x, x, None, weight, None)[0], ops.relu(x, x, None)[0]
     torch.testing.assert_close(found, (x @ weight.t(), x.relu()))
     ops.linear(x, x, x, weight, None)
