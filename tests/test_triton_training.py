@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from digits import SHORT, toy_dataset
 from torch import nn
-from tritons import DEVICE
+from tritons import DEVICE, large_tiles
 
 import cibp_fast as cf
 from cibp_fast import _backend, data, models, runs, training
@@ -33,9 +33,11 @@ def _load(name: str, root: object = None, *, verify: bool = True) -> data.Datase
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(data, "load", _load)
     monkeypatch.setitem(models.NETS, "small", _network)
+    with large_tiles():
+        yield
 
 
 def _config(method: str = "cibp", **changes: object) -> Config:
@@ -129,7 +131,8 @@ def test_auto_trains_by_steps_that_were_checked(
     monkeypatch.setattr(
         _backend, "select", lambda name, *of: select("triton" if name == "auto" else name, *of)
     )
-    monkeypatch.setattr(checks, "_known", dict)
+    known: dict[str, str] = {}
+    monkeypatch.setattr(checks, "_known", lambda: known)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
