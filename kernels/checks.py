@@ -168,7 +168,7 @@ def summary(device: torch.device) -> str:
     found = {key.removeprefix(here): why for key, why in _read().items() if key.startswith(here)}
     failed = [f"{why} (of {of})" for of, why in found.items() if why]
     text = f"{len(found) - len(failed)} passed"
-    return f"{text}; PyTorch runs: {'; '.join(failed)}" if failed else text
+    return f"{text}; when last checked these failed: {'; '.join(failed)}" if failed else text
 
 
 def _file() -> Path:

@@ -5,7 +5,9 @@ A step of training has a module of its own, step_check.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -26,12 +28,24 @@ TOLERANCES = {"float32": 1e-5, "tf32": 1e-3, "bf16": 6e-3}
 Errors = dict[str, tuple[float, float]]  # by what is wrong then: how large, and how large it may be
 
 
+def few_bits(random: torch.Generator, device: torch.device | str, *size: int) -> Tensor:
+    """Numbers of which sums of two, and their halves, are stored exactly in every precision."""
+    return torch.randint(-63, 64, size, generator=random).to(device) / 16
+
+
+def activated(m: Tensor, r: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Center, radius and nominal behind a ReLU; equal center and radius where it is not active."""
+    lower, upper = (m - r).relu(), (m + r).relu()
+    return (upper + lower) / 2, (upper - lower) / 2, z.relu()
+
+
 class Case:
     """A convolution of random numbers, whose kernels run as in a network, and their results in
     float64.
 
     bias: whether it has one. relu: whether one is behind it. before: whether one is in front of it,
     and width: whether the width there has a gradient. head: whether its input has a further one.
+    lost: whether there is a NaN among the inputs.
     """
 
     def __init__(
@@ -45,6 +59,7 @@ class Case:
         before: bool = True,
         width: bool = True,
         head: bool = False,
+        lost: bool = False,
     ) -> None:
         self.shape, self.precision = shape, precision
         random = torch.Generator().manual_seed(0)
@@ -53,9 +68,14 @@ class Case:
             return rounded_like(torch.randn(size, generator=random).to(device), precision)
 
         batch, channels, outputs = shape.batch, shape.in_channels, shape.out_channels
-        self.x = numbers(3, batch, shape.in_height, shape.in_width, channels)
-        self.x[1].abs_()
+        x = few_bits(random, device, 3, batch, shape.in_height, shape.in_width, channels)
+        x[1].abs_()
+        x = torch.stack(activated(*x)) if before else x
+        if lost:
+            x[:, -1, -1, -1, -1] = torch.nan
+        self.x = rounded_like(x, precision)
         self.weight = numbers(outputs, shape.kernel_height, shape.kernel_width, channels)
+        self.weight.view(-1)[::7] = 0  # whose sign is 0
         self.bias = torch.randn(outputs, generator=random).to(device) if bias else None
         self.gradient = numbers(3, batch, shape.out_height, shape.out_width, outputs)
         self.transposed = self.weight.permute(1, 2, 3, 0).contiguous()
@@ -77,7 +97,7 @@ class Case:
         return (conv2d.input_gradient(*given, *of, **before, tiles=tiles),)
 
     def error(self, kernel: str, tiles: Tiles | None = None) -> float:
-        """The largest of its outputs' errors, relative in the 2-norm; NaN where one has a NaN."""
+        """`deviation` of its outputs."""
         if kernel not in self.expected:
             self.expected[kernel] = getattr(self, f"_{kernel}")()
         first, *partials = self.launch(kernel, tiles)
@@ -85,7 +105,7 @@ class Case:
             found = [_exact(first.sum(0)), partials[0].double().sum(0)]
         else:
             found = [*_exact(first), *(each.double().sum() for each in partials)]
-        return relative(found, self.expected[kernel])
+        return deviation(found, self.expected[kernel])
 
     def _forward(self) -> list[Tensor]:
         w = _exact(self.weight)
@@ -178,6 +198,20 @@ def relative(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
     return float(torch.stack(errors).detach().max())  # Python's max may drop NaN
 
 
+def deviation(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
+    """The same, and of the largest numbers, so that a single wrong one shows; NaN where one of both
+    has a NaN.
+    """
+    errors = []
+    for a, b in zip(found, expected, strict=True):
+        lost = b.isnan()
+        if not torch.equal(a.isnan(), lost):
+            return math.nan
+        a, b = (each.double().masked_fill(lost, 0.0).reshape(-1) for each in (a, b))
+        errors += [(a - b).norm(order) / b.norm(order).clamp(min=1e-30) for order in (2, math.inf)]
+    return float(torch.stack(errors).detach().max())
+
+
 def _exact(tensor: Tensor) -> Tensor:
     return tensor.double().movedim(-1, 1 if tensor.dim() == 4 else 2)
 
@@ -215,7 +249,9 @@ def layer_errors(
     out_size = (shape.batch, outputs, shape.out_height, shape.out_width)
     center, radius = image(*size), image(*size).abs()
     given = [center - radius, center + radius, image(*size) if nominal else None]
-    given += [normal(outputs, shape.in_channels, *kernel), normal(outputs) if bias else None]
+    weight = normal(outputs, shape.in_channels, *kernel)
+    weight.view(-1)[::7] = 0  # whose sign is 0
+    given += [weight, normal(outputs) if bias else None]
     gradients = [image(*out_size) if each is not None else None for each in given[:3]]
 
     def backward(outputs: Outputs, of: Streams, found: Outputs) -> None:
@@ -310,7 +346,7 @@ def _op_errors(
 def _relative(found: Outputs, expected: Streams) -> float:
     """`relative` of those that there are."""
     pairs = [(a, b) for a, b in zip(found, expected, strict=True) if b is not None]
-    return relative(*zip(*pairs, strict=True))
+    return deviation(*zip(*pairs, strict=True))
 
 
 def ends_errors(
@@ -328,26 +364,23 @@ def ends_errors(
     first, last = stages[0], stages[-1]
     classes, divisor = last.output[0], batch * last.output[0]
 
-    def few_bits(*size: int) -> Tensor:
-        """So that packing them, of a sum of two as well, rounds nothing."""
-        return torch.randint(-63, 64, size, generator=random).to(device) / 16
+    few = partial(few_bits, random, device, batch)
 
     def box(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        center, radius = few_bits(batch, *shape), few_bits(batch, *shape).abs()
-        return torch.stack([center, radius, few_bits(batch, *shape)]), torch.stack(
+        center, radius = few(*shape), few(*shape).abs()
+        return torch.stack([center, radius, few(*shape)]), torch.stack(
             [center - radius, center + radius]
         )
 
     streams, bounds = box(first.input)
     packed = inputs.pack(*bounds, streams[2], precision)
-    found = {"packing": relative([packed], [streams.permute(0, 1, 3, 4, 2).double()])}
+    found = {"packing": deviation([packed], [streams.permute(0, 1, 3, 4, 2).double()])}
 
     streams, bounds = box(last.input)
     weight = rounded_like(torch.randn(classes, prod(last.input), generator=random), precision)
     weight = weight.float().to(device)
     offset = torch.randn(classes, generator=random).to(device) if bias else None
-    gradients = [few_bits(batch, classes) for _ in range(3)]
-    gradients += [few_bits(batch, prod(last.input)) for _ in range(2)]
+    gradients = [few(classes) for _ in range(3)] + [few(prod(last.input)) for _ in range(2)]
     gradients.append(torch.full((1,), 0.1, device=device))
     *results, saved = network.forward(
         *bounds, streams[2], [last], [weight], [offset], [divisor], precision
@@ -358,17 +391,26 @@ def ends_errors(
         head = [each.flatten(1) for each in exact[:3]]
         *logits, squares = reference.linear(*head, exact[3], exact[4] if bias else None)
         expected = [*logits, *head[:2], squares.reshape(1) / divisor]
-    found["the last layer's forward"] = relative(results, expected)
-    # what the loss takes, it says too late: the logits, or the width and the head as well
-    for kind, count in (("", 6), (" from the logits", 3)):
+    found["the last layer's forward"] = deviation(results, expected)
+    # what the loss takes, it says too late
+    kinds = {
+        "": range(6),
+        " from the logits": range(3),
+        " from the head": (3, 4),
+        " from one of each": (0, 3),
+    }
+    for kind, wanted in kinds.items():
         outputs = [torch.empty_like(each) for each in of]
         network.backward(
-            [*gradients[:count], *[None] * (6 - count)], (results[0], results[1]), saved, [last],
-            [weight], [divisor], precision, True, (True, bias), outputs[:3], outputs[3:],
+            [each if i in wanted else None for i, each in enumerate(gradients)],
+            (results[0], results[1]), saved, [last], [weight], [divisor], precision, True,
+            (True, bias), outputs[:3], outputs[3:],
         )  # fmt: skip
-        given = [each.double() for each in gradients[:count]]
-        grads = torch.autograd.grad(expected[:count], exact, given, retain_graph=True)
-        found[f"the last layer's backward{kind}"] = relative(outputs, grads)
+        grads = torch.autograd.grad(
+            [expected[i] for i in wanted], exact, [gradients[i].double() for i in wanted],
+            retain_graph=True, materialize_grads=True, allow_unused=True,
+        )  # fmt: skip
+        found[f"the last layer's backward{kind}"] = deviation(outputs, grads)
 
     for i, stage in enumerate(stages):
         if not stage.pool:
@@ -377,11 +419,11 @@ def ends_errors(
             stored = rounded_like(weight, precision).double()
             copies = [stored.permute(0, 2, 3, 1), stored.permute(2, 3, 1, 0)]
             partials = torch.stack([weight.permute(0, 2, 3, 1)] * 3)
-            found[f"packing weights of stage {i}"] = relative(
+            found[f"packing weights of stage {i}"] = deviation(
                 adam.pack_weight(weight, precision), copies
             )
             total = adam.sum_partials(partials)
-            found[f"summing gradients of stage {i}"] = relative([total], [3 * weight.double()])
+            found[f"summing gradients of stage {i}"] = deviation([total], [3 * weight.double()])
     return {name: (error, TOLERANCES[precision]) for name, error in found.items()}
 
 
@@ -409,6 +451,8 @@ def stage_errors(
             if not found:
                 for kernel in ("forward",) if stage.pool else ("forward", "weight_gradient"):
                     found[f"{kernel}{of}"] = case.error(kernel), TOLERANCES[precision]
+                with_nan = kind(shape, precision, device, **ends, lost=True)
+                found[f"forward{of} with NaN"] = with_nan.error("forward"), TOLERANCES[precision]
             which = ", a width's" * width + ", a head's" * head
             error = case.error("input_gradient")
             found[f"input_gradient{of}{which}"] = error, TOLERANCES[precision]

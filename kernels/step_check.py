@@ -22,7 +22,15 @@ from cibp_fast.kernels import inputs
 from cibp_fast.kernels.checks import checked
 from cibp_fast.kernels.loss import loss
 from cibp_fast.kernels.network import shape_of
-from cibp_fast.kernels.numerics import TOLERANCES, Errors, convolved, relative
+from cibp_fast.kernels.numerics import (
+    TOLERANCES,
+    Errors,
+    activated,
+    convolved,
+    deviation,
+    few_bits,
+    relative,
+)
 from cibp_fast.kernels.shape import Shape
 from cibp_fast.kernels.step import TrainStep
 from cibp_fast.kernels.streams import rounded_like
@@ -219,7 +227,7 @@ def _expected(
                 )
                 m, z = m + bias, z + bias
             if stage.relu:
-                m, r, z = _activated(m, r, z)
+                m, r, z = activated(m, r, z)
                 widths.append(4 * r.square().sum() / divisor)
         flat = (each.flatten(1) for each in (m, r, z))
         logits, worst, squares = _end(*flat, next(given).flatten(1), next(given, None), y)
@@ -230,11 +238,6 @@ def _expected(
         gradients = torch.autograd.grad(loss, exact)
     error = (logits.argmax(1) != y).double().mean()
     return torch.stack([loss, nominal, robust, width, error, *widths]).detach(), gradients
-
-
-def _activated(m: Tensor, r: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    lower, upper = (m - r).relu(), (m + r).relu()
-    return (upper + lower) / 2, (upper - lower) / 2, z.relu()
 
 
 def _end(
@@ -251,10 +254,9 @@ def _loss_errors(step: TrainStep, y: Tensor, random: torch.Generator) -> Errors:
     stage, batch, precision = step.stages[-1], step.batch_size, step.precision
     relu = len(step.stages) > 1 and step.stages[-2].relu
     divisor, input_divisor = step.divisors[-1], step.divisors[-2] if relu else None
-    given = torch.randint(-63, 64, (3, batch, math.prod(stage.input)), generator=random) / 16
-    given = given.to(y.device)
+    given = few_bits(random, y.device, 3, batch, math.prod(stage.input))
     given[1].abs_()
-    x = torch.stack(_activated(*given)) if relu else given
+    x = torch.stack(activated(*given)) if relu else given
     weight = step.copies[-1][0].view(stage.output[0], -1)
     bias = None if step.parameters[-1][1] is None else step.parameters[-1][1][0].detach()
     scalars = step.now[-2:]
@@ -266,7 +268,7 @@ def _loss_errors(step: TrainStep, y: Tensor, random: torch.Generator) -> Errors:
     of = [given, weight] if bias is None else [given, weight, bias]
     exact = [each.double().requires_grad_() for each in of]
     with torch.enable_grad():
-        m, r, z = _activated(*exact[0]) if relu else exact[0]
+        m, r, z = activated(*exact[0]) if relu else exact[0]
         logits, worst, squares = _end(m, r, z, *exact[1:], *[None] * (3 - len(of)), y)
         losses = [F.cross_entropy(each, y, reduction="sum") for each in (logits, worst)]
         width = squares / divisor
@@ -282,7 +284,7 @@ def _loss_errors(step: TrainStep, y: Tensor, random: torch.Generator) -> Errors:
         found_gradients.append(found.grad_bias.sum(0))
     exactly, rounded = TOLERANCES["float32"], TOLERANCES[precision]  # only grad_x is rounded
     return {
-        "the last layer's loss": (relative(found.terms.sum(0), terms), exactly),
-        "the last layer's gradients": (relative(found_gradients, gradients[1:]), exactly),
-        "the gradients in front of it": (relative(found.grad_x, gradients[0]), rounded),
+        "the last layer's loss": (deviation(found.terms.sum(0), terms), exactly),
+        "the last layer's gradients": (deviation(found_gradients, gradients[1:]), exactly),
+        "the gradients in front of it": (deviation(found.grad_x, gradients[0]), rounded),
     }

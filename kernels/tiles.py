@@ -45,7 +45,8 @@ PROGRAMS = 132  # that a large GPU runs at a time
 def tiles_for(kernel: str, shape: Shape, precision: Precision) -> Tiles:
     """For one of KERNELS, on the current device.
 
-    Tables are read once in a process, so that a step and its graph keep their tiles.
+    Tables are read once in a process, so that a step and its graph keep their tiles; only what a
+    check finds to be wrong, before it is used, is dismissed.
     """
     device = -1 if INTERPRETED else driver.active.get_current_device()
     return _tiles_for(kernel, shape, precision, device)

@@ -364,6 +364,56 @@ def test_relu_is_checked_in_multiples_of_16(
         assert checks.relu_failure(True, torch.device(DEVICE))
 
 
+def _pass_through(gm: Tensor, gr: Tensor, gz: Tensor, m: Tensor, r: Tensor, z: Tensor) -> None:
+    gm[(m == 0) & (r == 0)] += 1
+
+
+def _pass_nominal(gm: Tensor, gr: Tensor, gz: Tensor, m: Tensor, r: Tensor, z: Tensor) -> None:
+    gz[z == 0] += 1
+
+
+@pytest.mark.parametrize("fault", [_pass_through, _pass_nominal])
+def test_units_that_are_not_active_are_checked(
+    fault: Callable[..., None], auto: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function = conv2d.input_gradient
+
+    def wrong(*arguments: Any, **options: Any) -> Tensor:
+        result = function(*arguments, **options)
+        if options.get("relu"):
+            fault(*result, *options["x"])
+        return result
+
+    monkeypatch.setattr(conv2d, "input_gradient", wrong)
+    stages, biases = stages_of(pooled(), 2, 9, 7)
+    with pytest.warns(RuntimeWarning, match="input_gradient.* is wrong on this GPU"):
+        assert checks.network_failure(stages, biases, 3, "bf16", torch.device(DEVICE))
+
+
+def test_what_drops_a_nan_is_found(auto: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = conv2d.forward
+
+    def wrong(*arguments: Any, **options: Any) -> Any:
+        out, widths = forward(*arguments, **options)
+        return out.nan_to_num_(), widths
+
+    monkeypatch.setattr(conv2d, "forward", wrong)
+    stages, biases = stages_of(pooled(), 2, 9, 7)
+    with pytest.warns(RuntimeWarning, match="forward with NaN is wrong on this GPU, by nan"):
+        assert checks.network_failure(stages, biases, 3, "bf16", torch.device(DEVICE))
+
+
+@pytest.mark.parametrize("size", [10, 10**6])
+def test_a_single_wrong_number_is_found(size: int) -> None:
+    exact = torch.randn(size, dtype=torch.float64).clamp(-3, 3)
+    found = exact.float()
+    assert numerics.deviation([found], [exact]) < 1e-6
+    found[size // 2] += 0.5
+    assert numerics.deviation([found], [exact]) > 0.1
+    found[size // 2] = torch.nan
+    assert numerics.deviation([found], [exact]) != numerics.deviation([found], [exact])  # NaN
+
+
 def test_the_last_layer_is_checked_with_a_head(
     auto: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -503,8 +553,8 @@ def test_info_says_what_was_checked(auto: dict[str, str], monkeypatch: pytest.Mo
     with pytest.warns(RuntimeWarning, match="PyTorch runs"):
         checks.checked(("that",), [], device, lambda: {"it": (1.0, 1e-5)})
     assert dict(_backend._checked())[row] == (
-        "1 passed; PyTorch runs: it is wrong on this GPU, by 1.0e+00 relative to float64 "
-        "(of that [])"
+        "1 passed; when last checked these failed: it is wrong on this GPU, by 1.0e+00 relative to "
+        "float64 (of that [])"
     )
     auto.clear()  # another process, in which it passes
     assert checks.checked(("that",), [], device, lambda: {"it": (0.0, 1e-5)}) == ""
