@@ -4,10 +4,10 @@
 
 Each part is a `cibp-fast bench` command in a process of its own, which writes a table when it is
 done, so that a part that fails or runs out of time costs no other: numerics of all kernels against
-float64, whole steps against their rivals, epochs of training and evaluation, layers, and steps
-against torch.compile. The last, which compile for minutes, get what the others leave of their time;
-`--parts gpu_compile` runs them alone. The exit status is 1 where a part did not end well.
-`bench/update_readme.py` then puts the results into the README.
+float64, whole steps against their rivals, epochs of training and evaluation, layers, steps with the
+CUDA C++ kernels, and steps against torch.compile. The last two get what the others leave of their
+time; `--parts gpu_cuda gpu_compile` runs them alone. The exit status is 1 where a part did not end
+well. `bench/update_readme.py` then puts the results into the README.
 """
 
 from __future__ import annotations
@@ -30,28 +30,37 @@ NETWORKS = {
     "large": ["--models", "large-same", "--datasets", "cifar10"],
 }
 COMPILED = ["compile", "compile_max"]
-STEPS = ["--contenders", *(name for name in rivals.GPU_RIVALS if name not in COMPILED)]
+CUDA = ["graphed_cuda_tf32", "graphed_cuda_bf16", "graphed_cuda"]
+STEPS = [name for name in rivals.GPU_RIVALS if name not in (*COMPILED, *CUDA)]
+COMPARED = ["graphed_tf32", "naive_tf32"]
 
 # name of the table, the most minutes of nine, and words of `cibp-fast bench`
 PARTS: list[tuple[str, float, list[str]]] = [
     ("gpu_numerics", 2.5, ["numerics"]),
-    *((f"gpu_step_{name}", 1.3, ["step", *which, *STEPS]) for name, which in NETWORKS.items()),
+    *(
+        (f"gpu_step_{name}", 1.3, ["step", *which, "--contenders", *STEPS])
+        for name, which in NETWORKS.items()
+    ),
     ("gpu_training", 1.2, ["training"]),
     *(
         (f"gpu_layers_{name}", 0.45, ["layer", *which, "--rounds", "5"])
         for name, which in NETWORKS.items()
     ),
+    # a fault of one kernel would take all others of its process with it
     *(
-        (
-            f"gpu_compile_{name}",
-            3.0,
-            ["step", *which, "--contenders", "graphed_tf32", "naive_tf32", *COMPILED],
-        )
+        (f"gpu_cuda_{name}", 1.0, ["step", *which, "--contenders", *COMPARED, *CUDA])
+        for name, which in NETWORKS.items()
+    ),
+    *(
+        (f"gpu_compile_{name}", 3.0, ["step", *which, "--contenders", *COMPARED, *COMPILED])
         for name, which in NETWORKS.items()
     ),
 ]
+LAST = ("gpu_cuda", "gpu_compile")  # in what time the others leave
 NAMES = ", ".join(name for name, *_ in PARTS)
-COMMAND = [sys.executable, "-m", "cibp_fast"]
+# Not `-m cibp_fast`, which at the repository's root would be the tree, where nothing is built.
+START = "import sys; sys.path[:] = filter(None, sys.path); from cibp_fast.cli import main; "
+COMMAND = [sys.executable, "-c", START + "sys.exit(main())"]
 LEAST = 10  # seconds in which a part can do something
 
 

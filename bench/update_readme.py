@@ -449,7 +449,7 @@ GPU_LAYERS = {
 
 
 def gpu() -> list[str]:
-    steps = [*read_all("gpu_step_*"), *read_all("gpu_compile_*")]
+    steps = [row for name in ("step", "cuda", "compile") for row in read_all(f"gpu_{name}_*")]
     numerics, trainings = read_all("gpu_numerics"), read_all("gpu_training")
     layers = read_all("gpu_layers_*")
     every = [*steps, *numerics, *trainings, *layers]

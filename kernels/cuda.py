@@ -453,15 +453,22 @@ def _float32_products() -> Iterator[None]:
         (cudnn, "deterministic", True),
         (cudnn, "benchmark", False),
     ]
-    if hasattr(matmul, "fp32_precision"):  # since torch 2.9
-        wanted += [(each, "fp32_precision", "ieee") for each in (cudnn.conv, matmul)]  # type: ignore[attr-defined]
+    newer = hasattr(matmul, "fp32_precision")  # since torch 2.9
+    if newer:
+        wanted.append((cudnn.conv, "fp32_precision", "ieee"))  # type: ignore[attr-defined]
     else:
-        wanted += [(each, "allow_tf32", False) for each in (cudnn, matmul)]
+        wanted.append((cudnn, "allow_tf32", False))
     before = [getattr(module, name) for module, name, _ in wanted]
+    of_matmul = matmul.fp32_precision if newer else matmul.allow_tf32  # type: ignore[attr-defined]
     try:
         for module, name, value in wanted:
             setattr(module, name, value)
+        # By the older name, which sets the newer one too: a product fails where the two differ.
+        matmul.allow_tf32 = False
         yield
     finally:
         for (module, name, _), value in zip(wanted, before, strict=True):
             setattr(module, name, value)
+        matmul.allow_tf32 = of_matmul in (True, "tf32")
+        if newer:
+            matmul.fp32_precision = of_matmul  # type: ignore[attr-defined]

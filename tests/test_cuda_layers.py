@@ -223,3 +223,24 @@ def test_interval_functions() -> None:
     expected = cf.functional.interval_conv2d(box_, weight, bias, backend="torch")
     for name in ("lower", "upper", "nominal"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name))
+
+
+@pytest.fixture
+def matmul() -> Iterator[Any]:
+    """torch's settings of matrix products on a GPU."""
+    settings = torch.backends.cuda.matmul
+    allowed, precision = settings.allow_tf32, getattr(settings, "fp32_precision", None)
+    yield settings
+    settings.allow_tf32 = allowed
+    if precision is not None:
+        settings.fp32_precision = precision
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_the_user_s_tf32_is_kept_and_not_used(allowed: bool, matmul: Any) -> None:
+    """torch raises where its older and its newer setting of tf32 differ."""
+    matmul.allow_tf32 = allowed
+    before = getattr(matmul, "fp32_precision", None)
+    with cuda._float32_products():
+        assert not matmul.allow_tf32
+    assert matmul.allow_tf32 == allowed and getattr(matmul, "fp32_precision", None) == before
