@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cibp_fast import _backend
-from cibp_fast.ops import _kernel, _library, _pointer
+from cibp_fast._layer_op import kernel, library, pointer
 from cibp_fast.recorder import Head
 
 __all__ = ["cross_entropies", "label_error", "takes"]
@@ -76,11 +76,11 @@ class _CrossEntropies(torch.autograd.Function):
 
 # Registration. Gradients that are not wanted are empty tensors, since an op cannot return None.
 
-_library.define(
+library.define(
     "loss_forward(Tensor logits, Tensor lower, Tensor upper, Tensor weight, Tensor? bias, "
     "Tensor y) -> (Tensor, Tensor, Tensor)"
 )
-_library.define(
+library.define(
     "loss_backward(Tensor? grad_nominal, Tensor? grad_robust, Tensor lower, Tensor upper, "
     "Tensor weight, Tensor y, Tensor slopes, bool[] wanted) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
@@ -103,25 +103,25 @@ def _backward_outputs(
     )
 
 
-@torch.library.register_fake("cibp_fast::loss_forward", lib=_library)
+@torch.library.register_fake("cibp_fast::loss_forward", lib=library)
 def _(logits, lower, upper, weight, bias, y):  # type: ignore[no-untyped-def]
     return _forward_outputs(logits)
 
 
-@torch.library.impl(_library, "loss_forward", "CPU")
+@torch.library.impl(library, "loss_forward", "CPU")
 def _(*inputs):  # type: ignore[no-untyped-def]
     outputs = _forward_outputs(inputs[0])
     _run("loss_forward", inputs[1], inputs[3], inputs[5], inputs, outputs)
     return outputs
 
 
-@torch.library.register_fake("cibp_fast::loss_backward", lib=_library)
+@torch.library.register_fake("cibp_fast::loss_backward", lib=library)
 def _(*arguments):  # type: ignore[no-untyped-def]
     lower, weight, slopes, wanted = (arguments[i] for i in (2, 4, 6, 7))
     return _backward_outputs(lower, weight, slopes, wanted)
 
 
-@torch.library.impl(_library, "loss_backward", "CPU")
+@torch.library.impl(library, "loss_backward", "CPU")
 def _(*arguments):  # type: ignore[no-untyped-def]
     *inputs, wanted = arguments
     lower, weight, y, slopes = (inputs[i] for i in (2, 4, 5, 6))
@@ -139,10 +139,10 @@ def _run(
     outputs: Sequence[Tensor],
 ) -> None:
     inputs = [None if t is None else t.contiguous() for t in inputs]
-    in_range = _kernel(name, lower.dtype)(
+    in_range = kernel(name, lower.dtype)(
         (len(lower), *weight.shape),
         _backend.threads(),
-        [_pointer(t) for t in inputs],
+        [pointer(t) for t in inputs],
         [t.data_ptr() for t in outputs],  # 0 where there are no elements
     )
     if not in_range:

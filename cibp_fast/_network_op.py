@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cibp_fast import _backend
-from cibp_fast.ops import _library, _no_double_backward, _pointer, on_its_gpu
+from cibp_fast._layer_op import library, no_double_backward, on_its_gpu, pointer
 
 __all__ = ["Stage", "network"]
 
@@ -138,7 +138,7 @@ class _Network(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        _no_double_backward("network")
+        no_double_backward("network")
         lower_out, upper_out, ball_radius, packed, *weights = ctx.saved_tensors
         *of_outputs, head_weight, head_bias = gradients
         wanted = ctx.needs_input_grad[4:]
@@ -166,12 +166,12 @@ class _Network(torch.autograd.Function):
 
 # Registration. Gradients that are not wanted are empty tensors, since an op cannot return None.
 
-_library.define(
+library.define(
     "network_forward(Tensor lower, Tensor upper, Tensor nominal, Tensor? ball_radius, "
     "Tensor[] weights, Tensor?[] biases, int[] numbers, str engine, bool mean=False) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-_library.define(
+library.define(
     "network_backward(Tensor? grad_lower, Tensor? grad_upper, Tensor? grad_nominal, "
     "Tensor? grad_head_lower, Tensor? grad_head_upper, Tensor? grad_widths, Tensor lower_out, "
     "Tensor upper_out, Tensor? ball_radius, Tensor packed, Tensor[] weights, int[] numbers, "
@@ -219,7 +219,7 @@ def _rows(
     batch: int, plan: _Plan, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> list[tuple[int, ...]]:
     """What the kernels take for the stages."""
-    addresses = zip(map(_pointer, weights), map(_pointer, biases), strict=True)
+    addresses = zip(map(pointer, weights), map(pointer, biases), strict=True)
     return [
         (
             *(batch, *shape, stage.relu + 2 * stage.fast),
@@ -286,7 +286,7 @@ def _of_gpu(engine: str) -> tuple[str, bool] | None:
     return (precision, name == "cuda") if precision else None
 
 
-@torch.library.register_fake("cibp_fast::network_forward", lib=_library)
+@torch.library.register_fake("cibp_fast::network_forward", lib=library)
 def _(lower, upper, nominal, ball_radius, weights, biases, numbers, engine, mean=False):  # type: ignore[no-untyped-def]
     plan, ball, batch = _plan(numbers), ball_radius is not None, nominal.shape[0]
     if gpu := _of_gpu(engine):
@@ -300,7 +300,7 @@ def _(lower, upper, nominal, ball_radius, weights, biases, numbers, engine, mean
 
 
 @on_its_gpu("network_forward")
-@torch.library.impl(_library, "network_forward", "CPU")
+@torch.library.impl(library, "network_forward", "CPU")
 def _(lower, upper, nominal, ball_radius, weights, biases, numbers, engine, mean=False):  # type: ignore[no-untyped-def]
     batch, plan = len(nominal), _plan(numbers)
     if not batch:
@@ -325,7 +325,7 @@ def _(lower, upper, nominal, ball_radius, weights, biases, numbers, engine, mean
         _rows(batch, plan, weights, biases),
         _backend.threads(),
         [(t.data_ptr(), *t.stride()) for t in (lower, upper, nominal)],
-        _pointer(ball_radius),
+        pointer(ball_radius),
         [packed.data_ptr() + offset for offset in offsets],
         _divisors(batch, plan, mean),
         [t.data_ptr() for t in outputs],
@@ -333,14 +333,14 @@ def _(lower, upper, nominal, ball_radius, weights, biases, numbers, engine, mean
     return *outputs, packed
 
 
-@torch.library.register_fake("cibp_fast::network_backward", lib=_library)
+@torch.library.register_fake("cibp_fast::network_backward", lib=library)
 def _(*arguments):  # type: ignore[no-untyped-def]
     lower_out, weights, numbers = arguments[6], arguments[10], arguments[11]
     return _backward_outputs(lower_out, _plan(numbers).stages, weights, *arguments[12:14])
 
 
 @on_its_gpu("network_backward")
-@torch.library.impl(_library, "network_backward", "CPU")
+@torch.library.impl(library, "network_backward", "CPU")
 def _(  # type: ignore[no-untyped-def]
     grad_lower,
     grad_upper,
@@ -408,8 +408,8 @@ def _(  # type: ignore[no-untyped-def]
         _backend.threads(),
         [packed.data_ptr() + offset for offset in offsets],
         _divisors(batch, plan, mean),
-        _pointer(ball_radius),
-        [_pointer(t) for t in tensors],
+        pointer(ball_radius),
+        [pointer(t) for t in tensors],
         [t.data_ptr() if wants_input else 0 for t in inputs],
         _by_stage(plan.stages, targets[: len(weights)]),
         _by_stage(plan.stages, targets[len(weights) :]),

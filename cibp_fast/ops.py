@@ -1,4 +1,4 @@
-"""The interval ops as torch ops: one entry, one autograd Function and one registration per op.
+"""The interval ops as torch ops: one entry and one autograd Function per op.
 
 Tensors come in as (lower, upper, nominal); the nominal may be None throughout. The kernels
 (``csrc/cpu``) fill what is allocated here; whatever they cannot take runs in plain PyTorch
@@ -7,20 +7,18 @@ Tensors come in as (lower, upper, nominal); the nominal may be None throughout. 
 
 from __future__ import annotations
 
-import importlib
 import math
 import operator
-from collections.abc import Callable, Sequence
-from types import ModuleType
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cibp_fast import _backend
+from cibp_fast._layer_op import Pair, conv2d_shape, conv2d_size, linear_shape, no_double_backward
 
 Streams = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-Pair = tuple[int, int]
 
 
 def conv2d(
@@ -81,13 +79,13 @@ def conv2d(
         )
     if 0 in lower.shape[2:]:
         raise ValueError(f"conv2d: images must not be empty, lower is {tuple(lower.shape)}")
-    height, width_ = _conv2d_size(lower, weight, stride, padding, dilation)
+    height, width_ = conv2d_size(lower, weight, stride, padding, dilation)
     if height < 1 or width_ < 1:
         raise ValueError(
             f"conv2d: weight {tuple(weight.shape)} with dilation={tuple(dilation)} is larger than "
             f"the input {tuple(lower.shape)} padded by {tuple(padding)}"
         )
-    shape = _conv2d_shape(lower, weight, stride, padding, dilation, groups)
+    shape = conv2d_shape(lower, weight, stride, padding, dilation, groups)
     backend = _chosen(backend, lower, nominal, weight, bias, shape)
     if backend == "torch":
         from cibp_fast import reference
@@ -135,7 +133,7 @@ def linear(
             f"lower is {tuple(lower.shape)}"
         )
     batch = math.prod(lower.shape[:-1])
-    backend = _chosen(backend, lower, nominal, weight, bias, _linear_shape(batch, weight))
+    backend = _chosen(backend, lower, nominal, weight, bias, linear_shape(batch, weight))
     if backend == "torch":
         from cibp_fast import reference
 
@@ -248,7 +246,7 @@ def _chosen(
     bias: Tensor | None,
     shape: Sequence[int],
 ) -> str:
-    """The backend that runs an affine layer of this `_conv2d_shape`."""
+    """The backend that runs an affine layer of this `conv2d_shape`."""
     name, _ = _backend.select(backend, lower.device, lower.dtype)
     obstacle = ""
     if name == "torch":
@@ -284,24 +282,6 @@ def _relu_failure(nominal: bool, device: torch.device) -> str:
     return checks.relu_failure(nominal, device)
 
 
-def _linear_shape(batch: int, weight: Tensor) -> tuple[int, ...]:
-    """A linear layer as a convolution: see `_conv2d_shape`."""
-    outputs, features = weight.shape
-    return (batch, features, 1, 1, outputs, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1, 0)
-
-
-def _conv2d_size(
-    lower: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair
-) -> tuple[int, int]:
-    """Output height and width."""
-
-    def size(i: int) -> int:
-        reach = dilation[i] * (weight.shape[2 + i] - 1) + 1
-        return (lower.shape[2 + i] + 2 * padding[i] - reach) // stride[i] + 1
-
-    return size(0), size(1)
-
-
 def _save(ctx: Any, width: bool, result: Sequence[Tensor], *inputs: Tensor | None) -> None:
     """Saves what an affine layer's backward pass reads.
 
@@ -316,13 +296,6 @@ def _mark(ctx: Any, width: bool, result: Sequence[Tensor], nominal: Tensor | Non
     ctx.set_materialize_grads(False)
     dead = [result[i] for i, used in ((2, nominal is not None), (3, width)) if not used]
     ctx.mark_non_differentiable(*dead)
-
-
-def _no_double_backward(op: str) -> None:
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            f"{op}: the kernels have no second derivative; create_graph needs backend='torch'"
-        )
 
 
 class _Conv2d(torch.autograd.Function):
@@ -350,7 +323,7 @@ class _Conv2d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        _no_double_backward("conv2d")
+        no_double_backward("conv2d")
         needs = ctx.needs_input_grad
         grads = torch.ops.cibp_fast.conv2d_backward(
             *(*gradients, *ctx.saved_tensors, *ctx.geometry),
@@ -378,7 +351,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        _no_double_backward("linear")
+        no_double_backward("linear")
         needs = ctx.needs_input_grad
         grads = torch.ops.cibp_fast.linear_backward(
             *gradients, *ctx.saved_tensors, any(needs[:3]), needs[3] or needs[4], ctx.backend
@@ -399,310 +372,8 @@ class _Relu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        _no_double_backward("relu")
+        no_double_backward("relu")
         saved = (*ctx.saved_tensors, None)[:3]
         grads = torch.ops.cibp_fast.relu_backward(*gradients, *saved, ctx.backend)
         needs = ctx.needs_input_grad
         return *(g if need else None for g, need in zip(grads, needs, strict=False)), None, None
-
-
-# Registration. Outputs and gradients that do not exist (no nominal, not wanted) are empty tensors,
-# since an op cannot return None.
-
-_library = torch.library.Library("cibp_fast", "DEF")
-_INPUTS = "Tensor lower, Tensor upper, Tensor? nominal, Tensor weight"
-_GEOMETRY = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
-_GRADIENTS = "Tensor? grad_lower, Tensor? grad_upper, Tensor? grad_nominal, Tensor? grad_width"
-_SAVED = f"{_INPUTS}, Tensor? lower_out, Tensor? upper_out"
-_WANTED = "bool wants_input, bool wants_weight"
-_BACKEND = "str backend='cpu'"  # of _MODULES, or the CPU's
-_FOUR = "(Tensor, Tensor, Tensor, Tensor)"
-_FIVE = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
-_library.define(f"conv2d_forward({_INPUTS}, Tensor? bias, {_GEOMETRY}, {_BACKEND}) -> {_FOUR}")
-_library.define(
-    f"conv2d_backward({_GRADIENTS}, {_SAVED}, {_GEOMETRY}, {_WANTED}, {_BACKEND}) -> {_FIVE}"
-)
-_library.define(f"linear_forward({_INPUTS}, Tensor? bias, {_BACKEND}) -> {_FOUR}")
-_library.define(f"linear_backward({_GRADIENTS}, {_SAVED}, {_WANTED}, {_BACKEND}) -> {_FIVE}")
-
-_library.define(f"relu_forward(Tensor lower, Tensor upper, Tensor? nominal, {_BACKEND}) -> {_FOUR}")
-_library.define(
-    f"relu_backward({_GRADIENTS}, Tensor lower_out, Tensor upper_out, Tensor? nominal_out=None, "
-    f"{_BACKEND}) -> (Tensor, Tensor, Tensor)"
-)
-
-
-def on_its_gpu(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers a function as the GPU's kernel of an op: with the GPU of its tensors current, since
-    Triton compiles for, and launches on, the current one.
-    """
-
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*arguments: Any) -> Any:
-            tensor = next(each for each in arguments if isinstance(each, Tensor))
-            with torch.cuda.device_of(tensor):
-                return function(*arguments)
-
-        torch.library.impl(_library, name, "CUDA")(run)
-        return function
-
-    return register
-
-
-def _layout(image: Tensor) -> torch.memory_format:
-    """The memory format of what is computed from this tensor, as with torch's convolutions."""
-    last = image.dim() == 4 and image.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last and not image.is_contiguous() else torch.contiguous_format
-
-
-def _empty(like: Tensor, shape: Sequence[int] | None) -> Tensor:
-    """An uninitialised tensor in `like`'s layout; of no elements where shape is None."""
-    if shape is None:
-        return like.new_empty(0)
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=_layout(like))
-
-
-def _forward_outputs(
-    lower: Tensor, nominal: Tensor | None, shape: Sequence[int]
-) -> tuple[Tensor, ...]:
-    return (
-        _empty(lower, shape),
-        _empty(lower, shape),
-        _empty(lower, None if nominal is None else shape),
-        lower.new_empty(()),
-    )
-
-
-def _backward_outputs(
-    lower: Tensor, nominal: Tensor | None, weight: Tensor, wants_input: bool, wants_weight: bool
-) -> tuple[Tensor, ...]:
-    shape = lower.shape if wants_input else None
-    return (
-        _empty(lower, shape),
-        _empty(lower, shape),
-        _empty(lower, None if nominal is None else shape),
-        lower.new_empty(weight.shape if wants_weight else 0),
-        lower.new_empty(weight.shape[0] if wants_weight else 0),
-    )
-
-
-def _address(tensor: Tensor | None) -> tuple[int, ...]:
-    """What the kernels take for a tensor: data pointer and strides, all 0 where it is absent."""
-    if tensor is None:
-        return (0, 0, 0, 0, 0)
-    return (tensor.data_ptr(), *tensor.stride(), *([0] * (4 - tensor.dim())))
-
-
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-_MODULES = {"triton": "layers", "cuda": "cuda"}  # of cibp_fast.kernels, all of the same functions
-
-
-def _layers(backend: str) -> ModuleType:
-    """The module of a GPU's kernels: imported late, since it may need Triton."""
-    return importlib.import_module(f"cibp_fast.kernels.{_MODULES[backend]}")
-
-
-def _kernel(name: str, dtype: torch.dtype) -> Any:
-    return getattr(_backend.kernels(), f"{name}_{str(dtype).removeprefix('torch.')}")
-
-
-def _run_forward(
-    name: str,
-    shape: Sequence[int],
-    outputs: Sequence[Tensor],
-    lower: Tensor,
-    upper: Tensor,
-    nominal: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-) -> None:
-    bias = None if bias is None else bias.contiguous()
-    inputs = [_address(t) for t in (lower, upper, nominal, weight)]
-    _kernel(name, lower.dtype)(
-        shape, _backend.threads(), inputs, _pointer(bias), [t.data_ptr() for t in outputs]
-    )
-
-
-def _run_backward(
-    name: str,
-    shape: Sequence[int],
-    out_shape: Sequence[int],
-    outputs: Sequence[Tensor],
-    gradients: Sequence[Tensor | None],
-    saved: Sequence[Tensor | None],
-) -> None:
-    grad_lower, grad_upper, grad_nominal, grad_width = gradients
-    lower, upper, nominal, weight, lower_out, upper_out = saved
-    assert lower is not None
-    zero = lower.new_zeros(()).expand(out_shape)
-    if grad_width is None:
-        lower_out = upper_out = None
-    tensors = [
-        zero if grad_lower is None else grad_lower,
-        zero if grad_upper is None else grad_upper,
-        None if nominal is None else zero if grad_nominal is None else grad_nominal,
-        *(lower_out, upper_out, lower, upper, nominal, weight),
-    ]
-    _kernel(name, lower.dtype)(
-        shape,
-        _backend.threads(),
-        [_address(t) for t in tensors],
-        0.0 if grad_width is None else grad_width.item(),
-        [t.data_ptr() for t in outputs],
-    )
-
-
-def _conv2d_shape(
-    lower: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int
-) -> tuple[int, ...]:
-    """csrc/cpu/conv2d.h: Conv2dShape."""
-    out = _conv2d_size(lower, weight, stride, padding, dilation)
-    channels, kernel = weight.shape[0], weight.shape[2:]
-    last = _layout(lower) == torch.channels_last
-    return (*lower.shape, channels, *out, *kernel, *stride, *padding, *dilation, groups, last)
-
-
-@torch.library.register_fake("cibp_fast::conv2d_forward", lib=_library)
-def _(lower, upper, nominal, weight, bias, stride, padding, dilation, groups, backend="cpu"):  # type: ignore[no-untyped-def]
-    size = _conv2d_size(lower, weight, stride, padding, dilation)
-    return _forward_outputs(lower, nominal, (lower.shape[0], weight.shape[0], *size))
-
-
-@on_its_gpu("conv2d_forward")
-@torch.library.impl(_library, "conv2d_forward", "CPU")
-def _(lower, upper, nominal, weight, bias, stride, padding, dilation, groups, backend="cpu"):  # type: ignore[no-untyped-def]
-    shape = _conv2d_shape(lower, weight, stride, padding, dilation, groups)
-    outputs = _forward_outputs(lower, nominal, (shape[0], *shape[4:7]))
-    if backend in _MODULES:
-        return _layers(backend).forward(shape, outputs, lower, upper, nominal, weight, bias)
-    _run_forward("conv2d_forward", shape, outputs, lower, upper, nominal, weight, bias)
-    return outputs
-
-
-@torch.library.register_fake("cibp_fast::conv2d_backward", lib=_library)
-def _(*arguments):  # type: ignore[no-untyped-def]
-    lower, _, nominal, weight = arguments[4:8]
-    return _backward_outputs(lower, nominal, weight, *arguments[14:16])
-
-
-@on_its_gpu("conv2d_backward")
-@torch.library.impl(_library, "conv2d_backward", "CPU")
-def _(*arguments):  # type: ignore[no-untyped-def]
-    gradients, saved = arguments[:4], arguments[4:10]
-    lower, _, nominal, weight = saved[:4]
-    shape = _conv2d_shape(lower, weight, *arguments[10:14])
-    outputs = _backward_outputs(lower, nominal, weight, *arguments[14:16])
-    if (backend := (*arguments, "cpu")[16]) in _MODULES:
-        return _layers(backend).backward(shape, outputs, gradients, saved)
-    _run_backward("conv2d_backward", shape, (shape[0], *shape[4:7]), outputs, gradients, saved)
-    return outputs
-
-
-@torch.library.register_fake("cibp_fast::linear_forward", lib=_library)
-def _(lower, upper, nominal, weight, bias, backend="cpu"):  # type: ignore[no-untyped-def]
-    return _forward_outputs(lower, nominal, (lower.shape[0], weight.shape[0]))
-
-
-@on_its_gpu("linear_forward")
-@torch.library.impl(_library, "linear_forward", "CPU")
-def _(lower, upper, nominal, weight, bias, backend="cpu"):  # type: ignore[no-untyped-def]
-    outputs = _forward_outputs(lower, nominal, (lower.shape[0], weight.shape[0]))
-    if backend in _MODULES:
-        shape = _linear_shape(len(lower), weight)
-        return _layers(backend).forward(shape, outputs, lower, upper, nominal, weight, bias)
-    shape = (*lower.shape, weight.shape[0])
-    _run_forward("linear_forward", shape, outputs, lower, upper, nominal, weight, bias)
-    return outputs
-
-
-@torch.library.register_fake("cibp_fast::linear_backward", lib=_library)
-def _(*arguments):  # type: ignore[no-untyped-def]
-    lower, _, nominal, weight = arguments[4:8]
-    return _backward_outputs(lower, nominal, weight, *arguments[10:12])
-
-
-@on_its_gpu("linear_backward")
-@torch.library.impl(_library, "linear_backward", "CPU")
-def _(*arguments):  # type: ignore[no-untyped-def]
-    gradients, saved = arguments[:4], arguments[4:10]
-    lower, _, nominal, weight = saved[:4]
-    outputs = _backward_outputs(lower, nominal, weight, *arguments[10:12])
-    if (backend := (*arguments, "cpu")[12]) in _MODULES:
-        shape = _linear_shape(len(lower), weight)
-        return _layers(backend).backward(shape, outputs, gradients, saved)
-    out_shape = (lower.shape[0], weight.shape[0])
-    shape = (*lower.shape, weight.shape[0])
-    _run_backward("linear_backward", shape, out_shape, outputs, gradients, saved)
-    return outputs
-
-
-@torch.library.register_fake("cibp_fast::relu_forward", lib=_library)
-def _(lower, upper, nominal, backend="cpu"):  # type: ignore[no-untyped-def]
-    return _forward_outputs(lower, nominal, lower.shape)
-
-
-@on_its_gpu("relu_forward")
-@torch.library.impl(_library, "relu_forward", "CPU")
-def _(lower, upper, nominal, backend="cpu"):  # type: ignore[no-untyped-def]
-    outputs = _forward_outputs(lower, nominal, lower.shape)
-    layout = _layout(lower)
-    inputs = [
-        None if t is None else t.contiguous(memory_format=layout) for t in (lower, upper, nominal)
-    ]
-    if backend in _MODULES:
-        return _layers(backend).relu_forward(inputs, outputs)
-    _kernel("relu_forward", lower.dtype)(
-        lower.numel(),
-        _backend.threads(),
-        [_pointer(t) for t in inputs],
-        [t.data_ptr() for t in outputs],
-    )
-    return outputs
-
-
-def _relu_gradients(lower_out: Tensor, nominal_out: Tensor | None) -> tuple[Tensor, ...]:
-    shape = lower_out.shape
-    return (
-        _empty(lower_out, shape),
-        _empty(lower_out, shape),
-        _empty(lower_out, None if nominal_out is None else shape),
-    )
-
-
-@torch.library.register_fake("cibp_fast::relu_backward", lib=_library)
-def _(*arguments):  # type: ignore[no-untyped-def]
-    lower_out, nominal_out = arguments[4], (*arguments, None)[6]
-    return _relu_gradients(lower_out, nominal_out)
-
-
-@on_its_gpu("relu_backward")
-@torch.library.impl(_library, "relu_backward", "CPU")
-def _(  # type: ignore[no-untyped-def]
-    grad_lower,
-    grad_upper,
-    grad_nominal,
-    grad_width,
-    lower_out,
-    upper_out,
-    nominal_out=None,
-    backend="cpu",
-):
-    outputs = _relu_gradients(lower_out, nominal_out)
-    gradients = [
-        torch.zeros_like(lower_out) if g is None else g.contiguous(memory_format=_layout(lower_out))
-        for g in (grad_lower, grad_upper, grad_nominal)
-    ]
-    if backend in _MODULES:
-        values = (lower_out, upper_out, nominal_out)
-        return _layers(backend).relu_backward(gradients, grad_width, values, outputs)
-    _kernel("relu_backward", lower_out.dtype)(
-        lower_out.numel(),
-        _backend.threads(),
-        [_pointer(t) for t in (*gradients, lower_out, upper_out, nominal_out)],
-        0.0 if grad_width is None else grad_width.item(),
-        [t.data_ptr() for t in outputs],
-    )
-    return outputs

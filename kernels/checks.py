@@ -77,7 +77,7 @@ def layer_failure(numbers: Sequence[int], nominal: bool, bias: bool, device: tor
     """The same of an affine layer as `cibp_fast.ops` runs it, with a nominal stream and a bias or
     without.
 
-    numbers: its `_conv2d_shape`.
+    numbers: its `conv2d_shape`.
     """
     tiled = [(layers.shape_of(numbers), layers.PRECISION)]
     check = partial(layer_errors, numbers, device, nominal, bias)

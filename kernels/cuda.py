@@ -98,7 +98,7 @@ def forward(
 ) -> tuple[Tensor, ...]:
     """An affine layer: fills outputs, (lower', upper', nominal', width), and returns them.
 
-    numbers: `cibp_fast.ops._conv2d_shape`; of a linear layer, [K, C], not read.
+    numbers: `cibp_fast._layer_op.conv2d_shape`; of a linear layer, [K, C], not read.
     """
     *bounds, width = outputs
     if not bounds[0].numel():

@@ -18,7 +18,7 @@ BLOCK = 1024
 
 
 def shape_of(numbers: Sequence[int]) -> Shape:
-    """The convolution of a `cibp_fast.ops._conv2d_shape`, of one group."""
+    """The convolution of a `cibp_fast._layer_op.conv2d_shape`, of one group."""
     stride, padding, dilation = tuple(numbers[9:11]), tuple(numbers[11:13]), tuple(numbers[13:15])
     return Shape(*numbers[:9], stride, padding, dilation)
 

@@ -233,7 +233,7 @@ def layer_errors(
 ) -> Errors:
     """Of an affine layer as `cibp_fast.ops` runs it, with a nominal stream and a bias or without.
 
-    numbers: its `_conv2d_shape`.
+    numbers: its `conv2d_shape`.
     """
     shape, random = layers.shape_of(numbers), torch.Generator().manual_seed(0)
     layout = torch.channels_last if numbers[-1] else torch.contiguous_format

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tritons import DEVICE, PRECISIONS, large_tiles
 
 import cibp_fast as cf
-from cibp_fast import Interval, _backend, ops
+from cibp_fast import Interval, _backend, _layer_op, ops
 from cibp_fast._program import trace
 from cibp_fast._stages import stages_and_parameters
 from cibp_fast.kernels import (
@@ -35,7 +35,7 @@ from cibp_fast.kernels.shape import Shape
 from cibp_fast.kernels.tiles import Tiles, Where, tiles_for
 
 POOLING = Shape(2, 5, 7, 6, 5, 3, 3, 3, 2, (2, 2), (1, 0))
-CONVOLUTION = (2, 3, 7, 6, 5, 4, 3, 3, 3, 2, 2, 1, 1, 1, 1, 1)  # see ops._conv2d_shape
+CONVOLUTION = (2, 3, 7, 6, 5, 4, 3, 3, 3, 2, 2, 1, 1, 1, 1, 1)  # see _layer_op.conv2d_shape
 LINEAR = (3, 20, 1, 1, 6, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1)
 
 
@@ -615,7 +615,7 @@ def test_ops_run_with_the_gpu_of_their_tensors_current(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.library, "impl", lambda *of: lambda run: registered.append((of, run)))
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     x = torch.zeros(1)
-    ops.on_its_gpu("relu_forward")(lambda *given: (given, list(inside)))
+    _layer_op.on_its_gpu("relu_forward")(lambda *given: (given, list(inside)))
     ((of, run),) = registered
     assert of[1:] == ("relu_forward", "CUDA")
     given, current = run(None, x, 3)
