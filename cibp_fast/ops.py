@@ -1,8 +1,8 @@
 """The interval ops as torch ops: one entry and one autograd Function per op.
 
-Tensors come in as (lower, upper, nominal); the nominal may be None throughout. The kernels
-(``csrc/cpu``) fill what is allocated here; whatever they cannot take runs in plain PyTorch
-(``reference.py``), and ``_backend.select`` says why.
+Tensors come in as (lower, upper, nominal); the nominal may be None throughout. What the kernels
+(``_layer_op.py``) cannot take runs in plain PyTorch (``reference.py``), and ``_backend.select``
+says why.
 """
 
 from __future__ import annotations

@@ -309,7 +309,6 @@ def _op_errors(
     exactly: Callable[..., Streams],
 ) -> Errors:
     """Of an op whose width has a gradient, and of one whose width has none."""
-
     assert given[0] is not None
     some = given[0].new_empty(())
 
@@ -323,7 +322,7 @@ def _op_errors(
     found = outputs([*gradients, width])
     forward(found)
     allowed = TOLERANCES[layers.PRECISION]
-    errors = {f"{name}'s forward": (_relative(found, expected), allowed)}
+    errors = {f"{name}'s forward": (_deviation(found, expected), allowed)}
     for kind, last in ((" with the width's", width), ("", None)):
         of = [*gradients, last]
         wanted = [each for each in zip(expected, of, strict=True) if None not in each]
@@ -337,14 +336,14 @@ def _op_errors(
         backward(of_given, of, found)
         there = iter(grads)
         errors[f"{name}'s backward{kind}"] = (
-            _relative(of_given, [None if t is None else next(there) for t in given]),
+            _deviation(of_given, [None if t is None else next(there) for t in given]),
             allowed,
         )
     return errors
 
 
-def _relative(found: Outputs, expected: Streams) -> float:
-    """`relative` of those that there are."""
+def _deviation(found: Outputs, expected: Streams) -> float:
+    """`deviation` of those that there are."""
     pairs = [(a, b) for a, b in zip(found, expected, strict=True) if b is not None]
     return deviation(*zip(*pairs, strict=True))
 
