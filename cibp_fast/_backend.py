@@ -7,11 +7,14 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import threading
 from collections.abc import Iterator
 from functools import cache
 from types import ModuleType
 
 import torch
+
+from cibp_fast._arithmetic import transformed
 
 # Best first. Each is an extension module of its own, built from the same sources (see setup.py).
 ISAS = ("avx512", "avx2", "portable")
@@ -85,6 +88,28 @@ def kernels() -> ModuleType:
     return next(iter(_builds()[0].values()))
 
 
+class _Asked(threading.local):
+    backend = "auto"
+
+
+_asked = _Asked()
+
+
+@contextlib.contextmanager
+def ask(backend: str) -> Iterator[None]:
+    """Has the ops of this thread run on a backend inside the block, where they say "auto"."""
+    previous, _asked.backend = _asked.backend, asked(backend)
+    try:
+        yield
+    finally:
+        _asked.backend = previous
+
+
+def asked(backend: str) -> str:
+    """Returns the backend; in place of "auto" that of the innermost `ask`."""
+    return _asked.backend if backend == "auto" else backend
+
+
 def select(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """The backend that runs an op on tensors of this device and dtype, and the reason.
 
@@ -98,6 +123,11 @@ def select(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[str,
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "torch":
         return "torch", "asked for"
+    if transformed():
+        why = "torch.func and forward-mode derivatives need backend='torch', plain PyTorch"
+        if backend == "auto":
+            return "torch", why
+        raise ValueError(f"backend={backend!r} cannot run: {why}")
     wanted = backend
     if backend == "auto":
         wanted = "cpu" if device.type == "cpu" else "triton"

@@ -15,9 +15,9 @@ from cibp_fast.recorder import Head
 __all__ = ["cross_entropies", "label_error", "takes"]
 
 
-def takes(logits: Tensor, head: Head, y: Tensor) -> bool:
-    """Whether the kernels can run on these tensors."""
-    if _backend.select("auto", logits.device, logits.dtype)[0] != "cpu" or y.device.type != "cpu":
+def takes(logits: Tensor, head: Head, y: Tensor, backend: str = "auto") -> bool:
+    """Returns whether the kernels can run on these tensors, by the backend that was asked for."""
+    if _backend.select(backend, logits.device, logits.dtype)[0] != "cpu" or y.device.type != "cpu":
         return False
     given = [t for t in head if t is not None]
     return all([t.dtype == logits.dtype and t.device == logits.device for t in given])
@@ -64,8 +64,8 @@ class _CrossEntropies(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
-                "losses.terms: the kernels have no second derivative; create_graph needs "
-                "cross_entropy(out.logits, y) and cross_entropy(out.worst_logits(y), y)"
+                "losses.terms: the kernels have no second derivative; create_graph needs bounds by "
+                "cf.bounds or cf.fuse with backend='torch'"
             )
         nominal, robust = (gradient is not None for gradient in gradients)
         needs = ctx.needs_input_grad

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cibp_fast import _backend, ops
+from cibp_fast._arithmetic import autocasts, own_arithmetic
 from cibp_fast._loss_op import label_error
 from cibp_fast.interval import Interval, may_inspect
 from cibp_fast.recorder import Head, Recorder, recording
@@ -17,6 +20,7 @@ __all__ = ["Bounds", "bounds"]
 # width -> the kinds of layers that count
 _WIDTHS = {"post": ("activation",), "pre": ("affine",), "all": ("affine", "activation")}
 _REDUCTIONS = ("mean", "sum")
+_AT_ONCE = 2**22  # elements of weight differences that margins hold in memory
 
 
 class Bounds:
@@ -27,9 +31,17 @@ class Bounds:
         box: Interval of the logits, [N, classes].
         widths: [K], the width of each layer in the order of the pass, the logits' last.
         elided: whether `margins` looks through the last layer (the model ends in a linear one).
+        backend: the backend that was asked for; margins and losses obey it too.
     """
 
-    def __init__(self, box: Interval, widths: Tensor, head: Head | None) -> None:
+    def __init__(
+        self,
+        box: Interval,
+        widths: Tensor,
+        head: Head | None,
+        backend: str = "auto",
+        half: bool = False,
+    ) -> None:
         if box.nominal is None:
             raise ValueError(
                 "the logits have no nominal stream: the model mixed in an Interval without one"
@@ -37,7 +49,9 @@ class Bounds:
         self.logits = box.nominal
         self.box = box
         self.widths = widths
+        self.backend = backend
         self._head = head
+        self._half = half  # whether a layer was computed in half precision
 
     @property
     def width(self) -> Tensor:
@@ -53,14 +67,16 @@ class Bounds:
 
         With the last layer elided they are bounds of one affine map of its input of center c and
         radius r, `(W_y - W_j) c + b_y - b_j - |W_y - W_j| r`, which is tighter than what the
-        logits' box gives, `lower_y - upper_j`.
+        logits' box gives, `lower_y - upper_j`. Time and memory grow with N * classes * features at
+        most.
 
         Args:
             y: class labels, [N] int64.
 
         Raises:
             TypeError: y is not an int64 tensor.
-            ValueError: y has another shape or labels out of range.
+            ValueError: y has another shape or labels out of range, or there are fewer than two
+                classes to compare.
         """
         label = self._label(y)
         return self._differences(y).scatter(1, label, torch.inf)
@@ -73,8 +89,8 @@ class Bounds:
 
         Raises:
             TypeError: y is not an int64 tensor.
-            ValueError: y has another shape or labels out of range, or `elide` of a model that does
-                not end in a linear layer.
+            ValueError: y has another shape or labels out of range, there are fewer than two
+                classes, or `elide` of a model that does not end in a linear layer.
         """
         label = self._label(y)
         if not elide:
@@ -87,13 +103,14 @@ class Bounds:
         return (-self._differences(y)).scatter(1, label, 0.0)
 
     def _check_labels(self, y: Tensor) -> None:
-        """Raises the errors about y but for those about its values."""
+        """Raises the errors about y and the classes but for those about y's values."""
         if not isinstance(y, Tensor) or y.dtype != torch.int64:
             got = y.dtype if isinstance(y, Tensor) else type(y).__name__
             raise TypeError(f"y must be an int64 tensor, got {got}")
         batch = len(self.logits)
         if y.shape != (batch,):
             raise ValueError(f"y must have shape [{batch}], got {list(y.shape)}")
+        check_classes(self.logits)
 
     def _label(self, y: Tensor) -> Tensor:
         self._check_labels(y)
@@ -105,17 +122,62 @@ class Bounds:
         if self._head is None:
             return self.box.lower.gather(1, y.unsqueeze(1)) - self.box.upper
         lower, upper, weight, bias = self._head
-        input = Interval(lower, upper, validate=False)
-        batch, classes = self.logits.shape
-        center = torch.nn.functional.linear(input.center, weight, bias)
-        if classes <= batch:  # |W_i - W_j| for all pairs of classes: [classes^2, K], not [N, ...]
-            table = (weight.unsqueeze(1) - weight).abs().flatten(0, 1)
-            spread = (input.radius @ table.T).view(batch, classes, classes)
-            spread = spread[torch.arange(batch, device=y.device), y]
-        else:
-            between = (weight[y].unsqueeze(1) - weight).abs()  # [N, classes, K]
-            spread = (between @ input.radius.unsqueeze(2)).squeeze(2)
-        return center.gather(1, y.unsqueeze(1)) - center - spread
+        bias = weight.new_zeros(len(weight)) if bias is None else bias
+        backend, _ = _backend.select(self.backend, lower.device, lower.dtype)
+        differences = _by_class if backend == "cpu" and may_inspect(y) else _by_example
+        return differences(lower, upper, weight, bias, y)
+
+
+def _by_class(lower: Tensor, upper: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> Tensor:
+    """Margins as `_by_example`, by one linear layer for each class among the labels."""
+    order = y.argsort(stable=True)
+    classes, counts = y[order].unique_consecutive(return_counts=True)
+    rows = [
+        ops.linear(low, high, None, weight[own] - weight, bias[own] - bias, backend="cpu")[0]
+        for own, low, high in zip(
+            classes.tolist(),
+            lower[order].split(counts.tolist()),
+            upper[order].split(counts.tolist()),
+            strict=True,
+        )
+    ]
+    return torch.cat(rows)[order.argsort()] if rows else lower.new_empty(0, len(weight))
+
+
+def _by_example(
+    lower: Tensor,  # [N, features], as upper
+    upper: Tensor,
+    weight: Tensor,  # [classes, features]
+    bias: Tensor,  # [classes]
+    y: Tensor,  # [N]
+) -> Tensor:  # [N, classes]
+    """Margins without a decision on values, as a GPU's graph or vmap needs it.
+
+    Sums of products, not matrix products, which torch may take in tf32.
+    """
+
+    def rows(low: Tensor, high: Tensor, own: Tensor) -> Tensor:
+        difference = weight[own].unsqueeze(1) - weight  # [n, classes, features]
+        center, radius = 0.5 * low + 0.5 * high, 0.5 * high - 0.5 * low
+        shift = bias[own].unsqueeze(1) - bias
+        centers = (difference * center.unsqueeze(1)).sum(2)
+        return centers + shift - (difference.abs() * radius.unsqueeze(1)).sum(2)
+
+    size = max(1, _AT_ONCE // max(1, weight.numel()))
+    if len(y) <= size:
+        return rows(lower, upper, y)
+    parts = zip(lower.split(size), upper.split(size), y.split(size), strict=True)
+    return torch.cat([rows(*part) for part in parts])
+
+
+def check_classes(logits: Tensor) -> None:
+    """Raises ValueError unless there are two logits to compare, or more."""
+    if logits.shape[1] < 2:
+        raise ValueError(
+            f"the model must return two logits or more, got {logits.shape[1]}: margins are "
+            "differences of logits; for one logit z of binary classification append its rival, "
+            "the constant 0, as another class"
+        )
 
 
 def check_labels(y: Tensor, classes: int) -> None:
@@ -151,6 +213,8 @@ def bounds(
     box: Interval,
     width: str = "post",
     reduction: str = "mean",
+    *,
+    backend: str = "auto",
 ) -> Bounds:
     """Runs `model` on the box, layer by layer, with x as the nominal point that travels with it.
 
@@ -169,16 +233,23 @@ def bounds(
             the paper). The logits count once; pooling, reshaping and arithmetic do not count.
         reduction: "mean" over batch and units (the authors' code), or "sum" over the units and mean
             over the batch (the paper).
+        backend: the backend of all layers, margins and losses, as in `cf.functional`: "auto", or
+            one that must run. "torch" is plain PyTorch, which has second and forward-mode
+            derivatives and takes torch.func.
 
     Raises:
         TypeError: x or box has the wrong type, or an op of the model has no interval rule.
-        ValueError: x and box differ in shape, dtype or device, the logits are not [N, classes], or
-            width or reduction is none of the allowed.
-        RuntimeError: a layer cannot run on this box.
+        ValueError: x and box differ in shape, dtype or device, the logits are not [N, classes],
+            width, reduction or backend is none of the allowed, or the backend cannot run.
+        RuntimeError: a layer cannot run on this box, or the model switches autocast on.
     """
     check_arguments(x, box, width, reduction)
+    _backend.select(backend, x.device, x.dtype)
     recorder = Recorder(*_WIDTHS[width])
-    with recording(recorder):
+    # The whole model in x's dtype; who switches autocast on inside is refused (see Interval).
+    precision = own_arithmetic(x.device) if autocasts(x.device) else nullcontext()
+    asked = nullcontext() if backend == "auto" else _backend.ask(backend)
+    with recording(recorder), precision, asked:
         out = model(Interval(box.lower, box.upper, x, validate=False))
     if not isinstance(out, Interval):
         raise TypeError(f"model must return an Interval for an Interval, got {type(out).__name__}")
@@ -209,4 +280,4 @@ def bounds(
             for layer in layers
         ]
     )
-    return Bounds(out, widths, head)
+    return Bounds(out, widths, head, backend, recorder.half)

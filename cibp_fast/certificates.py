@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cibp_fast._arithmetic import is_half, own_arithmetic
 from cibp_fast._graphs import enough_memory, graphed, kept
 from cibp_fast.bounds import bounds, check_labels
 from cibp_fast.interval import Interval
 
 SEMANTICS = ("real", "float32")
+CLIP = (0.0, 1.0)  # unless the user says otherwise
 
 
 @dataclass(frozen=True)
@@ -41,21 +43,42 @@ def certify(
     model: Callable[[Any], Any],
     x: Tensor,
     y: Tensor,
-    eps: float | Tensor,
-    clip: tuple[float, float] | None = (0.0, 1.0),
+    eps: float | Sequence[float] | Tensor | Interval,
+    clip: Any = CLIP,
     sound: bool = True,
     semantics: str = "real",
     *,
     batch_size: int = 500,
+    allow_half: bool = False,
 ) -> Certificate:
-    """Interval bounds of every example's box, in evaluation mode, `batch_size` examples at a time.
+    """Bounds the model over every example's box, in evaluation mode, by intervals.
 
-    model: module or function from [N, ...] to logits [N, classes] that takes an Interval too;
-    x: [N, ...]; y: [N] int64; eps and clip as in `Interval.ball`. sound=False gives the ordinary
-    bounds, computed in rounded arithmetic: good for curves and comparisons, but no proof.
-    sound=True raises NotImplementedError until the sound bounds exist. A NaN or infinite bound is
-    never verified. On a GPU batches of one shape are replays of one CUDA graph. Raises TypeError or
-    ValueError for inputs that do not fit, torch.OutOfMemoryError where a GPU's memory is too small.
+    The arithmetic is x's dtype, whatever autocast or tf32 settings are active. On a GPU batches of
+    one shape are replays of one CUDA graph.
+
+    Args:
+        model: module or function from [N, ...] to logits [N, classes] that takes an Interval too.
+        x: [N, ...], the examples, which must be predicted right to be verified.
+        y: [N] int64, their labels.
+        eps: the radius as in `Interval.ball`, or the boxes themselves: an Interval of x's shape.
+        clip: as in `Interval.ball`; left at its default beside an Interval.
+        sound: False gives the ordinary bounds, computed in rounded arithmetic: good for curves and
+            comparisons, but no proof.
+        semantics: what a sound certificate is about, "real" or "float32".
+        batch_size: examples at a time.
+        allow_half: with sound=False, take inputs and models of half precision (float16, bfloat16),
+            whose rounding is far larger than most margins of a certificate.
+
+    Returns:
+        The certificate. A NaN or infinite bound is never verified.
+
+    Raises:
+        NotImplementedError: sound=True, until the sound bounds exist.
+        TypeError: x or y is no tensor of the kind above, or half precision without allow_half.
+        ValueError: shapes, devices or labels do not fit, there are fewer than two classes, or
+            arguments contradict each other.
+        RuntimeError: the model switches autocast on.
+        torch.OutOfMemoryError: a GPU's memory is too small.
     """
     if semantics not in SEMANTICS:
         raise ValueError(f"semantics must be one of {', '.join(SEMANTICS)}, not {semantics!r}")
@@ -69,11 +92,13 @@ def certify(
             f"semantics={semantics!r} is a promise of sound bounds: it needs sound=True"
         )
     check_examples(x, y, batch_size)
-    box = Interval.ball(x, eps, clip)
+    if not allow_half:
+        _refuse_half(model, x)
+    box = boxes(x, eps, clip)
     streams = (x, box.lower, box.upper, y)
     parts = []
     with evaluation(model), running("certify", model, x, batch_size), kept():
-        bounded = graphed(_bounded, model)
+        bounded = graphed(_bounded, model, allow_half)
         for first in range(0, max(len(x), 1), batch_size):
             parts.append(bounded(*(each[first : first + batch_size] for each in streams)))
     all_margins, all_predicted = (torch.cat(each) for each in zip(*parts, strict=True))
@@ -84,8 +109,44 @@ def certify(
     return Certificate(verified, margin, all_margins, all_predicted, sound)
 
 
+def boxes(x: Tensor, eps: Any, clip: Any) -> Interval:
+    """Returns the boxes of examples x [N, ...]: `eps` if that is an Interval, else the balls.
+
+    Raises TypeError or ValueError as `Interval.ball`, and for an Interval of another shape, dtype
+    or device than x, or beside a clip.
+    """
+    if not isinstance(eps, Interval):
+        return Interval.ball(x, eps, clip)
+    for name in ("shape", "dtype", "device"):
+        if getattr(eps, name) != getattr(x, name):
+            raise ValueError(
+                f"eps, an Interval, must have x's {name} {getattr(x, name)}, got "
+                f"{getattr(eps, name)}"
+            )
+    if clip is not None and clip != CLIP:
+        raise ValueError(f"clip must be left out where eps is an Interval, got {clip!r}")
+    return eps
+
+
+_WHY_NOT_HALF = (
+    "half precision rounds by far more than most margins, so that its certificates are often false;"
+    " use float32, or sound=False with allow_half=True"
+)
+
+
+def _refuse_half(model: Callable[[Any], Any], x: Tensor) -> None:
+    """Raises TypeError where x or a parameter or buffer of the model is of half precision."""
+    if is_half(x.dtype):
+        raise TypeError(f"x must not be {x.dtype}: {_WHY_NOT_HALF}")
+    if isinstance(model, nn.Module):
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if is_half(tensor.dtype):
+                raise TypeError(f"model must not be {tensor.dtype} ({name}): {_WHY_NOT_HALF}")
+
+
 def _bounded(
     model: Callable[[Any], Any],
+    allow_half: bool,
     x: Tensor,  # [N, ...], as lower and upper
     lower: Tensor,
     upper: Tensor,
@@ -93,6 +154,8 @@ def _bounded(
 ) -> tuple[Tensor, Tensor]:  # margins [N, classes] and predicted [N]
     """What a certificate is made of. Labels of no class are taken for others."""
     out = bounds(model, x, Interval(lower, upper, validate=False))
+    if not allow_half and (out._half or is_half(out.logits.dtype)):
+        raise TypeError(f"model must not compute in half precision: {_WHY_NOT_HALF}")
     classes = out.logits.shape[1]
     return out.margins(y.clamp(0, classes - 1)), predict(out.logits)
 
@@ -141,8 +204,11 @@ def evaluation(model: Callable[[Any], Any]) -> Iterator[None]:
 
 @contextmanager
 def running(name: str, model: Callable[[Any], Any], x: Tensor, batch_size: int) -> Iterator[None]:
-    """Explains what goes wrong inside the block for want of memory, or of the model's device."""
-    with enough_memory(f"{name} with batch_size={batch_size}", "take a smaller batch_size"):
+    """Runs the block in x's own arithmetic, and explains what goes wrong in it for want of memory,
+    or of the model's device.
+    """
+    memory = enough_memory(f"{name} with batch_size={batch_size}", "take a smaller batch_size")
+    with own_arithmetic(x.device), memory:
         try:
             yield
         except (RuntimeError, ValueError) as error:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cibp_fast import _backend
+from cibp_fast._arithmetic import autocasts, own_arithmetic
 from cibp_fast._network_op import Stage, cpu_engine, network, numbers_of, stages_of
 from cibp_fast._program import Program, structure, trace
 from cibp_fast._stages import stages_and_parameters
@@ -97,6 +98,9 @@ class FusedNetwork(nn.Module):
                 mode, or the backend or precision that was asked for cannot run there.
         """
         check_arguments(x, box, width, reduction)
+        if autocasts(x.device):  # parameters may be results of torch's products
+            with own_arithmetic(x.device):
+                return self.bounds(x, box, width, reduction)
         if width != "post":
             raise ValueError(
                 f"fuse records widths after activations only: width must be 'post', got {width!r}; "
@@ -130,7 +134,7 @@ class FusedNetwork(nn.Module):
         if len(counted) < len(stages):
             widths = widths[counted]
         head = Head(head_lower, head_upper, weight, bias)
-        return Bounds(Interval._make(lower, upper, logits), widths, head)
+        return Bounds(Interval._make(lower, upper, logits), widths, head, self.backend)
 
     def _selected(self, x: Tensor) -> tuple[str, str]:
         """The backend for x, and the reason."""
@@ -174,7 +178,7 @@ class FusedNetwork(nn.Module):
         """The bounds layer by layer, since the kernels cannot run."""
         if self.precision != "float32":
             raise ValueError(f"precision={self.precision!r} cannot run here: {why}")
-        return bounds(self._model, x, box, width, reduction)
+        return bounds(self._model, x, box, width, reduction, backend=self.backend)
 
     def _current_program(self) -> Program:
         """The program of the model as it is now; traced again where its modules have changed."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+from cibp_fast._arithmetic import autocasts, transformed
 from cibp_fast._graphs import capturing
 from cibp_fast.recorder import Origin
 
@@ -110,6 +111,7 @@ class Interval:
     _seen: int
     _origin: Origin | None  # what a recorder noted about these values
     _ball: _Ball | None  # of the result of `ball` only: what other operations make has none
+    _autocast: bool  # made under autocast, or from an Interval that was
 
     def __init__(
         self, lower: Tensor, upper: Tensor, nominal: Tensor | None = None, validate: bool = True
@@ -119,6 +121,7 @@ class Interval:
             _check_values(lower, upper, nominal)
         self._lower, self._upper, self._nominal = lower, upper, nominal
         self._version, self._seen, self._origin, self._ball = [0], 0, None, None
+        self._autocast = autocasts(lower.device)
 
     @staticmethod
     def _make(
@@ -128,6 +131,7 @@ class Interval:
         box = Interval.__new__(Interval)
         box._lower, box._upper, box._nominal = lower, upper, nominal
         box._version, box._seen, box._origin, box._ball = [0], 0, origin, None
+        box._autocast = False
         return box
 
     @classmethod
@@ -172,6 +176,7 @@ class Interval:
                     )
             lower, upper = lower.clamp(min=least), upper.clamp(max=greatest)
         box = cls._make(lower, upper, x)
+        box._autocast = autocasts(x.device)
         if clip is None:
             box._mark_ball(x, radius)
         return box
@@ -179,7 +184,11 @@ class Interval:
     def _mark_ball(self, x: Tensor, radius: float | Tensor) -> None:
         """Notes that this is x +- radius, unless that is of x's shape or has a gradient."""
         streams = (self._lower, self._upper, x)
-        if torch.compiler.is_compiling() or any(stream.is_inference() for stream in streams):
+        if (
+            torch.compiler.is_compiling()
+            or transformed()
+            or any(stream.is_inference() for stream in streams)
+        ):
             return  # no version counters
         if isinstance(radius, Tensor):
             if radius.requires_grad or (radius.dim() and radius.shape == x.shape):
@@ -314,6 +323,8 @@ class Interval:
             others = sum(isinstance(value, Interval) for value in given) - 1
             if others or not isinstance(first, Interval):
                 raise UnsupportedOpError(_name(func), "only its input may be an Interval")
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            return _without_autocast(_name(func), rule, args, kwargs)
         return rule(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -373,15 +384,43 @@ for _method, _symbol in {
     setattr(Interval, f"__r{_method}__", _refused(_symbol))
 
 
+def _without_autocast(name: str, rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`rule(*args, **kwargs)` in the dtype of its Intervals.
+
+    One that was made without autocast meets it inside a model, whose point `model(x)` is then not
+    what the Interval bounds.
+    """
+
+    def boxes(values: Any) -> list[Interval]:
+        leaves = _pytree.tree_leaves(values, is_leaf=lambda each: isinstance(each, Interval))
+        return [each for each in leaves if isinstance(each, Interval)]
+
+    given = boxes((args, kwargs))
+    if not autocasts(given[0].device):
+        return rule(*args, **kwargs)
+    if not all(box._autocast for box in given):
+        raise RuntimeError(
+            f"{name}: autocast was switched on after the Interval was made, as inside a model. "
+            "Intervals are computed in their own dtype, and so would not bound what the model "
+            "computes under autocast: switch it off there (torch.autocast(..., enabled=False)), or "
+            "make the Interval under autocast too, which then changes no number"
+        )
+    with torch.autocast(given[0].device.type, enabled=False):
+        out = rule(*args, **kwargs)
+    for box in boxes(out):
+        box._autocast = True
+    return out
+
+
 def _name(function: Callable[..., Any]) -> str:
     return str(getattr(function, "__name__", function))
 
 
 def may_inspect(tensor: Tensor) -> bool:
-    """Whether a check may look at values: not of meta tensors, under compile or graph capture, nor
-    where torch makes it an error to wait for the GPU.
+    """Whether a check may look at values: not of meta tensors, under compile, graph capture or
+    torch.func, nor where torch makes it an error to wait for the GPU.
     """
-    if torch.compiler.is_compiling() or tensor.device.type == "meta":
+    if torch.compiler.is_compiling() or tensor.device.type == "meta" or transformed():
         return False
     if not torch.cuda.is_initialized():
         return True

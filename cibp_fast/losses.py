@@ -10,13 +10,16 @@ and how they are reduced, is chosen in `cf.bounds` (`width=`, `reduction=`).
 
 from __future__ import annotations
 
+import math
+from numbers import Real
 from typing import NamedTuple
 
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from cibp_fast import _loss_op
-from cibp_fast.bounds import Bounds
+from cibp_fast.bounds import Bounds, check_classes
+from cibp_fast.interval import may_inspect
 
 
 class Terms(NamedTuple):
@@ -26,21 +29,51 @@ class Terms(NamedTuple):
     robust: Tensor
     width: Tensor
 
-    def total(self, kappa: float, width_weight: float = 0.0) -> Tensor:
-        """kappa * nominal + (1 - kappa) * robust + width_weight * width, 0-dim.
+    def total(self, kappa: float | Tensor, width_weight: float | Tensor = 0.0) -> Tensor:
+        """Returns kappa * nominal + (1 - kappa) * robust + width_weight * width, 0-dim.
 
-        Raises ValueError for kappa outside [0, 1] or a negative width_weight.
+        A factor that is a tensor, of one element, gets its gradient.
+
+        Raises:
+            TypeError: a factor is neither a number nor a floating-point tensor.
+            ValueError: kappa is outside [0, 1], width_weight negative, or a tensor of several
+                elements.
         """
-        if not 0 <= kappa <= 1:
-            raise ValueError(f"kappa must be in [0, 1], not {kappa}")
-        if not width_weight >= 0:
-            raise ValueError(f"width_weight must be 0 or more, not {width_weight}")
-        loss = (kappa * self.nominal).add(self.robust, alpha=1 - kappa)
+        kappa = _factor("kappa", kappa, self.nominal, 1.0)
+        width_weight = _factor("width_weight", width_weight, self.nominal)
+        if isinstance(kappa, Tensor):
+            loss = kappa * self.nominal + (1 - kappa) * self.robust
+        else:
+            loss = (kappa * self.nominal).add(self.robust, alpha=1 - kappa)
+        if isinstance(width_weight, Tensor):
+            return loss + width_weight * self.width
         return loss.add(self.width, alpha=width_weight) if width_weight else loss
 
 
+def _factor(
+    name: str, value: float | Tensor, like: Tensor, greatest: float = math.inf
+) -> float | Tensor:
+    """Checks a factor; a tensor becomes 0-dim and of `like`'s dtype and device."""
+    allowed = f"in [0, {greatest:g}]" if greatest < math.inf else "0 or more"
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            raise TypeError(
+                f"{name} must be a floating-point tensor or a number, not {value.dtype}"
+            )
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be of one element, not {list(value.shape)}")
+        if may_inspect(value) and not 0 <= value.item() <= greatest:
+            raise ValueError(f"{name} must be {allowed}, not {value.item()}")
+        return value.reshape(()).to(like)
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number or a tensor, not a {type(value).__name__}")
+    if not 0 <= value <= greatest:
+        raise ValueError(f"{name} must be {allowed}, not {value}")
+    return float(value)
+
+
 def terms(out: Bounds, y: Tensor, *, elide: bool = True) -> Terms:
-    """The unweighted terms for labels y [N].
+    """Returns the unweighted terms for labels y [N], by the backend of `out`.
 
     `elide` bounds z_j - z_y through the last linear layer, which is tighter; a model that does not
     end in one needs elide=False. Raises as `Bounds.worst_logits`.
@@ -48,31 +81,41 @@ def terms(out: Bounds, y: Tensor, *, elide: bool = True) -> Terms:
     head = out._head
     if elide and head is not None:
         out._check_labels(y)
-        if _loss_op.takes(out.logits, head, y):
+        if _loss_op.takes(out.logits, head, y, out.backend):
             return Terms(*_loss_op.cross_entropies(out.logits, head, y), out.width)
     worst = out.worst_logits(y, elide=elide)
     return Terms(cross_entropy(out.logits, y), cross_entropy(worst, y), out.width)
 
 
 def nominal_loss(out: Bounds | Tensor, y: Tensor) -> Tensor:
-    """CE(z, y), 0-dim; `out` is a Bounds or the nominal logits [N, classes], y [N]."""
-    return cross_entropy(out if isinstance(out, Tensor) else out.logits, y)
+    """Returns CE(z, y), 0-dim; `out` is a Bounds or the nominal logits [N, classes], y [N].
+
+    Raises ValueError for fewer than two classes.
+    """
+    logits = out if isinstance(out, Tensor) else out.logits
+    check_classes(logits)
+    return cross_entropy(logits, y)
 
 
-def ibp_loss(out: Bounds, y: Tensor, *, kappa: float, elide: bool = True) -> Tensor:
-    """kappa CE(z, y) + (1 - kappa) CE(zhat, y), 0-dim; y [N].
+def ibp_loss(out: Bounds, y: Tensor, *, kappa: float | Tensor, elide: bool = True) -> Tensor:
+    """Returns kappa CE(z, y) + (1 - kappa) CE(zhat, y), 0-dim; y [N].
 
-    Raises ValueError for kappa outside [0, 1].
+    Raises as `terms` and `Terms.total`.
     """
     return terms(out, y, elide=elide).total(kappa)
 
 
 def constrained_ibp_loss(
-    out: Bounds, y: Tensor, *, kappa: float, width_weight: float, elide: bool = True
+    out: Bounds,
+    y: Tensor,
+    *,
+    kappa: float | Tensor,
+    width_weight: float | Tensor,
+    elide: bool = True,
 ) -> Tensor:
-    """The IBP loss plus width_weight times `out.width` (the sum over layers), 0-dim; y [N].
+    """Returns the IBP loss plus width_weight times `out.width` (the sum over layers), 0-dim; y [N].
 
-    The authors' code uses width_weight = 1 with `width="post"`, `reduction="mean"`. Raises
-    ValueError for kappa outside [0, 1] or a negative width_weight.
+    The authors' code uses width_weight = 1 with `width="post"`, `reduction="mean"`. Raises as
+    `terms` and `Terms.total`.
     """
     return terms(out, y, elide=elide).total(kappa, width_weight)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cibp_fast import _backend
+from cibp_fast._arithmetic import own_arithmetic
 from cibp_fast._layer_op import Pair, conv2d_shape, conv2d_size, linear_shape, no_double_backward
 
 Streams = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
@@ -49,7 +50,8 @@ def conv2d(
         backend: "cpu" (the C++ kernels), "triton", "cuda" (the CUDA C++ kernels, with torch's own
             products in float32 where there are more than 4 channels, or groups), "torch" (plain
             PyTorch), or "auto": on the CPU its kernels, on a GPU Triton's where they were checked
-            against float64 on it, which the first call with new shapes does.
+            against float64 on it, which the first call with new shapes does. The choice of
+            `cf.bounds` or `cf.fuse` takes the place of "auto" in the layers below it.
 
     Returns:
         lower', upper', nominal' (or None): [N, out_channels, out_height, out_width]; and the
@@ -90,9 +92,10 @@ def conv2d(
     if backend == "torch":
         from cibp_fast import reference
 
-        out = reference.conv2d(
-            lower, upper, nominal, weight, bias, stride, padding, dilation, groups
-        )
+        with own_arithmetic(lower.device):
+            out = reference.conv2d(
+                lower, upper, nominal, weight, bias, stride, padding, dilation, groups
+            )
         return out[0], out[1], out[2], out[3] if width else None
     arguments = (lower, upper, nominal, weight, bias, stride, padding, dilation, groups)
     result = _Conv2d.apply(*arguments, width, backend)
@@ -137,7 +140,8 @@ def linear(
     if backend == "torch":
         from cibp_fast import reference
 
-        out = reference.linear(lower, upper, nominal, weight, bias)
+        with own_arithmetic(lower.device):
+            out = reference.linear(lower, upper, nominal, weight, bias)
         return out[0], out[1], out[2], out[3] if width else None
     flat = [None if t is None else t.reshape(-1, t.shape[-1]) for t in (lower, upper, nominal)]
     result = _Linear.apply(*flat, weight, bias, width, backend)
@@ -184,7 +188,8 @@ def relu(
         TypeError, ValueError: as for :func:`conv2d`.
     """
     _check_streams("relu", {"lower": lower, "upper": upper, "nominal": nominal})
-    asked, (backend, _) = backend, _backend.select(backend, lower.device, lower.dtype)
+    asked = _backend.asked(backend)
+    backend, _ = _backend.select(asked, lower.device, lower.dtype)
     if asked == "auto" and backend == "triton":
         backend = "torch" if _relu_failure(nominal is not None, lower.device) else backend
     if backend == "torch":
@@ -247,6 +252,7 @@ def _chosen(
     shape: Sequence[int],
 ) -> str:
     """The backend that runs an affine layer of this `conv2d_shape`."""
+    backend = _backend.asked(backend)
     name, _ = _backend.select(backend, lower.device, lower.dtype)
     obstacle = ""
     if name == "torch":

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
+from cibp_fast._arithmetic import is_half
+
 __all__ = ["Head", "Layer", "Origin", "Recorder", "note", "recording", "wanted"]
 
 
@@ -43,6 +45,7 @@ class Recorder:
     def __init__(self, *kinds: str) -> None:
         self.kinds = kinds
         self.layers: list[Layer] = []
+        self.half = False  # whether a layer's output, of any kind, was of half precision
 
     def add(self, lower: Tensor, upper: Tensor, squares: Tensor | None = None) -> int:
         """Appends the layer whose output is lower, upper [N, ...], and returns its index."""
@@ -85,4 +88,5 @@ def note(
     recorder = _active.recorder
     if recorder is None:
         return None
+    recorder.half |= is_half(lower.dtype)
     return Origin(recorder.add(lower, upper, squares) if wanted(kind) else None, head)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cibp_fast import _backend
+from cibp_fast._arithmetic import own_arithmetic
 
 FEW = 4  # channels, of images: with more of them the tensor cores are busy
 HALO = 64  # channels, that the convolution by halos is for
@@ -448,27 +449,11 @@ def _float32_products() -> Iterator[None]:
 
     These are settings of the process: other threads see them too.
     """
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    wanted: list[tuple[Any, str, Any]] = [
-        (cudnn, "deterministic", True),
-        (cudnn, "benchmark", False),
-    ]
-    newer = hasattr(matmul, "fp32_precision")  # since torch 2.9
-    if newer:
-        wanted.append((cudnn.conv, "fp32_precision", "ieee"))  # type: ignore[attr-defined]
-    else:
-        wanted.append((cudnn, "allow_tf32", False))
-    before = [getattr(module, name) for module, name, _ in wanted]
-    of_matmul = matmul.fp32_precision if newer else matmul.allow_tf32  # type: ignore[attr-defined]
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
     try:
-        for module, name, value in wanted:
-            setattr(module, name, value)
-        # By the older name, which sets the newer one too: a product fails where the two differ.
-        matmul.allow_tf32 = False
-        yield
+        cudnn.deterministic, cudnn.benchmark = True, False
+        with own_arithmetic(torch.device("cuda")):
+            yield
     finally:
-        for (module, name, _), value in zip(wanted, before, strict=True):
-            setattr(module, name, value)
-        matmul.allow_tf32 = of_matmul in (True, "tf32")
-        if newer:
-            matmul.fp32_precision = of_matmul  # type: ignore[attr-defined]
+        cudnn.deterministic, cudnn.benchmark = before
