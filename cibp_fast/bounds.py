@@ -124,7 +124,7 @@ class Bounds:
         lower, upper, weight, bias = self._head
         bias = weight.new_zeros(len(weight)) if bias is None else bias
         backend, _ = _backend.select(self.backend, lower.device, lower.dtype)
-        differences = _by_class if backend == "cpu" and may_inspect(y) else _by_example
+        differences = _by_class if backend == "cpu" and may_inspect(y) and len(y) else _by_example
         return differences(lower, upper, weight, bias, y)
 
 
@@ -133,7 +133,7 @@ def _by_class(lower: Tensor, upper: Tensor, weight: Tensor, bias: Tensor, y: Ten
     order = y.argsort(stable=True)
     classes, counts = y[order].unique_consecutive(return_counts=True)
     rows = [
-        ops.linear(low, high, None, weight[own] - weight, bias[own] - bias, backend="cpu")[0]
+        ops.linear(low, high, None, weight[own] - weight, bias[own] - bias)[0]
         for own, low, high in zip(
             classes.tolist(),
             lower[order].split(counts.tolist()),
@@ -141,7 +141,7 @@ def _by_class(lower: Tensor, upper: Tensor, weight: Tensor, bias: Tensor, y: Ten
             strict=True,
         )
     ]
-    return torch.cat(rows)[order.argsort()] if rows else lower.new_empty(0, len(weight))
+    return torch.cat(rows)[order.argsort()]
 
 
 def _by_example(

@@ -75,9 +75,7 @@ NETS["with other activations, not ending in a linear layer"] = lambda: nn.Sequen
 )
 
 
-@pytest.mark.parametrize(
-    "batch", [4, 64]
-)  # fewer and more than classes: margins are made otherwise
+@pytest.mark.parametrize("batch", [4, 64])
 @pytest.mark.parametrize("name", NETS)
 def test_what_is_captured_of_the_networks_can_be(name, batch):
     normalize = models.Normalize([0.4, 0.5, 0.6], [0.2, 0.3, 0.25])
@@ -85,7 +83,7 @@ def test_what_is_captured_of_the_networks_can_be(name, batch):
     x, y = torch.empty(batch, 3, 32, 32, device="meta"), torch.ones(batch, device="meta").long()
     broken = torch.zeros(batch, dtype=torch.bool, device="meta")
     with Captured(), torch.no_grad():
-        margins, predicted = certificates._bounded(model, x, x, x, y)
+        margins, predicted = certificates._bounded(model, False, x, x, x, y)
         point, still = attacks._step(model, 0.1, x, broken, y, x, x)
         attacks._last(model, x, broken, y)
         evaluation._predicted(model, x)

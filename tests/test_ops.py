@@ -375,11 +375,21 @@ def test_errors_name_the_argument(op: str, name: str, value: Any) -> None:
         getattr(ops, op)(**arguments)
 
 
-def test_forward_mode_is_refused(isa: str) -> None:
-    """Not silently a zero derivative."""
-    x, weight = torch.rand(2, 3), torch.rand(4, 3)
-    with pytest.raises(RuntimeError, match=r"jvp|setup_context"):
-        torch.func.jvp(lambda z: ops.linear(z, z, None, weight, None)[0], (x,), (x,))
+def test_forward_mode_runs_in_plain_pytorch() -> None:
+    """The kernels have no such derivative: whoever insists on them is told."""
+    x, tangent, weight = torch.rand(2, 3), torch.rand(2, 3), torch.rand(4, 3)
+
+    def lower(z: torch.Tensor, backend: str = "auto") -> torch.Tensor:
+        return ops.linear(z - 0.1, z + 0.2, None, weight, None, backend=backend)[0]
+
+    expected = tangent @ weight.T  # both bounds move by the tangent: the radius stays
+    torch.testing.assert_close(torch.func.jvp(lower, (x,), (tangent,))[1], expected)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, tangent)
+        found = torch.autograd.forward_ad.unpack_dual(lower(dual)).tangent
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(ValueError, match=r"torch\.func .* backend='torch'"):
+        torch.func.jvp(lambda z: lower(z, "cpu"), (x,), (tangent,))
 
 
 def test_empty_images_and_weights_are_refused() -> None:
