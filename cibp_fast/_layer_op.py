@@ -335,6 +335,19 @@ def conv2d_size(
     return size(0), size(1)
 
 
+def no_batched_backward(op: str, gradients: Sequence[Tensor | None]) -> None:
+    """Raises RuntimeError where a backward pass is given several of each gradient at once."""
+    batched = torch._C._functorch.is_legacy_batchedtensor
+    if torch.compiler.is_compiling():
+        return
+    batched = torch._C._functorch.is_legacy_batchedtensor
+    if any(gradient is not None and batched(gradient) for gradient in gradients):
+        raise RuntimeError(
+            f"{op}: batched gradients need backend='torch', or cf.bounds, whose layers take them "
+            "one by one"
+        )
+
+
 def no_double_backward(op: str) -> None:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(

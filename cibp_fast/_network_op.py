@@ -17,7 +17,13 @@ import torch
 from torch import Tensor
 
 from cibp_fast import _backend
-from cibp_fast._layer_op import library, no_double_backward, on_its_gpu, pointer
+from cibp_fast._layer_op import (
+    library,
+    no_batched_backward,
+    no_double_backward,
+    on_its_gpu,
+    pointer,
+)
 
 __all__ = ["Stage", "network"]
 
@@ -139,6 +145,7 @@ class _Network(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         no_double_backward("network")
+        no_batched_backward("network", gradients)
         lower_out, upper_out, ball_radius, packed, *weights = ctx.saved_tensors
         *of_outputs, head_weight, head_bias = gradients
         wanted = ctx.needs_input_grad[4:]

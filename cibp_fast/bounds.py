@@ -110,7 +110,7 @@ class Bounds:
         batch = len(self.logits)
         if y.shape != (batch,):
             raise ValueError(f"y must have shape [{batch}], got {list(y.shape)}")
-        check_classes(self.logits)
+        check_classes(self.logits.shape[1])
 
     def _label(self, y: Tensor) -> Tensor:
         self._check_labels(y)
@@ -170,18 +170,21 @@ def _by_example(
     return torch.cat([rows(*part) for part in parts])
 
 
-def check_classes(logits: Tensor) -> None:
+def check_classes(classes: int) -> None:
     """Raises ValueError unless there are two logits to compare, or more."""
-    if logits.shape[1] < 2:
+    if classes < 2:
         raise ValueError(
-            f"the model must return two logits or more, got {logits.shape[1]}: margins are "
+            f"the model must return two logits or more, got {classes}: margins are "
             "differences of logits; for one logit z of binary classification append its rival, "
             "the constant 0, as another class"
         )
 
 
 def check_labels(y: Tensor, classes: int) -> None:
-    """Raises ValueError unless y [N] are classes; skipped as in `Interval`."""
+    """Raises ValueError unless there are two classes or more and y [N] are such; the latter is
+    skipped as in `Interval`.
+    """
+    check_classes(classes)
     if may_inspect(y) and len(y):
         # one tensor: a GPU is waited for once
         least, greatest = torch.stack(y.aminmax()).tolist()

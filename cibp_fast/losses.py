@@ -10,7 +10,7 @@ and how they are reduced, is chosen in `cf.bounds` (`width=`, `reduction=`).
 
 from __future__ import annotations
 
-import math
+import sys
 from numbers import Real
 from typing import NamedTuple
 
@@ -51,10 +51,10 @@ class Terms(NamedTuple):
 
 
 def _factor(
-    name: str, value: float | Tensor, like: Tensor, greatest: float = math.inf
+    name: str, value: float | Tensor, like: Tensor, greatest: float = sys.float_info.max
 ) -> float | Tensor:
     """Checks a factor; a tensor becomes 0-dim and of `like`'s dtype and device."""
-    allowed = f"in [0, {greatest:g}]" if greatest < math.inf else "0 or more"
+    allowed = f"in [0, {greatest:g}]" if greatest == 1 else "0 or more and finite"
     if isinstance(value, Tensor):
         if not value.is_floating_point():
             raise TypeError(
@@ -93,7 +93,7 @@ def nominal_loss(out: Bounds | Tensor, y: Tensor) -> Tensor:
     Raises ValueError for fewer than two classes.
     """
     logits = out if isinstance(out, Tensor) else out.logits
-    check_classes(logits)
+    check_classes(logits.shape[1])
     return cross_entropy(logits, y)
 
 

@@ -162,7 +162,9 @@ def test_certify_refuses_half_precision(dtype: torch.dtype) -> None:
         def forward(self, x: Any) -> Any:
             return nn.functional.relu(x.flatten(1).to(dtype)).to(torch.float32)
 
-    with pytest.raises(TypeError, match=rf"x must not be torch.{name}: half precision .*allow_half"):
+    with pytest.raises(
+        TypeError, match=rf"x must not be torch.{name}: half precision .*allow_half"
+    ):
         cf.certify(net, x.to(dtype), y, 0.01, sound=False)
     with pytest.raises(TypeError, match=rf"model must not be torch.{name} \(0.weight\)"):
         cf.certify(small_net().to(dtype), x, y, 0.01, sound=False)
