@@ -9,18 +9,25 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
-__all__ = ["autocasts", "is_half", "own_arithmetic", "transformed"]
+__all__ = ["autocasts", "is_half", "no_autocast", "own_arithmetic", "transformed"]
 
 
 def autocasts(device: torch.device) -> bool:
     """Returns whether autocast is active for tensors on this device."""
     kind = device.type
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Switches autocast off inside the block, where it is on."""
+    if not autocasts(device):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def own_arithmetic(device: torch.device) -> AbstractContextManager[Any]:
@@ -30,15 +37,14 @@ def own_arithmetic(device: torch.device) -> AbstractContextManager[Any]:
     the products of the time of the call only, so that under it they stay the user's.
     """
     if torch.compiler.is_compiling():
-        return torch.autocast(device.type, enabled=False)
+        return no_autocast(device)
     return _own_arithmetic(device)
 
 
 @contextmanager
 def _own_arithmetic(device: torch.device) -> Iterator[None]:
     with ExitStack() as stack:
-        if autocasts(device):
-            stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(no_autocast(device))
         if device.type in _PRODUCTS:
             stack.enter_context(_PRODUCTS[device.type])
         yield

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cibp_fast import _backend, ops
-from cibp_fast._arithmetic import autocasts, own_arithmetic
+from cibp_fast._arithmetic import no_autocast
 from cibp_fast._loss_op import label_error
 from cibp_fast.interval import Interval, may_inspect
 from cibp_fast.recorder import Head, Recorder, recording
@@ -119,6 +119,10 @@ class Bounds:
 
     def _differences(self, y: Tensor) -> Tensor:
         """The margins [N, classes] before +inf is put at y."""
+        with no_autocast(self.logits.device):
+            return self._plain_differences(y)
+
+    def _plain_differences(self, y: Tensor) -> Tensor:
         if self._head is None:
             return self.box.lower.gather(1, y.unsqueeze(1)) - self.box.upper
         lower, upper, weight, bias = self._head
@@ -249,11 +253,16 @@ def bounds(
     check_arguments(x, box, width, reduction)
     _backend.select(backend, x.device, x.dtype)
     recorder = Recorder(*_WIDTHS[width])
-    # The whole model in x's dtype; who switches autocast on inside is refused (see Interval).
-    precision = own_arithmetic(x.device) if autocasts(x.device) else nullcontext()
-    asked = nullcontext() if backend == "auto" else _backend.ask(backend)
-    with recording(recorder), precision, asked:
-        out = model(Interval(box.lower, box.upper, x, validate=False))
+    # All in x's dtype; a model that switches autocast on is refused (see Interval).
+    with no_autocast(x.device):
+        asked = nullcontext() if backend == "auto" else _backend.ask(backend)
+        with recording(recorder), asked:
+            out = model(Interval(box.lower, box.upper, x, validate=False))
+        return _of_pass(out, recorder, x, reduction, backend)
+
+
+def _of_pass(out: Any, recorder: Recorder, x: Tensor, reduction: str, backend: str) -> Bounds:
+    """Returns what `bounds` makes of a model's output and of what was recorded."""
     if not isinstance(out, Interval):
         raise TypeError(f"model must return an Interval for an Interval, got {type(out).__name__}")
     if out.dim() != 2 or len(out) != len(x):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cibp_fast import _backend
-from cibp_fast._arithmetic import autocasts, own_arithmetic
+from cibp_fast._arithmetic import autocasts, no_autocast
 from cibp_fast._network_op import Stage, cpu_engine, network, numbers_of, stages_of
 from cibp_fast._program import Program, structure, trace
 from cibp_fast._stages import stages_and_parameters
@@ -98,8 +98,8 @@ class FusedNetwork(nn.Module):
                 mode, or the backend or precision that was asked for cannot run there.
         """
         check_arguments(x, box, width, reduction)
-        if autocasts(x.device):  # parameters may be results of torch's products
-            with own_arithmetic(x.device):
+        if autocasts(x.device):
+            with no_autocast(x.device):
                 return self.bounds(x, box, width, reduction)
         if width != "post":
             raise ValueError(

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from cibp_fast import _loss_op
+from cibp_fast._arithmetic import no_autocast
 from cibp_fast.bounds import Bounds, check_classes
 from cibp_fast.interval import may_inspect
 
@@ -84,7 +85,12 @@ def terms(out: Bounds, y: Tensor, *, elide: bool = True) -> Terms:
         if _loss_op.takes(out.logits, head, y, out.backend):
             return Terms(*_loss_op.cross_entropies(out.logits, head, y), out.width)
     worst = out.worst_logits(y, elide=elide)
-    return Terms(cross_entropy(out.logits, y), cross_entropy(worst, y), out.width)
+    return Terms(_cross_entropy(out.logits, y), _cross_entropy(worst, y), out.width)
+
+
+def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    with no_autocast(logits.device):
+        return cross_entropy(logits, y)
 
 
 def nominal_loss(out: Bounds | Tensor, y: Tensor) -> Tensor:
@@ -94,7 +100,7 @@ def nominal_loss(out: Bounds | Tensor, y: Tensor) -> Tensor:
     """
     logits = out if isinstance(out, Tensor) else out.logits
     check_classes(logits.shape[1])
-    return cross_entropy(logits, y)
+    return _cross_entropy(logits, y)
 
 
 def ibp_loss(out: Bounds, y: Tensor, *, kappa: float | Tensor, elide: bool = True) -> Tensor:

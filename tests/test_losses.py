@@ -85,5 +85,5 @@ def test_bad_kappa(out_and_labels, kappa):
 
 @pytest.mark.parametrize("weight", [-1.0, float("nan")])
 def test_bad_width_weight(out_and_labels, weight):
-    with pytest.raises(ValueError, match=f"width_weight must be 0 or more, not {weight}"):
+    with pytest.raises(ValueError, match=f"must be 0 or more and finite, not {weight}"):
         losses.constrained_ibp_loss(*out_and_labels, kappa=0.5, width_weight=weight)
