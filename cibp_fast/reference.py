@@ -309,10 +309,11 @@ def width(lower: Tensor, upper: Tensor, reduction: str = "mean") -> Tensor:
     ``"mean"``: ``(upper - lower).square().mean()``, as in the authors' code; ``"sum"``: the same
     summed over the units, the ``||u_k - l_k||^2`` of the paper.
     """
+    squares = (upper - lower).where(upper != lower, 0.0).square()  # 0 at infinity too
     if reduction == "mean":
-        return (upper - lower).square().mean()
+        return squares.mean()
     if reduction == "sum":
-        return (upper - lower).square().sum() / lower.shape[0]
+        return squares.sum() / lower.shape[0]
     raise ValueError(f"width: reduction must be 'mean' or 'sum', not {reduction!r}")
 
 
