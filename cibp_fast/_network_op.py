@@ -103,8 +103,8 @@ def network(
 
     Returns:
         lower', upper', nominal': [N, classes]; the last stage's input as lower, upper: [N,
-        features]; [stages], the mean or sum of (upper - lower)^2 over each stage's output; and
-        copies of the last stage's weight and bias.
+        features]; [stages], the mean or sum of (upper - lower)^2 over each stage's output, 0 where
+        both are the same infinity; and copies of the last stage's weight and bias.
     """
     return _Network.apply(
         engine, numbers_of(stages), mean, ball_radius, lower, upper, nominal, *weights, *biases

@@ -5,17 +5,20 @@ goes with them.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cibp_fast._network_op import Stage
+from cibp_fast.interval import RULES
 from cibp_fast.nn import IntervalConv2d, IntervalLinear
-from cibp_fast.rules import _pair
 
 # Exact types: a subclass may compute something else.
 CONVOLUTIONS = (nn.Conv2d, IntervalConv2d)
@@ -28,6 +31,29 @@ _FUNCTIONS = {
     **dict.fromkeys((torch.flatten, "flatten"), "flatten"),
     **dict.fromkeys((torch.reshape, "reshape"), "reshape"),
     "view": "view",
+}
+_SIZES = {"reshape": "shape", "view": "size"}  # the names of their arguments
+
+# The layers of torch whose functions have an interval rule: those that cf.bounds takes.
+_WITH_RULE = frozenset(
+    getattr(nn, name)
+    for name in (
+        *("Conv1d", "Conv2d", "Linear", "BatchNorm1d", "BatchNorm2d", "Flatten", "Unflatten"),
+        *("AvgPool1d", "AvgPool2d", "AdaptiveAvgPool1d", "AdaptiveAvgPool2d", "Identity"),
+        *("MaxPool1d", "MaxPool2d", "AdaptiveMaxPool1d", "AdaptiveMaxPool2d"),
+        *("ReLU", "ReLU6", "LeakyReLU", "PReLU", "ELU", "SELU", "CELU", "Threshold"),
+        *("Sigmoid", "LogSigmoid", "Tanh", "Softplus", "Softsign", "Hardtanh", "Hardsigmoid"),
+        *("Softshrink", "Hardshrink", "Tanhshrink", "ZeroPad1d", "ZeroPad2d", "ConstantPad2d"),
+        *("ReflectionPad2d", "ReplicationPad2d", "Dropout", "Dropout1d", "Dropout2d"),
+    )
+) | {IntervalConv2d, IntervalLinear}
+_OPERATORS = {
+    operator.add: torch.add,
+    operator.sub: torch.sub,
+    operator.mul: torch.mul,
+    operator.truediv: torch.div,
+    operator.neg: torch.neg,
+    operator.getitem: Tensor.__getitem__,
 }
 
 _SUPPORTED = (
@@ -44,11 +70,51 @@ class Layer(NamedTuple):
     module: Any
     features: int | None = None  # that a Flatten must give; None: whatever it gives
 
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What the layers of one model differ in."""
+        return self.name, self.features, type(self.module)
+
     def error(self, why: str) -> ValueError:
-        return ValueError(
-            f"fuse cannot take {self.name} ({type(self.module).__name__}): {why}; cf.bounds still "
-            "works"
-        )
+        """The layer is of a kind, or at a place, that there are no kernels for."""
+        return self.misfit(why + _elsewhere(type(self.module)))
+
+    def misfit(self, why: str) -> ValueError:
+        """The layer cannot run as it is, or `why` says what to use instead."""
+        return ValueError(f"fuse cannot take {self.name} ({type(self.module).__name__}): {why}")
+
+    def integers(self, name: str, *counts: int) -> tuple[int, ...]:
+        """The hyperparameter of this name: an int, or a sequence of so many, as torch takes them.
+
+        An int comes as a tuple of one.
+        """
+        value = getattr(self.module, name)
+        values = (value,) if isinstance(value, Integral) else value
+        known = isinstance(values, Sequence) and not isinstance(values, str)
+        if not known or not all(isinstance(each, Integral) for each in values):
+            raise self.misfit(f"{name} must be an int or a sequence of ints, got {value!r}")
+        if len(values) not in counts:
+            allowed = " or ".join(map(str, counts))
+            raise self.misfit(f"{name} must have {allowed} elements, got {value!r}")
+        return tuple([int(each) for each in values])
+
+    def pair(self, name: str, least: int = 1) -> tuple[int, int]:
+        """The hyperparameter of this name, vertical and horizontal, each at least so large."""
+        values = self.integers(name, 1, 2)
+        if min(values) < least:
+            raise self.misfit(f"{name} must be at least {least}, got {getattr(self.module, name)}")
+        return values[0], values[-1]
+
+
+def _elsewhere(what: Any) -> str:
+    """What cf.bounds is known to do with a class of layers, a function or a method's name.
+
+    Empty where that is not known.
+    """
+    if isinstance(what, str):
+        what = getattr(Tensor, what, None)
+    known = what in _WITH_RULE or _OPERATORS.get(what, what) in RULES
+    return "; cf.bounds has a rule for it" if known else ""
 
 
 @dataclass
@@ -77,16 +143,33 @@ class Program:
 
 
 def structure(model: nn.Module) -> list[tuple[Any, ...]]:
-    """What a traced program stays right for: the tree of modules."""
+    """What a traced program stays right for: the tree of modules, and what their forwards see."""
     return [
-        (name, module, type(module), _own_mode(module), any(_hooks(module)))
-        for name, module in _tree("", model)
+        (any(_global_hooks()),),
+        *(
+            (name, module, type(module), *_calls(type(module)), _own(module), any(_hooks(module)))
+            for name, module in _tree("", model)
+        ),
     ]
 
 
-def _own_mode(module: nn.Module) -> bool:
-    """`training`, where a forward that is traced may depend on it."""
-    return module.training and not type(module).__module__.startswith(("torch.", "cibp_fast."))
+def _own(module: nn.Module) -> tuple[Any, ...]:
+    """What a forward that is traced may depend on or set: which parameters are frozen and, of
+    classes that are not torch's, `training` and other plain attributes.
+    """
+    frozen = [each is None or each.requires_grad for each in module._parameters.values()]
+    if type(module).__module__.startswith(("torch.", "cibp_fast.")):
+        return tuple(frozen)
+    plain = [item for item in module.__dict__.items() if isinstance(item[1], _PLAIN)]
+    return *frozen, *plain
+
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def _calls(kind: type[nn.Module]) -> tuple[Any, ...]:
+    """The methods that run where a module of this class is called."""
+    return kind.__call__, kind.forward, getattr(kind, "_conv_forward", None)
 
 
 def _tree(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -101,20 +184,73 @@ def _hooks(module: nn.Module) -> tuple[Any, ...]:
         *(module._forward_hooks, module._forward_pre_hooks),
         *(module._backward_hooks, module._backward_pre_hooks),
         "forward" in module.__dict__,
+        "_conv_forward" in module.__dict__,
     )
+
+
+def _global_hooks() -> tuple[Any, ...]:
+    every = nn.modules.module
+    return (
+        *(every._global_forward_hooks, every._global_forward_pre_hooks),
+        *(every._global_backward_hooks, every._global_backward_pre_hooks),
+    )
+
+
+def _original_calls(kind: type[nn.Module]) -> tuple[Any, ...]:
+    """`_calls` as torch defines them; a function that replaces one of them is none of these."""
+    return tuple(
+        [
+            call
+            if call is None or call.__module__.startswith(("torch.", "cibp_fast."))
+            else "replaced before"
+            for call in _calls(kind)
+        ]
+    )
+
+
+_CALL = nn.Module.__call__
+_ORIGINAL_CALLS = {
+    kind: _original_calls(kind)
+    for kind in (
+        *(*CONVOLUTIONS, *LINEARS, *_NORMS, *_POOLS, *_DROPOUTS),
+        *(nn.ReLU, nn.Flatten, nn.Identity, nn.ZeroPad2d),
+    )
+}
 
 
 @torch.compiler.disable  # dynamo cannot trace the tracing
 def trace(model: nn.Module) -> Program:
+    if any(_global_hooks()):
+        raise ValueError(
+            "fuse cannot run global module hooks, and there are some (as "
+            "torch.nn.modules.module.register_module_forward_hook makes them): remove them, or "
+            "use cf.bounds, which calls the modules"
+        )
     for name, module in _tree("", model):
+        layer, kind = Layer(name or "the model", module), type(module)
         if any(_hooks(module)):
-            raise Layer(name or "the model", module).error(
-                "it has hooks, or a forward of its own, which would not run"
+            raise layer.misfit(
+                "it has hooks, or a forward of its own, which fuse would not run; cf.bounds would"
+            )
+        calls = _calls(kind)
+        if calls[0] is not _CALL or _ORIGINAL_CALLS.get(kind, calls) != calls:
+            raise layer.misfit(
+                "its class has a __call__ or a forward that was put in place of torch's, which "
+                "fuse would not run; cf.bounds would"
             )
     return _group(_layers(model))
 
 
 class _Tracer(fx.Tracer):
+    """Traces a forward, and notes what it does that a graph of its calls does not hold."""
+
+    def __init__(self, gradients: bool) -> None:
+        super().__init__()
+        self.gradients = gradients  # whether they are enabled around the forward
+        self.lost = ""
+        self._modes = torch._C._len_torch_function_stack()
+        self._saving = _saved_tensors_hooks()
+
     def is_leaf_module(self, module: nn.Module, module_qualified_name: str) -> bool:
         # subclasses too, so that an error can name them
         known = (nn.Conv2d, nn.Linear, *_NORMS, *_POOLS, *_DROPOUTS)
@@ -123,6 +259,102 @@ class _Tracer(fx.Tracer):
             or _is_normalize(module)
             or super().is_leaf_module(module, module_qualified_name)
         )
+
+    def create_arg(self, a: Any) -> Any:
+        plain = isinstance(a, Integral) and not isinstance(a, bool)  # of numpy as well
+        return super().create_arg(int(a) if plain else a)
+
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        if not self.lost and (state := self._state()):
+            name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+            self.lost = f"it calls {name} {state}"
+        return super().create_node(kind, target, *args, **kwargs)
+
+    def _state(self) -> str:
+        """What a call here is subject to, beside what is so around the whole forward."""
+        if torch.is_inference_mode_enabled():
+            return "in torch.inference_mode()"
+        if torch.is_grad_enabled() != self.gradients:
+            how = "no_grad" if self.gradients else "enable_grad"
+            return (
+                f"under torch.{how}() or in a torch.autograd.Function (to freeze layers, use "
+                "requires_grad_(False) outside of the forward)"
+            )
+        if any(map(torch.is_autocast_enabled, _AUTOCAST)):
+            return "under torch.autocast (bounds are computed in the dtype of the tensors)"
+        if torch._C._len_torch_function_stack() > self._modes:
+            return "under a torch function mode"
+        hooks = _saved_tensors_hooks()
+        if hooks != self._saving and hooks[0].__module__ != "torch.utils.checkpoint":
+            return "under torch.autograd.graph.saved_tensors_hooks"
+        return ""
+
+
+_AUTOCAST = ("cpu", "cuda")  # the devices that fused networks run on
+
+
+def _saved_tensors_hooks() -> Any:
+    """The innermost hooks on saved tensors, (pack, unpack) or None."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+class _InPlace(TorchDispatchMode):
+    """Notes the ops that change a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func._schema.is_mutable:
+            self.names.append(func._schema.name.removeprefix("aten::"))
+        return func(*args, **(kwargs or {}))
+
+
+class _Attributes:
+    """All attributes of a model's modules, to be compared and put back."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._kept: list[tuple[str, MutableMapping[str, Any], dict[str, Any]]] = []
+        self._flags: list[tuple[str, Tensor, bool, set[int]]] = []
+        for name, module in _tree("", model):
+            path = f"{name}." if name else ""
+            tensors = module._parameters, module._buffers
+            for values in (module.__dict__, *tensors, module._modules):
+                self._kept.append((path, values, dict(values)))
+            for key, tensor in (item for values in tensors for item in values.items()):
+                if tensor is not None:
+                    hooks = set(tensor._backward_hooks or ())
+                    self._flags.append((path + key, tensor, tensor.requires_grad, hooks))
+
+    def restore(self) -> str:
+        """Puts all back that was changed, and returns what that is; empty: nothing."""
+        changed = ""
+        for path, values, before in self._kept:
+            for key in {**before, **values}:
+                there = key in before and key in values
+                if there and _same(before[key], values[key]):
+                    continue
+                if not key.startswith("_tensor_constant"):  # fx's own
+                    changed = changed or f"sets {path}{key}"
+                if key in before:
+                    values[key] = before[key]
+                else:
+                    del values[key]
+        for name, tensor, requires_grad, hooks in self._flags:
+            more = set(tensor._backward_hooks or ()) - hooks
+            if tensor.requires_grad != requires_grad or more:
+                changed = changed or f"changes requires_grad or the hooks of {name}"
+                tensor.requires_grad_(requires_grad)
+                for hook in more:
+                    del tensor._backward_hooks[hook]  # type: ignore[union-attr]
+        return changed
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (type(a) is type(b) and isinstance(a, _PLAIN) and a == b)
 
 
 def _is_normalize(module: nn.Module) -> bool:
@@ -133,16 +365,54 @@ def _is_normalize(module: nn.Module) -> bool:
 
 def _layers(model: nn.Module) -> list[Layer]:
     """The layers in the order of the pass."""
-    if _Tracer().is_leaf_module(model, "model"):
+    if _Tracer(True).is_leaf_module(model, "model"):
         return [Layer("the model", model)]
-    try:
-        graph = _Tracer().trace(model)
-    except Exception as error:  # whatever the model's forward raises for a proxy
-        first = (str(error).splitlines() or [""])[0]
+    layers, others = (_chain(model, _graph(model, gradients)) for gradients in (True, False))
+    if [each.identity for each in layers] != [each.identity for each in others]:
+        raise _forward_error(model, "it does other things where gradients are disabled")
+    return layers
+
+
+def _forward_error(model: nn.Module, why: str) -> ValueError:
+    return ValueError(
+        f"fuse cannot take the forward of {type(model).__name__}, which it traces once with "
+        f"torch.fx: {why}; cf.bounds runs the forward itself"
+    )
+
+
+def _graph(model: nn.Module, gradients: bool) -> fx.Graph:
+    """The calls of a model's forward."""
+    attributes, in_place = _Attributes(model), _InPlace()
+    with ExitStack() as stack:
+        # whatever is so where fuse is called
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.set_grad_enabled(gradients))
+        for device in filter(torch.is_autocast_enabled, _AUTOCAST):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        tracer = _Tracer(gradients)
+        stack.enter_context(in_place)
+        failure: Exception | None = None
+        try:
+            graph = tracer.trace(model)
+        except Exception as error:  # whatever the model's forward raises for a proxy
+            failure = error
+    changed = attributes.restore()
+    if tracer.lost:
+        raise _forward_error(model, tracer.lost) from failure
+    if failure is not None:
+        first = (str(failure).splitlines() or [""])[0]
         raise ValueError(
             f"fuse cannot trace the forward of {type(model).__name__} with torch.fx "
-            f"({type(error).__name__}: {first}); cf.bounds still works"
-        ) from error
+            f"({type(failure).__name__}: {first}); cf.bounds needs no trace: it runs the forward"
+        ) from failure
+    if changed or in_place.names:
+        changed = changed or f"changes a tensor of its own ({in_place.names[0]})"
+        raise _forward_error(model, f"it {changed}, which later calls would not do")
+    return graph
+
+
+def _chain(model: nn.Module, graph: fx.Graph) -> list[Layer]:
+    """The layers in the order of the pass."""
     *nodes, output = graph.nodes
     layers: list[Layer] = []
     used = {output}
@@ -151,7 +421,7 @@ def _layers(model: nn.Module) -> list[Layer]:
         if not isinstance(node, fx.Node):
             raise ValueError(
                 f"fuse needs a model that returns one tensor, and the forward of "
-                f"{type(model).__name__} returns a {type(node).__name__}; cf.bounds still works"
+                f"{type(model).__name__} returns a {type(node).__name__}"
             )
         used.add(node)
         if node is nodes[0]:
@@ -173,7 +443,7 @@ def _layer(model: nn.Module, node: fx.Node) -> tuple[Layer, Any]:
     if node.op == "call_module":
         layer = Layer(str(node.target), model.get_submodule(str(node.target)))
         if others or arguments or not isinstance(source, fx.Node):
-            raise layer.error("it takes more than its input")
+            raise layer.misfit("it takes more than its input")
         return layer, source
     name = _FUNCTIONS.get(node.target)
     arguments.pop("inplace", None)
@@ -183,9 +453,11 @@ def _layer(model: nn.Module, node: fx.Node) -> tuple[Layer, Any]:
         dims = {"start_dim": 0, "end_dim": -1}
         dims.update(zip(dims, others, strict=False))
         return Layer("the call of flatten", nn.Flatten(**(dims | arguments))), source
-    if name in ("view", "reshape") and not arguments:
+    if name in ("view", "reshape"):
+        if arguments.keys() == {_SIZES[name]} and not others:
+            others = (arguments.pop(_SIZES[name]),)
         sizes = others[0] if len(others) == 1 and isinstance(others[0], tuple | list) else others
-        if len(sizes) == 2:
+        if len(sizes) == 2 and not arguments:
             batch, features = sizes
             known = isinstance(features, int) and features > 0
             if (_is_size(batch) and (known or features == -1)) or (batch == -1 and known):
@@ -217,8 +489,8 @@ def _not_in_chain(model: nn.Module, node: fx.Node) -> ValueError:
     what = kinds.get(node.op, "function")
     name = getattr(node.target, "__name__", str(node.target))
     return ValueError(
-        f"fuse cannot take the {what} {name} as {type(model).__name__} uses it: {_SUPPORTED}; "
-        "cf.bounds still works"
+        f"fuse cannot take the {what} {name} as {type(model).__name__} uses it: {_SUPPORTED}"
+        + (_elsewhere(node.target) if node.op.startswith("call") else "")
     )
 
 
@@ -264,7 +536,7 @@ def _group(layers: list[Layer]) -> Program:
             if last is None or not directly or type(last.layer.module) not in _NORMS[kind]:
                 raise layer.error("it must come directly after a convolution or linear layer")
             if layer.module.running_mean is None:
-                raise layer.error("it has no running statistics")
+                raise layer.misfit("it has no running statistics")
             last.norm = layer
         else:
             raise layer.error(_SUPPORTED)
@@ -283,5 +555,5 @@ def check_plain(layer: Layer) -> None:
         raise layer.error(f"groups must be 1, got {module.groups}")
     if module.padding_mode != "zeros":
         raise layer.error(f"padding_mode must be 'zeros', got {module.padding_mode!r}")
-    if not isinstance(module.padding, str) and min(_pair("padding", module.padding)) < 0:
-        raise layer.error(f"padding must be at least 0, got {module.padding}")
+    if not isinstance(module.padding, str):
+        layer.pair("padding", 0)

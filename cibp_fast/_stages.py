@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 
 from cibp_fast._network_op import Stage
 from cibp_fast._program import CONVOLUTIONS, LINEARS, Affine, Layer, Program, check_plain
-from cibp_fast.rules import _pair
 
 # What the stages depend on, by type of layer.
 _HYPERPARAMETERS: dict[type[nn.Module], Callable[[Any], Any]] = {
@@ -39,7 +39,10 @@ def stages_and_parameters(
     """The stages for inputs like x, with their weights and biases; all are checked."""
     for dropout in program.dropouts:
         if dropout.module.training and dropout.module.p:
-            raise dropout.error("it is random in training mode; call model.eval()")
+            raise dropout.misfit(
+                "it is random in training mode, and a random network has no bounds, in cf.bounds "
+                "neither: call this layer's eval(), or set its p to 0"
+            )
     if program.normalize is not None:
         _tensors(program.normalize, x, "mean", "std")
     parameters = [_tensors(affine.layer, x, "weight", "bias") for affine in program.affine]
@@ -73,19 +76,23 @@ def _known_stages(
         *(fast, shape),
         *[tensor if tensor is None else tensor.shape for pair in parameters for tensor in pair],
         *[
-            _HYPERPARAMETERS[type(layer.module)](layer.module)
+            _frozen(_HYPERPARAMETERS[type(layer.module)](layer.module))
             for affine in program.affine
             for layer in (*affine.before, affine.layer)
         ],
     )
-    try:
-        known = program.stages.get(key)
-    except TypeError:  # a list, which may be changed in place
-        return _stages(program, shape, parameters, fast)
+    known = program.stages.get(key)
     if known is None:
         known = _stages(program, shape, parameters, fast)
         program.stages = {key: known}
     return known
+
+
+def _frozen(value: Any) -> Any:
+    """The value as it is now: of a sequence, which may be changed in place, a copy."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple([_frozen(each) for each in value])
+    return value
 
 
 def _stages(
@@ -129,52 +136,62 @@ def _stages(
 
 
 def _added(pad: Layer, padding: tuple[int, ...]) -> tuple[int, int, int, int]:
-    module = pad.module
-    left, right, top, bottom = module.padding
-    if min(module.padding) < 0:
-        raise pad.error(f"padding must be at least 0, got {module.padding}")
+    given = pad.integers("padding", 2, 4)
+    if min(given) < 0:
+        raise pad.error(f"padding must be at least 0, got {pad.module.padding}")
+    left, right, top, bottom = (*given, 0, 0)[:4]
     return padding[0] + left, padding[1] + right, padding[2] + top, padding[3] + bottom
 
 
 def _flattened(flatten: Layer, shape: tuple[int, ...]) -> tuple[int, ...]:
-    module = flatten.module
-    if module.start_dim != 1 or module.end_dim not in (-1, len(shape)):
+    module, dims = flatten.module, len(shape) + 1
+    ends = [dim + dims if dim < 0 else dim for dim in (module.start_dim, module.end_dim)]
+    if ends != [1, dims - 1]:
         raise flatten.error(
             f"all dimensions but the first must be flattened, got start_dim={module.start_dim} "
             f"and end_dim={module.end_dim} for {list(shape)}"
         )
     features = math.prod(shape)
     if flatten.features not in (None, features):
-        raise flatten.error(f"{flatten.features} features are wanted of {list(shape)}")
+        raise flatten.misfit(f"{flatten.features} features are wanted of {list(shape)}")
     return (features,)
 
 
 def _pooling_stage(pool: Layer, shape: tuple[int, ...]) -> Stage:
     module = pool.module
     if len(shape) != 3:
-        raise pool.error(f"it takes images [N, C, H, W], got {['N', *shape]}")
+        raise pool.misfit(f"it takes images [N, C, H, W], got {['N', *shape]}")
     size = shape[1:]
     if type(module) is nn.AdaptiveAvgPool2d:
-        given = module.output_size
-        wanted = given if isinstance(given, tuple) else (given, given)
-        out = tuple(n if w is None else w for w, n in zip(wanted, size, strict=True))
+        out = _output_size(pool, size)
         if min(out) < 1 or any(n % o for n, o in zip(size, out, strict=True)):
             raise pool.error(f"{list(size)} pixels are no multiple of output_size {list(out)}")
         kernel = stride = (size[0] // out[0], size[1] // out[1])
         padding = (0, 0)
     else:
-        kernel, padding = _pair("kernel_size", module.kernel_size), _pair("padding", module.padding)
-        stride = _pair("stride", module.stride)
+        kernel, padding = pool.pair("kernel_size"), pool.pair("padding", 0)
+        given = () if module.stride is None else module.stride
+        stride = kernel if isinstance(given, Sequence) and not given else pool.pair("stride")
         if module.ceil_mode or module.divisor_override is not None:
             raise pool.error("ceil_mode and divisor_override are not supported")
         if any(2 * pad > size for pad, size in zip(padding, kernel, strict=True)):
-            raise pool.error(f"padding {list(padding)} is more than half of {list(kernel)}")
+            raise pool.misfit(f"padding {list(padding)} is more than half of {list(kernel)}")
         if padding != (0, 0) and not module.count_include_pad:
             raise pool.error("with padding count_include_pad must be True")
         out = tuple((size[i] + 2 * padding[i] - kernel[i]) // stride[i] + 1 for i in (0, 1))
         if min(out) < 1:
-            raise pool.error(f"kernel_size {list(kernel)} is larger than its input {list(shape)}")
+            raise pool.misfit(f"kernel_size {list(kernel)} is larger than its input {list(shape)}")
     return Stage(shape, (shape[0], *out), kernel, stride, padding, (1, 1), relu=False, pool=True)
+
+
+def _output_size(pool: Layer, size: Sequence[int]) -> tuple[int, ...]:
+    """Of an adaptive pooling: an int, or a pair in which None stands for the input's size."""
+    given = pool.module.output_size
+    wanted = (given, given) if isinstance(given, Integral) else given
+    pair = isinstance(wanted, Sequence) and not isinstance(wanted, str) and len(wanted) == 2
+    if not pair or not all(w is None or isinstance(w, Integral) for w in wanted):
+        raise pool.misfit(f"output_size must be an int or two ints or None, got {given!r}")
+    return tuple([int(n if w is None else w) for w, n in zip(wanted, size, strict=True)])
 
 
 def _check_fit(layer: Layer, shape: tuple[int, ...], weight: Tensor, bias: Tensor | None) -> None:
@@ -182,9 +199,9 @@ def _check_fit(layer: Layer, shape: tuple[int, ...], weight: Tensor, bias: Tenso
     dims = 1 if type(layer.module) in LINEARS else 3
     fits = len(shape) == dims and weight.dim() == dims + 1 and weight.shape[1] == shape[0]
     if not fits or 0 in weight.shape:
-        raise layer.error(f"weight {list(weight.shape)} does not fit inputs {['N', *shape]}")
+        raise layer.misfit(f"weight {list(weight.shape)} does not fit inputs {['N', *shape]}")
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise layer.error(f"bias {list(bias.shape)} does not fit weight {list(weight.shape)}")
+        raise layer.misfit(f"bias {list(bias.shape)} does not fit weight {list(weight.shape)}")
 
 
 def _linear_stage(image: tuple[int, ...], outputs: int, relu: bool) -> Stage:
@@ -198,18 +215,18 @@ def _convolution_stage(
     layer = affine.layer
     module = layer.module
     kernel = tuple(weight.shape[2:])
-    stride, dilation = _pair("stride", module.stride), _pair("dilation", module.dilation)
+    stride, dilation = layer.pair("stride"), layer.pair("dilation")
     reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     if module.padding == "same":  # torch puts the odd one after
         begin = (reach[0] // 2, reach[1] // 2)
         end = (reach[0] - begin[0], reach[1] - begin[1])
     else:
-        begin = end = _pair("padding", 0 if module.padding == "valid" else module.padding)
+        begin = end = (0, 0) if module.padding == "valid" else layer.pair("padding", 0)
     begin = (begin[0] + padding[2], begin[1] + padding[0])
     end = (end[0] + padding[3], end[1] + padding[1])
     out = [(image[1 + i] + begin[i] + end[i] - reach[i] - 1) // stride[i] + 1 for i in (0, 1)]
     if min(out) < 1 or 0 in image:
-        raise layer.error(f"weight {list(weight.shape)} is larger than its padded input {image}")
+        raise layer.misfit(f"weight {list(weight.shape)} is larger than its padded input {image}")
     output = (len(weight), *out)
     return Stage(image, output, kernel, stride, begin, dilation, affine.relu)
 
@@ -219,11 +236,14 @@ def _folded(norm: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> tupl
     module = norm.module
     _tensors(norm, x, "running_mean", "running_var", "weight", "bias")
     if module.running_mean is None:
-        raise norm.error("it has no running statistics")
+        raise norm.misfit("it has no running statistics")
     if module.training:
-        raise norm.error("in training mode it needs the statistics of the batch; call model.eval()")
+        raise norm.misfit(
+            "in training mode it needs the statistics of the batch: use cf.bounds, which takes "
+            "those of the nominal points, or this layer's eval() to train with its running ones"
+        )
     if module.running_mean.shape != weight.shape[:1]:
-        raise norm.error(f"it has {len(module.running_mean)} channels, its input {len(weight)}")
+        raise norm.misfit(f"it has {len(module.running_mean)} channels, its input {len(weight)}")
     scale = torch.rsqrt(module.running_var + module.eps)
     if module.weight is not None:
         scale = scale * module.weight

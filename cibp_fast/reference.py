@@ -144,13 +144,10 @@ def _affine(
     center_out = apply(center, weight, bias)
     radius_out = apply(radius, weight.abs(), None)
     nominal_out = None if nominal is None else apply(nominal, weight, bias)
-    # upper' - lower' is 2 radius'; the subtraction would only add cancellation
-    return (
-        center_out - radius_out,
-        center_out + radius_out,
-        nominal_out,
-        4 * radius_out.square().sum(),
-    )
+    # upper' - lower' is 2 radius'; the subtraction would only add cancellation. Two bounds at the
+    # same infinity have no width.
+    width = 4 * radius_out.where(~center_out.isinf(), 0.0).square().sum()
+    return center_out - radius_out, center_out + radius_out, nominal_out, width
 
 
 def _affine_backward(
@@ -312,10 +309,11 @@ def width(lower: Tensor, upper: Tensor, reduction: str = "mean") -> Tensor:
     ``"mean"``: ``(upper - lower).square().mean()``, as in the authors' code; ``"sum"``: the same
     summed over the units, the ``||u_k - l_k||^2`` of the paper.
     """
+    squares = (upper - lower).where(upper != lower, 0.0).square()  # 0 at infinity too
     if reduction == "mean":
-        return (upper - lower).square().mean()
+        return squares.mean()
     if reduction == "sum":
-        return (upper - lower).square().sum() / lower.shape[0]
+        return squares.sum() / lower.shape[0]
     raise ValueError(f"width: reduction must be 'mean' or 'sum', not {reduction!r}")
 
 

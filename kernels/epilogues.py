@@ -25,6 +25,7 @@ def store_outputs(
     width = tl.where(mask, 4.0 * r * r, 0.0)
     if BOUNDS:
         first, second = mu - r, mu + r
+        width = tl.where(first == second, 0.0, width)  # infinite ones too, as of a masked class
     else:
         if RELU:
             first, second = rounded_pair(mu, r, DROPPED)

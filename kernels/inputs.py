@@ -235,7 +235,8 @@ def _pack_kernel(
         if grad_width is not None:
             low = _load(sources[STREAMS], strides[STREAMS], n, row, x, c, inside)
             high = _load(sources[STREAMS + 1], strides[STREAMS + 1], n, row, x, c, inside)
-            r += 4.0 * tl.load(grad_width) * (high - low)
+            # both may be the same infinity
+            r += 4.0 * tl.load(grad_width) * tl.where(high == low, 0.0, high - low)
     else:  # halves first, so that large bounds do not overflow
         m, r = 0.5 * lower + 0.5 * upper, 0.5 * upper - 0.5 * lower
     out = streams + ((n * rows + row) * columns + x) * channels + c
@@ -270,7 +271,8 @@ def pack_gradient(
     `torch.stack([gl + gu, gu - gl, gn]).permute(0, 1, 3, 4, 2)`.
 
     width: (grad, lower, upper), the gradient [1] of `width = ((upper - lower) ** 2).sum()` and the
-    bounds, where that counts too: then `4 * grad * (upper - lower)` is added to the second stream.
+    bounds, where that counts too: then `4 * grad * (upper - lower)` is added to the second stream,
+    and 0 where the bounds are equal, infinite ones too.
 
     Raises TypeError or ValueError where they are not float32 of one shape.
     """

@@ -151,6 +151,7 @@ def _slopes(
     at_label = j == rows
     if bias is not None:
         b = tl.load(bias + j, mask=j < CLASSES, other=0.0)
+        radius = tl.where(tl.abs(b) == float("inf"), 0.0, radius)  # a masked class has no width
         nominal += b
         worst += b - tl.load(bias + rows)
     worst = tl.where(at_label, 0.0, worst)

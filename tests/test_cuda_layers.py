@@ -19,6 +19,7 @@ from tolerances import (
     Case,
     box,
     check,
+    check_infinite_bounds,
     check_registration,
     poisoned_memory,
     signed_weight,
@@ -60,6 +61,11 @@ def few_channels(channels: int, nominal: bool = True, batch: int = 2) -> Case:
     weight, bias = signed_weight((9, channels, 3, 3), F32), torch.randn(9)
     geometry = ((2, 1), (1, 0), (1, 2), 1)
     return Case(lower, upper, z if nominal else None, weight, bias, geometry)
+
+
+@pytest.mark.parametrize("channels", [2, 5])
+def test_widths_of_infinite_bounds(channels: int) -> None:
+    check_infinite_bounds("cuda", F32, channels)
 
 
 @pytest.mark.parametrize("nominal", [True, False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from fusions import (
 from torch import Tensor, nn
 
 import cibp_fast as cf
-from cibp_fast import Interval, models
+from cibp_fast import Interval, _program, models
 
 
 class Branches(nn.Module):
@@ -170,9 +171,52 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_models(name: str) -> None:
     make, message = REFUSED[name]
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(ValueError, match=message):
         cf.fuse(make())
-    assert "cf.bounds still works" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["activation", "groups", "mode", "ends in ReLU", "residual"])
+def test_cf_bounds_is_recommended_where_it_is_known_to_work(name: str) -> None:
+    with pytest.raises(ValueError, match=r"cf\.bounds has a rule for it"):
+        cf.fuse(REFUSED[name][0]())
+
+
+UNKNOWN = {
+    "without a rule": lambda: nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3)),
+    "not monotone": lambda: nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 3)),
+    "no batch statistics": lambda: REFUSED["norm without statistics"][0](),
+    "subclass": lambda: nn.Sequential(OwnLinear(4, 3)),
+    "control flow": lambda: REFUSED["control flow"][0](),
+    "tuple": lambda: REFUSED["tuple"][0](),
+    "softmax": lambda: Branches(lambda m, x: m.fc(F.softmax(x.flatten(1), 1))),
+    "matmul": lambda: Branches(lambda m, x: m.fc(x.flatten(1)) @ x),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_cf_bounds_is_not_recommended_where_it_is_not_known_to_work(name: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        cf.fuse(UNKNOWN[name]())
+    assert "cf.bounds has a rule" not in str(caught.value)
+    assert "works" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", sorted(_program._WITH_RULE, key=lambda kind: kind.__name__))
+def test_layers_said_to_have_a_rule(kind: type[nn.Module]) -> None:
+    """Each bounds its own output."""
+    name = kind.__name__
+    arguments: dict[str, tuple[Any, ...]] = {
+        **dict.fromkeys(("Conv2d", "IntervalConv2d", "Conv1d"), (4, 3, 2)),
+        **dict.fromkeys(("Linear", "IntervalLinear"), (4, 3)),
+        **dict.fromkeys(("BatchNorm1d", "BatchNorm2d"), (4,)),
+        **{"Unflatten": (1, (2, 2)), "Threshold": (0.5, 0.1), "ConstantPad2d": (1, 0.5)},
+    }
+    default = () if not ("Pool" in name or "Pad" in name) else (2,) if "Pool" in name else (1,)
+    module = kind(*arguments.get(name, default)).eval()
+    shape = (3, 4, 6, 6) if name.endswith("2d") else (3, 4, 6) if name.endswith("1d") else (3, 4)
+    x = torch.randn(shape)
+    out = module(Interval.ball(x, 0.1, None))
+    assert (out.lower <= module(x)).all() and (module(x) <= out.upper).all()
 
 
 def test_fuse_takes_modules() -> None:
@@ -223,7 +267,7 @@ UNFIT: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
     "norm in training mode": (
         lambda: nn.Sequential(nn.Flatten(), nn.Linear(144, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)),
         X,
-        r"2 \(BatchNorm1d\): in training mode",
+        r"2 \(BatchNorm1d\): in training mode .* use cf\.bounds",
     ),
     "norm of other channels": (
         lambda: nn.Sequential(
@@ -235,7 +279,7 @@ UNFIT: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
     "dropout in training mode": (
         lambda: nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(144, 3)),
         X,
-        r"1 \(Dropout\)",
+        r"1 \(Dropout\): it is random .* in cf\.bounds neither: call this layer's eval\(\)",
     ),
     "adaptive windows of several sizes": (
         lambda: pooled(nn.AdaptiveAvgPool2d((2, 4)), 16),
@@ -275,12 +319,53 @@ UNFIT: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
 }
 
 
+def changed(index: int, name: str, value: Any) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        layers = (nn.Conv2d(2, 3, 3), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(36, 3))
+        model = nn.Sequential(nn.ZeroPad2d(0), *layers)
+        setattr(model[index], name, value)
+        return model
+
+    return make
+
+
+for index, name, value, message in [
+    (1, "stride", 0, r"1 \(Conv2d\): stride must be at least 1, got 0"),
+    (1, "stride", [1, 2, 3], r"1 \(Conv2d\): stride must have 1 or 2 elements"),
+    (1, "dilation", [], r"1 \(Conv2d\): dilation must have 1 or 2 elements, got \[\]"),
+    (1, "stride", 2.0, r"1 \(Conv2d\): stride must be an int or a sequence of ints, got 2\.0"),
+    (2, "kernel_size", "22", r"2 \(AvgPool2d\): kernel_size must be an int or a sequence"),
+    (
+        2,
+        "padding",
+        None,
+        r"2 \(AvgPool2d\): padding must be an int or a sequence of ints, got None",
+    ),
+    (2, "padding", -1, r"2 \(AvgPool2d\): padding must be at least 0, got -1"),
+    (0, "padding", [1], r"0 \(ZeroPad2d\): padding must have 2 or 4 elements, got \[1\]"),
+    (0, "padding", [1] * 6, r"0 \(ZeroPad2d\): padding must have .* got \[1, 1"),
+]:
+    UNFIT[f"{name}={value}"] = changed(index, name, value), X, message
+for value in (None, [3], (), 3.0, "3", [3, 4, 5]):
+    UNFIT[f"output_size={value!r}"] = (
+        partial(pooled, nn.AdaptiveAvgPool2d(value), 2),  # type: ignore[arg-type]
+        X,
+        r"1 \(AdaptiveAvgPool2d\): output_size must be an int or two ints or None, got",
+    )
+
+
 @pytest.mark.parametrize("name", UNFIT)
 def test_models_that_do_not_fit(name: str) -> None:
     make, x, message = UNFIT[name]
-    net = cf.fuse(make().float())
-    with pytest.raises(ValueError, match=message):
-        net.bounds(x, Interval.ball(x, 0.1))
+    model = make().float()
+    with pytest.raises(ValueError, match=message) as caught:
+        cf.fuse(model).bounds(x, Interval.ball(x, 0.1))
+    if name in ("channels", "features", "bias", "no batch", "too small"):
+        assert "cf.bounds" not in str(caught.value)
+    if name == "norm in training mode":
+        out = cf.bounds(model, x, Interval.ball(x, 0.1))
+        out.worst_logits(torch.tensor([0, 1, 2])).sum().backward()
+        assert model[2].weight.grad.any()
 
 
 def test_parameters_elsewhere() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,7 @@ from fusions import BALLS, CHAINS, inputs, small
 from torch import Tensor, nn
 
 import cibp_fast as cf
-from cibp_fast import Interval
+from cibp_fast import Interval, losses, models
 from cibp_fast.benchmarks.contenders import Contender, Exact, Problem
 from cibp_fast.benchmarks.rivals import RIVALS
 
@@ -55,6 +56,35 @@ def test_gradients_are_off_by_a_rounding(name: str, data: str, clip: bool) -> No
     loss, gradient = Exact.of(problem).errors(Contender(problem, RIVALS["fast"], "nchw"))
     assert loss < 1e-6
     assert 1e-5 < gradient < 2**-8  # of a single rounding, at most
+
+
+@pytest.mark.parametrize("batch", [1, 2, 16])
+@pytest.mark.parametrize(("name", "shape"), [("small", (1, 28, 28)), ("medium", (3, 20, 20))])
+def test_gradients_of_small_batches(isa: str, name: str, shape: models.Shape, batch: int) -> None:
+    """Of each parameter, against float64; seen over 1,600 steps: 2.3e-3 of one example, 2.1e-3 of
+    two, 1.2e-3 of 16. The bounds below leave room for other seeds.
+    """
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model, y = models.NETS[name](shape), torch.randint(10, (batch,))
+        x = torch.randint(256, (batch, *shape)) / 255
+        fast, exact = (
+            torch.autograd.grad(
+                losses.constrained_ibp_loss(
+                    cf.fuse(net, precision).bounds(images, Interval.ball(images, 0.1)),
+                    y,
+                    kappa=0.5,
+                    width_weight=1.0,
+                ),
+                list(net.parameters()),
+            )
+            for net, precision, images in (
+                (model, "fast", x),
+                (copy.deepcopy(model).double(), "float32", x.double()),
+            )
+        )
+        errors = [(a - b).norm() / b.norm() for a, b in zip(fast, exact, strict=True)]
+        assert 1e-5 < max(errors) < (2e-3 if batch == 16 else 3e-3)
 
 
 @pytest.mark.parametrize("data", ["mnist", "cifar10"])

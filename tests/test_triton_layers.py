@@ -10,7 +10,16 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from strategies import convolutions, linear_layers, subsets
 from test_relu import gradients as relu_gradients
-from tolerances import INPUTS, OUTPUTS, Case, box, check, check_registration, signed_weight
+from tolerances import (
+    INPUTS,
+    OUTPUTS,
+    Case,
+    box,
+    check,
+    check_infinite_bounds,
+    check_registration,
+    signed_weight,
+)
 from tritons import DEVICE
 
 import cibp_fast as cf
@@ -66,6 +75,10 @@ def test_channels_last_stays() -> None:
 @pytest.mark.parametrize("kind", ["conv2d", "linear", "relu"])
 def test_registration(kind: str) -> None:
     check_registration(kind, "triton")
+
+
+def test_widths_of_infinite_bounds() -> None:
+    check_infinite_bounds("triton", F32)
 
 
 def test_groups_are_refused() -> None:

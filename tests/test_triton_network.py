@@ -40,6 +40,15 @@ def test_chains(name: str) -> None:
     compare(*both(CHAINS[name](), *inputs(3, 2, 9, 8, dtype=F32)), 1e-5)
 
 
+def test_a_masked_class() -> None:
+    """By a bias of -infinity: it has no width, and no gradient is NaN."""
+    model = small()
+    model[7].bias.data[2] = -torch.inf
+    found, expected = both(model, *inputs(3, 2, 9, 7, dtype=F32))
+    compare(found, expected, 1e-5)
+    assert all(v.isfinite().all() for k, v in found.items() if "gradient" in k or k == "widths")
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_small(reduction: str) -> None:
     compare(*both(small(), *inputs(3, 2, 9, 7, dtype=F32), reduction=reduction), 1e-5)

@@ -324,3 +324,16 @@ def poisoned_memory() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def check_infinite_bounds(backend: str, dtype: torch.dtype, channels: int = 2) -> None:
+    """Outputs at infinity have no width: with its gradient it is that of the other outputs."""
+    streams, weight, bias = box((3, channels, 5, 6), dtype), torch.randn(4, channels, 2, 2), None
+    weight, bias = weight.to(dtype).requires_grad_(), torch.randn(4).to(dtype)
+    others, geometry = [0, 1, 3], ((1, 1), (0, 0), (1, 1), 1)
+    kept = ops.conv2d(*streams, weight[others], bias[others], *geometry, width=True)[3]
+    bias[2] = -torch.inf
+    found = ops.conv2d(*streams, weight, bias, *geometry, width=True, backend=backend)[3]
+    assert kept is not None and found is not None
+    torch.testing.assert_close(found, kept)
+    torch.testing.assert_close(*(torch.autograd.grad(each, weight)[0] for each in (found, kept)))

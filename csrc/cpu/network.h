@@ -41,7 +41,7 @@ struct NetworkForward {
   std::vector<std::byte*> inputs;          // [stages], each [N, stage_input_bytes]
   T *lower_out, *upper_out, *nominal_out;  // [N, classes]
   T *head_lower, *head_upper;              // [N, features of the last stage], in its order
-  T* widths;                               // [stages] sums of (upper - lower)^2 after ReLU
+  T* widths;  // [stages] sums of (upper - lower)^2 after ReLU, 0 at infinity
 };
 
 template <class T>

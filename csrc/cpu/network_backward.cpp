@@ -28,8 +28,8 @@ std::vector<T> logits_gradient(const NetworkBackward<T>& op, int64_t pitch) {
       const int64_t at = n * s.out_channels + o;
       T* g = &gradient[static_cast<size_t>(n * S * pitch + o)];
       g[0] = op.grad_lower[at] + op.grad_upper[at];
-      g[pitch] =
-          op.grad_upper[at] - op.grad_lower[at] + width * (op.upper_out[at] - op.lower_out[at]);
+      g[pitch] = op.grad_upper[at] - op.grad_lower[at] +
+                 width * difference(op.lower_out[at], op.upper_out[at]);
       g[2 * pitch] = op.grad_nominal[at];
     }
   return gradient;

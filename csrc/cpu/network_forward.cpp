@@ -81,14 +81,17 @@ template <class T>
 void head_bounds(const NetworkForward<T>& op, const Layer<T>& head, const T* in) {
   const Conv2dShape& s = head.stage->shape;
   const int64_t pixels = s.in_height * s.in_width;
+  const bool relu = op.stages.size() > 1 && op.stages[op.stages.size() - 2].relu;
   parallel_for(op.threads, s.batch, [&](int64_t n) {
     const T* image = in + n * head.in.size();
     const int64_t base = n * s.in_channels * pixels;
     for (int64_t p = 0; p < pixels; ++p) {
       const T* m = image + head.in_offsets[static_cast<size_t>(p)];
       for (int64_t c = 0; c < s.in_channels; ++c) {
-        op.head_lower[base + c * pixels + p] = m[c] - m[c + head.in.stream_stride()];
-        op.head_upper[base + c * pixels + p] = m[c] + m[c + head.in.stream_stride()];
+        const T r = m[c + head.in.stream_stride()];
+        // of an unstable unit whose upper bound is infinite m - r is NaN
+        op.head_lower[base + c * pixels + p] = relu && m[c] == r ? T{0} : m[c] - r;
+        op.head_upper[base + c * pixels + p] = m[c] + r;
       }
     }
   });
@@ -202,9 +205,11 @@ void network_forward(const NetworkForward<T>& op) {
         activate<T>(load(bias + channel), layer.stage->relu, sums);
         const int64_t valid = std::min<int64_t>(kLanes<T>, channels - channel);
         const int64_t at = n * channels + channel;
-        store_some<T>(op.lower_out + at, sums[0] - sums[1], valid);
-        store_some<T>(op.upper_out + at, sums[0] + sums[1], valid);
+        const Vec<T> lower = sums[0] - sums[1], upper = sums[0] + sums[1];
+        store_some<T>(op.lower_out + at, lower, valid);
+        store_some<T>(op.upper_out + at, upper, valid);
         store_some<T>(op.nominal_out + at, sums[2], valid);
+        sums[1] = lower == upper ? Vec<T>{} : sums[1];  // as `difference`
       });
     }
     op.widths[i] = static_cast<T>(4 * width);

@@ -47,7 +47,7 @@ struct OutputGradient {
   void operator()(const V* in, V* out) const {
     out[0] = in[0] + in[1];
     out[1] = in[1] - in[0];
-    if constexpr (WIDTH) out[1] += T(4) * width_gradient * (in[STREAMS + 1] - in[STREAMS]);
+    if constexpr (WIDTH) out[1] += T(4) * width_gradient * difference(in[STREAMS], in[STREAMS + 1]);
     if constexpr (STREAMS == 3) out[2] = in[2];
   }
 };
@@ -194,10 +194,10 @@ double unpack(const Epilogue& epilogue, const T* product, int64_t block, int64_t
       if constexpr (Epilogue::kWidth) {
         Vec<T> squares{};
         for (int i = 0; i < lines; ++i) {
-          Vec<T> difference = rows[1][i] - rows[0][i];
+          Vec<T> size = difference(rows[0][i], rows[1][i]);
           if (length < L)
-            for (int64_t j = length; j < L; ++j) difference[j] = 0;
-          squares += difference * difference;
+            for (int64_t j = length; j < L; ++j) size[j] = 0;
+          squares += size * size;
         }
         width += static_cast<double>(sum<T>(squares));
       }

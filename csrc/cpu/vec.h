@@ -79,6 +79,13 @@ inline Vec<T> absolute(Vec<T> v) {
   return v;
 }
 
+// upper - lower, and 0 where they are equal: also where both are the same infinity, as those of a
+// class that a bias of -infinity masks. NaN stays NaN.
+template <class V>
+inline V difference(V lower, V upper) {
+  return lower == upper ? V{} : upper - lower;
+}
+
 // Keeps v in a register: without it GCC folds one load into every multiply-add that uses it.
 template <class T>
 inline void pin(Vec<T>& v) {

@@ -85,7 +85,7 @@ struct Bounds {
       out[0] = in[0];
       out[1] = in[1];
     } else if (!relu) {
-      return 4.0f * radius * radius;
+      return out[0] == out[1] ? 0.0f : 4.0f * radius * radius;  // at infinity too
     }
     CIBP_UNROLL
     for (int s = 0; s < 3; ++s) out[s] = relu ? positive(out[s]) : out[s];
@@ -101,7 +101,8 @@ struct BoundsGrad {
   bool relu;
 
   CIBP_DEVICE float operator()(int64_t, const float* in, float* out) const {
-    const float width = grad_width ? 2.0f * *grad_width * (in[4] - in[3]) : 0.0f;
+    const bool apart = grad_width && in[4] != in[3];  // inf - inf would be NaN
+    const float width = apart ? 2.0f * *grad_width * (in[4] - in[3]) : 0.0f;
     float grad[3] = {in[0], in[1], in[2]}, of_width[3] = {width, width, 0.0f};
     CIBP_UNROLL
     for (int s = 0; s < 3; ++s)
