@@ -142,7 +142,9 @@ def conv2d(
         return _ordered_view(torch.squeeze, out, 0)
     pads, dilations = (0, 0), _pair("dilation", dilation)
     strides, groups = _pair("stride", stride), _single("conv2d", "groups", groups)
-    if padding == "same":
+    if not isinstance(padding, str):
+        pads = _pair("padding", padding)
+    elif padding == "same":
         if strides != (1, 1):
             raise ValueError(f"conv2d: padding='same' needs stride 1, got {stride}")
         total = [d * (k - 1) for d, k in zip(dilations, weight.shape[-2:], strict=True)]
@@ -150,11 +152,8 @@ def conv2d(
         if total[0] % 2 or total[1] % 2:  # torch puts the odd one after
             after = (0, total[1] % 2, 0, total[0] % 2)
             input = _each(F.pad, input, after)
-    elif isinstance(padding, str):
-        if padding != "valid":
-            raise ValueError(f"conv2d: padding must be 'same', 'valid' or ints, got {padding!r}")
-    else:
-        pads = _pair("padding", padding)
+    elif padding != "valid":
+        raise ValueError(f"conv2d: padding must be 'same', 'valid' or ints, got {padding!r}")
     lower, upper, nominal, squares = ops.conv2d(
         input.lower,
         input.upper,
