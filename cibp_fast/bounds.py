@@ -227,7 +227,7 @@ def bounds(
 
     Equals `model(Interval(box.lower, box.upper, x, validate=False))`, and notes on the way what
     `Bounds` offers. Any model of known layers will do; gradients reach its parameters, x and box.
-    torch.utils.checkpoint inside the model is not supported: its second pass would note nothing.
+    torch.utils.checkpoint inside the model takes use_reentrant=False.
 
     Args:
         model: module or function from [N, ...] to logits [N, classes].

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cibp_fast import rules
-from cibp_fast.interval import Interval
+from cibp_fast.interval import Interval, run_rule
 
 __all__ = ["interval_conv1d", "interval_conv2d", "interval_linear"]
 
@@ -75,7 +75,7 @@ def _run(
     rule: Callable[..., Interval], plain: Callable[..., Tensor], backend: str, box: Any, *args: Any
 ) -> Any:
     if isinstance(box, Interval):
-        return rule(box, *args, backend=backend)
+        return run_rule(rule, box, *args, backend=backend)
     if backend != "auto":
         raise ValueError(f"backend must be 'auto' for a plain Tensor, got {backend!r}")
     return plain(box, *args)

@@ -9,18 +9,21 @@ raises `UnsupportedOpError`.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from numbers import Real
-from typing import Any, NamedTuple
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, NoReturn
 
+import numpy as np
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.utils import _pytree
 
-from cibp_fast._arithmetic import autocasts, transformed
-from cibp_fast._graphs import capturing
-from cibp_fast.recorder import Origin
+from cibp_fast._arithmetic import autocasts, no_autocast, transformed
+from cibp_fast._autograd import backward_pass, function_around, inside_function
+from cibp_fast._ball import ball_radius, clip_ends, moved_inside
+from cibp_fast._checks import may_inspect, refuse_where
+from cibp_fast.recorder import Origin, Pass, Recorder, active, recording
 
 __all__ = ["Interval", "UnsupportedOpError"]
 
@@ -37,6 +40,7 @@ _NOT_MONOTONE = {
     *("gelu", "silu", "silu_", "mish", "mish_", "hardswish", "hardswish_", "softmax", "softmin"),
     *("log_softmax", "gumbel_softmax", "glu", "normalize", "abs", "square", "sin", "cos"),
 }
+_WRITES = {"__setitem__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"}
 
 
 class UnsupportedOpError(TypeError, AttributeError):
@@ -76,7 +80,7 @@ def _refused(name: str) -> Callable[..., Any]:
 class _Ball(NamedTuple):
     """That an Interval is its nominal point +- radius, not clipped."""
 
-    radius: float | Tensor  # a number or one per channel
+    radius: float | Tensor  # a number, or a tensor of one element or one per channel
     versions: tuple[int, ...]  # of lower, upper and nominal, when it was so
 
 
@@ -112,6 +116,10 @@ class Interval:
     _origin: Origin | None  # what a recorder noted about these values
     _ball: _Ball | None  # of the result of `ball` only: what other operations make has none
     _autocast: bool  # made under autocast, or from an Interval that was
+    # What a checkpoint needs that computes again from this box:
+    _pass: Pass | None  # the pass of `bounds` that made it
+    _read: bool  # whether an operation read these values
+    _overwritten: bool  # whether values that had been read were replaced in place
 
     def __init__(
         self, lower: Tensor, upper: Tensor, nominal: Tensor | None = None, validate: bool = True
@@ -119,8 +127,9 @@ class Interval:
         _check_alike(lower, upper, nominal)
         if validate and may_inspect(lower):
             _check_values(lower, upper, nominal)
-        self._lower, self._upper, self._nominal = lower, upper, nominal
-        self._version, self._seen, self._origin, self._ball = [0], 0, None, None
+        if not torch.is_grad_enabled():
+            refuse_cut((lower, upper, nominal))
+        self._set(lower, upper, nominal, None)
         self._autocast = autocasts(lower.device)
 
     @staticmethod
@@ -129,60 +138,69 @@ class Interval:
     ) -> Interval:
         """An Interval of results: nothing is checked."""
         box = Interval.__new__(Interval)
-        box._lower, box._upper, box._nominal = lower, upper, nominal
-        box._version, box._seen, box._origin, box._ball = [0], 0, origin, None
-        box._autocast = False
+        box._set(lower, upper, nominal, origin)
         return box
+
+    def _set(
+        self, lower: Tensor, upper: Tensor, nominal: Tensor | None, origin: Origin | None
+    ) -> None:
+        self._lower, self._upper, self._nominal = lower, upper, nominal
+        self._version, self._seen, self._origin, self._ball = [0], 0, origin, None
+        recorder = active()
+        self._pass = None if recorder is None else recorder.made_in
+        self._read = self._overwritten = self._autocast = False
 
     @classmethod
     def ball(
         cls,
         x: Tensor,
-        eps: float | Sequence[float] | Tensor,
-        clip: tuple[float, float] | None = (0.0, 1.0),
+        eps: float | Sequence[float] | np.ndarray | Tensor,
+        clip: Sequence[Any] | np.ndarray | Tensor | None = (0.0, 1.0),
         *,
         validate: bool = True,
     ) -> Interval:
         """The box `x - eps <= . <= x + eps`, cut to the range `clip`; its nominal is x.
 
+        Values of x that are outside of `clip` by rounding only, by up to 4 units in the last place
+        of the larger end, are moved to its end first: nominal is then a copy of x with these
+        values moved. Where nothing is outside, nominal is x itself.
+
         Args:
-            x: floating-point tensor, [N, C, ...] where eps is given per channel.
-            eps: radius, at least 0: a number (a numpy scalar or 0-dim tensor too), [C] (one per
-                channel of x), or of x's shape.
-            clip: (least, greatest) value of the data; None: no clip.
-            validate: check the values of x and of a tensor eps; skipped as in `Interval`.
+            x: floating-point tensor, [N, C, ...] where eps or clip is given per channel.
+            eps: radius, at least 0: a number, a tensor, or a sequence or array of numbers. One
+                dimension is one per channel, [C]; so are [C, 1, 1] and [1, C, 1, 1]. Any other
+                has x's number of dimensions and broadcasts to x's shape: [N, 1, 1, 1] is one per
+                example.
+            clip: (least, greatest) value of the data, each as eps in type and shape; infinite where
+                the range has no end. None: no clip.
+            validate: check the values of x and of tensors in eps and clip; skipped as in
+                `Interval`. x is then moved into the range without a look; with validate=False it
+                must be inside.
 
         Raises:
             TypeError: x is not a floating-point tensor, or eps not of real numbers.
             ValueError: eps is negative, infinite, NaN or of another shape, clip is no pair of
-                numbers in order, or x has values outside it.
+                numbers or tensors in order, or x has values outside it.
         """
         if not isinstance(x, Tensor) or not x.is_floating_point():
             got = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"x must be a floating-point tensor, got {got}")
-        radius = _radius(x, eps, validate)
-        lower, upper = x - radius, x + radius
-        if clip is not None:
-            pair = isinstance(clip, Sequence) and len(clip) == 2
-            if not (pair and all(isinstance(end, Real) for end in clip) and clip[0] <= clip[1]):
-                raise ValueError(f"clip must be (least, greatest) or None, got {clip!r}")
-            least, greatest = clip
-            if validate and may_inspect(x) and x.numel():
-                low, high = torch.stack(x.detach().aminmax()).tolist()  # waits for a GPU once
-                if not (least <= low and high <= greatest):
-                    raise ValueError(
-                        f"x has values in [{low:g}, {high:g}], outside clip={clip}; scale x to "
-                        "that range, or pass the range of the data, or clip=None for no clip"
-                    )
-            lower, upper = lower.clamp(min=least), upper.clamp(max=greatest)
-        box = cls._make(lower, upper, x)
-        box._autocast = autocasts(x.device)
+        radius = ball_radius(x, eps, validate)
         if clip is None:
+            box = cls._make(x - radius, x + radius, x)
             box._mark_ball(x, radius)
+            box._autocast = autocasts(x.device)
+            return box
+        least, greatest = clip_ends(x, clip, validate)
+        with no_autocast(x.device):  # which would take half precision for another half
+            nominal = moved_inside(x, least, greatest) if validate else x
+        lower, upper = nominal - radius, nominal + radius
+        box = cls._make(lower.clamp(least, greatest), upper.clamp(least, greatest), nominal)
+        box._autocast = autocasts(x.device)
         return box
 
     def _mark_ball(self, x: Tensor, radius: float | Tensor) -> None:
-        """Notes that this is x +- radius, unless that is of x's shape or has a gradient."""
+        """Notes that this is x +- radius, if that is one or one per channel, without gradient."""
         streams = (self._lower, self._upper, x)
         if (
             torch.compiler.is_compiling()
@@ -191,7 +209,8 @@ class Interval:
         ):
             return  # no version counters
         if isinstance(radius, Tensor):
-            if radius.requires_grad or (radius.dim() and radius.shape == x.shape):
+            per_channel = radius.dim() > 1 and radius.shape[1] == radius.numel()
+            if radius.requires_grad or not (radius.numel() == 1 or per_channel):
                 return
             radius = radius.clone()  # the user's may change
         self._ball = _Ball(radius, tuple(stream._version for stream in streams))
@@ -199,8 +218,8 @@ class Interval:
     def _ball_radius(self, x: Tensor) -> float | Tensor | None:
         """The radius, where this is exactly x +- radius and nobody wants its gradient, else None.
 
-        A number or a tensor of as many elements as x has channels. Writes that torch does not
-        count, such as through x.data, go unseen.
+        A number, or a tensor of one element or of as many as x has channels. Writes that torch does
+        not count, such as through x.data, go unseen.
         """
         ball, streams = self._ball, (self._lower, self._upper, x)
         if ball is None or x is not self._nominal or torch.compiler.is_compiling():
@@ -230,6 +249,8 @@ class Interval:
                 "this Interval shares memory with a view that was modified in place since; use the "
                 "out-of-place op, or clone() before it"
             )
+        if not torch.is_grad_enabled():
+            refuse_cut((self,))
         return self
 
     @property
@@ -280,7 +301,22 @@ class Interval:
         return True
 
     def __len__(self) -> int:
+        if not self.dim():
+            raise TypeError(f"an Interval without dimensions has no length; {_TWO_TENSORS}")
         return len(self._lower)
+
+    def __iter__(self) -> Iterator[Interval]:
+        if not self.dim():
+            raise TypeError("an Interval without dimensions cannot be iterated over")
+        return iter(self._dispatch(Tensor.unbind, self))
+
+    def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError(f"an Interval cannot become a numpy array; {_TWO_TENSORS}")
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError(f"an Interval cannot become a tensor; {_TWO_TENSORS}")
+
+    __dlpack_device__ = __dlpack__
 
     def __bool__(self) -> bool:
         raise UnsupportedOpError("bool")
@@ -312,11 +348,10 @@ class Interval:
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        _refuse_write(func, args, kwargs)
         rule = RULES.get(func)
         if rule is None:
             raise UnsupportedOpError(_name(func))
-        if kwargs.get("out") is not None:
-            raise UnsupportedOpError(_name(func), "out= is not supported")
         if rule not in SEVERAL:
             given = [*args, *kwargs.values()]
             first = args[0] if args else kwargs.get("input")
@@ -325,7 +360,7 @@ class Interval:
                 raise UnsupportedOpError(_name(func), "only its input may be an Interval")
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             return _without_autocast(_name(func), rule, args, kwargs)
-        return rule(*args, **kwargs)
+        return run_rule(rule, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         """Tensor methods with a rule: `box.flatten(1)` is `torch.Tensor.flatten(box, 1)`."""
@@ -367,6 +402,7 @@ class Interval:
         self._lower, self._upper, self._nominal = value.lower, value.upper, value.nominal
         self._version[0] += 1
         self._seen, self._origin, self._ball = self._version[0], value._origin, None
+        self._overwritten, self._read = self._overwritten or self._read, False
         return self
 
 
@@ -384,20 +420,18 @@ for _method, _symbol in {
     setattr(Interval, f"__r{_method}__", _refused(_symbol))
 
 
+_TWO_TENSORS = "take its two tensors, box.lower and box.upper"
+
+
 def _without_autocast(name: str, rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """`rule(*args, **kwargs)` in the dtype of its Intervals.
 
     One that was made without autocast meets it inside a model, whose point `model(x)` is then not
     what the Interval bounds.
     """
-
-    def boxes(values: Any) -> list[Interval]:
-        leaves = _pytree.tree_leaves(values, is_leaf=lambda each: isinstance(each, Interval))
-        return [each for each in leaves if isinstance(each, Interval)]
-
-    given = boxes((args, kwargs))
+    given = list(_intervals((*args, *kwargs.values())))
     if not autocasts(given[0].device):
-        return rule(*args, **kwargs)
+        return run_rule(rule, *args, **kwargs)
     if not all(box._autocast for box in given):
         raise RuntimeError(
             f"{name}: autocast was switched on after the Interval was made, as inside a model. "
@@ -406,8 +440,8 @@ def _without_autocast(name: str, rule: Rule, args: tuple[Any, ...], kwargs: dict
             "make the Interval under autocast too, which then changes no number"
         )
     with torch.autocast(given[0].device.type, enabled=False):
-        out = rule(*args, **kwargs)
-    for box in boxes(out):
+        out = run_rule(rule, *args, **kwargs)
+    for box in _intervals([out]):
         box._autocast = True
     return out
 
@@ -416,23 +450,65 @@ def _name(function: Callable[..., Any]) -> str:
     return str(getattr(function, "__name__", function))
 
 
-def may_inspect(tensor: Tensor) -> bool:
-    """Whether a check may look at values: not of meta tensors, under compile, graph capture or
-    torch.func, nor where torch makes it an error to wait for the GPU.
+def _refuse_write(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """Raises RuntimeError where an Interval would be written into a tensor.
+
+    It must not be a TypeError: torch's operators turn one into NotImplemented, Python then takes
+    `a - box` for `a -= box`, and views of a keep the old values.
     """
-    if torch.compiler.is_compiling() or tensor.device.type == "meta" or transformed():
-        return False
-    if not torch.cuda.is_initialized():
-        return True
-    return not (capturing() or torch.cuda.get_sync_debug_mode() == 2)
+    out = kwargs.get("out") is not None
+    if args and isinstance(args[0], Interval) and not out:
+        return
+    name = _name(func).split(".")[0]  # of an OpOverload: add_.Tensor
+    if out or name in _WRITES or re.fullmatch(r".*[^_]_", name):
+        raise RuntimeError(
+            f"{name}{' with out=' if out else ''}: a tensor cannot hold an Interval; use an op "
+            "that returns a new one, such as a = a - box instead of a -= box, torch.cat or "
+            "torch.stack"
+        )
 
 
-def as_float(number: Real) -> float:
-    """The number as a float; infinite where it is too large for one."""
-    try:
-        return float(number)
-    except OverflowError:
-        return math.inf
+def run_rule(rule: Rule, *args: Any, **kwargs: Any) -> Any:
+    """Returns `rule(*args, **kwargs)`, in the way that gradients need it."""
+    if not torch.is_grad_enabled():
+        refuse_cut((*args, *kwargs.values()))
+    if torch.compiler.is_compiling():
+        return rule(*args, **kwargs)
+    boxes = list(_intervals((*args, *kwargs.values())))
+    task, recorder = backward_pass(), active()
+    if task != -1 and (recorder is None or recorder.made_in.task != task):
+        return _computed_again(task, boxes, rule, *args, **kwargs)
+    out = rule(*args, **kwargs)
+    for box in boxes:
+        box._read = box._read or out is not box
+    return out
+
+
+def _intervals(values: Iterable[Any]) -> Iterator[Interval]:
+    for value in values:
+        if isinstance(value, Interval):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _intervals(value)
+
+
+def _computed_again(task: int, boxes: list[Interval], rule: Rule, *args: Any, **kwargs: Any) -> Any:
+    """The rule during a backward pass, where torch.utils.checkpoint repeats a part of the forward.
+
+    The same tensors must be saved for the gradient as in the forward pass, those of the widths that
+    `bounds` recorded among them, and from the same values.
+    """
+    given = [box for box in boxes if box._pass is None or box._pass.task != task]
+    passes = [box._pass for box in boxes if box._pass is not None]
+    seen = [box._seen for box in given]
+    with recording(Recorder(*passes[0].kinds if passes else ())):
+        out = rule(*args, **kwargs)
+    if seen != [box._seen for box in given] or any(box._overwritten for box in given):
+        raise RuntimeError(
+            "torch.utils.checkpoint cannot compute again from an Interval that was modified in "
+            "place; use the out-of-place op, or clone() before it"
+        )
+    return out
 
 
 def _check_alike(lower: Tensor, upper: Tensor, nominal: Tensor | None) -> None:
@@ -458,50 +534,55 @@ def _check_alike(lower: Tensor, upper: Tensor, nominal: Tensor | None) -> None:
 def _check_values(lower: Tensor, upper: Tensor, nominal: Tensor | None) -> None:
     for name, stream in (("lower", lower), ("upper", upper), ("nominal", nominal)):
         if stream is not None:
-            _refuse_where(stream.isnan(), f"{name} is NaN")
-    _refuse_where(lower > upper, "lower > upper", lower, upper)
+            refuse_where(stream.isnan(), f"{name} is NaN")
+    refuse_where(lower > upper, "lower > upper", lower, upper)
     if nominal is not None:
-        _refuse_where(nominal < lower, "nominal < lower", nominal, lower)
-        _refuse_where(nominal > upper, "nominal > upper", nominal, upper)
+        refuse_where(nominal < lower, "nominal < lower", nominal, lower)
+        refuse_where(nominal > upper, "nominal > upper", nominal, upper)
 
 
-def _refuse_where(wrong: Tensor, what: str, *values: Tensor) -> None:
-    if wrong.any():
-        first = tuple(wrong.nonzero()[0].tolist())
-        shown = " and ".join(f"{value[first].item():g}" for value in values)
-        raise ValueError(
-            f"{what} at {int(wrong.sum())} of {wrong.numel()} positions, first at {first}"
-            + (f": {shown}" if shown else "")
+def refuse_cut(values: Iterable[Any]) -> None:
+    """Raises RuntimeError where a torch.autograd.Function would cut the gradients of an Interval.
+
+    For where gradients are disabled. torch disables them inside a Function, and gives its outputs
+    gradients if they are tensors only. Who disables them otherwise, by torch.no_grad(), means it.
+
+    values: what may want a gradient, besides what the Function was applied to.
+    """
+    if torch.compiler.is_compiling():
+        if inside_function() and _want_gradient(values):
+            raise RuntimeError("a torch.autograd.Function would cut the gradients of an Interval")
+        return
+    if (found := function_around()) is None:
+        return
+    (function, arguments), recorder = found, active()
+    if recorder is not None and not recorder.gradients:
+        return
+    if not (_want_gradient(values) or _want_gradient(arguments)):
+        return
+    raise RuntimeError(
+        f"{function.__qualname__} would cut the gradients of an Interval, since torch runs a "
+        "torch.autograd.Function without them; "
+        + (
+            "use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+            if function.__module__ == torch.utils.checkpoint.__name__
+            else "apply it to tensors (box.lower, box.upper and box.nominal), or use torch's own "
+            "functions for Intervals. If no gradients are wanted, call cibp_fast.bounds under "
+            "torch.no_grad()"
         )
+    )
 
 
-def _radius(x: Tensor, eps: float | Sequence[float] | Tensor, validate: bool) -> float | Tensor:
-    if isinstance(eps, Real) and not isinstance(eps, bool):
-        number = as_float(eps)
-        if not 0 <= number < math.inf:
-            raise ValueError(f"eps must be at least 0 and finite, got {number}")
-        return number
-    wrong = f"eps must be a real number or a tensor or sequence of them, got {eps!r}"
-    try:
-        given = torch.as_tensor(eps).dtype
-        if given.is_complex or given == torch.bool:
-            raise TypeError(wrong)
-        radius = torch.as_tensor(eps, dtype=x.dtype, device=x.device)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(wrong) from error
-    if radius.dim() == 1 and x.dim() > 1 and len(radius) == x.shape[1]:
-        radius = radius.view(-1, *[1] * (x.dim() - 2))
-    elif radius.dim() and radius.shape != x.shape:
-        raise ValueError(
-            f"eps must be a number, one per channel of x, or of x's shape {list(x.shape)}; "
-            f"got shape {list(radius.shape)}"
-        )
-    if validate and may_inspect(radius) and not ((radius >= 0) & (radius < torch.inf)).all():
-        raise ValueError(
-            f"eps must be at least 0 and finite everywhere, got values from {radius.min():g} to "
-            f"{radius.max():g}"
-        )
-    return radius
+def _want_gradient(values: Iterable[Any]) -> bool:
+    for value in values:
+        if isinstance(value, Interval):
+            value = (value._lower, value._upper, value._nominal)
+        if isinstance(value, list | tuple):
+            if _want_gradient(value):
+                return True
+        elif isinstance(value, Tensor) and value.requires_grad:
+            return True
+    return False
 
 
 def _flatten(box: Interval) -> tuple[list[Any], None]:

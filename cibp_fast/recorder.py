@@ -7,11 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cibp_fast._arithmetic import is_half
+from cibp_fast._autograd import backward_pass, function_around
 
-__all__ = ["Head", "Layer", "Origin", "Recorder", "note", "recording", "wanted"]
+__all__ = [
+    *("Head", "Layer", "Origin", "Pass", "Recorder"),
+    *("active", "note", "recording", "wanted"),
+]
 
 
 class Head(NamedTuple):
@@ -30,6 +36,13 @@ class Origin(NamedTuple):
     head: Head | None  # the linear layer that made it
 
 
+class Pass(NamedTuple):
+    """A pass of boxes through a model."""
+
+    kinds: tuple[str, ...]  # of layers whose widths are wanted
+    task: int  # the backward pass that it is a part of, or -1
+
+
 class Layer(NamedTuple):
     """The width of one layer's output."""
 
@@ -42,9 +55,14 @@ class Recorder:
     """The widths of all layers of the wanted kinds, "affine" and "activation", in their order."""
 
     def __init__(self, *kinds: str) -> None:
-        self.kinds = kinds
         self.layers: list[Layer] = []
         self.half = False  # whether a layer's output, of any kind, was of half precision
+        if torch.compiler.is_compiling():
+            self.made_in, self.gradients = Pass(kinds, -1), True
+            return
+        self.made_in = Pass(kinds, backward_pass())
+        # Whether gradients may be wanted. Inside a Function torch disables them, whoever wants them
+        self.gradients = torch.is_grad_enabled() or function_around() is not None
 
     def add(self, lower: Tensor, upper: Tensor, squares: Tensor | None = None) -> int:
         """Appends the layer whose output is lower, upper [N, ...], and returns its index."""
@@ -73,9 +91,14 @@ def recording(recorder: Recorder) -> Iterator[None]:
         _active.recorder = previous
 
 
+def active() -> Recorder | None:
+    """Returns the recorder of this thread."""
+    return _active.recorder
+
+
 def wanted(kind: str) -> bool:
     """Whether someone records the widths of this kind of layer."""
-    return _active.recorder is not None and kind in _active.recorder.kinds
+    return _active.recorder is not None and kind in _active.recorder.made_in.kinds
 
 
 def note(

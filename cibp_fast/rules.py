@@ -12,22 +12,22 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cibp_fast import ops
+from cibp_fast._checks import as_float, may_inspect
 from cibp_fast.interval import (
     RULES,
     SEVERAL,
     Interval,
     Rule,
     UnsupportedOpError,
-    as_float,
-    may_inspect,
 )
 from cibp_fast.recorder import Head, note, wanted
 
@@ -48,7 +48,7 @@ def _rule(*names: str, several: bool = False) -> Callable[[RuleT], RuleT]:
 
     def register(rule: RuleT) -> RuleT:
         for name in names:
-            in_place = partial(_in_place, name + "_", rule)
+            in_place = partial(_in_place, rule)
             RULES.update(dict.fromkeys(_functions(name), rule))
             RULES.update(dict.fromkeys(_functions(name + "_"), in_place))
             if several:
@@ -58,9 +58,7 @@ def _rule(*names: str, several: bool = False) -> Callable[[RuleT], RuleT]:
     return register
 
 
-def _in_place(name: str, rule: Rule, input: Any, *args: Any, **kwargs: Any) -> Interval:
-    if not isinstance(input, Interval):
-        raise UnsupportedOpError(name, "a tensor cannot become an Interval in place")
+def _in_place(rule: Rule, input: Interval, *args: Any, **kwargs: Any) -> Interval:
     return input._assign(rule(input, *args, **kwargs))
 
 
@@ -84,10 +82,25 @@ def _each(function: Callable[..., Tensor], input: Interval, *args: Any, **kwargs
 
 
 def _view(function: Callable[..., Tensor], input: Interval, *args: Any, **kwargs: Any) -> Interval:
-    """As _each; the result may share memory with input."""
+    """As _each; where the result shares memory with input, it is one of its views."""
     out = _each(function, input, *args, **kwargs)
-    out._version, out._seen = input._version, input._seen
+    if _shares_memory(out, input):
+        out._version, out._seen = input._version, input._seen
     return out
+
+
+def _shares_memory(out: Interval, input: Interval) -> bool:
+    if torch.compiler.is_compiling():
+        return True  # it may, and dynamo cannot tell
+    streams = (out._lower, input._lower), (out._upper, input._upper), (out._nominal, input._nominal)
+    try:
+        return any(
+            a.untyped_storage()._cdata == b.untyped_storage()._cdata
+            for a, b in streams
+            if a is not None and b is not None
+        )
+    except NotImplementedError:  # inside vmap and its like tensors hide their storages
+        return True
 
 
 def _ordered_view(
@@ -129,7 +142,9 @@ def conv2d(
         return _ordered_view(torch.squeeze, out, 0)
     pads, dilations = (0, 0), _pair("dilation", dilation)
     strides, groups = _pair("stride", stride), _single("conv2d", "groups", groups)
-    if padding == "same":
+    if not isinstance(padding, str):
+        pads = _pair("padding", padding)
+    elif padding == "same":
         if strides != (1, 1):
             raise ValueError(f"conv2d: padding='same' needs stride 1, got {stride}")
         total = [d * (k - 1) for d, k in zip(dilations, weight.shape[-2:], strict=True)]
@@ -137,11 +152,8 @@ def conv2d(
         if total[0] % 2 or total[1] % 2:  # torch puts the odd one after
             after = (0, total[1] % 2, 0, total[0] % 2)
             input = _each(F.pad, input, after)
-    elif isinstance(padding, str):
-        if padding != "valid":
-            raise ValueError(f"conv2d: padding must be 'same', 'valid' or ints, got {padding!r}")
-    else:
-        pads = _pair("padding", padding)
+    elif padding != "valid":
+        raise ValueError(f"conv2d: padding must be 'same', 'valid' or ints, got {padding!r}")
     lower, upper, nominal, squares = ops.conv2d(
         input.lower,
         input.upper,
@@ -190,17 +202,28 @@ def conv1d(
 
 
 def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
-    values = value if isinstance(value, Sequence) else (value,)
-    if len(values) not in (1, 2) or not all(isinstance(each, Integral) for each in values):
+    values = _integers(value)
+    if len(values) not in (1, 2):
         raise ValueError(f"conv2d: {name} must be an int or two, got {value}")
-    return int(values[0]), int(values[-1])
+    return values[0], values[-1]
 
 
 def _single(function: str, name: str, value: int | Sequence[int]) -> int:
-    values = value if isinstance(value, Sequence) else (value,)
-    if len(values) != 1 or not isinstance(values[0], Integral):
+    values = _integers(value)
+    if len(values) != 1:
         raise ValueError(f"{function}: {name} must be one int, got {value}")
-    return int(values[0])
+    return values[0]
+
+
+def _integers(value: Any) -> list[int]:
+    """The integers of a number, or of a sequence or array of them; empty: there are others."""
+    several = isinstance(value, Sequence) or (
+        isinstance(value, np.ndarray | Tensor) and value.ndim > 0
+    )
+    try:
+        return [operator.index(each) for each in (value if several else (value,))]
+    except TypeError:
+        return []
 
 
 @_rule("linear")
@@ -514,9 +537,16 @@ def _check_factor(function: Callable[..., Tensor], box: Interval, factor: Any) -
     if function is operator.truediv:
         least, allowed = torch.finfo(dtype).tiny, "finite and neither 0 nor subnormal"
     if isinstance(factor, Tensor):
-        size = factor.to(dtype).abs()
-        fits = bool(((size >= least) & (size <= most)).all())
+        size = factor.detach().to(dtype).abs()
+        wrong = ~((size >= least) & (size <= most))
+        if not wrong.any():
+            return
+        first = tuple(wrong.nonzero()[0].tolist())
+        got = str(factor[first].item())
+        if factor.dim():
+            got += f" at {first}; {int(wrong.sum())} of {factor.numel()} elements are such"
+    elif least <= abs(as_float(factor)) <= most:
+        return
     else:
-        fits = least <= abs(as_float(factor)) <= most
-    if not fits:
-        raise ValueError(f"{function.__name__}: the constant must be {allowed}, got {factor}")
+        got = str(factor)
+    raise ValueError(f"{function.__name__}: the constant must be {allowed}, got {got}")

@@ -104,7 +104,7 @@ def test_ball_refuses_eps(eps, error) -> None:
 
 def test_ball_refuses_x() -> None:
     with pytest.raises(
-        ValueError, match=r"x has values in \[0, 255\], outside clip=\(0\.0, 1\.0\)"
+        ValueError, match=r"x has values in \[0.0, 255.0\], outside clip=\(0\.0, 1\.0\)"
     ):
         Interval.ball(torch.tensor([0.0, 255.0]), 0.1)
     with pytest.raises(ValueError, match="x has values"):
@@ -236,6 +236,80 @@ def test_in_place_on_views_is_never_silent() -> None:
         _ = flat.upper
     with pytest.raises(RuntimeError, match="in-place op would change"):
         box += torch.ones(3, 2, 4).double()
+
+
+COPIES = {
+    "index": lambda box: box[torch.tensor([0, 1])],
+    "list": lambda box: box[[1, 0]],
+    "mask": lambda box: box[torch.tensor([True, False])],
+    "mask of elements": lambda box: box[box.lower > 0],
+    "index of a column": lambda box: box[:, torch.tensor([0])],
+    "permute, reshape": lambda box: box.permute(1, 0).reshape(6),
+    "transpose, flatten": lambda box: box.t().flatten(),
+    "contiguous": lambda box: box.t().contiguous(),
+    "float": lambda box: box.float(),
+    "to": lambda box: box.to(torch.bfloat16),
+    "to a copy": lambda box: box.to(torch.float64, copy=True),
+    "clone": lambda box: box.clone(),
+}
+VIEWS = {
+    "number": lambda box: box[0],
+    "slice": lambda box: box[:, 1:],
+    "none": lambda box: box[None],
+    "permute": lambda box: box.permute(1, 0),
+    "reshape": lambda box: box.reshape(6),
+    "view": lambda box: box.view(3, 2),
+    "flatten": lambda box: box.flatten(),
+    "contiguous": lambda box: box.contiguous(),
+    "double": lambda box: box.double(),
+    "to": lambda box: box.to(torch.float64),
+    "cpu": lambda box: box.cpu(),
+    "detach": lambda box: box.detach(),
+    "expand": lambda box: box[None].expand(2, 2, 3),
+    "chunk": lambda box: box.chunk(3, 1)[1],
+    "unbind": lambda box: box.unbind()[1],
+    "split": lambda box: box.split([1, 2], 1)[1],
+    "iterate": lambda box: list(box)[1],
+    "view of a view": lambda box: box.t()[1:].unsqueeze(0),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+@pytest.mark.parametrize("inference", [False, True])
+def test_copies_may_be_modified(name: str, inference: bool) -> None:
+    with torch.inference_mode(inference):
+        for box in (random_box(2, 3), Interval(*[torch.rand(2, 3).double()] * 3)):
+            kept, part = box.lower.clone(), COPIES[name](box)
+            want = part.lower.clone() * 2
+            part.mul_(2)
+            assert torch.equal(part.lower, want)
+            assert torch.equal((box + 0).lower, kept)
+            part = COPIES[name](box)
+            box += 1.0
+            assert torch.equal(part.lower * 2, want)
+
+
+@pytest.mark.parametrize("name", VIEWS)
+@pytest.mark.parametrize("inference", [False, True])
+def test_views_are_stale_once_the_box_is_modified(name: str, inference: bool) -> None:
+    with torch.inference_mode(inference):
+        box = random_box(2, 3)
+        VIEWS[name](box).mul_(-1)
+        with pytest.raises(RuntimeError, match="modified in place"):
+            box + 0
+        box = random_box(2, 3)
+        view = VIEWS[name](box)
+        box.mul_(-1)
+        with pytest.raises(RuntimeError, match="modified in place"):
+            view + 0
+
+
+def test_a_box_that_is_a_view_in_part() -> None:
+    """lower is contiguous and upper is not: reshape copies one of them only."""
+    box = Interval(torch.zeros(2, 3), torch.ones(3, 2).t())
+    box.reshape(6).add_(1)
+    with pytest.raises(RuntimeError, match="modified in place"):
+        box + 0
 
 
 def test_copies() -> None:
