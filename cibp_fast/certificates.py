@@ -101,7 +101,7 @@ def certify(
         bounded = graphed(_bounded, model, allow_half)
         for first in range(0, max(len(x), 1), batch_size):
             parts.append(bounded(*(each[first : first + batch_size] for each in streams)))
-    all_margins, all_predicted = (torch.cat(each) for each in zip(*parts, strict=True))
+        all_margins, all_predicted = (torch.cat(each) for each in zip(*parts, strict=True))
     check_labels(y, all_margins.shape[1])
     others = all_margins.scatter(1, y[:, None], 0.0)
     margin = all_margins.amin(1)  # amin, not min over a mask: it propagates NaN
@@ -123,7 +123,7 @@ def boxes(x: Tensor, eps: Any, clip: Any) -> Interval:
                 f"eps, an Interval, must have x's {name} {getattr(x, name)}, got "
                 f"{getattr(eps, name)}"
             )
-    if clip is not None and clip != CLIP:
+    if clip is not CLIP:
         raise ValueError(f"clip must be left out where eps is an Interval, got {clip!r}")
     return eps
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -170,3 +172,58 @@ def test_unsupported_layer_is_named():
     model = nn.Sequential(nn.Linear(2, 2), nn.GELU(), nn.Linear(2, 2))
     with pytest.raises(TypeError, match="gelu"):
         cf.certify(model, torch.rand(1, 2), torch.tensor([0]), 0.1, sound=False)
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 4))
+
+
+def examples():
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(5, 2, 4, 4, generator=generator), torch.tensor([0, 1, 2, 3, 0])
+
+
+def test_boxes_in_place_of_eps():
+    """An Interval is the box itself; its nominal point is not read."""
+    model, (x, y) = net(), examples()
+    expected = cf.certify(model, x, y, 0.02, sound=False)
+    found = cf.certify(model, x, y, cf.Interval.ball(x, 0.02), sound=False, batch_size=2)
+    torch.testing.assert_close(found.margins, expected.margins)
+    box = cf.Interval((x - 0.05).clamp(min=0.0), x)  # to one side only
+    partial = cf.certify(model, x, y, box, sound=False)
+    assert torch.equal(partial.margins, cf.bounds(model, x, box).margins(y).detach())
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"clip": None}, "clip must be left out where eps is an Interval, got None"),
+        ({"clip": (0.0, 1.0)}, "clip must be left out"),
+        ({"eps": "shape"}, "eps, an Interval, must have x's shape"),
+        ({"eps": "dtype"}, "must have x's dtype torch.float32, got torch.float64"),
+            {"eps": "dtype"},
+            "eps, an Interval, must have x's dtype torch.float32, got torch.float64",
+        ),
+    ],
+)
+def test_boxes_that_do_not_fit(options, match):
+    model, (x, y) = net(), examples()
+    boxes = {"shape": cf.Interval(x[1:], x[1:]), "dtype": cf.Interval(x.double(), x.double())}
+    options = dict(options)
+    eps = boxes.get(options.pop("eps", ""), cf.Interval(x, x))
+    with pytest.raises(ValueError, match=re.escape(match)):
+        cf.certify(model, x, y, eps, sound=False, **options)
+
+
+def test_radius_per_example_and_clip_per_channel():
+    """The margins of each example are those of its own radius, and no point beyond clip counts."""
+    model, (x, y) = net(), examples()
+    eps = torch.linspace(0.01, 0.05, len(x)).view(-1, *[1] * (x.dim() - 1))
+    found = cf.certify(model, x, y, eps, sound=False)
+    for i in range(len(x)):
+        alone = cf.certify(model, x[i : i + 1], y[i : i + 1], eps[i].item(), sound=False)
+        torch.testing.assert_close(found.margins[i], alone.margins[0], rtol=1e-5, atol=1e-6)
+    channels = x.shape[1]
+    clipped = cf.certify(model, x, y, 0.3, clip=([0.0] * channels, [1.0] * channels), sound=False)
+    torch.testing.assert_close(clipped.margins, cf.certify(model, x, y, 0.3, sound=False).margins)
