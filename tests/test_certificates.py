@@ -202,9 +202,6 @@ def test_boxes_in_place_of_eps():
         ({"clip": (0.0, 1.0)}, "clip must be left out"),
         ({"eps": "shape"}, "eps, an Interval, must have x's shape"),
         ({"eps": "dtype"}, "must have x's dtype torch.float32, got torch.float64"),
-            {"eps": "dtype"},
-            "eps, an Interval, must have x's dtype torch.float32, got torch.float64",
-        ),
     ],
 )
 def test_boxes_that_do_not_fit(options, match):
