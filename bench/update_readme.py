@@ -136,54 +136,106 @@ RIVALS = {
     "naive_bf16": "two-pass, bf16 autocast",
     "layers": "`cf.bounds`",
 }
+STEP_TABLES = ("step", "step_avx512")  # each measured on another processor
 
 
 def performance() -> list[str]:
-    rows = read("step")
-    memory = {"saved_bytes": 'saved MiB, `"fast"`, two-pass'}
-    if any(row["rss_bytes"] for row in rows):
-        memory["rss_bytes"] = 'peak MiB, `"fast"`, two-pass'
+    tables = step_tables()
     lines = [
         "A training step of `cf.fuse` (nominal and interval pass, constrained IBP loss, backward "
         "pass), and how many times",
         "as long the others take (below 1: less long); in brackets with fused Adam. Each in the "
         "better of NCHW and channels_last.",
+        "Every processor has a table of its own, since the ratios depend on it, those of bf16 "
+        "autocast most.",
         "",
-        f"| network, data, batch | ms | {' | '.join((*RIVALS.values(), *memory.values()))} |",
-        f"|{'---|' * (len(RIVALS) + len(memory) + 2)}",
     ]
-    for problem, (alone, adam) in step_results(rows).items():
-        cells = [" ".join(problem)]
+    for name, rows in tables.items():
+        lines += step_table(name, rows)
+    memory = any(row["rss_bytes"] for rows in tables.values() for row in rows)
+    return [
+        *lines,
+        "![Speed against the two-pass eager step](bench/results/step.png)",
+        "",
+        "Effective GFLOP/s count the FLOPs of direct products, the same for all, and are compared "
+        "with the machine's peak, multiply-adds between registers. Where Winograd's convolutions "
+        '(`"fast"`) do fewer products, they can be above the peak, and are no share of it. Each '
+        "step was checked against a float64 step before it was timed. Saved is what autograd keeps "
+        "for the backward pass"
+        + (", peak what a step adds to the process's memory." if memory else "."),
+    ]
+
+
+def step_tables() -> dict[str, list[dict[str, str]]]:
+    """The rows of step.csv and, where it was measured, of step_avx512.csv."""
+    return {name: read(name) for name in STEP_TABLES if (RESULTS / f"{name}.csv").exists()}
+
+
+def step_table(name: str, rows: list[dict[str, str]]) -> list[str]:
+    """The lines of one processor."""
+    where = rows[0]
+    contenders = RIVALS | {"naive_bf16": f"{RIVALS['naive_bf16']} ({bf16_units(where)})"}
+    memory = {"saved_bytes": 'saved MiB, `"fast"`, two-pass'}
+    if any(row["rss_bytes"] for row in rows):
+        memory["rss_bytes"] = 'peak MiB, `"fast"`, two-pass'
+    found = step_results(name, rows)
+    speeds = [alone["naive_bf16"]["ratio"] for alone, _ in found.values()]
+    bf16 = sorted(float(speed) for speed in speeds if speed)
+    lines = [
+        f"**{where['cpu']}, {where['isa']} kernels, {bf16_units(where)}.**"
+        + (
+            f" bf16 autocast has {bf16[0]:.2f} to {bf16[-1]:.2f} times the speed of the two-pass "
+            "step in float32 here."
+            if bf16
+            else ""
+        ),
+        "",
+        "| network, data, batch | ms | effective GFLOP/s (over the peak) "
+        f"| {' | '.join((*contenders.values(), *memory.values()))} |",
+        f"|{'---|' * (len(contenders) + len(memory) + 3)}",
+    ]
+    for problem, (alone, adam) in found.items():
         fused = alone["fused"]
-        share = f"{100 * float(fused['peak_share']):.0f} %" if fused["ms"] else ""
-        cells.append(f"{time(fused)} ({time(adam['fused'])}), {share}")
-        for name in RIVALS:
-            times = [results[name]["fused_ratio"] for results in (alone, adam)]
+        cells = [" ".join(problem), f"{time(fused)} ({time(adam['fused'])})", effective(fused)]
+        for contender in contenders:
+            times = [results[contender]["fused_ratio"] for results in (alone, adam)]
             cells.append(
                 "{:.2f} ({:.2f})".format(*map(float, times)) if all(times) else "not timed"
             )
         for key in memory:
-            contenders = (fused, alone["fast"], alone["naive"])
-            cells.append(", ".join(mebibytes(each[key]) for each in contenders))
+            each = (fused, alone["fast"], alone["naive"])
+            cells.append(", ".join(mebibytes(row[key]) for row in each))
         lines.append(f"| {' | '.join(cells)} |")
-    where = rows[0]
     notes = sorted({f"`{row['contender']}`: {row['note']}" for row in rows if row["note"]})
     return [
         *lines,
         "",
-        "![Speed against the two-pass eager step](bench/results/step.png)",
+        "".join(f"Not timed: {note}. " for note in notes)
+        + f"Peak {float(where['peak_gflops']):.0f} GFLOP/s. Medians of {where['rounds']} "
+        f"interleaved rounds, {where['clock']} time, {machine(where)}, torch {where['torch']}, "
+        f"{where['date']}: `{where['command']}`. All figures are in `bench/results/{name}.csv`.",
         "",
-        "The percentage is of the machine's peak, multiply-adds between registers at "
-        f"{float(where['peak_gflops']):.0f} GFLOP/s, with FLOPs counted the same for all. Each "
-        "was checked against a float64 step before it was timed. Saved is what autograd keeps for "
-        "the backward pass"
-        + (", peak what a step adds to the process's memory. " if "rss_bytes" in memory else ". ")
-        + "".join(f"Not timed: {note}. " for note in notes)
-        + f"Medians of {where['rounds']} interleaved rounds, {where['clock']} time, "
-        f"threads: {where['threads']} of an {where['cpu']} ({where['isa']} kernels), torch "
-        f"{where['torch']}, {where['date']}: `{where['command']}`. All figures are in "
-        "`bench/results/step.csv`.",
     ]
+
+
+def machine(row: dict[str, str]) -> str:
+    return f"threads: {row['threads']} of an {row['cpu']} ({row['isa']} kernels)"
+
+
+def bf16_units(row: dict[str, str]) -> str:
+    """Says whether the processor multiplies bfloat16 numbers.
+
+    Older tables do not record it; kernels for AVX2 ran where the processor had no AVX-512 at all.
+    """
+    recorded = row.get("avx512_bf16") or ("unknown" if row["isa"] == "avx512" else "False")
+    texts = {"True": "with AVX512_BF16", "False": "without AVX512_BF16"}
+    return texts.get(recorded, "AVX512_BF16 unknown")
+
+
+def effective(row: dict[str, str]) -> str:
+    if not row["ms"]:
+        return "not timed"
+    return f"{float(row['effective_gflops']):.0f} ({float(row['effective_to_peak']):.2f})"
 
 
 def read(name: str) -> list[dict[str, str]]:
@@ -194,7 +246,9 @@ def read(name: str) -> list[dict[str, str]]:
 Results = dict[str, dict[str, str]]  # contender: its row in its better memory format
 
 
-def step_results(rows: list[dict[str, str]]) -> dict[tuple[str, ...], tuple[Results, Results]]:
+def step_results(
+    table: str, rows: list[dict[str, str]]
+) -> dict[tuple[str, ...], tuple[Results, Results]]:
     """By network, data set and batch: the results without and with Adam."""
     found: dict[tuple[str, ...], tuple[Results, Results]] = {}
     for row in rows:
@@ -206,7 +260,7 @@ def step_results(rows: list[dict[str, str]]) -> dict[tuple[str, ...], tuple[Resu
     for problem, results in found.items():
         missing = {"fused", *RIVALS} - set(results[0])
         if missing:
-            sys.exit(f"step.csv: {' '.join(problem)} lacks {', '.join(sorted(missing))}")
+            sys.exit(f"{table}.csv: {' '.join(problem)} lacks {', '.join(sorted(missing))}")
     return found
 
 
@@ -226,34 +280,62 @@ def mebibytes(text: str) -> str:
 
 
 def draw_step(figure: Any) -> None:
-    """Bars: the speed of each contender relative to the two-pass eager step, by network."""
-    from cibp_fast.plotting import COLOURS, TITLE
+    """The speed of each contender relative to the two-pass eager step.
 
-    results = {
-        problem: {name: float(row["ratio"]) for name, row in alone.items() if row["ratio"]}
-        for problem, (alone, _) in step_results(read("step")).items()
+    A row a processor, a panel a network in it, and a bar with its value a contender: ours are in
+    the shades of constrained IBP, which all of them train with, and the others are grey.
+    """
+    from matplotlib.patheffects import withStroke
+
+    from cibp_fast.plotting import GREY, TITLE
+
+    halo = [withStroke(linewidth=2.5, foreground="white")]
+    tables = {name: (rows, step_results(name, rows)) for name, rows in step_tables().items()}
+    names = {"fused": "cf.fuse", **{name: text.replace("`", "") for name, text in RIVALS.items()}}
+    order = ("fused", "fast", "layers", *(name for name in names if name not in OURS))
+    shades = precision_colours()
+    colours = {"fused": shades["float32"], "fast": shades["fast"], "layers": shades["layers"]}
+    most = max(
+        float(row["ratio"] or 0)
+        for _, results in tables.values()
+        for alone, _ in results.values()
+        for row in alone.values()
+    )
+    figure.set_size_inches(13, 0.5 + 3 * len(tables))
+    figure.suptitle("A training step with constrained IBP: speed, two-pass eager = 1", **TITLE)
+    subfigures = figure.subfigures(len(tables), 1, squeeze=False).flat
+    for subfigure, (rows, results) in zip(subfigures, tables.values(), strict=True):
+        where = rows[0]
+        subfigure.suptitle(f"{where['cpu']}, {where['isa']} kernels, {bf16_units(where)}")
+        panels = subfigure.subplots(1, len(results), sharey=True, squeeze=False).flat
+        for axes, (problem, (alone, _)) in zip(panels, results.items(), strict=True):
+            for place, name in enumerate(order):
+                ratio = float(alone[name]["ratio"] or 0)
+                axes.barh(place, ratio, 0.8, color=colours.get(name, GREY))
+                text = f"{ratio:.2f}" if ratio else "not timed"
+                axes.text(
+                    ratio + 0.03 * most, place, text, va="center", fontsize=9, path_effects=halo
+                )
+            axes.axvline(1, color="dimgrey", linewidth=0.8, zorder=0)
+            axes.set_xlim(0, 1.3 * most)
+            axes.set_title("\n".join((" ".join(problem[:2]), f"batch {problem[2]}")), fontsize=11)
+            axes.tick_params(axis="y", length=0)
+        panels[0].set_yticks(range(len(order)), [names[name] for name in order], fontsize=10)
+        panels[0].invert_yaxis()
+
+
+OURS = ("fused", "fast", "layers")
+
+
+def precision_colours() -> dict[str, str]:
+    """Shades of constrained IBP's colour: of its trainings in either precision, of `cf.bounds`."""
+    from cibp_fast.plotting import METHOD_COLOURS, SHADES, shade
+
+    names = ("float32", "fast", "layers")
+    return {
+        name: shade(METHOD_COLOURS["cibp"], depth)
+        for name, depth in zip(names, SHADES, strict=True)
     }
-    names = {"fused": "cf.fuse", **{name: text.strip("`") for name, text in RIVALS.items()}}
-    colours = dict(zip(("naive", "fused", "layers"), ("#999999", *COLOURS[:2]), strict=False))
-    colours |= dict(zip((name for name in names if name not in colours), COLOURS[2:], strict=False))
-    axes = figure.subplots()
-    width = 0.85 / len(names)
-    for index, (name, text) in enumerate(names.items()):
-        shown = [(at, own[name]) for at, own in enumerate(results.values()) if name in own]
-        bars = axes.bar(
-            [at + width * (index - (len(names) - 1) / 2) for at, _ in shown],
-            [ratio for _, ratio in shown],
-            0.92 * width,
-            color=colours[name],
-            label=text,
-        )
-        if name == "fused":
-            axes.bar_label(bars, fmt="%.2f", fontsize=9)
-    axes.axhline(1, color="dimgrey", linewidth=0.8)
-    axes.set_xticks(range(len(results)), [" ".join(problem[:2]) for problem in results])
-    axes.set_ylabel("speed (two-pass eager = 1)")
-    axes.set_title("A training step with constrained IBP", **TITLE)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
 
 
 def batches() -> list[str]:
@@ -265,7 +347,7 @@ def batches() -> list[str]:
     sizes = sorted({size for own in by_network.values() for size in own})
     where = rows[0]
     return [
-        "Milliseconds a GFLOP of the same step of `cf.fuse`, by batch size:",
+        "Milliseconds a GFLOP (of direct products) of the same step of `cf.fuse`, by batch size:",
         "",
         f"| network | {' | '.join(f'{size:,}' for size in sizes)} |",
         f"|{'---|' * (len(sizes) + 1)}",
@@ -274,8 +356,8 @@ def batches() -> list[str]:
             for network, own in by_network.items()
         ),
         "",
-        f"Medians of {where['rounds']} rounds, threads: {where['threads']} of an {where['cpu']}, "
-        f"{where['date']}: `{where['command']}`.",
+        f"Medians of {where['rounds']} rounds, {machine(where)}, {where['date']}: "
+        f"`{where['command']}`.",
     ]
 
 
@@ -290,8 +372,9 @@ def channels() -> list[str]:
     where = rows[0]
     _, height, width = where["dataset"].split("x")
     return [
-        "Milliseconds a GFLOP, by channel count: two 3x3 convolutions of as many channels as the "
-        f"images have, and a linear layer, on {where['batch']} images of {height}x{width}:",
+        "Milliseconds a GFLOP (of direct products), by channel count: two 3x3 convolutions of as "
+        f"many channels as the images have, and a linear layer, on {where['batch']} images of "
+        f"{height}x{width}:",
         "",
         f"| channels | {' | '.join(map(str, counts))} |",
         f"|{'---|' * (len(counts) + 1)}",
@@ -300,8 +383,8 @@ def channels() -> list[str]:
             for name, text in names.items()
         ),
         "",
-        f"Medians of {where['rounds']} interleaved rounds, threads: {where['threads']} of an "
-        f"{where['cpu']}, {where['date']}: `{where['command']}`.",
+        f"Medians of {where['rounds']} interleaved rounds, {machine(where)}, {where['date']}: "
+        f"`{where['command']}`.",
     ]
 
 
@@ -338,20 +421,22 @@ def precisions() -> list[str]:
         *(f"`{name}`: {made.verdict}.\n" for name, made in found.items()),
         "Distances are between mean curves of half of the trainings each, where they are furthest "
         "apart, in standard deviations over the seeds there (pooled over both precisions). A seed "
-        "has the same initial weights and batches in both. Threads: "
-        f"{where['threads']} of an {where['cpu']} ({where['isa']} kernels), torch "
+        f"has the same initial weights and batches in both. T{machine(where)[1:]}, torch "
         f"{where['torch']}, {where['date']}: `{where['command']}`.",
     ]
 
 
 def draw_precisions(figure: Any) -> None:
     """A panel a preset: mean loss over the seeds of each precision, in a band of their range."""
-    from cibp_fast.plotting import COLOURS, TITLE
+    from cibp_fast.plotting import TITLE
 
     found = comparisons()
+    figure.set_size_inches(11, 4.5)
     panels = figure.subplots(1, len(found), squeeze=False)
-    styles = zip(("float32", "fast"), COLOURS, ("-", (0, (4, 2))), strict=False)
-    for precision, (label, colour, line) in enumerate(styles):
+    styles: dict[str, Any] = {"float32": "-", "fast": (0, (4, 2))}
+    colours = precision_colours()
+    for precision, (label, line) in enumerate(styles.items()):
+        colour = colours[label]
         for axes, (name, made) in zip(panels.flat, found.items(), strict=True):
             curves = made.curves[precision]
             band = curves.min(axis=0), curves.max(axis=0)
@@ -362,7 +447,8 @@ def draw_precisions(figure: Any) -> None:
             axes.set_xlabel("step")
     panels.flat[0].set_ylabel("loss")
     seeds = next(iter(found.values())).curves.shape[1]
-    figure.suptitle(f"Training in both precisions: mean and range of {seeds} seeds", **TITLE)
+    title = f"Constrained IBP in both precisions: mean and range of {seeds} seeds"
+    figure.suptitle(title, **TITLE)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
 
 
@@ -596,12 +682,18 @@ SECTIONS: dict[str, Callable[[], list[str]]] = {
     "gpu": gpu,
 }
 
-CHARTS: dict[str, Callable[[Any], None]] = {"step": draw_step, "precisions": draw_precisions}
+# By picture: what draws it, and the tables it shows.
+CHARTS: dict[str, tuple[Callable[[Any], None], tuple[str, ...]]] = {
+    "step": (draw_step, STEP_TABLES),
+    "precisions": (draw_precisions, ("precisions",)),
+}
 
 
 def digest(name: str) -> str:
     """Of the figures; their chart carries it, so that an old chart is seen."""
-    return hashlib.sha256((RESULTS / f"{name}.csv").read_bytes()).hexdigest()
+    paths = [RESULTS / f"{table}.csv" for table in CHARTS[name][1]]
+    content = b"".join(path.read_bytes() for path in paths if path.exists())
+    return hashlib.sha256(content).hexdigest()
 
 
 def draw(name: str) -> None:
@@ -612,8 +704,8 @@ def draw(name: str) -> None:
     from cibp_fast.plotting import STYLE
 
     with rc_context(STYLE):
-        figure = Figure(figsize=(11, 4.5), layout="constrained")
-        CHARTS[name](figure)
+        figure = Figure(layout="constrained")
+        CHARTS[name][0](figure)
         chart = RESULTS / f"{name}.png"
         figure.savefig(chart, dpi=130, metadata={"Comment": digest(name)})
 

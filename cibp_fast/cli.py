@@ -418,7 +418,10 @@ def _parser() -> argparse.ArgumentParser:
         "plot",
         _plot,
         "Draw the errors and bound widths of one or several runs, or a preset's schedules.",
-        "Runs of one config that differ in their seed become one curve with a band.\n\nexamples:\n"
+        "Runs of one config that differ in their seed become one curve, their mean, in a band\n"
+        "from the least to the greatest. Runs that cannot be compared, since their data set,\n"
+        "radius or clipping differs, have axes of their own; so have other networks' widths.\n\n"
+        "examples:\n"
         "  cibp-fast plot runs/ibp runs/cibp -o curves.png\n"
         "  cibp-fast plot --preset cifar10-large-8of255-cibp-normalized -o schedules.png",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import itertools
 import runpy
 import shutil
 import struct
@@ -16,7 +17,7 @@ import pytest
 import torch
 from commands import error_line
 
-from cibp_fast import cli, runs, training
+from cibp_fast import _backend, cli, plotting, runs, training
 from cibp_fast.benchmarks import common, layer, precision, rivals, step
 from cibp_fast.benchmarks.contenders import Contender, Exact, Problem, checked
 from cibp_fast.benchmarks.precision import Comparison
@@ -212,9 +213,11 @@ def test_the_table_of_the_step(step_csv):
         assert gflop == pytest.approx(
             Problem("small", "mnist", int(row["batch"]), False).flops() / 1e9, rel=1e-2
         )
-        assert float(row["gflops"]) == pytest.approx(1e3 * gflop / ms, abs=0.06, rel=1e-2)
-        share = float(row["gflops"]) / float(row["peak_gflops"])
-        assert float(row["peak_share"]) == pytest.approx(share, abs=5e-3)
+        assert float(row["effective_gflops"]) == pytest.approx(1e3 * gflop / ms, abs=0.06, rel=1e-2)
+        share = float(row["effective_gflops"]) / float(row["peak_gflops"])
+        assert float(row["effective_to_peak"]) == pytest.approx(share, abs=5e-3)
+        flag = "avx512_bf16" in Path("/proc/cpuinfo").read_text().split()
+        assert row["avx512_bf16"] == str(flag) and row["isa"] in _backend.ISAS
         assert float(row["ms_per_example"]) == pytest.approx(ms / int(row["batch"]), rel=1e-3)
         assert float(row["ms_per_gflop"]) == pytest.approx(ms / gflop, rel=1e-2)
         assert float(row["gradient_error"]) <= float(row["tolerance"])
@@ -471,10 +474,114 @@ def test_the_section_of_the_step(readme):
     header = next(line for line in lines if line.startswith("| network"))
     assert all(line.count("|") == header.count("|") for line in small)
     assert all(line.count("not timed") == 1 for line in small)  # auto_LiRPA
-    assert "Not timed: `auto_lirpa`: ModuleNotFoundError" in lines[-1]
+    assert sum("Not timed: `auto_lirpa`: ModuleNotFoundError" in line for line in lines) == 1
     with (readme.RESULTS / "step.csv").open() as file:
         row = next(row for row in csv.DictReader(file) if row["contender"] == "fused")
     assert f"| {float(row['ms']):.3g} (" in small[0]
+    effective = float(row["effective_gflops"]) / float(row["peak_gflops"])
+    assert f"| {float(row['effective_gflops']):.0f} ({effective:.2f}) |" in small[0]
+    assert "share of peak" not in "".join(lines) and "are no share of it" in lines[-1]
+
+
+@pytest.fixture
+def two_processors(readme):
+    """An older table of an AVX2 processor, and one of a processor with AVX512_BF16."""
+    rows = [row for row in readme.read("step") if row["batch"] == "1"]
+    fields = [name for name in step.FIELDS if name != "avx512_bf16"]
+    speeds = {"naive_bf16": (0.05, 1.5), "fused": (1.7, 2.0)}
+    for name, columns, isa, speed in (
+        ("step", fields, "avx2", 0),
+        ("step_avx512", None, "avx512", 1),
+    ):
+        own = [row | {"isa": isa, "cpu": f"a made-up {isa}"} for row in rows]
+        for row in own:
+            if row["contender"] in speeds:
+                row["ratio"] = str(speeds[row["contender"]][speed])
+            if columns is None:
+                row["avx512_bf16"] = "True"
+            else:
+                del row["avx512_bf16"]
+        common.write(readme.RESULTS / f"{name}.csv", columns or step.FIELDS, own)
+    return readme
+
+
+def test_a_processor_has_its_own_table(two_processors):
+    text = "\n".join(two_processors.performance())
+    old, new = text.split("**a made-up avx512, avx512 kernels, with AVX512_BF16.**")
+    assert "**a made-up avx2, avx2 kernels, without AVX512_BF16.**" in old
+    assert "has 0.05 to 0.05 times the speed of the two-pass" in old
+    assert "has 1.50 to 1.50 times the speed of the two-pass" in new
+    for part, units in ((old, "without"), (new, "with")):
+        (header,) = [line for line in part.splitlines() if line.startswith("| network")]
+        (row,) = [line for line in part.splitlines() if line.startswith("| small mnist 1 ")]
+        assert header.count("|") == row.count("|")
+        assert f"| two-pass, bf16 autocast ({units} AVX512_BF16) |" in header
+    assert "`bench/results/step.csv`" in old and "`bench/results/step_avx512.csv`" in new
+    (two_processors.RESULTS / "step_avx512.csv").unlink()
+    lines = two_processors.performance()
+    assert sum(line.startswith("| network") for line in lines) == 1
+
+
+@pytest.mark.parametrize(
+    ("isa", "recorded", "text"),
+    [
+        ("avx2", None, "without AVX512_BF16"),
+        ("avx512", None, "AVX512_BF16 unknown"),
+        ("avx512", "True", "with AVX512_BF16"),
+        ("avx512", "False", "without AVX512_BF16"),
+        ("avx2", "True", "with AVX512_BF16"),  # kernels that were asked for
+        ("portable", "unknown", "AVX512_BF16 unknown"),
+    ],
+)
+def test_what_bf16_was_measured_on(readme, isa, recorded, text):
+    row = {"isa": isa} | ({} if recorded is None else {"avx512_bf16": recorded})
+    assert readme.bf16_units(row) == text
+
+
+def test_the_chart_of_the_step_shows_each_processor_with_every_value(two_processors):
+    figure_module = pytest.importorskip("matplotlib.figure")
+    figure = figure_module.Figure(layout="constrained")
+    two_processors.draw_step(figure)
+    figure.draw_without_rendering()
+    headings = [subfigure.get_suptitle() for subfigure in figure.subfigs]
+    assert headings == [
+        "a made-up avx2, avx2 kernels, without AVX512_BF16",
+        "a made-up avx512, avx512 kernels, with AVX512_BF16",
+    ]
+    names = ["cf.fuse", 'precision="fast"', "cf.bounds", "two-pass eager", "four products"]
+    names += ["torch.compile", "auto_LiRPA", "two-pass, bf16 autocast"]
+    for axes, (fused, bf16) in zip(figure.axes, (("1.70", "0.05"), ("2.00", "1.50")), strict=True):
+        assert [label.get_text() for label in axes.get_yticklabels()] == names
+        texts = [text.get_text() for text in axes.texts]
+        assert [texts[0], texts[3], texts[6], texts[7]] == [fused, "1.00", "not timed", bf16]
+        boxes = [text.get_window_extent() for text in axes.texts]
+        bars = [bar.get_window_extent() for bar in axes.patches]
+        assert not any(text.overlaps(bar) for text in boxes for bar in bars)
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+        assert max(box.x1 for box in boxes) <= axes.get_window_extent().x1
+
+
+def test_charts_have_the_colours_of_the_methods(two_processors):
+    colors = pytest.importorskip("matplotlib.colors")
+    figure_module = pytest.importorskip("matplotlib.figure")
+    step_figure, precisions = figure_module.Figure(), figure_module.Figure()
+    two_processors.draw_step(step_figure)
+    two_processors.draw_precisions(precisions)
+    bars = [colors.to_hex(bar.get_facecolor()) for bar in step_figure.axes[0].patches]
+    lines = [line.get_color() for line in precisions.axes[0].lines]
+    assert bars[:2] == lines  # float32 and fast
+    assert lines[0] == plotting.METHOD_COLOURS["cibp"].lower()
+    assert set(bars[3:]) == {plotting.GREY.lower()}
+
+
+def test_features_of_the_processor(tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("model name\t: a\nflags\t\t: fpu avx512_bf16x avx2\n")
+    assert common.has_cpu_flag("avx2", cpuinfo) is True
+    assert common.has_cpu_flag("avx512_bf16", cpuinfo) is False
+    cpuinfo.write_text("model name\t: a\n")
+    assert common.has_cpu_flag("avx2", cpuinfo) == "unknown"
+    assert common.has_cpu_flag("avx2", tmp_path / "none") == "unknown"
 
 
 def test_the_section_of_the_channel_counts(readme):
@@ -512,8 +619,11 @@ def test_peak_memory_is_shown_where_it_was_measured(readme):
     assert all(line.endswith("| 3.0, 3.0, 3.0 |") for line in table[2:])
 
 
-@pytest.mark.parametrize("name", ["step", "precisions"])
-def test_an_old_chart_is_found(readme, monkeypatch, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [("step", "step"), ("step", "step_avx512"), ("precisions", "precisions")],
+)
+def test_an_old_chart_is_found(readme, monkeypatch, tmp_path, name, table):
     (tmp_path / "README.md").write_text("")
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     monkeypatch.setattr(readme, "SECTIONS", {})
@@ -521,7 +631,7 @@ def test_an_old_chart_is_found(readme, monkeypatch, tmp_path, name):
     readme.main()
     monkeypatch.setattr(sys, "argv", ["update_readme.py", "--check"])
     readme.main()
-    with (tmp_path / f"{name}.csv").open("a") as file:
+    with (tmp_path / f"{table}.csv").open("a") as file:
         file.write("\n")
     with pytest.raises(SystemExit, match=rf"{name}\.png is out of date"):
         readme.main()

@@ -16,12 +16,24 @@ from cibp_fast.config import preset
 matplotlib = pytest.importorskip("matplotlib")
 LineCollection = pytest.importorskip("matplotlib.collections").LineCollection
 to_rgb = pytest.importorskip("matplotlib.colors").to_rgb
+to_hex = pytest.importorskip("matplotlib.colors").to_hex
+rgb_to_hsv = pytest.importorskip("matplotlib.colors").rgb_to_hsv
 Text = pytest.importorskip("matplotlib.text").Text
 
 
-def _run(folder, method="cibp", seed=0, epochs=4, finished=True, layers=4, scale=1.0, **overrides):
+def _run(
+    folder,
+    method="cibp",
+    seed=0,
+    epochs=4,
+    finished=True,
+    layers=4,
+    scale=1.0,
+    recipe="mnist5k-small-0.1-{}",
+    **overrides,
+):
     """A run folder, in which each error and width is `scale` times what it is by default."""
-    config = preset(f"mnist5k-small-0.1-{method}", seed=seed, **overrides)
+    config = preset(recipe.format(method), seed=seed, **overrides)
     runs.make_folder(folder)
     runs.write_atomic(folder / "config.json", config.to_json().encode())
     records = [
@@ -65,6 +77,11 @@ def _panel(figure, title):
     return axes
 
 
+def _final_texts(scale):
+    finals = {"verified": 0.25, "PGD": 0.07, "test": 0.05}
+    return {f"{error} {100 * (scale * value):.1f} %" for error, value in finals.items()}
+
+
 ERRORS = "Errors on held-out examples"
 WIDTH = "Width of the bounds on training batches"
 
@@ -92,11 +109,107 @@ def test_names_methods_axes_and_final_errors(tmp_path, figure_of):
 
 
 def test_labels_are_as_short_as_they_can_be(tmp_path, figure_of):
-    a, b = _run(tmp_path / "a"), _run(tmp_path / "b", eps=0.2)
-    assert "mnist5k-small-0.2-cibp" in _texts(figure_of([a, b]))
+    a, b = _run(tmp_path / "a"), _run(tmp_path / "b", net="medium")
+    assert "mnist5k-medium-0.1-cibp" in _texts(figure_of([a, b]))
     assert {"a", "folder"} <= _texts(figure_of([a, _run(tmp_path / "folder")]))
     far = _run(tmp_path / "far" / "a")
-    assert {str(a), str(far)} <= _texts(figure_of([a, far]))
+    assert {f"{tmp_path.name}/a", "far/a"} <= _texts(figure_of([a, far]))
+
+
+@pytest.mark.parametrize(
+    ("names", "label"),
+    [
+        (("x-0.1-seed0", "x-0.1-seed10"), "x-0.1 (2 seeds)"),
+        (("seed0/x", "seed10/x"), "x (2 seeds)"),
+        (("x0/seed0", "x0/seed10"), "x0 (2 seeds)"),
+        (("x/0", "x/10"), "x (2 seeds)"),
+        (("a", "b"), "a, b (2 seeds)"),
+    ],
+)
+def test_a_group_of_seeds_has_the_name_without_the_seed(tmp_path, names, label):
+    seeds = [_run(tmp_path / name, seed=10 * i, epochs=1) for i, name in enumerate(names)]
+    other = _run(tmp_path / "other" / "x", lr=0.1, epochs=1)
+    ((group, _),) = plotting._load([*seeds, other])
+    assert group.label == label
+
+
+def test_runs_that_have_not_finished_are_labelled_so(tmp_path):
+    runs_of_two = [_run(tmp_path / str(i), seed=i, finished=i == 0) for i in range(2)]
+    alone = _run(tmp_path / "ibp", "ibp", finished=False)
+    ((two, one),) = plotting._load([*runs_of_two, alone])
+    assert two.label == "constrained IBP (2 seeds, 1 unfinished)"
+    assert one.label == "IBP (unfinished)"
+
+
+def test_a_folder_that_is_named_twice_is_drawn_once(tmp_path):
+    run_dir = _run(tmp_path / "a")
+    ((group,),) = plotting._load([run_dir, tmp_path / "." / "a"])
+    assert [len(group.runs), group.label] == [1, "constrained IBP"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "other", "heading"),
+    [
+        ("mnist-small-0.4-{}", "fashion_mnist-small-0.4-cibp", "fashion_mnist, small network, "),
+        ("mnist-small-0.4-{}", "mnist-small-0.3-cibp", "mnist, small network, eps = 0.3"),
+        ("svhn-small-0.1-{}", "svhn-small-0.1-cibp-normalized", "eps = 0.1 (normalized)"),
+        ("mnist-small-0.4-{}", "mnist-small-0.4-cibp-gowal", "eps = 0.4, clip 0,1"),
+    ],
+)
+def test_what_cannot_be_compared_has_axes_of_its_own(tmp_path, figure_of, recipe, other, heading):
+    own = [_run(tmp_path / name, name, recipe=recipe) for name in ("ibp", "cibp")]
+    strange = _run(tmp_path / "strange", recipe=other, scale=2.0)
+    figure = figure_of([own[0], strange, own[1]])
+    errors = [axes for axes in figure.axes if axes.get_title() == ERRORS]
+    assert [len(axes.lines) for axes in errors] == [2 * (3 + 3), 3 + 3]  # curves, final marks
+    assert [line.get_ydata()[0] for line in errors[1].lines[1:3]] == [100.0, 50.0]
+    texts = _texts(figure)
+    assert "Training provably robust networks" in texts
+    assert sum(heading in text for text in texts) == 1
+    widths = [axes for axes in figure.axes if axes.get_title() == WIDTH]
+    assert [len(axes.lines) for axes in widths] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("override", "texts"),
+    [
+        ({"net": "medium"}, ("net small", "net medium")),
+        ({"width": "all"}, ("width post", "width all")),
+        ({"width_reduction": "sum"}, ("width_reduction mean", "width_reduction sum")),
+        ({"eps_train_ratio": 1.1}, ("eps_train_ratio 1", "eps_train_ratio 1.1")),
+    ],
+)
+def test_widths_of_another_kind_have_axes_of_their_own(tmp_path, figure_of, override, texts):
+    run_dirs = [_run(tmp_path / "a"), _run(tmp_path / "b", **override)]
+    figure = figure_of(run_dirs)
+    assert len(_panel(figure, ERRORS).lines) == 2 * (3 + 3)
+    for text in texts:
+        assert len(_panel(figure, f"Width of the bounds,\n{text}").lines) == 1
+    below = [axes for axes in figure.axes if "layer 1" in axes.get_title() or axes.texts][1:]
+    assert not below[0].get_shared_y_axes().joined(*below)
+
+
+def test_attacks_that_differ_are_named(tmp_path, figure_of):
+    figure = figure_of([_run(tmp_path / "a"), _run(tmp_path / "b", "ibp", pgd_steps=200)])
+    assert {"PGD (pgd_steps 40) 7.0 %", "PGD (pgd_steps 200) 7.0 %"} <= _texts(figure)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1,)])
+def test_a_method_has_its_colour(tmp_path, figure_of, order):
+    methods = ("nominal", "ibp", "cibp")
+    run_dirs = [_run(tmp_path / methods[i], methods[i], epochs=1) for i in order]
+    lines = _panel(figure_of(run_dirs), ERRORS).lines[::6]
+    expected = [plotting.METHOD_COLOURS[methods[i]] for i in order]
+    assert [to_hex(line.get_color()) for line in lines] == [each.lower() for each in expected]
+    assert len(set(plotting.METHOD_COLOURS.values())) == 3
+
+
+def test_runs_of_a_method_on_the_same_axes_are_shades_of_its_colour(tmp_path, figure_of):
+    run_dirs = [_run(tmp_path / f"run {i}", lr=0.1**i, epochs=1) for i in range(1, 4)]
+    colours = [line.get_color() for line in _panel(figure_of(run_dirs), WIDTH).lines]
+    assert colours[0] == plotting.METHOD_COLOURS["cibp"].lower() and len(set(colours)) == 3
+    hues = [rgb_to_hsv(to_rgb(colour))[0] for colour in colours]
+    assert hues == pytest.approx([hues[0]] * 3, abs=0.01)
 
 
 def test_eps_in_the_title_reads_as_in_the_presets():
@@ -179,14 +292,20 @@ def test_seeds_of_a_config_are_drawn_as_one(tmp_path, figure_of):
     titles = [axes.get_title() for axes in figure.axes]
     assert titles == [ERRORS, WIDTH, "constrained IBP (3 seeds)", "IBP"]
     width = _panel(figure, WIDTH)
-    assert [line.get_color() for line in width.lines] == list(plotting.COLOURS[:2])
-    assert width.lines[0].get_ydata() == pytest.approx([0.5, 0.25, 0.5 / 3, 0.125])
+    colours = [plotting.METHOD_COLOURS[method].lower() for method in ("cibp", "ibp")]
+    assert [line.get_color() for line in width.lines] == colours
+    mean = (0.5 + 1 + 2) / 3
+    expected = [mean * each for each in (0.5, 0.25, 0.5 / 3, 0.125)]
+    assert width.lines[0].get_ydata() == pytest.approx(expected)
     (band,) = width.collections
     corners = band.get_paths()[0].vertices
     assert [corners[corners[:, 0] == 4, 1].min(), corners[:, 1].max()] == [0.0625, 1.0]
     errors = _panel(figure, ERRORS)
-    texts = {text.get_text() for text in errors.texts if text.get_color() == plotting.COLOURS[0]}
-    assert texts == {"verified 25.0 %", "PGD 7.0 %", "test 5.0 %"}
+    texts = {text.get_text() for text in errors.texts if text.get_color() == colours[0]}
+    assert texts == _final_texts(mean)
+    assert "seeds: mean, and range from least to greatest" in _texts(figure)
+    assert errors.lines[0].get_ydata()[-1] == pytest.approx(mean * (12.5 + 5) / 2)
+    assert errors.lines[1].get_ydata()[-1] == pytest.approx(mean * 12.5)
     ranges = [c for c in errors.collections if isinstance(c, LineCollection)]
     assert ranges[0].get_segments()[0][:, 1].tolist() == pytest.approx([12.5, 50.0])
 
@@ -199,7 +318,7 @@ def test_seeds_of_different_epochs_are_lines_of_one_colour(tmp_path, figure_of):
     figure = figure_of(seeds)
     width = _panel(figure, WIDTH)
     assert [len(line.get_xdata()) for line in width.lines] == [4, 2]
-    assert {line.get_color() for line in width.lines} == {plotting.COLOURS[0]}
+    assert {line.get_color() for line in width.lines} == {plotting.METHOD_COLOURS["cibp"].lower()}
     assert not width.collections
     assert "verified 25.0 % (1 of 2)" in [text.get_text() for text in _panel(figure, ERRORS).texts]
 
@@ -220,6 +339,7 @@ def test_schedules_are_drawn_as_they_are(tmp_path, figure_of):
         points = [tuple(point) for point in line.get_xydata().tolist()]
         assert points == schedule.points(config.steps)
         assert line.get_drawstyle() == schedule.drawstyle
+        assert line.get_color() == plotting.METHOD_COLOURS["cibp"]
     figure.draw_without_rendering()
     (epochs,) = figure.axes[0].child_axes
     assert epochs.get_xlim() == (0, 75)
@@ -275,12 +395,39 @@ def test_an_unfinished_run_a_nominal_one_and_zero_errors_are_drawn(tmp_path):
     assert (tmp_path / "a.png").exists() and (tmp_path / "b.png").exists()
 
 
-def test_six_runs_have_a_panel_each_and_marks_without_texts(tmp_path, figure_of):
-    run_dirs = [_run(tmp_path / f"run {i}", lr=0.1**i) for i in range(1, 7)]
+@pytest.mark.parametrize("count", [4, 12])
+def test_many_runs_have_a_panel_each_with_all_labels_at_their_ends(tmp_path, figure_of, count):
+    run_dirs = [
+        _run(tmp_path / f"run {i}", lr=0.1 / i, epochs=2 if i == 1 else 4, scale=1 - i / 20)
+        for i in range(1, 1 + count)
+    ]
     figure = figure_of(run_dirs)
-    titles = [axes.get_title() for axes in figure.axes]
-    assert titles == [ERRORS, WIDTH, *(f"run {i}" for i in range(1, 7))]
-    assert not _panel(figure, ERRORS).texts
+    names = [f"run {i}" for i in range(1, 1 + count)]
+    assert [axes.get_title() for axes in figure.axes] == [*names, WIDTH, *names]
+    blue = plotting.METHOD_COLOURS["cibp"].lower()
+    for i, axes in enumerate(figure.axes[:count], 1):
+        assert {text.get_text() for text in axes.texts} == _final_texts(1 - i / 20)
+        grey = [line for line in axes.lines if to_hex(line.get_color()) != blue]
+        assert len(grey) == count - 1  # the others' verified errors
+        end = 2 if i == 1 else 4
+        at = {text.get_position()[0] for text in axes.texts}
+        drawn = axes.transAxes.inverted().transform(axes.transData.transform((end, 1)))[0]
+        assert len(at) == 1 and 0 < at.pop() - drawn < 0.15
+    assert {text.get_text() for text in figure.axes[count].texts} == set(names)
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for axes in figure.axes for text in axes.texts]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+
+
+def test_a_label_is_joined_to_the_end_of_its_curve(tmp_path, figure_of):
+    figure = figure_of([_run(tmp_path / "a", epochs=2, scale=1.1), _run(tmp_path / "b", "ibp")])
+    axes = _panel(figure, ERRORS)
+    to_data = axes.transAxes + axes.transData.inverted()
+    joints = [to_data.transform(patch.get_path().vertices[0]) for patch in axes.patches]
+    marks = [line.get_xydata()[0] for line in axes.lines if line.get_marker() in ("o", "X", "s")]
+    joints, marks = (np.array(sorted(map(tuple, each))) for each in (joints, marks))
+    assert joints == pytest.approx(marks)
+    assert {round(x) for x, _ in joints} == {2, 4}
 
 
 def test_long_labels_and_zero_errors_leave_the_layout_whole(tmp_path, figure_of, recwarn):
@@ -293,13 +440,8 @@ def test_long_labels_and_zero_errors_leave_the_layout_whole(tmp_path, figure_of,
     assert not recwarn.list  # matplotlib warns where it gives the layout up
     titles = [axes.title.get_window_extent() for axes in figure.axes]
     assert not any(a.overlaps(b) for a, b in itertools.combinations(titles, 2))
-    assert figure.axes[2].get_title().startswith("...") and figure.axes[2].get_title()[-1] == "1"
-
-
-def test_more_runs_than_colours(tmp_path, figure_of):
-    run_dirs = [_run(tmp_path / str(i), lr=0.1 / i, epochs=1) for i in range(1, 9)]
-    colours = [line.get_color() for line in _panel(figure_of(run_dirs), WIDTH).lines]
-    assert colours == [*plotting.COLOURS, plotting.COLOURS[0]]
+    first = figure.axes[0].get_title()
+    assert first.startswith("...") and first.endswith("name 1") and first.count("\n") == 1
 
 
 def test_bad_input(tmp_path):

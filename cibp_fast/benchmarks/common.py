@@ -39,7 +39,9 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 Key = TypeVar("Key")
 
-CONDITIONS = ["threads", "isa", "cpu", "python", "torch", "cibp_fast", "date", "command"]
+CONDITIONS = [
+    "threads", "isa", "cpu", "avx512_bf16", "python", "torch", "cibp_fast", "date", "command",
+]  # fmt: skip
 
 
 def input_shape(dataset: str) -> tuple[int, ...]:
@@ -295,18 +297,33 @@ def check_output(output: Path | None) -> None:
 
 
 def conditions(options: argparse.Namespace) -> dict[str, Any]:
-    """What a number needs to be read: threads, machine, versions, date, command."""
+    """Returns what a number needs to be read: threads, machine, versions, date, command.
+
+    "isa" is of our kernels; "avx512_bf16" says whether the processor has that extension: bfloat16
+    products of PyTorch are fast with it, and slow without.
+    """
     kernels, _ = _backend.in_use(torch.device("cpu"), torch.float32)
     return {
         "threads": torch.get_num_threads(),
         "isa": kernels.removeprefix("CPU "),
         "cpu": dict(_backend.describe())["processor"],
+        "avx512_bf16": has_cpu_flag("avx512_bf16"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cibp_fast": __version__,
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "command": shlex.join(["cibp-fast", *options.words]),
     }
+
+
+def has_cpu_flag(name: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> bool | str:
+    """Returns whether the kernel lists that feature of the processor; "unknown" where it cannot."""
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        return "unknown"
+    flags = [line.partition(":")[2].split() for line in lines if line.startswith("flags")]
+    return name in flags[0] if flags else "unknown"
 
 
 def timed_rows(

@@ -374,7 +374,10 @@ def run(options: argparse.Namespace) -> None:
         return _run_on_gpu(options)
     where = common.conditions(options)
     print(f"{where['cpu']}, {where['isa']}, torch {where['torch']}, {where['threads']} threads")
-    print("naive / fused: median [quartiles]; ms and GFLOP/s of the fused op and the naive layer")
+    print(
+        "naive / fused: median [quartiles]; ms and GFLOP/s of the fused op and the naive layer, "
+        "counted as\ndirect products"
+    )
     found = []
     for model in options.models:
         for dataset in options.datasets:

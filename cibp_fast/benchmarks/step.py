@@ -25,7 +25,9 @@ graphs count.
 FLOPs count a multiply-add as two, the same for all contenders: of each affine layer 2 N outputs
 products for each of the three streams (center, radius, nominal), once forward and once backward to
 the weights, and once backward to its inputs except in the first layer; products with the zeros of
-the padding included, everything else left out. What Winograd saves, in "fast", is not taken off.
+the padding included, everything else left out. What Winograd saves, in "fast", is not taken off:
+"effective_gflops" counts the FLOPs of direct products, however few are done, and may be above the
+peak ("effective_to_peak" above 1).
 Bytes are the fewest that three passes over the layers can move: forward the inputs and outputs of
 all streams, backward to the weights the same, backward to the inputs the gradients of both and the
 inputs, each time the weights, all as the precision stores them; and 28 a parameter for Adam.
@@ -58,8 +60,8 @@ SIDE = 16  # of the images of --channels
 KEYS = ["model", "dataset", "batch", "clip", "contender", "format", "optimizer"]
 FIELDS = [
     *KEYS, "ms", "ms_q1", "ms_q3", "ratio", "ratio_q1", "ratio_q3", "fused_ratio", "gflop",
-    "gflops", "peak_gflops", "peak_share", "ms_per_example", "ms_per_gflop", "saved_bytes",
-    "rss_bytes", "loss_error", "gradient_error", "tolerance", "note", "rounds",
+    "effective_gflops", "peak_gflops", "effective_to_peak", "ms_per_example", "ms_per_gflop",
+    "saved_bytes", "rss_bytes", "loss_error", "gradient_error", "tolerance", "note", "rounds",
     "clock", *common.CONDITIONS,
 ]  # fmt: skip
 GPU_FIELDS = [
@@ -236,8 +238,8 @@ def _figures(problem: Problem, seconds: list[float], peak: float) -> dict[str, A
         "ms": round(median, 4),
         "ms_q1": round(q1, 4),
         "ms_q3": round(q3, 4),
-        "gflops": round(gflops, 1),
-        "peak_share": round(gflops / peak, 4),
+        "effective_gflops": round(gflops, 1),
+        "effective_to_peak": round(gflops / peak, 4),
         "ms_per_example": round(median / problem.batch, 5),
         "ms_per_gflop": round(median / gflop, 4),
     }
@@ -312,8 +314,9 @@ def run(options: argparse.Namespace) -> None:
         print(
             f"{where['cpu']}, {where['isa']}, torch {where['torch']}, {where['threads']} threads, "
             f"{options.clock} time; peak {limits['peak']:.1f} GFLOP/s\n"
-            "ratio: the time of the better naive over its own; share: of the machine's peak; "
-            "error: of the\ngradients; the step without and with fused Adam"
+            "ratio: the time of the better naive over its own; GFLOP/s: effective, all counted as "
+            "direct products,\nof which Winograd's do fewer; to peak: these over the peak; error: "
+            "of the gradients; the step without\nand with fused Adam"
         )
     else:
         fields, print_rows = GPU_FIELDS, _print_gpu
@@ -345,7 +348,7 @@ def _title(problem: Problem) -> str:
     box = "clipped" if problem.clip else "exact"
     return (
         f"\n{problem.model} {problem.dataset}, batch {problem.batch}, {box} ball, "
-        f"{problem.flops() / 1e9:.3g} GFLOP a step"
+        f"{problem.flops() / 1e9:.3g} GFLOP a step in direct products"
     )
 
 
@@ -370,7 +373,8 @@ def _print(problem: Problem, found: list[dict[str, Any]]) -> None:
     print(_title(problem))
     print(
         f"  {'contender':<16} {'ms':>9} {'[quartiles]':>20} {'ratio':>5} {'GFLOP/s':>7}"
-        f" {'share':>6} {'Adam: ms':>9} {'ratio':>5} {'saved MiB':>9} {'peak MiB':>9} {'error':>8}"
+        f" {'to peak':>7} {'Adam: ms':>9} {'ratio':>5}"
+        f" {'saved MiB':>9} {'peak MiB':>9} {'error':>8}"
     )
     alone, with_adam = ([row for row in found if row["optimizer"] == each] for each in OPTIMIZERS)
     adams = {(row["contender"], row["format"]): row for row in with_adam}
@@ -378,8 +382,9 @@ def _print(problem: Problem, found: list[dict[str, Any]]) -> None:
         adam = adams[row["contender"], row["format"]]
         spread = f"[{row['ms_q1']:.2f}, {row['ms_q3']:.2f}]"
         print(
-            f"{name} {row['ms']:9.2f} {spread:>20} {_ratio(row):>5} {row['gflops']:7.1f}"
-            f" {row['peak_share']:6.1%} {adam['ms']:9.2f} {_ratio(adam):>5}"
+            f"{name} {row['ms']:9.2f} {spread:>20} {_ratio(row):>5}"
+            f" {row['effective_gflops']:7.1f}"
+            f" {row['effective_to_peak']:7.2f} {adam['ms']:9.2f} {_ratio(adam):>5}"
             f" {_mib(row, 'saved_bytes'):>9} {_mib(row, 'rss_bytes'):>9}"
             f" {row['gradient_error']:>8}",
             flush=True,
