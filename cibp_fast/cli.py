@@ -131,9 +131,8 @@ def _certify(options: argparse.Namespace) -> None:
 
 def _attack(options: argparse.Namespace) -> None:
     config, model, split = _trained(options)
-    config = replace(
-        config, pgd_steps=options.steps, pgd_step_size=options.step_size, seed=options.seed
-    )
+    step_size = parse("pgd_step_size", options.step_size)
+    config = replace(config, pgd_steps=options.steps, pgd_step_size=step_size, seed=options.seed)
     with kept():
         found = torch.cat(
             [
@@ -409,7 +408,9 @@ def _parser() -> argparse.ArgumentParser:
     attack.add_argument(
         "--restarts", type=int, default=10, metavar="N", help="random starts (default: 10)"
     )
-    attack.add_argument("--step-size", type=float, default=0.01, metavar="S", help="default: 0.01")
+    attack.add_argument(
+        "--step-size", default="0.01", metavar="S", help="or none: 2.5 eps / steps (default: 0.01)"
+    )
     attack.add_argument(
         "--seed", type=int, default=0, metavar="N", help="seed of the random starts (default: 0)"
     )

@@ -115,7 +115,9 @@ class Config:
         "its random starts for examples that the bounds verify, where it can only prove them wrong",
         0,
     )
-    pgd_step_size: float = _option("its step size, in the units of eps_space", 0.01)
+    pgd_step_size: float | None = _option(
+        "its step size, in the units of eps_space; none: 2.5 eps / steps", 0.01
+    )
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))

@@ -34,6 +34,7 @@ SHORT = {
     "eps_ramp": (0, 6),
     "kappa_ramp": (2, 12),
     "pgd_steps": 2,
+    "pgd_step_size": 0.1,
     "pgd_restarts": 1,
     "eval_every": 1,
     "eval_batch_size": 25,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+from contextlib import nullcontext
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import cibp_fast as cf
 from cibp_fast import attacks, models
@@ -70,8 +73,10 @@ def test_random_starts_reach_what_the_gradient_does_not_show():
             return torch.stack([0 * x[:, 0], (x[:, 0] > 0.6).to(x.dtype) - 0.5 + 0 * x[:, 1]], 1)
 
     x, y = torch.full((50, 2), 0.5), torch.zeros(50, dtype=torch.int64)
-    assert not pgd(Pocket(), x, y, 0.3, steps=3, restarts=0).found.any()
-    assert pgd(Pocket(), x, y, 0.3, steps=3, restarts=20).found.all()
+    assert not pgd(Pocket(), x, y, 0.3, steps=0, restarts=0).found.any()
+    assert pgd(Pocket(), x, y, 0.3, steps=0, restarts=20).found.all()
+    found = pgd(Pocket(), x, y, 0.3, steps=3, restarts=0).found
+    assert 10 < found.sum() < 40  # random signs, where there is no gradient
 
 
 def test_seeded_and_independent_of_torchs_random_state():
@@ -118,7 +123,7 @@ def test_an_endless_step_goes_to_the_sides_of_the_box(step_size):
     attack = pgd(_Difference(0.58), x, y, 0.1, steps=1, restarts=1, step_size=step_size)
     assert torch.equal(attack.adversarial, torch.full_like(x, 0.6)) and attack.found.all()
     flat = pgd(
-        lambda x: torch.eye(2)[:1].expand(len(x), 2),
+        lambda x: torch.eye(2)[:1] + 0 * x[:, :1],
         x,
         y,
         0.1,
@@ -133,7 +138,8 @@ def test_an_endless_step_goes_to_the_sides_of_the_box(step_size):
 def test_logits_that_do_not_depend_on_x(trained):
     constant = torch.eye(2).requires_grad_(trained)
     x, y = torch.rand(2, 3), torch.tensor([0, 1])
-    attack = pgd(lambda x: constant[:1].expand(len(x), 2), x, y, 0.1, steps=2, restarts=1)
+    with nullcontext() if trained else pytest.warns(RuntimeWarning, match="no gradient by x"):
+        attack = pgd(lambda x: constant[:1].expand(len(x), 2), x, y, 0.1, steps=2, restarts=1)
     assert attack.found.tolist() == [False, True]
 
 
@@ -180,7 +186,7 @@ def test_a_batch_that_shrinks_has_few_sizes(monkeypatch):
         sizes.append(len(points))
         return _Difference(0.5)(points)
 
-    pgd(model, x, y, 0.3, steps=30, restarts=1, step_size=0.01)
+    pgd(model, x, y, 0.3, steps=30, restarts=1)
     assert {500, 250} <= set(sizes) <= {1, 500, 250, 125, 62}
 
 
@@ -238,7 +244,7 @@ def test_leaves_gradients_modes_and_inputs_alone(context):
 def test_batches_and_no_example():
     model, x = models.small((1, 28, 28)), torch.rand(5, 1, 28, 28)
     y = model(x).argmax(1)
-    attack = pgd(model, x, y, 0.3, steps=3, restarts=1, step_size=0.1, batch_size=2)
+    attack = pgd(model, x, y, 0.3, steps=6, restarts=1, step_size=0.1, batch_size=2)
     assert attack.found.shape == (5,) and attack.adversarial.shape == x.shape
     assert torch.equal(model(attack.adversarial).argmax(1) != y, attack.found)
     assert pgd(model, x[:0], y[:0], 0.1).found.shape == (0,)
@@ -265,6 +271,32 @@ def test_batches_and_no_example():
         ({"seed": -1}, ValueError, "seed must be from 0"),
         ({"step_size": torch.nan}, ValueError, "step_size must be 0 or more, not nan"),
         ({"eps": 1e39, "clip": None}, ValueError, "eps must give a box of finite width"),
+        (
+            {"eps": cf.Interval(torch.rand(2, 4) - torch.inf, torch.rand(2, 4)), "clip": None},
+            ValueError,
+            "clip must be left out where eps is an Interval, got None",
+        ),
+        (
+            {"eps": cf.Interval(torch.full((2, 4), -torch.inf), torch.rand(2, 4))},
+            ValueError,
+            "eps must give a box of finite width",
+        ),
+        (
+            {"eps": cf.Interval(torch.rand(1, 4), torch.ones(1, 4))},
+            ValueError,
+            r"eps, an Interval, must have x's shape torch.Size\(\[2, 4\]\), got torch.Size\(\[1, 4",
+        ),
+        (
+            {"eps": cf.Interval(torch.rand(2, 4).double(), torch.ones(2, 4).double())},
+            ValueError,
+            r"eps, an Interval, must have x's dtype torch.float32, got torch.float64",
+        ),
+        (
+            {"eps": cf.Interval(torch.ones(2, 4), torch.zeros(2, 4), validate=False)},
+            ValueError,
+            "lower > upper at 8 of 8 positions",
+        ),
+        ({"eps": "0.1"}, TypeError, "eps must be a real number"),
         ({"y": torch.tensor([0])}, ValueError, r"y \[N\]"),
         (
             {"y": torch.tensor([True, False])},
@@ -277,3 +309,238 @@ def test_bad_input(change, error, message):
     arguments = {"x": torch.rand(2, 4), "y": torch.tensor([0, 1]), "eps": 0.1}
     with pytest.raises(error, match=message):
         pgd(_Difference(0.5), **arguments | change)
+
+
+def test_the_logits_are_two_dimensional():
+    x, y = torch.rand(3, 2), torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"model must give logits \[N, classes\], not \[3\] for 3"):
+        pgd(lambda x: x.sum(1), x, y, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [
+        *((torch.float32, 50.0), (torch.float32, 1e-30), (torch.float32, 1e37)),
+        *((torch.float64, 1e4), (torch.float64, 1e306)),
+        *((torch.float16, 1.0), (torch.bfloat16, 50.0)),
+    ],
+)
+def test_margins_beyond_the_softmax_do_not_stop_it(dtype, scale):
+    """The cross-entropy's gradient is 0 here, or NaN where the logits' difference overflows."""
+    weight = torch.randn(784)
+    x = (0.5 + 0.05 * weight.sign()[None]).to(dtype)  # its margin turns at a radius of 0.05
+    weight, y = (weight * 0.1).to(dtype), torch.tensor([0])
+
+    def model(x: Tensor) -> Tensor:
+        score = (x - 0.5) @ weight * scale
+        return torch.stack([score, -score], 1)
+
+    assert pgd(model, x, y, 0.1, restarts=0).found.all()
+    assert not pgd(model, x, y, 0.04, restarts=0).found.any()
+
+
+def test_infinite_logits_do_not_stop_it():
+    def model(x: Tensor) -> Tensor:
+        score = (x.mean(1) - 0.58) * 1e30 * 1e30  # infinite, and so is its gradient
+        return torch.stack([-score, score], 1)
+
+    x, y = torch.full((2, 4), 0.5), torch.tensor([0, 0])
+    assert pgd(model, x, y, 0.1, restarts=0).found.all()
+    assert not pgd(model, x, y, 0.07, restarts=0).found.any()
+
+
+def test_masked_classes_are_no_targets():
+    mask = torch.tensor([0.0, -torch.inf, 0.0, -torch.inf, -torch.inf, -torch.inf])
+
+    def model(x: Tensor) -> Tensor:
+        score = x.mean(1, keepdim=True) - 0.58
+        return torch.cat([-score, score * 9, score, -score, -score, score], 1) + mask
+
+    x, y = torch.full((2, 4), 0.5), torch.tensor([0, 0])
+    assert pgd(model, x, y, 0.1, restarts=0).found.all()
+    wrong = model(x).scatter(1, torch.tensor([[2], [2]]), -torch.inf)
+    assert not pgd(lambda x: wrong[:1] + 0 * x[:, :1], x, y, 0.1, steps=2).found.any()
+    targets = {attacks._phases(model(x), y, 9, restart)[0][0][0].item() for restart in range(30)}
+    assert targets == {attacks.ALL, attacks.STRONGEST, 2}
+
+
+def test_a_tie_of_wrong_classes_does_not_stop_it():
+    """The mean over the wrong classes has the gradient 0 at x, and leads to neither."""
+    x, y = torch.full((1, 2), 0.5), torch.tensor([0])
+    model = nn.Linear(2, 3)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[0.0, 0.0], [1.0, 1.0], [-1.0, -1.0]]))
+        model.bias.copy_(torch.tensor([0.18, -1.0, 1.0]))
+    assert pgd(model, x, y, 0.1, restarts=0).found.all()
+    assert not pgd(model, x, y, 0.08).found.any()
+
+
+def test_a_dead_point_does_not_stop_it():
+    def model(x: Tensor) -> Tensor:
+        return torch.stack([0 * x[:, 0] + 0.01, ((x[:, 0] - 0.5).abs() - 0.05).relu()], 1)
+
+    x, y = torch.full((20, 1), 0.5), torch.zeros(20, dtype=torch.int64)
+    assert pgd(model, x, y, 0.1, restarts=0).found.all()
+    assert not pgd(model, x, y, 0.055, restarts=0).found.any()
+    # The same beside a pixel that has a gradient and cannot change.
+    still = torch.cat([x, x], 1)
+    lower = torch.cat([x - 0.1, x], 1)
+    box = cf.Interval(lower, torch.cat([x + 0.1, x], 1))
+    attack = pgd(lambda x: model(x) + 1e-3 * x[:, 1:], still, y, box, restarts=0)
+    assert attack.found.all()
+
+
+@pytest.mark.parametrize(
+    "context",
+    [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)],
+    ids=["inference_mode", "autocast"],
+)
+def test_finds_the_same_in_any_context(context):
+    model, x = models.small((1, 28, 28)), torch.rand(6, 1, 28, 28)
+    y = model(x).argmax(1)
+    options = {"steps": 8, "restarts": 1, "step_size": 0.1}
+    expected = pgd(model, x, y, 0.3, **options)
+    assert expected.found.any()
+    with context():
+        attack = pgd(model, x, y, 0.3, **options)
+        given = pgd(model, x.clone(), y.clone(), cf.Interval.ball(x, 0.3), **options)
+    for each in (attack, given):
+        assert torch.equal(each.found, expected.found)
+        torch.testing.assert_close(each.adversarial, expected.adversarial)
+
+
+def recorded(x: Tensor, eps: float | Tensor | cf.Interval, **options) -> Tensor:
+    """The points that a model of two equal classes sees, [steps + 2, N, ...]."""
+    points = []
+
+    def model(x: Tensor) -> Tensor:
+        points.append(x.detach().clone())
+        score = x.flatten(1).sum(1)
+        return torch.stack([0 * score + 1e9, score], 1)
+
+    y = torch.zeros(len(x), dtype=torch.int64)
+    pgd(model, x, y, eps, restarts=0, **options)
+    return torch.stack(points)
+
+
+def test_the_step_is_a_share_of_eps_unless_it_is_given(way):
+    if way == "as on a GPU":
+        pytest.skip("it shows padded points")
+    x = torch.full((2, 3, 2, 2), 0.5, dtype=torch.float64)
+    channels = torch.tensor([0.1, 0.2, 0.0], dtype=torch.float64)
+    whole = channels[:, None, None].expand_as(x)
+    for eps in (channels, whole.clone(), cf.Interval(x - whole, x + whole)):
+        moved = recorded(x, eps, steps=10) - x
+        torch.testing.assert_close(moved[2], whole / 4, rtol=0, atol=1e-12)
+        torch.testing.assert_close(moved[-1], whole, rtol=0, atol=1e-12)
+    # A clipped box does not make the steps shorter.
+    moved = recorded(x, 0.6, steps=10) - x
+    torch.testing.assert_close(moved[2], torch.full_like(x, 0.15), rtol=0, atol=1e-12)
+    moved = recorded(x, 0.1, steps=10, step_size=0.03) - x
+    torch.testing.assert_close(moved[2], torch.full_like(x, 0.03), rtol=0, atol=1e-12)
+    assert torch.equal(recorded(x, 0.1, steps=0)[-1], x)
+    with pytest.warns(RuntimeWarning):
+        assert torch.equal(recorded(x, 0.1, steps=3, step_size=0)[-1], x)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "eps"),
+    [
+        *((torch.float32, 200.0, 2e-4), (torch.float32, 0.9, 1e-6), (torch.float16, 0.9, 0.01)),
+        *((torch.bfloat16, 0.9, 0.05), (torch.float16, 0.0, 1e-6)),
+    ],
+)
+def test_rounding_does_not_undo_the_steps(dtype, value, eps):
+    """The default step, 1/80 of eps, is less than half of the spacing of numbers at x, or 0."""
+    x = torch.full((1, 4), value, dtype=dtype)
+    box = cf.Interval.ball(x, eps, clip=None)
+    assert (box.lower < x).all()
+    least = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
+
+    def model(x: Tensor) -> Tensor:
+        """Class 1 at the corner of the box alone."""
+        score = (x - box.lower).sum(1)
+        return torch.stack([score, 0 * score + least], 1)
+
+    attack = pgd(model, x, torch.tensor([0]), box, restarts=0)
+    assert attack.found.all() and torch.equal(attack.adversarial, box.lower)
+
+
+@pytest.mark.parametrize(
+    ("eps", "options", "warns"),
+    [
+        *((0.3, {"steps": 10, "step_size": 0.05}, True), (0.3, {"steps": 10}, False)),
+        *((0.25, {"steps": 10, "step_size": 0.05}, False), (0.2, {"steps": 1}, False)),
+        *((0.3, {"steps": 0, "step_size": 0.01}, False), (0.2, {"step_size": 0.0}, True)),
+        (0.4, {"step_size": 0.01}, False),  # the paper's
+        (0.2, {"steps": 40, "step_size": 0.01}, False),
+        (9.0, {"steps": 100, "step_size": 0.01}, False),  # clip makes the box 1 wide
+        (9.0, {"steps": 100, "step_size": 0.01, "clip": None}, True),
+    ],
+)
+def test_warns_where_the_steps_do_not_cross_the_box(eps, options, warns):
+    x, y = torch.rand(3, 8), torch.zeros(3, dtype=torch.int64)
+    x[0, :2] = torch.tensor([0.0, 1.0])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pgd(_Difference(0.5), x, y, eps, restarts=0, **options)
+    assert len(caught) == warns
+    if warns:
+        message = str(caught[0].message)
+        assert caught[0].category is RuntimeWarning and caught[0].filename == __file__
+        assert "do not cross the box" in message and "step_size=None" in message
+
+
+@pytest.mark.parametrize("clip", [(0.0, 1.0), (0.2, 0.9), None])
+@pytest.mark.parametrize(
+    "eps",
+    [0.1, torch.tensor([0.1, 0.0, 0.3]), torch.linspace(0, 0.3, 48).view(4, 3, 2, 2)],
+    ids=["number", "channels", "elements"],
+)
+def test_its_box_is_that_of_the_certificate(eps, clip):
+    x, y = 0.2 + 0.7 * torch.rand(4, 3, 2, 2), torch.zeros(4, dtype=torch.int64)
+    seen = []
+
+    def model(x):
+        if isinstance(x, cf.Interval):
+            seen.append(x)
+        return nn.functional.linear(x.flatten(1), torch.eye(2, 12))
+
+    cf.certify(model, x, y, eps, clip, sound=False)
+    for sign, side in ((1, seen[0].upper), (-1, seen[0].lower)):
+        total = side.flatten(1).sum(1) * sign
+
+        def reaches(x, sign=sign, total=total):
+            """Class 1 where every pixel is at its side of the box."""
+            score = x.flatten(1).sum(1) * sign - total + 1e-5
+            return torch.stack([-score, score], 1)
+
+        options = {"step_size": torch.inf, "restarts": 0, "batch_size": 4}
+        attack = pgd(reaches, x, y, eps, clip=clip, **options)
+        assert torch.equal(attack.adversarial, side) and attack.found.all()
+
+
+def test_an_interval_in_place_of_eps():
+    model, x = models.small((1, 28, 28)), 0.2 + 0.7 * torch.rand(6, 1, 28, 28)
+    y = model(x).argmax(1)
+    options = {"steps": 10, "restarts": 1}
+    expected = pgd(model, x, y, 0.1, clip=None, step_size=0.025, **options)
+    box = cf.Interval.ball(x, 0.1, None)
+    attack = pgd(model, x, y, box, step_size=0.025, **options)
+    assert expected.found.any() and torch.equal(attack.found, expected.found)
+    assert torch.equal(attack.adversarial, expected.adversarial)
+    grown = cf.Interval(box.lower.requires_grad_(), box.upper)
+    with torch.no_grad():
+        again = pgd(model, x, y, grown, step_size=0.025, **options)
+    assert torch.equal(again.adversarial, expected.adversarial)
+    assert not again.adversarial.requires_grad
+
+
+def test_the_first_start_is_the_nearest_point_of_an_interval():
+    x, y = torch.tensor([[0.5, 0.5], [0.9, 0.9]]), torch.tensor([0, 0])
+    box = cf.Interval(torch.tensor([[0.7, 0.2], [0.1, 0.1]]), torch.full((2, 2), 0.8))
+    attack = pgd(_Difference(0.59), x, y, box, steps=0, restarts=0)
+    assert attack.found.tolist() == [True, True]  # 0.6 and 0.8
+    torch.testing.assert_close(attack.adversarial, torch.tensor([[0.7, 0.5], [0.8, 0.8]]))
+    attack = pgd(_Difference(0.7), x, y, cf.Interval(box.lower - 0.7, box.upper - 0.7), steps=9)
+    assert attack.found.tolist() == [False, False]  # x itself is outside, and does not count

@@ -75,7 +75,13 @@ def test_train_certify_attack_and_plot(tmp_path, capsys):
         cli.main(["attack", str(run_dir), "--steps", "1", "--restarts", "1", "--examples", "20"])
         == 0
     )
-    assert "PGD error (1 steps, 1 restarts)" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert "PGD error (1 steps, 1 restarts)" in captured.out and not captured.err
+    far = ["attack", str(run_dir), "--steps", "1", "--restarts", "1", "--eps", "0.4"]
+    assert cli.main([*far, "--step-size", "none"]) == 0
+    assert not capsys.readouterr().err
+    assert cli.main(far) == 0
+    assert "warning: 1 steps of 0.01 do not cross the box" in capsys.readouterr().err
 
     picture = tmp_path / "pictures" / "curves.png"
     pytest.importorskip("matplotlib")
@@ -214,7 +220,7 @@ def test_bad_input_is_one_line(capsys, monkeypatch, tmp_path, arguments, words):
         (["certify", "--eps", "nan"], "eps must be a finite number, not nan"),
         (["attack", "--eps", "inf"], "eps must be a finite number, not inf"),
         (["attack", "--seed", str(10**20)], "seed must be 9223372036854775807 or less, not 1000"),
-        (["attack", "--step-size", "nan"], "pgd_step_size must be a finite number, not nan"),
+        (["attack", "--step-size", "nan"], "pgd_step_size must be a finite number or none"),
         (
             ["certify", "--examples", "0"],
             "examples must be from 1 to the 40 of the test set, not 0",

@@ -125,6 +125,8 @@ def test_json_round_trip():
     config = preset("mnist5k-medium-8of255-cibp", clip=None, lr_decay_at=(), seed=7, elide=False)
     assert Config.from_json(config.to_json()) == config
     assert json.loads(config.to_json())["clip"] is None
+    config = preset("mnist-small-0.4-cibp", pgd_step_size=parse("pgd_step_size", "none"))
+    assert config.pgd_step_size is None and Config.from_json(config.to_json()) == config
 
 
 def test_whole_numbers_are_accepted_as_floats():

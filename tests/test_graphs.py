@@ -84,7 +84,7 @@ def test_what_is_captured_of_the_networks_can_be(name, batch):
     broken = torch.zeros(batch, dtype=torch.bool, device="meta")
     with Captured(), torch.no_grad():
         margins, predicted = certificates._bounded(model, False, x, x, x, y)
-        point, still = attacks._step(model, 0.1, x, broken, y, x, x)
+        point, still = attacks._step(model, x, broken, y, y, x, x, x)
         attacks._last(model, x, broken, y)
         evaluation._predicted(model, x)
     assert margins.shape == (batch, 10) and predicted.shape == still.shape == (batch,)
@@ -406,7 +406,7 @@ def test_evaluation_with_graphs(gpu, monkeypatch):
     split = data.Split(split.images, labels)
     config = preset(
         "mnist5k-small-0.001-cibp",
-        **SHORT | {"eval_batch_size": 8, "pgd_steps": 23, "pgd_restarts": 2, "eps": 0.01},
+        **SHORT | {"eval_batch_size": 8, "pgd_steps": 24, "pgd_restarts": 2, "eps": 0.01},
     )
     gpu.capturing = True  # so that it makes none
     expected = evaluation.evaluate(model, split, config)

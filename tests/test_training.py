@@ -85,7 +85,7 @@ def test_the_fields_of_a_result(tmp_path):
         "pgd_steps": 2,
         "pgd_restarts": 1,
         "pgd_verified_restarts": 0,
-        "pgd_step_size": 0.01,
+        "pgd_step_size": 0.1,
         "examples": 40,
         "contradictions": 0,
         "eps": 0.001,
@@ -330,7 +330,7 @@ def test_the_two_spaces_are_the_same_box_up_to_scale():
 
 def test_evaluation_does_not_depend_on_the_batch_that_processes_share(monkeypatch):
     """Three processes' counts add up to one's; PGD's random starts are the batch's own."""
-    options = SHORT | {"eval_batch_size": 7, "pgd_step_size": 0.1}
+    options = SHORT | {"eval_batch_size": 7, "pgd_step_size": 0.3}
     config = preset("mnist5k-small-0.3-cibp", **options)
     torch.manual_seed(3)
     model, test = runs.build_model(config), toy_dataset().test
