@@ -89,7 +89,9 @@ def convolution(module: Any) -> Any:
 
 
 def attack(x: Tensor, y: Tensor) -> list[Tensor]:
-    found = cf.attacks.pgd(network(x.dtype), x, y, 0.1, steps=3, restarts=1, step_size=0.07)
+    with torch.inference_mode(False):  # torch has no gradients through parameters of inference
+        model = network(x.dtype)
+    found = cf.attacks.pgd(model, x, y, 0.1, steps=3, restarts=1, step_size=0.07)
     return [found.adversarial, found.found]
 
 
