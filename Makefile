@@ -25,7 +25,7 @@ help:
 	@echo 'make lint         ruff, mypy and clang-format'
 	@echo 'make format       let ruff and clang-format rewrite the sources'
 	@echo 'make sanitize     the kernels without Python, under ASan and UBSan'
-	@echo 'make bench        time steps, layers and the training loop, and renew the README'
+	@echo 'make bench        time steps, layers, the training loop, a busy machine; renew the README'
 	@echo 'make clean        remove .venv and everything built'
 
 quickstart: $(VENV)/demo
@@ -66,6 +66,7 @@ bench: $(VENV)/dev
 	  --rounds 7 --output bench/results/channels.csv
 	$(BIN)/cibp-fast bench layer --output bench/results/layers.csv
 	$(BIN)/python bench/bench_loop.py --synthetic --output bench/results/loop.csv
+	$(BIN)/python bench/bench_load.py --output bench/results/load.csv
 	$(BIN)/python bench/update_readme.py
 
 clean:

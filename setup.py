@@ -51,7 +51,10 @@ INSTRUCTION_SETS = {
     ],
 }
 # Without -ffast-math: it reorders sums and flushes to zero, and a bound may not move by either.
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-Wall", "-Wextra"]
+FLAGS = [
+    *("-std=c++17", "-O3", "-pthread", "-fPIC", "-fvisibility=hidden", "-DNDEBUG"),
+    *("-Wall", "-Wextra"),
+]
 
 # The GPUs to compile for, the last one where nvcc knows it. What is newer compiles the last one's
 # intermediate code when it loads it. The kernels of *_sm90a.cu are for sm_90a alone.
@@ -89,7 +92,7 @@ class NinjaBuild(build_ext):
         if probe(compiler, [*flags, "-fopenmp", *link_flags], PROBE_OPENMP) is None:
             flags.append("-fopenmp")
         else:
-            warn(f"{compiler[0]} does not take -fopenmp: the kernels will run on one thread")
+            warn(f"{compiler[0]} does not take -fopenmp: the kernels use threads of their own only")
 
         built = []
         for extension in self.extensions:

@@ -51,22 +51,26 @@ def available_isas() -> tuple[str, ...]:
     return tuple(_builds()[0])
 
 
-_forced_isa: str | None = None
+class _Forced(threading.local):
+    isa: str | None = None
+
+
+_forced = _Forced()
 
 
 @contextlib.contextmanager
 def use_isa(isa: str) -> Iterator[None]:
     """Within the block, ops run the kernels built for ``isa`` ("avx512", "avx2" or "portable").
 
+    It holds for this thread only: other threads go on with the kernels that they run.
     Raises ValueError where ``isa`` is not among :func:`available_isas`.
     """
-    global _forced_isa
     _require_isa(isa)
-    previous, _forced_isa = _forced_isa, isa
+    previous, _forced.isa = _forced.isa, isa
     try:
         yield
     finally:
-        _forced_isa = previous
+        _forced.isa = previous
 
 
 def _require_isa(isa: str) -> None:
@@ -81,7 +85,7 @@ def _require_isa(isa: str) -> None:
 
 def kernels() -> ModuleType:
     """The extension module whose kernels run now: the forced one, CIBP_FAST_ISA's, or the best."""
-    isa = _forced_isa or os.environ.get("CIBP_FAST_ISA")
+    isa = _forced.isa or os.environ.get("CIBP_FAST_ISA")
     if isa:
         _require_isa(isa)
         return _builds()[0][isa]
@@ -217,21 +221,11 @@ def cuda_kernels() -> ModuleType:
     return importlib.import_module("cibp_fast._cuda")
 
 
-_forked = False
-
-
-def _after_fork_in_child() -> None:
-    global _forked
-    _forked = True
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
-
-
 def threads() -> int:
-    """Threads of a kernel: torch's; one in a forked child, which has lost the OpenMP threads."""
-    return 1 if _forked else torch.get_num_threads()
+    """Returns how many threads a kernel may use, torch's number; its work is divided into as many
+    parts, and its numbers depend on them, whoever does them.
+    """
+    return torch.get_num_threads()
 
 
 def in_use(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
@@ -242,7 +236,7 @@ def in_use(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     if name == "triton":
         return "Triton", reason
     isa = kernels().__name__.rpartition("_")[2]
-    asked = _forced_isa or os.environ.get("CIBP_FAST_ISA")
+    asked = _forced.isa or os.environ.get("CIBP_FAST_ISA")
     return f"CPU {isa}", "asked for" if asked else "the widest vectors built that this CPU has"
 
 

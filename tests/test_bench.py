@@ -65,6 +65,27 @@ def test_the_table_of_the_loop(tmp_path, monkeypatch, capsys):
     assert printed.count("outside the step: ") == 2 and "epoch " not in printed
 
 
+def test_the_table_of_the_busy_machine(tmp_path, monkeypatch, capsys):
+    output, script = tmp_path / "load.csv", BENCH / "bench_load.py"
+    words = ["--batch", "2", "--load", "0", "1", "--threads", "1", "--rounds", "2"]
+    monkeypatch.setattr(sys, "argv", [str(script), *words, "--output", str(output)])
+    runpy.run_path(str(script), run_name="__main__")
+    with output.open() as file:
+        rows = list(csv.DictReader(file))
+    keys = [(row["load"], row["contender"], row["threads"]) for row in rows]
+    assert keys == [(load, name, "1") for load in "01" for name in ("fused", "naive")]
+    for row in rows:
+        assert all(row.values()) and None not in row
+        assert 0 < float(row["ms_q1"]) <= float(row["ms"]) <= float(row["ms_q3"])
+        assert float(row["ms_q3"]) <= float(row["ms_max"])
+        assert row["contender"] == "fused" or row["ratio"] == "1.0"
+        assert row["command"] == (
+            "python bench/bench_load.py --models small --datasets mnist --batch 2 --load 0 1 "
+            "--threads 1 --rounds 2"
+        )
+    assert capsys.readouterr().out.count("ratio") == len(rows)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

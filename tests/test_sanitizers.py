@@ -1,4 +1,4 @@
-"""The kernels without Python, under ASan and UBSan: see cpp/driver.cpp."""
+"""The kernels without Python, under sanitizers: see cpp/driver.cpp."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cibp_fast import _backend
 SOURCES = sorted(
     str(path) for path in (*ROOT.glob("csrc/cpu/*.cpp"), *ROOT.glob("tests/cpp/*.cpp"))
 )
-ALL_RIGHT = "0 of 200 layers, 0 of 200 networks, 0 of 100 losses wrong"
+ALL_RIGHT = "0 of 200 layers, 0 of 200 networks, 0 of 100 losses, 0 of 12 checks of threads wrong"
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
@@ -51,7 +51,7 @@ def isa_flags(isa: str) -> tuple[str, ...]:
 
 def build(flags: tuple[str, ...], folder: Path) -> str:
     """Compile the driver and the kernels, two files at a time; the path of the program."""
-    common = [*compiler(), "-std=c++17", "-O1", *flags]
+    common = [*compiler(), "-std=c++17", "-O1", "-pthread", *flags]
 
     def compile_(source: str) -> str:
         target = str(folder / f"{Path(source).stem}.o")
@@ -87,6 +87,11 @@ def test_driver_under_sanitizers(isa: str, tmp_path: Path) -> None:
     assert f": {ALL_RIGHT}" in output
 
 
-def test_driver_without_openmp(tmp_path: Path) -> None:
-    output = run([build(("-DCIBP_POISON", *isa_flags(NATIVE)), tmp_path)])
-    assert f"no OpenMP: {ALL_RIGHT}" in output
+def test_threads_under_thread_sanitizer(tmp_path: Path) -> None:
+    """No thread reads what another writes at the same time. Without OpenMP: TSan cannot see its
+    barriers, and the kernels' own threads do the same work."""
+    if not accepts(("-fsanitize=thread",), tmp_path):
+        pytest.skip(f"{compiler()[0]} has no working TSan runtime")
+    driver = build(("-fsanitize=thread", "-g1", *isa_flags(NATIVE)), tmp_path)
+    for kind in ("threads", "loss", "network"):
+        assert f": {ALL_RIGHT}" in run([driver, kind])

@@ -167,8 +167,8 @@ void input_gradient(const Conv2dBackward<T>& op, const Prologue& prologue,
 // cache.
 constexpr int64_t kOuterPixels = 64;
 
-// Each thread sums its images' strips into its own [row, channel] sums, row = (tap, input channel);
-// the sums of the threads are then added in their order.
+// Each of as many parts as threads sums its images' strips into its own [row, channel] sums, row =
+// (tap, input channel); the sums of the parts are then added in their order.
 template <class T, class Prologue>
 void weight_gradient(const Conv2dBackward<T>& op, const Prologue& prologue,
                      const std::array<Tensor4<const T>, kMaxSources>& gradients) {
@@ -188,7 +188,7 @@ void weight_gradient(const Conv2dBackward<T>& op, const Prologue& prologue,
   const int64_t source_rows =
       (strip_height - 1) * s.stride_height + (s.kernel_height - 1) * s.dilation_height + 1;
   const int64_t items = s.batch * strips;
-  const int threads = items > 1 ? op.threads : 1;
+  const int parts = items > 1 ? op.threads : 1;
 
   std::vector<int64_t> offsets(static_cast<size_t>(sum_rows));
   for (int64_t i = 0; i < sum_rows; ++i) {
@@ -197,22 +197,20 @@ void weight_gradient(const Conv2dBackward<T>& op, const Prologue& prologue,
     offsets[i] =
         ky * s.dilation_height * row_stride + kx * s.dilation_width * pitch + row % in_channels;
   }
-  T* signed_sums = scratch<T>(Slot::kSumA, threads * sum_size);
-  T* absolute_sums = scratch<T>(Slot::kSumB, threads * sum_size);
-  double* bias_sums = scratch<double>(Slot::kWidth, threads * s.out_channels);
-  int team = 1;
-  parallel(threads, [&](int thread, int actual) {
-    if (thread == 0) team = actual;
-    T* signed_sum = signed_sums + thread * sum_size;
-    T* absolute_sum = absolute_sums + thread * sum_size;
-    double* bias_sum = bias_sums + thread * s.out_channels;
+  T* signed_sums = scratch<T>(Slot::kSumA, parts * sum_size);
+  T* absolute_sums = scratch<T>(Slot::kSumB, parts * sum_size);
+  double* bias_sums = scratch<double>(Slot::kWidth, parts * s.out_channels);
+  parallel(parts, [&](int index, int) {
+    T* signed_sum = signed_sums + index * sum_size;
+    T* absolute_sum = absolute_sums + index * sum_size;
+    double* bias_sum = bias_sums + index * s.out_channels;
     std::fill_n(signed_sum, sum_size, T{0});
     std::fill_n(absolute_sum, sum_size, T{0});
     std::fill_n(bias_sum, s.out_channels, 0.0);
     T* source = scratch<T>(Slot::kSource, source_rows * row_stride);
     T* gradient = scratch<T>(Slot::kGradient, strip_height * S * s.out_width * kBlock<T>);
     const int64_t tile_height = std::max<int64_t>(1, kOuterPixels / s.out_width);
-    const Part part(items, thread, actual);
+    const Part part(items, index, parts);
     for (int64_t item = part.begin; item < part.end; ++item) {
       const int64_t image = item / strips, y = item % strips * strip_height,
                     y_end = std::min(s.out_height, y + strip_height);
@@ -266,8 +264,8 @@ void weight_gradient(const Conv2dBackward<T>& op, const Prologue& prologue,
     for (int64_t c = 0; c < in_channels; ++c)
       for (int64_t tap = 0; tap < taps; ++tap) {
         T plus = 0, magnitude = 0;
-        for (int thread = 0; thread < team; ++thread) {
-          const int64_t at = thread * sum_size + base + (tap * in_channels + c) * block_width;
+        for (int part = 0; part < parts; ++part) {
+          const int64_t at = part * sum_size + base + (tap * in_channels + c) * block_width;
           plus += signed_sums[at];
           magnitude += absolute_sums[at];
         }
@@ -279,7 +277,7 @@ void weight_gradient(const Conv2dBackward<T>& op, const Prologue& prologue,
   if (op.grad_bias)
     for (int64_t o = 0; o < s.out_channels; ++o) {
       double sum = 0;
-      for (int thread = 0; thread < team; ++thread) sum += bias_sums[thread * s.out_channels + o];
+      for (int part = 0; part < parts; ++part) sum += bias_sums[part * s.out_channels + o];
       op.grad_bias[o] = static_cast<T>(sum);
     }
 }

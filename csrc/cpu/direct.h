@@ -164,7 +164,7 @@ void convolve_weight_gradient(const Layer<T>& layer, const std::vector<int64_t>&
   }
 }
 
-// The weight gradient of a vector of outputs. radius_sums: [team][out channels], of a ball.
+// The weight gradient of a vector of outputs. radius_sums: [parts][out channels], of a ball.
 template <class T>
 void convolve_reduce(const Layer<T>& layer, const WeightSums<T>& sums, const double* radius_sums,
                      const T* ball_radius, int64_t channel, T* out) {
@@ -177,12 +177,12 @@ void convolve_reduce(const Layer<T>& layer, const WeightSums<T>& sums, const dou
     for (int64_t c = 0; c < s.in_channels; ++c)
       for (int64_t tap = 0; tap < taps; ++tap) {
         T plus = 0, magnitude = 0;
-        for (int thread = 0; thread < sums.team; ++thread) {
-          const int64_t at = thread * sums.size + base + (tap * s.in_channels + c) * n;
+        for (int part = 0; part < sums.parts; ++part) {
+          const int64_t at = part * sums.size + base + (tap * s.in_channels + c) * n;
           plus += sums.plus[at];
           magnitude += sums.magnitude[at];
           if (layer.in.streams == 1)
-            magnitude += static_cast<T>(radius_sums[thread * s.out_channels + o] *
+            magnitude += static_cast<T>(radius_sums[part * s.out_channels + o] *
                                         static_cast<double>(ball_radius[c]));
         }
         const int64_t k = o * layer.rows() + c * taps + tap;

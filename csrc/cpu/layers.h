@@ -203,13 +203,13 @@ void deactivate(const T* forward, int64_t stream_stride, T scale, bool relu, Vec
   gradient[2] = nominal <= 0 ? Vec<T>{} : gradient[2];
 }
 
-// What the threads of a team sum up of a layer's weight gradient, `size` elements apart: the sums
-// of center and nominal, and those of the radius, to be multiplied by the sign of W.
+// What the parts of a batch sum up of a layer's weight gradient, `size` elements apart: the sums of
+// center and nominal, and those of the radius, to be multiplied by the sign of W.
 template <class T>
 struct WeightSums {
   const T *plus, *magnitude;
   int64_t size;
-  int team;
+  int parts;
 };
 
 }  // namespace cibp

@@ -97,11 +97,11 @@ bool loss_forward(const LossForward<T>& op) {
   if (!in_range(op.labels, op.shape)) return false;
   double* sums = scratch<double>(Slot::kWidth, 2 * op.threads);
   std::fill_n(sums, 2 * op.threads, 0.0);
-  parallel(op.threads, [&](int thread, int team) {
+  parallel(op.threads, [&](int index, int parts) {
     const T* weight = padded_weight(op.shape, op.weight);
     Ball<T> ball(op.shape);
     double nominal = 0, robust = 0;
-    const Part part(batch, thread, team);
+    const Part part(batch, index, parts);
     for (int64_t n = part.begin; n < part.end; ++n) {
       const int64_t label = op.labels[n], row = n * classes;
       nominal += cross_entropy(op.logits + row, classes, label, op.slopes + row);
@@ -111,13 +111,13 @@ bool loss_forward(const LossForward<T>& op) {
       robust += cross_entropy(worst, classes, label, worst);
       worst[label] = 0;  // the worst-case logit at the label is constant
     }
-    sums[2 * thread] = nominal;
-    sums[2 * thread + 1] = robust;
+    sums[2 * index] = nominal;
+    sums[2 * index + 1] = robust;
   });
   double nominal = 0, robust = 0;
-  for (int thread = 0; thread < op.threads; ++thread) {
-    nominal += sums[2 * thread];
-    robust += sums[2 * thread + 1];
+  for (int i = 0; i < op.threads; ++i) {
+    nominal += sums[2 * i];
+    robust += sums[2 * i + 1];
   }
   *op.nominal = static_cast<T>(nominal / static_cast<double>(batch));
   *op.robust = static_cast<T>(robust / static_cast<double>(batch));
@@ -142,13 +142,13 @@ bool loss_backward(const LossBackward<T>& op) {
   const int64_t size = classes * (width + 1);  // of weight and bias
   T* sums = scratch<T>(Slot::kSumA, op.threads * size);
   std::fill_n(sums, op.threads * size, T{0});
-  parallel(op.threads, [&](int thread, int team) {
+  parallel(op.threads, [&](int index, int parts) {
     const T* weight = padded_weight(op.shape, op.weight);
-    T* weight_sum = sums + thread * size;
+    T* weight_sum = sums + index * size;
     T* bias_sum = weight_sum + classes * width;
     T* slopes = scratch<T>(Slot::kBias, classes);
     Ball<T> ball(op.shape);
-    const Part part(batch, thread, team);
+    const Part part(batch, index, parts);
     for (int64_t n = part.begin; n < part.end; ++n) {
       const int64_t label = op.labels[n];
       T total = 0;
@@ -184,7 +184,7 @@ bool loss_backward(const LossBackward<T>& op) {
   });
   const auto total = [&](int64_t i) {
     T result = 0;
-    for (int thread = 0; thread < op.threads; ++thread) result += sums[thread * size + i];
+    for (int part = 0; part < op.threads; ++part) result += sums[part * size + i];
     return result;
   };
   for (int64_t j = 0; j < classes; ++j) {

@@ -163,8 +163,9 @@ const T* dense_stages(const NetworkBackward<T>& op, const std::vector<Layer<T>>&
   return gradient;
 }
 
-// The gradients of the stages in front of the dense ones. Each thread takes examples through all of
-// them, and sums up gradients of weights and biases of its own, which are added up in the end.
+// The gradients of the stages in front of the dense ones. The batch is divided into as many parts
+// as threads: the examples of a part go through all stages, and have sums of their own of the
+// gradients of weights and biases, which are added up in the end.
 template <class T>
 class Convolutions {
  public:
@@ -184,19 +185,18 @@ class Convolutions {
   // gradient: of the input of the first dense stage.
   void run(const T* gradient) {
     const int64_t batch = op_.stages[0].shape.batch;
-    plus_ = scratch<T>(Slot::kSumA, op_.threads * sums_);
-    magnitude_ = scratch<T>(Slot::kSumB, op_.threads * sums_);
-    bias_sums_.assign(static_cast<size_t>(op_.threads * outputs_), 0.0);
-    radius_sums_.assign(static_cast<size_t>(op_.threads * op_.stages[0].shape.out_channels), 0.0);
-    parallel(batch > 1 ? op_.threads : 1, [&](int thread, int team) {
-      if (thread == 0) team_ = team;
-      examples(thread, Part(batch, thread, team), gradient);
-    });
+    parts_ = batch > 1 ? op_.threads : 1;
+    plus_ = scratch<T>(Slot::kSumA, parts_ * sums_);
+    magnitude_ = scratch<T>(Slot::kSumB, parts_ * sums_);
+    bias_sums_.assign(static_cast<size_t>(parts_ * outputs_), 0.0);
+    radius_sums_.assign(static_cast<size_t>(parts_ * op_.stages[0].shape.out_channels), 0.0);
+    parallel(parts_,
+             [&](int index, int parts) { examples(index, Part(batch, index, parts), gradient); });
     add_up();
   }
 
  private:
-  // Where layer i's sums and images lie in a thread's memory.
+  // Where layer i's sums and images lie in a part's memory.
   void place(size_t i) {
     Layer<T>& layer = layers_[i];
     const Conv2dShape& s = layer.stage->shape;
@@ -230,10 +230,10 @@ class Convolutions {
     return offsets;
   }
 
-  // All stages of a thread's examples.
-  void examples(int thread, const Part& part, const T* gradient) {
-    std::fill_n(plus_ + thread * sums_, sums_, T{0});
-    std::fill_n(magnitude_ + thread * sums_, sums_, T{0});
+  // All stages of a part's examples.
+  void examples(int index, const Part& part, const T* gradient) {
+    std::fill_n(plus_ + index * sums_, sums_, T{0});
+    std::fill_n(magnitude_ + index * sums_, sums_, T{0});
     T* const images = scratch<T>(Slot::kGradient, images_ + kBlock<T>);
     for (size_t i = 0; i < count_; ++i) {
       const Layer<T>& layer = layers_[i];
@@ -248,21 +248,21 @@ class Convolutions {
       for (int64_t k = n; k < end; ++k)
         copy_gradient(dense, gradient + k * dense.in.size(), last,
                       out + (k - n) * last.gradient.size());
-      stages(thread, count_ - 1, n, end, out, images);
+      stages(index, count_ - 1, n, end, out, images);
     }
   }
 
   // The stages from i down, of the examples [begin, end), from the gradients of i's outputs.
-  void stages(int thread, size_t i, int64_t begin, int64_t end, const T* gradients, T* images) {
+  void stages(int part, size_t i, int64_t begin, int64_t end, const T* gradients, T* images) {
     const Layer<T>& layer = layers_[i];
     for (int64_t n = begin; n < end; n += layer.group) {
       const int64_t count = std::min(layer.group, end - n);
       const T* in = restore(layer, count, op_.inputs[i] + n * layer.saved_size());
-      if (layer.stage->weight) add_parameters(thread, i, count, in, gradients);
+      if (layer.stage->weight) add_parameters(part, i, count, in, gradients);
       if (i > 0) {
         T* const out = images + layers_[i - 1].image;
         to_previous(i, count, in, gradients, out);
-        stages(thread, i - 1, n, n + count, out, images);
+        stages(part, i - 1, n, n + count, out, images);
       } else if (wants_input_) {
         to_input(n, gradients);  // the first stage takes one example at a time
       }
@@ -270,15 +270,15 @@ class Convolutions {
     }
   }
 
-  // Adds the gradients of weight and bias of `count` examples to the thread's sums.
-  void add_parameters(int thread, size_t i, int64_t count, const T* in, const T* gradients) {
+  // Adds the gradients of weight and bias of `count` examples to the part's sums.
+  void add_parameters(int part, size_t i, int64_t count, const T* in, const T* gradients) {
     const Layer<T>& layer = layers_[i];
     const bool one = layer.in.streams == 1;
-    T* const plus = plus_ + thread * sums_ + layer.sums;
-    T* const magnitude = magnitude_ + thread * sums_ + layer.sums;
+    T* const plus = plus_ + part * sums_ + layer.sums;
+    T* const magnitude = magnitude_ + part * sums_ + layer.sums;
     const int64_t channels = op_.stages[0].shape.out_channels;
-    double* const bias = &bias_sums_[static_cast<size_t>(thread * outputs_ + layer.bias)];
-    double* const radius = &radius_sums_[static_cast<size_t>(thread * channels)];
+    double* const bias = &bias_sums_[static_cast<size_t>(part * outputs_ + layer.bias)];
+    double* const radius = &radius_sums_[static_cast<size_t>(part * channels)];
     const auto add = one ? convolve_weight_gradient<T, 1> : convolve_weight_gradient<T, S>;
     const auto add_bias = one ? add_bias_gradient<T, 1> : add_bias_gradient<T, S>;
     if (layer.winograd.weight)
@@ -321,7 +321,7 @@ class Convolutions {
     unpack_gradient(op_, n, out, input_at_, stream_stride);
   }
 
-  // The gradients of weights and biases, from all threads' sums.
+  // The gradients of weights and biases, from all parts' sums.
   void add_up() const {
     struct Item {  // a vector of a layer's output channels
       size_t layer;
@@ -334,7 +334,7 @@ class Convolutions {
     parallel_for(op_.threads, static_cast<int64_t>(items.size()), [&](int64_t index) {
       const auto [i, channel] = items[static_cast<size_t>(index)];
       const Layer<T>& layer = layers_[i];
-      const WeightSums<T> all{plus_ + layer.sums, magnitude_ + layer.sums, sums_, team_};
+      const WeightSums<T> all{plus_ + layer.sums, magnitude_ + layer.sums, sums_, parts_};
       if (T* target = op_.grad_weights[i]) {
         if (layer.winograd.weight)
           winograd_reduce(layer, all, channel, target);
@@ -344,8 +344,8 @@ class Convolutions {
       const int64_t end = std::min<int64_t>(channel + kLanes<T>, layer.stage->shape.out_channels);
       for (int64_t o = channel; op_.grad_biases[i] && o < end; ++o) {
         double total = 0;
-        for (int thread = 0; thread < team_; ++thread)
-          total += bias_sums_[static_cast<size_t>(thread * outputs_ + layer.bias + o)];
+        for (int part = 0; part < parts_; ++part)
+          total += bias_sums_[static_cast<size_t>(part * outputs_ + layer.bias + o)];
         op_.grad_biases[i][o] = static_cast<T>(total);
       }
     });
@@ -356,15 +356,15 @@ class Convolutions {
   const size_t count_;
   const T* const panels_;
   const bool wants_input_;
-  // of a thread: weight sums, images, biases
+  // of a part: weight sums, images, biases
   int64_t sums_ = 0, images_ = 0, outputs_ = 0;
   int64_t max_pixels_ = 1;
   std::vector<std::vector<int64_t>> row_offsets_;  // [layers] of a direct weight gradient
   std::vector<int64_t> input_at_;                  // [pixels] of the network's input
-  int team_ = 1;
-  T *plus_ = nullptr, *magnitude_ = nullptr;  // [threads][sums_]
-  std::vector<double> bias_sums_;             // [threads][outputs_]
-  std::vector<double> radius_sums_;           // [threads][channels of the first layer]
+  int parts_ = 1;
+  T *plus_ = nullptr, *magnitude_ = nullptr;  // [parts][sums_]
+  std::vector<double> bias_sums_;             // [parts][outputs_]
+  std::vector<double> radius_sums_;           // [parts][channels of the first layer]
 };
 
 }  // namespace

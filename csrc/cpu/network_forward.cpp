@@ -170,8 +170,8 @@ void network_forward(const NetworkForward<T>& op) {
                  in + n * layers[0].in.size());
     });
   else
-    parallel(batch > 1 ? op.threads : 1, [&](int thread, int team) {
-      const Part part(batch, thread, team);
+    parallel(batch > 1 ? op.threads : 1, [&](int index, int parts) {
+      const Part part(batch, index, parts);
       run(run, convolutions - 1, part.begin, part.end, scratch<T>(Slot::kImages, image_sizes + 1),
           in + part.begin * layers[convolutions].in.size());
     });

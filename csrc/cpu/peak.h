@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
-#include <vector>
 
 #include "parallel.h"
 #include "vec.h"
@@ -19,24 +18,20 @@ double peak_flops(int threads, int repeats) {
   constexpr int64_t kRounds = 2000000;
   double best = 0;
   for (int repeat = 0; repeat < repeats; ++repeat) {
-    std::vector<double> rates(static_cast<size_t>(threads), 0.0);
-    parallel(threads, [&](int thread, int) {
+    const auto start = std::chrono::steady_clock::now();
+    parallel(threads, [&](int, int) {
       Vec<T> sums[A], factor = broadcast(T(0.5)), term = broadcast(T(1));
       for (int i = 0; i < A; ++i) sums[i] = broadcast(static_cast<T>(i));
-      const auto start = std::chrono::steady_clock::now();
       for (int64_t round = 0; round < kRounds; ++round) {
         pin<T>(factor);  // nothing can be computed before
 #pragma GCC unroll 32
         for (int i = 0; i < A; ++i) sums[i] = sums[i] * factor + term;
       }
       for (int i = 0; i < A; ++i) pin<T>(sums[i]);  // nor left out
-      const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-      rates[static_cast<size_t>(thread)] =
-          static_cast<double>(kRounds * A * kLanes<T> * 2) / seconds.count();
     });
-    double total = 0;
-    for (const double rate : rates) total += rate;
-    best = std::max(best, total);
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    const double operations = static_cast<double>(threads * kRounds * A * kLanes<T> * 2);
+    best = std::max(best, operations / seconds.count());
   }
   return best;
 }

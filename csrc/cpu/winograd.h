@@ -473,9 +473,9 @@ void winograd_reduce(const Layer<T>& layer, const WeightSums<T>& sums, int64_t o
       Vec<T> taps[2][K * K];
       for (int a = 0; a < 2; ++a) {
         Vec<T> products[kProducts] = {};
-        for (int thread = 0; thread < sums.team; ++thread)
+        for (int part = 0; part < sums.parts; ++part)
           for (int i = 0; i < kProducts; ++i)
-            products[i] += load((a ? sums.magnitude : sums.plus) + thread * sums.size +
+            products[i] += load((a ? sums.magnitude : sums.plus) + part * sums.size +
                                 (i * width + block) * sum_rows + row * n + output - block);
         transform_output_tile<T, K>(products, taps[a]);
       }

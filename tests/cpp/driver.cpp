@@ -1,9 +1,9 @@
 // The CPU kernels without Python, to run under sanitizers (tests/test_sanitizers.py): random small
 // layers and ReLU (here), whole networks (network_driver.cpp) and losses (loss_driver.cpp), forward
-// and backward, against plain loops in double.
+// and backward, against plain loops in double; and the threads (parallel_driver.cpp).
 //
-// driver [layer | network | loss [number]]   all, or those of one kind, or one of them; the exit
-// status says whether all agree
+// driver [layer | network | loss [number] | threads]   all, or those of one kind, or one of them;
+// the exit status says whether all agree
 //
 // lower <= upper is not asked for in layers: no formula needs it.
 #include <array>
@@ -359,12 +359,6 @@ constexpr const char* kInstructions = "AVX2";
 constexpr const char* kInstructions = "baseline";
 #endif
 
-#ifdef _OPENMP
-constexpr const char* kThreads = "OpenMP";
-#else
-constexpr const char* kThreads = "no OpenMP";
-#endif
-
 // The number of wrong cases, and sizes for ReLU, or of the one case of this number.
 int wrong_layers(int only) {
   int failures = 0;
@@ -395,13 +389,15 @@ int main(int argc, char** argv) {
   const char* kind = argc > 1 ? argv[1] : "";
   const int only = argc > 2 ? std::atoi(argv[2]) : -1;
   const auto chosen = [kind](const char* name) { return !*kind || std::strcmp(kind, name) == 0; };
+  const int threads = chosen("threads") ? wrong_threads() : 0;
   const int layers = chosen("layer") ? wrong_layers(only) : 0;
   const int networks = chosen("network") ? wrong_networks(only) : 0;
   const int losses = chosen("loss") ? wrong_losses(only) : 0;
   std::printf(
-      "%d-byte vectors, %s instructions, %s: %d of %d layers, %d of %d networks, %d of %d losses "
-      "wrong\n",
-      CIBP_VECTOR_BYTES, kInstructions, kThreads, layers, kCases, networks, kNetworks, losses,
-      kLosses);
-  return layers + networks + losses == 0 ? 0 : 1;
+      "%d-byte vectors, %s instructions: %d of %d layers, %d of %d networks, %d of %d losses, %d "
+      "of "
+      "%d checks of threads wrong\n",
+      CIBP_VECTOR_BYTES, kInstructions, layers, kCases, networks, kNetworks, losses, kLosses,
+      threads, kThreadChecks);
+  return layers + networks + losses + threads == 0 ? 0 : 1;
 }

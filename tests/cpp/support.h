@@ -166,4 +166,8 @@ int wrong_networks(int only);
 constexpr int kLosses = 100;
 int wrong_losses(int only);
 
+// What the threads must do, and how much of it they do not.
+constexpr int kThreadChecks = 12;
+int wrong_threads();
+
 }  // namespace cibp::test
