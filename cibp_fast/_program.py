@@ -155,13 +155,15 @@ def structure(model: nn.Module) -> list[tuple[Any, ...]]:
 
 def _own(module: nn.Module) -> tuple[Any, ...]:
     """What a forward that is traced may depend on or set: which parameters are frozen and, of
-    classes that are not torch's, `training` and other plain attributes.
+    classes that are not torch's, `training` and other attributes that are plain or called.
     """
     frozen = [each is None or each.requires_grad for each in module._parameters.values()]
     if type(module).__module__.startswith(("torch.", "cibp_fast.")):
         return tuple(frozen)
-    plain = [item for item in module.__dict__.items() if isinstance(item[1], _PLAIN)]
-    return *frozen, *plain
+    read = [
+        item for item in module.__dict__.items() if isinstance(item[1], _PLAIN) or callable(item[1])
+    ]
+    return *frozen, *read
 
 
 _PLAIN = (bool, int, float, str, type(None))

@@ -199,7 +199,8 @@ def fuse(model: nn.Module, precision: str = "float32", backend: str = "auto") ->
     every call: it follows an optimizer, load_state_dict, .to(), and modules that are replaced. The
     model's forward is traced with torch.fx: a module of any class will do whose forward is a chain
     of layers. It is traced again where submodules, `training`, and other attributes that are
-    numbers, strings or None have changed; what it does by anything else is fixed at the tracing.
+    numbers, strings, None, functions or classes have changed; what it does by anything else is
+    fixed at the tracing.
 
     What a trace loses is refused: layers under torch.no_grad, inference_mode or autocast, in a
     torch.autograd.Function, under saved_tensors_hooks or a torch function mode; forwards that set

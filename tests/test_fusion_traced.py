@@ -352,6 +352,16 @@ def test_attributes_that_a_forward_reads() -> None:
         torch.testing.assert_close(fused.bounds(x, Interval(lower, upper)).logits, net(x))
 
 
+def test_functions_that_a_forward_reads() -> None:
+    net = Net(lambda net, x: net.last(net.between(net.first(x))))
+    net.between = torch.relu
+    fused, (x, lower, upper) = cf.fuse(net), inputs(3, 4)
+    for net.between in (F.relu, lambda x: x, torch.relu):
+        torch.testing.assert_close(fused.bounds(x, Interval(lower, upper)).logits, net(x))
+    net.between = torch.tanh
+    refuses(fused, "function tanh")
+
+
 def test_frozen_by_the_forward_later() -> None:
     """What it froze at an earlier call is noticed when it is trained again."""
     net = Net(after(lambda net, x: net.first.requires_grad_(False)))
