@@ -100,9 +100,21 @@ def _settings(kind: str) -> list[tuple[Any, str, Any]]:
         found = [(onednn.matmul, "fp32_precision"), (onednn.conv, "fp32_precision")]
         if all(getattr(settings, name) in ("none", "ieee") for settings, name in found):
             return []
+        return [(settings, name, _own_value(settings, name)) for settings, name in found]
     else:
         return [(torch, "float32_matmul_precision", torch.get_float32_matmul_precision())]
     return [(settings, name, getattr(settings, name)) for settings, name in found]
+
+
+def _own_value(settings: Any, name: str) -> str:
+    """Returns a precision; "none" where it is that of a more general setting, which is then
+    followed when that changes.
+    """
+    value: str = getattr(settings, name)
+    setattr(settings, name, "none")
+    general = getattr(settings, name)
+    setattr(settings, name, value)
+    return "none" if value == general else value
 
 
 def _set(settings: Any, name: str, value: Any) -> None:

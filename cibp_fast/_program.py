@@ -8,6 +8,7 @@ import operator
 from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import chain
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -155,16 +156,46 @@ def structure(model: nn.Module) -> list[tuple[Any, ...]]:
 
 def _own(module: nn.Module) -> tuple[Any, ...]:
     """What a forward that is traced may depend on or set: which parameters are frozen and, of
-    classes that are not torch's, `training` and other plain attributes.
+    classes that are not torch's, `training` and the attributes that are its own.
     """
     frozen = [each is None or each.requires_grad for each in module._parameters.values()]
     if type(module).__module__.startswith(("torch.", "cibp_fast.")):
         return tuple(frozen)
-    plain = [item for item in module.__dict__.items() if isinstance(item[1], _PLAIN)]
-    return *frozen, *plain
+    read = [
+        (key, value if isinstance(value, _PLAIN) else _read(value))
+        for key, value in module.__dict__.items()
+        if key not in _OF_MODULES
+    ]
+    return *frozen, *read
 
 
 _PLAIN = (bool, int, float, str, type(None))
+_OF_MODULES = frozenset(nn.Module().__dict__) - {"training"}
+_FEW = 16  # elements of a container that holds settings; a history grows beyond, and is not read
+
+
+def _read(value: Any) -> Any:
+    """An attribute, to be compared with what it is later: itself, and the elements of a small
+    container. Not of a tensor, which a trainer may replace at every step.
+    """
+    if isinstance(value, Tensor):
+        return None
+    if isinstance(value, list | tuple | set | dict) and len(value) <= _FEW:
+        elements = chain(value, value.values()) if isinstance(value, dict) else value
+        return _Same(value), [e if isinstance(e, _PLAIN) else _Same(e) for e in elements]
+    return _Same(value)
+
+
+class _Same:
+    """Equal to another that holds the same object."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def _calls(kind: type[nn.Module]) -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from cibp_fast import _backend, ops
 from cibp_fast._arithmetic import no_autocast
 from cibp_fast._loss_op import label_error
-from cibp_fast.interval import Interval, may_inspect
+from cibp_fast.interval import Interval, may_inspect, shares_memory
 from cibp_fast.recorder import Head, Recorder, recording
 
 __all__ = ["Bounds", "bounds"]
@@ -21,6 +21,7 @@ __all__ = ["Bounds", "bounds"]
 _WIDTHS = {"post": ("activation",), "pre": ("affine",), "all": ("affine", "activation")}
 _REDUCTIONS = ("mean", "sum")
 _AT_ONCE = 2**22  # elements of weight differences that margins hold in memory
+_SMALL = 2**18  # so many take less time than a kernel for each class
 
 
 class Bounds:
@@ -128,8 +129,9 @@ class Bounds:
         lower, upper, weight, bias = self._head
         bias = weight.new_zeros(len(weight)) if bias is None else bias
         backend, _ = _backend.select(self.backend, lower.device, lower.dtype)
-        differences = _by_class if backend == "cpu" and may_inspect(y) and len(y) else _by_example
-        return differences(lower, upper, weight, bias, y)
+        small = len(y) * weight.numel() <= _SMALL
+        by_class = backend == "cpu" and not small and may_inspect(y)
+        return (_by_class if by_class else _by_example)(lower, upper, weight, bias, y)
 
 
 def _by_class(lower: Tensor, upper: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> Tensor:
@@ -252,16 +254,18 @@ def bounds(
     """
     check_arguments(x, box, width, reduction)
     _backend.select(backend, x.device, x.dtype)
-    recorder = Recorder(*_WIDTHS[width])
+    recorder = Recorder(*_WIDTHS[width], backend=_backend.asked(backend))
     # All in x's dtype; a model that switches autocast on is refused (see Interval).
     with no_autocast(x.device):
         asked = nullcontext() if backend == "auto" else _backend.ask(backend)
         with recording(recorder), asked:
             out = model(Interval(box.lower, box.upper, x, validate=False))
-        return _of_pass(out, recorder, x, reduction, backend)
+        return _of_pass(out, recorder, x, box, reduction, backend)
 
 
-def _of_pass(out: Any, recorder: Recorder, x: Tensor, reduction: str, backend: str) -> Bounds:
+def _of_pass(
+    out: Any, recorder: Recorder, x: Tensor, box: Interval, reduction: str, backend: str
+) -> Bounds:
     """Returns what `bounds` makes of a model's output and of what was recorded."""
     if not isinstance(out, Interval):
         raise TypeError(f"model must return an Interval for an Interval, got {type(out).__name__}")
@@ -281,7 +285,9 @@ def _of_pass(out: Any, recorder: Recorder, x: Tensor, reduction: str, backend: s
         lower, upper, weight, bias = head
         if len(weight) == out.shape[1]:
             shape = (len(out), weight.shape[1])  # [N, 1, in_features], say, to [N, in_features]
-            # clones: margins of this pass, also after an optimizer's step
+            # clones: margins of this pass, also after an optimizer's step or new data in box
+            if shares_memory(Interval._make(lower, upper, None), box):
+                lower, upper = lower.clone(), upper.clone()
             bias = None if bias is None else bias.clone()
             head = Head(lower.reshape(shape), upper.reshape(shape), weight.clone(), bias)
         else:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cibp_fast._arithmetic import is_half, own_arithmetic
+from cibp_fast._checks import may_inspect, refuse_where
 from cibp_fast._graphs import enough_memory, graphed, kept
 from cibp_fast.bounds import bounds, check_labels
 from cibp_fast.interval import Interval
@@ -123,6 +124,10 @@ def boxes(x: Tensor, eps: Any, clip: Any) -> Interval:
                 f"eps, an Interval, must have x's {name} {getattr(x, name)}, got "
                 f"{getattr(eps, name)}"
             )
+    if may_inspect(x):
+        refuse_where(
+            eps.lower > eps.upper, "eps, an Interval, has lower > upper", eps.lower, eps.upper
+        )
     if clip is not CLIP:
         raise ValueError(f"clip must be left out where eps is an Interval, got {clip!r}")
     return eps

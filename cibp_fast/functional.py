@@ -75,7 +75,7 @@ def _run(
     rule: Callable[..., Interval], plain: Callable[..., Tensor], backend: str, box: Any, *args: Any
 ) -> Any:
     if isinstance(box, Interval):
-        return run_rule(rule, box, *args, backend=backend)
+        return run_rule(rule.__name__, rule, (box, *args), {"backend": backend})
     if backend != "auto":
         raise ValueError(f"backend must be 'auto' for a plain Tensor, got {backend!r}")
     return plain(box, *args)

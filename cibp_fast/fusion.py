@@ -198,8 +198,9 @@ def fuse(model: nn.Module, precision: str = "float32", backend: str = "auto") ->
     The result shares the model's parameters and submodules (the same state_dict), and reads them at
     every call: it follows an optimizer, load_state_dict, .to(), and modules that are replaced. The
     model's forward is traced with torch.fx: a module of any class will do whose forward is a chain
-    of layers. It is traced again where submodules, `training`, and other attributes that are
-    numbers, strings or None have changed; what it does by anything else is fixed at the tracing.
+    of layers. It is traced again where submodules, `training` or other attributes of the modules
+    have changed, or elements of their lists, tuples, sets and dicts of at most 16; what it does by
+    anything else, such as the values of tensors, is fixed at the tracing.
 
     What a trace loses is refused: layers under torch.no_grad, inference_mode or autocast, in a
     torch.autograd.Function, under saved_tensors_hooks or a torch function mode; forwards that set

@@ -19,13 +19,14 @@ import torch.utils.checkpoint
 from torch import Tensor
 from torch.utils import _pytree
 
+from cibp_fast import _backend
 from cibp_fast._arithmetic import autocasts, no_autocast, transformed
 from cibp_fast._autograd import backward_pass, function_around, inside_function
 from cibp_fast._ball import ball_radius, clip_ends, moved_inside
 from cibp_fast._checks import may_inspect, refuse_where
 from cibp_fast.recorder import Origin, Pass, Recorder, active, recording
 
-__all__ = ["Interval", "UnsupportedOpError"]
+__all__ = ["Interval", "UnsupportedOpError", "run_rule", "shares_memory"]
 
 Rule = Callable[..., Any]
 RULES: dict[Callable[..., Any], Rule] = {}
@@ -224,6 +225,7 @@ class Interval:
         ball, streams = self._ball, (self._lower, self._upper, x)
         if ball is None or x is not self._nominal or torch.compiler.is_compiling():
             return None
+        self._current()
         if ball.versions != tuple(stream._version for stream in streams):
             return None
         return None if any(stream.requires_grad for stream in streams) else ball.radius
@@ -337,7 +339,7 @@ class Interval:
         return self.view(self.shape)  # shares memory, as the copy of a tensor does
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Interval._make, (self.lower, self.upper, self.nominal)
+        return _rebuilt, (self.lower, self.upper, self.nominal, self._autocast)
 
     @classmethod
     def __torch_function__(
@@ -358,9 +360,7 @@ class Interval:
             others = sum(isinstance(value, Interval) for value in given) - 1
             if others or not isinstance(first, Interval):
                 raise UnsupportedOpError(_name(func), "only its input may be an Interval")
-        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-            return _without_autocast(_name(func), rule, args, kwargs)
-        return run_rule(rule, *args, **kwargs)
+        return run_rule(_name(func), rule, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         """Tensor methods with a rule: `box.flatten(1)` is `torch.Tensor.flatten(box, 1)`."""
@@ -431,7 +431,7 @@ def _without_autocast(name: str, rule: Rule, args: tuple[Any, ...], kwargs: dict
     """
     given = list(_intervals((*args, *kwargs.values())))
     if not autocasts(given[0].device):
-        return run_rule(rule, *args, **kwargs)
+        return _run(rule, *args, **kwargs)
     if not all(box._autocast for box in given):
         raise RuntimeError(
             f"{name}: autocast was switched on after the Interval was made, as inside a model. "
@@ -440,7 +440,7 @@ def _without_autocast(name: str, rule: Rule, args: tuple[Any, ...], kwargs: dict
             "make the Interval under autocast too, which then changes no number"
         )
     with torch.autocast(given[0].device.type, enabled=False):
-        out = run_rule(rule, *args, **kwargs)
+        out = _run(rule, *args, **kwargs)
     for box in _intervals([out]):
         box._autocast = True
     return out
@@ -468,8 +468,16 @@ def _refuse_write(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[st
         )
 
 
-def run_rule(rule: Rule, *args: Any, **kwargs: Any) -> Any:
-    """Returns `rule(*args, **kwargs)`, in the way that gradients need it."""
+def run_rule(name: str, rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Returns `rule(*args, **kwargs)`, the rule of the function of this name, without autocast and
+    in the way that gradients need it.
+    """
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        return _without_autocast(name, rule, args, kwargs)
+    return _run(rule, *args, **kwargs)
+
+
+def _run(rule: Rule, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         refuse_cut((*args, *kwargs.values()))
     if torch.compiler.is_compiling():
@@ -501,7 +509,8 @@ def _computed_again(task: int, boxes: list[Interval], rule: Rule, *args: Any, **
     given = [box for box in boxes if box._pass is None or box._pass.task != task]
     passes = [box._pass for box in boxes if box._pass is not None]
     seen = [box._seen for box in given]
-    with recording(Recorder(*passes[0].kinds if passes else ())):
+    recorder = Recorder(*passes[0].kinds, backend=passes[0].backend) if passes else Recorder()
+    with recording(recorder), _backend.ask(recorder.made_in.backend):
         out = rule(*args, **kwargs)
     if seen != [box._seen for box in given] or any(box._overwritten for box in given):
         raise RuntimeError(
@@ -509,6 +518,21 @@ def _computed_again(task: int, boxes: list[Interval], rule: Rule, *args: Any, **
             "place; use the out-of-place op, or clone() before it"
         )
     return out
+
+
+def shares_memory(out: Interval, input: Interval) -> bool:
+    """Whether streams of two Intervals lie in the same storage; True where that is unknown."""
+    if torch.compiler.is_compiling():
+        return True  # it may, and dynamo cannot tell
+    streams = (out._lower, input._lower), (out._upper, input._upper), (out._nominal, input._nominal)
+    try:
+        return any(
+            a.untyped_storage()._cdata == b.untyped_storage()._cdata
+            for a, b in streams
+            if a is not None and b is not None
+        )
+    except NotImplementedError:  # inside vmap and its like tensors hide their storages
+        return True
 
 
 def _check_alike(lower: Tensor, upper: Tensor, nominal: Tensor | None) -> None:
@@ -585,12 +609,22 @@ def _want_gradient(values: Iterable[Any]) -> bool:
     return False
 
 
-def _flatten(box: Interval) -> tuple[list[Any], None]:
-    return [box.lower, box.upper, box.nominal], None
+def _rebuilt(lower: Tensor, upper: Tensor, nominal: Tensor | None, autocast: bool) -> Interval:
+    box = Interval._make(lower, upper, nominal)
+    box._autocast = autocast
+    return box
 
 
-def _unflatten(streams: Any, context: None) -> Interval:
-    return Interval._make(*streams)
+def _flatten(box: Interval) -> tuple[list[Tensor], bool]:
+    streams = [box.lower, box.upper]
+    if box.nominal is not None:
+        streams.append(box.nominal)
+    return streams, box._autocast
+
+
+def _unflatten(streams: Any, autocast: bool) -> Interval:
+    lower, upper, nominal = (*streams, None)[:3]
+    return _rebuilt(lower, upper, nominal, autocast)
 
 
 _pytree.register_pytree_node(

@@ -40,6 +40,7 @@ class Pass(NamedTuple):
 
     kinds: tuple[str, ...]  # of layers whose widths are wanted
     task: int  # the backward pass that it is a part of, or -1
+    backend: str = "auto"  # that was asked for
 
 
 class Layer(NamedTuple):
@@ -53,13 +54,13 @@ class Layer(NamedTuple):
 class Recorder:
     """The widths of all layers of the wanted kinds, "affine" and "activation", in their order."""
 
-    def __init__(self, *kinds: str) -> None:
+    def __init__(self, *kinds: str, backend: str = "auto") -> None:
         self.layers: list[Layer] = []
         self.half = False  # whether a layer's output, of any kind, was of half precision
         if torch.compiler.is_compiling():
-            self.made_in, self.gradients = Pass(kinds, -1), True
+            self.made_in, self.gradients = Pass(kinds, -1, backend), True
             return
-        self.made_in = Pass(kinds, backward_pass())
+        self.made_in = Pass(kinds, backward_pass(), backend)
         # Whether gradients may be wanted. Inside a Function torch disables them, whoever wants them
         self.gradients = torch.is_grad_enabled() or function_around() is not None
 

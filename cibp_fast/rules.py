@@ -28,6 +28,7 @@ from cibp_fast.interval import (
     Interval,
     Rule,
     UnsupportedOpError,
+    shares_memory,
 )
 from cibp_fast.recorder import Head, note, wanted
 
@@ -84,23 +85,9 @@ def _each(function: Callable[..., Tensor], input: Interval, *args: Any, **kwargs
 def _view(function: Callable[..., Tensor], input: Interval, *args: Any, **kwargs: Any) -> Interval:
     """As _each; where the result shares memory with input, it is one of its views."""
     out = _each(function, input, *args, **kwargs)
-    if _shares_memory(out, input):
+    if shares_memory(out, input):
         out._version, out._seen = input._version, input._seen
     return out
-
-
-def _shares_memory(out: Interval, input: Interval) -> bool:
-    if torch.compiler.is_compiling():
-        return True  # it may, and dynamo cannot tell
-    streams = (out._lower, input._lower), (out._upper, input._upper), (out._nominal, input._nominal)
-    try:
-        return any(
-            a.untyped_storage()._cdata == b.untyped_storage()._cdata
-            for a, b in streams
-            if a is not None and b is not None
-        )
-    except NotImplementedError:  # inside vmap and its like tensors hide their storages
-        return True
 
 
 def _ordered_view(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 import cibp_fast as cf
 from cibp_fast import Interval, _arithmetic
@@ -134,6 +137,38 @@ class Casts(nn.Module):
             return self.net(x)
 
 
+def test_autocast_around_functions_in_a_model_is_refused() -> None:
+    """Those of cf.functional take tensors too, in half precision then."""
+    (x, y), weight = images(), torch.rand(3, 36)
+
+    def model(t: Any) -> Any:
+        t = t.flatten(1)
+        with autocast():
+            out = cf.functional.interval_linear(t, weight)
+        return out if isinstance(out, Interval) else out.float()
+
+    with pytest.raises(RuntimeError, match=r"^linear: autocast was switched on after the Interval"):
+        cf.certify(model, x, y % 3, 1e-5, sound=False)
+
+
+def test_copies_of_an_interval_made_under_autocast() -> None:
+    net, (x, _) = nn.Linear(36, 3), images()
+    with autocast():
+        box = Interval.ball(x.flatten(1), 0.1)
+        expected = net(box)
+        leaves, spec = _pytree.tree_flatten(box)
+        for same in (
+            copy.copy(box),
+            copy.deepcopy(box),
+            pickle.loads(pickle.dumps(box)),
+            _pytree.tree_unflatten(leaves, spec),
+        ):
+            assert torch.equal(net(same).lower, expected.lower)
+    box = Interval.ball(x.flatten(1), 0.1)
+    with autocast(), pytest.raises(RuntimeError, match="autocast was switched on"):
+        net(copy.deepcopy(box))
+
+
 @pytest.mark.parametrize("outside", [False, True])
 def test_autocast_inside_a_model_is_refused(outside: bool) -> None:
     """Else the box excludes `model(x)`."""
@@ -211,6 +246,23 @@ def test_float32_products_are_of_float32(precision: str) -> None:
         assert torch.equal(found.margins(y), expected.margins(y))
         assert torch.equal(net(x), seen)  # the user's setting is back
         assert torch.get_float32_matmul_precision() == precision
+
+
+def test_products_follow_a_more_general_setting_again() -> None:
+    """What was inherited is not pinned."""
+    if not hasattr(torch.backends, "fp32_precision"):
+        pytest.skip("torch before 2.9 has another setting")
+    conv, kept = torch.backends.mkldnn.conv, torch.backends.fp32_precision
+    try:
+        torch.backends.fp32_precision = "bf16"
+        assert conv.fp32_precision == "bf16"
+        with _arithmetic.own_arithmetic(torch.device("cpu")):
+            assert conv.fp32_precision == "ieee"
+        assert conv.fp32_precision == "bf16"
+        torch.backends.fp32_precision = "ieee"
+        assert conv.fp32_precision == "ieee"
+    finally:
+        torch.backends.fp32_precision = kept
 
 
 def test_threads_leave_the_products_as_they_were() -> None:

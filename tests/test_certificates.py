@@ -213,6 +213,14 @@ def test_boxes_that_do_not_fit(options, match):
         cf.certify(model, x, y, eps, sound=False, **options)
 
 
+def test_empty_boxes_prove_nothing():
+    """Ends that are exchanged, as a scale below 0 leaves them, would verify nearly everything."""
+    model, (x, y) = net(), examples()
+    box = cf.Interval(x + 0.5, x - 0.5, validate=False)
+    with pytest.raises(ValueError, match="eps, an Interval, has lower > upper at 160 of 160"):
+        cf.certify(model, x, y, box, sound=False)
+
+
 def test_radius_per_example_and_clip_per_channel():
     """The margins of each example are those of its own radius, and no point beyond clip counts."""
     model, (x, y) = net(), examples()

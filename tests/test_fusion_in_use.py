@@ -379,3 +379,12 @@ def test_margins_are_of_the_pass() -> None:
         model[7].weight.mul_(3)
     assert torch.equal(out.margins(y), before)
     assert out.elided
+
+
+def test_balls_whose_views_have_changed() -> None:
+    """The fast way for balls must not take a stale box either."""
+    net, (x, *_) = cf.fuse(small()), inputs(3, 2, 9, 7)
+    box = Interval.ball(x, 0.1, clip=None)
+    box[:1].mul_(-1)
+    with pytest.raises(RuntimeError, match="shares memory with a view that was modified"):
+        net.bounds(x, box)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from enum import Enum
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -350,6 +352,55 @@ def test_attributes_that_a_forward_reads() -> None:
     fused, (x, lower, upper) = cf.fuse(net), inputs(3, 4)
     for net.calls in (1, 0, 2):
         torch.testing.assert_close(fused.bounds(x, Interval(lower, upper)).logits, net(x))
+
+
+def test_functions_that_a_forward_reads() -> None:
+    net = Net(lambda net, x: net.last(net.between(net.first(x))))
+    net.between = torch.relu
+    fused, (x, lower, upper) = cf.fuse(net), inputs(3, 4)
+    for net.between in (F.relu, lambda x: x, torch.relu):
+        torch.testing.assert_close(fused.bounds(x, Interval(lower, upper)).logits, net(x))
+    net.between = torch.tanh
+    refuses(fused, "function tanh")
+
+
+class Way(Enum):
+    RELU, PLAIN = range(2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net: net.ways.update(relu=False),
+        lambda net: net.ways.pop("relu"),
+        lambda net: setattr(net, "ways", {}),
+        lambda net: net.order.reverse(),
+        lambda net: setattr(net, "order", (Way.PLAIN,)),
+        lambda net: setattr(net, "way", Way.PLAIN),
+        lambda net: setattr(net, "flag", np.bool_(False)),
+        lambda net: net.some.clear(),
+    ],
+)
+def test_settings_of_other_types_that_a_forward_reads(change: Callable[[Net], Any]) -> None:
+    def body(net: Net, x: Any) -> Any:
+        relu = net.ways.get("relu") and net.order[0] is Way.RELU and net.way is Way.RELU
+        return (net.rest if relu and net.flag and net.some else net.last)(net.first(x))
+
+    net = Net(body)
+    net.ways, net.order, net.way = {"relu": True, "other": nn.ReLU}, [Way.RELU, Way.PLAIN], Way.RELU
+    net.flag, net.some, net.history = np.bool_(True), {1}, [0.0] * 20
+    fused, (x, lower, upper) = cf.fuse(net), inputs(3, 4)
+    before = fused.bounds(x, Interval(lower, upper)).logits
+    net.history.append(1.0)
+    net.loss = torch.rand(2)
+    fused.bounds(x, Interval(lower, upper))
+    net.loss, program = torch.rand(2), fused._program
+    fused.bounds(x, Interval(lower, upper))
+    assert fused._program is program  # not traced again without need
+    change(net)
+    after = fused.bounds(x, Interval(lower, upper)).logits
+    torch.testing.assert_close(after, net(x))
+    assert not torch.equal(after, before)
 
 
 def test_frozen_by_the_forward_later() -> None:

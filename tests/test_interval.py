@@ -327,6 +327,15 @@ def test_a_shallow_copy_shares_memory() -> None:
         _ = other.upper
 
 
+def test_vmap_of_boxes() -> None:
+    """With a nominal point or without."""
+    lower = torch.rand(3, 4)
+    for box in (Interval(lower, lower + 1), Interval(lower, lower + 1, lower)):
+        found = torch.vmap(lambda row: (2 * row).upper)(box)
+        torch.testing.assert_close(found, 2 * lower + 2)
+        assert len(_pytree.tree_leaves(box)) == 2 + (box.nominal is not None)
+
+
 def test_pytree() -> None:
     box = random_box(2, 3)
     doubled = _pytree.tree_map(lambda stream: 2 * stream, {"box": box})["box"]

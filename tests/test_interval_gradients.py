@@ -189,6 +189,31 @@ def test_checkpoints(width: str, activation) -> None:
     assert all(each.abs().sum() > 0 for each in found[1])
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_checkpoints_run_on_the_backend_that_was_asked_for(fused: bool) -> None:
+    """With second derivatives, which the kernels have not."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)).double()
+
+    class Saving(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = plain[:2], plain[2]
+
+        def forward(self, x):
+            return self.last(checkpoint(self.first, x, use_reentrant=False))
+
+    found, box = [], random_box(4, 3)
+    for model in (plain, Saving()):
+        if fused:
+            out = cf.fuse(model, backend="torch").bounds(box.nominal, box)
+        else:
+            out = cf.bounds(model, box.nominal, box, backend="torch")
+        first = torch.autograd.grad(out.width, plain[0].weight, create_graph=True)[0]
+        found.append([first, *torch.autograd.grad(first.square().sum(), plain[0].weight)])
+    torch.testing.assert_close(*found)
+
+
 def test_checkpoints_without_bounds() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 5), nn.ReLU(inplace=True), nn.Linear(5, 2)).double()

@@ -55,7 +55,16 @@ def linear_case(batch: int, classes: int, features: int) -> tuple[nn.Linear, Int
 @pytest.mark.parametrize(
     ("batch", "classes", "features"), [(5, 3, 7), (40, 10, 16), (3, 50, 8), (30, 33, 20)]
 )
-def test_margins_are_exact(batch: int, classes: int, features: int, backend: str) -> None:
+@pytest.mark.parametrize("small", [0, 2**18])
+def test_margins_are_exact(
+    batch: int,
+    classes: int,
+    features: int,
+    backend: str,
+    small: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(BOUNDS, "_SMALL", small)
     net, box, y = linear_case(batch, classes, features)
     out = cf.bounds(net, box.nominal, box, backend=backend)
     torch.testing.assert_close(
@@ -66,6 +75,7 @@ def test_margins_are_exact(batch: int, classes: int, features: int, backend: str
 def test_both_ways_to_margins_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     """By class, and by example in parts, with their gradients."""
     monkeypatch.setattr(BOUNDS, "_AT_ONCE", 100)  # parts of an example each
+    monkeypatch.setattr(BOUNDS, "_SMALL", 0)
     found = {}
     for backend in ("cpu", "torch"):
         net, box, y = linear_case(9, 4, 30)
@@ -78,6 +88,18 @@ def test_both_ways_to_margins_agree(monkeypatch: pytest.MonkeyPatch) -> None:
         found[backend] = [net.weight.grad, net.bias.grad, lower.grad, upper.grad]
     for one, other in zip(*found.values(), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_margins_are_of_the_values_when_the_pass_ran() -> None:
+    """Also where the input of the last layer is the user's own memory."""
+    net, box, y = linear_case(5, 3, 7)
+    lower, upper = box.lower.clone(), box.upper.clone()
+    expected = exact_margins(box, net, y)
+    for model in (net, nn.Sequential(nn.Flatten(), net), lambda x: net(x.view(5, 7)[:])):
+        out = cf.bounds(model, box.nominal, Interval(lower, upper))
+        lower.sub_(1)
+        torch.testing.assert_close(out.margins(y).double(), expected, rtol=1e-5, atol=1e-6)
+        lower.copy_(box.lower)
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
