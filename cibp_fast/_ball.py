@@ -144,6 +144,8 @@ def moved_inside(x: Tensor, least: Any, greatest: Any) -> Tensor:
         where = f" at {at}" if any(size > 1 for size in outside.shape) else ""
         if isinstance(least, Tensor) and outside.dim() > 1 and outside.shape[1] == outside.numel():
             where = f" of channel {at[1]}"
+        if not isinstance(least, Tensor):
+            allowed = [least, greatest]  # as the user wrote them, not rounded to x's dtype
         raise ValueError(
             f"x has values in {found}, outside clip=({allowed[0]}, {allowed[1]}){where}; scale x "
             "to that range, or pass the range of the data, or clip=None for no clip"
