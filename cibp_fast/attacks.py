@@ -80,7 +80,7 @@ def pgd(
         step_size: number in the units of x; None: 2.5 * eps / steps, or 2.5 * eps.radius / steps
             for an Interval, element by element. A step above 0 is at least the spacing of floating-
             point numbers, so that rounding cannot undo it.
-        clip: as in `Interval.ball`; not together with an Interval.
+        clip: as in `Interval.ball`; None or left out beside an Interval.
         seed: decides all that is random.
         batch_size: examples at a time.
 

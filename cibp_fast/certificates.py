@@ -62,7 +62,7 @@ def certify(
         x: [N, ...], the examples, which must be predicted right to be verified.
         y: [N] int64, their labels.
         eps: the radius as in `Interval.ball`, or the boxes themselves: an Interval of x's shape.
-        clip: as in `Interval.ball`; left at its default beside an Interval.
+        clip: as in `Interval.ball`; None or left out beside an Interval.
         sound: False gives the ordinary bounds, computed in rounded arithmetic: good for curves and
             comparisons, but no proof.
         semantics: what a sound certificate is about, "real" or "float32".
@@ -128,7 +128,7 @@ def boxes(x: Tensor, eps: Any, clip: Any) -> Interval:
         refuse_where(
             eps.lower > eps.upper, "eps, an Interval, has lower > upper", eps.lower, eps.upper
         )
-    if clip is not CLIP:
+    if clip is not CLIP and clip is not None:
         raise ValueError(f"clip must be left out where eps is an Interval, got {clip!r}")
     return eps
 

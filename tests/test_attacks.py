@@ -272,9 +272,9 @@ def test_batches_and_no_example():
         ({"step_size": torch.nan}, ValueError, "step_size must be 0 or more, not nan"),
         ({"eps": 1e39, "clip": None}, ValueError, "eps must give a box of finite width"),
         (
-            {"eps": cf.Interval(torch.rand(2, 4) - torch.inf, torch.rand(2, 4)), "clip": None},
+            {"eps": cf.Interval(torch.rand(2, 4) - torch.inf, torch.rand(2, 4)), "clip": (0, 2)},
             ValueError,
-            "clip must be left out where eps is an Interval, got None",
+            r"clip must be left out where eps is an Interval, got \(0, 2\)",
         ),
         (
             {"eps": cf.Interval(torch.full((2, 4), -torch.inf), torch.rand(2, 4))},

@@ -191,14 +191,14 @@ def test_boxes_in_place_of_eps():
     found = cf.certify(model, x, y, cf.Interval.ball(x, 0.02), sound=False, batch_size=2)
     torch.testing.assert_close(found.margins, expected.margins)
     box = cf.Interval((x - 0.05).clamp(min=0.0), x)  # to one side only
-    partial = cf.certify(model, x, y, box, sound=False)
+    partial = cf.certify(model, x, y, box, clip=None, sound=False)
     assert torch.equal(partial.margins, cf.bounds(model, x, box).margins(y).detach())
 
 
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"clip": None}, "clip must be left out where eps is an Interval, got None"),
+        ({"clip": (0.0, 0.5)}, "clip must be left out where eps is an Interval, got (0.0, 0.5)"),
         ({"clip": (0.0, 1.0)}, "clip must be left out"),
         ({"eps": "shape"}, "eps, an Interval, must have x's shape"),
         ({"eps": "dtype"}, "must have x's dtype torch.float32, got torch.float64"),
