@@ -25,7 +25,7 @@ NAMES = ("x", "weight", "bias")
 # N, classes, features
 SHAPES = [
     *((1, 2, 5), (7, 2, 130), (1, 10, 100), (7, 10, 5), (32, 10, 100), (7, 10, 1000)),
-    *((32, 33, 5), (7, 33, 130), (5, 1, 3)),
+    *((32, 33, 5), (7, 33, 130), (5, 2, 3)),
 ]
 LARGE = Tiling(8, 128, 0, 1)  # few steps for the interpreter
 TILINGS = [
