@@ -2,42 +2,70 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
+from collections.abc import Iterator
+from types import CodeType, FrameType
+from typing import Any
 
 import torch
 
 __all__ = ["backward_pass", "function_around", "inside_function"]
 
-_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+# None since torch 2.14, where `apply` is no Python function.
+_APPLY = getattr(getattr(torch.autograd.Function.apply, "__func__", None), "__code__", None)
 
 
 def function_around() -> tuple[type, tuple[object, ...]] | None:
-    """Returns the torch.autograd.Function that is running, and what it was applied to, or None.
-
-    None in inference mode too, where nobody wants gradients.
-    """
-    # A Function disables forward-mode differentiation too, which torch.no_grad() does not: the walk
-    # through the frames takes several microseconds.
-    if torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled():
-        return None
-    return _applied()
+    """Returns the torch.autograd.Function that is running, and what it was applied to, or None."""
+    return _applied() if inside_function() else None  # the walk takes several microseconds
 
 
 @torch.compiler.disable
 def _applied() -> tuple[type, tuple[object, ...]] | None:
-    """torch keeps no record of it, but `apply` is a Python function: this looks for its frame."""
-    frame = sys._getframe()
+    """torch keeps no record of it: this looks for the frame of `apply`, or else of `forward`.
+
+    The arguments in the latter are those of that name now, should it have changed them.
+    """
+    forwards = {} if _APPLY else {_code(each.forward): each for each in _functions()}
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_code is _APPLY:
             return frame.f_locals["cls"], tuple(frame.f_locals["args"])
-        frame = frame.f_back  # type: ignore[assignment]
+        if function := forwards.get(frame.f_code):
+            return function, _arguments(frame)
+        frame = frame.f_back
     return None
 
 
-@torch.compiler.assume_constant_result  # it looks at the frames below dynamo's, while dynamo traces
+def _functions() -> Iterator[type[torch.autograd.Function]]:
+    """Yields all subclasses of torch.autograd.Function."""
+    found = [torch.autograd.Function]
+    while found:
+        found += (each := found.pop()).__subclasses__()
+        yield each
+
+
+def _code(function: Any) -> CodeType | None:
+    return getattr(function, "__code__", None)
+
+
+def _arguments(frame: FrameType) -> tuple[object, ...]:
+    code, values = frame.f_code, frame.f_locals
+    count = code.co_argcount + code.co_kwonlyargcount
+    given = [values[name] for name in code.co_varnames[:count] if name in values]
+    if code.co_flags & inspect.CO_VARARGS:
+        given += values.get(code.co_varnames[count], ())
+    return tuple(given)
+
+
+@torch.compiler.assume_constant_result  # dynamo traces with the settings of the traced code
 def inside_function() -> bool:
-    """Whether a torch.autograd.Function is running."""
-    return function_around() is not None
+    """Returns whether a torch.autograd.Function is running; not in inference mode, where nobody
+    wants gradients.
+    """
+    # A Function disables forward-mode differentiation too, which torch.no_grad() does not.
+    return not (torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
 
 
 def backward_pass() -> int:

@@ -504,7 +504,7 @@ def _is_size(value: Any) -> bool:
     if value.op == "call_method" and value.target == "size":
         return value.args[1:] in ((), (0,)) and not value.kwargs
     if value.target is getattr:
-        return value.args[1] == "shape"
+        return bool(value.args[1] == "shape")
     if value.target is operator.getitem and value.args[1] == 0:
         return _is_size(value.args[0])
     return False

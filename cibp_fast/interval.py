@@ -31,6 +31,7 @@ __all__ = ["Interval", "UnsupportedOpError", "run_rule", "shares_memory"]
 Rule = Callable[..., Any]
 RULES: dict[Callable[..., Any], Rule] = {}
 SEVERAL: set[Rule] = set()  # the rules that take more than one Interval
+IN_PLACE: set[Callable[..., Any]] = set()  # the functions with a rule that write into their input
 
 _SUPPORTED = (
     "supported are conv1d and conv2d, linear, batch_norm, average and max pooling, the monotone "
@@ -457,7 +458,8 @@ def _refuse_write(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[st
     `a - box` for `a -= box`, and views of a keep the old values.
     """
     out = kwargs.get("out") is not None
-    if args and isinstance(args[0], Interval) and not out:
+    into_box = bool(args) and isinstance(args[0], Interval)
+    if not out and (into_box or (func in RULES and func not in IN_PLACE)):
         return
     name = _name(func).split(".")[0]  # of an OpOverload: add_.Tensor
     if out or name in _WRITES or re.fullmatch(r".*[^_]_", name):

@@ -23,6 +23,7 @@ from torch import Tensor
 from cibp_fast import ops
 from cibp_fast._checks import as_float, may_inspect
 from cibp_fast.interval import (
+    IN_PLACE,
     RULES,
     SEVERAL,
     Interval,
@@ -52,6 +53,7 @@ def _rule(*names: str, several: bool = False) -> Callable[[RuleT], RuleT]:
             in_place = partial(_in_place, rule)
             RULES.update(dict.fromkeys(_functions(name), rule))
             RULES.update(dict.fromkeys(_functions(name + "_"), in_place))
+            IN_PLACE.update(_functions(name + "_"))
             if several:
                 SEVERAL.update((rule, in_place))
         return rule

@@ -169,7 +169,7 @@ def outcome(entry: Entry, dtype: torch.dtype) -> list[Tensor] | str:
     return [each.detach().clone() for each in found]
 
 
-@pytest.mark.parametrize(("name", "dtype"), itertools.product(ENTRIES, DTYPES))
+@pytest.mark.parametrize(("name", "dtype"), list(itertools.product(ENTRIES, DTYPES)))
 def test_settings_change_no_number(name: str, dtype: torch.dtype) -> None:
     expected = outcome(ENTRIES[name], dtype)
     if isinstance(expected, str):
