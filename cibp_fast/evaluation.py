@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cibp_fast import data, runs
+from cibp_fast._arithmetic import own_arithmetic
 from cibp_fast._graphs import capturing, enough_memory, graphed, kept
 from cibp_fast.attacks import pgd
 from cibp_fast.certificates import Certificate, certify, evaluation, predict
@@ -50,7 +51,7 @@ def evaluate(
             x, y = inputs(config, part), part.labels
             found = certificate(model, x, y, config)
             if attack:
-                with evaluation(model):
+                with evaluation(model), own_arithmetic(x.device):  # as PGD and the certificate
                     (predicted,) = graphed(_predicted, model)(x)
                 wrong = predicted != y
                 attacked = wrong.clone()

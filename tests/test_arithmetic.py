@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from settings import matmul_precision
 from torch import Tensor, nn
 from torch.utils import _pytree
 
@@ -22,16 +23,6 @@ HALVES = [torch.bfloat16, torch.float16]
 
 def autocast(dtype: torch.dtype = torch.bfloat16) -> torch.autocast:
     return torch.autocast("cpu", dtype=dtype)
-
-
-@contextmanager
-def matmul_precision(precision: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def small_net() -> nn.Sequential:
@@ -288,3 +279,21 @@ def test_threads_leave_the_products_as_they_were() -> None:
         leave.set()
         thread.join()
         assert matmul.fp32_precision == "bf16"
+
+
+def test_evaluation_under_autocast() -> None:
+    """Test, PGD and verified error are of one network, in its own dtype."""
+    from cibp_fast import config, data, evaluation
+
+    preset = config.preset("mnist5k-small-0.1-cibp")
+    settings = replace(preset, pgd_steps=2, pgd_restarts=0, pgd_step_size=0.1)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10, bias=False))
+    net[1].weight.data = torch.zeros(10, 784)
+    net[1].weight.data[:2, 0], net[1].weight.data[1, 1] = 1.0, 1e-4  # z_1 - z_0, lost in bfloat16
+    split = data.Split(
+        torch.full((8, 1, 28, 28), 200, dtype=torch.uint8), torch.ones(8, dtype=torch.long)
+    )
+    expected = evaluation.evaluate(net, split, settings)
+    assert expected["test_error"] == 0 and net(split.pixels()).bfloat16()[:, :2].diff().max() == 0
+    with autocast():
+        assert evaluation.evaluate(net, split, settings) == expected
