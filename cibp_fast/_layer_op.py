@@ -175,14 +175,18 @@ def conv2d_shape(
 
 
 @torch.library.register_fake("cibp_fast::conv2d_forward", lib=library)
-def _(lower, upper, nominal, weight, bias, stride, padding, dilation, groups, backend="cpu"):  # type: ignore[no-untyped-def]
+def _conv2d_forward_fake(  # type: ignore[no-untyped-def]
+    lower, upper, nominal, weight, bias, stride, padding, dilation, groups, backend="cpu"
+):
     size = conv2d_size(lower, weight, stride, padding, dilation)
     return _forward_outputs(lower, nominal, (lower.shape[0], weight.shape[0], *size))
 
 
 @on_its_gpu("conv2d_forward")
 @torch.library.impl(library, "conv2d_forward", "CPU")
-def _(lower, upper, nominal, weight, bias, stride, padding, dilation, groups, backend="cpu"):  # type: ignore[no-untyped-def]
+def _conv2d_forward_kernel(  # type: ignore[no-untyped-def]
+    lower, upper, nominal, weight, bias, stride, padding, dilation, groups, backend="cpu"
+):
     shape = conv2d_shape(lower, weight, stride, padding, dilation, groups)
     outputs = _forward_outputs(lower, nominal, (shape[0], *shape[4:7]))
     if backend in _MODULES:
@@ -192,14 +196,14 @@ def _(lower, upper, nominal, weight, bias, stride, padding, dilation, groups, ba
 
 
 @torch.library.register_fake("cibp_fast::conv2d_backward", lib=library)
-def _(*arguments):  # type: ignore[no-untyped-def]
+def _conv2d_backward_fake(*arguments):  # type: ignore[no-untyped-def]
     lower, _, nominal, weight = arguments[4:8]
     return _backward_outputs(lower, nominal, weight, *arguments[14:16])
 
 
 @on_its_gpu("conv2d_backward")
 @torch.library.impl(library, "conv2d_backward", "CPU")
-def _(*arguments):  # type: ignore[no-untyped-def]
+def _conv2d_backward_kernel(*arguments):  # type: ignore[no-untyped-def]
     gradients, saved = arguments[:4], arguments[4:10]
     lower, _, nominal, weight = saved[:4]
     shape = conv2d_shape(lower, weight, *arguments[10:14])
@@ -211,13 +215,13 @@ def _(*arguments):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("cibp_fast::linear_forward", lib=library)
-def _(lower, upper, nominal, weight, bias, backend="cpu"):  # type: ignore[no-untyped-def]
+def _linear_forward_fake(lower, upper, nominal, weight, bias, backend="cpu"):  # type: ignore[no-untyped-def]
     return _forward_outputs(lower, nominal, (lower.shape[0], weight.shape[0]))
 
 
 @on_its_gpu("linear_forward")
 @torch.library.impl(library, "linear_forward", "CPU")
-def _(lower, upper, nominal, weight, bias, backend="cpu"):  # type: ignore[no-untyped-def]
+def _linear_forward_kernel(lower, upper, nominal, weight, bias, backend="cpu"):  # type: ignore[no-untyped-def]
     outputs = _forward_outputs(lower, nominal, (lower.shape[0], weight.shape[0]))
     if backend in _MODULES:
         shape = linear_shape(len(lower), weight)
@@ -228,14 +232,14 @@ def _(lower, upper, nominal, weight, bias, backend="cpu"):  # type: ignore[no-un
 
 
 @torch.library.register_fake("cibp_fast::linear_backward", lib=library)
-def _(*arguments):  # type: ignore[no-untyped-def]
+def _linear_backward_fake(*arguments):  # type: ignore[no-untyped-def]
     lower, _, nominal, weight = arguments[4:8]
     return _backward_outputs(lower, nominal, weight, *arguments[10:12])
 
 
 @on_its_gpu("linear_backward")
 @torch.library.impl(library, "linear_backward", "CPU")
-def _(*arguments):  # type: ignore[no-untyped-def]
+def _linear_backward_kernel(*arguments):  # type: ignore[no-untyped-def]
     gradients, saved = arguments[:4], arguments[4:10]
     lower, _, nominal, weight = saved[:4]
     outputs = _backward_outputs(lower, nominal, weight, *arguments[10:12])
@@ -249,13 +253,13 @@ def _(*arguments):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("cibp_fast::relu_forward", lib=library)
-def _(lower, upper, nominal, backend="cpu"):  # type: ignore[no-untyped-def]
+def _relu_forward_fake(lower, upper, nominal, backend="cpu"):  # type: ignore[no-untyped-def]
     return _forward_outputs(lower, nominal, lower.shape)
 
 
 @on_its_gpu("relu_forward")
 @torch.library.impl(library, "relu_forward", "CPU")
-def _(lower, upper, nominal, backend="cpu"):  # type: ignore[no-untyped-def]
+def _relu_forward_kernel(lower, upper, nominal, backend="cpu"):  # type: ignore[no-untyped-def]
     outputs = _forward_outputs(lower, nominal, lower.shape)
     layout = _layout(lower)
     inputs = [
@@ -282,14 +286,14 @@ def _relu_gradients(lower_out: Tensor, nominal_out: Tensor | None) -> tuple[Tens
 
 
 @torch.library.register_fake("cibp_fast::relu_backward", lib=library)
-def _(*arguments):  # type: ignore[no-untyped-def]
+def _relu_backward_fake(*arguments):  # type: ignore[no-untyped-def]
     lower_out, nominal_out = arguments[4], (*arguments, None)[6]
     return _relu_gradients(lower_out, nominal_out)
 
 
 @on_its_gpu("relu_backward")
 @torch.library.impl(library, "relu_backward", "CPU")
-def _(  # type: ignore[no-untyped-def]
+def _relu_backward_kernel(  # type: ignore[no-untyped-def]
     grad_lower,
     grad_upper,
     grad_nominal,

@@ -104,25 +104,25 @@ def _backward_outputs(
 
 
 @torch.library.register_fake("cibp_fast::loss_forward", lib=library)
-def _(logits, lower, upper, weight, bias, y):  # type: ignore[no-untyped-def]
+def _loss_forward_fake(logits, lower, upper, weight, bias, y):  # type: ignore[no-untyped-def]
     return _forward_outputs(logits)
 
 
 @torch.library.impl(library, "loss_forward", "CPU")
-def _(*inputs):  # type: ignore[no-untyped-def]
+def _loss_forward_kernel(*inputs):  # type: ignore[no-untyped-def]
     outputs = _forward_outputs(inputs[0])
     _run("loss_forward", inputs[1], inputs[3], inputs[5], inputs, outputs)
     return outputs
 
 
 @torch.library.register_fake("cibp_fast::loss_backward", lib=library)
-def _(*arguments):  # type: ignore[no-untyped-def]
+def _loss_backward_fake(*arguments):  # type: ignore[no-untyped-def]
     lower, weight, slopes, wanted = (arguments[i] for i in (2, 4, 6, 7))
     return _backward_outputs(lower, weight, slopes, wanted)
 
 
 @torch.library.impl(library, "loss_backward", "CPU")
-def _(*arguments):  # type: ignore[no-untyped-def]
+def _loss_backward_kernel(*arguments):  # type: ignore[no-untyped-def]
     *inputs, wanted = arguments
     lower, weight, y, slopes = (inputs[i] for i in (2, 4, 5, 6))
     outputs = _backward_outputs(lower, weight, slopes, wanted)

@@ -294,7 +294,9 @@ def _of_gpu(engine: str) -> tuple[str, bool] | None:
 
 
 @torch.library.register_fake("cibp_fast::network_forward", lib=library)
-def _(lower, upper, nominal, ball_radius, weights, biases, numbers, engine, mean=False):  # type: ignore[no-untyped-def]
+def _network_forward_fake(  # type: ignore[no-untyped-def]
+    lower, upper, nominal, ball_radius, weights, biases, numbers, engine, mean=False
+):
     plan, ball, batch = _plan(numbers), ball_radius is not None, nominal.shape[0]
     if gpu := _of_gpu(engine):
         from cibp_fast.kernels import network as gpu_network
@@ -308,7 +310,9 @@ def _(lower, upper, nominal, ball_radius, weights, biases, numbers, engine, mean
 
 @on_its_gpu("network_forward")
 @torch.library.impl(library, "network_forward", "CPU")
-def _(lower, upper, nominal, ball_radius, weights, biases, numbers, engine, mean=False):  # type: ignore[no-untyped-def]
+def _network_forward_kernel(  # type: ignore[no-untyped-def]
+    lower, upper, nominal, ball_radius, weights, biases, numbers, engine, mean=False
+):
     batch, plan = len(nominal), _plan(numbers)
     if not batch:
         outputs = _forward_outputs(nominal, plan.stages)
@@ -341,14 +345,14 @@ def _(lower, upper, nominal, ball_radius, weights, biases, numbers, engine, mean
 
 
 @torch.library.register_fake("cibp_fast::network_backward", lib=library)
-def _(*arguments):  # type: ignore[no-untyped-def]
+def _network_backward_fake(*arguments):  # type: ignore[no-untyped-def]
     lower_out, weights, numbers = arguments[6], arguments[10], arguments[11]
     return _backward_outputs(lower_out, _plan(numbers).stages, weights, *arguments[12:14])
 
 
 @on_its_gpu("network_backward")
 @torch.library.impl(library, "network_backward", "CPU")
-def _(  # type: ignore[no-untyped-def]
+def _network_backward_kernel(  # type: ignore[no-untyped-def]
     grad_lower,
     grad_upper,
     grad_nominal,
