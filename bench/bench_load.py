@@ -99,7 +99,7 @@ def measure(problem: Problem, load: int, options: argparse.Namespace) -> list[di
 
 
 def command(options: argparse.Namespace) -> str:
-    """What repeats the numbers; where the table lies is left out."""
+    """Returns the command that repeats the numbers, without the place of the table."""
     words = ["python", "bench/bench_load.py"]
     for name in ("models", "datasets", "batch", "load", "threads", "rounds"):
         value = getattr(options, name)
