@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 INSTALL := $(PIP) install --no-compile -c constraints.txt
 
-CPP_FILES := $(sort $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h tests/cpp/*.c* tests/cpp/*.h))
+CPP_FILES := $(sort $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*/*.cpp csrc/*/*.cu csrc/*/*.h csrc/*/*/*.h tests/csrc/*.c* tests/csrc/*.h))
 PACKAGE_FILES := pyproject.toml setup.py README.md LICENSE $(filter csrc/%,$(CPP_FILES)) \
   $(wildcard cibp_fast/*.py cibp_fast/*/*.py cibp_fast/*.pyi cibp_fast/py.typed kernels/*.py kernels/*.json)
 
@@ -33,7 +33,7 @@ quickstart: $(VENV)/demo
 
 # `pytest`, not `python -m pytest`: that would import the unbuilt tree instead of the package. The
 # GPU's kernels, in an interpreter or on the host, are tested beside the rest.
-GPU_TESTS := $(wildcard tests/test_triton_*.py tests/test_cuda_*.py)
+GPU_TESTS := tests/kernels
 
 test: test-cpu test-gpu
 
@@ -41,7 +41,7 @@ test: test-cpu test-gpu
 status = $(if $(PYTEST_ARGS),|| [ $$? -eq 5 ])
 
 test-cpu: lint
-	$(BIN)/pytest $(addprefix --ignore=,$(GPU_TESTS)) $(PYTEST_ARGS) $(status)
+	$(BIN)/pytest --ignore=$(GPU_TESTS) $(PYTEST_ARGS) $(status)
 
 test-gpu: lint
 	@$(BIN)/pytest $(GPU_TESTS) $(PYTEST_ARGS) >build/test-gpu.log 2>&1 $(status); \
@@ -107,4 +107,4 @@ $(VENV)/dev: build/wheel/stamp $(VENV)/libraries
 	@touch $(VENV)/demo $@
 
 sanitize: $(VENV)/dev
-	$(BIN)/pytest --slow tests/test_sanitizers.py tests/test_cuda_kernels.py
+	$(BIN)/pytest --slow tests/csrc tests/kernels/test_cuda_kernels.py

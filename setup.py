@@ -30,7 +30,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, OptionError, PlatformError
 
-KERNELS = sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))
+KERNELS = sorted(str(path) for path in Path("csrc/cpu").rglob("*.cpp"))
 BINDINGS = "csrc/bindings_cpu.cpp"
 CUDA_KERNELS = sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))
 CUDA_BINDINGS = "csrc/bindings_cuda.cpp"

@@ -17,8 +17,16 @@ from cibp_fast.nn import IntervalConv2d, IntervalLinear
 
 __version__ = "0.1.0"
 
-_MODULES = ("attacks", "config", "data", "losses", "models", "schedules")
-_FUNCTIONS = {"certify": "certificates", "train": "training"}
+# Names that are imported on first use, and the modules that they are or come from.
+_MODULES = {
+    "attacks": "attacks",
+    "config": "training.config",
+    "data": "training.datasets",
+    "losses": "losses",
+    "models": "models",
+    "schedules": "training.schedules",
+}
+_FUNCTIONS = {"certify": "certificates", "train": "training.loop"}
 
 __all__ = [
     "Bounds",
@@ -44,7 +52,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
-        return import_module(f"cibp_fast.{name}")
+        return import_module(f"cibp_fast.{_MODULES[name]}")
     if name in _FUNCTIONS:
         return getattr(import_module(f"cibp_fast.{_FUNCTIONS[name]}"), name)
     raise AttributeError(f"module 'cibp_fast' has no attribute {name!r}")

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cibp_fast import _backend, ops
+from cibp_fast import ops
 from cibp_fast._arithmetic import no_autocast
-from cibp_fast._loss_op import label_error
 from cibp_fast.interval import Interval, may_inspect, shares_memory
+from cibp_fast.ops import backends
+from cibp_fast.ops.loss import label_error
 from cibp_fast.recorder import Head, Recorder, recording
 
 __all__ = ["Bounds", "bounds"]
@@ -128,7 +129,7 @@ class Bounds:
             return self.box.lower.gather(1, y.unsqueeze(1)) - self.box.upper
         lower, upper, weight, bias = self._head
         bias = weight.new_zeros(len(weight)) if bias is None else bias
-        backend, _ = _backend.select(self.backend, lower.device, lower.dtype)
+        backend, _ = backends.select(self.backend, lower.device, lower.dtype)
         small = len(y) * weight.numel() <= _SMALL
         by_class = backend == "cpu" and not small and may_inspect(y)
         return (_by_class if by_class else _by_example)(lower, upper, weight, bias, y)
@@ -253,11 +254,11 @@ def bounds(
         RuntimeError: a layer cannot run on this box, or the model switches autocast on.
     """
     check_arguments(x, box, width, reduction)
-    _backend.select(backend, x.device, x.dtype)
-    recorder = Recorder(*_WIDTHS[width], backend=_backend.asked(backend))
+    backends.select(backend, x.device, x.dtype)
+    recorder = Recorder(*_WIDTHS[width], backend=backends.asked(backend))
     # All in x's dtype; a model that switches autocast on is refused (see Interval).
     with no_autocast(x.device):
-        asked = nullcontext() if backend == "auto" else _backend.ask(backend)
+        asked = nullcontext() if backend == "auto" else backends.ask(backend)
         with recording(recorder), asked:
             out = model(Interval(box.lower, box.upper, x, validate=False))
         return _of_pass(out, recorder, x, box, reduction, backend)

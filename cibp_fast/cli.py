@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,20 +14,16 @@ from typing import Any, NoReturn, get_type_hints
 import torch
 from torch import Tensor, nn
 
-from cibp_fast import _backend, data, environment, plotting, runs, training
+from cibp_fast import environment
 from cibp_fast._graphs import kept
-from cibp_fast.benchmarks import common, layer, numerics, precision, step
-from cibp_fast.benchmarks import training as training_benchmark
-from cibp_fast.config import PRESET_GRAMMAR, Config, parse, preset
-from cibp_fast.distributed import available, is_first
-from cibp_fast.evaluation import broken, certificate, inputs
-from cibp_fast.progress import bar
+from cibp_fast.ops import backends
+from cibp_fast.training import datasets, loop, plotting, runs
+from cibp_fast.training.config import PRESET_GRAMMAR, Config, parse, preset
+from cibp_fast.training.distributed import available, is_first
+from cibp_fast.training.evaluation import broken, certificate, inputs
+from cibp_fast.training.progress import bar
 
 DEFAULT_PRESET = "mnist5k-small-0.1-cibp"
-
-# Of the GPU's kernels; not imported from there, since that would import Triton.
-PRECISIONS = ("float32", "tf32", "bf16")
-KERNELS = ("forward", "input_gradient", "weight_gradient")
 
 MOST_THREADS = 1024  # beyond it the system may refuse to start them, which ends the process
 
@@ -76,7 +71,7 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def _info(options: argparse.Namespace) -> None:
-    facts = [*environment.versions().items(), *_backend.describe()]
+    facts = [*environment.versions().items(), *backends.describe()]
     indent = max(len(name) for name, _ in facts) + 2
     for name, value in facts:
         print(f"{name:<{indent}}" + value.replace("\n", "\n" + " " * indent))
@@ -93,13 +88,13 @@ def _train(options: argparse.Namespace) -> None:
     if options.seeds < 1:
         raise ValueError(f"seeds must be 1 or more, not {options.seeds}")
     configs = [replace(config, seed=config.seed + index) for index in range(options.seeds)]
-    run_dirs = [training.default_run_dir(config) for config in configs]
+    run_dirs = [loop.default_run_dir(config) for config in configs]
     if options.run_dir is not None:
         parts = [f"seed{config.seed}" for config in configs] if options.seeds > 1 else [""]
         run_dirs = [options.run_dir / part for part in parts]
     results = {}
     for config, run_dir in zip(configs, run_dirs, strict=True):
-        results[f"{config.name} seed {config.seed}"] = training.train(
+        results[f"{config.name} seed {config.seed}"] = loop.train(
             config,
             run_dir,
             data_root=options.data_root,
@@ -151,7 +146,7 @@ def _plot(options: argparse.Namespace) -> None:
         plotting.plot(options.run_dirs, options.output)
     else:
         config = preset(options.preset)
-        epoch_steps = data.SIZES[config.dataset][0] // config.batch_size
+        epoch_steps = datasets.SIZES[config.dataset][0] // config.batch_size
         plotting.plot_schedules(config, options.output, epoch_steps)
     print(f"wrote {options.output}")
 
@@ -164,7 +159,7 @@ def _quickstart(options: argparse.Namespace) -> None:
         label = plotting.METHOD_LABELS[method]
         print(f"Training the small network with {label}, {config.steps} steps:", flush=True)
         run_dirs.append(options.output / config.name)
-        results[label] = training.train(config, run_dirs[-1], overwrite=True)
+        results[label] = loop.train(config, run_dirs[-1], overwrite=True)
     picture = options.output / "quickstart.png"
     plotting.plot(run_dirs, picture)
     print(f"\n{_table(results)}")
@@ -176,31 +171,7 @@ def _quickstart(options: argparse.Namespace) -> None:
     )
 
 
-def _tune(options: argparse.Namespace) -> None:
-    if options.batch_size is not None and options.batch_size < 1:
-        raise ValueError(f"batch-size must be 1 or more, not {options.batch_size}")
-    if not options.limit > 0:
-        raise ValueError(f"limit must be more than 0 seconds, not {options.limit:g}")
-    common.check_output(options.output)
-    try:
-        _backend.select("triton", torch.device("cuda"), torch.float32)
-    except ValueError as error:
-        raise ValueError(f"tune measures on a GPU: {error}") from error
-    from cibp_fast.kernels import tune  # here: it imports Triton
-
-    tune.run(
-        options.models,
-        options.datasets,
-        options.batch_size,
-        options.precision,
-        options.kernel,
-        options.output,
-        options.limit,
-        options.again,
-    )
-
-
-def _trained(options: argparse.Namespace) -> tuple[Config, nn.Module, data.Split]:
+def _trained(options: argparse.Namespace) -> tuple[Config, nn.Module, datasets.Split]:
     """A run's config (with --eps and --eval-batch-size), its network, and its first --examples
     held-out examples, both on --device.
     """
@@ -212,7 +183,7 @@ def _trained(options: argparse.Namespace) -> tuple[Config, nn.Module, data.Split
         config = replace(config, eval_batch_size=options.eval_batch_size)
     model = runs.read_model(options.run_dir)
     verify = not options.unverified_data
-    split = data.load(config.dataset, options.data_root, verify=verify).test
+    split = datasets.load(config.dataset, options.data_root, verify=verify).test
     count = len(split) if options.examples is None else options.examples
     if not 1 <= count <= len(split):
         raise ValueError(
@@ -221,7 +192,9 @@ def _trained(options: argparse.Namespace) -> tuple[Config, nn.Module, data.Split
     return config, model.to(device), split[:count].to(device)
 
 
-def _parts(split: data.Split, config: Config, description: str) -> Iterable[tuple[int, data.Split]]:
+def _parts(
+    split: datasets.Split, config: Config, description: str
+) -> Iterable[tuple[int, datasets.Split]]:
     """The split in the config's evaluation batches, each with the number of its first example."""
     for first in bar(range(0, len(split), config.eval_batch_size), description, "batch"):
         yield first, split[first : first + config.eval_batch_size]
@@ -278,8 +251,6 @@ def _parser() -> argparse.ArgumentParser:
         "  cibp-fast certify runs/first --eps 0.05\n"
         "  cibp-fast attack runs/first --steps 200 --restarts 10\n"
         "  cibp-fast plot runs/first -o curves.png\n"
-        "  cibp-fast bench step --models small     a training step, timed against its rivals\n"
-        "  cibp-fast tune --models small           measure the GPU's fastest tiles, and keep them\n"
         "  cibp-fast info                          what is installed, which kernel runs and why",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -350,7 +321,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--backend",
         default="auto",
-        choices=_backend.BACKENDS,
+        choices=backends.BACKENDS,
         help="of the bounds: the device's kernels where they can run (auto, default), those of the "
         "CPU (cpu), Triton's (triton), those with CUDA C++ kernels where there are any (cuda), or "
         "none (torch)",
@@ -398,7 +369,12 @@ def _parser() -> argparse.ArgumentParser:
         )
     for reader in (train, certify_run, attack):
         reader.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-        common.add_data_root(reader)
+        reader.add_argument(
+            "--data-root",
+            type=Path,
+            metavar="DIR",
+            help="folder of the data sets (default: $CIBP_FAST_DATA, or data)",
+        )
         reader.add_argument(
             "--unverified-data",
             action="store_true",
@@ -437,82 +413,4 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument(
         "-o", "--output", type=Path, required=True, metavar="FILE", help=".png, .pdf or .svg"
     )
-
-    tune = command(
-        "tune",
-        _tune,
-        "Measure which tiles of Triton's kernels are fastest on this GPU, for networks' layers.",
-        "The fastest tiles that are right are kept in a table for later runs, $CIBP_FAST_TUNED or\n"
-        "cibp_fast/tuned.json of $XDG_CACHE_HOME or ~/.cache. What is done is kept when it is\n"
-        "stopped, and not done again. How long it takes is not measured yet.\n\n"
-        "examples:\n"
-        "  cibp-fast tune --models small --datasets mnist --precision tf32\n"
-        "  cibp-fast tune --models large-same --datasets cifar10 --batch-size 200 --limit 600",
-    )
-    for flag, choices, default, what in (
-        ("--models", common.NETWORKS, list(common.NETWORKS), "networks"),
-        ("--datasets", common.DATASETS, list(common.DATASETS), "data sets"),
-        ("--precision", PRECISIONS, ["float32"], "precisions"),
-        ("--kernel", KERNELS, list(KERNELS), "kernels"),
-    ):
-        everything = len(default) == len(choices)
-        tune.add_argument(
-            flag,
-            nargs="+",
-            choices=choices,
-            default=default,
-            metavar="NAME",
-            help=f"{what}, of {', '.join(choices)} "
-            f"(default: {'all' if everything else ' '.join(default)})",
-        )
-    tune.add_argument(
-        "--batch-size", type=int, metavar="N", help="default: 50 for cifar10, else 100"
-    )
-    tune.add_argument(
-        "--output", type=Path, metavar="FILE", help="another table, which keeps its other entries"
-    )
-    tune.add_argument(
-        "--limit",
-        type=float,
-        default=math.inf,
-        metavar="SECONDS",
-        help="begin with no further kernel after that (default: none)",
-    )
-    tune.add_argument(
-        "--again", action="store_true", help="measure what is in the table already, too"
-    )
-
-    summary = "Time training steps and single layers against others, and check what they compute."
-    bench = commands.add_parser("bench", help=summary, description=summary)
-    benchmarks = bench.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
-    for module, help, example in (
-        (
-            step,
-            "Time whole training steps: fused, by layers, and their rivals.",
-            "--models small --datasets mnist --rounds 5",
-        ),
-        (
-            layer,
-            "Time each layer of the networks: the fused op and two passes.",
-            "--models small --datasets mnist --rounds 5",
-        ),
-        (
-            precision,
-            "Train in float32 and in precision fast, and compare the curves of the loss.",
-            "--presets mnist-small-0.4-cibp --steps 1000 --jobs 2 --threads 1",
-        ),
-        (
-            numerics,
-            "Check a GPU's kernels against float64 on the GPU.",
-            "--output numerics.csv",
-        ),
-        (
-            training_benchmark,
-            "Time epochs of training on a GPU.",
-            "--presets mnist-small-0.4-cibp --epochs 12",
-        ),
-    ):
-        name = module.__name__.rpartition(".")[2]
-        epilog = f"example:\n  cibp-fast bench {name} {example}"
-        module.add_options(command(name, module.run, help, epilog, benchmarks))
     return parser

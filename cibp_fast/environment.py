@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cibp_fast import __version__, _backend
+from cibp_fast import __version__
+from cibp_fast.ops import backends
 
 
 def versions() -> dict[str, str]:
@@ -25,10 +26,10 @@ def versions() -> dict[str, str]:
 def hardware(device: str | torch.device = "cpu", processes: int = 1) -> dict[str, Any]:
     """The processor, its cores, torch's threads (of each process) and, on one, the GPU."""
     device = torch.device(device)
-    kernels, _ = _backend.in_use(device, torch.float32)
+    kernels, _ = backends.in_use(device, torch.float32)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
-        "cpu": _backend.processor(),
+        "cpu": backends.processor(),
         "gpu": gpu,
         "kernels": kernels,
         "machine": platform.machine(),

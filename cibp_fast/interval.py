@@ -19,11 +19,11 @@ import torch.utils.checkpoint
 from torch import Tensor
 from torch.utils import _pytree
 
-from cibp_fast import _backend
 from cibp_fast._arithmetic import autocasts, no_autocast, transformed
 from cibp_fast._autograd import backward_pass, function_around, inside_function
 from cibp_fast._ball import ball_radius, clip_ends, moved_inside
 from cibp_fast._checks import may_inspect, refuse_where
+from cibp_fast.ops import backends
 from cibp_fast.recorder import Origin, Pass, Recorder, active, recording
 
 __all__ = ["Interval", "UnsupportedOpError", "run_rule", "shares_memory"]
@@ -512,7 +512,7 @@ def _computed_again(task: int, boxes: list[Interval], rule: Rule, *args: Any, **
     passes = [box._pass for box in boxes if box._pass is not None]
     seen = [box._seen for box in given]
     recorder = Recorder(*passes[0].kinds, backend=passes[0].backend) if passes else Recorder()
-    with recording(recorder), _backend.ask(recorder.made_in.backend):
+    with recording(recorder), backends.ask(recorder.made_in.backend):
         out = rule(*args, **kwargs)
     if seen != [box._seen for box in given] or any(box._overwritten for box in given):
         raise RuntimeError(

@@ -17,10 +17,10 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from cibp_fast import _loss_op
 from cibp_fast._arithmetic import no_autocast
 from cibp_fast.bounds import Bounds, check_classes
 from cibp_fast.interval import may_inspect
+from cibp_fast.ops import loss
 
 
 class Terms(NamedTuple):
@@ -82,8 +82,8 @@ def terms(out: Bounds, y: Tensor, *, elide: bool = True) -> Terms:
     head = out._head
     if elide and head is not None:
         out._check_labels(y)
-        if _loss_op.takes(out.logits, head, y, out.backend):
-            return Terms(*_loss_op.cross_entropies(out.logits, head, y), out.width)
+        if loss.takes(out.logits, head, y, out.backend):
+            return Terms(*loss.cross_entropies(out.logits, head, y), out.width)
     worst = out.worst_logits(y, elide=elide)
     return Terms(_cross_entropy(out.logits, y), _cross_entropy(worst, y), out.width)
 

@@ -17,7 +17,7 @@
 #include "cpu/conv2d.h"
 #include "cpu/linear.h"
 #include "cpu/loss.h"
-#include "cpu/network.h"
+#include "cpu/network/network.h"
 #include "cpu/peak.h"
 #include "cpu/relu.h"
 

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cibp_fast.kernels.streams import PRECISIONS, rounded
+from .streams import PRECISIONS, rounded
 
 # Outputs, channels and taps of a program's tile, and of one where there is one tap.
 _TILE = (16, 8, 16)

@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cibp_fast.kernels.epilogues import store_input_gradient, store_outputs
-from cibp_fast.kernels.operands import load_box, operands, three, tile_pixels, tile_start
-from cibp_fast.kernels.shape import Shape
-from cibp_fast.kernels.streams import INTERPRETED, PRECISIONS, Precision, dot
-from cibp_fast.kernels.tiles import Tiles, tiles_for
+from .epilogues import store_input_gradient, store_outputs
+from .operands import load_box, operands, three, tile_pixels, tile_start
+from .shape import Shape
+from .streams import INTERPRETED, PRECISIONS, Precision, dot
+from .tiles import Tiles, tiles_for
 
 
 @triton.jit

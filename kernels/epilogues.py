@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from cibp_fast.kernels.streams import activate, deactivate, positive, rounded, rounded_pair
+from .streams import activate, deactivate, positive, rounded, rounded_pair
 
 
 @triton.jit

@@ -1,21 +1,20 @@
 """Into the streams and out of them: batches of a data set, and tensors [N, C, H, W].
 
 `batch` makes a training step's input on the device, with nothing from the host: a step is one more
-replay of a CUDA graph. Its pixels and boxes have the bits that data.batches, runs.to_input and
-Interval.ball give on a CPU.
+replay of a CUDA graph. Its pixels and boxes have the bits that `epoch_batches`, `runs.to_input` and
+`Interval.ball` of the training layer give on a CPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from cibp_fast.data import CROP_PADDING, to_pixels
-from cibp_fast.kernels.streams import PRECISIONS, rounded
+from .streams import PRECISIONS, rounded
 
 
 @triton.jit
@@ -87,20 +86,21 @@ def batch(
     """The box of a step's examples, as streams [3, B, H, W, C], and their labels [B] int64.
 
     In the step `k` of its epoch, `step % (E // batch_size)`, it is that of the k-th batch x of
-    data.batches: `pack(box.lower, box.upper, box.nominal, precision)` with
+    `epoch_batches`: `pack(box.lower, box.upper, box.nominal, precision)` with
     `box = Interval.ball(prepare(x), eps, clip)`.
 
     Args:
         images: [E, C, H, W] uint8, contiguous.
         labels: [E] int64.
-        plan: [E, 4] int32, of the epoch: `epoch_plan`. To be overwritten before the next epoch.
-        pixels: [C, 256] float32, what the network sees of a byte: `pixel_table(prepare, C)`.
+        plan: [E, 4] int32, of the epoch: example, down, right, mirrored. To be overwritten before
+            the next epoch.
+        pixels: [C, 256] float32, what the network sees of each byte.
         eps: [1], or [C] one per channel; float32, in the space of the network's input.
         step: [1] int64, the steps done before this one.
         batch_size: examples of a step, over all processes; B = batch_size / world_size.
         precision: of the streams, a name of PRECISIONS.
         clip: (least, greatest) value of the network's input, or None.
-        rank, world_size: as in data.batches.
+        rank, world_size: as in `epoch_batches`.
 
     Raises:
         TypeError, ValueError: an argument is none of the above, naming it.
@@ -151,33 +151,6 @@ def batch(
         BLOCK=block,
     )
     return streams, y
-
-
-def epoch_plan(
-    order: Tensor, corners: Sequence[Tensor] | None = None, flip: Tensor | None = None
-) -> Tensor:
-    """What `batch` takes from where: [E, 4] int32, rows (example, down, right, mirrored).
-
-    The arguments are those of `data.Draw`; corners and flip are None without augmentation.
-    """
-    nothing = torch.zeros_like(order)
-    top = left = nothing + CROP_PADDING
-    if corners is not None:
-        top, left = corners
-    mirrored = nothing if flip is None else flip
-    columns = (order, top - CROP_PADDING, left - CROP_PADDING, mirrored)
-    return torch.stack([column.to(torch.int32) for column in columns], 1)
-
-
-def pixel_table(prepare: Callable[[Tensor], Tensor], channels: int) -> Tensor:
-    """[C, 256] float32, on the CPU: the network's input of each byte, by channel.
-
-    prepare: the function of pixels [N, C, H, W] in [0, 1] that gives it, one pixel at a time and on
-    the CPU: `runs.to_input(config)`. A table has its bits, however a GPU divides.
-    """
-    values = to_pixels(torch.arange(256, dtype=torch.uint8))
-    with torch.no_grad():
-        return prepare(values.expand(1, channels, 1, 256))[0, :, 0].contiguous()
 
 
 def _require(name: str, tensor: Tensor, dtype: torch.dtype, shape: str, fits: bool) -> None:

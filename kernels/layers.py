@@ -9,16 +9,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cibp_fast.kernels import adam, conv2d, inputs
-from cibp_fast.kernels.shape import Shape
-from cibp_fast.kernels.streams import positive
+from . import adam, conv2d, inputs
+from .shape import Shape
+from .streams import positive
 
 PRECISION = "float32"
 BLOCK = 1024
 
 
 def shape_of(numbers: Sequence[int]) -> Shape:
-    """The convolution of a `cibp_fast._layer_op.conv2d_shape`, of one group."""
+    """The convolution of a `cibp_fast.ops.library.conv2d_shape`, of one group."""
     stride, padding, dilation = tuple(numbers[9:11]), tuple(numbers[11:13]), tuple(numbers[13:15])
     return Shape(*numbers[:9], stride, padding, dilation)
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cibp_fast.kernels.streams import PRECISIONS, deactivate, rounded
+from .streams import PRECISIONS, deactivate, rounded
 
 # That a thread may use: left to itself, ptxas spills one or two for more programs at a time.
 _REGISTERS = 248

@@ -16,9 +16,9 @@ from torch import Tensor
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from cibp_fast.kernels.shape import Shape
-from cibp_fast.kernels.streams import INTERPRETED
-from cibp_fast.kernels.tiles import Tiles
+from .shape import Shape
+from .streams import INTERPRETED
+from .tiles import Tiles
 
 
 @triton.jit

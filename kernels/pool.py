@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cibp_fast.kernels.epilogues import store_input_gradient, store_outputs
-from cibp_fast.kernels.shape import Shape
-from cibp_fast.kernels.streams import PRECISIONS
+from .epilogues import store_input_gradient, store_outputs
+from .shape import Shape
+from .streams import PRECISIONS
 
 PIXELS, CHANNELS = 16, 64
 

@@ -19,8 +19,8 @@ import torch
 import triton
 from triton.runtime.driver import driver
 
-from cibp_fast.kernels.shape import Shape
-from cibp_fast.kernels.streams import INTERPRETED, Precision
+from .shape import Shape
+from .streams import INTERPRETED, Precision
 
 
 class Tiles(NamedTuple):

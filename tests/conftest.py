@@ -55,10 +55,10 @@ def host_cuda(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 @pytest.fixture(params=["portable", "avx2", "avx512"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once with each build of the CPU kernels that this machine can execute."""
-    from cibp_fast import _backend
+    from cibp_fast.ops import backends
 
-    if request.param not in _backend.available_isas():
-        pytest.skip(f"no {request.param} kernels here, only {_backend.available_isas()}")
-    with _backend.use_isa(request.param):
-        assert _backend.kernels().__name__.endswith(request.param)
+    if request.param not in backends.available_isas():
+        pytest.skip(f"no {request.param} kernels here, only {backends.available_isas()}")
+    with backends.use_isa(request.param):
+        assert backends.kernels().__name__.endswith(request.param)
         yield request.param

@@ -14,7 +14,7 @@ import pybind11
 import pytest
 from compilers import ROOT, WARNINGS, compiler, run
 
-from cibp_fast import _backend
+from cibp_fast.ops import backends
 
 FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-Icsrc/cuda", "-Itests/cpp")
 
@@ -35,7 +35,7 @@ def bindings(folder: Path) -> str:
 def build(folder: Path, flags: tuple[str, ...] = ()) -> Path:
     """The module's path. The flags are of the kernels, not of the bindings."""
     kernels = [path for path in ROOT.glob("csrc/cuda/*.cu") if path.stem != "device"]
-    sources = [*kernels, ROOT / "tests/cpp/cuda_host.cc"]
+    sources = [*kernels, ROOT / "tests/csrc/cuda_host.cc"]
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(bindings, folder)
         rest = threads.map(lambda s: compile_(s, folder / f"{s.stem}.o", ("-O1", *flags)), sources)
@@ -48,11 +48,11 @@ def build(folder: Path, flags: tuple[str, ...] = ()) -> Path:
 @contextlib.contextmanager
 def in_place(module: ModuleType) -> Iterator[None]:
     """Within it backend="cuda" runs this build, on tensors of the CPU."""
-    from cibp_fast.kernels import cuda
+    from cibp_fast.ops import cuda
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_backend, "cuda_kernels", lambda: module)
-        patch.setattr(_backend, "_cuda_missing", lambda device: "")
+        patch.setattr(backends, "cuda_kernels", lambda: module)
+        patch.setattr(backends, "_cuda_missing", lambda device: "")
         patch.setattr(cuda, "_is_hopper", lambda device: True)
         yield
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cibp_fast.data import Dataset, Split
+from cibp_fast.training.datasets import Dataset, Split
 
 
 def toy_dataset() -> Dataset:

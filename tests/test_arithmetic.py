@@ -283,14 +283,14 @@ def test_threads_leave_the_products_as_they_were() -> None:
 
 def test_evaluation_under_autocast() -> None:
     """Test, PGD and verified error are of one network, in its own dtype."""
-    from cibp_fast import config, data, evaluation
+    from cibp_fast.training import config, datasets, evaluation
 
     preset = config.preset("mnist5k-small-0.1-cibp")
     settings = replace(preset, pgd_steps=2, pgd_restarts=0, pgd_step_size=0.1)
     net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10, bias=False))
     net[1].weight.data = torch.zeros(10, 784)
     net[1].weight.data[:2, 0], net[1].weight.data[1, 1] = 1.0, 1e-4  # z_1 - z_0, lost in bfloat16
-    split = data.Split(
+    split = datasets.Split(
         torch.full((8, 1, 28, 28), 200, dtype=torch.uint8), torch.ones(8, dtype=torch.long)
     )
     expected = evaluation.evaluate(net, split, settings)

@@ -16,9 +16,10 @@ import torch
 from commands import error_line
 from digits import SHORT, load_toy
 
-from cibp_fast import attacks, certificates, cli, data, evaluation, runs, training
+from cibp_fast import attacks, certificates, cli
 from cibp_fast.certificates import Certificate
-from cibp_fast.config import Config, preset
+from cibp_fast.training import datasets, evaluation, loop, runs
+from cibp_fast.training.config import Config, preset
 
 PRESET = "mnist5k-small-0.001-cibp"
 TRAIN = ["train", "--batch-size", "16"]  # that fit the toy data
@@ -35,7 +36,7 @@ def _short_options() -> list[str]:
 
 @pytest.fixture(autouse=True)
 def _toy_data(monkeypatch):
-    monkeypatch.setattr(data, "load", load_toy)
+    monkeypatch.setattr(datasets, "load", load_toy)
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +44,8 @@ def run_dir(tmp_path_factory):
     """A finished toy run."""
     path = tmp_path_factory.mktemp("runs") / "toy"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "load", load_toy)
-        training.train(preset(PRESET, **SHORT), path)
+        patch.setattr(datasets, "load", load_toy)
+        loop.train(preset(PRESET, **SHORT), path)
     return path
 
 
@@ -150,9 +151,7 @@ def test_help_of_every_command(command, capsys):
 
 def test_options_replace_the_preset(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        training, "train", lambda config, *args, **kwargs: seen.append(config) or {}
-    )
+    monkeypatch.setattr(loop, "train", lambda config, *args, **kwargs: seen.append(config) or {})
     monkeypatch.setattr(cli, "_table", lambda results: "")
     options = ["--clip", "none", "--no-elide", "--lr-decay-at", "none", "--method", "ibp"]
     cli.main(["train", "--preset", PRESET, *options, "--width-weight", "0", "--eps", "0.25"])
@@ -318,7 +317,7 @@ def test_a_gpu_without_memory_is_one_line(capsys, tmp_path, monkeypatch):
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ...")
 
-    monkeypatch.setattr(training._Loss, "forward", full)
+    monkeypatch.setattr(loop._Loss, "forward", full)
     options = [*_short_options(), "--batch-size", "20", "--run-dir", str(tmp_path)]
     assert (
         "a step of training with batch_size=20: CUDA out of memory; take a smaller batch_size"
@@ -395,7 +394,7 @@ def test_what_goes_on_after_ctrl_c(capsys, tmp_path, monkeypatch, overwrite, wor
     def interrupt(self, *args, **kwargs):
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("cibp_fast.progress.Progress.advance", interrupt)
+    monkeypatch.setattr("cibp_fast.training.progress.Progress.advance", interrupt)
     options = [*_short_options(), "--preset", PRESET, "--run-dir", str(tmp_path)]
     assert cli.main(["train", *options, *overwrite]) == 130
     assert f"stopped after step 1 and saved in {tmp_path}: {words}\n" in capsys.readouterr().err
@@ -421,7 +420,7 @@ def test_a_warning_is_one_line(capsys, monkeypatch, run_dir):
         warnings.warn("the file is\n not the official one", stacklevel=2)
         return load_toy(*args, **kwargs)
 
-    monkeypatch.setattr(data, "load", warn)
+    monkeypatch.setattr(datasets, "load", warn)
     assert cli.main(["certify", str(run_dir)]) == 0
     assert capsys.readouterr().err == "cibp-fast: warning: the file is not the official one\n"
 
@@ -482,7 +481,7 @@ def test_interrupt(capsys, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "train", interrupt)
+    monkeypatch.setattr(loop, "train", interrupt)
     assert cli.main(["train"]) == 130
     assert capsys.readouterr().err == "\ncibp-fast: interrupted\n"
 

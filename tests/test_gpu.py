@@ -12,9 +12,10 @@ from digits import SHORT, load_toy, toy_dataset
 from torch import Tensor, nn
 
 import cibp_fast as cf
-from cibp_fast import _graphs, data, models, runs, training
+from cibp_fast import _graphs, models
 from cibp_fast.attacks import pgd
-from cibp_fast.config import preset
+from cibp_fast.training import datasets, loop, runs
+from cibp_fast.training.config import preset
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -65,14 +66,14 @@ def test_attacks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("backend", ["auto", "cuda"])
 def test_training(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two runs agree bitwise, and with one on the CPU as closely as rounding lets them."""
-    monkeypatch.setattr(data, "load", load_toy)
+    monkeypatch.setattr(datasets, "load", load_toy)
     config = preset("mnist5k-small-0.1-cibp", **SHORT)
     assert len(toy_dataset().test) > config.eval_batch_size  # a graph is replayed
     for name in ("one", "two"):
-        training.train(config, tmp_path / name, device=DEVICE, backend=backend)
+        loop.train(config, tmp_path / name, device=DEVICE, backend=backend)
     one, two = (runs.read_model(tmp_path / name).state_dict() for name in ("one", "two"))
     assert all(torch.equal(one[name], two[name]) for name in one)
-    training.train(config, tmp_path / "cpu", device="cpu")
+    loop.train(config, tmp_path / "cpu", device="cpu")
     for a, b in zip(*(runs.read_metrics(tmp_path / name) for name in ("one", "cpu")), strict=True):
         for key in ("loss", "nominal", "robust", "width"):
             assert a[key] == pytest.approx(b[key], rel=1e-2), key

@@ -17,9 +17,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import cibp_fast as cf
-from cibp_fast import _graphs, attacks, certificates, data, evaluation, models
+from cibp_fast import _graphs, attacks, certificates, models
 from cibp_fast.attacks import pgd
-from cibp_fast.config import preset
+from cibp_fast.training import datasets, evaluation
+from cibp_fast.training.config import preset
 
 
 class Captured(TorchFunctionMode):
@@ -403,7 +404,7 @@ def test_evaluation_with_graphs(gpu, monkeypatch):
     split, model = toy_dataset().test, _network().float()
     labels = model.eval()(split.pixels()).argmax(1)
     labels[::7] = (labels[::7] + 1) % 10
-    split = data.Split(split.images, labels)
+    split = datasets.Split(split.images, labels)
     config = preset(
         "mnist5k-small-0.001-cibp",
         **SHORT | {"eval_batch_size": 8, "pgd_steps": 24, "pgd_restarts": 2, "eps": 0.01},

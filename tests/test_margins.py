@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cibp_fast as cf
-from cibp_fast import Interval, _backend, losses
+from cibp_fast import Interval, losses
+from cibp_fast.ops import backends
 
 F64 = torch.float64
 BOUNDS = sys.modules["cibp_fast.bounds"]  # cf.bounds is the function
@@ -192,7 +193,7 @@ def test_backend_torch_runs_no_kernels(how: str, monkeypatch: pytest.MonkeyPatch
     def refuse() -> Any:
         raise AssertionError("a kernel ran")
 
-    monkeypatch.setattr(_backend, "kernels", refuse)
+    monkeypatch.setattr(backends, "kernels", refuse)
     model, x, y = net(), torch.rand(4, 6), torch.tensor([0, 1, 2, 0])
     box = Interval.ball(x, 0.1)
     run = cf.fuse(model, backend="torch").bounds if how == "fuse" else None

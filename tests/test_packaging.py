@@ -177,4 +177,4 @@ def test_nothing_else_is_installed(name: str, tmp_path: Path) -> None:
 
 
 def test_readme_figures_are_those_of_the_results() -> None:
-    subprocess.run([sys.executable, "bench/update_readme.py", "--check"], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "bench/report.py", "--check"], cwd=ROOT, check=True)

@@ -1,1 +1,0 @@
-"""`cibp-fast bench`: whole training steps and single layers, each against its rivals."""

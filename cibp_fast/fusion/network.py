@@ -1,0 +1,281 @@
+"""`fuse`: a whole network's bounds as one op.
+
+A model is traced once into its layers (`_program`). Every call reads parameters and hyperparameters
+anew (`_stages`) and runs all stages in one autograd node (`_network_op`).
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cibp_fast._arithmetic import autocasts, no_autocast
+from cibp_fast.bounds import Bounds, bounds, check_arguments
+from cibp_fast.fusion.stages import stages_and_parameters
+from cibp_fast.fusion.tracing import Program, structure, trace
+from cibp_fast.interval import Interval
+from cibp_fast.ops import backends
+from cibp_fast.ops.network import Stage, cpu_engine, network, numbers_of, stages_of
+from cibp_fast.recorder import Head
+
+__all__ = ["FusedNetwork", "fuse"]
+
+PRECISIONS = ("float32", "fast", "tf32", "bf16")
+CPU_PRECISIONS = PRECISIONS[:2]
+
+
+class FusedNetwork(nn.Module):
+    """A model whose bounds are one op; made by `fuse`.
+
+    Parameters, buffers and submodules are the model's own, under the same names.
+    """
+
+    _model: nn.Module
+
+    def __init__(self, model: nn.Module, precision: str = "float32", backend: str = "auto") -> None:
+        super().__init__()
+        if precision not in PRECISIONS:
+            allowed = ", ".join(map(repr, PRECISIONS))
+            raise ValueError(f"precision must be one of {allowed}, got {precision!r}")
+        if backend not in backends.BACKENDS:
+            allowed = ", ".join(map(repr, backends.BACKENDS))
+            raise ValueError(f"backend must be one of {allowed}, got {backend!r}")
+        if backend == "cpu" and precision not in CPU_PRECISIONS:
+            raise ValueError(f"precision={precision!r} needs Triton's kernels, not backend='cpu'")
+        self.precision, self.backend = precision, backend
+        object.__setattr__(self, "_model", model)  # not a submodule: the names stay the model's
+        self._modules, self._parameters = model._modules, model._parameters
+        self._buffers = model._buffers
+        self._non_persistent_buffers_set = model._non_persistent_buffers_set
+        self._structure = structure(model)
+        self._program = trace(model)
+
+    def forward(self, x: Any) -> Any:
+        """The model's own forward pass: Tensor -> Tensor, Interval -> Interval."""
+        return self._model(x)
+
+    @property
+    def training(self) -> bool:
+        return self._model.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if "_model" in self.__dict__:  # nn.Module sets it before there is one
+            self._model.training = mode
+
+    def train(self, mode: bool = True) -> FusedNetwork:
+        self._model.train(mode)
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return fuse, (self._model, self.precision, self.backend)
+
+    def bounds(
+        self, x: Tensor, box: Interval, width: str = "post", reduction: str = "mean"
+    ) -> Bounds:
+        """`cf.bounds(model, x, box, width, reduction)` in one op, with the same result.
+
+        Where there are no kernels for x's device it is that call. Gradients reach the parameters,
+        x and box, but there are no second ones. On the CPU, a box made by `Interval.ball(x, eps,
+        clip=None)`, with eps a number or one per channel, of the same x costs less where the first
+        layer is a convolution without padding. Units and classes that a bias of -infinity masks
+        stay masked, and have no width, as in cf.bounds. Where hidden bounds overflow, NaN (which
+        verifies nothing) may stand for an infinite margin of cf.bounds: behind pooling, in
+        precision "fast", and on a GPU.
+
+        Args:
+            x: [N, ...], float32, or float64 on the CPU; the nominal point.
+            box: Interval of x's shape.
+            width: "post"; the other widths of cf.bounds are not recorded here.
+            reduction: as for cf.bounds.
+
+        Raises:
+            TypeError: x or box has the wrong type, or a parameter another dtype than x.
+            ValueError: as cf.bounds; and width is not "post", x is of another dtype or on another
+                device than the above, a parameter is elsewhere, a layer does not fit its input,
+                the model has changed to one that `fuse` cannot take, batch norm is in training mode
+                (use cf.bounds) or dropout is (which has no bounds), or the backend or precision
+                that was asked for cannot run there.
+        """
+        check_arguments(x, box, width, reduction)
+        if autocasts(x.device):
+            with no_autocast(x.device):
+                return self.bounds(x, box, width, reduction)
+        if width != "post":
+            raise ValueError(
+                f"fuse records widths after activations only: width must be 'post', got {width!r}; "
+                "cf.bounds takes it"
+            )
+        if x.device.type not in ("cpu", "cuda") or x.dtype not in backends.KERNEL_DTYPES:
+            raise ValueError(
+                "fused networks run in float32 and float64 on the CPU and in float32 on a GPU, got "
+                f"x in {x.dtype} on {x.device}; cf.bounds takes it"
+            )
+        backend, why_not = self._selected(x)
+        if backend == "torch":
+            return self._unfused(why_not, x, box, width, reduction)
+        program = self._current_program()
+        fast = self.precision == "fast" and backend == "cpu"
+        stages, weights, biases = stages_and_parameters(program, x, fast)
+        if backend == "cpu":
+            if self.precision not in CPU_PRECISIONS:
+                raise ValueError(f"precision={self.precision!r} is for a GPU, and x is on the CPU")
+            engine = cpu_engine()
+        else:
+            precision = "tf32" if self.precision == "fast" else self.precision
+            if why_not := self._unchecked(stages, biases, x, precision):
+                return self._unfused(why_not, x, box, width, reduction)
+            engine = f"{backend}-{precision}"
+        lower, upper, nominal, ball = _inputs(program, stages[0], x, box, backend == "cpu")
+        lower, upper, logits, head_lower, head_upper, widths, weight, bias = network(
+            lower, upper, nominal, ball, stages, weights, biases, reduction == "mean", engine
+        )
+        counted = [i for i, stage in enumerate(stages) if stage.relu or i == len(stages) - 1]
+        if len(counted) < len(stages):
+            widths = widths[counted]
+        head = Head(head_lower, head_upper, weight, bias)
+        return Bounds(Interval._make(lower, upper, logits), widths, head, self.backend)
+
+    def _selected(self, x: Tensor) -> tuple[str, str]:
+        """The backend for x, and the reason."""
+        found = backends.select(self.backend, x.device, x.dtype)
+        if found[0] == "cuda" and (why_not := backends._triton_obstacle(x.device, x.dtype)):
+            raise ValueError(
+                f"backend='cuda' cannot run a network, most layers of which are Triton's: {why_not}"
+            )
+        return found
+
+    def _triton_stages(
+        self, x: Tensor
+    ) -> tuple[list[Stage], list[Tensor], list[Tensor | None], str] | str:
+        """Stages, weights, biases and precision for Triton's kernels; or why they do not run here.
+
+        Weights and biases are the parameters themselves.
+        """
+        backend, why_not = self._selected(x)
+        if backend not in ("triton", "cuda"):
+            return why_not
+        program = self._current_program()
+        stages, weights, biases = stages_and_parameters(program, x)
+        precision = "tf32" if self.precision == "fast" else self.precision
+        if program.normalize is not None or any(each.norm for each in program.affine):
+            return "a layer is a normalization"
+        if why_not := self._unchecked(stages, biases, x, precision):
+            return why_not
+        return stages, weights, biases, precision
+
+    def _unchecked(
+        self, stages: list[Stage], biases: list[Tensor | None], x: Tensor, precision: str
+    ) -> str:
+        """Why Triton's kernels must not be used; empty: they may, or were asked for."""
+        if self.backend != "auto" or not len(x):
+            return ""
+        batch = operator.index(len(x))  # not dynamo's symbol: tiles depend on it
+        has_bias = tuple(bias is not None for bias in biases)
+        return _network_failure(numbers_of(stages), has_bias, batch, precision, x.device)
+
+    def _unfused(self, why: str, x: Tensor, box: Interval, width: str, reduction: str) -> Bounds:
+        """The bounds layer by layer, since the kernels cannot run."""
+        if self.precision != "float32":
+            raise ValueError(f"precision={self.precision!r} cannot run here: {why}")
+        return bounds(self._model, x, box, width, reduction, backend=self.backend)
+
+    def _current_program(self) -> Program:
+        """The program of the model as it is now; traced again where its modules have changed."""
+        now = structure(self._model)
+        if now != self._structure:
+            self._program = trace(self._model)
+            self._structure = now
+        return self._program
+
+
+def fuse(model: nn.Module, precision: str = "float32", backend: str = "auto") -> FusedNetwork:
+    """A network whose bounds, of all layers, are computed by one op in one autograd node.
+
+    The result shares the model's parameters and submodules (the same state_dict), and reads them at
+    every call: it follows an optimizer, load_state_dict, .to(), and modules that are replaced. The
+    model's forward is traced with torch.fx: a module of any class will do whose forward is a chain
+    of layers. It is traced again where submodules, `training` or other attributes of the modules
+    have changed, or elements of their lists, tuples, sets and dicts of at most 16; what it does by
+    anything else, such as the values of tensors, is fixed at the tracing.
+
+    What a trace loses is refused: layers under torch.no_grad, inference_mode or autocast, in a
+    torch.autograd.Function, under saved_tensors_hooks or a torch function mode; forwards that set
+    attributes or change parameters or buffers; hooks, global ones too; and methods put in place of
+    torch's. torch.utils.checkpoint(use_reentrant=False) is taken, and saves nothing more here.
+
+    Args:
+        model: a chain of Conv2d (groups=1, zero padding), Linear, ReLU, Flatten, AvgPool2d and
+            AdaptiveAvgPool2d, BatchNorm (in eval mode), ZeroPad2d, Identity and Dropout (in eval
+            mode), optionally behind a cibp_fast.models.Normalize, that ends in Linear.
+        precision: "float32", or "fast": Winograd convolutions of square kernels where they
+            should be faster, with a few times the rounding (README, "Precision"), and in float32
+            half the bytes saved for the backward pass, all but the network's input in bfloat16. No
+            value depends on that rounding, but gradients do. Those of a whole step, relative in the
+            2-norm for each parameter, are off by up to 1.2e-3 in the benchmarks of the README
+            (batches of 50 and 100: gradient_error in bench/results/step.csv and step_avx512.csv)
+            and by more in small batches: the tests allow 2e-3 for 16 examples, 3e-3 for 1 and 2.
+            In any precision a unit at 0 may fall to the other side, with its gradient. On a GPU
+            "fast" is "tf32": products of numbers rounded to nearest tf32, 10 bits. "bf16" stores
+            all but the parameters in bfloat16. For training only: their bounds are never a
+            certificate, and `cf.certify` does not use them.
+        backend: "cpu", "triton", "cuda" (Triton's, but for the layers that CUDA C++ kernels take:
+            those of at most 4 input channels, and in tf32 and bf16 on a GPU of compute capability
+            9.0 the forward pass of 3x3 convolutions of stride 1 with multiples of 64 channels;
+            which is faster was not measured yet), "torch" (layer by layer), or "auto": on the CPU
+            its kernels, on a GPU Triton's where they were checked against float64 on it, which the
+            first call with new shapes does. On the CPU Triton runs in its interpreter
+            (TRITON_INTERPRET=1).
+
+    Raises:
+        TypeError: model is no module.
+        ValueError: an unknown precision or backend, or the model has a layer, named in the
+            message, that cannot be fused. Where cf.bounds is known to take that layer, the message
+            says so.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    model = model._model if isinstance(model, FusedNetwork) else model
+    return FusedNetwork(model, precision, backend)
+
+
+@torch.compiler.assume_constant_result  # it runs kernels of its own, while dynamo traces
+def _network_failure(
+    numbers: tuple[int, ...],
+    biases: tuple[bool, ...],
+    batch: int,
+    precision: str,
+    device: torch.device,
+) -> str:
+    from cibp_fast.ops import checks
+
+    return checks.network_failure(stages_of(numbers), biases, batch, precision, device)
+
+
+def _inputs(
+    program: Program, first: Stage, x: Tensor, box: Interval, balls: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """lower, upper, nominal [N, C, H, W] of the first stage, and the radius [C] of a ball."""
+    shape = (len(x), *first.input)
+    normalize = None if program.normalize is None else program.normalize.module
+    ball = box._ball_radius(x) if balls and not (first.dense or first.padded) else None
+    if normalize is not None and (normalize.mean.requires_grad or normalize.std.requires_grad):
+        ball = None  # the op gives a ball's center and radius no gradient
+    if ball is not None:
+        if isinstance(ball, Tensor):
+            radius = ball.to(x.dtype).flatten().expand(first.input[0]).contiguous()
+        else:
+            radius = x.new_full((first.input[0],), ball)
+        if normalize is not None:
+            x, radius = normalize(x), radius / normalize.std.abs().flatten()
+        x = x.reshape(shape)
+        return x, x, x, radius
+    streams: Any = (box.lower, box.upper, x)
+    if normalize is not None:
+        box = normalize(Interval._make(*streams))
+        streams = box.lower, box.upper, box.nominal
+    lower, upper, x = (stream.reshape(shape) for stream in streams)
+    return lower, upper, x, None

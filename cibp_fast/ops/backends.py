@@ -1,0 +1,300 @@
+"""Which kernel runs an op here, and why."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import os
+import platform
+import threading
+from collections.abc import Iterator
+from functools import cache
+from types import ModuleType
+
+import torch
+
+from cibp_fast._arithmetic import transformed
+
+# Best first. Each is an extension module of its own, built from the same sources (see setup.py).
+ISAS = ("avx512", "avx2", "portable")
+BACKENDS = ("auto", "cpu", "triton", "cuda", "torch")
+KERNEL_DTYPES = (torch.float32, torch.float64)
+
+
+@cache
+def _builds() -> tuple[dict[str, ModuleType], dict[str, str]]:
+    """The importable builds by instruction set, best first, and why each other one is missing."""
+    builds: dict[str, ModuleType] = {}
+    missing: dict[str, str] = {}
+    features: dict[str, bool] = {"portable": True}
+    for isa in reversed(ISAS):  # the portable build runs everywhere and knows the CPU's features
+        if not features.get(isa, False):
+            missing[isa] = (
+                "this CPU or operating system lacks it"
+                if builds
+                else "no build to ask the CPU with"
+            )
+            continue
+        try:
+            builds[isa] = importlib.import_module(f"cibp_fast._cpu_{isa}")
+        except ImportError as error:
+            missing[isa] = f"not built ({error})"
+            continue
+        features.update(builds[isa].cpu_features())
+    return {isa: builds[isa] for isa in ISAS if isa in builds}, missing
+
+
+@torch.compiler.assume_constant_result  # dynamo need not trace the imports
+def available_isas() -> tuple[str, ...]:
+    """Instruction sets whose kernels are built and run on this CPU, best first."""
+    return tuple(_builds()[0])
+
+
+class _Forced(threading.local):
+    isa: str | None = None
+
+
+_forced = _Forced()
+
+
+@contextlib.contextmanager
+def use_isa(isa: str) -> Iterator[None]:
+    """Within the block, ops run the kernels built for ``isa`` ("avx512", "avx2" or "portable").
+
+    It holds for this thread only: other threads go on with the kernels that they run.
+    Raises ValueError where ``isa`` is not among :func:`available_isas`.
+    """
+    _require_isa(isa)
+    previous, _forced.isa = _forced.isa, isa
+    try:
+        yield
+    finally:
+        _forced.isa = previous
+
+
+def _require_isa(isa: str) -> None:
+    if isa not in available_isas():
+        reason = _builds()[1].get(isa, "unknown instruction set")
+        allowed = ", ".join(available_isas()) or "none: the kernels are not built"
+        raise ValueError(
+            f"CPU kernels for {isa!r} (CIBP_FAST_ISA or use_isa) cannot run: {reason}; "
+            f"available: {allowed}"
+        )
+
+
+def kernels() -> ModuleType:
+    """The extension module whose kernels run now: the forced one, CIBP_FAST_ISA's, or the best."""
+    isa = _forced.isa or os.environ.get("CIBP_FAST_ISA")
+    if isa:
+        _require_isa(isa)
+        return _builds()[0][isa]
+    return next(iter(_builds()[0].values()))
+
+
+class _Asked(threading.local):
+    backend = "auto"
+
+
+_asked = _Asked()
+
+
+@contextlib.contextmanager
+def ask(backend: str) -> Iterator[None]:
+    """Has the ops of this thread run on a backend inside the block, where they say "auto"."""
+    previous, _asked.backend = _asked.backend, asked(backend)
+    try:
+        yield
+    finally:
+        _asked.backend = previous
+
+
+def asked(backend: str) -> str:
+    """Returns the backend; in place of "auto" that of the innermost `ask`."""
+    return _asked.backend if backend == "auto" else backend
+
+
+def select(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """The backend that runs an op on tensors of this device and dtype, and the reason.
+
+    Returns:
+        ("cpu" | "triton" | "cuda" | "torch", reason).
+
+    Raises:
+        ValueError: an unknown backend, or an explicit one that cannot run.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "torch":
+        return "torch", "asked for"
+    if transformed():
+        why = "torch.func and forward-mode derivatives need backend='torch', plain PyTorch"
+        if backend == "auto":
+            return "torch", why
+        raise ValueError(f"backend={backend!r} cannot run: {why}")
+    wanted = backend
+    if backend == "auto":
+        wanted = "cpu" if device.type == "cpu" else "triton"
+    obstacles = {"cpu": _cpu_obstacle, "triton": _triton_obstacle, "cuda": _cuda_obstacle}
+    obstacle = obstacles[wanted](device, dtype)
+    if not obstacle:
+        return wanted, "built for this CPU" if wanted == "cpu" else "compiled for this GPU"
+    if backend == wanted:
+        raise ValueError(f"backend={backend!r} cannot run: {obstacle}")
+    return "torch", obstacle
+
+
+def _cpu_obstacle(device: torch.device, dtype: torch.dtype) -> str:
+    """Why the CPU's kernels cannot run on tensors of this device and dtype; empty: they can."""
+    if device.type != "cpu":
+        return f"they are for the CPU, and the tensors are on {device.type!r}"
+    if dtype not in KERNEL_DTYPES:
+        return f"no kernels for {dtype}, only float32 and float64"
+    if not available_isas():
+        missing = "; ".join(f"{isa}: {why}" for isa, why in _builds()[1].items())
+        return f"no CPU kernels are built here ({missing})"
+    return ""
+
+
+@torch.compiler.assume_constant_result  # dynamo need not trace the questions to driver and pip
+def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str:
+    """The same of Triton's."""
+    if device.type not in ("cpu", "cuda"):
+        return f"no kernels for device {device.type!r}"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "on the CPU Triton's kernels run in its interpreter only: set TRITON_INTERPRET=1"
+    if dtype != torch.float32:
+        return f"no Triton kernels for {dtype}, only float32"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        return "torch finds no GPU, or no driver" if built else "torch is a build without CUDA"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"the GPU is of architecture sm_{major}{minor}, and Triton's kernels need sm_80"
+    return _triton_missing()
+
+
+@cache
+def _triton_missing() -> str:
+    """Why Triton cannot be used; empty: it can."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "Triton is not installed: pip install 'cibp_fast[triton]'"
+    if tuple(map(int, version.split(".")[:2])) < (3, 6):
+        return f"Triton {version} is too old: 3.6 or later is needed"
+    return ""
+
+
+def _cuda_obstacle(device: torch.device, dtype: torch.dtype) -> str:
+    """The same of csrc/cuda."""
+    return _cuda_missing(device) or (
+        "" if dtype == torch.float32 else f"no CUDA kernels for {dtype}, only float32"
+    )
+
+
+def _cuda_missing(device: torch.device) -> str:
+    """Why they cannot run on this device; empty: they can."""
+    if device.type != "cuda":
+        return f"they are for NVIDIA's GPUs, and the tensors are on {device.type!r}"
+    if why := _no_cuda_devices():
+        return why
+    if not torch.cuda.is_available():
+        return "torch finds no GPU, or no driver"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"the GPU is of architecture sm_{major}{minor}, and they need sm_80"
+    return ""
+
+
+@torch.compiler.assume_constant_result
+def _no_cuda_devices() -> str:
+    """Why there is no GPU for the CUDA kernels, or no kernels; empty: there is."""
+    try:
+        return cuda_kernels().devices()[1]
+    except ImportError as error:
+        return f"the CUDA kernels are not built ({error}): install cibp_fast where nvcc is"
+
+
+def cuda_kernels() -> ModuleType:
+    """The extension module of csrc/cuda. Raises ImportError where it is not built."""
+    return importlib.import_module("cibp_fast._cuda")
+
+
+def threads() -> int:
+    """Returns how many threads a kernel may use, torch's number; its work is divided into as many
+    parts, and its numbers depend on them, whoever does them.
+    """
+    return torch.get_num_threads()
+
+
+def in_use(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """The kernels that backend="auto" runs ("CPU avx2", "PyTorch"), and the reason."""
+    name, reason = select("auto", device, dtype)
+    if name == "torch":
+        return "PyTorch", reason
+    if name == "triton":
+        return "Triton", reason
+    isa = kernels().__name__.rpartition("_")[2]
+    asked = _forced.isa or os.environ.get("CIBP_FAST_ISA")
+    return f"CPU {isa}", "asked for" if asked else "the widest vectors built that this CPU has"
+
+
+def describe() -> list[tuple[str, str]]:
+    """What is built, which kernel runs where, and why: (name, text) rows for ``cibp-fast info``."""
+    builds, missing = _builds()
+    rows = [("processor", f"{processor()}, {os.cpu_count()} logical cores")]
+    for isa in ISAS:
+        if isa in builds:
+            build = builds[isa]
+            openmp = "OpenMP" if build.openmp else "without OpenMP"
+            vectors = f"{8 * build.vector_bytes}-bit vectors"
+            text = f"built, {vectors}, {openmp}, compiler {build.compiler}"
+        else:
+            text = missing[isa]
+        rows.append((f"CPU kernels {isa}", text))
+    rows.append(("Triton kernels", _triton_missing() or "compiled when they are first used"))
+    rows.append(("CUDA C++ kernels", _cuda_build()))
+    for device, dtype in (
+        ("cpu", torch.float32),
+        ("cpu", torch.float64),
+        ("cpu", torch.bfloat16),
+        ("cuda", torch.float32),
+    ):
+        name, reason = in_use(torch.device(device), dtype)
+        rows.append((f"on {device}, {str(dtype).removeprefix('torch.')}", f"{name}: {reason}"))
+    rows += _checked()
+    rows.append(("threads", str(threads())))
+    return rows
+
+
+def _checked() -> list[tuple[str, str]]:
+    """What `backend="auto"` knows of Triton's kernels on each GPU."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = [torch.device("cuda", i) for i in range(count)]
+    gpus = [gpu for gpu in gpus if not _triton_obstacle(gpu, torch.float32)]
+    if not gpus:
+        return []
+    from cibp_fast.ops import checks  # not without Triton
+
+    return [(f"checks on {gpu}", checks.summary(gpu)) for gpu in gpus]
+
+
+def _cuda_build() -> str:
+    """What there is of csrc/cuda."""
+    try:
+        cuda = cuda_kernels()
+    except ImportError as error:
+        return f"not built ({error})"
+    devices, why_not = cuda.devices()
+    found = ", ".join(f"sm_{major}{minor}" for major, minor in devices) or f"no GPU: {why_not}"
+    return f"built for {cuda.architectures}; {found}; run by backend='cuda'"
+
+
+def processor() -> str:
+    """The CPU's name."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

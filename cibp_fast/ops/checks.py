@@ -1,0 +1,194 @@
+"""Whether a kernel computes the right numbers on this device; `backend="auto"` asks before it uses
+one, since a miscompiled kernel would be fast and wrong.
+
+A result is kept for as long as device, versions and tiles stay, in memory and in a file of the
+user's cache folder ($XDG_CACHE_HOME or ~/.cache, cibp_fast/checks.json).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from cibp_fast import __version__
+from cibp_fast._graphs import capturing
+from cibp_fast.kernels import layers
+from cibp_fast.kernels.shape import Shape
+from cibp_fast.kernels.streams import PRECISIONS
+from cibp_fast.kernels.tiles import KERNELS, dismiss, tiles_for
+from cibp_fast.ops import gpu_network
+from cibp_fast.ops.numerics import Errors, ends_errors, layer_errors, relu_errors, stage_errors
+
+NO_MEMORY = "there is no memory to check its kernels"
+
+
+def network_failure(
+    stages: Sequence[Any],
+    biases: Sequence[bool],
+    batch: int,
+    precision: str,
+    device: torch.device,
+) -> str:
+    """Why the kernels must not be used on this GPU for a network as `cf.fuse` runs it; empty: they
+    may.
+
+    stages: of `cibp_fast.ops.network.Stage`. biases: of each but pooling, whether it has one.
+    """
+    has_bias = iter(biases)
+    for i, stage in enumerate(stages):
+        shape = gpu_network.shape_of(stage, batch)
+        options = {
+            "bias": not stage.pool and next(has_bias),
+            "before": i > 0 and stages[i - 1].relu,
+            "last": stage is stages[-1],
+        }
+        why = checked(
+            ("stage", precision, stage.pool, stage.relu, *options.values(), tuple(shape)),
+            [] if stage.pool else [(shape, precision)],
+            device,
+            partial(stage_errors, stage, shape, precision, device, **options),
+        )
+        if why:
+            return why
+    return checked(
+        ("ends", precision, batch, biases[-1], *(stage.numbers() for stage in stages)),
+        [(gpu_network.shape_of(stages[-1], batch), precision)],
+        device,
+        partial(ends_errors, stages, batch, precision, device, biases[-1]),
+    )
+
+
+def layer_failure(numbers: Sequence[int], nominal: bool, bias: bool, device: torch.device) -> str:
+    """The same of an affine layer as `cibp_fast.ops` runs it, with a nominal stream and a bias or
+    without.
+
+    numbers: its `conv2d_shape`.
+    """
+    tiled = [(layers.shape_of(numbers), layers.PRECISION)]
+    check = partial(layer_errors, numbers, device, nominal, bias)
+    return checked(("layer", nominal, bias, *numbers), tiled, device, check)
+
+
+def relu_failure(nominal: bool, device: torch.device) -> str:
+    """The same of ReLU."""
+    return checked(("relu", nominal), [], device, partial(relu_errors, device, nominal))
+
+
+def checked(
+    of: tuple[Any, ...],
+    tiled: Sequence[tuple[Shape, str]],
+    device: torch.device,
+    check: Callable[[], Errors],
+) -> str:
+    """Why what was checked must not be used on this GPU; empty: it may.
+
+    Checks it where that was not done yet, which is not possible while a graph is captured.
+
+    of: what names it among all that is checked. tiled: the convolutions, and their precisions,
+    whose tiles it depends on.
+    """
+    known = _known()
+    with torch.cuda.device_of(torch.empty(0, device=device)):  # where Triton compiles and launches
+        key = _key(of, tiled, device)
+        if key not in known:
+            if capturing():
+                return (
+                    "its kernels were not checked before a graph was captured: run it once before"
+                )
+            why = _why(check)
+            if why not in ("", NO_MEMORY) and _dismissed(tiled):
+                _warn(f"tuned tiles are not used, but the rule's: {why} (of {of})")
+                return checked(of, tiled, device, check)
+            if why:
+                _warn(f"PyTorch runs what Triton's kernels should: {why} (of {of})")
+            if why == NO_MEMORY:  # there may be some the next time
+                return why
+            known[key] = why
+            _keep(known)
+    return known[key]
+
+
+def _dismissed(tiled: Sequence[tuple[Shape, str]]) -> bool:
+    """Whether tuned tiles were in use, which they are no longer, for any of these."""
+    return any([dismiss(shape, PRECISIONS[precision]) for shape, precision in tiled])
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def _why(check: Callable[[], Errors]) -> str:
+    try:
+        # random numbers are the CPU's, whatever the default device is
+        with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+            found = check()
+    except torch.OutOfMemoryError:
+        return NO_MEMORY
+    except Exception as error:  # whatever a compiler or driver raises
+        return f"its kernels do not run here ({type(error).__name__}: {str(error)[:200]})"
+    for name, (error, allowed) in found.items():
+        if not error <= allowed:
+            return f"{name} is wrong on this GPU, by {error:.1e} relative to float64"
+    return ""
+
+
+def _key(of: tuple[Any, ...], tiled: Sequence[tuple[Shape, str]], device: torch.device) -> str:
+    tiles = [
+        tuple(tiles_for(kernel, shape, PRECISIONS[precision]))
+        for shape, precision in tiled
+        for kernel in KERNELS
+    ]
+    return " ".join(map(str, (*_where(device), *of, tiles)))
+
+
+def _where(device: torch.device) -> tuple[Any, ...]:
+    """What every result is of."""
+    gpu = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    return *gpu, triton.__version__, torch.__version__, __version__
+
+
+def summary(device: torch.device) -> str:
+    """What was checked on this GPU until now, for `cibp-fast info`."""
+    here = " ".join(map(str, _where(device))) + " "
+    found = {key.removeprefix(here): why for key, why in _read().items() if key.startswith(here)}
+    failed = [f"{why} (of {of})" for of, why in found.items() if why]
+    text = f"{len(found) - len(failed)} passed"
+    return f"{text}; when last checked these failed: {'; '.join(failed)}" if failed else text
+
+
+def _file() -> Path:
+    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(folder) / "cibp_fast" / "checks.json"
+
+
+@cache
+def _known() -> dict[str, str]:
+    """Results by `_key`; what failed in another process may not fail in this one."""
+    return {key: why for key, why in _read().items() if not why}
+
+
+def _read() -> dict[str, str]:
+    with contextlib.suppress(OSError, ValueError):
+        content = json.loads(_file().read_text())
+        if isinstance(content, dict):
+            return content
+    return {}
+
+
+def _keep(known: dict[str, str]) -> None:
+    """Writes the results; what another process writes just now may be lost, and is made again."""
+    with contextlib.suppress(OSError):  # a folder that cannot be written to costs only time
+        _file().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=_file().parent, delete=False) as file:
+            json.dump(_read() | known, file, indent=1)
+        os.replace(file.name, _file())

@@ -1,0 +1,149 @@
+"""The two cross-entropies of the losses as one torch op; the kernels are csrc/cpu/loss.h."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cibp_fast.ops import backends
+from cibp_fast.ops.library import kernel, library, pointer
+from cibp_fast.recorder import Head
+
+__all__ = ["cross_entropies", "label_error", "takes"]
+
+
+def takes(logits: Tensor, head: Head, y: Tensor, backend: str = "auto") -> bool:
+    """Returns whether the kernels can run on these tensors, by the backend that was asked for."""
+    if backends.select(backend, logits.device, logits.dtype)[0] != "cpu" or y.device.type != "cpu":
+        return False
+    given = [t for t in head if t is not None]
+    return all([t.dtype == logits.dtype and t.device == logits.device for t in given])
+
+
+def cross_entropies(logits: Tensor, head: Head, y: Tensor) -> tuple[Tensor, Tensor]:
+    """`cross_entropy(logits, y)` and that of the worst-case logits, 0-dim, where `takes` says yes.
+
+    Args:
+        logits: [N, classes].
+        head: lower, upper [N, features], weight [classes, features], bias [classes] or None.
+        y: [N] int64.
+
+    Raises:
+        ValueError: a label is not in [0, classes).
+    """
+    nominal, robust = _CrossEntropies.apply(logits, *head, y)
+    return nominal, robust
+
+
+def label_error(y: Tensor, classes: int) -> ValueError:
+    return ValueError(f"y must be in [0, {classes}), got labels {y.min()} to {y.max()}")
+
+
+class _CrossEntropies(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        lower: Tensor,
+        upper: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        y: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        nominal, robust, slopes = torch.ops.cibp_fast.loss_forward(
+            logits, lower, upper, weight, bias, y
+        )
+        ctx.save_for_backward(lower, upper, weight, y, slopes)
+        ctx.set_materialize_grads(False)
+        return nominal, robust
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "losses.terms: the kernels have no second derivative; create_graph needs bounds by "
+                "cf.bounds or cf.fuse with backend='torch'"
+            )
+        nominal, robust = (gradient is not None for gradient in gradients)
+        needs = ctx.needs_input_grad
+        wanted = [needs[0] and nominal, *(need and robust for need in needs[1:5])]
+        grads = torch.ops.cibp_fast.loss_backward(*gradients, *ctx.saved_tensors, wanted)
+        return *(g if want else None for g, want in zip(grads, wanted, strict=True)), None
+
+
+# Registration. Gradients that are not wanted are empty tensors, since an op cannot return None.
+
+library.define(
+    "loss_forward(Tensor logits, Tensor lower, Tensor upper, Tensor weight, Tensor? bias, "
+    "Tensor y) -> (Tensor, Tensor, Tensor)"
+)
+library.define(
+    "loss_backward(Tensor? grad_nominal, Tensor? grad_robust, Tensor lower, Tensor upper, "
+    "Tensor weight, Tensor y, Tensor slopes, bool[] wanted) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _forward_outputs(logits: Tensor) -> tuple[Tensor, ...]:
+    shapes = ((), (), (2, *logits.shape))
+    return tuple([logits.new_empty(shape) for shape in shapes])
+
+
+def _backward_outputs(
+    lower: Tensor, weight: Tensor, slopes: Tensor, wanted: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    box = wanted[1] or wanted[2]
+    shapes = (slopes.shape[1:], lower.shape, lower.shape, weight.shape, weight.shape[:1])
+    wanted = (wanted[0], box, box, *wanted[3:])
+    return tuple(
+        [lower.new_empty(shape if want else 0) for shape, want in zip(shapes, wanted, strict=True)]
+    )
+
+
+@torch.library.register_fake("cibp_fast::loss_forward", lib=library)
+def _loss_forward_fake(logits, lower, upper, weight, bias, y):  # type: ignore[no-untyped-def]
+    return _forward_outputs(logits)
+
+
+@torch.library.impl(library, "loss_forward", "CPU")
+def _loss_forward_kernel(*inputs):  # type: ignore[no-untyped-def]
+    outputs = _forward_outputs(inputs[0])
+    _run("loss_forward", inputs[1], inputs[3], inputs[5], inputs, outputs)
+    return outputs
+
+
+@torch.library.register_fake("cibp_fast::loss_backward", lib=library)
+def _loss_backward_fake(*arguments):  # type: ignore[no-untyped-def]
+    lower, weight, slopes, wanted = (arguments[i] for i in (2, 4, 6, 7))
+    return _backward_outputs(lower, weight, slopes, wanted)
+
+
+@torch.library.impl(library, "loss_backward", "CPU")
+def _loss_backward_kernel(*arguments):  # type: ignore[no-untyped-def]
+    *inputs, wanted = arguments
+    lower, weight, y, slopes = (inputs[i] for i in (2, 4, 5, 6))
+    outputs = _backward_outputs(lower, weight, slopes, wanted)
+    _run("loss_backward", lower, weight, y, inputs, outputs)
+    return outputs
+
+
+def _run(
+    name: str,
+    lower: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    inputs: Sequence[Tensor | None],
+    outputs: Sequence[Tensor],
+) -> None:
+    inputs = [None if t is None else t.contiguous() for t in inputs]
+    in_range = kernel(name, lower.dtype)(
+        (len(lower), *weight.shape),
+        backends.threads(),
+        [pointer(t) for t in inputs],
+        [t.data_ptr() for t in outputs],  # 0 where there are no elements
+    )
+    if not in_range:
+        raise label_error(y, len(weight))

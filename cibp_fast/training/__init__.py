@@ -1,0 +1,1 @@
+"""Training of robust networks: configurations, data sets, the loop, runs, evaluation and plots."""

@@ -1,0 +1,151 @@
+"""Batches of a data set: order, augmentation, and the tables that a GPU's step reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cibp_fast.training.datasets import Split, to_pixels
+
+AUGMENTATIONS = ("none", "crop-flip")
+CROP_PADDING = 4  # black pixels added at each side before the random crop
+
+
+def epoch_batches(
+    split: Split,
+    batch_size: int,
+    *,
+    seed: int,
+    epoch: int,
+    augmentation: str = "none",
+    first: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """One epoch of (x [B, C, H, W] float32 in [0, 1], y [B]), shuffled by (seed, epoch) alone.
+
+    A last batch smaller than batch_size is left out (its examples come in other epochs' batches),
+    so every step sees the same shapes.
+
+    augmentation: "crop-flip" moves each image by up to 4 pixels in each direction (black comes
+    in) and mirrors it left to right with probability 1/2; drawn with the order, so that batch k
+    depends on seed, epoch, batch_size and k alone.
+    first: the batch to start with, 0 for the whole epoch; the skipped ones cost nothing.
+    rank, world_size: where several processes share the work, each gets its own B = batch_size /
+    world_size examples of every batch; those of rank 0, 1, ... in a row are the whole batch.
+
+    Raises ValueError, when the first batch is asked for, where batch_size is below 1, above the
+    number of examples or not divisible by world_size, first is beyond the last batch, rank not
+    below world_size, or the augmentation unknown.
+    """
+    examples = len(split)
+    if not 1 <= batch_size <= examples:
+        raise ValueError(
+            f"batch_size must be from 1 to the {examples} training examples, not {batch_size}"
+        )
+    if augmentation not in AUGMENTATIONS:
+        raise ValueError(
+            f"augmentation must be one of {', '.join(AUGMENTATIONS)}, not {augmentation!r}"
+        )
+    steps = examples // batch_size
+    if not 0 <= first <= steps:
+        raise ValueError(f"first must be from 0 to the {steps} batches of an epoch, not {first}")
+    if world_size < 1:
+        raise ValueError(f"world_size must be at least 1, not {world_size}")
+    if batch_size % world_size:
+        raise ValueError(
+            f"batch_size must be divisible by world_size: {batch_size} is not by {world_size}"
+        )
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be from 0 to {world_size - 1}, not {rank}")
+
+    device = split.labels.device
+    order, corners, flip = (
+        None if each is None else each.to(device)
+        for each in draw(examples, seed=seed, epoch=epoch, augmentation=augmentation)
+    )
+    assert order is not None
+    part = batch_size // world_size
+    for start in range(first * batch_size + rank * part, steps * batch_size, batch_size):
+        here = slice(start, start + part)
+        chosen = order[here]
+        images = split.images[chosen]
+        if corners is not None and flip is not None:
+            images = _crop_flip(images, corners[0, here], corners[1, here], flip[here])
+        yield to_pixels(images), split.labels[chosen]
+
+
+class Draw(NamedTuple):
+    """What is random in an epoch, by place in its order; the last two None: no augmentation."""
+
+    order: Tensor  # [E] int64, the examples
+    corners: Tensor | None  # [2, E] int64, top and left of the crops of the padded images
+    flip: Tensor | None  # [E] bool, whether it is mirrored
+
+
+def draw(examples: int, *, seed: int, epoch: int, augmentation: str) -> Draw:
+    """The random numbers of `epoch_batches`, on the CPU."""
+    random = np.random.default_rng((seed, epoch))
+    order = torch.from_numpy(random.permutation(examples))
+    if augmentation != "crop-flip":
+        return Draw(order, None, None)
+    corners = random.integers(2 * CROP_PADDING + 1, size=(2, examples))
+    return Draw(order, torch.from_numpy(corners), torch.from_numpy(random.random(examples) < 0.5))
+
+
+def _crop_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
+    """Crops of the padded images [B, C, H, W] at (top, left) [B] each, mirrored where flip [B]."""
+    padded = F.pad(images, [CROP_PADDING] * 4)
+    crop = _crop_one_by_one if images.device.type == "cpu" else _crop_at_once
+    return crop(padded, images.shape[2], images.shape[3], top, left, flip)
+
+
+def _crop_one_by_one(
+    padded: Tensor, height: int, width: int, top: Tensor, left: Tensor, flip: Tensor
+) -> Tensor:
+    """The crops, copied one image at a time: on a CPU much faster than element by element."""
+    source = padded.numpy()
+    crops = np.empty((*source.shape[:2], height, width), source.dtype)
+    corners = zip(source, top.tolist(), left.tolist(), flip.tolist(), strict=True)
+    for crop, (image, y, x, mirrored) in zip(crops, corners, strict=True):
+        window = image[:, y : y + height, x : x + width]
+        crop[:] = window[:, :, ::-1] if mirrored else window
+    return torch.from_numpy(crops)
+
+
+def _crop_at_once(
+    padded: Tensor, height: int, width: int, top: Tensor, left: Tensor, flip: Tensor
+) -> Tensor:
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)
+    crops = windows[torch.arange(len(padded), device=padded.device), :, top, left]
+    return torch.where(flip[:, None, None, None], crops.flip(3), crops)
+
+
+def epoch_plan(order: Tensor, corners: Tensor | None = None, flip: Tensor | None = None) -> Tensor:
+    """Returns which pixels kernels/inputs.py reads: [E, 4] int32, (example, down, right, mirrored).
+
+    The arguments are those of `Draw`; corners and flip are None without augmentation.
+    """
+    nothing = torch.zeros_like(order)
+    top = left = nothing + CROP_PADDING
+    if corners is not None:
+        top, left = corners
+    mirrored = nothing if flip is None else flip
+    columns = (order, top - CROP_PADDING, left - CROP_PADDING, mirrored)
+    return torch.stack([column.to(torch.int32) for column in columns], 1)
+
+
+def pixel_table(prepare: Callable[[Tensor], Tensor], channels: int) -> Tensor:
+    """[C, 256] float32, on the CPU: the network's input of each byte, by channel.
+
+    prepare: the function of pixels [N, C, H, W] in [0, 1] that gives it, one pixel at a time and on
+    the CPU: `runs.to_input(config)`. A table has its bits, however a GPU divides.
+    """
+    values = to_pixels(torch.arange(256, dtype=torch.uint8))
+    with torch.no_grad():
+        return prepare(values.expand(1, channels, 1, 256))[0, :, 0].contiguous()

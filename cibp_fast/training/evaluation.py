@@ -1,0 +1,124 @@
+"""Test, PGD and verified error of a trained network on a whole split."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cibp_fast._arithmetic import own_arithmetic
+from cibp_fast._graphs import capturing, enough_memory, graphed, kept
+from cibp_fast.attacks import pgd
+from cibp_fast.certificates import Certificate, certify, evaluation, predict
+from cibp_fast.training import datasets, runs
+from cibp_fast.training.config import Config
+from cibp_fast.training.distributed import ALONE, World
+from cibp_fast.training.progress import bar
+
+
+def evaluate(
+    model: nn.Module,
+    split: datasets.Split,
+    config: Config,
+    processes: World = ALONE,
+    *,
+    attack: bool = True,
+) -> dict[str, Any]:
+    """Test, PGD and verified error, each in [0, 1], with PGD's settings and the number of examples.
+
+    NaN is never right and never verified. PGD attacks every example, those that are verified with
+    `pgd_verified_restarts` instead of `pgd_restarts`. `contradictions` counts the examples that are
+    verified and yet broken: more than 0 shows that the bounds are wrong. The batches are shared
+    among the processes; the numbers do not depend on how. Without `attack` what concerns PGD is
+    left out, and only one pass of bounds is made. On a GPU batches are replays of CUDA graphs, made
+    anew for each evaluation. Raises RuntimeError inside a capture, and torch.OutOfMemoryError where
+    a GPU's memory is too small.
+    """
+    if split.images.is_cuda and capturing():
+        raise RuntimeError(
+            "evaluate cannot be captured, since it counts on the host; it makes CUDA graphs of its "
+            "own: call it outside of torch.cuda.graph"
+        )
+    starts = range(0, len(split), config.eval_batch_size)[processes.rank :: processes.size]
+    counts = torch.zeros(4, dtype=torch.int64, device=split.images.device)
+    description = "evaluating" if attack else "evaluating the epoch"
+    with kept(), _enough_memory("evaluation", config):
+        for first in bar(starts, description, "batch", shown=processes.first):
+            part = split[first : first + config.eval_batch_size]
+            x, y = inputs(config, part), part.labels
+            found = certificate(model, x, y, config)
+            if attack:
+                with evaluation(model), own_arithmetic(x.device):  # as PGD and the certificate
+                    (predicted,) = graphed(_predicted, model)(x)
+                wrong = predicted != y
+                attacked = wrong.clone()
+                for group, restarts in (
+                    (~found.verified, config.pgd_restarts),
+                    (found.verified, config.pgd_verified_restarts),
+                ):
+                    chosen = group.nonzero().flatten()
+                    attacked[chosen] |= broken(model, x[chosen], y[chosen], config, restarts, first)
+            else:
+                wrong = attacked = found.predicted != y
+            counted = (wrong, attacked, ~found.verified, attacked & found.verified)
+            counts += torch.stack([each.sum() for each in counted])
+    test, pgd_count, unverified, contradictions = processes.sum(counts).tolist()
+    errors = {"test_error": test / len(split), "verified_error": unverified / len(split)}
+    if not attack:
+        return errors
+    return errors | {
+        "pgd_error": pgd_count / len(split),
+        "pgd_steps": config.pgd_steps,
+        "pgd_restarts": config.pgd_restarts,
+        "pgd_verified_restarts": config.pgd_verified_restarts,
+        "pgd_step_size": config.pgd_step_size,
+        "examples": len(split),
+        "contradictions": contradictions,
+    }
+
+
+def _predicted(model: nn.Module, x: Tensor) -> tuple[Tensor]:
+    return (predict(model(x)),)
+
+
+def inputs(config: Config, split: datasets.Split) -> Tensor:
+    """The split as the network takes it, float32 [N, C, H, W], in the space that eps measures."""
+    return runs.to_input(config).to(split.images.device)(split.pixels())
+
+
+def certificate(model: nn.Module, x: Tensor, y: Tensor, config: Config) -> Certificate:
+    """The ordinary bounds of examples x [N, C, H, W], y [N] in the config's box."""
+    size = config.eval_batch_size
+    with _enough_memory("certification", config):
+        return certify(model, x, y, config.eps, config.clip, sound=False, batch_size=size)
+
+
+def broken(
+    model: nn.Module, x: Tensor, y: Tensor, config: Config, restarts: int, first: int
+) -> Tensor:
+    """Which of a batch x [B, C, H, W], y [B] the config's PGD breaks, [B] bool.
+
+    first is the number of the batch's first example: each batch has random starts of its own, from
+    it and the config's seed, so that it does not matter which process attacks it.
+    """
+    with _enough_memory("PGD", config):
+        return pgd(
+            model,
+            x,
+            y,
+            config.eps,
+            steps=config.pgd_steps,
+            restarts=restarts,
+            step_size=config.pgd_step_size,
+            clip=config.clip,
+            seed=int(np.random.SeedSequence((config.seed, first)).generate_state(1)[0]),
+            batch_size=config.eval_batch_size,
+        ).found
+
+
+def _enough_memory(doing: str, config: Config) -> AbstractContextManager[None]:
+    doing = f"{doing} with eval_batch_size={config.eval_batch_size}"
+    return enough_memory(doing, "take a smaller eval_batch_size")

@@ -1,0 +1,537 @@
+"""The training loop: data, model, schedules, loss, steps. A run that was stopped goes on."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cibp_fast import losses
+from cibp_fast._graphs import enough_memory
+from cibp_fast.bounds import bounds
+from cibp_fast.certificates import predict
+from cibp_fast.environment import hardware, versions
+from cibp_fast.fusion import FusedNetwork, fuse
+from cibp_fast.interval import Interval
+from cibp_fast.ops import backends
+from cibp_fast.training import datasets, runs
+from cibp_fast.training.batches import draw, epoch_batches, epoch_plan, pixel_table
+from cibp_fast.training.config import Config
+from cibp_fast.training.distributed import World, world
+from cibp_fast.training.evaluation import evaluate
+from cibp_fast.training.progress import Progress
+
+SAVE_SECONDS = 120.0  # between checkpoints inside an epoch; each epoch ends with one too
+POLL_STEPS = 10  # after so many steps several processes agree on whether to save or stop
+
+
+def train(
+    config: Config,
+    run_dir: str | Path | None = None,
+    *,
+    data_root: str | Path | None = None,
+    verify_data: bool = True,
+    device: str = "cpu",
+    backend: str = "auto",
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Trains and evaluates one network, fills the run folder, and returns its result.json.
+
+    run_dir: `default_run_dir(config)` where None. A run of the same config that the folder holds
+    goes on, bitwise as if it had never stopped; one that has finished is not trained again. The
+    same config and numbers of threads and processes give the same numbers bitwise on the same
+    machine. data_root, verify_data: see `datasets.load`. device: `cpu` or `cuda`. backend: of the
+    bounds, as for `fuse`; with Triton's kernels a step of one process is one CUDA graph, where the
+    config allows it (interval method, width post, elide, a first layer that takes images; on the
+    CPU, in Triton's interpreter, the same kernels one by one). Under torchrun each
+    process takes its share of every batch, and the first one writes the run. SIGINT and SIGTERM
+    let the step finish, save the state and raise KeyboardInterrupt. Torch's global random state is
+    left as it was.
+
+    Raises ValueError where the config does not fit the data, FileExistsError where the folder holds
+    a run of another config and not overwrite, BlockingIOError where another process trains in it,
+    OSError where it cannot be written (all before training starts, the last one whenever it
+    happens), and FloatingPointError where the loss is no longer finite (the metrics are kept) or
+    the attack breaks an example that the bounds verify (the result is kept).
+    """
+    run_dir = default_run_dir(config) if run_dir is None else Path(run_dir)
+    processes = world(device)
+    with ExitStack() as stack:
+        dataset = processes.together(
+            lambda: datasets.load(config.dataset, data_root, verify=verify_data).to(
+                processes.device
+            )
+        )
+        _check(config, dataset, processes, backend)
+        environment = {
+            "versions": versions(),
+            "hardware": hardware(processes.device, processes.size),
+        }
+        training = _Training(config, dataset, processes, backend)
+
+        def open_run() -> tuple[dict[str, Any] | None, runs.Checkpoint | None]:
+            stack.enter_context(runs.locked(run_dir))
+            runs.claim(run_dir, config, overwrite)
+            result = runs.read_result(run_dir)
+            if result is not None:
+                runs.read_model(run_dir)  # raises where it is gone or damaged
+            return result, runs.read_checkpoint(run_dir) if result is None else None
+
+        # Last: what fails before leaves nothing behind.
+        result, checkpoint = processes.of_first(open_run)
+        if result is None:
+            if checkpoint is not None:
+                training.restore(checkpoint, run_dir / runs.CHECKPOINT)
+            try:
+                result = finished = _trained(training, run_dir) | environment
+            except KeyboardInterrupt as stop:
+                again = "the same command" + (" without overwrite" if overwrite else "")
+                raise KeyboardInterrupt(f"{stop}: {again} goes on") from None
+            processes.of_first(lambda: runs.write_result(run_dir, finished))
+        elif processes.first:
+            print(f"The run in {run_dir} has finished already.", flush=True)
+        processes.of_first(lambda: runs.remove_checkpoint(run_dir))
+    if result["contradictions"]:
+        raise FloatingPointError(
+            f"the bounds verify {result['contradictions']} of {result['examples']} examples that "
+            f"the attack breaks, so they are wrong: see {run_dir / 'result.json'}"
+        )
+    return result
+
+
+def default_run_dir(config: Config) -> Path:
+    """`runs/{config.name}-seed{seed}`."""
+    return Path("runs") / f"{config.name}-seed{config.seed}"
+
+
+def _check(
+    config: Config, dataset: datasets.Dataset, processes: World, backend: str = "auto"
+) -> None:
+    """Raises ValueError where the config does not fit the data or the processes."""
+    if config.batch_size > len(dataset.train):
+        raise ValueError(
+            f"batch_size must be at most the {len(dataset.train)} training examples, "
+            f"not {config.batch_size}"
+        )
+    if config.batch_size % processes.size:
+        raise ValueError(
+            f"batch_size must be a multiple of the {processes.size} processes, "
+            f"not {config.batch_size}"
+        )
+    name, why = backends.select(backend, processes.device, torch.float32)
+    if config.precision != "float32" and name == "torch":
+        raise ValueError(f"precision {config.precision!r} cannot run here: {why}")
+    if backend != "auto" and config.method != "nominal" and config.width != "post":
+        raise ValueError(
+            f"backend={backend!r} is of bounds as one op, whose width is 'post', not "
+            f"{config.width!r}: take backend='auto'"
+        )
+    on_gpu = processes.device.type == "cuda" or backend in ("triton", "cuda")
+    if config.precision in ("tf32", "bf16") and not on_gpu:
+        raise ValueError(f"precision {config.precision!r} is for a GPU; on the CPU take 'fast'")
+    if config.clip is not None and not config.clip[0] <= 0 < 1 <= config.clip[1]:
+        raise ValueError(f"clip must contain the pixels' 0 to 1, or be none, not {config.clip}")
+
+
+def _trained(training: _Training, run_dir: Path) -> dict[str, Any]:
+    """Trains to the last step, writes the network, and evaluates it."""
+    config, processes = training.config, training.processes
+    training.run(run_dir)
+    processes.of_first(lambda: runs.write_model(run_dir, training.model))
+    train_seconds = training.seconds
+    try:
+        errors = evaluate(training.model, training.dataset.test, config, processes)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"stopped in the final evaluation, with the trained network in {run_dir}"
+        ) from None
+    return {
+        "dataset": config.dataset,
+        "model": config.net,
+        "method": config.method,
+        "seed": config.seed,
+        **errors,
+        "eps": config.eps,
+        "eps_space": config.eps_space,
+        "eps_pixel": _as_json(config.eps_pixel),
+        "clip": _as_json(config.clip),
+        "precision": config.precision,
+        "sound": False,
+        "semantics": None,
+        "seconds": round(training.seconds, 3),
+        "train_seconds": round(train_seconds, 3),
+    }
+
+
+class _Training:
+    """The state of a run between two steps."""
+
+    def __init__(
+        self, config: Config, dataset: datasets.Dataset, processes: World, backend: str = "auto"
+    ) -> None:
+        self.config, self.dataset, self.processes = config, dataset, processes
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.model = runs.build_model(config).to(processes.device)
+        self.backend = backend
+        loss = _Loss(self.model, config, backend).to(processes.device)
+        self.loss = processes.wrap(loss)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=True)
+        self.epoch_steps = len(dataset.train) // config.batch_size
+        self.step = 0  # how many are done
+        self.totals = torch.zeros((), dtype=torch.float64)  # logged so far in this epoch
+        self.started = time.perf_counter()
+        self.saved = self.started
+
+    @property
+    def seconds(self) -> float:
+        """That the run has taken, earlier sessions included."""
+        return time.perf_counter() - self.started
+
+    def restore(self, checkpoint: runs.Checkpoint, path: Path) -> None:
+        """Takes the state of an earlier session. Raises ValueError naming path where it misfits."""
+        try:
+            self.model.load_state_dict(checkpoint.model)
+            state: dict[int, dict[str, Tensor]] = {}
+            for key, value in checkpoint.optimizer.items():
+                number, name = key.split(".")
+                state.setdefault(int(number), {})[name] = value
+            for index, parameter in enumerate(self.model.parameters()):
+                for name in ("step", "exp_avg", "exp_avg_sq"):  # Adam trusts their shapes
+                    shape = () if name == "step" else parameter.shape
+                    if state[index][name].shape != shape:
+                        raise ValueError(f"optimizer.{index}.{name} must be {list(shape)}")
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+            totals = checkpoint.totals.reshape(checkpoint.processes, -1).to(self.processes.device)
+            if checkpoint.step > self.config.steps:
+                raise ValueError(f"its step {checkpoint.step} is beyond {self.config.steps}")
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"{path} does not fit this run's network: {' '.join(str(error).splitlines()[:2])}"
+            ) from error
+        self.step = checkpoint.step
+        same = checkpoint.processes == self.processes.size
+        self.totals = totals[self.processes.rank] if same else totals.mean(0)
+        self.started -= checkpoint.seconds
+        here = (torch.get_num_threads(), self.processes.size)
+        if here != (checkpoint.threads, checkpoint.processes) and self.processes.first:
+            print(
+                f"The run was at {checkpoint.threads} threads in {checkpoint.processes} processes "
+                f"and goes on at {here[0]} in {here[1]}: its numbers will differ in rounding.",
+                file=sys.stderr,
+            )
+
+    def run(self, run_dir: Path) -> None:
+        """Trains to the config's last step."""
+        config, processes = self.config, self.processes
+        eps, kappa, lr = config.eps_schedule(), config.kappa_schedule(), config.lr_schedule()
+        captured = self._captured()
+        steps = self._steps if captured is None else partial(self._replays, captured)
+        records: list[dict[str, Any]] = []
+        if self.step >= self.epoch_steps:
+            earlier = processes.of_first(lambda: runs.read_metrics(run_dir))
+            records = [record for record in earlier if record["step"] <= self.step]
+            begun = (
+                self.step
+                if self.step == config.steps
+                else self.step // self.epoch_steps * self.epoch_steps
+            )
+            if not records or records[-1]["step"] != begun:
+                raise ValueError(
+                    f"{run_dir / 'metrics.jsonl'} lacks the epoch that ends at step {begun}"
+                )
+        with (
+            Progress(config, self.epoch_steps, self.step, shown=processes.first) as progress,
+            _StopSignals(patient=processes.size > 1).noted() as signals,
+        ):
+            while self.step < config.steps:
+                epoch = self.step // self.epoch_steps + 1
+                begin = (epoch - 1) * self.epoch_steps
+                end = min(begin + self.epoch_steps, config.steps)
+                for at in islice(steps(epoch, self.step - begin), end - self.step):
+                    self.step = at + 1
+                    progress.advance()
+                    if self.step < end:
+                        self._save_or_stop(run_dir, signals)
+
+                totals = processes.gather(self.totals).mean(0)
+                means = (totals / (self.step - begin)).tolist()
+                record: dict[str, Any] = {
+                    "epoch": epoch,
+                    "step": self.step,
+                    "eps": eps(at),
+                    "kappa": kappa(at),
+                    "lr": lr(at),
+                    **dict(zip(LOGGED, means, strict=False)),
+                    "widths": means[len(LOGGED) :],
+                    "test_error": None,
+                    "verified_error": None,
+                }
+                if epoch % config.eval_every == 0 or self.step == config.steps:
+                    record |= evaluate(
+                        self.model, self.dataset.test, config, processes, attack=False
+                    )
+                record["seconds"] = round(self.seconds, 3)
+                records.append(_finite_or_none(record))
+                processes.of_first(lambda: runs.write_metrics(run_dir, records))
+                progress.report(records[-1])
+                if not math.isfinite(means[0]):
+                    raise FloatingPointError(
+                        f"training diverged: the loss of epoch {epoch} is {means[0]}, see {run_dir}"
+                    )
+                self.totals = torch.zeros_like(self.totals)
+                self.save(run_dir)
+                self._save_or_stop(run_dir, signals)
+
+    def _steps(self, epoch: int, first: int) -> Iterator[int]:
+        """The epoch's steps from its `first` on; gives the number of each that is done."""
+        config = self.config
+        eps, kappa, lr = config.eps_schedule(), config.kappa_schedule(), config.lr_schedule()
+        prepare = runs.to_input(config).to(self.processes.device)
+        batches = epoch_batches(
+            self.dataset.train,
+            config.batch_size,
+            seed=config.seed,
+            epoch=epoch,
+            augmentation=config.augmentation,
+            first=first,
+            rank=self.processes.rank,
+            world_size=self.processes.size,
+        )
+        for at, (pixels, y) in enumerate(batches, (epoch - 1) * self.epoch_steps + first):
+            self.optimizer.param_groups[0]["lr"] = lr(at)
+            with self._enough_memory():
+                loss, logged = self.loss(prepare(pixels), y, eps(at), kappa(at))
+                self.optimizer.zero_grad()
+                loss.backward()
+                self.optimizer.step()
+            self.totals = self.totals + logged
+            yield at
+
+    def _replays(self, captured: Any, epoch: int, first: int) -> Iterator[int]:
+        """The same by Triton's kernels."""
+
+        config, examples = self.config, len(self.dataset.train)
+        drawn = draw(examples, seed=config.seed, epoch=epoch, augmentation=config.augmentation)
+        captured.load(epoch_plan(*drawn))
+        captured.totals.copy_(self.totals)
+        self.totals = captured.totals
+        begin = (epoch - 1) * self.epoch_steps
+        for at in range(begin + first, begin + self.epoch_steps):
+            captured.replay()
+            yield at
+
+    def _captured(self) -> Any:
+        """The step of Triton's kernels, on a GPU as a graph; or None where they do not take it."""
+        config, fused = self.config, _bare(self.loss).fused
+        examples = self.dataset.train
+        plain = config.elide and config.batch_size and self.processes.size == 1
+        if fused is None or not plain or self.step >= config.steps:
+            return None
+        like = examples.images[: config.batch_size].float()
+        name, _ = backends.select(self.backend, like.device, like.dtype)
+        if self.backend == "torch" or name == "cpu":
+            return None
+        found = fused._triton_stages(like)
+        if isinstance(found, str):
+            return self._ordinary(found)
+        if found[0][0].input != tuple(like.shape[1:]):
+            return self._ordinary("the network does not begin with a convolution")
+        if len(set(map(id, found[1]))) < len(found[1]):
+            return self._ordinary("the network uses a layer twice")
+        from cibp_fast.training.gpu_step import TrainStep
+        from cibp_fast.training.gpu_step_check import failure
+
+        stages, weights, biases, precision = found
+        device = self.processes.device
+        pixels = pixel_table(runs.to_input(config), like.shape[1]).to(device)
+        options: dict[str, Any] = {
+            "batch_size": config.batch_size,
+            "clip": config.clip,
+            "width_weight": config.width_weight,
+            "mean": config.width_reduction == "mean",
+            "precision": precision,
+        }
+        if self.backend == "auto":
+            has_bias = [bias is not None for bias in biases]
+            if why := failure(stages, has_bias, pixels, device, **options):
+                return self._ordinary(why)
+        for parameter in self.model.parameters():
+            state = self.optimizer.state[parameter]
+            if not state:
+                state["step"] = torch.zeros((), device=parameter.device)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+        schedules = (config.eps_schedule(), config.lr_schedule(), config.kappa_schedule())
+        table = torch.tensor([[each(at) for each in schedules] for at in range(config.steps)])
+        step = TrainStep(
+            stages,
+            [
+                tuple(None if p is None else self._with_moments(p) for p in pair)
+                for pair in zip(weights, biases, strict=True)
+            ],
+            examples.images,
+            examples.labels,
+            pixels,
+            table.to(device),
+            step=self.step,
+            cpp=self.backend == "cuda",
+            **options,
+        )
+        if device.type == "cuda":
+            with self._enough_memory():
+                step.capture()
+        return step
+
+    def _ordinary(self, why: str) -> None:
+        """Says why Triton's kernels do not train the network."""
+        print(f"A step is not one CUDA graph of Triton's kernels: {why}.", file=sys.stderr)
+
+    def _enough_memory(self) -> AbstractContextManager[None]:
+        doing = f"a step of training with batch_size={self.config.batch_size}"
+        return enough_memory(doing, "take a smaller batch_size")
+
+    def _with_moments(self, parameter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        state = self.optimizer.state[parameter]
+        return parameter.data, state["exp_avg"], state["exp_avg_sq"]
+
+    def save(self, run_dir: Path) -> None:
+        """Writes the state, in the first process; all processes must call it."""
+        totals = self.processes.gather(self.totals)
+        self.saved = time.perf_counter()
+        for state in self.optimizer.state.values():
+            state["step"].fill_(self.step)  # which Triton's kernels count themselves
+        checkpoint = runs.Checkpoint(
+            step=self.step,
+            seconds=self.seconds,
+            threads=torch.get_num_threads(),
+            processes=self.processes.size,
+            totals=totals,
+            model=self.model.state_dict(),
+            optimizer={
+                f"{number}.{name}": value
+                for number, values in self.optimizer.state_dict()["state"].items()
+                for name, value in values.items()
+            },
+        )
+        self.processes.of_first(lambda: runs.write_checkpoint(run_dir, checkpoint))
+
+    def _save_or_stop(self, run_dir: Path, signals: _StopSignals) -> None:
+        """Saves when it is time; saves and raises KeyboardInterrupt after a signal to stop."""
+        stop, save = signals.received, time.perf_counter() - self.saved > SAVE_SECONDS
+        if self.processes.size > 1:  # all must do the same, and asking costs a little
+            last = self.step % self.epoch_steps == 0 or self.step == self.config.steps
+            if self.step % POLL_STEPS and not last:
+                return
+            flags = torch.tensor([stop, save], device=self.processes.device, dtype=torch.int32)
+            stop, save = (bool(flag) for flag in self.processes.sum(flags))
+        if stop or save:
+            self.save(run_dir)
+        if stop:
+            raise KeyboardInterrupt(f"stopped after step {self.step} and saved in {run_dir}")
+
+
+LOGGED = ("loss", "nominal", "robust", "width", "train_error")  # then come the K widths
+
+
+class _Loss(nn.Module):
+    """The config's loss of a batch, as one module, which DistributedDataParallel can wrap."""
+
+    fused: FusedNetwork | None
+
+    def __init__(self, model: nn.Module, config: Config, backend: str = "auto") -> None:
+        super().__init__()
+        self.model, self.config = model, config
+        # as one op where it can be; not a submodule, since its parameters are the model's
+        fused = config.width == "post" and config.method != "nominal"
+        net = fuse(model, config.precision, backend) if fused else None
+        object.__setattr__(self, "fused", net)
+
+    def forward(self, x: Tensor, y: Tensor, eps: float, kappa: float) -> tuple[Tensor, Tensor]:
+        """The loss, 0-dim, of x [B, C, H, W], y [B], and what is logged of it, float64 [5 + K].
+
+        That is `LOGGED` and the K widths (mean or sum, as configured); for the nominal method
+        robust and width are NaN and there are no widths, since it computes no bounds.
+        """
+        config = self.config
+        if config.method == "nominal":
+            logits = self.model(x)
+            loss = losses.nominal_loss(logits, y)
+            nothing = loss.new_full((), math.nan)
+            parts, widths = losses.Terms(loss, nothing, nothing), loss.new_empty(0)
+        else:
+            # pixels are in the clip (`_check`): to look would be to wait for a GPU
+            box = Interval.ball(x, eps, config.clip, validate=False)
+            if self.fused is not None:
+                out = self.fused.bounds(x, box, reduction=config.width_reduction)
+            else:
+                out = bounds(self.model, x, box, config.width, config.width_reduction)
+            parts = losses.terms(out, y, elide=config.elide)
+            loss = parts.total(kappa, config.width_weight)
+            logits, widths = out.logits, out.widths
+        with torch.no_grad():
+            error = (predict(logits) != y).mean(dtype=loss.dtype)
+            logged = torch.cat([torch.stack([loss, *parts, error]), widths])
+        return loss, logged.double()
+
+
+def _bare(loss: nn.Module) -> _Loss:
+    """The loss without what wraps it."""
+    bare = getattr(loss, "module", None) or loss
+    assert isinstance(bare, _Loss)
+    return bare
+
+
+class _StopSignals:
+    """Notes SIGINT and SIGTERM inside `noted`, for a stop between two steps.
+
+    A second one raises KeyboardInterrupt at once, unless patient: several processes must save
+    together, and torchrun adds a SIGTERM where it gets a second Ctrl-C while it waits for them.
+    """
+
+    def __init__(self, patient: bool) -> None:
+        self.patient, self.received = patient, False
+
+    @contextmanager
+    def noted(self) -> Iterator[_StopSignals]:
+        previous = {}
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python forbids it
+            for number in (signal.SIGINT, signal.SIGTERM):
+                previous[number] = signal.signal(number, self._note)
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received and not self.patient:
+            raise KeyboardInterrupt("stopped at once, with the last saved state kept")
+        self.received = True
+
+
+def _as_json(value: Any) -> Any:
+    """A tuple as JSON gives it back."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _finite_or_none(value: Any) -> Any:
+    """NaN and infinity as None, which JSON can say, inside dicts and lists."""
+    if isinstance(value, dict):
+        return {key: _finite_or_none(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite_or_none(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,226 @@
+// Convolutions run example by example, all of them while an example is in cache; dense stages
+// (dense.h) run over the whole batch, a block of weights at a time.
+#include <algorithm>
+#include <vector>
+
+#include "../parallel.h"
+#include "../streams.h"
+#include "../tile.h"
+#include "dense.h"
+#include "direct.h"
+#include "layers.h"
+#include "network.h"
+#include "panels.h"
+#include "pool.h"
+#include "saved.h"
+#include "winograd.h"
+
+namespace cibp {
+namespace {
+
+template <class T>
+T* padded_biases(const std::vector<Layer<T>>& layers, std::vector<const T*>& biases) {
+  int64_t size = 0;
+  for (const Layer<T>& layer : layers) size += layer.width() + kBlock<T>;
+  T* all = scratch<T>(Slot::kBias, size);
+  std::fill_n(all, size, T{0});
+  T* next = all;
+  for (const Layer<T>& layer : layers) {
+    if (layer.stage->bias) std::copy_n(layer.stage->bias, layer.stage->shape.out_channels, next);
+    biases.push_back(next);
+    next += layer.width() + kBlock<T>;
+  }
+  return all;
+}
+
+template <class T, int STREAMS_>
+struct Copy {
+  static constexpr int STREAMS = STREAMS_, SOURCES = STREAMS_;
+  template <class V>
+  void operator()(const V* in, V* out) const {
+    for (int k = 0; k < STREAMS; ++k) out[k] = in[k];
+  }
+};
+
+// An image, packed with the first stage's padding.
+template <class T, class Prologue>
+void pack_image(const Prologue& prologue, const Tensor4<const T>* sources, const Conv2dShape& s,
+                const Geometry& g, int64_t image, T* out) {
+  clear_padding(g, s.in_height, s.in_width, out);
+  for (int64_t y = 0; y < s.in_height; ++y) {
+    Plane<T> planes[Prologue::SOURCES];
+    for (int k = 0; k < Prologue::SOURCES; ++k) {
+      const Tensor4<const T>& t = sources[k];
+      const T* last = t.data + (s.batch - 1) * t.stride[0] + (s.in_channels - 1) * t.stride[1] +
+                      (s.in_height - 1) * t.stride[2] + (s.in_width - 1) * t.stride[3];
+      planes[k] = {t.data + image * t.stride[0] + y * t.stride[2], t.stride[1], t.stride[3],
+                   last + 1};
+    }
+    pack(prologue, planes, s.in_channels, s.in_width, g.pitch, g.stream_stride(),
+         out + g.offset(y, 0));
+    // Of a dense stage: past the channels there are weights of 0, and no NaN may meet them.
+    for (int64_t x = 0; x < s.in_width && s.in_channels < g.pitch; ++x)
+      for (int64_t k = 0; k < g.streams; ++k)
+        std::fill_n(out + g.offset(y, x) + k * g.stream_stride() + s.in_channels,
+                    g.pitch - s.in_channels, T{0});
+  }
+}
+
+// The stage `i` of one example, not by Winograd's products; returns the sum of r^2.
+template <class T>
+double forward_one(const Layer<T>& layer, const T* panels, const T* bias, const T* radius,
+                   const T* in, const Layer<T>& next, int64_t max_pixels, T* out) {
+  if (!layer.stage->weight) return pool_forward(layer, in, next, out);
+  T* product = scratch<T>(Slot::kProduct, max_pixels * S * kBlock<T>);
+  const auto convolve = layer.in.streams == 1 ? convolve_forward<T, 1> : convolve_forward<T, S>;
+  return convolve(layer, panels, bias, radius, in, next, product, out);
+}
+
+// The bounds of the last stage's input, [N, features].
+template <class T>
+void head_bounds(const NetworkForward<T>& op, const Layer<T>& head, const T* in) {
+  const Conv2dShape& s = head.stage->shape;
+  const int64_t pixels = s.in_height * s.in_width;
+  const bool relu = op.stages.size() > 1 && op.stages[op.stages.size() - 2].relu;
+  parallel_for(op.threads, s.batch, [&](int64_t n) {
+    const T* image = in + n * head.in.size();
+    const int64_t base = n * s.in_channels * pixels;
+    for (int64_t p = 0; p < pixels; ++p) {
+      const T* m = image + head.in_offsets[static_cast<size_t>(p)];
+      for (int64_t c = 0; c < s.in_channels; ++c) {
+        const T r = m[c + head.in.stream_stride()];
+        // of an unstable unit whose upper bound is infinite m - r is NaN
+        op.head_lower[base + c * pixels + p] = relu && m[c] == r ? T{0} : m[c] - r;
+        op.head_upper[base + c * pixels + p] = m[c] + r;
+      }
+    }
+  });
+}
+
+}  // namespace
+
+template <class T>
+int64_t stage_input_bytes(const Conv2dShape& shape, bool first, bool ball, bool fast) {
+  return input_geometry<T>(shape, first, ball).size() *
+         saved_element<T>(saves_rounded<T>(first, fast));
+}
+
+template <class T>
+void network_forward(const NetworkForward<T>& op) {
+  std::vector<Layer<T>> layers = planned_layers(op.stages, op.ball_radius != nullptr);
+  const T* panels = pack_weights(layers, false, false, op.threads);
+  std::vector<const T*> biases;
+  padded_biases(layers, biases);
+  const int64_t batch = op.stages[0].shape.batch;
+  size_t convolutions = 0;
+  int64_t max_pixels = 1, image_sizes = 0;
+  for (; !layers[convolutions].dense; ++convolutions) {
+    Layer<T>& layer = layers[convolutions];
+    max_pixels = std::max(max_pixels, layer.forward.max_pixels);
+    layer.image = image_sizes;
+    if (layer.rounded) image_sizes += layer.group * layer.in.size();
+  }
+  const auto saved = [&](size_t i, int64_t n) { return op.inputs[i] + n * layers[i].saved_size(); };
+  // Where the images of a stage's input are computed, from example n on: where they are saved, or,
+  // if those are rounded, in `buffer`.
+  const auto images_of = [&](size_t i, int64_t n, T* buffer) {
+    return layers[i].rounded ? buffer : reinterpret_cast<T*>(saved(i, n));
+  };
+  // The same of a dense stage and the whole batch.
+  const auto batch_of = [&](size_t i) {
+    T* const buffer = layers[i].rounded
+                          ? scratch<T>(batch_slot(layers, i), batch * layers[i].in.size())
+                          : nullptr;
+    return images_of(i, 0, buffer);
+  };
+
+  const int64_t count = static_cast<int64_t>(convolutions);
+  std::vector<double> widths(static_cast<size_t>(batch * count + 1));
+  const Tensor4<const T> sources[S] = {op.lower, op.upper, op.nominal};
+  const std::vector<T> radius =
+      op.ball_radius ? ball_output_radius(layers[0], op.ball_radius) : std::vector<T>{};
+  // The stages up to `i` of the examples [begin, end), a group at a time, into the images `out`.
+  const auto run = [&](const auto& self, size_t i, int64_t begin, int64_t end, T* buffer,
+                       T* out) -> void {
+    const Layer<T>&layer = layers[i], &next = layers[i + 1];
+    for (int64_t n = begin; n < end; n += layer.group, out += layer.group * next.in.size()) {
+      const int64_t images = std::min(layer.group, end - n);
+      T* const in = images_of(i, n, buffer + layer.image);
+      if (i > 0)
+        self(self, i - 1, n, n + images, buffer, in);
+      else if (op.ball_radius)  // the first stage takes one example at a time
+        pack_image(Copy<T, 1>{}, &sources[2], op.stages[0].shape, layer.in, n, in);
+      else
+        pack_image(CenterRadius<T, S>{}, sources, op.stages[0].shape, layer.in, n, in);
+      double* const width = &widths[static_cast<size_t>(n * count) + i];
+      if (layer.winograd.forward)
+        *width = winograd_forward(layer, images, panels, biases[i], in, next, out);
+      else
+        for (int64_t k = 0; k < images; ++k)
+          width[k * count] =
+              forward_one(layer, panels, biases[i], radius.data(), in + k * layer.in.size(), next,
+                          max_pixels, out + k * next.in.size());
+      if (next.rounded) save_rounded(next, images, out, saved(i + 1, n));
+    }
+  };
+  T* in = batch_of(convolutions);  // of a dense stage
+  if (convolutions == 0)
+    parallel_for(op.threads, batch, [&](int64_t n) {
+      pack_image(CenterRadius<T, S>{}, sources, op.stages[0].shape, layers[0].in, n,
+                 in + n * layers[0].in.size());
+    });
+  else
+    parallel(batch > 1 ? op.threads : 1, [&](int index, int parts) {
+      const Part part(batch, index, parts);
+      run(run, convolutions - 1, part.begin, part.end, scratch<T>(Slot::kImages, image_sizes + 1),
+          in + part.begin * layers[convolutions].in.size());
+    });
+  for (size_t i = 0; i < convolutions; ++i) {
+    double total = 0;
+    for (int64_t n = 0; n < batch; ++n) total += widths[static_cast<size_t>(n * count) + i];
+    op.widths[i] = static_cast<T>(4 * total);
+  }
+
+  for (size_t i = convolutions; i < layers.size(); ++i) {
+    const Layer<T>& layer = layers[i];
+    const int64_t channels = layer.stage->shape.out_channels;
+    const T* bias = biases[i];
+    double width = 0;
+    if (i + 1 < layers.size()) {
+      const Layer<T>& next = layers[i + 1];
+      T* const out = batch_of(i + 1);
+      const int64_t stride = next.in.stream_stride(), out_size = next.in.size();
+      width = dense_forward(layer, in, op.threads, [&](int64_t n, int64_t channel, Vec<T>* sums) {
+        activate<T>(load(bias + channel), layer.stage->relu, sums);
+        T* target = out + n * out_size + channel;
+        for (int k = 0; k < S; ++k) store<T>(target + k * stride, sums[k]);
+      });
+      if (next.rounded)
+        parallel_for(op.threads, batch, [&](int64_t n) {
+          save_rounded(next, 1, out + n * out_size, saved(i + 1, n));
+        });
+      in = out;
+    } else {
+      width = dense_forward(layer, in, op.threads, [&](int64_t n, int64_t channel, Vec<T>* sums) {
+        activate<T>(load(bias + channel), layer.stage->relu, sums);
+        const int64_t valid = std::min<int64_t>(kLanes<T>, channels - channel);
+        const int64_t at = n * channels + channel;
+        const Vec<T> lower = sums[0] - sums[1], upper = sums[0] + sums[1];
+        store_some<T>(op.lower_out + at, lower, valid);
+        store_some<T>(op.upper_out + at, upper, valid);
+        store_some<T>(op.nominal_out + at, sums[2], valid);
+        sums[1] = lower == upper ? Vec<T>{} : sums[1];  // as `difference`
+      });
+    }
+    op.widths[i] = static_cast<T>(4 * width);
+  }
+
+  head_bounds(op, layers.back(), in);
+}
+
+template int64_t stage_input_bytes<float>(const Conv2dShape&, bool, bool, bool);
+template int64_t stage_input_bytes<double>(const Conv2dShape&, bool, bool, bool);
+template void network_forward(const NetworkForward<float>&);
+template void network_forward(const NetworkForward<double>&);
+
+}  // namespace cibp

