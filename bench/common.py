@@ -21,7 +21,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from cibp_fast import __version__, models
+from cibp_fast import models
+from cibp_fast._version import __version__
 from cibp_fast.ops import backends
 from cibp_fast.training import runs
 

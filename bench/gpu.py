@@ -23,8 +23,8 @@ import common
 import torch
 from torch import Tensor
 
-from cibp_fast import __version__
 from cibp_fast._graphs import capture
+from cibp_fast._version import __version__
 from cibp_fast.ops import backends
 
 PRECISIONS = ("float32", "tf32", "bf16")

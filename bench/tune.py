@@ -25,7 +25,8 @@ import common
 import torch
 from triton.runtime.jit import JITFunction
 
-from cibp_fast import __version__, models
+from cibp_fast import models
+from cibp_fast._version import __version__
 from cibp_fast.fusion.stages import stages_and_parameters
 from cibp_fast.fusion.tracing import trace
 from cibp_fast.kernels import adam, operands, tiles

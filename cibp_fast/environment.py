@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cibp_fast import __version__
+from cibp_fast._version import __version__
 from cibp_fast.ops import backends
 
 

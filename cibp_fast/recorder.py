@@ -12,20 +12,12 @@ from torch import Tensor
 
 from cibp_fast._arithmetic import is_half
 from cibp_fast._autograd import backward_pass, function_around
+from cibp_fast.ops.loss import Head
 
 __all__ = [
     *("Head", "Layer", "Origin", "Pass", "Recorder"),
     *("active", "note", "recording", "wanted"),
 ]
-
-
-class Head(NamedTuple):
-    """A linear layer and the box that it was given."""
-
-    lower: Tensor  # [..., in_features]
-    upper: Tensor  # as lower
-    weight: Tensor  # [out_features, in_features]
-    bias: Tensor | None  # [out_features]
 
 
 class Origin(NamedTuple):

@@ -16,7 +16,7 @@ from compilers import ROOT, WARNINGS, compiler, run
 
 from cibp_fast.ops import backends
 
-FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-Icsrc/cuda", "-Itests/cpp")
+FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-Icsrc/cuda", "-Itests/csrc")
 
 
 def compile_(source: Path, target: Path, options: Sequence[str]) -> str:

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 import triton
 
-from cibp_fast import __version__
 from cibp_fast._graphs import capturing
+from cibp_fast._version import __version__
 from cibp_fast.kernels import layers
 from cibp_fast.kernels.shape import Shape
 from cibp_fast.kernels.streams import PRECISIONS

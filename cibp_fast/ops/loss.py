@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cibp_fast.ops import backends
 from cibp_fast.ops.library import kernel, library, pointer
-from cibp_fast.recorder import Head
 
-__all__ = ["cross_entropies", "label_error", "takes"]
+__all__ = ["Head", "cross_entropies", "label_error", "takes"]
+
+
+class Head(NamedTuple):
+    """A linear layer and the box that it was given."""
+
+    lower: Tensor  # [..., in_features]
+    upper: Tensor  # as lower
+    weight: Tensor  # [out_features, in_features]
+    bias: Tensor | None  # [out_features]
 
 
 def takes(logits: Tensor, head: Head, y: Tensor, backend: str = "auto") -> bool:

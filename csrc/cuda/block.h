@@ -4,7 +4,7 @@
 // block.each(f) calls f(thread) for each of its threads and then synchronises them
 // (block.unsynced(f) does not). What a thread keeps from one `each` to the next is a PerThread. On
 // the GPU (DeviceBlock) `each` is a call and a
-// __syncthreads(); the tests run the same body in loops (tests/cpp/cuda_shim.h).
+// __syncthreads(); the tests run the same body in loops (tests/csrc/cuda_shim.h).
 #pragma once
 
 #include <cmath>

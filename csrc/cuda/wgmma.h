@@ -1,5 +1,5 @@
 // Asynchronous copies and multiplications of a warpgroup (sm_90a), as functions of a block. Those
-// of the tests do them at once, on the host (tests/cpp/cuda_shim.h).
+// of the tests do them at once, on the host (tests/csrc/cuda_shim.h).
 #pragma once
 
 #include "streams.h"
