@@ -27,7 +27,7 @@ from triton.runtime.jit import JITFunction
 
 from cibp_fast import models
 from cibp_fast._version import __version__
-from cibp_fast.fusion.stages import stages_and_parameters
+from cibp_fast.fusion.network import planned
 from cibp_fast.fusion.tracing import trace
 from cibp_fast.kernels import adam, operands, tiles
 from cibp_fast.kernels.shape import Shape
@@ -292,7 +292,7 @@ def layers(networks: Sequence[str], datasets: Sequence[str], batch_size: int | N
             image, batch = common.DATASETS[dataset]
             net, padding = common.NETWORKS[name]
             program = trace(models.NETS[net](image, padding=padding))
-            stages, *_ = stages_and_parameters(program, torch.zeros(1, *image))
+            stages = planned(program, torch.zeros(1, *image))[0].stages
             found.update(dict.fromkeys(shape_of(stage, batch_size or batch) for stage in stages))
     return list(found)
 

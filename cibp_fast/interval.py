@@ -80,10 +80,14 @@ def _refused(name: str) -> Callable[..., Any]:
 
 
 class _Ball(NamedTuple):
-    """That an Interval is its nominal point +- radius, not clipped."""
+    """That an Interval is its nominal point +- radius, not clipped.
+
+    Its bounds are computed when someone asks for them.
+    """
 
     radius: float | Tensor  # a number, or a tensor of one element or one per channel
-    versions: tuple[int, ...]  # of lower, upper and nominal, when it was so
+    version: int  # of the nominal point, when it was so
+    bounds: tuple[int, int] | None = None  # versions of lower and upper, once they are computed
 
 
 class Interval:
@@ -189,8 +193,9 @@ class Interval:
             raise TypeError(f"x must be a floating-point tensor, got {got}")
         radius = ball_radius(x, eps, validate)
         if clip is None:
-            box = cls._make(x - radius, x + radius, x)
-            box._mark_ball(x, radius)
+            box = cls._exact_ball(x, radius)
+            if box is None:
+                box = cls._make(x - radius, x + radius, x)
             box._autocast = autocasts(x.device)
             return box
         least, greatest = clip_ends(x, clip, validate)
@@ -201,21 +206,44 @@ class Interval:
         box._autocast = autocasts(x.device)
         return box
 
-    def _mark_ball(self, x: Tensor, radius: float | Tensor) -> None:
-        """Notes that this is x +- radius, if that is one or one per channel, without gradient."""
-        streams = (self._lower, self._upper, x)
+    @classmethod
+    def _exact_ball(cls, x: Tensor, radius: float | Tensor) -> Interval | None:
+        """Returns x +- radius, whose bounds wait until someone asks for them.
+
+        None where the radius is neither one nor one per channel, where x or it may have a gradient,
+        and where torch counts no versions of x.
+        """
         if (
             torch.compiler.is_compiling()
             or transformed()
-            or any(stream.is_inference() for stream in streams)
+            or x.is_inference()
+            or x.requires_grad
+            or torch.is_inference_mode_enabled()
         ):
-            return  # no version counters
+            return None
         if isinstance(radius, Tensor):
             per_channel = radius.dim() > 1 and radius.shape[1] == radius.numel()
             if radius.requires_grad or not (radius.numel() == 1 or per_channel):
-                return
+                return None
             radius = radius.clone()  # the user's may change
-        self._ball = _Ball(radius, tuple(stream._version for stream in streams))
+        box = cls._make(x, x, x)
+        del box._lower, box._upper  # see __getattr__
+        box._ball = _Ball(radius, x._version)
+        return box
+
+    def _compute_bounds(self) -> None:
+        """Computes the bounds of an exact ball."""
+        ball, x = self._ball, self._nominal
+        assert ball is not None and x is not None
+        if ball.version != x._version:
+            raise RuntimeError(
+                "x was modified in place after Interval.ball(x, ...), which computes lower and "
+                "upper when they are first used; make the box of x.clone(), or use it before"
+            )
+        with torch.no_grad():
+            self._lower, self._upper = x - ball.radius, x + ball.radius
+        versions = self._lower._version, self._upper._version
+        self._ball = ball._replace(bounds=versions)
 
     def _ball_radius(self, x: Tensor) -> float | Tensor | None:
         """The radius, where this is exactly x +- radius and nobody wants its gradient, else None.
@@ -223,13 +251,24 @@ class Interval:
         A number, or a tensor of one element or of as many as x has channels. Writes that torch does
         not count, such as through x.data, go unseen.
         """
-        ball, streams = self._ball, (self._lower, self._upper, x)
+        ball = self._ball
         if ball is None or x is not self._nominal or torch.compiler.is_compiling():
             return None
         self._current()
-        if ball.versions != tuple(stream._version for stream in streams):
+        if ball.version != x._version or x.requires_grad:
             return None
-        return None if any(stream.requires_grad for stream in streams) else ball.radius
+        if ball.bounds is not None:
+            lower, upper = self._lower, self._upper
+            if ball.bounds != (lower._version, upper._version):
+                return None
+            if lower.requires_grad or upper.requires_grad:
+                return None
+        return ball.radius
+
+    @property
+    def _like(self) -> Tensor:
+        """A tensor of the bounds' shape, dtype and device."""
+        return self._lower if self._ball is None or self._nominal is None else self._nominal
 
     @property
     def lower(self) -> Tensor:
@@ -273,32 +312,32 @@ class Interval:
 
     @property
     def shape(self) -> torch.Size:
-        return self._lower.shape
+        return self._like.shape
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._lower.dtype
+        return self._like.dtype
 
     @property
     def device(self) -> torch.device:
-        return self._lower.device
+        return self._like.device
 
     @property
     def ndim(self) -> int:
-        return self._lower.ndim
+        return self._like.ndim
 
     @property
     def is_cuda(self) -> bool:
-        return self._lower.is_cuda
+        return self._like.is_cuda
 
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
 
     def dim(self) -> int:
-        return self._lower.dim()
+        return self._like.dim()
 
     def numel(self) -> int:
-        return self._lower.numel()
+        return self._like.numel()
 
     def is_floating_point(self) -> bool:
         return True
@@ -306,7 +345,7 @@ class Interval:
     def __len__(self) -> int:
         if not self.dim():
             raise TypeError(f"an Interval without dimensions has no length; {_TWO_TENSORS}")
-        return len(self._lower)
+        return len(self._like)
 
     def __iter__(self) -> Iterator[Interval]:
         if not self.dim():
@@ -365,6 +404,9 @@ class Interval:
 
     def __getattr__(self, name: str) -> Any:
         """Tensor methods with a rule: `box.flatten(1)` is `torch.Tensor.flatten(box, 1)`."""
+        if name in ("_lower", "_upper"):
+            self._compute_bounds()
+            return self.__dict__[name]
         method = getattr(Tensor, name, None)
         if method not in RULES:
             raise UnsupportedOpError(f"Interval.{name}" if method is None else f"Tensor.{name}")
@@ -602,6 +644,8 @@ def refuse_cut(values: Iterable[Any]) -> None:
 def _want_gradient(values: Iterable[Any]) -> bool:
     for value in values:
         if isinstance(value, Interval):
+            if value._ball is not None and value._ball.bounds is None:
+                continue  # a ball whose bounds were not asked for has no gradient
             value = (value._lower, value._upper, value._nominal)
         if isinstance(value, list | tuple):
             if _want_gradient(value):

@@ -1,7 +1,7 @@
 // One build of the CPU kernels as a Python module: raw pointers and strides in, no torch headers.
 //
-// cibp_fast/ops.py, _stages.py and losses.py check dtypes, devices and shapes; ops.py,
-// _network_op.py and _loss_op.py allocate the outputs and keep every tensor alive.
+// cibp_fast/ops, fusion/layers.py and losses.py check dtypes, devices and shapes; cibp_fast/ops
+// allocates the outputs and keeps every tensor alive.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -27,6 +27,7 @@
 
 namespace py = pybind11;
 using namespace cibp;
+using namespace py::literals;
 
 namespace {
 
@@ -47,70 +48,40 @@ Tensor2<const T> tensor2(const Tensor& t) {
   return {pointer<const T>(t[0]), {t[1], t[2]}};
 }
 
-Conv2dShape conv2d_shape(const std::array<int64_t, 17>& s) {
-  return {s[0], s[1],  s[2],  s[3],  s[4],  s[5],  s[6],  s[7],      s[8],
-          s[9], s[10], s[11], s[12], s[13], s[14], s[15], s[16] != 0};
+template <class T>
+void conv2d_forward_py(const Shape& shape, int threads, const std::array<Tensor, 4>& in,
+                       int64_t bias, const std::array<int64_t, 4>& out) {
+  conv2d_forward<T>({shape, threads, tensor4<T>(in[0]), tensor4<T>(in[1]), tensor4<T>(in[2]),
+                     tensor4<T>(in[3]), pointer<const T>(bias), pointer<T>(out[0]),
+                     pointer<T>(out[1]), pointer<T>(out[2]), pointer<T>(out[3])});
 }
 
 template <class T>
-void conv2d_forward_py(const std::array<int64_t, 17>& shape, int threads,
-                       const std::array<Tensor, 4>& in, int64_t bias,
-                       const std::array<int64_t, 4>& out) {
-  conv2d_forward<T>({conv2d_shape(shape), threads, tensor4<T>(in[0]), tensor4<T>(in[1]),
-                     tensor4<T>(in[2]), tensor4<T>(in[3]), pointer<const T>(bias),
-                     pointer<T>(out[0]), pointer<T>(out[1]), pointer<T>(out[2]),
-                     pointer<T>(out[3])});
+void conv2d_backward_py(const Shape& shape, int threads, const std::array<Tensor, 9>& in,
+                        double grad_width, const std::array<int64_t, 5>& out) {
+  conv2d_backward<T>({shape, threads, tensor4<T>(in[0]), tensor4<T>(in[1]), tensor4<T>(in[2]),
+                      tensor4<T>(in[3]), tensor4<T>(in[4]), static_cast<T>(grad_width),
+                      tensor4<T>(in[5]), tensor4<T>(in[6]), tensor4<T>(in[7]), tensor4<T>(in[8]),
+                      pointer<T>(out[0]), pointer<T>(out[1]), pointer<T>(out[2]),
+                      pointer<T>(out[3]), pointer<T>(out[4])});
 }
 
 template <class T>
-void conv2d_backward_py(const std::array<int64_t, 17>& shape, int threads,
-                        const std::array<Tensor, 9>& in, double grad_width,
-                        const std::array<int64_t, 5>& out) {
-  conv2d_backward<T>({conv2d_shape(shape), threads, tensor4<T>(in[0]), tensor4<T>(in[1]),
-                      tensor4<T>(in[2]), tensor4<T>(in[3]), tensor4<T>(in[4]),
-                      static_cast<T>(grad_width), tensor4<T>(in[5]), tensor4<T>(in[6]),
-                      tensor4<T>(in[7]), tensor4<T>(in[8]), pointer<T>(out[0]), pointer<T>(out[1]),
-                      pointer<T>(out[2]), pointer<T>(out[3]), pointer<T>(out[4])});
+void linear_forward_py(const LinearShape& shape, int threads, const std::array<Tensor, 4>& in,
+                       int64_t bias, const std::array<int64_t, 4>& out) {
+  linear_forward<T>({shape, threads, tensor2<T>(in[0]), tensor2<T>(in[1]), tensor2<T>(in[2]),
+                     tensor2<T>(in[3]), pointer<const T>(bias), pointer<T>(out[0]),
+                     pointer<T>(out[1]), pointer<T>(out[2]), pointer<T>(out[3])});
 }
 
 template <class T>
-void linear_forward_py(const std::array<int64_t, 3>& s, int threads,
-                       const std::array<Tensor, 4>& in, int64_t bias,
-                       const std::array<int64_t, 4>& out) {
-  linear_forward<T>({{s[0], s[1], s[2]},
-                     threads,
-                     tensor2<T>(in[0]),
-                     tensor2<T>(in[1]),
-                     tensor2<T>(in[2]),
-                     tensor2<T>(in[3]),
-                     pointer<const T>(bias),
-                     pointer<T>(out[0]),
-                     pointer<T>(out[1]),
-                     pointer<T>(out[2]),
-                     pointer<T>(out[3])});
-}
-
-template <class T>
-void linear_backward_py(const std::array<int64_t, 3>& s, int threads,
-                        const std::array<Tensor, 9>& in, double grad_width,
-                        const std::array<int64_t, 5>& out) {
-  linear_backward<T>({{s[0], s[1], s[2]},
-                      threads,
-                      tensor2<T>(in[0]),
-                      tensor2<T>(in[1]),
-                      tensor2<T>(in[2]),
-                      tensor2<T>(in[3]),
-                      tensor2<T>(in[4]),
-                      static_cast<T>(grad_width),
-                      tensor2<T>(in[5]),
-                      tensor2<T>(in[6]),
-                      tensor2<T>(in[7]),
-                      tensor2<T>(in[8]),
-                      pointer<T>(out[0]),
-                      pointer<T>(out[1]),
-                      pointer<T>(out[2]),
-                      pointer<T>(out[3]),
-                      pointer<T>(out[4])});
+void linear_backward_py(const LinearShape& shape, int threads, const std::array<Tensor, 9>& in,
+                        double grad_width, const std::array<int64_t, 5>& out) {
+  linear_backward<T>({shape, threads, tensor2<T>(in[0]), tensor2<T>(in[1]), tensor2<T>(in[2]),
+                      tensor2<T>(in[3]), tensor2<T>(in[4]), static_cast<T>(grad_width),
+                      tensor2<T>(in[5]), tensor2<T>(in[6]), tensor2<T>(in[7]), tensor2<T>(in[8]),
+                      pointer<T>(out[0]), pointer<T>(out[1]), pointer<T>(out[2]),
+                      pointer<T>(out[3]), pointer<T>(out[4])});
 }
 
 template <class T>
@@ -131,38 +102,22 @@ void relu_backward_py(int64_t size, int threads, const std::array<int64_t, 6>& i
 }
 
 template <class T>
-bool loss_forward_py(const std::array<int64_t, 3>& s, int threads, const std::array<int64_t, 6>& in,
+bool loss_forward_py(const LinearShape& shape, int threads, const std::array<int64_t, 6>& in,
                      const std::array<int64_t, 3>& out) {
-  return loss_forward<T>({{s[0], s[1], s[2]},
-                          threads,
-                          pointer<const T>(in[0]),
-                          pointer<const T>(in[1]),
-                          pointer<const T>(in[2]),
-                          pointer<const T>(in[3]),
-                          pointer<const T>(in[4]),
-                          pointer<const int64_t>(in[5]),
-                          pointer<T>(out[0]),
-                          pointer<T>(out[1]),
+  return loss_forward<T>({shape, threads, pointer<const T>(in[0]), pointer<const T>(in[1]),
+                          pointer<const T>(in[2]), pointer<const T>(in[3]), pointer<const T>(in[4]),
+                          pointer<const int64_t>(in[5]), pointer<T>(out[0]), pointer<T>(out[1]),
                           pointer<T>(out[2])});
 }
 
 template <class T>
-bool loss_backward_py(const std::array<int64_t, 3>& s, int threads,
-                      const std::array<int64_t, 7>& in, const std::array<int64_t, 5>& out) {
-  return loss_backward<T>({{s[0], s[1], s[2]},
-                           threads,
-                           pointer<const T>(in[0]),
-                           pointer<const T>(in[1]),
-                           pointer<const T>(in[2]),
-                           pointer<const T>(in[3]),
-                           pointer<const T>(in[4]),
-                           pointer<const int64_t>(in[5]),
-                           pointer<const T>(in[6]),
-                           pointer<T>(out[0]),
-                           pointer<T>(out[1]),
-                           pointer<T>(out[2]),
-                           pointer<T>(out[3]),
-                           pointer<T>(out[4])});
+bool loss_backward_py(const LinearShape& shape, int threads, const std::array<int64_t, 7>& in,
+                      const std::array<int64_t, 5>& out) {
+  return loss_backward<T>({shape, threads, pointer<const T>(in[0]), pointer<const T>(in[1]),
+                           pointer<const T>(in[2]), pointer<const T>(in[3]),
+                           pointer<const T>(in[4]), pointer<const int64_t>(in[5]),
+                           pointer<const T>(in[6]), pointer<T>(out[0]), pointer<T>(out[1]),
+                           pointer<T>(out[2]), pointer<T>(out[3]), pointer<T>(out[4])});
 }
 
 // Memory for what the forward pass saves, kept from call to call: fresh pages would cost small
@@ -224,21 +179,6 @@ class Buffer {
   size_t size_;
 };
 
-// shape, flags (1: ReLU, 2: fast), weight, bias
-using StageNumbers = std::array<int64_t, 20>;
-
-template <class T>
-std::vector<Stage<T>> stages(const std::vector<StageNumbers>& numbers) {
-  std::vector<Stage<T>> all;
-  for (const StageNumbers& n : numbers) {
-    std::array<int64_t, 17> shape;
-    std::copy_n(n.begin(), 17, shape.begin());
-    all.push_back({conv2d_shape(shape), (n[17] & 1) != 0, pointer<const T>(n[18]),
-                   pointer<const T>(n[19]), (n[17] & 2) != 0});
-  }
-  return all;
-}
-
 template <class P>
 std::vector<P*> pointers(const std::vector<int64_t>& addresses) {
   std::vector<P*> all;
@@ -246,40 +186,31 @@ std::vector<P*> pointers(const std::vector<int64_t>& addresses) {
   return all;
 }
 
-// Widths are the sums of squares, each divided by its divisor.
 template <class T>
-void network_forward_py(const std::vector<StageNumbers>& numbers, int threads,
-                        const std::array<Tensor, 3>& in, int64_t ball_radius,
-                        const std::vector<int64_t>& inputs, const std::vector<double>& divisors,
+void network_forward_py(const Network<T>& network, int threads, const std::vector<int64_t>& weights,
+                        const std::vector<int64_t>& biases, const std::array<Tensor, 3>& in,
+                        int64_t ball_radius, bool mean, int64_t saved,
                         const std::array<int64_t, 6>& out) {
-  network_forward<T>({threads, stages<T>(numbers), tensor4<T>(in[0]), tensor4<T>(in[1]),
-                      tensor4<T>(in[2]), pointer<const T>(ball_radius), pointers<std::byte>(inputs),
-                      pointer<T>(out[0]), pointer<T>(out[1]), pointer<T>(out[2]),
-                      pointer<T>(out[3]), pointer<T>(out[4]), pointer<T>(out[5])});
-  for (size_t i = 0; i < divisors.size(); ++i) pointer<T>(out[5])[i] /= static_cast<T>(divisors[i]);
+  network.forward({threads, pointers<const T>(weights), pointers<const T>(biases),
+                   tensor4<T>(in[0]), tensor4<T>(in[1]), tensor4<T>(in[2]),
+                   pointer<const T>(ball_radius), mean, pointer<std::byte>(saved),
+                   pointer<T>(out[0]), pointer<T>(out[1]), pointer<T>(out[2]), pointer<T>(out[3]),
+                   pointer<T>(out[4]), pointer<T>(out[5])});
 }
 
 template <class T>
-void network_backward_py(const std::vector<StageNumbers>& numbers, int threads,
-                         const std::vector<int64_t>& inputs, const std::vector<double>& divisors,
-                         int64_t ball_radius, const std::array<int64_t, 8>& in,
-                         const std::array<int64_t, 3>& out, const std::vector<int64_t>& weights,
-                         const std::vector<int64_t>& biases) {
-  std::vector<T> grad_squares(divisors.size());
-  for (size_t i = 0; in[7] && i < divisors.size(); ++i)
-    grad_squares[i] = pointer<const T>(in[7])[i] / static_cast<T>(divisors[i]);
-  network_backward<T>({threads, stages<T>(numbers), pointers<const std::byte>(inputs),
-                       pointer<const T>(ball_radius), pointer<const T>(in[0]),
-                       pointer<const T>(in[1]), pointer<const T>(in[2]), pointer<const T>(in[3]),
-                       pointer<const T>(in[4]), pointer<const T>(in[5]), pointer<const T>(in[6]),
-                       grad_squares.data(), pointer<T>(out[0]), pointer<T>(out[1]),
-                       pointer<T>(out[2]), pointers<T>(weights), pointers<T>(biases)});
-}
-
-template <class T>
-int64_t stage_input_bytes_py(const std::array<int64_t, 17>& shape, bool first, bool ball,
-                             bool fast) {
-  return stage_input_bytes<T>(conv2d_shape(shape), first, ball, fast);
+void network_backward_py(const Network<T>& network, int threads,
+                         const std::vector<int64_t>& weights, int64_t ball_radius, bool mean,
+                         int64_t saved, const std::array<int64_t, 8>& in,
+                         const std::array<int64_t, 3>& out,
+                         const std::vector<int64_t>& grad_weights,
+                         const std::vector<int64_t>& grad_biases) {
+  network.backward({threads, pointers<const T>(weights), pointer<const T>(ball_radius), mean,
+                    pointer<const std::byte>(saved), pointer<const T>(in[0]),
+                    pointer<const T>(in[1]), pointer<const T>(in[2]), pointer<const T>(in[3]),
+                    pointer<const T>(in[4]), pointer<const T>(in[5]), pointer<const T>(in[6]),
+                    pointer<const T>(in[7]), pointer<T>(out[0]), pointer<T>(out[1]),
+                    pointer<T>(out[2]), pointers<T>(grad_weights), pointers<T>(grad_biases)});
 }
 
 template <class T>
@@ -293,12 +224,45 @@ void define(py::module_& m, const char* suffix) {
   def("linear_backward_", &linear_backward_py<T>);
   def("loss_forward_", &loss_forward_py<T>);
   def("loss_backward_", &loss_backward_py<T>);
-  def("network_forward_", &network_forward_py<T>);
-  def("network_backward_", &network_backward_py<T>);
-  def("stage_input_bytes_", &stage_input_bytes_py<T>);
   def("peak_flops_", &peak_flops<T>);
   def("relu_forward_", &relu_forward_py<T>);
   def("relu_backward_", &relu_backward_py<T>);
+  using Unlocked = py::call_guard<py::gil_scoped_release>;
+  py::class_<Network<T>>(m, (std::string("Network_") + suffix).c_str(), py::module_local())
+      .def(py::init<const std::vector<NetworkLayer>&, bool>(), "layers"_a, "ball"_a)
+      .def_property_readonly("saved_bytes", &Network<T>::saved_bytes)
+      .def_property_readonly("example_bytes", &Network<T>::example_bytes)
+      .def("forward", &network_forward_py<T>, Unlocked())
+      .def("backward", &network_backward_py<T>, Unlocked());
+}
+
+// The geometry of layers, by the names that kernels/shape.py has. All classes are the module's own:
+// the other instruction sets' modules have them too.
+void define_shapes(py::module_& m) {
+  using Pair = std::array<int64_t, 2>;
+  py::class_<Shape>(m, "Shape", py::module_local())
+      .def(py::init([](int64_t batch, int64_t in_channels, int64_t in_height, int64_t in_width,
+                       int64_t out_channels, int64_t out_height, int64_t out_width,
+                       int64_t kernel_height, int64_t kernel_width, Pair stride, Pair padding,
+                       Pair dilation, int64_t groups, bool channels_last) {
+             return Shape{batch,      in_channels,  in_height,     in_width,     out_channels,
+                          out_height, out_width,    kernel_height, kernel_width, stride[0],
+                          stride[1],  padding[0],   padding[1],    dilation[0],  dilation[1],
+                          groups,     channels_last};
+           }),
+           py::kw_only(), "batch"_a, "in_channels"_a, "in_height"_a, "in_width"_a, "out_channels"_a,
+           "out_height"_a, "out_width"_a, "kernel_height"_a, "kernel_width"_a, "stride"_a,
+           "padding"_a, "dilation"_a, "groups"_a, "channels_last"_a = false);
+  py::class_<LinearShape>(m, "LinearShape", py::module_local())
+      .def(py::init([](int64_t batch, int64_t in_features, int64_t out_features) {
+             return LinearShape{batch, in_features, out_features};
+           }),
+           py::kw_only(), "batch"_a, "in_features"_a, "out_features"_a);
+  py::class_<NetworkLayer>(m, "NetworkLayer", py::module_local())
+      .def(py::init([](const Shape& shape, bool relu, bool pool, bool fast) {
+             return NetworkLayer{shape, relu, pool, fast};
+           }),
+           py::kw_only(), "shape"_a, "relu"_a, "pool"_a, "fast"_a);
 }
 
 // Instruction sets of this CPU that a build may need, as the operating system lets them be used.
@@ -318,6 +282,7 @@ py::dict cpu_features() {
 
 PYBIND11_MODULE(CIBP_MODULE, m) {
   m.doc() = "Interval kernels for one CPU instruction set; see cibp_fast.ops and cibp_fast.fusion.";
+  define_shapes(m);
   define<float>(m, "float32");
   define<double>(m, "float64");
   m.def("cpu_features", &cpu_features);

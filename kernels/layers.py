@@ -17,19 +17,13 @@ PRECISION = "float32"
 BLOCK = 1024
 
 
-def shape_of(numbers: Sequence[int]) -> Shape:
-    """The convolution of a `cibp_fast.ops.library.conv2d_shape`, of one group."""
-    stride, padding, dilation = tuple(numbers[9:11]), tuple(numbers[11:13]), tuple(numbers[13:15])
-    return Shape(*numbers[:9], stride, padding, dilation)
-
-
 def _images(tensors: Sequence[Tensor | None]) -> list[Tensor]:
     """Those that there are, [N, C, H, W]."""
     return [t.view(*t.shape, *[1] * (4 - t.dim())) for t in tensors if t is not None]
 
 
 def forward(
-    numbers: Sequence[int],
+    shape: Shape,
     outputs: tuple[Tensor, ...],
     lower: Tensor,
     upper: Tensor,
@@ -42,7 +36,6 @@ def forward(
     if not bounds[0].numel():
         width.zero_()
         return outputs
-    shape = shape_of(numbers)
     streams = inputs.pack(*_images([lower, upper]), _image(nominal), PRECISION)
     copy, _ = adam.pack_weight(_images([weight])[0].contiguous(), PRECISION)
     targets = tuple(_images(bounds[: len(streams)]))
@@ -57,7 +50,7 @@ def _image(tensor: Tensor | None) -> Tensor | None:
 
 
 def backward(
-    numbers: Sequence[int],
+    shape: Shape,
     outputs: tuple[Tensor, ...],
     gradients: Sequence[Tensor | None],
     saved: Sequence[Tensor | None],
@@ -70,7 +63,6 @@ def backward(
     of_lower, of_upper, of_nominal, of_weight, of_bias = outputs
     lower, upper, nominal, weight, lower_out, upper_out = saved
     assert lower is not None and weight is not None
-    shape = shape_of(numbers)
     if not lower.numel():
         of_weight.zero_()
         of_bias.zero_()

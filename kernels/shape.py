@@ -1,4 +1,4 @@
-"""The shape of a convolution; a linear layer is a 1x1 convolution of 1x1 images."""
+"""The geometry of a layer, for all kernels: those of Triton, of CUDA C++ and of the CPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ CONSTANTS = (
 
 
 class Shape(NamedTuple):
-    """A convolution. Padding is with zeros: before the input as given, after it as needed."""
+    """A convolution, or an average pooling (groups = in_channels).
+
+    Padding is with zeros: before the input as given, after it as needed. A linear layer is a 1x1
+    convolution of 1x1 images. csrc/cpu/shape.h has the same fields.
+    """
 
     batch: int
     in_channels: int
@@ -25,10 +29,17 @@ class Shape(NamedTuple):
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    channels_last: bool = False  # how images are written: [N, H, W, C] in memory, or [N, C, H, W]
 
     @property
     def out_pixels(self) -> int:
         return self.batch * self.out_height * self.out_width
+
+    @property
+    def output(self) -> tuple[int, int, int, int]:
+        """The output's shape, [N, C, H, W]."""
+        return self.batch, self.out_channels, self.out_height, self.out_width
 
     @property
     def products(self) -> int:

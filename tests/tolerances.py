@@ -276,24 +276,31 @@ def small_case(
     return Case(*box((3, 6, 9, 7), dtype, nominal), weight, bias, geometry, width)
 
 
+def flat_geometry(geometry: Any) -> list[int]:
+    """Of stride, padding, dilation and groups: as the op takes it; empty: a linear layer."""
+    return [n for each in geometry for n in (each if isinstance(each, tuple) else (each,))]
+
+
 def check_registration(kind: str, backend: str) -> None:
     """Schema, fake and autograd of the ops behind conv2d, linear and relu, with a backend."""
     parameters: Tensors = ()
-    geometry: Tensors = ()
+    geometry: Any = ()
     if kind == "conv2d":
         parameters = signed_weight((4, 3, 3, 3), torch.float32), torch.randn(4)
-        geometry = ((1, 1), (0, 0), (1, 1), 1)
+        geometry = ([1, 1, 0, 0, 1, 1, 1],)
     elif kind == "linear":
         parameters = signed_weight((4, 3), torch.float32), torch.randn(4)
+        geometry = ([],)
     streams = box((2, 3, 5, 5) if kind == "conv2d" else (2, 3), torch.float32)
-    op = getattr(torch.ops.cibp_fast, f"{kind}_forward").default
+    name = "affine" if parameters else kind
+    op = getattr(torch.ops.cibp_fast, f"{name}_forward").default
     torch.library.opcheck(op, (*streams, *parameters, *geometry, backend))
     outputs = op(*streams, *parameters, *geometry, backend)
     saved, wanted = outputs[:3], ()
     if parameters:
         saved, wanted = (*streams, parameters[0], *outputs[:2]), (True, True)
     grads = [torch.randn_like(t) for t in outputs]
-    op = getattr(torch.ops.cibp_fast, f"{kind}_backward").default
+    op = getattr(torch.ops.cibp_fast, f"{name}_backward").default
     torch.library.opcheck(op, (*grads, *saved, *geometry, *wanted, backend))
 
 

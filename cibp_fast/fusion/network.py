@@ -1,25 +1,26 @@
 """`fuse`: a whole network's bounds as one op.
 
-A model is traced once into its layers (`_program`). Every call reads parameters and hyperparameters
-anew (`_stages`) and runs all stages in one autograd node (`_network_op`).
+A model is traced once into its layers (tracing.py), and the stages that they make for inputs of a
+shape are made once (stages.py). A call reads the parameters anew and runs all stages in one
+autograd node (ops/network.py).
 """
 
 from __future__ import annotations
 
 import operator
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from cibp_fast._arithmetic import autocasts, no_autocast
 from cibp_fast.bounds import Bounds, bounds, check_arguments
-from cibp_fast.fusion.stages import stages_and_parameters
-from cibp_fast.fusion.tracing import Program, structure, trace
+from cibp_fast.fusion.stages import folded, stages_for
+from cibp_fast.fusion.tracing import Layer, Program, fingerprint, trace
 from cibp_fast.interval import Interval
 from cibp_fast.ops import backends
+from cibp_fast.ops.loss import Head
 from cibp_fast.ops.network import Stage, cpu_engine, network, numbers_of, stages_of
-from cibp_fast.recorder import Head
 
 __all__ = ["FusedNetwork", "fuse"]
 
@@ -50,7 +51,6 @@ class FusedNetwork(nn.Module):
         self._modules, self._parameters = model._modules, model._parameters
         self._buffers = model._buffers
         self._non_persistent_buffers_set = model._non_persistent_buffers_set
-        self._structure = structure(model)
         self._program = trace(model)
 
     def forward(self, x: Any) -> Any:
@@ -101,41 +101,41 @@ class FusedNetwork(nn.Module):
                 that was asked for cannot run there.
         """
         check_arguments(x, box, width, reduction)
-        if autocasts(x.device):
-            with no_autocast(x.device):
-                return self.bounds(x, box, width, reduction)
         if width != "post":
             raise ValueError(
                 f"fuse records widths after activations only: width must be 'post', got {width!r}; "
                 "cf.bounds takes it"
             )
-        if x.device.type not in ("cpu", "cuda") or x.dtype not in backends.KERNEL_DTYPES:
+        device = x.device
+        if device.type not in ("cpu", "cuda") or x.dtype not in backends.KERNEL_DTYPES:
             raise ValueError(
                 "fused networks run in float32 and float64 on the CPU and in float32 on a GPU, got "
-                f"x in {x.dtype} on {x.device}; cf.bounds takes it"
+                f"x in {x.dtype} on {device}; cf.bounds takes it"
             )
+        if torch.is_autocast_enabled(device.type):
+            with torch.autocast(device.type, enabled=False):
+                return self.bounds(x, box, width, reduction)
         backend, why_not = self._selected(x)
         if backend == "torch":
             return self._unfused(why_not, x, box, width, reduction)
         program = self._current_program()
         fast = self.precision == "fast" and backend == "cpu"
-        stages, weights, biases = stages_and_parameters(program, x, fast)
+        plan, weights, biases = planned(program, x, fast)
         if backend == "cpu":
             if self.precision not in CPU_PRECISIONS:
                 raise ValueError(f"precision={self.precision!r} is for a GPU, and x is on the CPU")
             engine = cpu_engine()
         else:
             precision = "tf32" if self.precision == "fast" else self.precision
-            if why_not := self._unchecked(stages, biases, x, precision):
+            if why_not := self._unchecked(plan, biases, x, precision):
                 return self._unfused(why_not, x, box, width, reduction)
             engine = f"{backend}-{precision}"
-        lower, upper, nominal, ball = _inputs(program, stages[0], x, box, backend == "cpu")
+        lower, upper, nominal, ball = _inputs(program, plan.stages[0], x, box, backend == "cpu")
         lower, upper, logits, head_lower, head_upper, widths, weight, bias = network(
-            lower, upper, nominal, ball, stages, weights, biases, reduction == "mean", engine
+            lower, upper, nominal, ball, plan.numbers, weights, biases, reduction == "mean", engine
         )
-        counted = [i for i, stage in enumerate(stages) if stage.relu or i == len(stages) - 1]
-        if len(counted) < len(stages):
-            widths = widths[counted]
+        if plan.counted is not None:
+            widths = widths[plan.counted]
         head = Head(head_lower, head_upper, weight, bias)
         return Bounds(Interval._make(lower, upper, logits), widths, head, self.backend)
 
@@ -150,8 +150,9 @@ class FusedNetwork(nn.Module):
 
     def _triton_stages(
         self, x: Tensor
-    ) -> tuple[list[Stage], list[Tensor], list[Tensor | None], str] | str:
-        """Stages, weights, biases and precision for Triton's kernels; or why they do not run here.
+    ) -> tuple[Sequence[Stage], list[Tensor], list[Tensor | None], str] | str:
+        """Returns stages, weights, biases and precision for Triton's kernels; or why they do not
+        run here.
 
         Weights and biases are the parameters themselves.
         """
@@ -159,23 +160,21 @@ class FusedNetwork(nn.Module):
         if backend not in ("triton", "cuda"):
             return why_not
         program = self._current_program()
-        stages, weights, biases = stages_and_parameters(program, x)
+        plan, weights, biases = planned(program, x)
         precision = "tf32" if self.precision == "fast" else self.precision
         if program.normalize is not None or any(each.norm for each in program.affine):
             return "a layer is a normalization"
-        if why_not := self._unchecked(stages, biases, x, precision):
+        if why_not := self._unchecked(plan, biases, x, precision):
             return why_not
-        return stages, weights, biases, precision
+        return plan.stages, weights, biases, precision
 
-    def _unchecked(
-        self, stages: list[Stage], biases: list[Tensor | None], x: Tensor, precision: str
-    ) -> str:
-        """Why Triton's kernels must not be used; empty: they may, or were asked for."""
+    def _unchecked(self, plan: Plan, biases: list[Tensor | None], x: Tensor, precision: str) -> str:
+        """Returns why Triton's kernels must not be used; empty: they may, or were asked for."""
         if self.backend != "auto" or not len(x):
             return ""
         batch = operator.index(len(x))  # not dynamo's symbol: tiles depend on it
         has_bias = tuple(bias is not None for bias in biases)
-        return _network_failure(numbers_of(stages), has_bias, batch, precision, x.device)
+        return _network_failure(plan.numbers, has_bias, batch, precision, x.device)
 
     def _unfused(self, why: str, x: Tensor, box: Interval, width: str, reduction: str) -> Bounds:
         """The bounds layer by layer, since the kernels cannot run."""
@@ -184,12 +183,78 @@ class FusedNetwork(nn.Module):
         return bounds(self._model, x, box, width, reduction, backend=self.backend)
 
     def _current_program(self) -> Program:
-        """The program of the model as it is now; traced again where its modules have changed."""
-        now = structure(self._model)
-        if now != self._structure:
-            self._program = trace(self._model)
-            self._structure = now
-        return self._program
+        """Returns the program of the model as it is now, traced again where that has changed."""
+        program = self._program
+        if not torch.compiler.is_compiling():
+            if any(program.hooks):
+                program = self._program = trace(self._model)  # raises
+            for read, module, seen in program.guards:
+                if read(module) != seen:
+                    program = self._program = trace(self._model)
+                    return program
+            if program.torch_only:
+                return program
+        if fingerprint(self._model) != program.fingerprint:
+            program = self._program = trace(self._model)
+        return program
+
+
+class Plan(NamedTuple):
+    """What the calls of a network need for examples of one shape, made once."""
+
+    stages: tuple[Stage, ...]
+    numbers: tuple[int, ...]
+    counted: list[int] | None  # the stages whose widths count; None: all
+    shapes: list[Any]  # of weights and biases, in turn
+
+
+def planned(
+    program: Program, x: Tensor, fast: bool = False
+) -> tuple[Plan, list[Tensor], list[Tensor | None]]:
+    """Returns the plan for inputs like x, with weights and biases; all are checked."""
+    for dropout in program.dropouts:
+        if dropout.module.training and dropout.module.p:
+            raise dropout.misfit(
+                "it is random in training mode, and a random network has no bounds, in "
+                "cf.bounds neither: call this layer's eval(), or set its p to 0"
+            )
+    if program.normalize is not None:
+        _tensors(program.normalize, x, "mean", "std")
+    parameters = [_tensors(affine.layer, x, "weight", "bias") for affine in program.affine]
+    shapes = [None if t is None else t.shape for pair in parameters for t in pair]
+    key = x.shape[1:], fast
+    plan = None if torch.compiler.is_compiling() else program.plans.get(key)
+    if plan is None or plan.shapes != shapes:
+        stages = stages_for(program, x.shape[1:], parameters, fast)
+        counted = [i for i, stage in enumerate(stages[:-1]) if stage.relu]
+        every = len(counted) + 1 == len(stages)
+        plan = Plan(
+            tuple(stages),
+            numbers_of(stages),
+            None if every else [*counted, len(stages) - 1],
+            shapes,
+        )
+        if not torch.compiler.is_compiling():
+            program.plans[key] = plan
+    for i, affine in enumerate(program.affine):
+        if affine.norm is not None:
+            _tensors(affine.norm, x, "running_mean", "running_var", "weight", "bias")
+            parameters[i] = folded(affine.norm, *parameters[i])
+    return plan, [weight for weight, _ in parameters], [bias for _, bias in parameters]
+
+
+def _tensors(layer: Layer, x: Tensor, *names: str) -> tuple[Any, ...]:
+    """Returns the layer's tensors of these names, each like x or None."""
+    module, device, dtype = layer.module, x.device, x.dtype
+    tensors = tuple([getattr(module, name) for name in names])
+    for name, tensor in zip(names, tensors, strict=True):
+        if tensor is None:
+            continue
+        if tensor.device != device:
+            raise ValueError(f"{layer.name}.{name} is on {tensor.device}, x on {device}")
+        if tensor.dtype != dtype:
+            raise TypeError(f"{layer.name}.{name} is {tensor.dtype}, x is {dtype}")
+    return tensors
 
 
 def fuse(model: nn.Module, precision: str = "float32", backend: str = "auto") -> FusedNetwork:

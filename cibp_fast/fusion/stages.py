@@ -1,104 +1,27 @@
-"""The stages of a network for inputs of a shape, and their weights and biases: what a call of a
-fused network hands to the op (`_network_op`).
-"""
+"""The stages of a network for inputs of a shape, as the op takes them (`ops.network`)."""
 
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cibp_fast.fusion.tracing import CONVOLUTIONS, LINEARS, Affine, Layer, Program, check_plain
+from cibp_fast.fusion.tracing import LINEARS, Affine, Layer, Program, check_plain
+from cibp_fast.kernels.shape import Shape
 from cibp_fast.ops.network import Stage
 
-# What the stages depend on, by type of layer.
-_HYPERPARAMETERS: dict[type[nn.Module], Callable[[Any], Any]] = {
-    **dict.fromkeys(
-        CONVOLUTIONS,
-        operator.attrgetter("stride", "padding", "dilation", "groups", "padding_mode"),
-    ),
-    **dict.fromkeys(LINEARS, lambda module: ()),
-    nn.AvgPool2d: operator.attrgetter(
-        *("kernel_size", "stride", "padding"),
-        *("ceil_mode", "count_include_pad", "divisor_override"),
-    ),
-    nn.AdaptiveAvgPool2d: operator.attrgetter("output_size"),
-    nn.ZeroPad2d: operator.attrgetter("padding"),
-    nn.Flatten: operator.attrgetter("start_dim", "end_dim"),
-}
 
-
-def stages_and_parameters(
-    program: Program, x: Tensor, fast: bool = False
-) -> tuple[list[Stage], list[Tensor], list[Tensor | None]]:
-    """The stages for inputs like x, with their weights and biases; all are checked."""
-    for dropout in program.dropouts:
-        if dropout.module.training and dropout.module.p:
-            raise dropout.misfit(
-                "it is random in training mode, and a random network has no bounds, in cf.bounds "
-                "neither: call this layer's eval(), or set its p to 0"
-            )
-    if program.normalize is not None:
-        _tensors(program.normalize, x, "mean", "std")
-    parameters = [_tensors(affine.layer, x, "weight", "bias") for affine in program.affine]
-    stages = _known_stages(program, x.shape[1:], parameters, fast)
-    for i, affine in enumerate(program.affine):
-        if affine.norm is not None:
-            parameters[i] = _folded(affine.norm, x, *parameters[i])
-    return stages, [weight for weight, _ in parameters], [bias for _, bias in parameters]
-
-
-def _tensors(layer: Layer, x: Tensor, *names: str) -> tuple[Any, ...]:
-    """The layer's tensors of these names, each like x or None."""
-    tensors = tuple([getattr(layer.module, name) for name in names])
-    for name, tensor in zip(names, tensors, strict=True):
-        if tensor is None:
-            continue
-        if tensor.device != x.device:
-            raise ValueError(f"{layer.name}.{name} is on {tensor.device}, x on {x.device}")
-        if tensor.dtype != x.dtype:
-            raise TypeError(f"{layer.name}.{name} is {tensor.dtype}, x is {x.dtype}")
-    return tensors
-
-
-def _known_stages(
-    program: Program, shape: Sequence[int], parameters: list[tuple[Any, ...]], fast: bool
+def stages_for(
+    program: Program, shape: Sequence[int], parameters: Sequence[tuple[Any, ...]], fast: bool
 ) -> list[Stage]:
-    """`_stages`, or what it gave for the same shapes and hyperparameters."""
-    if torch.compiler.is_compiling():
-        return _stages(program, shape, parameters, fast)
-    key = (
-        *(fast, shape),
-        *[tensor if tensor is None else tensor.shape for pair in parameters for tensor in pair],
-        *[
-            _frozen(_HYPERPARAMETERS[type(layer.module)](layer.module))
-            for affine in program.affine
-            for layer in (*affine.before, affine.layer)
-        ],
-    )
-    known = program.stages.get(key)
-    if known is None:
-        known = _stages(program, shape, parameters, fast)
-        program.stages = {key: known}
-    return known
+    """Returns the stages for examples of this shape and these weights and biases.
 
-
-def _frozen(value: Any) -> Any:
-    """The value as it is now: of a sequence, which may be changed in place, a copy."""
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return tuple([_frozen(each) for each in value])
-    return value
-
-
-def _stages(
-    program: Program, shape: Sequence[int], parameters: list[tuple[Any, ...]], fast: bool
-) -> list[Stage]:
-    """The stages for examples of this shape and these weights and biases."""
+    Raises ValueError where a layer does not fit, naming it.
+    """
     stages: list[Stage] = []
     shape = tuple(int(size) for size in shape)  # of an example, as the model has it
     image = shape  # the same, before flattening
@@ -181,7 +104,8 @@ def _pooling_stage(pool: Layer, shape: tuple[int, ...]) -> Stage:
         out = tuple((size[i] + 2 * padding[i] - kernel[i]) // stride[i] + 1 for i in (0, 1))
         if min(out) < 1:
             raise pool.misfit(f"kernel_size {list(kernel)} is larger than its input {list(shape)}")
-    return Stage(shape, (shape[0], *out), kernel, stride, padding, (1, 1), relu=False, pool=True)
+    geometry = Shape(1, *shape, shape[0], *out, *kernel, stride, padding, (1, 1), shape[0])
+    return Stage(geometry, relu=False, pool=True)
 
 
 def _output_size(pool: Layer, size: Sequence[int]) -> tuple[int, ...]:
@@ -205,7 +129,7 @@ def _check_fit(layer: Layer, shape: tuple[int, ...], weight: Tensor, bias: Tenso
 
 
 def _linear_stage(image: tuple[int, ...], outputs: int, relu: bool) -> Stage:
-    return Stage(image, (outputs, 1, 1), image[1:], (1, 1), (0, 0), (1, 1), relu)
+    return Stage(Shape(1, *image, outputs, 1, 1, *image[1:]), relu)
 
 
 def _convolution_stage(
@@ -227,14 +151,13 @@ def _convolution_stage(
     out = [(image[1 + i] + begin[i] + end[i] - reach[i] - 1) // stride[i] + 1 for i in (0, 1)]
     if min(out) < 1 or 0 in image:
         raise layer.misfit(f"weight {list(weight.shape)} is larger than its padded input {image}")
-    output = (len(weight), *out)
-    return Stage(image, output, kernel, stride, begin, dilation, affine.relu)
+    shape = Shape(1, *image, len(weight), *out, *kernel, stride, begin, dilation)
+    return Stage(shape, affine.relu)
 
 
-def _folded(norm: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Weight and bias of an affine layer with the batch norm behind it."""
+def folded(norm: Layer, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Returns weight and bias of an affine layer with the batch norm behind it."""
     module = norm.module
-    _tensors(norm, x, "running_mean", "running_var", "weight", "bias")
     if module.running_mean is None:
         raise norm.misfit("it has no running statistics")
     if module.training:

@@ -5,8 +5,9 @@ goes with them.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import chain
 from numbers import Integral
@@ -19,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cibp_fast.interval import RULES
 from cibp_fast.nn import IntervalConv2d, IntervalLinear
-from cibp_fast.ops.network import Stage
 
 # Exact types: a subclass may compute something else.
 CONVOLUTIONS = (nn.Conv2d, IntervalConv2d)
@@ -132,19 +132,80 @@ class Affine:
         return type(self.layer.module) in LINEARS
 
 
+class Guard(NamedTuple):
+    """That `read(module) == seen`, as it was at the tracing."""
+
+    read: Callable[[nn.Module], Any]
+    module: nn.Module
+    seen: Any
+
+
 @dataclass
 class Program:
-    """The layers of a model."""
+    """The layers of a model, as it was traced."""
 
     normalize: Layer | None = None
     affine: list[Affine] = field(default_factory=list)
     dropouts: list[Layer] = field(default_factory=list)
-    # of the last call, under all that they follow from
-    stages: dict[tuple[Any, ...], list[Stage]] = field(default_factory=dict)
+    # What it stays right for: all of it, and what a call compares.
+    fingerprint: list[tuple[Any, ...]] = field(default_factory=list)
+    guards: list[Guard] = field(default_factory=list)
+    hooks: list[Any] = field(default_factory=list)  # dicts of hooks, all empty
+    torch_only: bool = True  # whether guards and hooks say all that the fingerprint does
+    plans: dict[tuple[Any, ...], Any] = field(default_factory=dict)  # what network.py makes of it
 
 
-def structure(model: nn.Module) -> list[tuple[Any, ...]]:
-    """What a traced program stays right for: the tree of modules, and what their forwards see."""
+# What a layer's stage depends on.
+_HYPERPARAMETERS: dict[type[nn.Module], tuple[str, ...]] = {
+    **dict.fromkeys(CONVOLUTIONS, ("stride", "padding", "dilation", "groups", "padding_mode")),
+    **dict.fromkeys(LINEARS, ()),
+    nn.AvgPool2d: (
+        *("kernel_size", "stride", "padding"),
+        *("ceil_mode", "count_include_pad", "divisor_override"),
+    ),
+    nn.AdaptiveAvgPool2d: ("output_size",),
+    nn.ZeroPad2d: ("padding",),
+    nn.Flatten: ("start_dim", "end_dim"),
+}
+
+
+def _guards(model: nn.Module, program: Program) -> None:
+    """Adds what a call of the program compares.
+
+    Attributes of layers, children of containers and hooks are read without a walk of the tree.
+    Where there are classes that are not torch's, whose forwards may read anything, a call compares
+    the fingerprint as well.
+    """
+    for affine in program.affine:
+        for layer in (*affine.before, affine.layer):
+            if names := _HYPERPARAMETERS[type(layer.module)]:
+                seen = tuple(map(deepcopy, operator.attrgetter(*names, "__class__")(layer.module)))
+                program.guards.append(
+                    Guard(operator.attrgetter(*names, "__class__"), layer.module, seen)
+                )
+    for _, module in _tree("", model):
+        program.torch_only &= _of_torch(type(module))
+        calls = ("__class__", "__call__", "forward")
+        if hasattr(module, "_conv_forward"):
+            calls += ("_conv_forward",)  # type: ignore[assignment]
+        read = operator.attrgetter(*calls)
+        program.guards.append(Guard(read, module, read(module)))
+        if module._modules:
+            program.guards.append(Guard(_children, module, _children(module)))
+        program.hooks += _hooks(module)[:4]
+    program.hooks += _global_hooks()
+
+
+def _children(module: nn.Module) -> list[tuple[str, nn.Module | None]]:
+    return list(module._modules.items())
+
+
+def _of_torch(kind: type[nn.Module]) -> bool:
+    return kind.__module__.startswith(("torch.", "cibp_fast."))
+
+
+def fingerprint(model: nn.Module) -> list[tuple[Any, ...]]:
+    """Returns the tree of modules and what their forwards see; when it changes, trace again."""
     return [
         (any(_global_hooks()),),
         *(
@@ -159,7 +220,7 @@ def _own(module: nn.Module) -> tuple[Any, ...]:
     classes that are not torch's, `training` and the attributes that are its own.
     """
     frozen = [each is None or each.requires_grad for each in module._parameters.values()]
-    if type(module).__module__.startswith(("torch.", "cibp_fast.")):
+    if _of_torch(type(module)):
         return tuple(frozen)
     read = [
         (key, value if isinstance(value, _PLAIN) else _read(value))
@@ -269,7 +330,11 @@ def trace(model: nn.Module) -> Program:
                 "its class has a __call__ or a forward that was put in place of torch's, which "
                 "fuse would not run; cf.bounds would"
             )
-    return _group(_layers(model))
+    seen = fingerprint(model)
+    program = _group(_layers(model))
+    program.fingerprint = seen
+    _guards(model, program)
+    return program
 
 
 class _Tracer(fx.Tracer):

@@ -45,6 +45,11 @@ def _builds() -> tuple[dict[str, ModuleType], dict[str, str]]:
     return {isa: builds[isa] for isa in ISAS if isa in builds}, missing
 
 
+def builds() -> dict[str, ModuleType]:
+    """Returns the modules that run on this CPU, by instruction set, best first."""
+    return _builds()[0]
+
+
 @torch.compiler.assume_constant_result  # dynamo need not trace the imports
 def available_isas() -> tuple[str, ...]:
     """Instruction sets whose kernels are built and run on this CPU, best first."""

@@ -68,15 +68,15 @@ def network_failure(
     )
 
 
-def layer_failure(numbers: Sequence[int], nominal: bool, bias: bool, device: torch.device) -> str:
+def layer_failure(shape: Shape, nominal: bool, bias: bool, device: torch.device) -> str:
     """The same of an affine layer as `cibp_fast.ops` runs it, with a nominal stream and a bias or
     without.
 
-    numbers: its `conv2d_shape`.
+    shape: its geometry.
     """
-    tiled = [(layers.shape_of(numbers), layers.PRECISION)]
-    check = partial(layer_errors, numbers, device, nominal, bias)
-    return checked(("layer", nominal, bias, *numbers), tiled, device, check)
+    tiled = [(shape, layers.PRECISION)]
+    check = partial(layer_errors, shape, device, nominal, bias)
+    return checked(("layer", nominal, bias, *shape), tiled, device, check)
 
 
 def relu_failure(nominal: bool, device: torch.device) -> str:

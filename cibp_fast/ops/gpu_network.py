@@ -24,8 +24,7 @@ def shape_of(stage: Any, batch: int) -> Shape:
     """
     if stage.dense:
         return Shape(batch, prod(stage.input), 1, 1, stage.output[0], 1, 1, 1, 1)
-    sizes = (*stage.input, *stage.output, *stage.kernel)
-    return Shape(batch, *sizes, stage.stride, stage.padding, stage.dilation)
+    return stage.shape._replace(batch=batch, groups=1)  # type: ignore[no-any-return]
 
 
 def _images(streams: Tensor, shape: Shape) -> Tensor:

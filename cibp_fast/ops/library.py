@@ -1,7 +1,7 @@
-"""The ops of single layers as torch sees them: schemas, fakes, and the kernels behind them.
+"""What the ops share: torch's library of them, the layout of results, addresses, and checks.
 
-`ops` calls them, with derivatives. The kernels fill what is allocated here. Outputs and gradients
-that do not exist (no nominal, not wanted) are empty tensors, since an op cannot return None.
+The kernels fill what is allocated here. Outputs and gradients that do not exist (no nominal, not
+wanted) are empty tensors, since an op cannot return None.
 """
 
 from __future__ import annotations
@@ -16,29 +16,13 @@ from torch import Tensor
 
 from cibp_fast.ops import backends
 
-Pair = tuple[int, int]
+Streams = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # lower, upper, nominal, width
 
 library = torch.library.Library("cibp_fast", "DEF")
-_INPUTS = "Tensor lower, Tensor upper, Tensor? nominal, Tensor weight"
-_GEOMETRY = "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups"
-_GRADIENTS = "Tensor? grad_lower, Tensor? grad_upper, Tensor? grad_nominal, Tensor? grad_width"
-_SAVED = f"{_INPUTS}, Tensor? lower_out, Tensor? upper_out"
-_WANTED = "bool wants_input, bool wants_weight"
-_BACKEND = "str backend='cpu'"  # of _MODULES, or the CPU's
-_FOUR = "(Tensor, Tensor, Tensor, Tensor)"
-_FIVE = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
-library.define(f"conv2d_forward({_INPUTS}, Tensor? bias, {_GEOMETRY}, {_BACKEND}) -> {_FOUR}")
-library.define(
-    f"conv2d_backward({_GRADIENTS}, {_SAVED}, {_GEOMETRY}, {_WANTED}, {_BACKEND}) -> {_FIVE}"
-)
-library.define(f"linear_forward({_INPUTS}, Tensor? bias, {_BACKEND}) -> {_FOUR}")
-library.define(f"linear_backward({_GRADIENTS}, {_SAVED}, {_WANTED}, {_BACKEND}) -> {_FIVE}")
 
-library.define(f"relu_forward(Tensor lower, Tensor upper, Tensor? nominal, {_BACKEND}) -> {_FOUR}")
-library.define(
-    f"relu_backward({_GRADIENTS}, Tensor lower_out, Tensor upper_out, Tensor? nominal_out=None, "
-    f"{_BACKEND}) -> (Tensor, Tensor, Tensor)"
-)
+# Parts of the schemas.
+GRADIENTS = "Tensor? grad_lower, Tensor? grad_upper, Tensor? grad_nominal, Tensor? grad_width"
+BACKEND = "str backend='cpu'"
 
 
 def on_its_gpu(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -58,290 +42,93 @@ def on_its_gpu(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return register
 
 
-def _layout(image: Tensor) -> torch.memory_format:
-    """The memory format of what is computed from this tensor, as with torch's convolutions."""
+def layout(image: Tensor) -> torch.memory_format:
+    """Returns the memory format of what is computed from this tensor, as torch's convolutions."""
     last = image.dim() == 4 and image.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last and not image.is_contiguous() else torch.contiguous_format
 
 
-def _empty(like: Tensor, shape: Sequence[int] | None) -> Tensor:
-    """An uninitialised tensor in `like`'s layout; of no elements where shape is None."""
+def empty(like: Tensor, shape: Sequence[int] | None) -> Tensor:
+    """Returns an uninitialised tensor in `like`'s layout; of no elements where shape is None."""
     if shape is None:
         return like.new_empty(0)
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=_layout(like))
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout(like))
 
 
-def _forward_outputs(
+def forward_outputs(
     lower: Tensor, nominal: Tensor | None, shape: Sequence[int]
 ) -> tuple[Tensor, ...]:
+    """Returns lower', upper', nominal' of this shape, and the width, uninitialised."""
     return (
-        _empty(lower, shape),
-        _empty(lower, shape),
-        _empty(lower, None if nominal is None else shape),
+        empty(lower, shape),
+        empty(lower, shape),
+        empty(lower, None if nominal is None else shape),
         lower.new_empty(()),
     )
 
 
-def _backward_outputs(
-    lower: Tensor, nominal: Tensor | None, weight: Tensor, wants_input: bool, wants_weight: bool
-) -> tuple[Tensor, ...]:
-    shape = lower.shape if wants_input else None
-    return (
-        _empty(lower, shape),
-        _empty(lower, shape),
-        _empty(lower, None if nominal is None else shape),
-        lower.new_empty(weight.shape if wants_weight else 0),
-        lower.new_empty(weight.shape[0] if wants_weight else 0),
-    )
-
-
-def _address(tensor: Tensor | None) -> tuple[int, ...]:
-    """What the kernels take for a tensor: data pointer and strides, all 0 where it is absent."""
-    if tensor is None:
-        return (0, 0, 0, 0, 0)
-    return (tensor.data_ptr(), *tensor.stride(), *([0] * (4 - tensor.dim())))
-
-
-def pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-_MODULES = {"triton": "layers", "cuda": "cuda"}  # of cibp_fast.kernels, all of the same functions
-
-
-def _layers(backend: str) -> ModuleType:
-    """The module of a GPU's kernels: imported late, since it may need Triton."""
-    return importlib.import_module(f"cibp_fast.kernels.{_MODULES[backend]}")
+def triton_layers() -> ModuleType:
+    """Returns the runner of single layers on a GPU: imported late, since it needs Triton."""
+    return importlib.import_module("cibp_fast.kernels.layers")
 
 
 def kernel(name: str, dtype: torch.dtype) -> Any:
+    """Returns the CPU's function of this name for numbers of this dtype."""
     return getattr(backends.kernels(), f"{name}_{str(dtype).removeprefix('torch.')}")
 
 
-def _run_forward(
-    name: str,
-    shape: Sequence[int],
-    outputs: Sequence[Tensor],
-    lower: Tensor,
-    upper: Tensor,
-    nominal: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-) -> None:
-    bias = None if bias is None else bias.contiguous()
-    inputs = [_address(t) for t in (lower, upper, nominal, weight)]
-    kernel(name, lower.dtype)(
-        shape, backends.threads(), inputs, pointer(bias), [t.data_ptr() for t in outputs]
-    )
+def pointer(tensor: Tensor | None) -> int:
+    """Returns a tensor's address; 0 where it is absent."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
-def _run_backward(
-    name: str,
-    shape: Sequence[int],
-    out_shape: Sequence[int],
-    outputs: Sequence[Tensor],
-    gradients: Sequence[Tensor | None],
-    saved: Sequence[Tensor | None],
-) -> None:
-    grad_lower, grad_upper, grad_nominal, grad_width = gradients
-    lower, upper, nominal, weight, lower_out, upper_out = saved
-    assert lower is not None
-    zero = lower.new_zeros(()).expand(out_shape)
-    if grad_width is None:
-        lower_out = upper_out = None
-    tensors = [
-        zero if grad_lower is None else grad_lower,
-        zero if grad_upper is None else grad_upper,
-        None if nominal is None else zero if grad_nominal is None else grad_nominal,
-        *(lower_out, upper_out, lower, upper, nominal, weight),
-    ]
-    kernel(name, lower.dtype)(
-        shape,
-        backends.threads(),
-        [_address(t) for t in tensors],
-        0.0 if grad_width is None else grad_width.item(),
-        [t.data_ptr() for t in outputs],
-    )
+def mark_dead(ctx: Any, width: bool, result: Sequence[Tensor], nominal: Tensor | None) -> None:
+    """Marks the outputs that nothing flows through."""
+    ctx.set_materialize_grads(False)
+    dead = [result[i] for i, used in ((2, nominal is not None), (3, width)) if not used]
+    ctx.mark_non_differentiable(*dead)
 
 
-def conv2d_shape(
-    lower: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair, groups: int
-) -> tuple[int, ...]:
-    """csrc/cpu/conv2d.h: Conv2dShape."""
-    out = conv2d_size(lower, weight, stride, padding, dilation)
-    channels, kernel = weight.shape[0], weight.shape[2:]
-    last = _layout(lower) == torch.channels_last
-    return (*lower.shape, channels, *out, *kernel, *stride, *padding, *dilation, groups, last)
-
-
-@torch.library.register_fake("cibp_fast::conv2d_forward", lib=library)
-def _conv2d_forward_fake(  # type: ignore[no-untyped-def]
-    lower, upper, nominal, weight, bias, stride, padding, dilation, groups, backend="cpu"
-):
-    size = conv2d_size(lower, weight, stride, padding, dilation)
-    return _forward_outputs(lower, nominal, (lower.shape[0], weight.shape[0], *size))
-
-
-@on_its_gpu("conv2d_forward")
-@torch.library.impl(library, "conv2d_forward", "CPU")
-def _conv2d_forward_kernel(  # type: ignore[no-untyped-def]
-    lower, upper, nominal, weight, bias, stride, padding, dilation, groups, backend="cpu"
-):
-    shape = conv2d_shape(lower, weight, stride, padding, dilation, groups)
-    outputs = _forward_outputs(lower, nominal, (shape[0], *shape[4:7]))
-    if backend in _MODULES:
-        return _layers(backend).forward(shape, outputs, lower, upper, nominal, weight, bias)
-    _run_forward("conv2d_forward", shape, outputs, lower, upper, nominal, weight, bias)
-    return outputs
-
-
-@torch.library.register_fake("cibp_fast::conv2d_backward", lib=library)
-def _conv2d_backward_fake(*arguments):  # type: ignore[no-untyped-def]
-    lower, _, nominal, weight = arguments[4:8]
-    return _backward_outputs(lower, nominal, weight, *arguments[14:16])
-
-
-@on_its_gpu("conv2d_backward")
-@torch.library.impl(library, "conv2d_backward", "CPU")
-def _conv2d_backward_kernel(*arguments):  # type: ignore[no-untyped-def]
-    gradients, saved = arguments[:4], arguments[4:10]
-    lower, _, nominal, weight = saved[:4]
-    shape = conv2d_shape(lower, weight, *arguments[10:14])
-    outputs = _backward_outputs(lower, nominal, weight, *arguments[14:16])
-    if (backend := (*arguments, "cpu")[16]) in _MODULES:
-        return _layers(backend).backward(shape, outputs, gradients, saved)
-    _run_backward("conv2d_backward", shape, (shape[0], *shape[4:7]), outputs, gradients, saved)
-    return outputs
-
-
-@torch.library.register_fake("cibp_fast::linear_forward", lib=library)
-def _linear_forward_fake(lower, upper, nominal, weight, bias, backend="cpu"):  # type: ignore[no-untyped-def]
-    return _forward_outputs(lower, nominal, (lower.shape[0], weight.shape[0]))
-
-
-@on_its_gpu("linear_forward")
-@torch.library.impl(library, "linear_forward", "CPU")
-def _linear_forward_kernel(lower, upper, nominal, weight, bias, backend="cpu"):  # type: ignore[no-untyped-def]
-    outputs = _forward_outputs(lower, nominal, (lower.shape[0], weight.shape[0]))
-    if backend in _MODULES:
-        shape = linear_shape(len(lower), weight)
-        return _layers(backend).forward(shape, outputs, lower, upper, nominal, weight, bias)
-    shape = (*lower.shape, weight.shape[0])
-    _run_forward("linear_forward", shape, outputs, lower, upper, nominal, weight, bias)
-    return outputs
-
-
-@torch.library.register_fake("cibp_fast::linear_backward", lib=library)
-def _linear_backward_fake(*arguments):  # type: ignore[no-untyped-def]
-    lower, _, nominal, weight = arguments[4:8]
-    return _backward_outputs(lower, nominal, weight, *arguments[10:12])
-
-
-@on_its_gpu("linear_backward")
-@torch.library.impl(library, "linear_backward", "CPU")
-def _linear_backward_kernel(*arguments):  # type: ignore[no-untyped-def]
-    gradients, saved = arguments[:4], arguments[4:10]
-    lower, _, nominal, weight = saved[:4]
-    outputs = _backward_outputs(lower, nominal, weight, *arguments[10:12])
-    if (backend := (*arguments, "cpu")[12]) in _MODULES:
-        shape = linear_shape(len(lower), weight)
-        return _layers(backend).backward(shape, outputs, gradients, saved)
-    out_shape = (lower.shape[0], weight.shape[0])
-    shape = (*lower.shape, weight.shape[0])
-    _run_backward("linear_backward", shape, out_shape, outputs, gradients, saved)
-    return outputs
-
-
-@torch.library.register_fake("cibp_fast::relu_forward", lib=library)
-def _relu_forward_fake(lower, upper, nominal, backend="cpu"):  # type: ignore[no-untyped-def]
-    return _forward_outputs(lower, nominal, lower.shape)
-
-
-@on_its_gpu("relu_forward")
-@torch.library.impl(library, "relu_forward", "CPU")
-def _relu_forward_kernel(lower, upper, nominal, backend="cpu"):  # type: ignore[no-untyped-def]
-    outputs = _forward_outputs(lower, nominal, lower.shape)
-    layout = _layout(lower)
-    inputs = [
-        None if t is None else t.contiguous(memory_format=layout) for t in (lower, upper, nominal)
-    ]
-    if backend in _MODULES:
-        return _layers(backend).relu_forward(inputs, outputs)
-    kernel("relu_forward", lower.dtype)(
-        lower.numel(),
-        backends.threads(),
-        [pointer(t) for t in inputs],
-        [t.data_ptr() for t in outputs],
-    )
-    return outputs
-
-
-def _relu_gradients(lower_out: Tensor, nominal_out: Tensor | None) -> tuple[Tensor, ...]:
-    shape = lower_out.shape
+def as_streams(result: Sequence[Tensor], nominal: Tensor | None, width: bool) -> Streams:
+    """Returns an op's result with None for what does not exist or is not wanted."""
     return (
-        _empty(lower_out, shape),
-        _empty(lower_out, shape),
-        _empty(lower_out, None if nominal_out is None else shape),
+        result[0],
+        result[1],
+        None if nominal is None else result[2],
+        result[3] if width else None,
     )
 
 
-@torch.library.register_fake("cibp_fast::relu_backward", lib=library)
-def _relu_backward_fake(*arguments):  # type: ignore[no-untyped-def]
-    lower_out, nominal_out = arguments[4], (*arguments, None)[6]
-    return _relu_gradients(lower_out, nominal_out)
+def wanted(gradients: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """Returns the gradients that are needed, and None for every other argument."""
+    given = [g if need else None for g, need in zip(gradients, needs, strict=False)]
+    return *given, *([None] * (len(needs) - len(given)))
 
 
-@on_its_gpu("relu_backward")
-@torch.library.impl(library, "relu_backward", "CPU")
-def _relu_backward_kernel(  # type: ignore[no-untyped-def]
-    grad_lower,
-    grad_upper,
-    grad_nominal,
-    grad_width,
-    lower_out,
-    upper_out,
-    nominal_out=None,
-    backend="cpu",
-):
-    outputs = _relu_gradients(lower_out, nominal_out)
-    gradients = [
-        torch.zeros_like(lower_out) if g is None else g.contiguous(memory_format=_layout(lower_out))
-        for g in (grad_lower, grad_upper, grad_nominal)
-    ]
-    if backend in _MODULES:
-        values = (lower_out, upper_out, nominal_out)
-        return _layers(backend).relu_backward(gradients, grad_width, values, outputs)
-    kernel("relu_backward", lower_out.dtype)(
-        lower_out.numel(),
-        backends.threads(),
-        [pointer(t) for t in (*gradients, lower_out, upper_out, nominal_out)],
-        0.0 if grad_width is None else grad_width.item(),
-        [t.data_ptr() for t in outputs],
-    )
-    return outputs
-
-
-def linear_shape(batch: int, weight: Tensor) -> tuple[int, ...]:
-    """A linear layer as a convolution: see `conv2d_shape`."""
-    outputs, features = weight.shape
-    return (batch, features, 1, 1, outputs, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1, 0)
-
-
-def conv2d_size(
-    lower: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair
-) -> tuple[int, int]:
-    """Output height and width."""
-
-    def size(i: int) -> int:
-        reach = dilation[i] * (weight.shape[2 + i] - 1) + 1
-        return (lower.shape[2 + i] + 2 * padding[i] - reach) // stride[i] + 1
-
-    return size(0), size(1)
+def check_streams(op: str, named: dict[str, Tensor | None]) -> None:
+    """Raises TypeError or ValueError where tensors do not fit `lower`, naming them."""
+    lower = named["lower"]
+    for name, tensor in named.items():
+        if tensor is None and name in ("nominal", "bias"):
+            continue
+        if not isinstance(tensor, Tensor) or not isinstance(lower, Tensor):
+            raise TypeError(f"{op}: {name} must be a Tensor, got {type(tensor).__name__}")
+        if not tensor.dtype.is_floating_point:
+            raise TypeError(f"{op}: {name} must have a floating point dtype, got {tensor.dtype}")
+        if tensor.dtype != lower.dtype:
+            raise TypeError(
+                f"{op}: {name} is {tensor.dtype}, lower is {lower.dtype}; they must agree"
+            )
+        if tensor.device != lower.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, lower on {lower.device}")
+        if name in ("upper", "nominal") and tensor.shape != lower.shape:
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(tensor.shape)}, lower {tuple(lower.shape)}"
+            )
 
 
 def no_batched_backward(op: str, gradients: Sequence[Tensor | None]) -> None:
     """Raises RuntimeError where a backward pass is given several of each gradient at once."""
-    batched = torch._C._functorch.is_legacy_batchedtensor
     if torch.compiler.is_compiling():
         return
     batched = torch._C._functorch.is_legacy_batchedtensor
@@ -353,6 +140,7 @@ def no_batched_backward(op: str, gradients: Sequence[Tensor | None]) -> None:
 
 
 def no_double_backward(op: str) -> None:
+    """Raises RuntimeError where derivatives of a backward pass are wanted."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             f"{op}: the kernels have no second derivative; create_graph needs backend='torch'"

@@ -147,8 +147,12 @@ def _run(
     outputs: Sequence[Tensor],
 ) -> None:
     inputs = [None if t is None else t.contiguous() for t in inputs]
+    classes, features = weight.shape
+    shape = backends.kernels().LinearShape(
+        batch=len(lower), in_features=features, out_features=classes
+    )
     in_range = kernel(name, lower.dtype)(
-        (len(lower), *weight.shape),
+        shape,
         backends.threads(),
         [pointer(t) for t in inputs],
         [t.data_ptr() for t in outputs],  # 0 where there are no elements

@@ -9,71 +9,90 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import accumulate, chain
+from itertools import chain
 from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from cibp_fast.kernels.shape import Shape
 from cibp_fast.ops import backends
-from cibp_fast.ops.library import (
-    library,
-    no_batched_backward,
-    no_double_backward,
-    on_its_gpu,
-    pointer,
-)
+from cibp_fast.ops.library import library, no_batched_backward, no_double_backward, on_its_gpu
 
 __all__ = ["Stage", "network"]
 
 
 class Stage(NamedTuple):
-    """An affine layer as a convolution, and whether ReLU follows (Stage in network.h).
+    """An affine layer as a convolution, and whether ReLU follows (NetworkLayer in network.h).
 
     A linear layer's kernel covers its input. Average pooling is one, channel by channel, without
-    weight and bias. Padding is with zeros: before the input as given, after it as much as the
-    output needs.
+    weight and bias.
     """
 
-    input: tuple[int, ...]  # channels, height, width
-    output: tuple[int, ...]  # channels, height, width
-    kernel: tuple[int, ...]  # height, width, as all that follow
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
+    shape: Shape  # of one example
     relu: bool
     pool: bool = False
     fast: bool = False  # may round more: in faster products, and in what is saved of its input
 
     @property
+    def input(self) -> tuple[int, ...]:
+        """Channels, height and width."""
+        return self.shape[1:4]
+
+    @property
+    def output(self) -> tuple[int, ...]:
+        """Channels, height and width."""
+        return self.shape[4:7]
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Height and width."""
+        return self.shape[7:9]
+
+    @property
     def dense(self) -> bool:
         """Whether one output of each channel sees the whole input, as in a linear layer."""
-        axes = zip(self.kernel, self.input[1:], self.dilation, strict=True)
+        shape = self.shape
+        axes = zip(self.kernel, self.input[1:], shape.dilation, strict=True)
         covers = all(kernel == size and 1 in (kernel, dilation) for kernel, size, dilation in axes)
-        return not self.pool and covers and self.padding == (0, 0) and self.output[1:] == (1, 1)
+        return not self.pool and covers and shape.padding == (0, 0) and self.output[1:] == (1, 1)
 
     @property
     def padded(self) -> bool:
         """Whether an output reads beyond the input."""
+        shape = self.shape
         ends = [
             (out - 1) * stride + dilation * (kernel - 1)
             for out, kernel, stride, dilation in zip(
-                self.output[1:], self.kernel, self.stride, self.dilation, strict=True
+                self.output[1:], self.kernel, shape.stride, shape.dilation, strict=True
             )
         ]
-        return self.padding != (0, 0) or ends[0] >= self.input[1] or ends[1] >= self.input[2]
+        return shape.padding != (0, 0) or ends[0] >= shape.in_height or ends[1] >= shape.in_width
 
     def numbers(self) -> tuple[int, ...]:
-        """All of it, in order."""
-        geometry = (self.kernel, self.stride, self.padding, self.dilation)
-        flags = (self.relu, self.pool, self.fast)
-        return (*self.input, *self.output, *chain.from_iterable(geometry), *map(int, flags))
+        """Returns all of it as whole numbers, as the op takes it; `stages_of` reads them."""
+        shape = self.shape
+        pairs = chain(shape.stride, shape.padding, shape.dilation)
+        return (*shape[1:9], *pairs, int(self.relu), int(self.pool), int(self.fast))
 
 
 def numbers_of(stages: Sequence[Stage]) -> tuple[int, ...]:
-    """All of them, in order, as the ops take them."""
+    """Returns the numbers of all stages, in order."""
     return tuple(chain.from_iterable(stage.numbers() for stage in stages))
+
+
+@lru_cache(maxsize=256)
+def stages_of(numbers: tuple[int, ...]) -> tuple[Stage, ...]:
+    """Returns the stages that `numbers_of` was given."""
+    stages, size = [], 8 + 6 + 3
+    for at in range(0, len(numbers), size):
+        sizes, pairs = numbers[at : at + 8], numbers[at + 8 : at + 14]
+        relu, pool, fast = map(bool, numbers[at + 14 : at + size])
+        groups = sizes[0] if pool else 1
+        shape = Shape(1, *sizes, pairs[:2], pairs[2:4], pairs[4:], groups)
+        stages.append(Stage(shape, relu, pool, fast))
+    return tuple(stages)
 
 
 def network(
@@ -81,20 +100,20 @@ def network(
     upper: Tensor,
     nominal: Tensor,
     ball_radius: Tensor | None,
-    stages: Sequence[Stage],
+    numbers: tuple[int, ...],
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     mean: bool,
     engine: str,
 ) -> tuple[Any, ...]:
-    """All stages, on tensors that the engine takes; nothing is checked.
+    """Runs all stages, on tensors that the engine takes; nothing is checked.
 
     Args:
         lower, upper, nominal: [N, C, H, W], of any strides.
         ball_radius: [C], contiguous: the box is nominal +- ball_radius, lower and upper are not
             read, and the first stage is a convolution without padding that is not dense. Or None,
             as always with Triton.
-        stages: the last one dense; after a dense one all are.
+        numbers: `numbers_of` the stages; the last one is dense, and after a dense one all are.
         weights: of each stage but pooling, out_channels * in_channels * kernel elements in torch's
             order.
         biases: of the same, [out_channels] or None.
@@ -107,13 +126,13 @@ def network(
         both are the same infinity; and copies of the last stage's weight and bias.
     """
     return _Network.apply(
-        engine, numbers_of(stages), mean, ball_radius, lower, upper, nominal, *weights, *biases
+        engine, numbers, mean, ball_radius, lower, upper, nominal, *weights, *biases
     )
 
 
 @torch.compiler.assume_constant_result  # dynamo need not trace the imports
 def cpu_engine() -> str:
-    """The CPU's engine now."""
+    """Returns the CPU's engine now."""
     return backends.kernels().__name__.rpartition("_")[2]
 
 
@@ -187,83 +206,41 @@ library.define(
 )
 
 
-def _function(name: str, engine: str, dtype: torch.dtype) -> Any:
-    return getattr(backends._builds()[0][engine], f"{name}_{str(dtype).removeprefix('torch.')}")
-
-
 class _Plan(NamedTuple):
-    """What follows from the numbers of all stages."""
+    """What the calls of a network need besides its tensors, made once."""
 
     stages: tuple[Stage, ...]
-    shapes: tuple[tuple[int, ...], ...]  # csrc/cpu/conv2d.h: Conv2dShape, without the batch
-    units: tuple[int, ...]  # of an example's output
+    layers: tuple[int, ...]  # the stage of each weight: all but pooling
+    network: Any  # csrc/cpu/network/network.h: Network
+
+    def by_stage(self, addresses: Sequence[int]) -> list[int]:
+        """Returns one address a stage, from those of its layers; 0 for pooling."""
+        if len(addresses) == len(self.stages):
+            return list(addresses)
+        places = [0] * len(self.stages)
+        for at, address in zip(self.layers, addresses, strict=True):
+            places[at] = address
+        return places
 
 
-def _plan(numbers: Sequence[int]) -> _Plan:
-    return _parsed(tuple(numbers))
-
-
-def stages_of(numbers: Sequence[int]) -> tuple[Stage, ...]:
-    """The inverse of `numbers_of`."""
-    return _plan(numbers).stages
-
-
-@lru_cache(maxsize=256)
-def _parsed(numbers: tuple[int, ...]) -> _Plan:
-    def stage(n: tuple[int, ...]) -> Stage:
-        return Stage(n[:3], n[3:6], n[6:8], n[8:10], n[10:12], n[12:14], *map(bool, n[14:]))
-
-    stages = tuple(stage(numbers[i : i + 17]) for i in range(0, len(numbers), 17))
-    groups = (stage.input[0] if stage.pool else 1 for stage in stages)
-    return _Plan(
-        stages,
-        tuple((*s.numbers()[:14], g, 0) for s, g in zip(stages, groups, strict=True)),
-        tuple(prod(stage.output) for stage in stages),
-    )
-
-
-def _rows(
-    batch: int, plan: _Plan, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
-) -> list[tuple[int, ...]]:
-    """What the kernels take for the stages."""
-    addresses = zip(map(pointer, weights), map(pointer, biases), strict=True)
-    return [
-        (
-            *(batch, *shape, stage.relu + 2 * stage.fast),
-            *((0, 0) if stage.pool else next(addresses)),
+@lru_cache(maxsize=64)
+def _plan(
+    numbers: tuple[int, ...], batch: int, ball: bool, engine: str, dtype: torch.dtype
+) -> _Plan:
+    """Returns the plan of a network on the CPU, for tensors of this batch and dtype."""
+    stages, build = stages_of(numbers), backends.builds()[engine]
+    layers = [
+        build.NetworkLayer(
+            shape=build.Shape(**stage.shape._replace(batch=batch)._asdict()),
+            relu=stage.relu,
+            pool=stage.pool,
+            fast=stage.fast,
         )
-        for stage, shape in zip(plan.stages, plan.shapes, strict=True)
+        for stage in stages
     ]
-
-
-def _by_stage(stages: Sequence[Stage], addresses: Sequence[int]) -> list[int]:
-    """The addresses of what pooling has not, with 0 for pooling."""
-    left = iter(addresses)
-    return [0 if stage.pool else next(left) for stage in stages]
-
-
-def _divisors(batch: int, plan: _Plan, mean: bool) -> list[int]:
-    """What a width is less than the sum of its squares."""
-    return [batch * units if mean else batch for units in plan.units]
-
-
-def _packed_offsets(
-    batch: int, plan: _Plan, dtype: torch.dtype, ball: bool, engine: str
-) -> list[int]:
-    """Where each stage's packed input begins, in bytes, and where the last one ends."""
-    line = 64  # of the cache
-    sizes = _packed_sizes(plan, dtype, ball, engine)
-    return list(accumulate((-(-batch * size // line) * line for size in sizes), initial=0))
-
-
-@lru_cache(maxsize=256)
-def _packed_sizes(plan: _Plan, dtype: torch.dtype, ball: bool, engine: str) -> tuple[int, ...]:
-    """Bytes of one example's packed input of each stage."""
-    size = _function("stage_input_bytes", engine, dtype)
-    return tuple(
-        size((1, *shape), i == 0, ball, stage.fast)
-        for i, (stage, shape) in enumerate(zip(plan.stages, plan.shapes, strict=True))
-    )
+    kind = getattr(build, f"Network_{str(dtype).removeprefix('torch.')}")
+    weighted = tuple(i for i, stage in enumerate(stages) if not stage.pool)
+    return _Plan(stages, weighted, kind(layers, ball))
 
 
 def _forward_outputs(nominal: Tensor, stages: Sequence[Stage]) -> list[Tensor]:
@@ -288,24 +265,31 @@ def _backward_outputs(
 
 
 def _of_gpu(engine: str) -> tuple[str, bool] | None:
-    """The precision of a GPU's engine, and whether it runs CUDA kernels too; None: a CPU's."""
+    """Returns a GPU engine's precision and whether it runs CUDA kernels too; None: a CPU's."""
     name, _, precision = engine.partition("-")
     return (precision, name == "cuda") if precision else None
+
+
+def _divisors(batch: int, stages: Sequence[Stage], mean: bool) -> list[int]:
+    """Returns the divisor of each stage's sum of squared widths."""
+    return [batch * prod(stage.output) if mean else batch for stage in stages]
 
 
 @torch.library.register_fake("cibp_fast::network_forward", lib=library)
 def _network_forward_fake(  # type: ignore[no-untyped-def]
     lower, upper, nominal, ball_radius, weights, biases, numbers, engine, mean=False
 ):
-    plan, ball, batch = _plan(numbers), ball_radius is not None, nominal.shape[0]
+    numbers, batch = tuple(numbers), nominal.shape[0]
+    stages = stages_of(numbers)
     if gpu := _of_gpu(engine):
-        from cibp_fast.ops import gpu_network as gpu_network
+        from cibp_fast.ops import gpu_network
 
-        size = gpu_network.saved_bytes(plan.stages, batch, gpu[0])
+        size = gpu_network.saved_bytes(stages, batch, gpu[0])
     else:
-        size = _packed_offsets(batch, plan, nominal.dtype, ball, engine)[-1]
-    packed = nominal.new_empty(size, dtype=torch.uint8)
-    return *_forward_outputs(nominal, plan.stages), packed
+        plan = _plan(numbers, 1, ball_radius is not None, engine, nominal.dtype)
+        line = 64  # of the cache: where each stage's input begins; csrc/cpu/network/network.cpp
+        size = sum(-(-batch * each // line) * line for each in plan.network.example_bytes)
+    return *_forward_outputs(nominal, stages), nominal.new_empty(size, dtype=torch.uint8)
 
 
 @on_its_gpu("network_forward")
@@ -313,66 +297,58 @@ def _network_forward_fake(  # type: ignore[no-untyped-def]
 def _network_forward_kernel(  # type: ignore[no-untyped-def]
     lower, upper, nominal, ball_radius, weights, biases, numbers, engine, mean=False
 ):
-    batch, plan = len(nominal), _plan(numbers)
+    numbers, batch = tuple(numbers), len(nominal)
+    stages = stages_of(numbers)
     if not batch:
-        outputs = _forward_outputs(nominal, plan.stages)
+        outputs = _forward_outputs(nominal, stages)
         outputs[-1].fill_(torch.nan)
         return *outputs, nominal.new_empty(0, dtype=torch.uint8)
     weights = [weight.contiguous() for weight in weights]
     biases = [None if bias is None else bias.contiguous() for bias in biases]
     if gpu := _of_gpu(engine):
-        from cibp_fast.ops import gpu_network as gpu_network
+        from cibp_fast.ops import gpu_network
 
-        divisors = _divisors(batch, plan, mean)
         precision, cpp = gpu
-        arguments = (lower, upper, nominal, plan.stages, weights, biases, divisors, precision)
+        divisors = _divisors(batch, stages, mean)
+        arguments = (lower, upper, nominal, stages, weights, biases, divisors, precision)
         return gpu_network.forward(*arguments, cpp=cpp)
-    outputs = _forward_outputs(nominal, plan.stages)
-    *offsets, size = _packed_offsets(batch, plan, nominal.dtype, ball_radius is not None, engine)
+    plan = _plan(numbers, batch, ball_radius is not None, engine, nominal.dtype)
+    outputs = _forward_outputs(nominal, stages)
     # memory that an earlier call gave back: fresh pages would cost a small network a tenth more
-    buffer = backends._builds()[0][engine].Buffer(size)
+    buffer = backends.builds()[engine].Buffer(plan.network.saved_bytes)
     packed = torch.frombuffer(buffer, dtype=torch.uint8)
-    _function("network_forward", engine, nominal.dtype)(
-        _rows(batch, plan, weights, biases),
+    plan.network.forward(
         backends.threads(),
+        plan.by_stage([weight.data_ptr() for weight in weights]),
+        plan.by_stage([0 if bias is None else bias.data_ptr() for bias in biases]),
         [(t.data_ptr(), *t.stride()) for t in (lower, upper, nominal)],
-        pointer(ball_radius),
-        [packed.data_ptr() + offset for offset in offsets],
-        _divisors(batch, plan, mean),
+        0 if ball_radius is None else ball_radius.data_ptr(),
+        mean,
+        packed.data_ptr(),
         [t.data_ptr() for t in outputs],
     )
     return *outputs, packed
 
 
 @torch.library.register_fake("cibp_fast::network_backward", lib=library)
-def _network_backward_fake(*arguments):  # type: ignore[no-untyped-def]
-    lower_out, weights, numbers = arguments[6], arguments[10], arguments[11]
-    return _backward_outputs(lower_out, _plan(numbers).stages, weights, *arguments[12:14])
+def _network_backward_fake(  # type: ignore[no-untyped-def]
+    grad_lower, grad_upper, grad_nominal, head_lower, head_upper, grad_widths, lower_out, upper_out,
+    ball_radius, packed, weights, numbers, wants_input, wants_parameters, engine, mean=False,
+):  # fmt: skip
+    stages = stages_of(tuple(numbers))
+    return _backward_outputs(lower_out, stages, weights, wants_input, wants_parameters)
 
 
 @on_its_gpu("network_backward")
 @torch.library.impl(library, "network_backward", "CPU")
 def _network_backward_kernel(  # type: ignore[no-untyped-def]
-    grad_lower,
-    grad_upper,
-    grad_nominal,
-    head_lower,
-    head_upper,
-    grad_widths,
-    lower_out,
-    upper_out,
-    ball_radius,
-    packed,
-    weights,
-    numbers,
-    wants_input,
-    wants_parameters,
-    engine,
-    mean=False,
-):
-    batch, plan = len(lower_out), _plan(numbers)
+    grad_lower, grad_upper, grad_nominal, head_lower, head_upper, grad_widths, lower_out, upper_out,
+    ball_radius, packed, weights, numbers, wants_input, wants_parameters, engine, mean=False,
+):  # fmt: skip
+    numbers, batch = tuple(numbers), len(lower_out)
+    stages = stages_of(numbers)
     inputs, parameters = _backward_outputs(
-        lower_out, plan.stages, weights, wants_input, wants_parameters
+        lower_out, stages, weights, wants_input, wants_parameters
     )
     if not batch:
         for gradient in parameters:
@@ -380,15 +356,15 @@ def _network_backward_kernel(  # type: ignore[no-untyped-def]
         return inputs, parameters
     weights = [weight.contiguous() for weight in weights]
     if gpu := _of_gpu(engine):
-        from cibp_fast.ops import gpu_network as gpu_network
+        from cibp_fast.ops import gpu_network
 
         gpu_network.backward(
             (grad_lower, grad_upper, grad_nominal, head_lower, head_upper, grad_widths),
             (lower_out, upper_out),
             packed,
-            plan.stages,
+            stages,
             weights,
-            _divisors(batch, plan, mean),
+            _divisors(batch, stages, mean),
             gpu[0],
             wants_input,
             wants_parameters,
@@ -397,32 +373,31 @@ def _network_backward_kernel(  # type: ignore[no-untyped-def]
             cpp=gpu[1],
         )
         return inputs, parameters
-    features = (batch, prod(plan.stages[-1].input))
 
-    def dense(gradient: Tensor | None, shape: Sequence[int]) -> Tensor:
-        return lower_out.new_zeros(shape) if gradient is None else gradient.contiguous()
+    def dense(gradient: Tensor | None, size: int) -> Tensor:
+        return lower_out.new_zeros(batch, size) if gradient is None else gradient.contiguous()
 
+    classes, features = stages[-1].output[0], prod(stages[-1].input)
     through_head = head_lower is not None or head_upper is not None
-    zeros = dense(None, lower_out.shape)
     tensors = [
         *(lower_out, upper_out),
-        *(zeros if g is None else g.contiguous() for g in (grad_lower, grad_upper, grad_nominal)),
+        *(dense(gradient, classes) for gradient in (grad_lower, grad_upper, grad_nominal)),
         *(dense(g, features) if through_head else None for g in (head_lower, head_upper)),
         None if grad_widths is None else grad_widths.contiguous(),
     ]
     targets = [
         t.data_ptr() if want else 0 for t, want in zip(parameters, wants_parameters, strict=True)
     ]
-    offsets = _packed_offsets(batch, plan, lower_out.dtype, ball_radius is not None, engine)[:-1]
-    _function("network_backward", engine, lower_out.dtype)(
-        _rows(batch, plan, weights, [None] * len(weights)),
+    plan = _plan(numbers, batch, ball_radius is not None, engine, lower_out.dtype)
+    plan.network.backward(
         backends.threads(),
-        [packed.data_ptr() + offset for offset in offsets],
-        _divisors(batch, plan, mean),
-        pointer(ball_radius),
-        [pointer(t) for t in tensors],
+        plan.by_stage([weight.data_ptr() for weight in weights]),
+        0 if ball_radius is None else ball_radius.data_ptr(),
+        mean,
+        packed.data_ptr(),
+        [0 if t is None else t.data_ptr() for t in tensors],
         [t.data_ptr() if wants_input else 0 for t in inputs],
-        _by_stage(plan.stages, targets[: len(weights)]),
-        _by_stage(plan.stages, targets[len(weights) :]),
+        plan.by_stage(targets[: len(weights)]),
+        plan.by_stage(targets[len(weights) :]),
     )
     return inputs, parameters

@@ -230,14 +230,14 @@ def errors(shape: Shape, precision: str, device: torch.device | str) -> dict[str
 
 
 def layer_errors(
-    numbers: Sequence[int], device: torch.device | str, nominal: bool = True, bias: bool = True
+    shape: Shape, device: torch.device | str, nominal: bool = True, bias: bool = True
 ) -> Errors:
     """Of an affine layer as `cibp_fast.ops` runs it, with a nominal stream and a bias or without.
 
-    numbers: its `conv2d_shape`.
+    shape: its geometry.
     """
-    shape, random = layers.shape_of(numbers), torch.Generator().manual_seed(0)
-    layout = torch.channels_last if numbers[-1] else torch.contiguous_format
+    random = torch.Generator().manual_seed(0)
+    layout = torch.channels_last if shape.channels_last else torch.contiguous_format
 
     def normal(*size: int) -> Tensor:
         return torch.randn(size, generator=random).to(device)
@@ -257,13 +257,13 @@ def layer_errors(
 
     def backward(outputs: Outputs, of: Streams, found: Outputs) -> None:
         of_bias = center.new_empty(shape.out_channels)  # given whether there is one or not
-        layers.backward(numbers, (*outputs[:4], of_bias), of, [*given[:4], *found[:2]])
+        layers.backward(shape, (*outputs[:4], of_bias), of, [*given[:4], *found[:2]])
         if bias:
             outputs[4].copy_(of_bias)
 
     return _op_errors(
         *("a layer", given, gradients),
-        lambda outputs: layers.forward(numbers, outputs, *given),  # type: ignore[arg-type]
+        lambda outputs: layers.forward(shape, outputs, *given),  # type: ignore[arg-type]
         backward,
         lambda *exact: reference.conv2d(*exact, shape.stride, shape.padding, shape.dilation),
     )

@@ -20,7 +20,6 @@ from cibp_fast import reference
 from cibp_fast.interval import Interval
 from cibp_fast.kernels import inputs
 from cibp_fast.kernels.loss import loss
-from cibp_fast.kernels.shape import Shape
 from cibp_fast.kernels.streams import rounded_like
 from cibp_fast.ops.checks import checked
 from cibp_fast.ops.gpu_network import shape_of
@@ -212,8 +211,7 @@ def _expected(
         for stage, each, divisor in zip(step.stages, step.parameters, step.divisors, strict=True):
             if stage is step.stages[-1]:
                 break
-            sizes = (*stage.input, *stage.output, *stage.kernel)
-            shape = Shape(len(y), *sizes, stage.stride, stage.padding, stage.dilation)
+            shape = stage.shape._replace(batch=len(y))
             if each is None:
                 size = (stage.input[0], 1, *stage.kernel)
                 w = torch.full(size, 1 / math.prod(stage.kernel), dtype=m.dtype, device=m.device)

@@ -20,7 +20,7 @@ namespace {
 // of weights. What is input and output is as the plan sees it: the input gradient has them
 // exchanged.
 template <class T>
-T* pack_weights(const Conv2dShape& shape, const Tensor4<const T>& weight, const Plan& plan,
+T* pack_weights(const Shape& shape, const Tensor4<const T>& weight, const Plan& plan,
                 int64_t out_channels, bool exchanged, int threads) {
   const int64_t in_channels = plan.channels, taps = shape.kernel_height * shape.kernel_width,
                 rows = taps * in_channels;
@@ -88,7 +88,7 @@ void pack_rows(const Prologue& prologue, const std::array<Tensor4<const T>, kMax
 // Convolves every strip of every image: prologue, tiles, epilogue. Returns the width that the
 // epilogue sums up.
 template <class T, class Prologue, class MakeEpilogue>
-double convolve(const Conv2dShape& shape, int threads, const Plan& plan, const T* panel,
+double convolve(const Shape& shape, int threads, const Plan& plan, const T* panel,
                 const Prologue& prologue, const std::array<Tensor4<const T>, kMaxSources>& sources,
                 int64_t source_height, int64_t source_width, const MakeEpilogue& epilogue,
                 int64_t out_channels, int64_t height, int64_t width,
@@ -135,7 +135,7 @@ double convolve(const Conv2dShape& shape, int threads, const Plan& plan, const T
 
 template <class T, int S>
 void forward(const Conv2dForward<T>& op) {
-  const Conv2dShape& s = op.shape;
+  const Shape& s = op.shape;
   const int64_t out_channels = s.out_channels / s.groups;
   const Plan plan = make_plan<S>(forward_classes(s), s.in_channels / s.groups, s.out_height,
                                  s.out_width, s.in_height, s.in_width);
@@ -153,7 +153,7 @@ template <class T, class Prologue>
 void input_gradient(const Conv2dBackward<T>& op, const Prologue& prologue,
                     const std::array<Tensor4<const T>, kMaxSources>& gradients) {
   constexpr int S = Prologue::STREAMS;
-  const Conv2dShape& s = op.shape;
+  const Shape& s = op.shape;
   const int64_t in_channels = s.in_channels / s.groups;
   const Plan plan = make_plan<S>(input_gradient_classes(s), s.out_channels / s.groups, s.in_height,
                                  s.in_width, s.out_height, s.out_width);
@@ -173,7 +173,7 @@ template <class T, class Prologue>
 void weight_gradient(const Conv2dBackward<T>& op, const Prologue& prologue,
                      const std::array<Tensor4<const T>, kMaxSources>& gradients) {
   constexpr int S = Prologue::STREAMS, R = kTileRows;
-  const Conv2dShape& s = op.shape;
+  const Shape& s = op.shape;
   const int64_t groups = s.groups, in_channels = s.in_channels / groups,
                 out_channels = s.out_channels / groups;
   const int64_t taps = s.kernel_height * s.kernel_width, rows = taps * in_channels,

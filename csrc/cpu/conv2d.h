@@ -2,31 +2,13 @@
 // one pass.
 #pragma once
 
-#include <cstdint>
+#include "shape.h"
 
 namespace cibp {
 
-// A torch tensor of four dimensions; absent where data is null.
-template <class T>
-struct Tensor4 {
-  T* data = nullptr;
-  int64_t stride[4] = {0, 0, 0, 0};  // in elements
-};
-
-struct Conv2dShape {
-  int64_t batch, in_channels, in_height, in_width;
-  int64_t out_channels, out_height, out_width;
-  int64_t kernel_height, kernel_width;
-  int64_t stride_height, stride_width, padding_height, padding_width, dilation_height,
-      dilation_width;
-  int64_t groups;
-  bool channels_last =
-      false;  // how the images are written: [N, H, W, C] in memory, or [N, C, H, W]
-};
-
 template <class T>
 struct Conv2dForward {
-  Conv2dShape shape;
+  Shape shape;
   int threads;
   Tensor4<const T> lower, upper, nominal;  // [N, C, H, W]; nominal may be absent
   Tensor4<const T> weight;  // [out_channels, in_channels / groups, kernel_height, kernel_width]
@@ -38,7 +20,7 @@ struct Conv2dForward {
 
 template <class T>
 struct Conv2dBackward {
-  Conv2dShape shape;
+  Shape shape;
   int threads;
   Tensor4<const T> grad_lower, grad_upper,
       grad_nominal;                       // [N, out_channels, out_height, out_width]

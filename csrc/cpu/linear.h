@@ -2,20 +2,9 @@
 // one pass.
 #pragma once
 
-#include <cstdint>
+#include "shape.h"
 
 namespace cibp {
-
-// A torch tensor of two dimensions; absent where data is null.
-template <class T>
-struct Tensor2 {
-  T* data = nullptr;
-  int64_t stride[2] = {0, 0};  // in elements
-};
-
-struct LinearShape {
-  int64_t batch, in_features, out_features;
-};
 
 template <class T>
 struct LinearForward {

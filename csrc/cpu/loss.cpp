@@ -9,24 +9,24 @@
 namespace cibp {
 namespace {
 
-bool in_range(const int64_t* labels, const LossShape& shape) {
+bool in_range(const int64_t* labels, const LinearShape& shape) {
   return std::all_of(labels, labels + shape.batch,
-                     [&](int64_t label) { return label >= 0 && label < shape.classes; });
+                     [&](int64_t label) { return label >= 0 && label < shape.out_features; });
 }
 
 // Features with the zeros that fill the last vector.
 template <class T>
-int64_t padded(const LossShape& shape) {
-  return ceil_div(shape.features, kLanes<T>) * kLanes<T>;
+int64_t padded(const LinearShape& shape) {
+  return ceil_div(shape.in_features, kLanes<T>) * kLanes<T>;
 }
 
 // The weights [C, padded], in the calling thread's memory.
 template <class T>
-const T* padded_weight(const LossShape& shape, const T* weight) {
+const T* padded_weight(const LinearShape& shape, const T* weight) {
   const int64_t width = padded<T>(shape);
-  T* rows = scratch<T>(Slot::kPanel, shape.classes * width);
-  for (int64_t j = 0; j < shape.classes; ++j) {
-    T* end = std::copy_n(weight + j * shape.features, shape.features, rows + j * width);
+  T* rows = scratch<T>(Slot::kPanel, shape.out_features * width);
+  for (int64_t j = 0; j < shape.out_features; ++j) {
+    T* end = std::copy_n(weight + j * shape.in_features, shape.in_features, rows + j * width);
     std::fill(end, rows + (j + 1) * width, T{0});
   }
   return rows;
@@ -36,13 +36,13 @@ const T* padded_weight(const LossShape& shape, const T* weight) {
 template <class T>
 struct Ball {
   T *center, *radius;
-  Ball(const LossShape& shape)
+  Ball(const LinearShape& shape)
       : center(scratch<T>(Slot::kSource, 2 * padded<T>(shape))),
         radius(center + padded<T>(shape)) {}
-  void read(const LossShape& shape, const T* lower, const T* upper, int64_t n) {
-    for (int64_t k = 0; k < shape.features; k += kLanes<T>) {
-      const int64_t at = n * shape.features + k;
-      const int64_t count = std::min<int64_t>(kLanes<T>, shape.features - k);
+  void read(const LinearShape& shape, const T* lower, const T* upper, int64_t n) {
+    for (int64_t k = 0; k < shape.in_features; k += kLanes<T>) {
+      const int64_t at = n * shape.in_features + k;
+      const int64_t count = std::min<int64_t>(kLanes<T>, shape.in_features - k);
       const Vec<T> low = T(0.5) * load_some(lower + at, count);
       const Vec<T> high = T(0.5) * load_some(upper + at, count);
       store<T>(center + k, high + low);
@@ -55,7 +55,7 @@ template <class T>
 void worst_logits(const LossForward<T>& op, const T* weight, const Ball<T>& ball, int64_t label,
                   T* worst) {
   constexpr int kRows = 4;  // so many sums in registers that none waits for itself
-  const int64_t width = padded<T>(op.shape), classes = op.shape.classes;
+  const int64_t width = padded<T>(op.shape), classes = op.shape.out_features;
   for (int64_t first = 0; first < classes; first += kRows) {
     const T* rows[kRows];
     for (int i = 0; i < kRows; ++i) rows[i] = weight + std::min(first + i, classes - 1) * width;
@@ -93,7 +93,7 @@ T cross_entropy(const T* logits, int64_t classes, int64_t label, T* slopes) {
 
 template <class T>
 bool loss_forward(const LossForward<T>& op) {
-  const int64_t batch = op.shape.batch, classes = op.shape.classes;
+  const int64_t batch = op.shape.batch, classes = op.shape.out_features;
   if (!in_range(op.labels, op.shape)) return false;
   double* sums = scratch<double>(Slot::kWidth, 2 * op.threads);
   std::fill_n(sums, 2 * op.threads, 0.0);
@@ -126,7 +126,8 @@ bool loss_forward(const LossForward<T>& op) {
 
 template <class T>
 bool loss_backward(const LossBackward<T>& op) {
-  const int64_t batch = op.shape.batch, classes = op.shape.classes, features = op.shape.features;
+  const int64_t batch = op.shape.batch, classes = op.shape.out_features,
+                features = op.shape.in_features;
   const int64_t width = padded<T>(op.shape);
   if (!in_range(op.labels, op.shape)) return false;
   const auto scale = [&](const T* gradient) {

@@ -8,15 +8,13 @@
 
 #include <cstdint>
 
-namespace cibp {
+#include "shape.h"
 
-struct LossShape {
-  int64_t batch, classes, features;
-};
+namespace cibp {
 
 template <class T>
 struct LossForward {
-  LossShape shape;  // [N, C, K]; all tensors are contiguous
+  LinearShape shape;  // N examples, K features, C classes; all tensors are contiguous
   int threads;
   const T* logits;         // [N, C]
   const T *lower, *upper;  // [N, K]
@@ -29,7 +27,7 @@ struct LossForward {
 
 template <class T>
 struct LossBackward {
-  LossShape shape;
+  LinearShape shape;
   int threads;
   const T *grad_nominal, *grad_robust;  // [1]; null: 0
   const T *lower, *upper, *weight;

@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-#include "conv2d.h"
+#include "shape.h"
 #include "tile.h"
 
 namespace cibp {
@@ -208,7 +208,7 @@ Plan make_plan(std::vector<PixelClass> classes, int64_t channels, int64_t height
   return plan;
 }
 
-inline std::vector<PixelClass> forward_classes(const Conv2dShape& s) {
+inline std::vector<PixelClass> forward_classes(const Shape& s) {
   PixelClass pixel_class;
   pixel_class.y = {0, 1, -s.padding_height, s.stride_height};
   pixel_class.x = {0, 1, -s.padding_width, s.stride_width};
@@ -220,7 +220,7 @@ inline std::vector<PixelClass> forward_classes(const Conv2dShape& s) {
 
 // Input pixel y takes output row (y + padding - dilation ky) / stride for each ky where that is
 // whole.
-inline std::vector<PixelClass> input_gradient_classes(const Conv2dShape& s) {
+inline std::vector<PixelClass> input_gradient_classes(const Shape& s) {
   std::vector<PixelClass> classes;
   int64_t row = 0;
   for (int64_t py = 0; py < s.stride_height; ++py)

@@ -325,7 +325,7 @@ def test_boxes_that_are_balls_no_longer(balls: list) -> None:
     run(lambda box: box, x.clone())
     run(lambda box: box.lower.sub_(0.2))
     run(lambda box: box.upper.add_(0.2))
-    run(lambda box: x.mul_(0.5))
+    run(lambda box: (box.lower, x.mul_(0.5)))
     run(lambda box: box * 1.0)
     run(lambda box: box + 0.1)
     run(lambda box: box.clone())
@@ -337,6 +337,16 @@ def test_boxes_that_are_balls_no_longer(balls: list) -> None:
     run(lambda box: Interval.ball(x, torch.full_like(x, 0.1), None))
     compare(*of_box(model, x, Interval.ball(x, 0.1, None)))
     assert balls.pop() is not None
+
+
+def test_bounds_of_a_ball_are_not_made_of_another_point(balls: list) -> None:
+    x = torch.rand(3, 2, 9, 8).double()
+    box = Interval.ball(x, 0.1, None)
+    x.mul_(0.5)
+    for use in (lambda: box.lower, lambda: cf.fuse(BALLS["valid"]()).bounds(x, box)):
+        with pytest.raises(RuntimeError, match=r"x was modified in place after Interval\.ball"):
+            use()
+    assert box.shape == x.shape and box.dtype == x.dtype and len(box) == 3
 
 
 def test_the_radius_of_a_ball_is_its_own(balls: list) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import cibp_fast as cf
 from cibp_fast import Interval, models
-from cibp_fast.fusion.stages import stages_and_parameters
+from cibp_fast.fusion.network import planned
 from cibp_fast.fusion.tracing import trace
 from cibp_fast.ops import backends, network
 
@@ -343,8 +343,8 @@ def test_registration(
     monkeypatch.setattr(backends.kernels(), "Buffer", bytearray)
     model = small(dtype).requires_grad_(False)
     x, lower, upper = inputs(3, 2, 9, 7, dtype=dtype)
-    stages, weights, biases = stages_and_parameters(trace(model), x, fast)
-    numbers = [n for stage in stages for n in stage.numbers()]
+    plan, weights, biases = planned(trace(model), x, fast)
+    numbers = plan.numbers
     radius = torch.tensor([0.1, 0.2], dtype=dtype) if ball else None
     isa = network.cpu_engine()
     arguments = (lower, upper, x, radius, weights, biases, numbers, isa)

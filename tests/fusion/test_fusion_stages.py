@@ -12,15 +12,15 @@ from torch import nn
 
 import cibp_fast as cf
 from cibp_fast import Interval
-from cibp_fast.fusion.stages import stages_and_parameters
+from cibp_fast.fusion.network import planned
 from cibp_fast.fusion.tracing import trace
 
 
 def test_stages_are_kept_while_nothing_changes() -> None:
     program, x = trace(small()), torch.rand(3, 2, 9, 7).double()
-    first, *_ = stages_and_parameters(program, x)
-    assert stages_and_parameters(program, x[:1])[0] is first  # of any batch
-    assert stages_and_parameters(program, x, fast=True)[0] != first
+    first, *_ = planned(program, x)
+    assert planned(program, x[:1])[0] is first  # of any batch
+    assert planned(program, x, fast=True)[0] != first
 
 
 def test_hyperparameters_in_a_list_may_change_in_place() -> None:
@@ -128,8 +128,8 @@ def test_lists_are_known_by_what_they_hold(layer: int, name: str, values: list[A
     program, net, x = trace(model), cf.fuse(model), torch.rand(3, 2, 9, 8, dtype=F64)
     for value in (*values, values[0]):
         held[:] = value
-        first, *_ = stages_and_parameters(program, x)
-        assert stages_and_parameters(program, x)[0] is first
+        first, *_ = planned(program, x)
+        assert planned(program, x)[0] is first
         box = Interval.ball(x, 0.1)
         compare(*of_box(model, x, box))
         torch.testing.assert_close(net.bounds(x, box).logits, model(x))

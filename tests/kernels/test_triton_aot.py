@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from aot import CAPABILITIES, SHARED, Binary, Job, compiled_apart
 
 from cibp_fast import models
-from cibp_fast.fusion.stages import stages_and_parameters
+from cibp_fast.fusion.network import planned
 from cibp_fast.fusion.tracing import trace
 from cibp_fast.kernels import adam, conv2d, inputs, layers, pool
 from cibp_fast.kernels.loss import loss
@@ -30,7 +30,8 @@ BATCH = 100
 def network(name: str) -> tuple[Any, ...]:
     """The image, and stages and parameters, of one of the paper's networks."""
     image = (1, 28, 28) if name == "small" else (3, 32, 32)
-    return image, *stages_and_parameters(trace(models.NETS[name](image)), torch.zeros(1, *image))
+    plan, *parameters = planned(trace(models.NETS[name](image)), torch.zeros(1, *image))
+    return image, plan.stages, *parameters
 
 
 def convolutions(name: str) -> list[Shape]:

@@ -15,7 +15,7 @@ from tritons import DEVICE, PRECISIONS, large_tiles
 
 import cibp_fast as cf
 from cibp_fast import Interval, ops
-from cibp_fast.fusion.stages import stages_and_parameters
+from cibp_fast.fusion.network import planned
 from cibp_fast.fusion.tracing import trace
 from cibp_fast.kernels import adam, conv2d, inputs, layers, pool, streams, tiles
 from cibp_fast.kernels.shape import Shape
@@ -95,7 +95,8 @@ def test_layers_compile_as_one_graph(auto: dict[str, str]) -> None:
 
 
 def stages_of(model: nn.Module, *shape: int) -> tuple[list[Any], list[bool]]:
-    stages, _, biases = stages_and_parameters(trace(model), torch.zeros(1, *shape))
+    plan, _, biases = planned(trace(model), torch.zeros(1, *shape))
+    stages = plan.stages
     return stages, [bias is not None for bias in biases]
 
 

@@ -17,7 +17,7 @@ from tritons import DEVICE
 
 import cibp_fast as cf
 from cibp_fast import Interval, models
-from cibp_fast.fusion.stages import stages_and_parameters
+from cibp_fast.fusion.network import planned
 from cibp_fast.fusion.tracing import trace
 from cibp_fast.training import datasets
 from cibp_fast.training import gpu_step as step_module
@@ -36,7 +36,8 @@ def train_step(
     model: nn.Module, examples: datasets.Split, prepare: nn.Module, table: Tensor, **options: object
 ) -> TrainStep:
     x = examples.images[:1].float()
-    stages, weights, biases = stages_and_parameters(trace(model), x)
+    plan, weights, biases = planned(trace(model), x)
+    stages = plan.stages
     parameters = [
         tuple(
             None if p is None else (p.data, torch.zeros_like(p), torch.zeros_like(p)) for p in pair

@@ -1,4 +1,4 @@
-// As in the forward pass: the dense stages run over the whole batch, a block of weights at a time,
+// As in the forward pass: the dense layers run over the whole batch, a block of weights at a time,
 // and then the convolutions example by example.
 #include <algorithm>
 #include <vector>
@@ -19,9 +19,10 @@ namespace {
 
 // The gradient of the logits' center, radius and nominal: [N][stream][pitch].
 template <class T>
-std::vector<T> logits_gradient(const NetworkBackward<T>& op, int64_t pitch) {
-  const Conv2dShape& s = op.stages.back().shape;
-  const T width = T(4) * op.grad_widths[op.stages.size() - 1];
+std::vector<T> logits_gradient(const NetworkBackward<T>& op, const Layer<T>& head, T grad_squares,
+                               int64_t pitch) {
+  const Shape& s = head.shape;
+  const T width = T(4) * grad_squares;
   std::vector<T> gradient(static_cast<size_t>(s.batch * S * pitch), T{0});
   for (int64_t n = 0; n < s.batch; ++n)
     for (int64_t o = 0; o < s.out_channels; ++o) {
@@ -35,11 +36,11 @@ std::vector<T> logits_gradient(const NetworkBackward<T>& op, int64_t pitch) {
   return gradient;
 }
 
-// The further gradient of the last stage's input by (m, r): [N][2][pixel][channel]; empty: none.
+// The further gradient of the last layer's input by (m, r): [N][2][pixel][channel]; empty: none.
 template <class T>
 std::vector<T> head_gradient(const NetworkBackward<T>& op, const Layer<T>& layer) {
   if (!op.grad_head_lower) return {};
-  const Conv2dShape& s = layer.stage->shape;
+  const Shape& s = layer.shape;
   const int64_t pixels = s.in_height * s.in_width, depth = pixels * layer.in.pitch;
   std::vector<T> gradient(static_cast<size_t>(s.batch * 2 * depth + kBlock<T>), T{0});
   for (int64_t n = 0; n < s.batch; ++n)
@@ -57,7 +58,7 @@ std::vector<T> head_gradient(const NetworkBackward<T>& op, const Layer<T>& layer
 template <class T, int STREAMS>
 void add_bias_gradient(const Layer<T>& layer, const T* gradient, double* bias_sums,
                        double* radius_sums) {
-  const Conv2dShape& s = layer.stage->shape;
+  const Shape& s = layer.shape;
   const Geometry& h = layer.gradient;
   const int64_t channels = s.out_channels;
   for (int64_t c = 0; c < layer.width(); c += kLanes<T>) {
@@ -79,7 +80,7 @@ void add_bias_gradient(const Layer<T>& layer, const T* gradient, double* bias_su
   }
 }
 
-// One example's gradient of the input of the first dense stage, into the padded image that the
+// One example's gradient of the input of the first dense layer, into the padded image that the
 // convolution before it reads.
 template <class T>
 void copy_gradient(const Layer<T>& dense, const T* from, const Layer<T>& convolution, T* to) {
@@ -97,9 +98,8 @@ void copy_gradient(const Layer<T>& dense, const T* from, const Layer<T>& convolu
 
 // The gradient of example n's packed input -> that of lower, upper and nominal.
 template <class T>
-void unpack_gradient(const NetworkBackward<T>& op, int64_t n, const T* packed,
+void unpack_gradient(const NetworkBackward<T>& op, const Shape& s, int64_t n, const T* packed,
                      const std::vector<int64_t>& at, int64_t stream_stride) {
-  const Conv2dShape& s = op.stages[0].shape;
   const int64_t pixels = s.in_height * s.in_width;
   for (int64_t p = 0; p < pixels; ++p)
     for (int64_t c = 0; c < s.in_channels; ++c) {
@@ -112,7 +112,7 @@ void unpack_gradient(const NetworkBackward<T>& op, int64_t n, const T* packed,
     }
 }
 
-// The input gradient of `images` examples of a stage that is not dense; finish(example, pixel,
+// The input gradient of `images` examples of a layer that is not dense; finish(example, pixel,
 // channel of the vector, streams).
 template <class T, class Finish>
 void input_gradient(const Layer<T>& layer, int64_t images, const T* panels, const T* gradient,
@@ -124,147 +124,110 @@ void input_gradient(const Layer<T>& layer, int64_t images, const T* panels, cons
     const auto finish_one = [&](int64_t pixel, int64_t channel, Vec<T>* streams) {
       finish(n, pixel, channel, streams);
     };
-    if (layer.stage->weight)
-      convolve_input_gradient(layer, panels, of_one, product, finish_one);
-    else
+    if (layer.pool)
       pool_input_gradient(layer, of_one, finish_one);
+    else
+      convolve_input_gradient(layer, panels, of_one, product, finish_one);
   }
 }
 
-// The gradients of the dense stages; returns that of the first one's input, packed as it is, or
-// null where nobody wants it.
+// The gradients of the dense layers; returns that of the first one's input, packed as it is, or
+// null where nobody wants it. grad_squares: by the sums of squares that the widths are made of.
 template <class T>
-const T* dense_stages(const NetworkBackward<T>& op, const std::vector<Layer<T>>& layers,
-                      size_t first, bool wants_input) {
-  const int64_t batch = op.stages[0].shape.batch;
-  int64_t pitch = spread_pitch<T>(round_up(op.stages.back().shape.out_channels, kLanes<T>));
-  const std::vector<T> logits = logits_gradient(op, pitch);
+const T* dense_layers(const NetworkPlan<T>& plan, const NetworkBackward<T>& op,
+                      const std::vector<T>& grad_squares, bool wants_input) {
+  const std::vector<Layer<T>>& layers = plan.layers;
+  const int64_t batch = plan.batch;
+  int64_t pitch = spread_pitch<T>(layers.back().width());
+  const std::vector<T> logits = logits_gradient(op, layers.back(), grad_squares.back(), pitch);
   const std::vector<T> head = head_gradient(op, layers.back());
-  const T* gradient = logits.data();  // of a stage's output, packed as the input of the next
-  for (size_t i = layers.size(); i-- > first;) {
+  const T* gradient = logits.data();  // of a layer's output, packed as the input of the next
+  for (size_t i = layers.size(); i-- > plan.convolutions;) {
     const Layer<T>& layer = layers[i];
     T* next = nullptr;
     if (i > 0 || wants_input)
-      next = scratch<T>(batch_slot(layers, i), batch * layer.in.size() + kBlock<T>);
-    const InputTarget<T> target{i > 0 ? &op.stages[i - 1] : nullptr, next,
-                                i > 0 ? T(8) * op.grad_widths[i - 1] : T{0}};
+      next = scratch<T>(batch_slot(plan, i), batch * layer.in.size() + kBlock<T>);
+    const InputTarget<T> target{i > 0 ? &layers[i - 1] : nullptr, next,
+                                i > 0 ? T(8) * grad_squares[i - 1] : T{0}};
     const std::vector<FeatureBlock> blocks = feature_blocks(layer, kFeatures);
     parallel_for(op.threads, static_cast<int64_t>(blocks.size()), [&](int64_t b) {
-      dense_backward(layer, op.inputs[i], gradient, pitch, blocks[static_cast<size_t>(b)], target,
+      dense_backward(layer, op.weights[i], op.saved + layer.saved, gradient, pitch,
+                     blocks[static_cast<size_t>(b)], target,
                      i + 1 < layers.size() || head.empty() ? nullptr : head.data(),
                      op.grad_weights[i]);
     });
     if (op.grad_biases[i])
-      dense_bias_gradient(gradient, pitch, batch, layer.stage->shape.out_channels,
-                          op.grad_biases[i]);
+      dense_bias_gradient(gradient, pitch, batch, layer.shape.out_channels, op.grad_biases[i]);
     gradient = next;
     pitch = layer.in.stream_stride();
   }
   return gradient;
 }
 
-// The gradients of the stages in front of the dense ones. The batch is divided into as many parts
-// as threads: the examples of a part go through all stages, and have sums of their own of the
+// The gradients of the layers in front of the dense ones. The batch is divided into as many parts
+// as threads: the examples of a part go through all layers, and have sums of their own of the
 // gradients of weights and biases, which are added up in the end.
 template <class T>
 class Convolutions {
  public:
-  Convolutions(const NetworkBackward<T>& op, std::vector<Layer<T>>& layers, size_t count,
-               const T* panels, bool wants_input)
-      : op_(op), layers_(layers), count_(count), panels_(panels), wants_input_(wants_input) {
-    row_offsets_.resize(count);
-    for (size_t i = 0; i < count; ++i) {
-      place(i);
-      if (layers[i].stage->weight && !layers[i].winograd.weight) row_offsets_[i] = rows_of(i);
-    }
-    const Conv2dShape& s = op.stages[0].shape;
-    for (int64_t p = 0; p < s.in_height * s.in_width; ++p)
-      input_at_.push_back(p * round_up(s.in_channels, kLanes<T>));
-  }
+  Convolutions(const NetworkPlan<T>& plan, const NetworkBackward<T>& op,
+               const std::vector<T>& grad_squares, const T* panels, bool wants_input)
+      : plan_(plan),
+        layers_(plan.layers),
+        op_(op),
+        grad_squares_(grad_squares),
+        panels_(panels),
+        wants_input_(wants_input) {}
 
-  // gradient: of the input of the first dense stage.
+  // gradient: of the input of the first dense layer.
   void run(const T* gradient) {
-    const int64_t batch = op_.stages[0].shape.batch;
+    const int64_t batch = plan_.batch;
     parts_ = batch > 1 ? op_.threads : 1;
-    plus_ = scratch<T>(Slot::kSumA, parts_ * sums_);
-    magnitude_ = scratch<T>(Slot::kSumB, parts_ * sums_);
-    bias_sums_.assign(static_cast<size_t>(parts_ * outputs_), 0.0);
-    radius_sums_.assign(static_cast<size_t>(parts_ * op_.stages[0].shape.out_channels), 0.0);
+    plus_ = scratch<T>(Slot::kSumA, parts_ * plan_.sums);
+    magnitude_ = scratch<T>(Slot::kSumB, parts_ * plan_.sums);
+    bias_sums_.assign(static_cast<size_t>(parts_ * plan_.outputs), 0.0);
+    radius_sums_.assign(static_cast<size_t>(parts_ * layers_[0].shape.out_channels), 0.0);
     parallel(parts_,
              [&](int index, int parts) { examples(index, Part(batch, index, parts), gradient); });
     add_up();
   }
 
  private:
-  // Where layer i's sums and images lie in a part's memory.
-  void place(size_t i) {
-    Layer<T>& layer = layers_[i];
-    const Conv2dShape& s = layer.stage->shape;
-    layer.sums = sums_;
-    if (layer.winograd.weight)
-      sums_ +=
-          kProducts * layer.width() * round_up(Winograd(s).phases() * layer.in.pitch, kTileRows);
-    else if (layer.stage->weight)
-      sums_ += layer.sum_size();
-    layer.image = images_;
-    images_ += images_of(i) * layer.gradient.size() + kBlock<T>;
-    layer.bias = outputs_;
-    outputs_ += s.out_channels;
-    max_pixels_ = std::max(max_pixels_, layer.backward.max_pixels);
-  }
-
-  // How many images of the gradient of layer i's output there are: what the next convolution takes.
-  int64_t images_of(size_t i) const { return layers_[std::min(i + 1, count_ - 1)].group; }
-
-  // Offsets of layer i's weight gradient's rows in its input; the last one again to fill a tile.
-  std::vector<int64_t> rows_of(size_t i) const {
-    const Layer<T>& layer = layers_[i];
-    const Conv2dShape& s = layer.stage->shape;
-    std::vector<int64_t> offsets;
-    for (int64_t row = 0; row < round_up(layer.rows(), kTileRows); ++row) {
-      const int64_t r = std::min(row, layer.rows() - 1), tap = r / s.in_channels;
-      offsets.push_back(tap / s.kernel_width * s.dilation_height * layer.in.row_stride() +
-                        tap % s.kernel_width * s.dilation_width * layer.in.pitch +
-                        r % s.in_channels);
-    }
-    return offsets;
-  }
-
-  // All stages of a part's examples.
+  // All layers of a part's examples.
   void examples(int index, const Part& part, const T* gradient) {
-    std::fill_n(plus_ + index * sums_, sums_, T{0});
-    std::fill_n(magnitude_ + index * sums_, sums_, T{0});
-    T* const images = scratch<T>(Slot::kGradient, images_ + kBlock<T>);
-    for (size_t i = 0; i < count_; ++i) {
+    std::fill_n(plus_ + index * plan_.sums, plan_.sums, T{0});
+    std::fill_n(magnitude_ + index * plan_.sums, plan_.sums, T{0});
+    T* const images = scratch<T>(Slot::kGradient, plan_.gradient_images + kBlock<T>);
+    for (size_t i = 0; i < plan_.convolutions; ++i) {
       const Layer<T>& layer = layers_[i];
-      for (int64_t n = 0; n < images_of(i); ++n)
-        clear_padding(layer.gradient, layer.stage->shape.out_height, layer.stage->shape.out_width,
-                      images + layer.image + n * layer.gradient.size());
+      for (int64_t n = 0; n < layer.gradient_images; ++n)
+        clear_padding(layer.gradient, layer.shape.out_height, layer.shape.out_width,
+                      images + layer.gradient_image + n * layer.gradient.size());
     }
-    const Layer<T>&dense = layers_[count_], &last = layers_[count_ - 1];
-    T* const out = images + last.image;
+    const Layer<T>&dense = layers_[plan_.convolutions], &last = layers_[plan_.convolutions - 1];
+    T* const out = images + last.gradient_image;
     for (int64_t n = part.begin; n < part.end; n += last.group) {
       const int64_t end = std::min(n + last.group, part.end);
       for (int64_t k = n; k < end; ++k)
         copy_gradient(dense, gradient + k * dense.in.size(), last,
                       out + (k - n) * last.gradient.size());
-      stages(index, count_ - 1, n, end, out, images);
+      layers(index, plan_.convolutions - 1, n, end, out, images);
     }
   }
 
-  // The stages from i down, of the examples [begin, end), from the gradients of i's outputs.
-  void stages(int part, size_t i, int64_t begin, int64_t end, const T* gradients, T* images) {
+  // The layers from i down, of the examples [begin, end), from the gradients of i's outputs.
+  void layers(int part, size_t i, int64_t begin, int64_t end, const T* gradients, T* images) {
     const Layer<T>& layer = layers_[i];
     for (int64_t n = begin; n < end; n += layer.group) {
       const int64_t count = std::min(layer.group, end - n);
-      const T* in = restore(layer, count, op_.inputs[i] + n * layer.saved_size());
-      if (layer.stage->weight) add_parameters(part, i, count, in, gradients);
+      const T* in = restore(layer, count, op_.saved + layer.saved + n * layer.saved_size());
+      if (!layer.pool) add_parameters(part, i, count, in, gradients);
       if (i > 0) {
-        T* const out = images + layers_[i - 1].image;
+        T* const out = images + layers_[i - 1].gradient_image;
         to_previous(i, count, in, gradients, out);
-        stages(part, i - 1, n, n + count, out, images);
+        layers(part, i - 1, n, n + count, out, images);
       } else if (wants_input_) {
-        to_input(n, gradients);  // the first stage takes one example at a time
+        to_input(n, gradients);  // the first layer takes one example at a time
       }
       gradients += count * layer.gradient.size();
     }
@@ -274,51 +237,50 @@ class Convolutions {
   void add_parameters(int part, size_t i, int64_t count, const T* in, const T* gradients) {
     const Layer<T>& layer = layers_[i];
     const bool one = layer.in.streams == 1;
-    T* const plus = plus_ + part * sums_ + layer.sums;
-    T* const magnitude = magnitude_ + part * sums_ + layer.sums;
-    const int64_t channels = op_.stages[0].shape.out_channels;
-    double* const bias = &bias_sums_[static_cast<size_t>(part * outputs_ + layer.bias)];
+    T* const plus = plus_ + part * plan_.sums + layer.sums;
+    T* const magnitude = magnitude_ + part * plan_.sums + layer.sums;
+    const int64_t channels = layers_[0].shape.out_channels;
+    double* const bias = &bias_sums_[static_cast<size_t>(part * plan_.outputs + layer.bias)];
     double* const radius = &radius_sums_[static_cast<size_t>(part * channels)];
     const auto add = one ? convolve_weight_gradient<T, 1> : convolve_weight_gradient<T, S>;
     const auto add_bias = one ? add_bias_gradient<T, 1> : add_bias_gradient<T, S>;
     if (layer.winograd.weight)
       winograd_weight_gradient(layer, count, in, gradients, plus, magnitude);
     for (int64_t k = 0; k < count; ++k, gradients += layer.gradient.size()) {
-      if (!layer.winograd.weight)
-        add(layer, row_offsets_[i], in + k * layer.in.size(), gradients, plus, magnitude);
+      if (!layer.winograd.weight) add(layer, in + k * layer.in.size(), gradients, plus, magnitude);
       add_bias(layer, gradients, bias, radius);
     }
   }
 
-  // The gradients of the outputs of the stage before i, of `count` examples.
+  // The gradients of the outputs of the layer before i, of `count` examples.
   void to_previous(size_t i, int64_t count, const T* in, const T* gradients, T* out) const {
     const Layer<T>&layer = layers_[i], &previous = layers_[i - 1];
-    const T scale = T(8) * op_.grad_widths[i - 1];
-    input_gradient(
-        layer, count, panels_, gradients, max_pixels_,
-        [&](int64_t example, int64_t pixel, int64_t channel, Vec<T>* streams) {
-          const auto p = static_cast<size_t>(pixel);
-          const T* x = in + example * layer.in.size() + layer.in_offsets[p] + channel;
-          deactivate<T>(x, layer.in.stream_stride(), scale, previous.stage->relu, streams);
-          if (previous.in.streams == 1) streams[0] += streams[2];
-          T* to = out + example * previous.gradient.size() + previous.gradient_offsets[p] + channel;
-          for (int k = 0; k < S; ++k)
-            store<T>(to + k * previous.gradient.stream_stride(), streams[k]);
-        });
+    const T scale = T(8) * grad_squares_[i - 1];
+    input_gradient(layer, count, panels_, gradients, plan_.backward_max_pixels,
+                   [&](int64_t example, int64_t pixel, int64_t channel, Vec<T>* streams) {
+                     const auto p = static_cast<size_t>(pixel);
+                     const T* x = in + example * layer.in.size() + layer.in_offsets[p] + channel;
+                     deactivate<T>(x, layer.in.stream_stride(), scale, previous.relu, streams);
+                     if (previous.in.streams == 1) streams[0] += streams[2];
+                     T* to = out + example * previous.gradient.size() +
+                             previous.gradient_offsets[p] + channel;
+                     for (int k = 0; k < S; ++k)
+                       store<T>(to + k * previous.gradient.stream_stride(), streams[k]);
+                   });
   }
 
   // The gradient of the network's input, of example n.
   void to_input(int64_t n, const T* gradient) const {
-    const Conv2dShape& s = op_.stages[0].shape;
+    const Shape& s = layers_[0].shape;
     const int64_t pitch = round_up(s.in_channels, kLanes<T>);
     const int64_t stream_stride = s.in_height * s.in_width * pitch;
     T* const out = scratch<T>(Slot::kSource, S * stream_stride);
-    input_gradient(layers_[0], 1, panels_, gradient, max_pixels_,
+    input_gradient(layers_[0], 1, panels_, gradient, plan_.backward_max_pixels,
                    [&](int64_t, int64_t pixel, int64_t channel, Vec<T>* streams) {
                      T* to = out + pixel * pitch + channel;
                      for (int k = 0; k < S; ++k) store<T>(to + k * stream_stride, streams[k]);
                    });
-    unpack_gradient(op_, n, out, input_at_, stream_stride);
+    unpack_gradient(op_, s, n, out, plan_.input_at, stream_stride);
   }
 
   // The gradients of weights and biases, from all parts' sums.
@@ -328,64 +290,65 @@ class Convolutions {
       int64_t channel;
     };
     std::vector<Item> items;
-    for (size_t i = 0; i < count_; ++i)
-      for (int64_t o = 0; op_.stages[i].weight && o < layers_[i].width(); o += kLanes<T>)
+    for (size_t i = 0; i < plan_.convolutions; ++i)
+      for (int64_t o = 0; !layers_[i].pool && o < layers_[i].width(); o += kLanes<T>)
         items.push_back({i, o});
     parallel_for(op_.threads, static_cast<int64_t>(items.size()), [&](int64_t index) {
       const auto [i, channel] = items[static_cast<size_t>(index)];
       const Layer<T>& layer = layers_[i];
-      const WeightSums<T> all{plus_ + layer.sums, magnitude_ + layer.sums, sums_, parts_};
+      const WeightSums<T> all{plus_ + layer.sums, magnitude_ + layer.sums, plan_.sums, parts_};
       if (T* target = op_.grad_weights[i]) {
         if (layer.winograd.weight)
-          winograd_reduce(layer, all, channel, target);
+          winograd_reduce(layer, op_.weights[i], all, channel, target);
         else
-          convolve_reduce(layer, all, radius_sums_.data(), op_.ball_radius, channel, target);
+          convolve_reduce(layer, op_.weights[i], all, radius_sums_.data(), op_.ball_radius, channel,
+                          target);
       }
-      const int64_t end = std::min<int64_t>(channel + kLanes<T>, layer.stage->shape.out_channels);
+      const int64_t end = std::min<int64_t>(channel + kLanes<T>, layer.shape.out_channels);
       for (int64_t o = channel; op_.grad_biases[i] && o < end; ++o) {
         double total = 0;
         for (int part = 0; part < parts_; ++part)
-          total += bias_sums_[static_cast<size_t>(part * outputs_ + layer.bias + o)];
+          total += bias_sums_[static_cast<size_t>(part * plan_.outputs + layer.bias + o)];
         op_.grad_biases[i][o] = static_cast<T>(total);
       }
     });
   }
 
+  const NetworkPlan<T>& plan_;
+  const std::vector<Layer<T>>& layers_;
   const NetworkBackward<T>& op_;
-  std::vector<Layer<T>>& layers_;
-  const size_t count_;
+  const std::vector<T>& grad_squares_;
   const T* const panels_;
   const bool wants_input_;
-  // of a part: weight sums, images, biases
-  int64_t sums_ = 0, images_ = 0, outputs_ = 0;
-  int64_t max_pixels_ = 1;
-  std::vector<std::vector<int64_t>> row_offsets_;  // [layers] of a direct weight gradient
-  std::vector<int64_t> input_at_;                  // [pixels] of the network's input
   int parts_ = 1;
-  T *plus_ = nullptr, *magnitude_ = nullptr;  // [parts][sums_]
-  std::vector<double> bias_sums_;             // [parts][outputs_]
+  T *plus_ = nullptr, *magnitude_ = nullptr;  // [parts][plan.sums]
+  std::vector<double> bias_sums_;             // [parts][plan.outputs]
   std::vector<double> radius_sums_;           // [parts][channels of the first layer]
 };
 
 }  // namespace
 
 template <class T>
-void network_backward(const NetworkBackward<T>& op) {
-  std::vector<Layer<T>> layers = planned_layers(op.stages, op.ball_radius != nullptr);
+void Network<T>::backward(const NetworkBackward<T>& op) const {
+  const NetworkPlan<T>& plan = *plan_;
+  const std::vector<Layer<T>>& layers = plan.layers;
+  std::vector<T> grad_squares(layers.size());
+  for (size_t i = 0; op.grad_widths && i < layers.size(); ++i)
+    grad_squares[i] = op.grad_widths[i] / width_divisor(layers[i], op.mean);
   const bool wants_input = op.grad_lower_in != nullptr;
-  const T* panels = pack_weights(layers, true, wants_input, op.threads);
-  size_t convolutions = 0;
-  while (!layers[convolutions].dense) ++convolutions;
-  const T* gradient = dense_stages(op, layers, convolutions, wants_input);
-  if (convolutions > 0) {
-    Convolutions<T>(op, layers, convolutions, panels, wants_input).run(gradient);
+  const T* panels = pack_weights(plan, op.weights, true, wants_input, op.threads);
+  const T* gradient = dense_layers(plan, op, grad_squares, wants_input);
+  if (plan.convolutions > 0) {
+    Convolutions<T>(plan, op, grad_squares, panels, wants_input).run(gradient);
   } else if (wants_input) {
     const Geometry& in = layers[0].in;
-    for (int64_t n = 0; n < op.stages[0].shape.batch; ++n)
-      unpack_gradient(op, n, gradient + n * in.size(), layers[0].in_offsets, in.stream_stride());
+    for (int64_t n = 0; n < plan.batch; ++n)
+      unpack_gradient(op, layers[0].shape, n, gradient + n * in.size(), layers[0].in_offsets,
+                      in.stream_stride());
   }
 }
-template void network_backward(const NetworkBackward<float>&);
-template void network_backward(const NetworkBackward<double>&);
+
+template void Network<float>::backward(const NetworkBackward<float>&) const;
+template void Network<double>::backward(const NetworkBackward<double>&) const;
 
 }  // namespace cibp

@@ -1,4 +1,4 @@
-// Dense stages: the whole batch at once, a block of weights at a time.
+// Dense layers: the whole batch at once, a block of weights at a time.
 //
 // Their weights lie as torch has them, [out][channel][pixel], and their inputs as [pixel][channel]
 // (layers.h): a block of some pixels x channels goes through an in-register transpose on its way.
@@ -39,7 +39,7 @@ std::vector<FeatureBlock> feature_blocks(const Layer<T>& layer, int64_t size) {
   const int64_t all = static_cast<int64_t>(layer.in_offsets.size());
   const int64_t pixels = std::min(all, std::max<int64_t>(L, size / kBlock<T> / L * L));
   const int64_t channels = std::max(kBlock<T>, size / pixels / kBlock<T> * kBlock<T>);
-  const int64_t end = round_up(layer.stage->shape.in_channels, kLanes<T>);
+  const int64_t end = round_up(layer.shape.in_channels, kLanes<T>);
   std::vector<FeatureBlock> blocks;
   for (int64_t c = 0; c < end; c += channels)
     for (int64_t p = 0; p < all; p += pixels)
@@ -48,7 +48,7 @@ std::vector<FeatureBlock> feature_blocks(const Layer<T>& layer, int64_t size) {
   return blocks;
 }
 
-// A stage's weights, [out][channel][pixel].
+// A layer's weights, [out][channel][pixel].
 template <class T>
 struct DenseWeights {
   const T* data;
@@ -59,11 +59,11 @@ struct DenseWeights {
     return pixels == 1 ? block.size() : round_up(block.pixels, kLanes<T>) * block.channels;
   }
 
-  explicit DenseWeights(const Stage<T>& stage)
-      : data(stage.weight),
-        outputs(stage.shape.out_channels),
-        channels(stage.shape.in_channels),
-        pixels(stage.shape.in_height * stage.shape.in_width) {}
+  DenseWeights(const Layer<T>& layer, const T* weight)
+      : data(weight),
+        outputs(layer.shape.out_channels),
+        channels(layer.shape.in_channels),
+        pixels(layer.shape.in_height * layer.shape.in_width) {}
 
   // `wanted` of the weights from `at` on in each of some rows; a vector where that can be read.
   int64_t columns(int64_t at, int64_t stride, int64_t rows, int64_t wanted) const {
@@ -127,6 +127,7 @@ void copy_block(const Layer<T>& layer, const FeatureBlock& block, const Element*
 template <class T>
 struct Ahead {
   const Layer<T>& layer;
+  const DenseWeights<T>& weights;
   FeatureBlock block;
   int64_t first, outputs;
   const std::byte* in;
@@ -135,7 +136,7 @@ struct Ahead {
   // Inline: GCC leaves out calls that do nothing but prefetch.
   [[gnu::always_inline]] void step(int64_t i, int64_t steps) const {
     constexpr int64_t line = 64 / sizeof(T);
-    const DenseWeights<T> w(*layer.stage);
+    const DenseWeights<T> w = weights;
     const int64_t* const offsets = &layer.in_offsets[static_cast<size_t>(block.pixel)];
     const Part part(outputs + count * S, static_cast<int>(i), static_cast<int>(steps));
     for (int64_t row = part.begin; row < std::min(part.end, outputs); ++row) {
@@ -175,13 +176,14 @@ void pack_panel(const DenseWeights<T>& weights, const FeatureBlock& of, int64_t 
     }
 }
 
-// A stage's forward pass; finish(example, channel of the vector, sums) in any thread. Returns the
+// A layer's forward pass; finish(example, channel of the vector, sums) in any thread. Returns the
 // sum of r^2 that finish leaves.
 template <class T, class Finish>
-double dense_forward(const Layer<T>& layer, const T* in, int threads, const Finish& finish) {
+double dense_forward(const Layer<T>& layer, const T* weight, const T* in, int threads,
+                     const Finish& finish) {
   constexpr int P = kTilePixels<S>;
-  const DenseWeights<T> w(*layer.stage);
-  const int64_t batch = layer.stage->shape.batch, in_size = layer.in.size();
+  const DenseWeights<T> w(layer, weight);
+  const int64_t batch = layer.shape.batch, in_size = layer.in.size();
   const int64_t groups = ceil_div(layer.width(), kGroup<T>);
   // Few groups leave threads idle, or give them unequal shares: then the batch is divided.
   const int64_t parts =
@@ -206,6 +208,7 @@ double dense_forward(const Layer<T>& layer, const T* in, int threads, const Fini
       const int64_t pitch = spread_pitch<T>(block.size());
       copy_block(layer, block, in + part.begin * in_size, count, pitch, source);
       const Ahead<T> ahead{layer,
+                           w,
                            blocks[last ? b : b + 1],
                            first,
                            last ? 0 : std::min(width, w.outputs - first),
@@ -244,23 +247,23 @@ double dense_forward(const Layer<T>& layer, const T* in, int threads, const Fini
   return total;
 }
 
-// Where the gradient of a dense stage's input goes, packed as the input is.
+// Where the gradient of a dense layer's input goes, packed as the input is.
 template <class T>
 struct InputTarget {
-  const Stage<T>* previous;  // null: the network's input
+  const Layer<T>* previous;  // null: the network's input
   T* data;                   // null: not wanted
   T scale;                   // of r in the width's gradient
 };
 
-// A stage's backward pass of some features. gradient: [N][stream][pitch]. head: a further gradient
+// A layer's backward pass of some features. gradient: [N][stream][pitch]. head: a further gradient
 // by (m, r) of the input, [N][2][pixel][channel], or null. in: as it was saved.
 template <class T>
-void dense_backward(const Layer<T>& layer, const std::byte* in, const T* gradient, int64_t pitch,
-                    const FeatureBlock& block, const InputTarget<T>& target, const T* head,
-                    T* grad_weight) {
+void dense_backward(const Layer<T>& layer, const T* weight, const std::byte* in, const T* gradient,
+                    int64_t pitch, const FeatureBlock& block, const InputTarget<T>& target,
+                    const T* head, T* grad_weight) {
   constexpr int P = kTilePixels<S>, R = kTileRows, L = kLanes<T>;
-  const DenseWeights<T> w(*layer.stage);
-  const int64_t batch = layer.stage->shape.batch, size = block.size();
+  const DenseWeights<T> w(layer, weight);
+  const int64_t batch = layer.shape.batch, size = block.size();
   const int64_t in_size = layer.in.size(), stride = layer.in.stream_stride();
   const int64_t depth = static_cast<int64_t>(layer.in_offsets.size()) * layer.in.pitch;  // of head
   // body(offset in the image, offset in head, first feature, vectors) for each block of channels
@@ -314,6 +317,7 @@ void dense_backward(const Layer<T>& layer, const std::byte* in, const T* gradien
       const bool end = last && block.index + 1 == blocks.size();
       const Part next(w.outputs, last ? 0 : pass + 1, passes);
       const Ahead<T> ahead{layer,
+                           w,
                            last && !end ? blocks[block.index + 1] : block,
                            next.begin,
                            end ? 0 : next.end - next.begin,

@@ -20,10 +20,10 @@ constexpr int64_t kOuterPixels = 64;  // of one tile of a weight gradient
 constexpr int64_t kPackedRows = 64;
 
 // The weights of a convolution as its plan reads them: for each block of outputs, tap and channel a
-// vector block. `exchanged` for the input gradient, whose outputs are the stage's inputs.
+// vector block. `exchanged` for the input gradient, whose outputs are the layer's inputs.
 template <class T>
-void pack_panel(const Conv2dShape& s, const T* weight, const Plan& plan, bool exchanged,
-                int64_t block, T* panel) {
+void pack_panel(const Shape& s, const T* weight, const Plan& plan, bool exchanged, int64_t block,
+                T* panel) {
   const int64_t taps = s.kernel_height * s.kernel_width;
   const int64_t out_stride = exchanged ? taps : s.in_channels * taps,
                 in_stride = exchanged ? s.in_channels * taps : taps;
@@ -74,7 +74,7 @@ const T* strip_source(const Geometry& g, const Strip& strip, const T* image) {
 template <class T, int STREAMS>
 double convolve_forward(const Layer<T>& layer, const T* panels, const T* bias, const T* radius,
                         const T* in, const Layer<T>& next, T* product, T* out) {
-  const Conv2dShape& s = layer.stage->shape;
+  const Shape& s = layer.shape;
   const Geometry &g = layer.in, &h = next.in;
   clear_padding(h, s.out_height, s.out_width, out);
   double total = 0;
@@ -94,7 +94,7 @@ double convolve_forward(const Layer<T>& layer, const T* panels, const T* bias, c
             } else {
               for (int k = 0; k < S; ++k) streams[k] = sums[k];
             }
-            activate<T>(load(bias + channel), layer.stage->relu, streams);
+            activate<T>(load(bias + channel), layer.relu, streams);
             T* target = out + next.in_offsets[static_cast<size_t>(pixel)] + channel;
 #pragma GCC unroll 3
             for (int k = 0; k < S; ++k) store<T>(target + k * h.stream_stride(), streams[k]);
@@ -108,11 +108,11 @@ double convolve_forward(const Layer<T>& layer, const T* panels, const T* bias, c
 // The radius of a convolution's output for a ball of radius [in channels]: sum |W| radius, [out
 // channels, rounded up].
 template <class T>
-std::vector<T> ball_output_radius(const Layer<T>& layer, const T* radius) {
-  const Conv2dShape& s = layer.stage->shape;
+std::vector<T> ball_output_radius(const Layer<T>& layer, const T* weight, const T* radius) {
+  const Shape& s = layer.shape;
   const int64_t taps = s.kernel_height * s.kernel_width;
   std::vector<T> out(static_cast<size_t>(layer.width() + kBlock<T>), T{0});
-  const T* w = layer.stage->weight;
+  const T* w = weight;
   for (int64_t o = 0; o < s.out_channels; ++o) {
     double total = 0;
     for (int64_t c = 0; c < s.in_channels; ++c)
@@ -126,10 +126,10 @@ std::vector<T> ball_output_radius(const Layer<T>& layer, const T* radius) {
 // Adds one example's products to a convolution's weight gradient sums. Where the input is a ball's
 // one stream, so is the gradient's first, centre and nominal together.
 template <class T, int STREAMS>
-void convolve_weight_gradient(const Layer<T>& layer, const std::vector<int64_t>& row_offsets,
-                              const T* in, const T* gradient, T* signed_sums, T* absolute_sums) {
+void convolve_weight_gradient(const Layer<T>& layer, const T* in, const T* gradient, T* signed_sums,
+                              T* absolute_sums) {
   constexpr int R = kTileRows;
-  const Conv2dShape& s = layer.stage->shape;
+  const Shape& s = layer.shape;
   const Geometry &g = layer.in, &h = layer.gradient;
   const int64_t rows = layer.rows(), sum_rows = round_up(rows, R);
   const int64_t tile_height = std::max<int64_t>(1, kOuterPixels / s.out_width);
@@ -154,7 +154,7 @@ void convolve_weight_gradient(const Layer<T>& layer, const std::vector<int64_t>&
       T* const plus = signed_sums + c * sum_rows;
       T* const magnitude = absolute_sums + c * sum_rows;
       for (int64_t row = 0; row < rows; row += R) {
-        const int64_t* at = &row_offsets[static_cast<size_t>(row)];
+        const int64_t* at = &layer.row_offsets[static_cast<size_t>(row)];
         outer_tile<T, 0, STREAMS, V>(vector, scalars, at, lines, s.out_width, plus + row * N);
         if constexpr (STREAMS > 1)
           outer_tile<T, 1, STREAMS, V>(vector, scalars, at, lines, s.out_width,
@@ -166,9 +166,9 @@ void convolve_weight_gradient(const Layer<T>& layer, const std::vector<int64_t>&
 
 // The weight gradient of a vector of outputs. radius_sums: [parts][out channels], of a ball.
 template <class T>
-void convolve_reduce(const Layer<T>& layer, const WeightSums<T>& sums, const double* radius_sums,
-                     const T* ball_radius, int64_t channel, T* out) {
-  const Conv2dShape& s = layer.stage->shape;
+void convolve_reduce(const Layer<T>& layer, const T* weight, const WeightSums<T>& sums,
+                     const double* radius_sums, const T* ball_radius, int64_t channel, T* out) {
+  const Shape& s = layer.shape;
   const int64_t taps = s.kernel_height * s.kernel_width;
   const int64_t end = std::min<int64_t>(channel + kLanes<T>, s.out_channels);
   for (int64_t o = channel; o < end; ++o) {
@@ -186,7 +186,7 @@ void convolve_reduce(const Layer<T>& layer, const WeightSums<T>& sums, const dou
                                         static_cast<double>(ball_radius[c]));
         }
         const int64_t k = o * layer.rows() + c * taps + tap;
-        out[k] = plus + sign(layer.stage->weight[k]) * magnitude;
+        out[k] = plus + sign(weight[k]) * magnitude;
       }
   }
 }
@@ -195,7 +195,7 @@ void convolve_reduce(const Layer<T>& layer, const WeightSums<T>& sums, const dou
 template <class T, class Finish>
 void convolve_input_gradient(const Layer<T>& layer, const T* panels, const T* gradient, T* product,
                              const Finish& finish) {
-  const Conv2dShape& s = layer.stage->shape;
+  const Shape& s = layer.shape;
   const Geometry& h = layer.gradient;
   for (const Strip& strip : layer.backward.strips)
     for_blocks<T>(s.in_channels, [&](int64_t c, auto vectors) {

@@ -1,4 +1,4 @@
-// Convolutions run example by example, all of them while an example is in cache; dense stages
+// Convolutions run example by example, all of them while an example is in cache; dense layers
 // (dense.h) run over the whole batch, a block of weights at a time.
 #include <algorithm>
 #include <vector>
@@ -19,18 +19,17 @@ namespace cibp {
 namespace {
 
 template <class T>
-T* padded_biases(const std::vector<Layer<T>>& layers, std::vector<const T*>& biases) {
-  int64_t size = 0;
-  for (const Layer<T>& layer : layers) size += layer.width() + kBlock<T>;
-  T* all = scratch<T>(Slot::kBias, size);
-  std::fill_n(all, size, T{0});
-  T* next = all;
-  for (const Layer<T>& layer : layers) {
-    if (layer.stage->bias) std::copy_n(layer.stage->bias, layer.stage->shape.out_channels, next);
+std::vector<const T*> padded_biases(const NetworkPlan<T>& plan, const NetworkForward<T>& op) {
+  T* next = scratch<T>(Slot::kBias, plan.biases);
+  std::fill_n(next, plan.biases, T{0});
+  std::vector<const T*> biases;
+  for (size_t i = 0; i < plan.layers.size(); ++i) {
+    const Layer<T>& layer = plan.layers[i];
+    if (op.biases[i]) std::copy_n(op.biases[i], layer.shape.out_channels, next);
     biases.push_back(next);
     next += layer.width() + kBlock<T>;
   }
-  return all;
+  return biases;
 }
 
 template <class T, int STREAMS_>
@@ -42,9 +41,9 @@ struct Copy {
   }
 };
 
-// An image, packed with the first stage's padding.
+// An image, packed with the first layer's padding.
 template <class T, class Prologue>
-void pack_image(const Prologue& prologue, const Tensor4<const T>* sources, const Conv2dShape& s,
+void pack_image(const Prologue& prologue, const Tensor4<const T>* sources, const Shape& s,
                 const Geometry& g, int64_t image, T* out) {
   clear_padding(g, s.in_height, s.in_width, out);
   for (int64_t y = 0; y < s.in_height; ++y) {
@@ -58,7 +57,7 @@ void pack_image(const Prologue& prologue, const Tensor4<const T>* sources, const
     }
     pack(prologue, planes, s.in_channels, s.in_width, g.pitch, g.stream_stride(),
          out + g.offset(y, 0));
-    // Of a dense stage: past the channels there are weights of 0, and no NaN may meet them.
+    // Of a dense layer: past the channels there are weights of 0, and no NaN may meet them.
     for (int64_t x = 0; x < s.in_width && s.in_channels < g.pitch; ++x)
       for (int64_t k = 0; k < g.streams; ++k)
         std::fill_n(out + g.offset(y, x) + k * g.stream_stride() + s.in_channels,
@@ -66,22 +65,23 @@ void pack_image(const Prologue& prologue, const Tensor4<const T>* sources, const
   }
 }
 
-// The stage `i` of one example, not by Winograd's products; returns the sum of r^2.
+// A layer of one example, not by Winograd's products; returns the sum of r^2.
 template <class T>
 double forward_one(const Layer<T>& layer, const T* panels, const T* bias, const T* radius,
                    const T* in, const Layer<T>& next, int64_t max_pixels, T* out) {
-  if (!layer.stage->weight) return pool_forward(layer, in, next, out);
+  if (layer.pool) return pool_forward(layer, in, next, out);
   T* product = scratch<T>(Slot::kProduct, max_pixels * S * kBlock<T>);
   const auto convolve = layer.in.streams == 1 ? convolve_forward<T, 1> : convolve_forward<T, S>;
   return convolve(layer, panels, bias, radius, in, next, product, out);
 }
 
-// The bounds of the last stage's input, [N, features].
+// The bounds of the last layer's input, [N, features].
 template <class T>
-void head_bounds(const NetworkForward<T>& op, const Layer<T>& head, const T* in) {
-  const Conv2dShape& s = head.stage->shape;
+void head_bounds(const NetworkPlan<T>& plan, const NetworkForward<T>& op, const T* in) {
+  const Layer<T>& head = plan.layers.back();
+  const Shape& s = head.shape;
   const int64_t pixels = s.in_height * s.in_width;
-  const bool relu = op.stages.size() > 1 && op.stages[op.stages.size() - 2].relu;
+  const bool relu = plan.layers.size() > 1 && plan.layers[plan.layers.size() - 2].relu;
   parallel_for(op.threads, s.batch, [&](int64_t n) {
     const T* image = in + n * head.in.size();
     const int64_t base = n * s.in_channels * pixels;
@@ -100,37 +100,25 @@ void head_bounds(const NetworkForward<T>& op, const Layer<T>& head, const T* in)
 }  // namespace
 
 template <class T>
-int64_t stage_input_bytes(const Conv2dShape& shape, bool first, bool ball, bool fast) {
-  return input_geometry<T>(shape, first, ball).size() *
-         saved_element<T>(saves_rounded<T>(first, fast));
-}
-
-template <class T>
-void network_forward(const NetworkForward<T>& op) {
-  std::vector<Layer<T>> layers = planned_layers(op.stages, op.ball_radius != nullptr);
-  const T* panels = pack_weights(layers, false, false, op.threads);
-  std::vector<const T*> biases;
-  padded_biases(layers, biases);
-  const int64_t batch = op.stages[0].shape.batch;
-  size_t convolutions = 0;
-  int64_t max_pixels = 1, image_sizes = 0;
-  for (; !layers[convolutions].dense; ++convolutions) {
-    Layer<T>& layer = layers[convolutions];
-    max_pixels = std::max(max_pixels, layer.forward.max_pixels);
-    layer.image = image_sizes;
-    if (layer.rounded) image_sizes += layer.group * layer.in.size();
-  }
-  const auto saved = [&](size_t i, int64_t n) { return op.inputs[i] + n * layers[i].saved_size(); };
-  // Where the images of a stage's input are computed, from example n on: where they are saved, or,
+void Network<T>::forward(const NetworkForward<T>& op) const {
+  const NetworkPlan<T>& plan = *plan_;
+  const std::vector<Layer<T>>& layers = plan.layers;
+  const T* panels = pack_weights(plan, op.weights, false, true, op.threads);
+  const std::vector<const T*> biases = padded_biases(plan, op);
+  const int64_t batch = plan.batch;
+  const size_t convolutions = plan.convolutions;
+  const auto saved = [&](size_t i, int64_t n) {
+    return op.saved + layers[i].saved + n * layers[i].saved_size();
+  };
+  // Where the images of a layer's input are computed, from example n on: where they are saved, or,
   // if those are rounded, in `buffer`.
   const auto images_of = [&](size_t i, int64_t n, T* buffer) {
     return layers[i].rounded ? buffer : reinterpret_cast<T*>(saved(i, n));
   };
-  // The same of a dense stage and the whole batch.
+  // The same of a dense layer and the whole batch.
   const auto batch_of = [&](size_t i) {
-    T* const buffer = layers[i].rounded
-                          ? scratch<T>(batch_slot(layers, i), batch * layers[i].in.size())
-                          : nullptr;
+    T* const buffer =
+        layers[i].rounded ? scratch<T>(batch_slot(plan, i), batch * layers[i].in.size()) : nullptr;
     return images_of(i, 0, buffer);
   };
 
@@ -138,20 +126,20 @@ void network_forward(const NetworkForward<T>& op) {
   std::vector<double> widths(static_cast<size_t>(batch * count + 1));
   const Tensor4<const T> sources[S] = {op.lower, op.upper, op.nominal};
   const std::vector<T> radius =
-      op.ball_radius ? ball_output_radius(layers[0], op.ball_radius) : std::vector<T>{};
-  // The stages up to `i` of the examples [begin, end), a group at a time, into the images `out`.
+      plan.ball ? ball_output_radius(layers[0], op.weights[0], op.ball_radius) : std::vector<T>{};
+  // The layers up to `i` of the examples [begin, end), a group at a time, into the images `out`.
   const auto run = [&](const auto& self, size_t i, int64_t begin, int64_t end, T* buffer,
                        T* out) -> void {
     const Layer<T>&layer = layers[i], &next = layers[i + 1];
     for (int64_t n = begin; n < end; n += layer.group, out += layer.group * next.in.size()) {
       const int64_t images = std::min(layer.group, end - n);
-      T* const in = images_of(i, n, buffer + layer.image);
+      T* const in = images_of(i, n, buffer + layer.in_image);
       if (i > 0)
         self(self, i - 1, n, n + images, buffer, in);
-      else if (op.ball_radius)  // the first stage takes one example at a time
-        pack_image(Copy<T, 1>{}, &sources[2], op.stages[0].shape, layer.in, n, in);
+      else if (plan.ball)  // the first layer takes one example at a time
+        pack_image(Copy<T, 1>{}, &sources[2], layer.shape, layer.in, n, in);
       else
-        pack_image(CenterRadius<T, S>{}, sources, op.stages[0].shape, layer.in, n, in);
+        pack_image(CenterRadius<T, S>{}, sources, layer.shape, layer.in, n, in);
       double* const width = &widths[static_cast<size_t>(n * count) + i];
       if (layer.winograd.forward)
         *width = winograd_forward(layer, images, panels, biases[i], in, next, out);
@@ -159,20 +147,21 @@ void network_forward(const NetworkForward<T>& op) {
         for (int64_t k = 0; k < images; ++k)
           width[k * count] =
               forward_one(layer, panels, biases[i], radius.data(), in + k * layer.in.size(), next,
-                          max_pixels, out + k * next.in.size());
+                          plan.max_pixels, out + k * next.in.size());
       if (next.rounded) save_rounded(next, images, out, saved(i + 1, n));
     }
   };
-  T* in = batch_of(convolutions);  // of a dense stage
+  T* in = batch_of(convolutions);  // of a dense layer
   if (convolutions == 0)
     parallel_for(op.threads, batch, [&](int64_t n) {
-      pack_image(CenterRadius<T, S>{}, sources, op.stages[0].shape, layers[0].in, n,
+      pack_image(CenterRadius<T, S>{}, sources, layers[0].shape, layers[0].in, n,
                  in + n * layers[0].in.size());
     });
   else
     parallel(batch > 1 ? op.threads : 1, [&](int index, int parts) {
       const Part part(batch, index, parts);
-      run(run, convolutions - 1, part.begin, part.end, scratch<T>(Slot::kImages, image_sizes + 1),
+      run(run, convolutions - 1, part.begin, part.end,
+          scratch<T>(Slot::kImages, plan.in_images + 1),
           in + part.begin * layers[convolutions].in.size());
     });
   for (size_t i = 0; i < convolutions; ++i) {
@@ -183,44 +172,45 @@ void network_forward(const NetworkForward<T>& op) {
 
   for (size_t i = convolutions; i < layers.size(); ++i) {
     const Layer<T>& layer = layers[i];
-    const int64_t channels = layer.stage->shape.out_channels;
+    const int64_t channels = layer.shape.out_channels;
     const T* bias = biases[i];
     double width = 0;
     if (i + 1 < layers.size()) {
       const Layer<T>& next = layers[i + 1];
       T* const out = batch_of(i + 1);
       const int64_t stride = next.in.stream_stride(), out_size = next.in.size();
-      width = dense_forward(layer, in, op.threads, [&](int64_t n, int64_t channel, Vec<T>* sums) {
-        activate<T>(load(bias + channel), layer.stage->relu, sums);
-        T* target = out + n * out_size + channel;
-        for (int k = 0; k < S; ++k) store<T>(target + k * stride, sums[k]);
-      });
+      width = dense_forward(layer, op.weights[i], in, op.threads,
+                            [&](int64_t n, int64_t channel, Vec<T>* sums) {
+                              activate<T>(load(bias + channel), layer.relu, sums);
+                              T* target = out + n * out_size + channel;
+                              for (int k = 0; k < S; ++k) store<T>(target + k * stride, sums[k]);
+                            });
       if (next.rounded)
         parallel_for(op.threads, batch, [&](int64_t n) {
           save_rounded(next, 1, out + n * out_size, saved(i + 1, n));
         });
       in = out;
     } else {
-      width = dense_forward(layer, in, op.threads, [&](int64_t n, int64_t channel, Vec<T>* sums) {
-        activate<T>(load(bias + channel), layer.stage->relu, sums);
-        const int64_t valid = std::min<int64_t>(kLanes<T>, channels - channel);
-        const int64_t at = n * channels + channel;
-        const Vec<T> lower = sums[0] - sums[1], upper = sums[0] + sums[1];
-        store_some<T>(op.lower_out + at, lower, valid);
-        store_some<T>(op.upper_out + at, upper, valid);
-        store_some<T>(op.nominal_out + at, sums[2], valid);
-        sums[1] = lower == upper ? Vec<T>{} : sums[1];  // as `difference`
-      });
+      width = dense_forward(
+          layer, op.weights[i], in, op.threads, [&](int64_t n, int64_t channel, Vec<T>* sums) {
+            activate<T>(load(bias + channel), layer.relu, sums);
+            const int64_t valid = std::min<int64_t>(kLanes<T>, channels - channel);
+            const int64_t at = n * channels + channel;
+            const Vec<T> lower = sums[0] - sums[1], upper = sums[0] + sums[1];
+            store_some<T>(op.lower_out + at, lower, valid);
+            store_some<T>(op.upper_out + at, upper, valid);
+            store_some<T>(op.nominal_out + at, sums[2], valid);
+            sums[1] = lower == upper ? Vec<T>{} : sums[1];  // as `difference`
+          });
     }
     op.widths[i] = static_cast<T>(4 * width);
   }
 
-  head_bounds(op, layers.back(), in);
+  for (size_t i = 0; i < layers.size(); ++i) op.widths[i] /= width_divisor(layers[i], op.mean);
+  head_bounds(plan, op, in);
 }
 
-template int64_t stage_input_bytes<float>(const Conv2dShape&, bool, bool, bool);
-template int64_t stage_input_bytes<double>(const Conv2dShape&, bool, bool, bool);
-template void network_forward(const NetworkForward<float>&);
-template void network_forward(const NetworkForward<double>&);
+template void Network<float>::forward(const NetworkForward<float>&) const;
+template void Network<double>::forward(const NetworkForward<double>&) const;
 
 }  // namespace cibp

@@ -1,15 +1,15 @@
-// The stages of a network as the kernels see them: where the packed streams lie, and what ReLU
+// The layers of a network as the kernels see them: where the packed streams lie, and what ReLU
 // makes of them.
 //
-// The streams of an interval stay packed from the first stage to the last: example by example,
-// [row][stream][column][channel], with the zero padding of the stage that reads them. After ReLU
+// The streams of an interval stay packed from the first layer to the last: example by example,
+// [row][stream][column][channel], with the zero padding of the layer that reads them. After ReLU
 // they are
 //   m = mu, r = radius      where mu > radius (active)
 //   m = r = (mu + radius)/2 where mu + radius > 0 (unstable)
 //   m = r = 0               elsewhere (dead)
 // so that the bounds are m - r and m + r, and m and r alone tell the backward pass the state.
 //
-// What a fast stage of a float network saves of its input is rounded to bfloat16 (saved.h), if it
+// What a fast layer of a float network saves of its input is rounded to bfloat16 (saved.h), if it
 // is not the network's: to nearest, ties to even, except that the state stays. NaN stays NaN; what
 // is above 0, m, r or nominal, stays above 0; and where m > r round to the same, r takes the next
 // value below (m might have none above but infinity). So a saved element is off by at most 2^-8 of
@@ -51,7 +51,7 @@ inline Geometry geometry(const Plan& plan, int64_t streams, int64_t height) {
   return {streams, begin, end - begin, plan.column_begin, plan.columns, plan.channels};
 }
 
-inline bool is_dense(const Conv2dShape& s) {
+inline bool is_dense(const Shape& s) {
   return s.out_height == 1 && s.out_width == 1 && s.kernel_height == s.in_height &&
          s.kernel_width == s.in_width && s.padding_height == 0 && s.padding_width == 0 &&
          (s.dilation_height == 1 || s.kernel_height == 1) &&
@@ -64,7 +64,7 @@ struct Passes {
   bool any() const { return forward || weight || input; }
 };
 
-// Whether a stage's input is saved in bfloat16.
+// Whether a layer's input is saved in bfloat16.
 template <class T>
 bool saves_rounded(bool first, bool fast) {
   return sizeof(T) == 4 && fast && !first;
@@ -77,77 +77,61 @@ int64_t saved_element(bool rounded) {
 }
 
 template <class T>
-struct Layer {
-  const Stage<T>* stage;
+struct Layer : NetworkLayer {
   bool dense;
   Passes winograd;
   Geometry in;        // of the packed input
   bool rounded;       // whether that is saved in bfloat16
-  Geometry gradient;  // of the gradient of the stage's output, of a convolution
+  Geometry gradient;  // of the gradient of the layer's output, of a convolution
   Plan forward, backward;
   std::vector<int64_t> in_offsets, gradient_offsets;  // [pixels] of an image in the two geometries
-  int64_t group = 1;                                  // examples that go through it together
-  int64_t panel = 0, backward_panel = 0;              // offsets of the weight panels
-  int64_t sums = 0, bias = 0;                         // offsets of weight and bias gradients
-  int64_t image = 0;  // offset of images: of the input, forward, or of the output's gradient
+  std::vector<int64_t> row_offsets;       // in the input, of the rows of a direct weight gradient
+  int64_t group = 1;                      // examples that go through it together
+  int64_t saved = 0;                      // where its input is saved, in bytes
+  int64_t panel = 0, backward_panel = 0;  // offsets of the weight panels
+  int64_t sums = 0, bias = 0;             // offsets of weight and bias gradients
+  int64_t in_image = 0;                   // offset of the images of its input, forward
+  int64_t gradient_image = 0;             // and of its output's gradient, backward
+  int64_t gradient_images = 1;            // how many there are of these
+
   int64_t saved_size() const {  // bytes of one example's input
     return in.size() * saved_element<T>(rounded);
   }
   int64_t rows() const {  // of the weight gradient, (tap, channel)
-    return stage->shape.kernel_height * stage->shape.kernel_width * stage->shape.in_channels;
+    return shape.kernel_height * shape.kernel_width * shape.in_channels;
   }
-  int64_t width() const { return round_up(stage->shape.out_channels, kLanes<T>); }
+  int64_t width() const { return round_up(shape.out_channels, kLanes<T>); }
   int64_t sum_size() const { return width() * round_up(rows(), kTileRows); }
 };
 
-inline std::vector<int64_t> offsets(const Geometry& g, int64_t height, int64_t width) {
-  std::vector<int64_t> table;
-  for (int64_t y = 0; y < height; ++y)
-    for (int64_t x = 0; x < width; ++x) table.push_back(g.offset(y, x));
-  return table;
-}
-
-// The plan of a stage's forward pass; the first one of a ball reads one stream.
-inline Plan forward_plan(const Conv2dShape& s, int64_t pitch, bool ball) {
-  const auto make = ball ? make_plan<1> : make_plan<S>;
-  return make(forward_classes(s), pitch, s.out_height, s.out_width, s.in_height, s.in_width);
-}
+// A block of outputs of a layer's weight panel.
+struct PanelBlock {
+  size_t layer;
+  int64_t block;
+};
 
 template <class T>
-Geometry input_geometry(const Conv2dShape& s, bool first, bool ball) {
-  const int64_t padded = round_up(s.in_channels, kLanes<T>);
-  if (is_dense(s)) {
-    // A whole batch of single pixels is read at once.
-    const bool single = s.in_height * s.in_width == 1;
-    return {S, 0, s.in_height, 0, s.in_width, single ? spread_pitch<T>(padded) : padded};
-  }
-  const int64_t pitch = first ? s.in_channels : padded;
-  return geometry(forward_plan(s, pitch, first && ball), first && ball ? 1 : S, s.in_height);
-}
-
-template <class T>
-std::vector<Layer<T>> make_layers(const std::vector<Stage<T>>& stages, bool ball) {
+struct NetworkPlan {
   std::vector<Layer<T>> layers;
-  for (size_t i = 0; i < stages.size(); ++i) {
-    const Conv2dShape& s = stages[i].shape;
-    Layer<T> layer{};
-    layer.stage = &stages[i];
-    layer.dense = stages[i].weight && is_dense(s);
-    layer.in = input_geometry<T>(s, i == 0, ball);
-    layer.rounded = saves_rounded<T>(i == 0, stages[i].fast);
-    layer.in_offsets = offsets(layer.in, s.in_height, s.in_width);
-    if (!stages[i].weight) {
-      layer.gradient = {S, 0, s.out_height, 0, s.out_width, layer.width()};
-    } else if (!layer.dense) {
-      layer.forward = forward_plan(s, layer.in.pitch, layer.in.streams == 1);
-      layer.backward = make_plan<S>(input_gradient_classes(s), layer.width(), s.in_height,
-                                    s.in_width, s.out_height, s.out_width);
-      layer.gradient = geometry(layer.backward, S, s.out_height);
-    }
-    if (!layer.dense) layer.gradient_offsets = offsets(layer.gradient, s.out_height, s.out_width);
-    layers.push_back(std::move(layer));
-  }
-  return layers;
+  size_t convolutions = 0;  // layers in front of the dense ones, pooling included
+  bool ball;
+  int64_t batch;
+  int64_t saved_bytes = 0;
+  int64_t biases = 0;                       // elements of all padded biases
+  int64_t panels = 0, backward_panels = 0;  // elements of all weight panels
+  std::vector<PanelBlock> panel_blocks, backward_panel_blocks;
+  int64_t max_pixels = 1, backward_max_pixels = 1;
+  // elements of a part: images forward; backward images, weight sums and bias sums
+  int64_t in_images = 0, gradient_images = 0, sums = 0, outputs = 0;
+  std::vector<int64_t> input_at;  // [pixels] of the gradient of the network's input
+};
+
+// What a width is less than the sum of squares of a layer's output.
+template <class T>
+T width_divisor(const Layer<T>& layer, bool mean) {
+  const Shape& s = layer.shape;
+  const int64_t units = mean ? s.out_channels * s.out_height * s.out_width : 1;
+  return static_cast<T>(static_cast<double>(s.batch * units));
 }
 
 // Zeros around the height x width image.

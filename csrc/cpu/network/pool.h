@@ -13,7 +13,7 @@ namespace cibp {
 // One average pooling of one example, as convolve_forward.
 template <class T>
 double pool_forward(const Layer<T>& layer, const T* in, const Layer<T>& next, T* out) {
-  const Conv2dShape& s = layer.stage->shape;
+  const Shape& s = layer.shape;
   const Geometry &g = layer.in, &h = next.in;
   const T scale = T(1) / static_cast<T>(s.kernel_height * s.kernel_width);
   clear_padding(h, s.out_height, s.out_width, out);
@@ -31,7 +31,7 @@ double pool_forward(const Layer<T>& layer, const T* in, const Layer<T>& next, T*
               streams[k] +=
                   load(corner + ky * g.row_stride() + kx * g.pitch + k * g.stream_stride());
         for (int k = 0; k < S; ++k) streams[k] *= scale;
-        activate<T>(Vec<T>{}, layer.stage->relu, streams);
+        activate<T>(Vec<T>{}, layer.relu, streams);
         T* target = out + h.offset(y, x) + c;
         for (int k = 0; k < S; ++k) store<T>(target + k * h.stream_stride(), streams[k]);
         squares += streams[1] * streams[1];
@@ -43,7 +43,7 @@ double pool_forward(const Layer<T>& layer, const T* in, const Layer<T>& next, T*
 template <class T>
 void pool_gradient(const Layer<T>& layer, int64_t y, int64_t x, const T* gradient,
                    Vec<T>* streams) {
-  const Conv2dShape& s = layer.stage->shape;
+  const Shape& s = layer.shape;
   const Geometry& h = layer.gradient;
   const T scale = T(1) / static_cast<T>(s.kernel_height * s.kernel_width);
   // The outputs [begin, end) in one direction that read input i.
@@ -67,7 +67,7 @@ void pool_gradient(const Layer<T>& layer, int64_t y, int64_t x, const T* gradien
 // One example's input gradient; finish(pixel, channel of the vector, streams).
 template <class T, class Finish>
 void pool_input_gradient(const Layer<T>& layer, const T* gradient, const Finish& finish) {
-  const Conv2dShape& s = layer.stage->shape;
+  const Shape& s = layer.shape;
   for (int64_t y = 0; y < s.in_height; ++y)
     for (int64_t x = 0; x < s.in_width; ++x)
       for (int64_t c = 0; c < layer.width(); c += kLanes<T>) {

@@ -1,4 +1,4 @@
-// What the forward pass saves of a stage's input for the backward pass: the images as they are, or
+// What the forward pass saves of a layer's input for the backward pass: the images as they are, or
 // rounded to bfloat16, the upper half of a float (layers.h says which, and what rounding keeps).
 #pragma once
 

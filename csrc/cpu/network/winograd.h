@@ -125,7 +125,7 @@ struct Winograd {
   Grid out, in;          // tiles of the output, and of each phase of the input, for its gradient
   int64_t phases() const { return stride * stride; }
 
-  explicit Winograd(const Conv2dShape& s)
+  explicit Winograd(const Shape& s)
       : stride(s.stride_height),
         taps(ceil_div(s.kernel_height, s.stride_height)),
         outputs(kPoints + 1 - taps) {
@@ -145,7 +145,7 @@ struct Winograd {
 
 // Where there is such a convolution, and it should be faster: the operations of the transforms are
 // estimated; values that leave the cache between them make each cost about 1.7 direct ones.
-inline Passes winograd_passes(const Conv2dShape& s) {
+inline Passes winograd_passes(const Shape& s) {
   const bool possible = s.kernel_height == s.kernel_width && s.stride_height == s.stride_width &&
                         s.dilation_height == 1 && s.dilation_width == 1 &&
                         ceil_div(s.kernel_height, s.stride_height) >= 2 &&
@@ -323,8 +323,8 @@ void with_outputs(const Winograd& w, const Body& body) {
 // channels are (phase, in channel) and the outputs the out channels; exchanged, for the input
 // gradient, the channels are the out channels, and the outputs (phase, in channel).
 template <class T, int K>
-void pack_winograd(const Conv2dShape& s, const T* weight, bool exchanged, int64_t pitch,
-                   int64_t block, T* panel) {
+void pack_winograd(const Shape& s, const T* weight, bool exchanged, int64_t pitch, int64_t block,
+                   T* panel) {
   constexpr int L = kLanes<T>;
   const Winograd w(s);
   const int64_t kernel = s.kernel_height, taps = kernel * kernel;
@@ -362,7 +362,7 @@ void pack_winograd(const Conv2dShape& s, const T* weight, bool exchanged, int64_
 template <class T>
 void transform_inputs(const Layer<T>& layer, const Winograd& w, const T* in, int64_t begin,
                       int64_t end, int64_t pitch, T* out) {
-  const Conv2dShape& s = layer.stage->shape;
+  const Shape& s = layer.shape;
   const Geometry& g = layer.in;
   for (int64_t phase = 0; phase < w.phases(); ++phase)
     transform_tiles<T, kPoints>(
@@ -375,15 +375,15 @@ void transform_inputs(const Layer<T>& layer, const Winograd& w, const T* in, int
 template <class T>
 Phase<T> gradient_phase(const Layer<T>& layer, const T* gradient) {
   const Geometry& h = layer.gradient;
-  return {gradient + h.offset(0, 0),    h.size(), &h, layer.stage->shape.out_height,
-          layer.stage->shape.out_width, 1,        0,  0};
+  return {gradient + h.offset(0, 0), h.size(), &h, layer.shape.out_height,
+          layer.shape.out_width,     1,        0,  0};
 }
 
 // As convolve_forward, of `images` examples.
 template <class T>
 double winograd_forward(const Layer<T>& layer, int64_t images, const T* panels, const T* bias,
                         const T* in, const Layer<T>& next, T* out) {
-  const Conv2dShape& s = layer.stage->shape;
+  const Shape& s = layer.shape;
   const Winograd w(s);
   const Geometry& h = next.in;
   const int64_t depth = w.phases() * layer.in.pitch;
@@ -406,7 +406,7 @@ double winograd_forward(const Layer<T>& layer, int64_t images, const T* panels, 
                                  Vec<T> streams[S];
                                  for (int k = 0; k < S; ++k) streams[k] = sums[k][M * i + j];
                                  streams[1] = streams[1] < 0 ? Vec<T>{} : streams[1];  // rounding
-                                 activate<T>(load(bias + channel), layer.stage->relu, streams);
+                                 activate<T>(load(bias + channel), layer.relu, streams);
                                  T* target = image + h.offset(y + i, x + j);
                                  for (int k = 0; k < S; ++k)
                                    store<T>(target + k * h.stream_stride(), streams[k]);
@@ -424,7 +424,7 @@ template <class T>
 void winograd_weight_gradient(const Layer<T>& layer, int64_t images, const T* in, const T* gradient,
                               T* signed_sums, T* absolute_sums) {
   constexpr int R = kTileRows;
-  const Winograd w(layer.stage->shape);
+  const Winograd w(layer.shape);
   const int64_t depth = w.phases() * layer.in.pitch, width = layer.width();
   const int64_t sum_rows = round_up(depth, R);
   const int64_t pitch = spread_pitch<T>(depth), out_pitch = spread_pitch<T>(width);
@@ -458,8 +458,9 @@ void winograd_weight_gradient(const Layer<T>& layer, int64_t images, const T* in
 
 // The weight gradient of a vector of outputs.
 template <class T>
-void winograd_reduce(const Layer<T>& layer, const WeightSums<T>& sums, int64_t output, T* out) {
-  const Conv2dShape& s = layer.stage->shape;
+void winograd_reduce(const Layer<T>& layer, const T* weight, const WeightSums<T>& sums,
+                     int64_t output, T* out) {
+  const Shape& s = layer.shape;
   const Winograd w(s);
   const int64_t depth = w.phases() * layer.in.pitch, width = layer.width();
   const int64_t sum_rows = round_up(depth, kTileRows), kernel = s.kernel_height;
@@ -487,8 +488,7 @@ void winograd_reduce(const Layer<T>& layer, const WeightSums<T>& sums, int64_t o
                           x = kx * w.stride + phase % w.stride;
             if (y >= kernel || x >= kernel) continue;
             const int64_t tap = at + y * kernel + x;
-            out[tap] = taps[0][ky * K + kx][lane] +
-                       sign(layer.stage->weight[tap]) * taps[1][ky * K + kx][lane];
+            out[tap] = taps[0][ky * K + kx][lane] + sign(weight[tap]) * taps[1][ky * K + kx][lane];
           }
       }
     }
@@ -499,7 +499,7 @@ void winograd_reduce(const Layer<T>& layer, const WeightSums<T>& sums, int64_t o
 template <class T, class Finish>
 void winograd_input_gradient(const Layer<T>& layer, int64_t images, const T* panels,
                              const T* gradient, const Finish& finish) {
-  const Conv2dShape& s = layer.stage->shape;
+  const Shape& s = layer.shape;
   const Winograd w(s);
   const int64_t depth = layer.width(), pitch = layer.in.pitch, outs = w.phases() * pitch;
   Grid source = w.in;  // of the gradient's pixels that a tile reads
