@@ -13,7 +13,7 @@ compiler: str
 
 def cpu_features() -> dict[str, bool]: ...
 def conv2d_forward_float32(
-    shape: Sequence[int],  # 17 numbers: Conv2dShape
+    shape: Shape,
     threads: int,
     tensors: Sequence[Sequence[int]],  # 4
     bias: int,
@@ -21,7 +21,7 @@ def conv2d_forward_float32(
     /,
 ) -> None: ...
 def conv2d_backward_float32(
-    shape: Sequence[int],
+    shape: Shape,
     threads: int,
     tensors: Sequence[Sequence[int]],  # 9
     grad_width: float,
@@ -29,7 +29,7 @@ def conv2d_backward_float32(
     /,
 ) -> None: ...
 def linear_forward_float32(
-    shape: Sequence[int],  # 3 numbers: LinearShape
+    shape: LinearShape,
     threads: int,
     tensors: Sequence[Sequence[int]],  # 4
     bias: int,
@@ -37,7 +37,7 @@ def linear_forward_float32(
     /,
 ) -> None: ...
 def linear_backward_float32(
-    shape: Sequence[int],
+    shape: LinearShape,
     threads: int,
     tensors: Sequence[Sequence[int]],  # 9
     grad_width: float,
@@ -59,50 +59,83 @@ def relu_backward_float32(
     outputs: Sequence[int],  # 3
     /,
 ) -> None: ...
-def stage_input_bytes_float32(
-    shape: Sequence[int],  # 17 numbers: Conv2dShape
-    first: bool,
-    ball: bool,
-    fast: bool,
-    /,
-) -> int: ...
-def network_forward_float32(
-    stages: Sequence[Sequence[int]],  # Conv2dShape, flags (1: ReLU, 2: fast), weight, bias
-    threads: int,
-    tensors: Sequence[Sequence[int]],  # 3
-    ball_radius: int,
-    packed_inputs: Sequence[int],  # of each stage
-    divisors: Sequence[float],  # of each stage's width
-    outputs: Sequence[int],  # 6
-    /,
-) -> None: ...
-def network_backward_float32(
-    stages: Sequence[Sequence[int]],
-    threads: int,
-    packed_inputs: Sequence[int],
-    divisors: Sequence[float],
-    ball_radius: int,
-    inputs: Sequence[int],  # 8 data pointers
-    outputs: Sequence[int],  # 3
-    grad_weights: Sequence[int],  # of each stage
-    grad_biases: Sequence[int],
-    /,
-) -> None: ...
 def loss_forward_float32(
-    shape: Sequence[int],  # 3 numbers: LossShape
+    shape: LinearShape,
     threads: int,
     inputs: Sequence[int],  # 6 data pointers
     outputs: Sequence[int],  # 3
     /,
 ) -> bool: ...  # whether the labels are in range; nothing is computed where they are not
 def loss_backward_float32(
-    shape: Sequence[int],
+    shape: LinearShape,
     threads: int,
     inputs: Sequence[int],  # 7 data pointers
     outputs: Sequence[int],  # 5
     /,
 ) -> bool: ...
 def peak_flops_float32(threads: int, repeats: int, /) -> float: ...
+
+class Shape:
+    """The geometry of a layer: kernels/shape.py has the same fields."""
+
+    def __init__(
+        self,
+        *,
+        batch: int,
+        in_channels: int,
+        in_height: int,
+        in_width: int,
+        out_channels: int,
+        out_height: int,
+        out_width: int,
+        kernel_height: int,
+        kernel_width: int,
+        stride: Sequence[int],  # vertical, horizontal, as padding and dilation
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        channels_last: bool = False,
+    ) -> None: ...
+
+class LinearShape:
+    def __init__(self, *, batch: int, in_features: int, out_features: int) -> None: ...
+
+class NetworkLayer:
+    def __init__(self, *, shape: Shape, relu: bool, pool: bool, fast: bool) -> None: ...
+
+class Network_float32:
+    """csrc/cpu/network/network.h: Network. Layers without weight or bias have the address 0."""
+
+    def __init__(self, layers: Sequence[NetworkLayer], ball: bool) -> None: ...
+    @property
+    def saved_bytes(self) -> int: ...
+    @property
+    def example_bytes(self) -> list[int]: ...  # of each layer's input
+    def forward(
+        self,
+        threads: int,
+        weights: Sequence[int],  # of each layer
+        biases: Sequence[int],
+        tensors: Sequence[Sequence[int]],  # 3
+        ball_radius: int,
+        mean: bool,
+        saved: int,
+        outputs: Sequence[int],  # 6
+        /,
+    ) -> None: ...
+    def backward(
+        self,
+        threads: int,
+        weights: Sequence[int],
+        ball_radius: int,
+        mean: bool,
+        saved: int,
+        inputs: Sequence[int],  # 8 data pointers
+        outputs: Sequence[int],  # 3
+        grad_weights: Sequence[int],  # of each layer
+        grad_biases: Sequence[int],
+        /,
+    ) -> None: ...
 
 class Buffer:
     """Memory that is used again; its bytes are not initialised."""
@@ -116,9 +149,7 @@ linear_forward_float64 = linear_forward_float32
 linear_backward_float64 = linear_backward_float32
 relu_forward_float64 = relu_forward_float32
 relu_backward_float64 = relu_backward_float32
-stage_input_bytes_float64 = stage_input_bytes_float32
 loss_forward_float64 = loss_forward_float32
 loss_backward_float64 = loss_backward_float32
-network_forward_float64 = network_forward_float32
-network_backward_float64 = network_backward_float32
+Network_float64 = Network_float32
 peak_flops_float64 = peak_flops_float32

@@ -31,7 +31,7 @@ constexpr int64_t kMaxProducts = 400000;  // of a layer and stream: sanitized lo
 
 struct Case {
   bool linear;  // then the convolution of one pixel that it equals
-  Conv2dShape shape;
+  Shape shape;
   bool nominal, bias, width, wants_input, wants_weight;
 };
 
@@ -45,7 +45,7 @@ Case draw_case(Random& random) {
   c.wants_weight = wanted & 2;
   c.linear = random.one_in(4);
   for (;;) {
-    Conv2dShape& s = c.shape;
+    Shape& s = c.shape;
     s = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 1, 1};
     s.batch = random.one_in(12) ? 0 : random.one_in(3) ? 1 : 2 * random.integer(1, 2) + 1;
     if (c.linear) {
@@ -85,7 +85,7 @@ struct Inputs {
       upper_out;
   T grad_width;
 
-  Inputs(Random& random, const Conv2dShape& s)
+  Inputs(Random& random, const Shape& s)
       : Inputs(random, {s.batch, s.in_channels, s.in_height, s.in_width},
                {s.batch, s.out_channels, s.out_height, s.out_width},
                {s.out_channels, s.in_channels / s.groups, s.kernel_height, s.kernel_width},
@@ -134,7 +134,7 @@ struct Reference {
 
   template <class T>
   Reference(const Case& c, const Inputs<T>& in) {
-    const Conv2dShape& s = c.shape;
+    const Shape& s = c.shape;
     const size_t inputs = in.lower.values.size(), outputs = in.grad_lower.values.size();
     const auto channel = [&](size_t i) {
       return static_cast<int64_t>(i) / (s.out_height * s.out_width) % s.out_channels;
@@ -238,7 +238,7 @@ std::pair<Forward, Backward> arguments(const Case& c, const Shape& shape, int th
 
 template <class T>
 bool check(const Case& c, const Inputs<T>& in, const Reference& expected, int threads) {
-  const Conv2dShape& s = c.shape;
+  const Shape& s = c.shape;
   Outputs<T> out(c, in);
   if (c.linear) {
     const auto [forward, backward] =
@@ -289,7 +289,7 @@ bool check(const Case& c, Random& random) {
 }
 
 void describe(int number, const Case& c) {
-  const Conv2dShape& s = c.shape;
+  const Shape& s = c.shape;
   std::printf("  in case %d, %s: batch %d, ", number, c.linear ? "linear" : "conv2d",
               static_cast<int>(s.batch));
   const auto print = [](const char* name, int64_t a, int64_t b) {

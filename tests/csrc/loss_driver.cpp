@@ -8,14 +8,14 @@ namespace cibp::test {
 namespace {
 
 struct LossCase {
-  LossShape shape;
+  LinearShape shape;
   int threads;
   bool bias, wants_logits, wants_box, wants_weight, wants_bias;
 };
 
 LossCase draw_loss(Random& random) {
   LossCase c;
-  c.shape = {random.integer(1, 9), random.integer(1, 12), random.integer(1, 70)};
+  c.shape = {random.integer(1, 9), random.integer(1, 70), random.integer(1, 12)};
   c.threads = static_cast<int>(random.integer(1, 4));
   for (bool* flag : {&c.bias, &c.wants_logits, &c.wants_box, &c.wants_weight, &c.wants_bias})
     *flag = !random.one_in(4);
@@ -43,7 +43,7 @@ struct LossInputs {
 
 template <class T>
 bool run(const LossCase& c, const LossInputs<T>& in, Losses<T>& out) {
-  const auto [batch, classes, features] = c.shape;
+  const auto [batch, features, classes] = c.shape;
   const auto make = [](bool wanted, int64_t size) {
     return unwritten<T>(wanted ? static_cast<size_t>(size) : 0);
   };
@@ -76,7 +76,7 @@ bool run(const LossCase& c, const LossInputs<T>& in, Losses<T>& out) {
 // The definition in loss.h, and its derivatives.
 template <class T>
 Losses<double> expected(const LossCase& c, const LossInputs<T>& in) {
-  const auto [batch, classes, features] = c.shape;
+  const auto [batch, features, classes] = c.shape;
   const auto zeros = [](int64_t size) { return Values(static_cast<size_t>(size)); };
   Losses<double> out{zeros(2),
                      zeros(batch * classes),
@@ -136,7 +136,7 @@ Losses<double> expected(const LossCase& c, const LossInputs<T>& in) {
 
 template <class T>
 bool check(const LossCase& c, Random& random) {
-  const auto [batch, classes, features] = c.shape;
+  const auto [batch, features, classes] = c.shape;
   LossInputs<T> in{reals<T>(random, batch * classes),    reals<T>(random, batch * features), {},
                    reals<T>(random, classes * features), reals<T>(random, classes),          {},
                    static_cast<T>(random.real()),        static_cast<T>(random.real())};
@@ -189,8 +189,8 @@ int wrong_losses(int only) {
     const bool in_float = check<float>(c, random), in_double = check<double>(c, random);
     if (in_float && in_double) continue;
     std::printf("  in loss %d: %d x %d logits of %d features, %d threads\n", number,
-                static_cast<int>(c.shape.batch), static_cast<int>(c.shape.classes),
-                static_cast<int>(c.shape.features), c.threads);
+                static_cast<int>(c.shape.batch), static_cast<int>(c.shape.out_features),
+                static_cast<int>(c.shape.in_features), c.threads);
     ++failures;
   }
   return failures;

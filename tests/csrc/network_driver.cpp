@@ -27,7 +27,7 @@ constexpr int64_t kMaxProducts = 40000;  // of a network and stream: sanitized l
 constexpr int kFastEvery = 25;           // one network in so many is large, for Winograd
 
 struct StageCase {
-  Conv2dShape shape;
+  Shape shape;
   bool pool, relu, bias, wants_weight, wants_bias, fast;
 };
 
@@ -37,7 +37,7 @@ struct NetworkCase {
   bool ball, head, wants_input;
 };
 
-bool covers(const Conv2dShape& s) {
+bool covers(const Shape& s) {
   return s.out_height == 1 && s.out_width == 1 && s.kernel_height == s.in_height &&
          s.kernel_width == s.in_width && s.padding_height == 0 && s.padding_width == 0 &&
          (s.dilation_height == 1 || s.kernel_height == 1) &&
@@ -46,7 +46,7 @@ bool covers(const Conv2dShape& s) {
 
 // A convolution's or pooling's window on an input of s's size; `padded`: before and, by itself,
 // after it. Whether there is room for it.
-bool draw_window(Random& random, bool pool, bool padded, Conv2dShape& s) {
+bool draw_window(Random& random, bool pool, bool padded, Shape& s) {
   // One output that sees the whole image, as in global pooling; dilated with just enough padding.
   const bool whole = random.one_in(4);
   for (const auto [in, out, kernel, stride, padding, dilation] :
@@ -84,7 +84,7 @@ bool draw_any_network(Random& random, NetworkCase& c) {
   c.ball = convolutions > 0 && random.one_in(3);
   c.wants_input = !c.ball && random.one_in(2);
 
-  Conv2dShape s{};
+  Shape s{};
   s.batch = random.one_in(8) ? random.integer(64, 140) : random.integer(1, 20);
   const bool image = convolutions > 0 || random.one_in(3);
   s.out_channels = image ? draw_channels(random) : draw_features(random);
@@ -131,7 +131,7 @@ bool draw_any_network(Random& random, NetworkCase& c) {
 
   int64_t products = 0;
   for (const StageCase& stage : c.stages) {
-    const Conv2dShape& t = stage.shape;
+    const Shape& t = stage.shape;
     products += t.batch * t.out_channels * t.out_height * t.out_width * t.in_channels / t.groups *
                 t.kernel_height * t.kernel_width;
   }
@@ -149,8 +149,7 @@ bool draw_fast_network(Random& random, NetworkCase& c) {
   };
   const int64_t out_height = reach(height), out_width = reach(width);
   const int64_t batch = random.one_in(3) ? random.integer(5, 9) : random.integer(1, 3);
-  const Conv2dShape first{batch, 2, height, width, channels, height, width, 1,
-                          1,     1, 1,      0,     0,        1,      1,     1},
+  const Shape first{batch, 2, height, width, channels, height, width, 1, 1, 1, 1, 0, 0, 1, 1, 1},
       second{batch,  channels, height, width,   outputs, out_height, out_width, kernel,
              kernel, stride,   stride, padding, padding, 1,          1,         1},
       last{batch,     outputs, out_height, out_width, 3, 1, 1, out_height,
@@ -174,13 +173,13 @@ NetworkCase draw_network(Random& random, bool fast) {
   return c;
 }
 
-size_t input_count(const Conv2dShape& s) {
+size_t input_count(const Shape& s) {
   return count({s.batch, s.in_channels, s.in_height, s.in_width});
 }
-size_t output_count(const Conv2dShape& s) {
+size_t output_count(const Shape& s) {
   return count({s.batch, s.out_channels, s.out_height, s.out_width});
 }
-size_t weight_count(const Conv2dShape& s) {
+size_t weight_count(const Shape& s) {
   return count({s.out_channels, s.in_channels / s.groups, s.kernel_height, s.kernel_width});
 }
 
@@ -198,7 +197,7 @@ struct NetworkData {
       for (T& value : values) value = static_cast<T>(scale * random.real());
       return values;
     };
-    const Conv2dShape& s = c.stages[0].shape;
+    const Shape& s = c.stages[0].shape;
     const Size size{s.batch, s.in_channels, s.in_height, s.in_width};
     const Layout layout = draw_layout(random);
     const auto strides = [&] {
@@ -237,7 +236,7 @@ struct NetworkData {
               none || random.one_in(8) ? T{0} : static_cast<T>(scale * (mean + random.real() / 2));
       }
     }
-    const Conv2dShape& last = c.stages.back().shape;
+    const Shape& last = c.stages.back().shape;
     for (std::vector<T>* gradient : {&grad_lower, &grad_upper, &grad_nominal})
       *gradient = draw(output_count(last), 1);
     for (std::vector<T>* gradient : {&grad_head_lower, &grad_head_upper})
@@ -370,7 +369,7 @@ struct NetworkReference {
 
  private:
   static Numbers weight(const StageCase& stage, const std::vector<T>& given) {
-    const Conv2dShape& s = stage.shape;
+    const Shape& s = stage.shape;
     const double mean = 1 / static_cast<double>(s.kernel_height * s.kernel_width);
     return stage.pool ? Numbers(weight_count(s), {mean, 0}) : exact(given);
   }
@@ -403,7 +402,7 @@ struct NetworkReference {
   }
 
   static Streams first_input(const NetworkCase& c, const NetworkData<T>& data) {
-    const Conv2dShape& s = c.stages[0].shape;
+    const Shape& s = c.stages[0].shape;
     const size_t pixels = static_cast<size_t>(s.in_height * s.in_width),
                  channels = static_cast<size_t>(s.in_channels);
     Streams streams;
@@ -442,7 +441,7 @@ struct NetworkReference {
 
   static Streams affine(size_t i, const StageCase& stage, const Numbers& weight,
                         const std::vector<T>& bias, const Streams& in) {
-    const Conv2dShape& s = stage.shape;
+    const Shape& s = stage.shape;
     std::array<Sums, 3> sums;
     sums.fill(Sums(output_count(s)));
     for_products(s, [&](int64_t output, int64_t input, int64_t w) {
@@ -461,7 +460,7 @@ struct NetworkReference {
             rounded<T>(sums[2], roundings, by_winograd(i, stage))};
   }
 
-  static size_t channel(const Conv2dShape& s, size_t output) {
+  static size_t channel(const Shape& s, size_t output) {
     return output / static_cast<size_t>(s.out_height * s.out_width) %
            static_cast<size_t>(s.out_channels);
   }
@@ -507,7 +506,7 @@ struct NetworkReference {
 
   // The gradient by stage i's input from that by its output; sets its parameters' gradients.
   Streams adjoint(size_t i, const StageCase& stage, const Numbers& weight, const Streams& grad) {
-    const Conv2dShape& s = stage.shape;
+    const Shape& s = stage.shape;
     const Streams& in = inputs[i];
     std::array<Sums, 3> sums;
     sums.fill(Sums(input_count(s)));
@@ -546,7 +545,7 @@ struct NetworkOutputs {
 
   // Both passes. Packed inputs have the size that the op says, and no more.
   NetworkOutputs(const NetworkCase& c, const NetworkData<T>& data, int threads) {
-    const Conv2dShape &first = c.stages[0].shape, &last = c.stages.back().shape;
+    const Shape &first = c.stages[0].shape, &last = c.stages.back().shape;
     for (std::vector<T>* output : {&lower, &upper, &nominal})
       *output = unwritten<T>(output_count(last));
     for (std::vector<T>* output : {&head_lower, &head_upper})
@@ -556,58 +555,40 @@ struct NetworkOutputs {
       if (c.wants_input) *output = unwritten<T>(input_count(first));
 
     const auto data_of = [](auto& values) { return values.empty() ? nullptr : values.data(); };
-    std::vector<Stage<T>> stages;
-    std::vector<std::vector<std::byte>> packed;
+    std::vector<NetworkLayer> layers;
+    std::vector<const T*> weights, biases;
+    std::vector<T*> weight_targets, bias_targets;
     for (size_t i = 0; i < c.stages.size(); ++i) {
       const StageCase& stage = c.stages[i];
-      const Conv2dShape& s = stage.shape;
-      stages.push_back(
-          {s, stage.relu, data_of(data.weights[i]), data_of(data.biases[i]), stage.fast});
-      const int64_t bytes = s.batch * stage_input_bytes<T>(s, i == 0, c.ball, stage.fast);
-      packed.emplace_back(static_cast<size_t>(bytes), std::byte{0xff});  // NaN of any kind
+      layers.push_back({stage.shape, stage.relu, stage.pool, stage.fast});
+      weights.push_back(data_of(data.weights[i]));
+      biases.push_back(data_of(data.biases[i]));
       grad_weights.push_back(unwritten<T>(stage.wants_weight ? data.weights[i].size() : 0));
-      grad_biases.push_back(
-          unwritten<T>(stage.wants_bias ? static_cast<size_t>(s.out_channels) : 0));
+      const auto outputs = static_cast<size_t>(stage.shape.out_channels);
+      grad_biases.push_back(unwritten<T>(stage.wants_bias ? outputs : 0));
     }
-    NetworkForward<T> forward{threads,
-                              stages,
-                              view<Tensor4<const T>>(data.box[0], !c.ball),
-                              view<Tensor4<const T>>(data.box[1], !c.ball),
-                              view<Tensor4<const T>>(data.box[2]),
-                              data_of(data.ball),
-                              {},
-                              lower.data(),
-                              upper.data(),
-                              nominal.data(),
-                              head_lower.data(),
-                              head_upper.data(),
-                              widths.data()};
-    NetworkBackward<T> backward{threads,
-                                stages,
-                                {},
-                                data_of(data.ball),
-                                lower.data(),
-                                upper.data(),
-                                data.grad_lower.data(),
-                                data.grad_upper.data(),
-                                data.grad_nominal.data(),
-                                data_of(data.grad_head_lower),
-                                data_of(data.grad_head_upper),
-                                data.grad_widths.data(),
-                                data_of(grad_lower),
-                                data_of(grad_upper),
-                                data_of(grad_nominal),
-                                {},
-                                {}};
     for (size_t i = 0; i < c.stages.size(); ++i) {
-      forward.inputs.push_back(packed[i].data());
-      backward.inputs.push_back(packed[i].data());
-      backward.stages[i].bias = nullptr;  // no gradient depends on it, and torch does not save it
-      backward.grad_weights.push_back(data_of(grad_weights[i]));
-      backward.grad_biases.push_back(data_of(grad_biases[i]));
+      weight_targets.push_back(data_of(grad_weights[i]));
+      bias_targets.push_back(data_of(grad_biases[i]));
     }
-    network_forward(forward);
-    network_backward(backward);
+    const Network<T> network(layers, c.ball);
+    // NaN of any kind
+    std::vector<std::byte> saved(static_cast<size_t>(network.saved_bytes()), std::byte{0xff});
+    network.forward({threads, weights, biases, view<Tensor4<const T>>(data.box[0], !c.ball),
+                     view<Tensor4<const T>>(data.box[1], !c.ball),
+                     view<Tensor4<const T>>(data.box[2]), data_of(data.ball), false, saved.data(),
+                     lower.data(), upper.data(), nominal.data(), head_lower.data(),
+                     head_upper.data(), widths.data()});
+    // The widths are sums over the units, but means over the batch.
+    const T batch = static_cast<T>(first.batch);
+    std::vector<T> grad_widths = data.grad_widths;
+    for (T& width : widths) width *= batch;
+    for (T& gradient : grad_widths) gradient *= batch;
+    network.backward({threads, weights, data_of(data.ball), false, saved.data(), lower.data(),
+                      upper.data(), data.grad_lower.data(), data.grad_upper.data(),
+                      data.grad_nominal.data(), data_of(data.grad_head_lower),
+                      data_of(data.grad_head_upper), grad_widths.data(), data_of(grad_lower),
+                      data_of(grad_upper), data_of(grad_nominal), weight_targets, bias_targets});
   }
 
   // Calls body(name, values, what other has there) for each of them, and returns whether all agree.
@@ -664,7 +645,7 @@ void describe(int number, const NetworkCase& c) {
               c.wants_input);
   for (size_t i = 0; i < c.stages.size(); ++i) {
     const StageCase& stage = c.stages[i];
-    const Conv2dShape& s = stage.shape;
+    const Shape& s = stage.shape;
     std::printf("    stage %zu, %s: ", i,
                 stage.pool  ? "pooling"
                 : covers(s) ? "dense"

@@ -108,7 +108,7 @@ Tensor view(const Argument<T>& argument, bool present = true) {
 
 // Calls body(output, input, weight) with the indices of the factors of each product.
 template <class Body>
-void for_products(const Conv2dShape& s, const Body& body) {
+void for_products(const Shape& s, const Body& body) {
   const int64_t in_channels = s.in_channels / s.groups, out_channels = s.out_channels / s.groups;
   int64_t output = 0;
   for (int64_t n = 0; n < s.batch; ++n)
