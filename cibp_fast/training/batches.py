@@ -74,7 +74,8 @@ def epoch_batches(
         images = split.images[chosen]
         if corners is not None and flip is not None:
             crop = _crop_one_by_one if images.device.type == "cpu" else _crop_at_once
-            images = crop(F.pad(images, [CROP_PADDING] * 4), *corners[:, here], flip[here])
+            padded, (top, left) = F.pad(images, [CROP_PADDING] * 4), corners[:, here]
+            images = crop(padded, top, left, flip[here])
         yield to_pixels(images), split.labels[chosen]
 
 
