@@ -317,16 +317,11 @@ def _labels(groups: list[list[_Run]]) -> list[str]:
 
 
 def _folder_name(members: list[_Run], common: str) -> str:
-    """Returns the runs' path below `common` without the seed, or all where they differ in more."""
+    """Returns the run's path below `common`; of seeds what is before their numbers, or all."""
     paths = [str(run.folder.resolve().relative_to(common)) for run in members]
-    if len(members) == 1:
-        return paths[0]
-    bare = set()
-    for run, path in zip(members, paths, strict=True):
-        seed = rf"0*{run.config.seed}"
-        pattern = rf"[-_. ]?seed[-_=. ]?{seed}(?!\d)|[-_. ]?(?<!\d){seed}$"
-        bare.add(re.sub(pattern, "", path, count=1, flags=re.IGNORECASE).strip("/"))
-    return bare.pop() if len(bare) == 1 else ", ".join(paths)
+    shared = {path.rstrip("0123456789") for path in paths}
+    name = re.sub(r"(?i)[-_. /]*(seed)?[-_=. ]*$", "", shared.pop())
+    return name if name and not shared and len(paths) > 1 else ", ".join(paths)
 
 
 def _task_texts(sections: list[list[_Group]]) -> list[str]:
