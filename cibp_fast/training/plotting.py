@@ -326,14 +326,13 @@ def _folder_name(members: list[_Run], common: str) -> str:
 
 def _task_texts(sections: list[list[_Group]]) -> list[str]:
     """Names the data set, networks and radius of each section, and what else tells them apart."""
-    task, first = attrgetter(*TASK[:-1]), [groups[0].config for groups in sections]
+    first = [groups[0].config for groups in sections]
     texts = []
     for groups, config in zip(sections, first, strict=True):
         nets = list(dict.fromkeys(group.config.net for group in groups))
         networks = f"{' and '.join(nets)} network{'s' if len(nets) > 1 else ''}"
-        same = [other for other in first if task(other) == task(config)]
-        clip = _differences(config, same, ["clip"])
         eps = _eps_text(config.eps, config.eps_space)
+        clip = _differences(config, first, ["clip"])
         texts.append(f"{config.dataset}, {networks}, eps = {eps}{clip and f', {clip}'}")
     return texts
 

@@ -160,23 +160,21 @@ def _write_svhn(root: Path) -> None:
         )
 
 
-def _make_official(monkeypatch, name: str, root: Path, contents: dict[str, bytes], sizes) -> None:
-    """Declares the files under root, and the contents by key, to be the official ones."""
-    md5 = {}
+def _make_official(monkeypatch, name: str, root: Path, contents: dict[str, bytes]) -> None:
+    """Declares the files under root, and the contents by file, to be the official ones."""
+    md5, sha256 = {}, {}
     for key in datasets.DATASETS[name].md5:
         (path,) = [path for path in root.rglob("*") if path.name.startswith(key)]
         md5[key] = hashlib.md5(path.read_bytes()).hexdigest()
-    sha256 = {key: hashlib.sha256(content).hexdigest() for key, content in contents.items()}
+        for file, content in contents.items():
+            if file.startswith(key):
+                sha256[key] = hashlib.sha256(content).hexdigest()
+    sizes = (20, 4) if name == "cifar10" else (30, 20)
     _change(monkeypatch, name, sizes=sizes, md5=md5, sha256=sha256)
 
 
 def _change(monkeypatch, name: str, **facts) -> None:
     monkeypatch.setitem(datasets.DATASETS, name, replace(datasets.DATASETS[name], **facts))
-
-
-def _make_official_mnist(monkeypatch, root: Path, contents: dict[str, bytes]) -> None:
-    keys = {name.split("-idx")[0]: content for name, content in contents.items()}
-    _make_official(monkeypatch, "mnist", root, keys, (30, 20))
 
 
 def _assert_holds(split: datasets.Split, images: np.ndarray, labels: np.ndarray) -> None:
@@ -309,7 +307,7 @@ def test_official_idx_files_and_their_unpacked_content_are_silent(
     monkeypatch, tmp_path, recwarn, suffix
 ):
     contents = _write_mnist(tmp_path, suffix=suffix)
-    _make_official_mnist(monkeypatch, tmp_path, contents)
+    _make_official(monkeypatch, "mnist", tmp_path, contents)
     assert len(datasets.load("mnist", tmp_path).train) == 30
     assert not recwarn.list
 
@@ -319,7 +317,7 @@ def test_official_content_packed_otherwise_is_accepted_with_a_warning(
     monkeypatch, tmp_path, verify
 ):
     contents = _write_mnist(tmp_path)
-    _make_official_mnist(monkeypatch, tmp_path, contents)
+    _make_official(monkeypatch, "mnist", tmp_path, contents)
     path = tmp_path / "MNIST" / "raw" / "t10k-images-idx3-ubyte.gz"
     path.write_bytes(gzip.compress(contents["t10k-images-idx3-ubyte"], 1, mtime=1))
     message = r"t10k-images-idx3-ubyte.gz is not the official file \(md5 .*but its content is"
@@ -332,7 +330,7 @@ def test_official_content_packed_otherwise_is_accepted_with_a_warning(
 @pytest.mark.parametrize("suffix", [".gz", ""], ids=["gz", "plain"])
 def test_other_content_is_refused_unless_told_not_to_verify(monkeypatch, tmp_path, suffix):
     contents = _write_mnist(tmp_path, suffix=suffix)
-    _make_official_mnist(monkeypatch, tmp_path, contents)
+    _make_official(monkeypatch, "mnist", tmp_path, contents)
     name = "train-images-idx3-ubyte"
     changed = contents[name][:-1] + bytes([contents[name][-1] ^ 1])  # one bit of one pixel
     path = tmp_path / "MNIST" / "raw" / f"{name}{suffix}"
@@ -349,7 +347,7 @@ def test_other_content_is_refused_unless_told_not_to_verify(monkeypatch, tmp_pat
 
 def test_number_of_examples_is_the_official_one(monkeypatch, tmp_path):
     contents = _write_mnist(tmp_path)
-    _make_official_mnist(monkeypatch, tmp_path, contents)
+    _make_official(monkeypatch, "mnist", tmp_path, contents)
     _change(monkeypatch, "mnist", sizes=(30, 21))
     message = "t10k-images.* holds 20 examples, the official file 21"
     with pytest.raises(ValueError, match=message):
@@ -359,7 +357,7 @@ def test_number_of_examples_is_the_official_one(monkeypatch, tmp_path):
 def test_cifar10_pickle_with_the_content_of_the_binary_form_is_accepted(monkeypatch, tmp_path):
     records = _write_cifar10(tmp_path, "py")
     contents = dict(zip(datasets.DATASETS["cifar10"].md5, records, strict=True))
-    _make_official(monkeypatch, "cifar10", tmp_path, contents, (20, 4))
+    _make_official(monkeypatch, "cifar10", tmp_path, contents)
     pixels, labels = _random_images(24, 3072)[4:8], _classes(24)[4:8].tolist()
     repacked = pickle.dumps({b"labels": labels, b"data": pixels}, 4)
     (tmp_path / "cifar-10-batches-py" / "data_batch_2").write_bytes(repacked)
@@ -373,7 +371,7 @@ def test_svhn_is_checked_by_the_hash_of_its_files(monkeypatch, tmp_path, recwarn
     _change(monkeypatch, "svhn", sizes=(30, 20))
     with pytest.raises(ValueError, match=r"train_32x32.mat is damaged or not the official file"):
         datasets.load("svhn", tmp_path)
-    _make_official(monkeypatch, "svhn", tmp_path, {}, (30, 20))
+    _make_official(monkeypatch, "svhn", tmp_path, {})
     assert len(datasets.load("svhn", tmp_path).test) == 20
     assert not recwarn.list
 
