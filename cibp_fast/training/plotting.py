@@ -494,7 +494,8 @@ def _draw_errors(axes: Any, drawn: list[_Group], groups: list[_Group]) -> None:
             if finals:
                 ends = [final[error] for final in finals]
                 end = fmean(ends)
-                seeds = [[end - min(ends)], [max(ends) - end]]  # their range
+                # their range, which is not below 0 by rounding
+                seeds = [[abs(end - min(ends))], [abs(max(ends) - end)]]
                 mark = {"marker": marker, "markersize": 8, "markeredgecolor": "white"}
                 axes.errorbar(at, end, seeds, color=group.colour, elinewidth=2, **mark)
                 name = f"PGD ({attack})" if error == "PGD" and attack else error

@@ -323,6 +323,12 @@ def test_seeds_of_different_epochs_are_lines_of_one_colour(tmp_path, figure_of):
     assert "verified 25.0 % (1 of 2)" in [text.get_text() for text in _panel(figure, ERRORS).texts]
 
 
+def test_seeds_with_the_same_errors_are_drawn(tmp_path, figure_of):
+    """Their mean may be beside them by rounding."""
+    seeds = [_run(tmp_path / f"{seed}", seed=seed, epochs=1, scale=0.5) for seed in range(5)]
+    assert _final_texts(0.5) <= _texts(figure_of(seeds))
+
+
 def test_the_same_seed_twice_is_two_runs(tmp_path, figure_of):
     run_dirs = [_run(tmp_path / name, seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
     assert len(_panel(figure_of(run_dirs), WIDTH).lines) == 3
