@@ -34,6 +34,7 @@ KERNELS = sorted(str(path) for path in Path("csrc/cpu").rglob("*.cpp"))
 BINDINGS = "csrc/bindings_cpu.cpp"
 CUDA_KERNELS = sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))
 CUDA_BINDINGS = "csrc/bindings_cuda.cpp"
+PYTHON_INCLUDE = sysconfig.get_path("include")
 
 # One module for each instruction set; one of them is chosen at run time. They are separate shared
 # objects because an inline function or template has one name whatever it is compiled for: within
@@ -61,6 +62,7 @@ FLAGS = [
 CUDA_ARCHITECTURES = ("80", "90a", "100")
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra", "-DNDEBUG"]
 
+# Small programs, to learn what a compiler takes.
 PROBE_CXX17 = "#include <optional>\nint main() { return std::optional<int>{0}.value(); }\n"
 PROBE_OPENMP = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
 PROBE_X86 = "#include <immintrin.h>\nint main() { return 0; }\n"
@@ -76,10 +78,9 @@ class NinjaBuild(build_ext):
                 "on Windows, use the Windows Subsystem for Linux"
             )
         cuda = find_cuda()
-        python_include = sysconfig.get_path("include")
-        if not Path(python_include, "Python.h").is_file():
+        if not Path(PYTHON_INCLUDE, "Python.h").is_file():
             raise CompileError(
-                f"no Python.h in {python_include}: install Python's development headers "
+                f"no Python.h in {PYTHON_INCLUDE}: install Python's development headers "
                 "(Debian and Ubuntu: apt install python3-dev)"
             )
         compiler = find_compiler()
@@ -94,47 +95,47 @@ class NinjaBuild(build_ext):
         else:
             warn(f"{compiler[0]} does not take -fopenmp: the kernels use threads of their own only")
 
-        built = []
-        for extension in self.extensions:
-            if extension.name == "cibp_fast._cuda":
-                self.discard(extension)
-                continue
-            isa_flags = INSTRUCTION_SETS[extension.name.split(".")[-1]]
-            source = PROBE_X86 if any(f.startswith("-m") for f in isa_flags) else PROBE_CXX17
+        names = []
+        for name, isa_flags in INSTRUCTION_SETS.items():
+            source = PROBE_X86 if any(flag.startswith("-m") for flag in isa_flags) else PROBE_CXX17
             if probe(compiler, [*flags, *isa_flags, *link_flags], source) is None:
-                built.append(extension)
+                names.append(name)
             else:
-                warn(f"{compiler[0]} does not take {shlex.join(isa_flags)}: no {extension.name}")
-                self.discard(extension)
+                warn(f"{compiler[0]} does not take {shlex.join(isa_flags)}: no cibp_fast.{name}")
 
         # Not self.build_temp: an editable install makes that a temporary folder, and the next build
         # would start from nothing.
         folder = Path("build", f"ninja-{sysconfig.get_config_var('SOABI')}").resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        names = [extension.name.split(".")[-1] for extension in built]
-        write_ninja(folder, compiler, flags, link_flags, names, python_include, cuda)
+        write_ninja(folder, compiler, flags, link_flags, names, cuda)
         if not run_ninja(folder, names):
             raise CompileError("the kernels did not compile: see the messages above")
         if cuda is not None:
             if run_ninja(folder, ["_cuda"]):
-                built += [e for e in self.extensions if e.name == "cibp_fast._cuda"]
+                names.append("_cuda")
             elif cuda.required:
                 raise CompileError("the CUDA kernels did not compile: see the messages above")
             else:
                 warn(f"{cuda.nvcc} failed: no CUDA kernels (CIBP_FAST_CUDA=0 does not try)")
-        self.extensions = built
-        for extension in built:
-            target = Path(self.get_ext_fullpath(extension.name))
-            target.parent.mkdir(parents=True, exist_ok=True)
-            # a new file, never new bytes in the old one: a running process may have that one mapped
-            target.unlink(missing_ok=True)
-            shutil.copyfile(folder / f"{extension.name.split('.')[-1]}.so", target)
+        # setuptools wants no more of these; it knows them as cibp_fast.NAME
+        self.extensions = [
+            each for each in self.extensions if self.install(each.name, folder, names)
+        ]
 
-    def discard(self, extension: Extension) -> None:
-        """Remove a module of an earlier build, which would be taken for one of these sources."""
-        Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
-        if self.editable_mode:
-            Path(self.get_ext_filename(extension.name)).unlink(missing_ok=True)
+    def install(self, module: str, folder: Path, names: list[str]) -> bool:
+        """Puts a module in place of an earlier build's, and returns whether it is one of names.
+
+        Else it only removes the earlier one, which would be taken for one of these sources.
+        """
+        name, target = module.split(".")[-1], Path(self.get_ext_fullpath(module))
+        # a new file, never new bytes in the old one: a running process may have that one mapped
+        target.unlink(missing_ok=True)
+        if name in names:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / f"{name}.so", target)
+        elif self.editable_mode:
+            Path(self.get_ext_filename(module)).unlink(missing_ok=True)
+        return name in names
 
 
 class Cuda(NamedTuple):
@@ -144,7 +145,7 @@ class Cuda(NamedTuple):
 
 
 def find_cuda() -> Cuda | None:
-    """What CIBP_FAST_CUDA asks for: nvcc and what it compiles for, or None to build no CUDA."""
+    """Returns nvcc and what it compiles for, as CIBP_FAST_CUDA asks; None to build no CUDA."""
     choice = os.environ.get("CIBP_FAST_CUDA", "auto")
     if choice not in ("auto", "0", "1"):
         raise OptionError(f"CIBP_FAST_CUDA={choice!r}: auto, 0 and 1 are allowed")
@@ -173,7 +174,7 @@ def find_cuda() -> Cuda | None:
 
 
 def find_compiler() -> list[str]:
-    """The command in CXX (with arguments, as in `ccache g++`), else the first usual name found."""
+    """Returns the command in CXX (it may have arguments), else the first usual name found."""
     command = shlex.split(os.environ.get("CXX", ""))
     if command:
         if shutil.which(command[0]) is None:
@@ -186,7 +187,7 @@ def find_compiler() -> list[str]:
 
 
 def probe(compiler: list[str], flags: list[str], source: str) -> str | None:
-    """Compile and link a small program. None if that works, else what the compiler said."""
+    """Compiles and links a small program. Returns None if that works, else the error message."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "probe.cpp").write_text(source)
         command = [*compiler, "probe.cpp", *flags, "-o", "probe"]
@@ -195,7 +196,7 @@ def probe(compiler: list[str], flags: list[str], source: str) -> str | None:
 
 
 def run_ninja(folder: Path, names: list[str]) -> bool:
-    """Build NAME.so in that folder for each of names; whether that worked."""
+    """Builds NAME.so in that folder for each of names. Returns whether that worked."""
     targets = [f"{name}.so" for name in names]
     command = [sys.executable, "-m", "ninja", "-C", str(folder), *targets]
     return subprocess.run(command).returncode == 0
@@ -207,84 +208,73 @@ def write_ninja(
     flags: list[str],
     link_flags: list[str],
     names: list[str],
-    python_include: str,
     cuda: Cuda | None,
 ) -> None:
-    """Write folder/build.ninja, which builds NAME.so in that folder for each of names, and _cuda.so
-    where cuda is given."""
+    """Writes folder/build.ninja, which builds NAME.so for each of names, and _cuda.so for cuda."""
     shared = ["-shared"]
     if platform.system() == "Darwin":
         shared = ["-bundle", "-undefined", "dynamic_lookup"]
     # Only the bindings see Python and pybind11. An isolated build has pybind11 in a new place each
     # time, and the kernels need not be compiled again for it.
-    binding_flags = ["-isystem", python_include, "-isystem", pybind11.get_include()]
+    includes = ["-isystem", PYTHON_INCLUDE, "-isystem", pybind11.get_include()]
 
     with open(folder / "build.ninja", "w") as file:
         ninja = ninja_syntax.Writer(file)
         ninja.comment("written by setup.py")
-        ninja.variable("cxx", quote(compiler))
-        ninja.rule(
-            "compile",
-            command="$cxx -MMD -MF $out.d $flags -c $in -o $out",
-            depfile="$out.d",
-            deps="gcc",
-            description="compile $out",
-        )
-        ninja.rule("link", command="$cxx $flags $in -o $out $link_flags", description="link $out")
+        compilers = {"cxx": compiler} | ({"nvcc": [cuda.nvcc]} if cuda else {})
+        for rule, command in compilers.items():
+            ninja.rule(
+                rule,
+                command=f"{quote(command)} -MMD -MF $out.d $flags -c $in -o $out",
+                depfile="$out.d",
+                deps="gcc",
+                description="compile $out",
+            )
+        ninja.rule("link", command="$linker $in -o $out $libraries", description="link $out")
+
+        def compiled(module: str, source: str, flags: list[str], rule: str = "cxx") -> list[str]:
+            target = f"{module}/{Path(source).with_suffix('.o')}"
+            variables = {"flags": quote(flags)}
+            return ninja.build(target, rule, str(Path(source).resolve()), variables=variables)
+
+        def linked(
+            module: str, objects: list[str], linker: list[str], libraries: list[str]
+        ) -> None:
+            variables = {"linker": quote(linker), "libraries": quote(libraries)}
+            ninja.build(f"{module}.so", "link", objects, variables=variables)
+
         for name in names:
-            module_flags = [*flags, *INSTRUCTION_SETS[name]]
+            own = [*flags, *INSTRUCTION_SETS[name]]
             objects = []
-            for source in [*KERNELS, BINDINGS]:
-                compile_flags = module_flags
-                if source == BINDINGS:
-                    compile_flags = [*module_flags, f"-DCIBP_MODULE={name}", *binding_flags]
-                target = f"{name}/{Path(source).stem}.o"
-                variables = {"flags": quote(compile_flags)}
-                path = str(Path(source).resolve())
-                objects += ninja.build(target, "compile", path, variables=variables)
-            variables = {"flags": quote([*module_flags, *shared]), "link_flags": quote(link_flags)}
-            ninja.build(f"{name}.so", "link", objects, variables=variables)
+            for source in KERNELS:
+                objects += compiled(name, source, own)
+            objects += compiled(name, BINDINGS, [*own, f"-DCIBP_MODULE={name}", *includes])
+            linked(name, objects, [*compiler, *own, *shared], link_flags)
         if cuda is not None:
-            write_cuda(ninja, cuda, [*flags, *binding_flags])
+            objects = []
+            for source in CUDA_KERNELS:
+                architectures = ["90a"] if source.endswith("_sm90a.cu") else cuda.architectures
+                own = [*NVCC_FLAGS, *gencode(architectures)]
+                objects += compiled("_cuda", source, own, "nvcc")
+            known = " ".join(f"sm_{a}" for a in cuda.architectures)
+            own = [*flags, *includes, f'-DCIBP_CUDA_ARCHITECTURES="{known}"']
+            objects += compiled("_cuda", CUDA_BINDINGS, own)
+            # Its runtime is static and its symbols are hidden: torch may bring another one.
+            static = ["-shared", "-cudart", "static", "-Xlinker=--exclude-libs=ALL"]
+            linked("_cuda", objects, [cuda.nvcc, *static], [])
 
 
-def write_cuda(ninja: ninja_syntax.Writer, cuda: Cuda, binding_flags: list[str]) -> None:
-    """Write how _cuda.so is built."""
-    ninja.variable("nvcc", quote([cuda.nvcc]))
-    ninja.rule(
-        "nvcc",
-        command="$nvcc -MMD -MF $out.d $flags -c $in -o $out",
-        depfile="$out.d",
-        deps="gcc",
-        description="compile $out",
-    )
-    # CUDA's runtime is linked statically and its symbols are hidden: torch may bring another one
-    ninja.rule(
-        "nvcc_link",
-        command="$nvcc -shared -cudart static -Xlinker=--exclude-libs=ALL $in -o $out",
-        description="link $out",
-    )
-    objects = []
-    for source in CUDA_KERNELS:
-        architectures = cuda.architectures
-        if source.endswith("_sm90a.cu"):
-            architectures = ["90a"]
-        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
-        if not architectures[-1].endswith("a"):
-            last = architectures[-1]
-            codes[-1] = f"-gencode=arch=compute_{last},code=[sm_{last},compute_{last}]"
-        variables = {"flags": quote([*NVCC_FLAGS, *codes])}
-        target = f"_cuda/{Path(source).stem}.o"
-        objects += ninja.build(target, "nvcc", str(Path(source).resolve()), variables=variables)
-    known = " ".join(f"sm_{a}" for a in cuda.architectures)
-    variables = {"flags": quote([*binding_flags, f'-DCIBP_CUDA_ARCHITECTURES="{known}"'])}
-    bindings = str(Path(CUDA_BINDINGS).resolve())
-    objects += ninja.build("_cuda/bindings_cuda.o", "compile", bindings, variables=variables)
-    ninja.build("_cuda.so", "nvcc_link", objects)
+def gencode(architectures: list[str]) -> list[str]:
+    """Returns nvcc's options; the last architecture's intermediate code is kept for newer GPUs."""
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
+    last = architectures[-1]
+    if not last.endswith("a"):
+        codes[-1] = f"-gencode=arch=compute_{last},code=[sm_{last},compute_{last}]"
+    return codes
 
 
 def quote(words: list[str]) -> str:
-    """The words as one shell command inside a ninja variable."""
+    """Returns the words as one shell command inside a ninja variable."""
     return ninja_syntax.escape(shlex.join(words))
 
 

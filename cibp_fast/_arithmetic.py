@@ -1,4 +1,4 @@
-"""The arithmetic of bounds: that of the tensors' own dtype, whatever torch is set to.
+"""Keeps bounds in the arithmetic of their tensors' own dtype, whatever torch is set to.
 
 Autocast computes in half precision, and torch may take products of float32 tensors in tf32 (its
 default for convolutions on a GPU) or bfloat16. Bounds that are rounded so exclude points of the
@@ -51,9 +51,9 @@ def _own_arithmetic(device: torch.device) -> Iterator[None]:
 
 
 class _Float32Products:
-    """The settings of torch's float32 products on one type of device.
+    """Sets torch's float32 products on one type of device to be exact inside the block.
 
-    Entered by several threads, it sets them for the first and puts them back after the last.
+    The first of several threads sets them, and the last puts back what was there.
     """
 
     def __init__(self, kind: str) -> None:
@@ -83,9 +83,9 @@ _PRODUCTS = {kind: _Float32Products(kind) for kind in ("cpu", "cuda")}
 
 
 def _settings(kind: str) -> list[tuple[Any, str, Any]]:
-    """Returns what torch's products on a type of device follow: object, name, value.
+    """Returns which settings torch's products on a type of device follow: object, name, value.
 
-    Empty where they are those of float32 anyway.
+    There are none where the products are those of float32 anyway.
     """
     backends: Any = torch.backends  # whose submodules older versions of torch lack
     newer = hasattr(backends.cuda.matmul, "fp32_precision")  # since torch 2.9
@@ -107,8 +107,9 @@ def _settings(kind: str) -> list[tuple[Any, str, Any]]:
 
 
 def _own_value(settings: Any, name: str) -> str:
-    """Returns a precision; "none" where it is that of a more general setting, which is then
-    followed when that changes.
+    """Returns a precision, "none" where a more general setting has the same.
+
+    So it follows that one again when that changes.
     """
     value: str = getattr(settings, name)
     setattr(settings, name, "none")

@@ -1,4 +1,4 @@
-"""Where in autograd the code runs: inside a custom Function, or inside a backward pass."""
+"""Says where in autograd the code runs: inside a custom Function, or inside a backward pass."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def function_around() -> tuple[type, tuple[object, ...]] | None:
 
 @torch.compiler.disable
 def _applied() -> tuple[type, tuple[object, ...]] | None:
-    """torch keeps no record of it: this looks for the frame of `apply`, or else of `forward`.
+    """Looks for the frame of `apply`, or else of `forward`, since torch keeps no record of them.
 
-    The arguments in the latter are those of that name now, should it have changed them.
+    `forward` may have changed its arguments: they are those of that name now.
     """
     forwards = {} if _APPLY else {_code(each.forward): each for each in _functions()}
     frame: FrameType | None = sys._getframe()
@@ -51,6 +51,7 @@ def _code(function: Any) -> CodeType | None:
 
 
 def _arguments(frame: FrameType) -> tuple[object, ...]:
+    """Returns the values of a function's arguments, from its frame."""
     code, values = frame.f_code, frame.f_locals
     count = code.co_argcount + code.co_kwonlyargcount
     given = [values[name] for name in code.co_varnames[:count] if name in values]
@@ -61,8 +62,9 @@ def _arguments(frame: FrameType) -> tuple[object, ...]:
 
 @torch.compiler.assume_constant_result  # dynamo traces with the settings of the traced code
 def inside_function() -> bool:
-    """Returns whether a torch.autograd.Function is running; not in inference mode, where nobody
-    wants gradients.
+    """Returns whether a torch.autograd.Function is running.
+
+    It is False in inference mode, where nobody wants gradients.
     """
     # A Function disables forward-mode differentiation too, which torch.no_grad() does not.
     return not (torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())

@@ -1,4 +1,4 @@
-"""The arguments of `Interval.ball`: a radius and a range that may differ by channel or element."""
+"""Checks the arguments of `Interval.ball`: eps and clip may differ by channel or element."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _wrong_clip(clip: Any) -> str:
 
 
 def _spread(name: str, value: Any, x: Tensor) -> float | Tensor:
-    """The value of an argument that may differ by channel, by example or by element of x."""
+    """Returns an argument's value as a number, or as a tensor that broadcasts to x."""
     if isinstance(value, Real) and not isinstance(value, bool):
         return as_float(value)
     try:
@@ -92,7 +92,7 @@ def _spread(name: str, value: Any, x: Tensor) -> float | Tensor:
 
 
 def _advice(name: str, value: Any, tensor: Tensor, shape: list[int]) -> str:
-    """What to write in place of a tensor of one dimension."""
+    """Says what to write in place of a tensor of one dimension."""
     if tensor.dim() != 1 or len(shape) < 2:
         return ""
     written = name if isinstance(value, Tensor) else f"torch.tensor({name})"

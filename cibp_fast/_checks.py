@@ -1,4 +1,4 @@
-"""Checks of values, where a check may look at them."""
+"""Checks values, where a check may look at them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ __all__ = ["as_float", "may_inspect", "refuse_where"]
 
 
 def may_inspect(tensor: Tensor) -> bool:
-    """Whether a check may look at values: not of meta tensors, under compile, graph capture or
-    torch.func, nor where torch makes it an error to wait for the GPU.
+    """Returns whether a check may look at values.
+
+    It may not for meta tensors, under compile, graph capture or torch.func, nor where torch makes
+    it an error to wait for the GPU.
     """
     if torch.compiler.is_compiling() or tensor.device.type == "meta" or transformed():
         return False
@@ -26,7 +28,7 @@ def may_inspect(tensor: Tensor) -> bool:
 
 
 def as_float(number: Real) -> float:
-    """The number as a float; infinite where it is too large for one."""
+    """Returns the number as a float; infinite where it is too large for one."""
     try:
         return float(number)
     except OverflowError:

@@ -15,8 +15,8 @@ from cibp_fast.bounds import check_labels
 from cibp_fast.certificates import CLIP, boxes, check_examples, evaluation, predict, running
 from cibp_fast.interval import Interval
 
-# On a GPU a step is a CUDA graph of a fixed batch size, and to ask which examples are left is to
-# wait for it: after so many steps. Fewer examples go on in the half of the batch, its quarter, ...
+# On a GPU a step is a CUDA graph of a fixed batch size, and the host must wait to know which
+# examples are left. It asks after so many steps, and goes on with half of the batch, a quarter, ...
 BURST = 10
 LEAST = 32  # examples in a graph, unless batch_size is less
 
@@ -90,13 +90,9 @@ def pgd(
     Raises TypeError or ValueError for inputs that do not fit, or a box that is not finite,
     RuntimeError inside a capture, and torch.OutOfMemoryError where a GPU's memory is too small.
     """
-    for name, value, least in (
-        ("steps", steps, 0),
-        ("restarts", restarts, 0),
-        ("step_size", 0 if step_size is None else step_size, 0),
-    ):
-        if not value >= least:
-            raise ValueError(f"{name} must be {least} or more, not {value}")
+    for name, value in (("steps", steps), ("restarts", restarts), ("step_size", step_size)):
+        if value is not None and not value >= 0:  # NaN is not
+            raise ValueError(f"{name} must be 0 or more, not {value}")
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be from 0 to 2**63 - 1, not {seed}")
     check_examples(x, y, batch_size)
@@ -278,14 +274,14 @@ def _burst(point: Tensor) -> int:
 
 
 def _size(count: int, batch_size: int) -> int:
-    """The least of batch_size, its half, its quarter, ... that is at least count and LEAST."""
+    """Returns the least of batch_size, its half, ... that is at least count and LEAST."""
     while batch_size // 2 >= max(count, LEAST):
         batch_size //= 2
     return batch_size
 
 
 def _padded(tensor: Tensor, size: int) -> Tensor:
-    """[size, ...]: the tensor, and copies of its first row."""
+    """Returns the tensor, filled up with copies of its first row to [size, ...]."""
     missing = size - len(tensor)
     return torch.cat([tensor, tensor[:1].expand(missing, *tensor.shape[1:])]) if missing else tensor
 
@@ -300,7 +296,10 @@ def _step(
     upper: Tensor,
     drift: Tensor,  # the step where there is no gradient; its size is any step's
 ) -> tuple[Tensor, Tensor]:
-    """One step of those that are not broken yet: their points, and which are broken without it."""
+    """Takes a step from the points that are not broken yet.
+
+    Returns the points [B, ...], and which were broken before the step [B].
+    """
     with torch.enable_grad():
         point = point.detach().requires_grad_()
         logits = model(point)
@@ -327,7 +326,7 @@ def _last(
     broken: Tensor,  # [B] bool
     y: Tensor,  # [B]
 ) -> tuple[Tensor, Tensor]:
-    """As `_step`, but without the step."""
+    """Returns what `_step` does, without taking the step."""
     return point, broken | (predict(model(point)) != y)
 
 

@@ -22,7 +22,7 @@ CLIP = (0.0, 1.0)  # unless the user says otherwise
 
 @dataclass(frozen=True)
 class Certificate:
-    """What the bounds say about N examples.
+    """Holds what the bounds say about N examples.
 
     Attributes:
         verified: [N] bool: the margin is above 0, every margin is finite, and y is predicted.
@@ -157,7 +157,7 @@ def _bounded(
     upper: Tensor,
     y: Tensor,  # [N]
 ) -> tuple[Tensor, Tensor]:  # margins [N, classes] and predicted [N]
-    """What a certificate is made of. Labels of no class are taken for others."""
+    """Computes what a certificate is made of. Takes labels of no class for others."""
     out = bounds(model, x, Interval(lower, upper, validate=False))
     if not allow_half and (out._half or is_half(out.logits.dtype)):
         raise TypeError(f"model must not compute in half precision: {_WHY_NOT_HALF}")
@@ -166,7 +166,7 @@ def _bounded(
 
 
 def predict(logits: Tensor) -> Tensor:
-    """`logits.argmax(1)` of logits [N, classes], but -1 (no class) where a logit is NaN."""
+    """Returns `logits.argmax(1)` of logits [N, classes], but -1 (no class) where one is NaN."""
     return logits.argmax(1).where(~logits.isnan().any(1), -1)
 
 
@@ -191,7 +191,7 @@ def _type(value: Any) -> str:
 
 @contextmanager
 def evaluation(model: Callable[[Any], Any]) -> Iterator[None]:
-    """Evaluation mode inside the block; every submodule's own mode comes back after it.
+    """Sets evaluation mode inside the block; every submodule's own mode comes back after it.
 
     A model that is a plain function has no modes.
     """
@@ -209,9 +209,7 @@ def evaluation(model: Callable[[Any], Any]) -> Iterator[None]:
 
 @contextmanager
 def running(name: str, model: Callable[[Any], Any], x: Tensor, batch_size: int) -> Iterator[None]:
-    """Runs the block in x's own arithmetic, and explains what goes wrong in it for want of memory,
-    or of the model's device.
-    """
+    """Runs the block in x's own arithmetic; its errors explain too little memory or two devices."""
     memory = enough_memory(f"{name} with batch_size={batch_size}", "take a smaller batch_size")
     with own_arithmetic(x.device), memory:
         try:

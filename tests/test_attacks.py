@@ -122,15 +122,8 @@ def test_an_endless_step_goes_to_the_sides_of_the_box(step_size):
     x, y = torch.full((2, 4), 0.5), torch.tensor([0, 0])
     attack = pgd(_Difference(0.58), x, y, 0.1, steps=1, restarts=1, step_size=step_size)
     assert torch.equal(attack.adversarial, torch.full_like(x, 0.6)) and attack.found.all()
-    flat = pgd(
-        lambda x: torch.eye(2)[:1] + 0 * x[:, :1],
-        x,
-        y,
-        0.1,
-        steps=1,
-        restarts=1,
-        step_size=step_size,
-    )
+    options = {"steps": 1, "restarts": 1, "step_size": step_size}
+    flat = pgd(lambda x: torch.eye(2)[:1] + 0 * x[:, :1], x, y, 0.1, **options)
     assert not flat.found.any()  # 0 * inf would be NaN, and a NaN point counts as broken
 
 
@@ -216,14 +209,6 @@ def test_no_gradient_is_computed_in_vain(way):
 
 
 @pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad])
-def test_finds_the_same_with_gradients_or_without(context):
-    x, y = torch.full((3, 4), 0.5), torch.tensor([0, 0, 0])
-    with context():
-        attack = pgd(_Difference(0.58), x, y, 0.1, steps=20, restarts=0)
-    assert attack.found.all()
-
-
-@pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad])
 def test_leaves_gradients_modes_and_inputs_alone(context):
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     model[1].eval()
@@ -250,64 +235,27 @@ def test_batches_and_no_example():
     assert pgd(model, x[:0], y[:0], 0.1).found.shape == (0,)
 
 
+HALF = torch.full((2, 4), 0.5)
+
+
 @pytest.mark.parametrize(
-    ("change", "error", "message"),
+    ("change", "message"),
     [
-        ({"eps": -0.1}, ValueError, "eps"),
-        ({"steps": -1}, ValueError, "steps must be 0 or more, not -1"),
-        ({"restarts": -1}, ValueError, "restarts must be 0 or more, not -1"),
-        ({"step_size": -0.1}, ValueError, "step_size must be 0 or more, not -0.1"),
-        ({"batch_size": 0}, ValueError, "batch_size must be 1 or more, not 0"),
-        ({"x": torch.full((2, 4), -0.5)}, ValueError, "clip"),
-        (
-            {"y": torch.tensor([0, -100])},
-            ValueError,
-            r"y must be in \[0, 2\), got labels -100 to 0",
-        ),
-        ({"y": torch.tensor([2, 0])}, ValueError, r"y must be in \[0, 2\), got labels 0 to 2"),
-        ({"y": [0, 1]}, TypeError, "y must be an int64 tensor, not list"),
-        ({"x": [[0.5], [0.5]]}, TypeError, "x must be a floating-point tensor, not list"),
-        ({"seed": 10**20}, ValueError, r"seed must be from 0 to 2\*\*63 - 1, not 1000"),
-        ({"seed": -1}, ValueError, "seed must be from 0"),
-        ({"step_size": torch.nan}, ValueError, "step_size must be 0 or more, not nan"),
-        ({"eps": 1e39, "clip": None}, ValueError, "eps must give a box of finite width"),
-        (
-            {"eps": cf.Interval(torch.rand(2, 4) - torch.inf, torch.rand(2, 4)), "clip": (0, 2)},
-            ValueError,
-            r"clip must be left out where eps is an Interval, got \(0, 2\)",
-        ),
-        (
-            {"eps": cf.Interval(torch.full((2, 4), -torch.inf), torch.rand(2, 4))},
-            ValueError,
-            "eps must give a box of finite width",
-        ),
-        (
-            {"eps": cf.Interval(torch.rand(1, 4), torch.ones(1, 4))},
-            ValueError,
-            r"eps, an Interval, must have x's shape torch.Size\(\[2, 4\]\), got torch.Size\(\[1, 4",
-        ),
-        (
-            {"eps": cf.Interval(torch.rand(2, 4).double(), torch.ones(2, 4).double())},
-            ValueError,
-            r"eps, an Interval, must have x's dtype torch.float32, got torch.float64",
-        ),
-        (
-            {"eps": cf.Interval(torch.ones(2, 4), torch.zeros(2, 4), validate=False)},
-            ValueError,
-            "lower > upper at 8 of 8 positions",
-        ),
-        ({"eps": "0.1"}, TypeError, "eps must be a real number"),
-        ({"y": torch.tensor([0])}, ValueError, r"y \[N\]"),
-        (
-            {"y": torch.tensor([True, False])},
-            TypeError,
-            "y must be an int64 tensor, not torch.bool",
-        ),
+        ({"steps": -1}, "steps must be 0 or more, not -1"),
+        ({"restarts": -1}, "restarts must be 0 or more, not -1"),
+        ({"step_size": -0.1}, "step_size must be 0 or more, not -0.1"),
+        ({"step_size": torch.nan}, "step_size must be 0 or more, not nan"),
+        ({"seed": 10**20}, r"seed must be from 0 to 2\*\*63 - 1, not 1000"),
+        ({"seed": -1}, "seed must be from 0"),
+        ({"eps": 1e39, "clip": None}, "eps must give a box of finite width"),
+        ({"eps": cf.Interval(HALF - torch.inf, HALF)}, "eps must give a box of finite width"),
+        ({"eps": cf.Interval(HALF, HALF * torch.nan, validate=False)}, "upper is NaN"),
     ],
 )
-def test_bad_input(change, error, message):
-    arguments = {"x": torch.rand(2, 4), "y": torch.tensor([0, 1]), "eps": 0.1}
-    with pytest.raises(error, match=message):
+def test_bad_input(change, message):
+    """What `certify` refuses too is in its tests."""
+    arguments = {"x": HALF, "y": torch.tensor([0, 1]), "eps": 0.1}
+    with pytest.raises(ValueError, match=message):
         pgd(_Difference(0.5), **arguments | change)
 
 
@@ -392,8 +340,8 @@ def test_a_dead_point_does_not_stop_it():
 
 @pytest.mark.parametrize(
     "context",
-    [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)],
-    ids=["inference_mode", "autocast"],
+    [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)],
+    ids=["no_grad", "inference_mode", "autocast"],
 )
 def test_finds_the_same_in_any_context(context):
     model, x = models.small((1, 28, 28)), torch.rand(6, 1, 28, 28)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 
 import cibp_fast as cf
 from cibp_fast import certificates, models
+from cibp_fast.attacks import pgd
 
 
 def _linear(weight, bias):
@@ -123,9 +124,8 @@ def test_a_plain_function_is_a_model():
 
 def test_no_example():
     model = _linear([[1.0], [0.0]], [0.0, 0.05])
-    result = cf.certify(
-        model, torch.rand(0, 1), torch.zeros(0, dtype=torch.int64), 0.1, sound=False
-    )
+    x, y = torch.rand(0, 1), torch.zeros(0, dtype=torch.int64)
+    result = cf.certify(model, x, y, 0.1, sound=False)
     assert result.verified.shape == (0,) and result.margins.shape == (0, 2)
 
 
@@ -134,38 +134,56 @@ def test_sound_is_refused_until_it_exists():
         cf.certify(_linear([[1.0], [0.0]], [0.0, 0.0]), torch.rand(1, 1), torch.tensor([0]), 0.1)
 
 
+X, Y = torch.rand(2, 3), torch.tensor([0, 1])
+CLIPPED = r"clip must be left out where eps is an Interval, got \(0.0, 1.0\)"
+EMPTY = cf.Interval(X + 0.5, X - 0.5, validate=False)  # as a scale below 0 leaves it
+
+
+@pytest.mark.parametrize("function", [partial(cf.certify, sound=False), pgd])
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"eps": -0.1}, ValueError, "eps"),
-        ({"eps": torch.nan}, ValueError, "eps"),
-        ({"x": torch.full((2, 1), 1.5)}, ValueError, "clip"),
-        ({"x": torch.full((2, 1), torch.nan)}, ValueError, "clip"),
-        (
-            {"x": torch.ones(2, 1, dtype=torch.int64)},
-            TypeError,
-            "x must be a floating-point tensor, not torch.int64",
-        ),
-        ({"x": [[0.5], [0.5]]}, TypeError, "x must be a floating-point tensor, not list"),
+        ({"eps": -0.1}, ValueError, "eps must be at least 0"),
+        ({"eps": torch.nan}, ValueError, "eps must be at least 0"),
+        ({"eps": "0.1"}, TypeError, "eps must be a real number"),
+        ({"x": X + 1}, ValueError, r"outside clip=\(0.0, 1.0\)"),
+        ({"x": X * torch.nan}, ValueError, r"outside clip=\(0.0, 1.0\)"),
+        ({"x": X.long()}, TypeError, "x must be a floating-point tensor, not torch.int64"),
+        ({"x": X.tolist()}, TypeError, "x must be a floating-point tensor, not list"),
+        ({"x": X[0]}, ValueError, r"x must be \[N, ...\]"),
         ({"y": [0, 1]}, TypeError, "y must be an int64 tensor, not list"),
-        ({"x": torch.rand(2)}, ValueError, r"x must be \[N, ...\]"),
-        ({"y": torch.tensor([0, 2])}, ValueError, "y must be"),
-        ({"y": torch.tensor([0, -1])}, ValueError, "y must be"),
-        ({"y": torch.tensor([0])}, ValueError, r"y \[N\]"),
-        (
-            {"y": torch.tensor([0.0, 1.0])},
-            TypeError,
-            "y must be an int64 tensor, not torch.float32",
-        ),
+        ({"y": Y.float()}, TypeError, "y must be an int64 tensor, not torch.float32"),
+        ({"y": Y > 0}, TypeError, "y must be an int64 tensor, not torch.bool"),
+        ({"y": Y[:1]}, ValueError, r"x must be \[N, ...\] and y \[N\]"),
+        ({"y": Y - 100}, ValueError, r"y must be in \[0, 2\), got labels -100 to -99"),
+        ({"y": Y + 1}, ValueError, r"y must be in \[0, 2\), got labels 1 to 2"),
         ({"batch_size": 0}, ValueError, "batch_size must be 1 or more, not 0"),
-        ({"semantics": "exact"}, ValueError, "semantics must be one of real, float32, not 'exact'"),
-        ({"semantics": "float32"}, ValueError, "needs sound=True"),
+        ({"eps": cf.Interval(X, X), "clip": (0.0, 1.0)}, ValueError, CLIPPED),
+        ({"eps": cf.Interval(X[1:], X[1:])}, ValueError, "eps, an Interval, must have x's shape"),
+        (
+            {"eps": cf.Interval(X.double(), X.double())},
+            ValueError,
+            "eps, an Interval, must have x's dtype torch.float32, got torch.float64",
+        ),
+        # It would verify nearly everything.
+        ({"eps": EMPTY}, ValueError, "eps, an Interval, has lower > upper at 6 of 6 positions"),
     ],
 )
-def test_bad_input(change, error, message):
-    arguments = {"x": torch.rand(2, 1), "y": torch.tensor([0, 1]), "eps": 0.1, "sound": False}
+def test_bad_input_of_certificates_and_attacks(function, change, error, message):
     with pytest.raises(error, match=message):
-        cf.certify(_linear([[1.0], [0.0]], [0.0, 0.0]), **arguments | change)
+        function(nn.Linear(3, 2), **{"x": X, "y": Y, "eps": 0.1, **change})
+
+
+@pytest.mark.parametrize(
+    ("semantics", "message"),
+    [
+        ("exact", "semantics must be one of real, float32, not 'exact'"),
+        ("float32", "semantics='float32' is a promise of sound bounds: it needs sound=True"),
+    ],
+)
+def test_bad_semantics(semantics, message):
+    with pytest.raises(ValueError, match=message):
+        cf.certify(nn.Linear(3, 2), X, Y, 0.1, sound=False, semantics=semantics)
 
 
 def test_unsupported_layer_is_named():
@@ -193,32 +211,6 @@ def test_boxes_in_place_of_eps():
     box = cf.Interval((x - 0.05).clamp(min=0.0), x)  # to one side only
     partial = cf.certify(model, x, y, box, clip=None, sound=False)
     assert torch.equal(partial.margins, cf.bounds(model, x, box).margins(y).detach())
-
-
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"clip": (0.0, 0.5)}, "clip must be left out where eps is an Interval, got (0.0, 0.5)"),
-        ({"clip": (0.0, 1.0)}, "clip must be left out"),
-        ({"eps": "shape"}, "eps, an Interval, must have x's shape"),
-        ({"eps": "dtype"}, "must have x's dtype torch.float32, got torch.float64"),
-    ],
-)
-def test_boxes_that_do_not_fit(options, match):
-    model, (x, y) = net(), examples()
-    boxes = {"shape": cf.Interval(x[1:], x[1:]), "dtype": cf.Interval(x.double(), x.double())}
-    options = dict(options)
-    eps = boxes.get(options.pop("eps", ""), cf.Interval(x, x))
-    with pytest.raises(ValueError, match=re.escape(match)):
-        cf.certify(model, x, y, eps, sound=False, **options)
-
-
-def test_empty_boxes_prove_nothing():
-    """Ends that are exchanged, as a scale below 0 leaves them, would verify nearly everything."""
-    model, (x, y) = net(), examples()
-    box = cf.Interval(x + 0.5, x - 0.5, validate=False)
-    with pytest.raises(ValueError, match="eps, an Interval, has lower > upper at 160 of 160"):
-        cf.certify(model, x, y, box, sound=False)
 
 
 def test_radius_per_example_and_clip_per_channel():

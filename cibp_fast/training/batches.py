@@ -27,15 +27,15 @@ def epoch_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch of (x [B, C, H, W] float32 in [0, 1], y [B]), shuffled by (seed, epoch) alone.
+    """Yields an epoch's (x [B, C, H, W] float32 in [0, 1], y [B]), shuffled by (seed, epoch) alone.
 
     A last batch smaller than batch_size is left out (its examples come in other epochs' batches),
-    so every step sees the same shapes.
+    so that every step sees the same shapes.
 
     augmentation: "crop-flip" moves each image by up to 4 pixels in each direction (black comes
-    in) and mirrors it left to right with probability 1/2; drawn with the order, so that batch k
-    depends on seed, epoch, batch_size and k alone.
-    first: the batch to start with, 0 for the whole epoch; the skipped ones cost nothing.
+    in) and mirrors it left to right with probability 1/2. This is drawn with the order, so that
+    batch k depends on seed, epoch, batch_size and k alone.
+    first: the batch to start with, 0 for the whole epoch. The skipped ones cost nothing.
     rank, world_size: where several processes share the work, each gets its own B = batch_size /
     world_size examples of every batch; those of rank 0, 1, ... in a row are the whole batch.
 
@@ -64,19 +64,18 @@ def epoch_batches(
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be from 0 to {world_size - 1}, not {rank}")
 
-    device = split.labels.device
-    order, corners, flip = (
-        None if each is None else each.to(device)
-        for each in draw(examples, seed=seed, epoch=epoch, augmentation=augmentation)
+    order, corners, flip = draw(examples, seed=seed, epoch=epoch, augmentation=augmentation).to(
+        split.labels.device
     )
-    assert order is not None
     part = batch_size // world_size
     for start in range(first * batch_size + rank * part, steps * batch_size, batch_size):
         here = slice(start, start + part)
         chosen = order[here]
         images = split.images[chosen]
         if corners is not None and flip is not None:
-            images = _crop_flip(images, corners[0, here], corners[1, here], flip[here])
+            crop = _crop_one_by_one if images.device.type == "cpu" else _crop_at_once
+            padded, (top, left) = F.pad(images, [CROP_PADDING] * 4), corners[:, here]
+            images = crop(padded, top, left, flip[here])
         yield to_pixels(images), split.labels[chosen]
 
 
@@ -87,9 +86,14 @@ class Draw(NamedTuple):
     corners: Tensor | None  # [2, E] int64, top and left of the crops of the padded images
     flip: Tensor | None  # [E] bool, whether it is mirrored
 
+    def to(self, device: torch.device) -> Draw:
+        """Returns the same in that device's memory."""
+        corners, flip = (None if each is None else each.to(device) for each in self[1:])
+        return Draw(self.order.to(device), corners, flip)
+
 
 def draw(examples: int, *, seed: int, epoch: int, augmentation: str) -> Draw:
-    """The random numbers of `epoch_batches`, on the CPU."""
+    """Draws the random numbers of `epoch_batches`, on the CPU."""
     random = np.random.default_rng((seed, epoch))
     order = torch.from_numpy(random.permutation(examples))
     if augmentation != "crop-flip":
@@ -98,19 +102,16 @@ def draw(examples: int, *, seed: int, epoch: int, augmentation: str) -> Draw:
     return Draw(order, torch.from_numpy(corners), torch.from_numpy(random.random(examples) < 0.5))
 
 
-def _crop_flip(images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
-    """Crops of the padded images [B, C, H, W] at (top, left) [B] each, mirrored where flip [B]."""
-    padded = F.pad(images, [CROP_PADDING] * 4)
-    crop = _crop_one_by_one if images.device.type == "cpu" else _crop_at_once
-    return crop(padded, images.shape[2], images.shape[3], top, left, flip)
-
-
 def _crop_one_by_one(
-    padded: Tensor, height: int, width: int, top: Tensor, left: Tensor, flip: Tensor
+    padded: Tensor,  # [B, C, H + 2 CROP_PADDING, W + 2 CROP_PADDING], on the CPU
+    top: Tensor,  # [B], as left and flip
+    left: Tensor,
+    flip: Tensor,
 ) -> Tensor:
-    """The crops, copied one image at a time: on a CPU much faster than element by element."""
+    """Returns the crops [B, C, H, W]. On a CPU copying images is faster than single elements."""
     source = padded.numpy()
-    crops = np.empty((*source.shape[:2], height, width), source.dtype)
+    crops = np.empty_like(source[..., : -2 * CROP_PADDING, : -2 * CROP_PADDING], order="C")
+    height, width = crops.shape[2:]
     corners = zip(source, top.tolist(), left.tolist(), flip.tolist(), strict=True)
     for crop, (image, y, x, mirrored) in zip(crops, corners, strict=True):
         window = image[:, y : y + height, x : x + width]
@@ -118,9 +119,9 @@ def _crop_one_by_one(
     return torch.from_numpy(crops)
 
 
-def _crop_at_once(
-    padded: Tensor, height: int, width: int, top: Tensor, left: Tensor, flip: Tensor
-) -> Tensor:
+def _crop_at_once(padded: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
+    """Returns the same crops, without waiting for a GPU."""
+    height, width = (size - 2 * CROP_PADDING for size in padded.shape[2:])
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)
     crops = windows[torch.arange(len(padded), device=padded.device), :, top, left]
     return torch.where(flip[:, None, None, None], crops.flip(3), crops)
@@ -141,10 +142,10 @@ def epoch_plan(order: Tensor, corners: Tensor | None = None, flip: Tensor | None
 
 
 def pixel_table(prepare: Callable[[Tensor], Tensor], channels: int) -> Tensor:
-    """[C, 256] float32, on the CPU: the network's input of each byte, by channel.
+    """Returns the network's input of each byte, by channel: [C, 256] float32, on the CPU.
 
     prepare: the function of pixels [N, C, H, W] in [0, 1] that gives it, one pixel at a time and on
-    the CPU: `runs.to_input(config)`. A table has its bits, however a GPU divides.
+    the CPU: `runs.to_input(config)`. The table has its bits, however a GPU divides.
     """
     values = to_pixels(torch.arange(256, dtype=torch.uint8))
     with torch.no_grad():

