@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["autocasts", "is_half", "no_autocast", "own_arithmetic", "transformed"]
+__all__ = ["autocasts", "is_half", "no_autocast", "own_arithmetic"]
 
 
 def autocasts(device: torch.device) -> bool:
@@ -132,10 +132,3 @@ def _set(settings: Any, name: str, value: Any) -> None:
 def is_half(dtype: torch.dtype) -> bool:
     """Returns whether the dtype has fewer bits than float32."""
     return dtype.is_floating_point and dtype.itemsize < 4
-
-
-def transformed() -> bool:
-    """Returns whether torch.func (grad, vmap, jvp, ...) or forward-mode derivatives are active."""
-    return (
-        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    )

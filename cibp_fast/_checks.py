@@ -8,8 +8,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from cibp_fast._arithmetic import transformed
 from cibp_fast._graphs import capturing
+from cibp_fast.ops.backends import transformed
 
 __all__ = ["as_float", "may_inspect", "refuse_where"]
 

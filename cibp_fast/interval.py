@@ -19,12 +19,13 @@ import torch.utils.checkpoint
 from torch import Tensor
 from torch.utils import _pytree
 
-from cibp_fast._arithmetic import autocasts, no_autocast, transformed
+from cibp_fast._arithmetic import autocasts, no_autocast
 from cibp_fast._autograd import backward_pass, function_around, inside_function
 from cibp_fast._ball import ball_radius, clip_ends, moved_inside
 from cibp_fast._checks import may_inspect, refuse_where
 from cibp_fast.ops import backends
-from cibp_fast.recorder import Origin, Pass, Recorder, active, recording
+from cibp_fast.ops.backends import transformed
+from cibp_fast.recorder import ACTIVE, Origin, Pass, Recorder, recording
 
 __all__ = ["Interval", "UnsupportedOpError", "run_rule", "shares_memory"]
 
@@ -152,7 +153,7 @@ class Interval:
     ) -> None:
         self._lower, self._upper, self._nominal = lower, upper, nominal
         self._version, self._seen, self._origin, self._ball = [0], 0, origin, None
-        recorder = active()
+        recorder = ACTIVE.recorder
         self._pass = None if recorder is None else recorder.made_in
         self._read = self._overwritten = self._autocast = False
 
@@ -527,7 +528,7 @@ def _run(rule: Rule, *args: Any, **kwargs: Any) -> Any:
     if torch.compiler.is_compiling():
         return rule(*args, **kwargs)
     boxes = list(_intervals((*args, *kwargs.values())))
-    task, recorder = backward_pass(), active()
+    task, recorder = backward_pass(), ACTIVE.recorder
     if task != -1 and (recorder is None or recorder.made_in.task != task):
         return _computed_again(task, boxes, rule, *args, **kwargs)
     out = rule(*args, **kwargs)
@@ -623,7 +624,7 @@ def refuse_cut(values: Iterable[Any]) -> None:
         return
     if (found := function_around()) is None:
         return
-    (function, arguments), recorder = found, active()
+    (function, arguments), recorder = found, ACTIVE.recorder
     if recorder is not None and not recorder.gradients:
         return
     if not (_want_gradient(values) or _want_gradient(arguments)):

@@ -16,7 +16,7 @@ from cibp_fast.ops.loss import Head
 
 __all__ = [
     *("Head", "Layer", "Origin", "Pass", "Recorder"),
-    *("active", "note", "recording", "wanted"),
+    *("ACTIVE", "note", "recording", "wanted"),
 ]
 
 
@@ -70,27 +70,22 @@ class _Active(threading.local):
     recorder: Recorder | None = None
 
 
-_active = _Active()
+ACTIVE = _Active()
 
 
 @contextmanager
 def recording(recorder: Recorder) -> Iterator[None]:
     """Has `recorder` told of every layer that an Interval passes in this thread."""
-    previous, _active.recorder = _active.recorder, recorder
+    previous, ACTIVE.recorder = ACTIVE.recorder, recorder
     try:
         yield
     finally:
-        _active.recorder = previous
-
-
-def active() -> Recorder | None:
-    """Returns the recorder of this thread."""
-    return _active.recorder
+        ACTIVE.recorder = previous
 
 
 def wanted(kind: str) -> bool:
     """Whether someone records the widths of this kind of layer."""
-    return _active.recorder is not None and kind in _active.recorder.made_in.kinds
+    return ACTIVE.recorder is not None and kind in ACTIVE.recorder.made_in.kinds
 
 
 def note(
@@ -101,7 +96,7 @@ def note(
     head: Head | None = None,
 ) -> Origin | None:
     """Tells the recorder, if there is one, of a layer's output; returns where it comes from."""
-    recorder = _active.recorder
+    recorder = ACTIVE.recorder
     if recorder is None:
         return None
     recorder.half |= is_half(lower.dtype)

@@ -130,7 +130,7 @@ class FusedNetwork(nn.Module):
             if why_not := self._unchecked(plan, biases, x, precision):
                 return self._unfused(why_not, x, box, width, reduction)
             engine = f"{backend}-{precision}"
-        lower, upper, nominal, ball = _inputs(program, plan.stages[0], x, box, backend == "cpu")
+        lower, upper, nominal, ball = _inputs(program, plan, x, box, backend == "cpu")
         lower, upper, logits, head_lower, head_upper, widths, weight, bias = network(
             lower, upper, nominal, ball, plan.numbers, weights, biases, reduction == "mean", engine
         )
@@ -205,6 +205,7 @@ class Plan(NamedTuple):
     stages: tuple[Stage, ...]
     numbers: tuple[int, ...]
     counted: list[int] | None  # the stages whose widths count; None: all
+    takes_balls: bool  # whether the first stage takes a ball's center as its one stream
     shapes: list[Any]  # of weights and biases, in turn
 
 
@@ -232,6 +233,7 @@ def planned(
             tuple(stages),
             numbers_of(stages),
             None if every else [*counted, len(stages) - 1],
+            not (stages[0].dense or stages[0].padded),
             shapes,
         )
         if not torch.compiler.is_compiling():
@@ -321,19 +323,20 @@ def _network_failure(
 
 
 def _inputs(
-    program: Program, first: Stage, x: Tensor, box: Interval, balls: bool
+    program: Program, plan: Plan, x: Tensor, box: Interval, balls: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """lower, upper, nominal [N, C, H, W] of the first stage, and the radius [C] of a ball."""
-    shape = (len(x), *first.input)
+    channels = plan.stages[0].shape.in_channels
+    shape = (len(x), *plan.stages[0].input)
     normalize = None if program.normalize is None else program.normalize.module
-    ball = box._ball_radius(x) if balls and not (first.dense or first.padded) else None
+    ball = box._ball_radius(x) if balls and plan.takes_balls else None
     if normalize is not None and (normalize.mean.requires_grad or normalize.std.requires_grad):
         ball = None  # the op gives a ball's center and radius no gradient
     if ball is not None:
         if isinstance(ball, Tensor):
-            radius = ball.to(x.dtype).flatten().expand(first.input[0]).contiguous()
+            radius = ball.to(x.dtype).flatten().expand(channels).contiguous()
         else:
-            radius = x.new_full((first.input[0],), ball)
+            radius = x.new_full((channels,), ball)
         if normalize is not None:
             x, radius = normalize(x), radius / normalize.std.abs().flatten()
         x = x.reshape(shape)

@@ -191,13 +191,13 @@ def _guards(model: nn.Module, program: Program) -> None:
         read = operator.attrgetter(*calls)
         program.guards.append(Guard(read, module, read(module)))
         if module._modules:
-            program.guards.append(Guard(_children, module, _children(module)))
+            # without the order, which the names of a Sequential say
+            program.guards.append(Guard(_modules, module, dict(module._modules)))
         program.hooks += _hooks(module)[:4]
     program.hooks += _global_hooks()
 
 
-def _children(module: nn.Module) -> list[tuple[str, nn.Module | None]]:
-    return list(module._modules.items())
+_modules = operator.attrgetter("_modules")
 
 
 def _of_torch(kind: type[nn.Module]) -> bool:

@@ -14,8 +14,6 @@ from types import ModuleType
 
 import torch
 
-from cibp_fast._arithmetic import transformed
-
 # Best first. Each is an extension module of its own, built from the same sources (see setup.py).
 ISAS = ("avx512", "avx2", "portable")
 BACKENDS = ("auto", "cpu", "triton", "cuda", "torch")
@@ -117,6 +115,13 @@ def ask(backend: str) -> Iterator[None]:
 def asked(backend: str) -> str:
     """Returns the backend; in place of "auto" that of the innermost `ask`."""
     return _asked.backend if backend == "auto" else backend
+
+
+def transformed() -> bool:
+    """Returns whether torch.func (grad, vmap, jvp, ...) or forward-mode derivatives are active."""
+    return (
+        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 def select(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
