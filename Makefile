@@ -22,7 +22,7 @@ PACKAGE_FILES := pyproject.toml setup.py README.md LICENSE $(filter csrc/%,$(CPP
 help:
 	@echo 'make quickstart   train two networks on 5,000 digits and compare them (some minutes)'
 	@echo 'make test         lint, and the tests against the installed package'
-	@echo 'make lint         ruff, mypy and clang-format'
+	@echo 'make lint         ruff, mypy, clang-format, and which module may import which'
 	@echo 'make format       let ruff and clang-format rewrite the sources'
 	@echo 'make sanitize     the kernels without Python, under ASan and UBSan'
 	@echo 'make bench        time steps, layers, the training loop, a busy machine; renew the README'
@@ -31,6 +31,7 @@ help:
 quickstart: $(VENV)/demo
 	$(BIN)/cibp-fast quickstart --output quickstart
 
+# lint-imports looks at the installed package, where the kernels are cibp_fast.kernels: so not here.
 # `pytest`, not `python -m pytest`: that would import the unbuilt tree instead of the package. The
 # GPU's kernels, in an interpreter or on the host, are tested beside the rest.
 GPU_TESTS := tests/kernels
@@ -52,6 +53,7 @@ lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
 	$(BIN)/mypy
+	cd build && $(abspath $(BIN))/lint-imports --config ../pyproject.toml --no-cache --no-logo
 
 format: $(VENV)/dev
 	$(BIN)/ruff check --fix .

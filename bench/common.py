@@ -309,7 +309,7 @@ def conditions(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "threads": torch.get_num_threads(),
         "isa": kernels.removeprefix("CPU "),
-        "cpu": dict(backends.describe())["processor"],
+        "cpu": backends.processor(),
         "avx512_bf16": has_cpu_flag("avx512_bf16"),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -71,7 +71,7 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def _info(options: argparse.Namespace) -> None:
-    facts = [*environment.versions().items(), *backends.describe()]
+    facts = [*environment.versions().items(), *environment.describe()]
     indent = max(len(name) for name, _ in facts) + 2
     for name, value in facts:
         print(f"{name:<{indent}}" + value.replace("\n", "\n" + " " * indent))

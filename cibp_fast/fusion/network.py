@@ -142,7 +142,7 @@ class FusedNetwork(nn.Module):
     def _selected(self, x: Tensor) -> tuple[str, str]:
         """The backend for x, and the reason."""
         found = backends.select(self.backend, x.device, x.dtype)
-        if found[0] == "cuda" and (why_not := backends._triton_obstacle(x.device, x.dtype)):
+        if found[0] == "cuda" and (why_not := backends.triton_obstacle(x.device, x.dtype)):
             raise ValueError(
                 f"backend='cuda' cannot run a network, most layers of which are Triton's: {why_not}"
             )

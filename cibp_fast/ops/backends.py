@@ -22,7 +22,7 @@ KERNEL_DTYPES = (torch.float32, torch.float64)
 
 @cache
 def _builds() -> tuple[dict[str, ModuleType], dict[str, str]]:
-    """The importable builds by instruction set, best first, and why each other one is missing."""
+    """Returns the builds that run by instruction set, best first, and why each other is missing."""
     builds: dict[str, ModuleType] = {}
     missing: dict[str, str] = {}
     features: dict[str, bool] = {"portable": True}
@@ -48,9 +48,14 @@ def builds() -> dict[str, ModuleType]:
     return _builds()[0]
 
 
+def missing_builds() -> dict[str, str]:
+    """Returns why a module is missing or does not run, by instruction set."""
+    return _builds()[1]
+
+
 @torch.compiler.assume_constant_result  # dynamo need not trace the imports
 def available_isas() -> tuple[str, ...]:
-    """Instruction sets whose kernels are built and run on this CPU, best first."""
+    """Returns the instruction sets whose kernels are built and run on this CPU, best first."""
     return tuple(_builds()[0])
 
 
@@ -63,10 +68,10 @@ _forced = _Forced()
 
 @contextlib.contextmanager
 def use_isa(isa: str) -> Iterator[None]:
-    """Within the block, ops run the kernels built for ``isa`` ("avx512", "avx2" or "portable").
+    """Runs the kernels built for `isa` ("avx512", "avx2" or "portable") inside the block.
 
-    It holds for this thread only: other threads go on with the kernels that they run.
-    Raises ValueError where ``isa`` is not among :func:`available_isas`.
+    It holds for this thread only: other threads go on with the kernels that they run. Raises
+    ValueError where `isa` is not among `available_isas`.
     """
     _require_isa(isa)
     previous, _forced.isa = _forced.isa, isa
@@ -87,7 +92,7 @@ def _require_isa(isa: str) -> None:
 
 
 def kernels() -> ModuleType:
-    """The extension module whose kernels run now: the forced one, CIBP_FAST_ISA's, or the best."""
+    """Returns the module whose kernels run now: the forced one, CIBP_FAST_ISA's, or the best."""
     isa = _forced.isa or os.environ.get("CIBP_FAST_ISA")
     if isa:
         _require_isa(isa)
@@ -104,7 +109,7 @@ _asked = _Asked()
 
 @contextlib.contextmanager
 def ask(backend: str) -> Iterator[None]:
-    """Has the ops of this thread run on a backend inside the block, where they say "auto"."""
+    """Runs the ops of this thread on a backend inside the block, where they say "auto"."""
     previous, _asked.backend = _asked.backend, asked(backend)
     try:
         yield
@@ -125,7 +130,7 @@ def transformed() -> bool:
 
 
 def select(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """The backend that runs an op on tensors of this device and dtype, and the reason.
+    """Returns the backend that runs an op on tensors of this device and dtype, and the reason.
 
     Returns:
         ("cpu" | "triton" | "cuda" | "torch", reason).
@@ -145,7 +150,7 @@ def select(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[str,
     wanted = backend
     if backend == "auto":
         wanted = "cpu" if device.type == "cpu" else "triton"
-    obstacles = {"cpu": _cpu_obstacle, "triton": _triton_obstacle, "cuda": _cuda_obstacle}
+    obstacles = {"cpu": _cpu_obstacle, "triton": triton_obstacle, "cuda": _cuda_obstacle}
     obstacle = obstacles[wanted](device, dtype)
     if not obstacle:
         return wanted, "built for this CPU" if wanted == "cpu" else "compiled for this GPU"
@@ -155,7 +160,7 @@ def select(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[str,
 
 
 def _cpu_obstacle(device: torch.device, dtype: torch.dtype) -> str:
-    """Why the CPU's kernels cannot run on tensors of this device and dtype; empty: they can."""
+    """Returns why the CPU's kernels cannot run on such tensors; empty: they can."""
     if device.type != "cpu":
         return f"they are for the CPU, and the tensors are on {device.type!r}"
     if dtype not in KERNEL_DTYPES:
@@ -167,8 +172,8 @@ def _cpu_obstacle(device: torch.device, dtype: torch.dtype) -> str:
 
 
 @torch.compiler.assume_constant_result  # dynamo need not trace the questions to driver and pip
-def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str:
-    """The same of Triton's."""
+def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str:
+    """Returns the same of Triton's."""
     if device.type not in ("cpu", "cuda"):
         return f"no kernels for device {device.type!r}"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -181,12 +186,12 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         major, minor = torch.cuda.get_device_capability(device)
         return f"the GPU is of architecture sm_{major}{minor}, and Triton's kernels need sm_80"
-    return _triton_missing()
+    return triton_missing()
 
 
 @cache
-def _triton_missing() -> str:
-    """Why Triton cannot be used; empty: it can."""
+def triton_missing() -> str:
+    """Returns why Triton cannot be used; empty: it can."""
     try:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
@@ -197,14 +202,14 @@ def _triton_missing() -> str:
 
 
 def _cuda_obstacle(device: torch.device, dtype: torch.dtype) -> str:
-    """The same of csrc/cuda."""
+    """Returns the same of csrc/cuda."""
     return _cuda_missing(device) or (
         "" if dtype == torch.float32 else f"no CUDA kernels for {dtype}, only float32"
     )
 
 
 def _cuda_missing(device: torch.device) -> str:
-    """Why they cannot run on this device; empty: they can."""
+    """Returns why they cannot run on this device; empty: they can."""
     if device.type != "cuda":
         return f"they are for NVIDIA's GPUs, and the tensors are on {device.type!r}"
     if why := _no_cuda_devices():
@@ -219,7 +224,7 @@ def _cuda_missing(device: torch.device) -> str:
 
 @torch.compiler.assume_constant_result
 def _no_cuda_devices() -> str:
-    """Why there is no GPU for the CUDA kernels, or no kernels; empty: there is."""
+    """Returns why there is no GPU for the CUDA kernels, or no kernels; empty: there is."""
     try:
         return cuda_kernels().devices()[1]
     except ImportError as error:
@@ -227,7 +232,7 @@ def _no_cuda_devices() -> str:
 
 
 def cuda_kernels() -> ModuleType:
-    """The extension module of csrc/cuda. Raises ImportError where it is not built."""
+    """Returns the module of csrc/cuda. Raises ImportError where it is not built."""
     return importlib.import_module("cibp_fast._cuda")
 
 
@@ -239,7 +244,7 @@ def threads() -> int:
 
 
 def in_use(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """The kernels that backend="auto" runs ("CPU avx2", "PyTorch"), and the reason."""
+    """Returns the kernels that backend="auto" runs ("CPU avx2", "PyTorch"), and the reason."""
     name, reason = select("auto", device, dtype)
     if name == "torch":
         return "PyTorch", reason
@@ -250,59 +255,8 @@ def in_use(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     return f"CPU {isa}", "asked for" if asked else "the widest vectors built that this CPU has"
 
 
-def describe() -> list[tuple[str, str]]:
-    """What is built, which kernel runs where, and why: (name, text) rows for ``cibp-fast info``."""
-    builds, missing = _builds()
-    rows = [("processor", f"{processor()}, {os.cpu_count()} logical cores")]
-    for isa in ISAS:
-        if isa in builds:
-            build = builds[isa]
-            openmp = "OpenMP" if build.openmp else "without OpenMP"
-            vectors = f"{8 * build.vector_bytes}-bit vectors"
-            text = f"built, {vectors}, {openmp}, compiler {build.compiler}"
-        else:
-            text = missing[isa]
-        rows.append((f"CPU kernels {isa}", text))
-    rows.append(("Triton kernels", _triton_missing() or "compiled when they are first used"))
-    rows.append(("CUDA C++ kernels", _cuda_build()))
-    for device, dtype in (
-        ("cpu", torch.float32),
-        ("cpu", torch.float64),
-        ("cpu", torch.bfloat16),
-        ("cuda", torch.float32),
-    ):
-        name, reason = in_use(torch.device(device), dtype)
-        rows.append((f"on {device}, {str(dtype).removeprefix('torch.')}", f"{name}: {reason}"))
-    rows += _checked()
-    rows.append(("threads", str(threads())))
-    return rows
-
-
-def _checked() -> list[tuple[str, str]]:
-    """What `backend="auto"` knows of Triton's kernels on each GPU."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    gpus = [torch.device("cuda", i) for i in range(count)]
-    gpus = [gpu for gpu in gpus if not _triton_obstacle(gpu, torch.float32)]
-    if not gpus:
-        return []
-    from cibp_fast.ops import checks  # not without Triton
-
-    return [(f"checks on {gpu}", checks.summary(gpu)) for gpu in gpus]
-
-
-def _cuda_build() -> str:
-    """What there is of csrc/cuda."""
-    try:
-        cuda = cuda_kernels()
-    except ImportError as error:
-        return f"not built ({error})"
-    devices, why_not = cuda.devices()
-    found = ", ".join(f"sm_{major}{minor}" for major, minor in devices) or f"no GPU: {why_not}"
-    return f"built for {cuda.architectures}; {found}; run by backend='cuda'"
-
-
 def processor() -> str:
-    """The CPU's name."""
+    """Returns the CPU's name."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
         for line in lines:
             if line.startswith("model name"):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tritons import DEVICE, PRECISIONS, large_tiles
 
 import cibp_fast as cf
-from cibp_fast import Interval, ops
+from cibp_fast import Interval, environment, ops
 from cibp_fast.fusion.network import planned
 from cibp_fast.fusion.tracing import trace
 from cibp_fast.kernels import adam, conv2d, inputs, layers, pool, streams, tiles
@@ -541,12 +541,12 @@ def test_info_says_what_was_checked(auto: dict[str, str], monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     row = "checks on cuda:0"
-    assert dict(backends._checked())[row] == "0 passed"
+    assert dict(environment._checked())[row] == "0 passed"
     device = torch.device(DEVICE)
     assert checks.checked(("this",), [], device, lambda: {"it": (0.0, 1e-5)}) == ""
     with pytest.warns(RuntimeWarning, match="PyTorch runs"):
         checks.checked(("that",), [], device, lambda: {"it": (1.0, 1e-5)})
-    assert dict(backends._checked())[row] == (
+    assert dict(environment._checked())[row] == (
         "1 passed; when last checked these failed: it is wrong on this GPU, by 1.0e+00 relative to "
         "float64 (of that [])"
     )
@@ -592,7 +592,7 @@ def test_gpus_that_cannot_run(
 
 def test_an_old_triton_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.5.1")
-    missing = backends._triton_missing.__wrapped__()
+    missing = backends.triton_missing.__wrapped__()
     assert missing == "Triton 3.5.1 is too old: 3.6 or later is needed"
 
 
