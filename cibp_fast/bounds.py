@@ -57,7 +57,7 @@ class Bounds:
 
     @property
     def width(self) -> Tensor:
-        """Sum of the widths, 0-dim."""
+        """Returns the sum of the widths, 0-dim."""
         return self.widths.sum()
 
     @property
@@ -65,7 +65,7 @@ class Bounds:
         return self._head is not None
 
     def margins(self, y: Tensor) -> Tensor:
-        """Lower bounds of `z_y - z_j` over the box, [N, classes]; +inf at y. NaN stays NaN.
+        """Computes lower bounds of `z_y - z_j` over the box, [N, classes]: +inf at y, NaN kept.
 
         With the last layer elided they are bounds of one affine map of its input of center c and
         radius r, `(W_y - W_j) c + b_y - b_j - |W_y - W_j| r`, which is tighter than what the
@@ -84,7 +84,7 @@ class Bounds:
         return self._differences(y).scatter(1, label, torch.inf)
 
     def worst_logits(self, y: Tensor, elide: bool = True) -> Tensor:
-        """Logits [N, classes] whose cross-entropy with y [N] bounds that of every x of the box.
+        """Computes logits [N, classes] whose cross-entropy bounds that of every x in the box.
 
         With `elide`: `-margins(y)`, the upper bounds of `z_j - z_y`, and 0 at y. Without: the
         logits' lower bound at y and the upper bounds elsewhere.
@@ -120,7 +120,7 @@ class Bounds:
         return y.unsqueeze(1)
 
     def _differences(self, y: Tensor) -> Tensor:
-        """The margins [N, classes] before +inf is put at y."""
+        """Computes the margins [N, classes] before +inf is put at y."""
         with no_autocast(self.logits.device):
             return self._plain_differences(y)
 
@@ -136,7 +136,7 @@ class Bounds:
 
 
 def _by_class(lower: Tensor, upper: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> Tensor:
-    """Margins as `_by_example`, by one linear layer for each class among the labels."""
+    """Computes what `_by_example` does, by one linear layer for each class among the labels."""
     order = y.argsort(stable=True)
     classes, counts = y[order].unique_consecutive(return_counts=True)
     rows = [
@@ -158,7 +158,7 @@ def _by_example(
     bias: Tensor,  # [classes]
     y: Tensor,  # [N]
 ) -> Tensor:  # [N, classes]
-    """Margins without a decision on values, as a GPU's graph or vmap needs it.
+    """Computes margins without a decision on values, as a GPU's graph or vmap needs it.
 
     Sums of products, not matrix products, which torch may take in tf32.
     """

@@ -14,7 +14,7 @@ from cibp_fast.ops import backends
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a run's numbers."""
+    """Returns versions of Python and of the packages that decide a run's numbers."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -24,7 +24,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware(device: str | torch.device = "cpu", processes: int = 1) -> dict[str, Any]:
-    """The processor, its cores, torch's threads (of each process) and, on one, the GPU."""
+    """Returns the processor, its cores, torch's threads (of each process) and, on one, the GPU."""
     device = torch.device(device)
     kernels, _ = backends.in_use(device, torch.float32)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None

@@ -54,7 +54,7 @@ class FusedNetwork(nn.Module):
         self._program = trace(model)
 
     def forward(self, x: Any) -> Any:
-        """The model's own forward pass: Tensor -> Tensor, Interval -> Interval."""
+        """Runs the model's own forward pass: Tensor -> Tensor, Interval -> Interval."""
         return self._model(x)
 
     @property
@@ -76,7 +76,7 @@ class FusedNetwork(nn.Module):
     def bounds(
         self, x: Tensor, box: Interval, width: str = "post", reduction: str = "mean"
     ) -> Bounds:
-        """`cf.bounds(model, x, box, width, reduction)` in one op, with the same result.
+        """Computes `cf.bounds(model, x, box, width, reduction)` in one op, with the same result.
 
         Where there are no kernels for x's device it is that call. Gradients reach the parameters,
         x and box, but there are no second ones. On the CPU, a box made by `Interval.ball(x, eps,
@@ -140,7 +140,7 @@ class FusedNetwork(nn.Module):
         return Bounds(Interval._make(lower, upper, logits), widths, head, self.backend)
 
     def _selected(self, x: Tensor) -> tuple[str, str]:
-        """The backend for x, and the reason."""
+        """Returns the backend for x, and the reason."""
         found = backends.select(self.backend, x.device, x.dtype)
         if found[0] == "cuda" and (why_not := backends.triton_obstacle(x.device, x.dtype)):
             raise ValueError(
@@ -177,7 +177,7 @@ class FusedNetwork(nn.Module):
         return _network_failure(plan.numbers, has_bias, batch, precision, x.device)
 
     def _unfused(self, why: str, x: Tensor, box: Interval, width: str, reduction: str) -> Bounds:
-        """The bounds layer by layer, since the kernels cannot run."""
+        """Computes the bounds layer by layer, since the kernels cannot run."""
         if self.precision != "float32":
             raise ValueError(f"precision={self.precision!r} cannot run here: {why}")
         return bounds(self._model, x, box, width, reduction, backend=self.backend)
@@ -260,7 +260,7 @@ def _tensors(layer: Layer, x: Tensor, *names: str) -> tuple[Any, ...]:
 
 
 def fuse(model: nn.Module, precision: str = "float32", backend: str = "auto") -> FusedNetwork:
-    """A network whose bounds, of all layers, are computed by one op in one autograd node.
+    """Makes a network whose bounds, of all layers, are one op in one autograd node.
 
     The result shares the model's parameters and submodules (the same state_dict), and reads them at
     every call: it follows an optimizer, load_state_dict, .to(), and modules that are replaced. The
@@ -325,7 +325,7 @@ def _network_failure(
 def _inputs(
     program: Program, plan: Plan, x: Tensor, box: Interval, balls: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """lower, upper, nominal [N, C, H, W] of the first stage, and the radius [C] of a ball."""
+    """Returns lower, upper, nominal [N, C, H, W] of the first stage, and a ball's radius [C]."""
     channels = plan.stages[0].shape.in_channels
     shape = (len(x), *plan.stages[0].input)
     normalize = None if program.normalize is None else program.normalize.module

@@ -109,7 +109,7 @@ def _pooling_stage(pool: Layer, shape: tuple[int, ...]) -> Stage:
 
 
 def _output_size(pool: Layer, size: Sequence[int]) -> tuple[int, ...]:
-    """Of an adaptive pooling: an int, or a pair in which None stands for the input's size."""
+    """Returns an adaptive pooling's output size, where None stands for the input's."""
     given = pool.module.output_size
     wanted = (given, given) if isinstance(given, Integral) else given
     pair = isinstance(wanted, Sequence) and not isinstance(wanted, str) and len(wanted) == 2
@@ -119,7 +119,7 @@ def _output_size(pool: Layer, size: Sequence[int]) -> tuple[int, ...]:
 
 
 def _check_fit(layer: Layer, shape: tuple[int, ...], weight: Tensor, bias: Tensor | None) -> None:
-    """That a layer's parameters fit each other and the example that it is given."""
+    """Raises ValueError where parameters do not fit each other or the layer's input."""
     dims = 1 if type(layer.module) in LINEARS else 3
     fits = len(shape) == dims and weight.dim() == dims + 1 and weight.shape[1] == shape[0]
     if not fits or 0 in weight.shape:
@@ -135,7 +135,10 @@ def _linear_stage(image: tuple[int, ...], outputs: int, relu: bool) -> Stage:
 def _convolution_stage(
     affine: Affine, image: tuple[int, ...], weight: Tensor, padding: tuple[int, ...]
 ) -> Stage:
-    """padding: left, right, top, bottom, of layers before the convolution."""
+    """Makes the stage of a convolution.
+
+    padding: left, right, top, bottom, of the layers before it.
+    """
     layer = affine.layer
     module = layer.module
     kernel = tuple(weight.shape[2:])

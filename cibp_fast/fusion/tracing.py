@@ -73,19 +73,19 @@ class Layer(NamedTuple):
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """What the layers of one model differ in."""
+        """Returns what the layers of one model differ in."""
         return self.name, self.features, type(self.module)
 
     def error(self, why: str) -> ValueError:
-        """The layer is of a kind, or at a place, that there are no kernels for."""
+        """Makes the error of a layer of a kind, or at a place, that there are no kernels for."""
         return self.misfit(why + _elsewhere(type(self.module)))
 
     def misfit(self, why: str) -> ValueError:
-        """The layer cannot run as it is, or `why` says what to use instead."""
+        """Makes the error of a layer that cannot run as it is; `why` may say what to use."""
         return ValueError(f"fuse cannot take {self.name} ({type(self.module).__name__}): {why}")
 
     def integers(self, name: str, *counts: int) -> tuple[int, ...]:
-        """The hyperparameter of this name: an int, or a sequence of so many, as torch takes them.
+        """Returns a hyperparameter: an int, or a sequence of so many, as torch takes them.
 
         An int comes as a tuple of one.
         """
@@ -100,7 +100,7 @@ class Layer(NamedTuple):
         return tuple([int(each) for each in values])
 
     def pair(self, name: str, least: int = 1) -> tuple[int, int]:
-        """The hyperparameter of this name, vertical and horizontal, each at least so large."""
+        """Returns a hyperparameter, vertical and horizontal, each at least so large."""
         values = self.integers(name, 1, 2)
         if min(values) < least:
             raise self.misfit(f"{name} must be at least {least}, got {getattr(self.module, name)}")
@@ -108,7 +108,7 @@ class Layer(NamedTuple):
 
 
 def _elsewhere(what: Any) -> str:
-    """What cf.bounds is known to do with a class of layers, a function or a method's name.
+    """Says where cf.bounds is known to take a class of layers, a function or a method's name.
 
     Empty where that is not known.
     """
@@ -216,7 +216,7 @@ def fingerprint(model: nn.Module) -> list[tuple[Any, ...]]:
 
 
 def _own(module: nn.Module) -> tuple[Any, ...]:
-    """What a forward that is traced may depend on or set: which parameters are frozen and, of
+    """Returns what a traced forward may depend on or set: which parameters are frozen and, of
     classes that are not torch's, `training` and the attributes that are its own.
     """
     frozen = [each is None or each.requires_grad for each in module._parameters.values()]
@@ -236,7 +236,7 @@ _FEW = 16  # elements of a container that holds settings; a history grows beyond
 
 
 def _read(value: Any) -> Any:
-    """An attribute, to be compared with what it is later: itself, and the elements of a small
+    """Returns what an attribute is later compared with: itself, and the elements of a small
     container. Not of a tensor, which a trainer may replace at every step.
     """
     if isinstance(value, Tensor):
@@ -260,7 +260,7 @@ class _Same:
 
 
 def _calls(kind: type[nn.Module]) -> tuple[Any, ...]:
-    """The methods that run where a module of this class is called."""
+    """Returns the methods that run where a module of this class is called."""
     return kind.__call__, kind.forward, getattr(kind, "_conv_forward", None)
 
 
@@ -289,7 +289,7 @@ def _global_hooks() -> tuple[Any, ...]:
 
 
 def _original_calls(kind: type[nn.Module]) -> tuple[Any, ...]:
-    """`_calls` as torch defines them; a function that replaces one of them is none of these."""
+    """Returns `_calls` as torch defines them; what replaces one of them is none of these."""
     return tuple(
         [
             call
@@ -367,7 +367,7 @@ class _Tracer(fx.Tracer):
         return super().create_node(kind, target, *args, **kwargs)
 
     def _state(self) -> str:
-        """What a call here is subject to, beside what is so around the whole forward."""
+        """Says what a call here is subject to, beside what is so around the whole forward."""
         if torch.is_inference_mode_enabled():
             return "in torch.inference_mode()"
         if torch.is_grad_enabled() != self.gradients:
@@ -390,7 +390,7 @@ _AUTOCAST = ("cpu", "cuda")  # the devices that fused networks run on
 
 
 def _saved_tensors_hooks() -> Any:
-    """The innermost hooks on saved tensors, (pack, unpack) or None."""
+    """Returns the innermost hooks on saved tensors, (pack, unpack) or None."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
@@ -460,7 +460,7 @@ def _is_normalize(module: nn.Module) -> bool:
 
 
 def _layers(model: nn.Module) -> list[Layer]:
-    """The layers in the order of the pass."""
+    """Returns the layers in the order of the pass."""
     if _Tracer(True).is_leaf_module(model, "model"):
         return [Layer("the model", model)]
     layers, others = (_chain(model, _graph(model, gradients)) for gradients in (True, False))
@@ -477,7 +477,7 @@ def _forward_error(model: nn.Module, why: str) -> ValueError:
 
 
 def _graph(model: nn.Module, gradients: bool) -> fx.Graph:
-    """The calls of a model's forward."""
+    """Returns the calls of a model's forward."""
     attributes, in_place = _Attributes(model), _InPlace()
     with ExitStack() as stack:
         # whatever is so where fuse is called
@@ -508,7 +508,7 @@ def _graph(model: nn.Module, gradients: bool) -> fx.Graph:
 
 
 def _chain(model: nn.Module, graph: fx.Graph) -> list[Layer]:
-    """The layers in the order of the pass."""
+    """Returns the layers of a traced forward, in the order of the pass."""
     *nodes, output = graph.nodes
     layers: list[Layer] = []
     used = {output}
@@ -532,7 +532,7 @@ def _chain(model: nn.Module, graph: fx.Graph) -> list[Layer]:
 
 
 def _layer(model: nn.Module, node: fx.Node) -> tuple[Layer, Any]:
-    """The layer that a node is, and the node of its input."""
+    """Returns the layer that a node is, and the node of its input."""
     arguments: dict[str, Any] = {"input": node.args[0] if node.args else None, **node.kwargs}
     source: Any = arguments.pop("input")
     others: tuple[Any, ...] = node.args[1:]
@@ -591,7 +591,7 @@ def _not_in_chain(model: nn.Module, node: fx.Node) -> ValueError:
 
 
 def _group(layers: list[Layer]) -> Program:
-    """The affine stages that the layers make up."""
+    """Groups the layers into affine ones and what goes with each."""
     program = Program()
     before: list[Layer] = []  # what the next affine layer will take with it
     directly = False  # whether nothing came since the last affine layer
@@ -645,7 +645,7 @@ def _group(layers: list[Layer]) -> Program:
 
 
 def check_plain(layer: Layer) -> None:
-    """That a convolution is of the kind that there are kernels for."""
+    """Raises ValueError where there are no kernels for a convolution of this kind."""
     module = layer.module
     if module.groups != 1:
         raise layer.error(f"groups must be 1, got {module.groups}")

@@ -32,7 +32,9 @@ def takes(logits: Tensor, head: Head, y: Tensor, backend: str = "auto") -> bool:
 
 
 def cross_entropies(logits: Tensor, head: Head, y: Tensor) -> tuple[Tensor, Tensor]:
-    """`cross_entropy(logits, y)` and that of the worst-case logits, 0-dim, where `takes` says yes.
+    """Computes `cross_entropy(logits, y)` and that of the worst-case logits, 0-dim.
+
+    Where `takes` says that the kernels can.
 
     Args:
         logits: [N, classes].

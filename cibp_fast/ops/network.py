@@ -37,17 +37,17 @@ class Stage(NamedTuple):
 
     @property
     def input(self) -> tuple[int, ...]:
-        """Channels, height and width."""
+        """Returns channels, height and width."""
         return self.shape[1:4]
 
     @property
     def output(self) -> tuple[int, ...]:
-        """Channels, height and width."""
+        """Returns channels, height and width."""
         return self.shape[4:7]
 
     @property
     def kernel(self) -> tuple[int, ...]:
-        """Height and width."""
+        """Returns height and width."""
         return self.shape[7:9]
 
     @property
