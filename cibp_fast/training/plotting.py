@@ -1,8 +1,6 @@
 """Draws the curves of runs in one figure, and a config's schedules (the extra `plot`: matplotlib).
 
-A figure of runs has a section for each task (data set, radius, clipping), from top to bottom; a
-section has the errors, the widths' sum, and the width of each layer. matplotlib is imported where
-it is used: everything else runs without it.
+matplotlib is imported where it is used: everything else runs without it.
 """
 
 from __future__ import annotations
@@ -11,12 +9,10 @@ import math
 import os
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from io import BytesIO
 from itertools import zip_longest
-from operator import attrgetter, methodcaller
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -32,32 +28,23 @@ METHOD_LABELS = {"nominal": "nominal", "ibp": "IBP", "cibp": "constrained IBP"}
 # A method has its colour in every figure: of Okabe and Ito's, which are told apart under every
 # common colour blindness. What is not a method's curve is grey.
 METHOD_COLOURS = {"cibp": "#0072B2", "ibp": "#D55E00", "nominal": "#009E73"}
-GREY, PALE = "#8C8C8C", "#D0D0D0"
-SHADES = (0.5, 0.9, 0.15)  # of a method's first, second and third run on the same axes
+GREY = "#8C8C8C"
+SHADES = (0.5, 0.9, 0.15, 0.7, 0.3)  # of a method's runs, in turn: light is 0, itself 0.5, dark 1
 
 # Runs can be compared where all of these agree: the examples and the boxes around them.
 TASK = ("dataset", "eps", "eps_space", "clip")
-# Interval widths can where these do too. Errors of different networks share their axes.
+# The sums of widths can where these do too: they are of the same layers, measured alike.
 MEASURE = ("net", "padding", "width", "width_reduction", "eps_train_ratio")
-ATTACK = ("pgd_steps", "pgd_restarts", "pgd_step_size")
 
-# error: (mark of its final value, line style of its curve, which PGD error has none of)
-ERRORS: dict[str, tuple[str, Any]] = {
-    "verified": ("o", "-"),
-    "PGD": ("X", ""),
-    "test": ("s", (0, (4, 1.5))),
+ERRORS: dict[str, Any] = {"verified": "-", "test": (0, (4, 1.5))}  # and its line style
+MARKS = {"verified": "o", "PGD": "X", "test": "s"}  # of the final errors
+LONGEST = 54  # characters of a name
+
+STYLE: dict[Any, Any] = {
+    **{"font.size": 11, "axes.spines.top": False, "axes.spines.right": False},
+    **{"legend.frameon": False, "legend.fontsize": 9},
 }
-MEAN_STYLE: dict[str, Any] = {"linestyle": (0, (1, 1.3)), "linewidth": 1.1}
-
-LABEL_LINE = {"arrowstyle": "-", "linewidth": 0.6, "relpos": (0, 0.5), "shrinkA": 2, "shrinkB": 0}
-LABEL_SIZE = 10  # points, of the text at a curve's end
-LINE, LONGEST = 110, 54  # characters that fit side by side in the figure, and in a name
-MOST_OVERLAID = 3  # runs or groups of seeds on the same axes; more have a panel each
-
-STYLE: dict[Any, Any] = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
 TITLE: dict[str, Any] = {"fontsize": 14, "fontweight": "bold"}
-
-_Part = tuple[float, Callable[[Any], object]]  # height in inches, what draws it in a subfigure
 
 
 def require_matplotlib() -> None:
@@ -73,45 +60,44 @@ def require_matplotlib() -> None:
 def plot(run_dirs: Sequence[str | Path], output: str | Path) -> None:
     """Draws the runs' errors and bound widths per epoch to a .png, .pdf or .svg file.
 
-    Runs of different data sets, radii (eps and eps_space) or clipping have different examples or
-    boxes, so that neither their errors nor their widths can be compared: they are in sections of
-    their own. Networks share the axes of their errors, but not of their widths, which are of other
-    layers; nor do runs that measure widths in another way.
+    Above, the verified and the test error of all runs, with the final verified, PGD and test error
+    where a run has finished, and the sum of the widths, as trained with. Below, the width of each
+    layer, a panel a run. Runs that differ in nothing but the seed are drawn as one: their mean, in
+    a band from the least to the greatest. Nominal runs compute no bounds and have no widths; sums
+    of widths of different networks, or that are measured in different ways, are left out, since
+    they cannot be compared. A folder that is named twice is drawn once.
 
-    A section shows the verified and test error, and their mean; where a run has finished, its
-    final verified, PGD and test error stand at the end of its curves. Up to three runs are on the
-    same axes; of more each has a panel, with the others' verified errors in grey. Then the widths'
-    sum, as trained with, and the width of each layer, a panel a run. A method has the same colour
-    in every figure, and its runs on the same axes are shades of it. Runs that differ in nothing but
-    the seed are drawn as one: their mean, in a band from the least to the greatest. A folder that
-    is named twice is drawn once.
-
-    Raises ImportError without matplotlib, ValueError for no run or another ending,
-    FileNotFoundError for a folder that holds no run, OSError for a file that cannot be written.
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: no run, runs of different data sets, radii or clipping (they have different
+            examples or boxes: plot them apart), or another ending.
+        FileNotFoundError: a folder holds no run.
+        OSError: a file cannot be written.
     """
     output = _checked(output)
     if not run_dirs:
         raise ValueError("nothing to plot: name at least one run folder")
-    sections = _load([Path(run_dir) for run_dir in run_dirs])
+    groups = _load([Path(run_dir) for run_dir in run_dirs])
     from matplotlib import rc_context
     from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    title, tasks = "Training provably robust networks", _task_texts(sections)
-    parts: list[_Part] = []
-    for task, groups in zip(tasks, sections, strict=True):
-        if len(sections) > 1:
-            text = methodcaller("text", 0.5, 0.35, task, ha="center", va="center", **TITLE)
-            parts.append((0.6, text))
-        parts += _parts(groups)
-    heights = [height for height, _ in parts]
+    layered = [group for group in groups if group.layers]
+    columns = min(3, len(layered)) or 1
+    rows = math.ceil(len(layered) / columns)
+    heights = [4.7 + 0.2 * (len(groups) + len(MARKS)), 2.7 * rows][: 1 + bool(layered)]
     with rc_context(STYLE):
-        size = (12, 0.4 + sum(heights))
-        figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(wspace=0.04))
-        figure.suptitle(title if len(sections) > 1 else f"{title}: {tasks[0]}", **TITLE)
-        subfigures = figure.subfigures(len(parts), 1, height_ratios=heights, squeeze=False).flat
-        for subfigure, (_, draw) in zip(subfigures, parts, strict=True):
-            draw(subfigure)
+        figure = Figure(figsize=(12, sum(heights)), layout="constrained")
+        figure.suptitle(f"Training provably robust networks: {_task(groups)}", **TITLE)
+        top, *below = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False).flat
+        measured = (
+            layered if len({_values(group.config, MEASURE) for group in layered}) == 1 else []
+        )
+        panels = top.subplots(1, 1 + bool(measured), squeeze=False).flat
+        _draw_errors(panels[0], groups)
+        if measured:
+            _draw_sums(panels[1], measured)
+        if below:
+            _draw_layers(below[0], layered, rows, columns, shared=bool(measured))
         _save(figure, output)
 
 
@@ -176,7 +162,6 @@ def _checked(output: str | Path) -> Path:
 
 
 def _save(figure: Any, output: Path) -> None:
-    _arrange(figure)
     content = BytesIO()
     figure.savefig(content, format=output.suffix[1:].lower(), dpi=150)
     runs.make_folder(output.parent)
@@ -212,10 +197,27 @@ class _Group:
     def layers(self) -> list[str]:
         return max((run.layers for run in self.runs), key=len)
 
-    def curves(self, name: str) -> list[np.ndarray]:
-        """Returns the runs' curves of that name, of those that have anything to draw there."""
+    def draw(self, axes: Any, name: str, label: str = "", **style: Any) -> None:
+        """Draws the curves of that name, broken at NaN.
+
+        Seeds of the same epochs: their mean, and a band from the least to the greatest. Seeds of
+        other epochs, e.g. while one still trains: a line each.
+        """
         own = [run.curves[name] for run in self.runs if name in run.curves]
-        return [curve for curve in own if np.isfinite(curve[1]).any()]
+        curves = [curve for curve in own if np.isfinite(curve[1]).any()]
+        if not curves:
+            return
+        epochs = curves[0][0]
+        style = {"color": self.colour, "linewidth": 1.8 if len(epochs) <= 150 else 1.2} | style
+        if len(curves) == len(self.runs) > 1 and all(np.array_equal(c[0], epochs) for c in curves):
+            values = np.stack([curve[1] for curve in curves])
+            edges = values.min(axis=0), values.max(axis=0)
+            axes.fill_between(epochs, *edges, color=style["color"], alpha=0.25, linewidth=0)
+            curves = [np.stack([epochs, values.mean(axis=0)])]
+        for curve in curves:
+            alone = np.isfinite(curve[1]).sum() == 1  # a line needs two points to be seen
+            axes.plot(*curve, marker="." if alone else "", label=label or None, **style)
+            label = ""
 
 
 def _read(folder: Path) -> _Run:
@@ -236,18 +238,17 @@ def _read(folder: Path) -> _Run:
         return np.array([record[name] for record in metrics], float)  # NaN for None
 
     epochs = column("epoch")
-    errors = {"verified": 100 * column("verified_error"), "test": 100 * column("test_error")}
-    errors["mean"] = (errors["verified"] + errors["test"]) / 2
     by_layer = [np.array(each, float) for each in zip_longest(*(r["widths"] for r in metrics))]
     layers = _layer_names(config, len(by_layer))
     widths = {"width": column("width")} | dict(zip(layers, by_layer, strict=True))
     curves = {}
-    for name, values in errors.items():  # joined over epochs without evaluation
+    for name in ERRORS:  # joined over epochs without evaluation
+        values = 100 * column(f"{name}_error")
         curves[name] = np.stack([epochs, values])[:, ~np.isnan(values)]
     for name, values in widths.items():  # broken where a logarithmic scale cannot show them
         shown = (values > 0) & np.isfinite(values)
         curves[name] = np.stack([epochs, np.where(shown, values, math.nan)])
-    final = {error: 100 * result[f"{error.lower()}_error"] for error in ERRORS} if result else {}
+    final = {error: 100 * result[f"{error.lower()}_error"] for error in MARKS} if result else {}
     return _Run(folder, config, curves, layers, metrics[-1]["epoch"], final)
 
 
@@ -259,24 +260,27 @@ def _layer_names(config: Config, count: int) -> list[str]:
     return [*names[:-1], "logits"][:count]
 
 
-def _load(run_dirs: list[Path]) -> list[list[_Group]]:
-    """Returns the groups of runs that can be compared, in a list for each task."""
+def _load(run_dirs: list[Path]) -> list[_Group]:
+    """Returns the runs of these folders, in groups. Raises ValueError where they do not compare."""
     folders: dict[Path, Path] = {}
     for run_dir in run_dirs:
         folders.setdefault(run_dir.resolve(), run_dir)
-    tasks: dict[tuple[Any, ...], list[list[_Run]]] = {}
-    for members in _grouped([_read(folder) for folder in folders.values()]):
-        tasks.setdefault(attrgetter(*TASK)(members[0].config), []).append(members)
-    sections = []
-    for groups in tasks.values():
-        methods = [members[0].config.method for members in groups]
-        section = []
-        for index, (label, members) in enumerate(zip(_labels(groups), groups, strict=True)):
-            before = methods[:index].count(methods[index])  # on the same axes, if they share any
-            depth = SHADES[before if len(groups) <= MOST_OVERLAID else 0]
-            section.append(_Group(label, shade(METHOD_COLOURS[methods[index]], depth), members))
-        sections.append(section)
-    return sections
+    loaded = [_read(folder) for folder in folders.values()]
+    for run in loaded[1:]:
+        for name in TASK:
+            values = [getattr(each.config, name) for each in (loaded[0], run)]
+            if values[0] != values[1]:
+                raise ValueError(
+                    f"{loaded[0].folder} and {run.folder} cannot be compared, since their {name} "
+                    f"differ ({values[0]} and {values[1]}): plot them apart"
+                )
+    grouped = _grouped(loaded)
+    methods = [members[0].config.method for members in grouped]
+    groups = []
+    for index, (label, members) in enumerate(zip(_labels(grouped), grouped, strict=True)):
+        depth = SHADES[methods[:index].count(methods[index]) % len(SHADES)]
+        groups.append(_Group(label, shade(METHOD_COLOURS[methods[index]], depth), members))
+    return groups
 
 
 def _grouped(loaded: list[_Run]) -> list[list[_Run]]:
@@ -324,225 +328,99 @@ def _folder_name(members: list[_Run], common: str) -> str:
     return name if name and not shared and len(paths) > 1 else ", ".join(paths)
 
 
-def _task_texts(sections: list[list[_Group]]) -> list[str]:
-    """Names the data set, networks and radius of each section, and what else tells them apart."""
-    first = [groups[0].config for groups in sections]
-    texts = []
-    for groups, config in zip(sections, first, strict=True):
-        nets = list(dict.fromkeys(group.config.net for group in groups))
-        networks = f"{' and '.join(nets)} network{'s' if len(nets) > 1 else ''}"
-        eps = _eps_text(config.eps, config.eps_space)
-        clip = _differences(config, first, ["clip"])
-        texts.append(f"{config.dataset}, {networks}, eps = {eps}{clip and f', {clip}'}")
-    return texts
+def _task(groups: list[_Group]) -> str:
+    """Names the data set, the networks and the radius, `8/255` where that says it best."""
+    config = groups[0].config
+    nets = list(dict.fromkeys(group.config.net for group in groups))
+    count = in_255ths(config.eps)
+    eps = f"{config.eps:.4g}" if count is None else f"{count}/255"
+    space = "" if config.eps_space == "pixel" else f" ({config.eps_space})"
+    networks = f"{' and '.join(nets)} network{'s' if len(nets) > 1 else ''}"
+    return f"{config.dataset}, {networks}, eps = {eps}{space}"
 
 
-def _differences(config: Config, others: list[Config], names: Iterable[str]) -> str:
-    """Names the config's values in which it differs from any of the others, as `eps 0.1`."""
-    texts = []
-    for name in names:
-        value = getattr(config, name)
-        if any(getattr(other, name) != value for other in others):
-            parts = value if isinstance(value, tuple) else [value]
-            text = ",".join(f"{part:g}" if isinstance(part, float) else f"{part}" for part in parts)
-            texts.append(f"{name} {text.lower()}")
-    return ", ".join(texts)
+def _values(config: Config, names: Sequence[str]) -> tuple[Any, ...]:
+    return tuple(getattr(config, name) for name in names)
 
 
-def _eps_text(eps: float, space: str) -> str:
-    """Returns `8/255` where eps is that and no short decimal says it, as in the presets' names."""
-    count = in_255ths(eps)
-    text = f"{eps:.4g}" if count is None else f"{count}/255"
-    return text if space == "pixel" else f"{text} ({space})"
+# The panels
 
 
-# The parts of a section: each is drawn in a subfigure
+def _draw_errors(axes: Any, groups: list[_Group]) -> None:
+    """Draws the errors of all groups, and their final ones right of the curves' ends."""
+    last = _last_epoch(groups)
+    least = math.inf
+    for index, group in enumerate(groups):
+        at = last * (1.02 + 0.02 * index)  # not on the marks of the groups before it
+        finals = [run.final for run in group.runs if run.final]
+        texts = []
+        for error, mark in MARKS.items():
+            if error in ERRORS:
+                group.draw(axes, error, linestyle=ERRORS[error])
+            if finals:
+                ends = [final[error] for final in finals]
+                end = fmean(ends)
+                # their range, which is not below 0 by rounding
+                seeds = [[abs(end - min(ends))], [abs(max(ends) - end)]]
+                style = {"marker": mark, "markersize": 8, "markeredgecolor": "white"}
+                axes.errorbar(at, end, seeds, color=group.colour, elinewidth=2, **style)
+                texts.append(f"{error} {end:.1f} %")
+        of = "" if len(finals) == len(group.runs) else f" ({len(finals)} of {len(group.runs)})"
+        label = group.label + (f": {', '.join(texts)}{of}" if texts else "")
+        axes.plot([], [], color=group.colour, linewidth=4, label=label)
+    for error, mark in MARKS.items():
+        style = ERRORS.get(error, "none")
+        axes.plot([], [], color=GREY, linestyle=style, marker=mark, label=f"{error} error")
+    least = axes.dataLim.minposy  # inf where all are 0
+    if least < 10:  # a linear scale cannot be read there
+        from matplotlib.ticker import LogLocator, NullLocator
 
-
-def _parts(groups: list[_Group]) -> list[_Part]:
-    """Returns the section's parts, from top to bottom."""
-    by_measure: dict[tuple[Any, ...], list[_Group]] = {}
-    for group in groups:
-        if group.curves("width"):
-            by_measure.setdefault(attrgetter(*MEASURE)(group.config), []).append(group)
-    measures = list(by_measure.values())
-    parts: list[_Part] = []
-    if len(groups) <= MOST_OVERLAID:
-        parts.append((5.6, partial(_draw_overlaid, groups=groups, measures=measures)))
+        axes.set_yscale("log")
+        axes.set_ylim(max(0.1, 0.7 * least), 115)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
     else:
-        parts.append((1.0 + 2.9 * _rows(groups), partial(_draw_panels, groups=groups)))
-        if measures:
-            height = max(4.2, 1.2 + 0.22 * max(map(len, measures)))
-            parts.append((height, partial(_draw_widths, measures=measures)))
-    layered = [group for group in groups if group.layers]
-    if layered:
-        draw = partial(_draw_layers, groups=layered, shared=len(measures) <= 1)
-        parts.append((0.5 + 2.7 * _rows(layered), draw))
-    return parts
+        axes.set_ylim(0, 103)
+    axes.yaxis.set_major_formatter("{x:g} %")
+    _finish(axes, groups, "Errors on held-out examples", beyond=0.02 + 0.02 * len(groups))
+    axes.set_ylabel("error (log scale)" if least < 10 else "error")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=1)
 
 
-def _draw_overlaid(figure: Any, groups: list[_Group], measures: list[list[_Group]]) -> None:
-    """Draws the errors of all groups and the widths' sums side by side, and legends around them."""
-    from matplotlib.patches import Patch
-
-    ratios = [1.4] + [1] * len(measures)
-    errors, *widths = figure.subplots(1, len(ratios), width_ratios=ratios, squeeze=False).flat
-    errors.set_title("Errors on held-out examples", fontsize=12)
-    _draw_errors(errors, groups, groups)
-    _scale_errors([errors])
-    for axes, own in zip(widths, measures, strict=True):
-        _draw_width(axes, own, measures, named=False)
-    handles = [Patch(color=group.colour, label=group.label) for group in groups]
-    columns = LINE // (6 + max(len(group.label) for group in groups))
-    figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False)
-    _explain_styles(figure, groups)
+def _draw_sums(axes: Any, groups: list[_Group]) -> None:
+    """Draws the width term of the training batches."""
+    axes.set_yscale("log")
+    for group in groups:
+        group.draw(axes, "width")
+    _finish(axes, groups, "Width of the bounds on training batches")
+    axes.set_ylabel("squared width, summed over layers (log scale)")
 
 
-def _draw_panels(figure: Any, groups: list[_Group]) -> None:
-    """Draws the errors of each group in a panel, with the others' verified error behind them."""
-    figure.suptitle("Errors on held-out examples", fontsize=12)
-    panels = _panels(figure, groups, sharey=True)
-    for axes, group in panels:
-        for other in groups:
-            if other is not group:
-                _draw(axes, other, "verified", band=False, color=PALE, linewidth=0.8, zorder=1)
-        _draw_errors(axes, [group], groups)
-    _scale_errors([axes for axes, _ in panels])
-    _explain_styles(figure, groups, others=True)
-
-
-def _draw_widths(figure: Any, measures: list[list[_Group]]) -> None:
-    """Draws the widths' sums of more groups than a legend tells apart, each named at its end."""
-    panels = figure.subplots(1, len(measures), squeeze=False)
-    for axes, own in zip(panels.flat, measures, strict=True):
-        _draw_width(axes, own, measures, named=True)
-
-
-def _draw_layers(figure: Any, groups: list[_Group], shared: bool) -> None:
-    """Draws the width of each layer, in a panel for each group: from light to dark (the logits).
+def _draw_layers(figure: Any, groups: list[_Group], rows: int, columns: int, shared: bool) -> None:
+    """Draws the width of each layer, a panel for each group: from light to dark (the logits).
 
     shared: they are on one scale, as widths of the same kind in the same network.
     """
     scale = "" if shared else ", each run on its own scale"
     figure.suptitle(f"Width of each layer's bounds on training batches{scale}", fontsize=12)
     figure.supylabel("squared width (log scale)", fontsize=11)
-    for axes, group in _panels(figure, groups, sharey=shared):
-        _scale_epochs(axes, groups)
+    panels = figure.subplots(rows, columns, sharey=shared, squeeze=False).ravel()
+    for axes in panels[len(groups) :]:
+        axes.remove()
+    for axes, group in zip(panels, groups, strict=False):
         axes.set_yscale("log")
         colour = METHOD_COLOURS[group.config.method]
         for index, layer in enumerate(group.layers):
             depth = index / max(1, len(group.layers) - 1)
-            for end in _draw(axes, group, layer, color=shade(colour, depth)):
-                _write_at_end(axes, end, layer, shade(colour, max(0.35, depth)))
+            group.draw(axes, layer, label=layer, color=shade(colour, depth))
+        _finish(axes, groups, textwrap.fill(group.label, 100 // columns))
+        if axes.lines:  # none where all widths are 0
+            axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
-def _rows(groups: list[_Group]) -> int:
-    """Returns how many rows of up to three panels there are for a panel for each group."""
-    return math.ceil(len(groups) / 3)
-
-
-def _panels(figure: Any, groups: list[_Group], sharey: bool) -> list[tuple[Any, _Group]]:
-    """Makes a panel for each group, under its name in one line or two."""
-    rows = _rows(groups)
-    columns = math.ceil(len(groups) / rows)
-    panels = figure.subplots(rows, columns, sharex=True, sharey=sharey, squeeze=False).ravel()
-    for axes in panels[len(groups) :]:
-        axes.remove()
-    for axes, group in zip(panels, groups, strict=False):
-        title = textwrap.fill(group.label, LINE // columns)
-        axes.set_title(title, color=group.colour, fontsize=11, fontweight="bold")
-        axes.tick_params(labelbottom=True)
-    return list(zip(panels, groups, strict=False))
-
-
-def _explain_styles(figure: Any, groups: list[_Group], others: bool = False) -> None:
-    """Writes below what the lines and marks are."""
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    line = partial(Line2D, [], [], color="dimgrey")
-    handles: list[Any] = [
-        line(linestyle=style or "none", marker=marker, label=f"{error} error")
-        for error, (marker, style) in ERRORS.items()
-    ]
-    handles.append(line(label="mean of test and verified error", **MEAN_STYLE))
-    if others:
-        handles.append(Line2D([], [], label="verified error of the others", color=PALE))
-    if any(len(group.runs) > 1 for group in groups):
-        seeds = "seeds: mean, and range from least to greatest"
-        handles.append(Patch(label=seeds, alpha=0.25, color="dimgrey"))
-    columns = len(handles) if len(handles) <= 4 else 3
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
-
-
-# Axes, curves and their labels
-
-
-def _draw_errors(axes: Any, drawn: list[_Group], groups: list[_Group]) -> None:
-    """Draws errors of some of the groups, on scales that suit all of them."""
-    _scale_epochs(axes, groups, beyond=0.01 + 0.02 * len(drawn))
-    for index, group in enumerate(drawn):
-        _draw(axes, group, "mean", band=False, **MEAN_STYLE)
-        finals = [run.final for run in group.runs if run.final]
-        of = "" if len(finals) == len(group.runs) else f" ({len(finals)} of {len(group.runs)})"
-        attack = _differences(group.config, [other.config for other in groups], ATTACK)
-        # beside its curves, and not on the marks of the groups before it
-        at = _last_epoch([group]) + 0.02 * (1 + index) * _last_epoch(groups)
-        for error, (marker, style) in ERRORS.items():
-            if style:
-                _draw(axes, group, error, linestyle=style)
-            if finals:
-                ends = [final[error] for final in finals]
-                end = fmean(ends)
-                # their range, which is not below 0 by rounding
-                seeds = [[abs(end - min(ends))], [abs(max(ends) - end)]]
-                mark = {"marker": marker, "markersize": 8, "markeredgecolor": "white"}
-                axes.errorbar(at, end, seeds, color=group.colour, elinewidth=2, **mark)
-                name = f"PGD ({attack})" if error == "PGD" and attack else error
-                _write_at_end(axes, (at, end), f"{name} {end:.1f} %{of}", group.colour)
-
-
-def _scale_errors(panels: list[Any]) -> None:
-    """Sets a logarithmic scale where an error is below 10 %: a linear one cannot be read there.
-
-    panels: axes of one scale, with everything drawn in them.
-    """
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    least = min(axes.dataLim.minposy for axes in panels)  # inf where all are 0
-    for axes in panels:
-        if least < 10:
-            axes.set_yscale("log")
-            axes.set_ylim(max(0.1, 0.7 * least), 115)
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_minor_locator(NullLocator())
-        else:
-            axes.set_ylim(0, 103)
-        axes.yaxis.set_major_formatter("{x:g} %")
-        if axes.get_subplotspec().is_first_col():
-            axes.set_ylabel("error (log scale)" if least < 10 else "error")
-
-
-def _draw_width(axes: Any, groups: list[_Group], measures: list[list[_Group]], named: bool) -> None:
-    """Draws the width term of the training batches; nominal runs compute no bounds, so none.
-
-    named: the groups' labels are written at the curves' ends.
-    """
-    _scale_epochs(axes, groups)
-    axes.set_yscale("log")
-    for group in groups:
-        for end in _draw(axes, group, "width"):
-            if named:
-                _write_at_end(axes, end, group.label, group.colour)
-    kind = _differences(groups[0].config, [own[0].config for own in measures], MEASURE)
-    if groups is measures[0]:
-        axes.set_ylabel("squared width, summed over layers (log scale)")
-    title = f"Width of the bounds,\n{kind}" if kind else "Width of the bounds on training batches"
+def _finish(axes: Any, groups: list[_Group], title: str, beyond: float = 0) -> None:
+    """Sets title and scale of epochs; beyond: what it has right of the last, as a part of it."""
     axes.set_title(title, fontsize=12)
-
-
-def _scale_epochs(axes: Any, groups: list[_Group], beyond: float = 0) -> None:
-    """Sets the scale of epochs; beyond: what it has to the right of the last, as a part of it."""
     axes.set_xlim(0, (1.01 + beyond) * _last_epoch(groups))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("epoch")
@@ -551,80 +429,3 @@ def _scale_epochs(axes: Any, groups: list[_Group], beyond: float = 0) -> None:
 
 def _last_epoch(groups: list[_Group]) -> int:
     return max(run.last_epoch for group in groups for run in group.runs)
-
-
-def _draw(
-    axes: Any, group: _Group, name: str, band: bool = True, **style: Any
-) -> list[tuple[float, float]]:
-    """Draws the group's curves of that name, broken at NaN.
-
-    Seeds of the same epochs: their mean, and a band from the least to the greatest. Seeds of
-    other epochs, e.g. while one still trains: a line each. Returns the epoch and the value at the
-    lines' end, in a list that is empty where there is none to draw.
-    """
-    curves = group.curves(name)
-    if not curves:
-        return []
-    epochs = curves[0][0]
-    style = {"color": group.colour, "linewidth": 1.8 if len(epochs) <= 150 else 1.2} | style
-    if len(curves) == len(group.runs) > 1 and all(np.array_equal(c[0], epochs) for c in curves):
-        values = np.stack([curve[1] for curve in curves])
-        if band:
-            edges = values.min(axis=0), values.max(axis=0)
-            axes.fill_between(epochs, *edges, color=style["color"], alpha=0.25, linewidth=0)
-        curves = [np.stack([epochs, values.mean(axis=0)])]
-    finite = [curve[:, np.isfinite(curve[1])] for curve in curves]
-    for curve, points in zip(curves, finite, strict=True):
-        alone = points.shape[1] == 1  # a line needs two points to be seen
-        axes.plot(*curve, marker="." if alone else "", **style)
-    ends = [points[:, -1] for points in finite if points.size]
-    return [(max(x for x, _ in ends), fmean(y for _, y in ends))] if ends else []
-
-
-def _write_at_end(axes: Any, end: tuple[float, float], text: str, colour: str) -> None:
-    """Writes the text right of its curve's end and joins them; `_arrange` says where exactly."""
-    from matplotlib.patheffects import withStroke
-
-    axes.annotate(
-        text,
-        end,
-        xytext=(end[0], 0.5),
-        textcoords=("data", "axes fraction"),
-        va="center",
-        color=colour,
-        fontsize=LABEL_SIZE,
-        path_effects=[withStroke(linewidth=2.5, foreground="white")],  # over other curves
-        arrowprops=LABEL_LINE | {"color": colour},
-        annotation_clip=False,
-    )
-
-
-def _arrange(figure: Any) -> None:
-    """Lays the figure out, and puts the labels of each axes right of the last, clear of another."""
-    for axes in figure.axes:
-        for label in axes.texts:
-            left = max(other.xy[0] for other in axes.texts) + 0.04 * axes.get_xlim()[1]
-            label.xyann = (left, 0.5)
-    figure.get_layout_engine().execute(figure)
-    figure.set_layout_engine("none")
-    for axes in figure.axes:
-        labels = sorted(axes.texts, key=lambda label: label.xy[1])
-        for label in labels:  # an end beyond the limits, e.g. an error of 0, is at their edge
-            label.xy = (label.xy[0], np.clip(label.xy[1], *axes.get_ylim()))
-        to_axes = axes.transScale + axes.transLimits
-        heights = [to_axes.transform(label.xy)[1] for label in labels]
-        gap = 1.3 * LABEL_SIZE / 72 * figure.dpi / axes.bbox.height
-        for label, height in zip(labels, _moved_apart(heights, gap), strict=True):
-            label.xyann = (label.xyann[0], height)
-
-
-def _moved_apart(heights: list[float], gap: float) -> list[float]:
-    """Moves heights in increasing order apart to a minimum gap (isotonic least squares)."""
-    groups: list[list[float]] = []  # of heights less their rank's gaps; a group shares its mean
-    for rank, height in enumerate(heights):
-        groups.append([height - rank * gap])
-        while len(groups) > 1 and fmean(groups[-2]) > fmean(groups[-1]):
-            last = groups.pop()
-            groups[-1] += last
-    means = [fmean(group) for group in groups for _ in group]
-    return [mean + rank * gap for rank, mean in enumerate(means)]
