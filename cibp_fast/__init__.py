@@ -11,9 +11,9 @@ from typing import Any
 
 from cibp_fast import functional
 from cibp_fast._version import __version__
-from cibp_fast.bounds import Bounds, bounds
 from cibp_fast.fusion import FusedNetwork, fuse
 from cibp_fast.interval import Interval, UnsupportedOpError
+from cibp_fast.layerwise import Bounds, bounds
 from cibp_fast.nn import IntervalConv2d, IntervalLinear
 
 # Names that are imported on first use, and the modules that they are or come from.

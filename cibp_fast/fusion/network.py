@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from cibp_fast._arithmetic import autocasts, no_autocast
-from cibp_fast.bounds import Bounds, bounds, check_arguments
 from cibp_fast.fusion.stages import stages_and_parameters
 from cibp_fast.fusion.tracing import Program, structure, trace
 from cibp_fast.interval import Interval
+from cibp_fast.layerwise import Bounds, bounds, check_arguments
 from cibp_fast.ops import backends
 from cibp_fast.ops.network import Stage, cpu_engine, network, numbers_of, stages_of
 from cibp_fast.recorder import Head

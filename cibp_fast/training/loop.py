@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from cibp_fast import losses
 from cibp_fast._graphs import enough_memory
-from cibp_fast.bounds import bounds
 from cibp_fast.certificates import predict
 from cibp_fast.environment import hardware, versions
 from cibp_fast.fusion import FusedNetwork, fuse
 from cibp_fast.interval import Interval
+from cibp_fast.layerwise import bounds
 from cibp_fast.ops import backends
 from cibp_fast.training import datasets, runs
 from cibp_fast.training.batches import draw, epoch_batches, epoch_plan, pixel_table
