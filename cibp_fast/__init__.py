@@ -23,14 +23,15 @@ if TYPE_CHECKING:
     from cibp_fast.training import datasets as data
     from cibp_fast.training.loop import train
 
-# Each name's module; where the name is the whole module, as (module, None).
+# Each name's module; where the name is the whole module, as (module, None). An Interval comes with
+# the rules by which models take it.
 _HOMES: dict[str, tuple[str, str | None]] = {
     "Bounds": ("layerwise", "Bounds"),
     "FusedNetwork": ("fusion", "FusedNetwork"),
-    "Interval": ("interval", "Interval"),
+    "Interval": ("rules", "Interval"),
     "IntervalConv2d": ("nn", "IntervalConv2d"),
     "IntervalLinear": ("nn", "IntervalLinear"),
-    "UnsupportedOpError": ("interval", "UnsupportedOpError"),
+    "UnsupportedOpError": ("rules", "UnsupportedOpError"),
     "attacks": ("attacks", None),
     "bounds": ("layerwise", "bounds"),
     "certify": ("certificates", "certify"),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cibp_fast._arithmetic import autocasts, no_autocast
+from cibp_fast._compiler import constant
 from cibp_fast.fusion.stages import stages_and_parameters
 from cibp_fast.fusion.tracing import Program, structure, trace
 from cibp_fast.interval import Interval
@@ -242,7 +243,7 @@ def fuse(model: nn.Module, precision: str = "float32", backend: str = "auto") ->
     return FusedNetwork(model, precision, backend)
 
 
-@torch.compiler.assume_constant_result  # it runs kernels of its own, while dynamo traces
+@constant  # it runs kernels of its own, while dynamo traces
 def _network_failure(
     numbers: tuple[int, ...],
     biases: tuple[bool, ...],

@@ -15,6 +15,7 @@ from types import ModuleType
 import torch
 
 from cibp_fast._arithmetic import transformed
+from cibp_fast._compiler import constant
 
 # Best first. Each is an extension module of its own, built from the same sources (see setup.py).
 ISAS = ("avx512", "avx2", "portable")
@@ -45,7 +46,7 @@ def _builds() -> tuple[dict[str, ModuleType], dict[str, str]]:
     return {isa: builds[isa] for isa in ISAS if isa in builds}, missing
 
 
-@torch.compiler.assume_constant_result  # dynamo need not trace the imports
+@constant  # dynamo need not trace the imports
 def available_isas() -> tuple[str, ...]:
     """Instruction sets whose kernels are built and run on this CPU, best first."""
     return tuple(_builds()[0])
@@ -156,7 +157,7 @@ def _cpu_obstacle(device: torch.device, dtype: torch.dtype) -> str:
     return ""
 
 
-@torch.compiler.assume_constant_result  # dynamo need not trace the questions to driver and pip
+@constant  # dynamo need not trace the questions to driver and pip
 def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str:
     """The same of Triton's."""
     if device.type not in ("cpu", "cuda"):
@@ -207,7 +208,7 @@ def _cuda_missing(device: torch.device) -> str:
     return ""
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _no_cuda_devices() -> str:
     """Why there is no GPU for the CUDA kernels, or no kernels; empty: there is."""
     try:

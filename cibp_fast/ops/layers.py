@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cibp_fast._arithmetic import own_arithmetic
+from cibp_fast._compiler import constant
 from cibp_fast.ops import backends
 from cibp_fast.ops.library import Pair, conv2d_shape, conv2d_size, linear_shape, no_double_backward
 
@@ -270,7 +271,7 @@ def _chosen(
     return "torch" if obstacle else name
 
 
-@torch.compiler.assume_constant_result  # it runs kernels of its own, while dynamo traces
+@constant  # it runs kernels of its own, while dynamo traces
 def _layer_failure(
     numbers: tuple[int, ...], nominal: bool, bias: bool, device: torch.device
 ) -> str:
@@ -280,7 +281,7 @@ def _layer_failure(
     return checks.layer_failure(numbers, nominal, bias, device)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _relu_failure(nominal: bool, device: torch.device) -> str:
     """The same of ReLU."""
     from cibp_fast.ops import checks

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cibp_fast._compiler import constant
 from cibp_fast.ops import backends
 from cibp_fast.ops.library import (
     library,
@@ -111,7 +112,7 @@ def network(
     )
 
 
-@torch.compiler.assume_constant_result  # dynamo need not trace the imports
+@constant  # dynamo need not trace the imports
 def cpu_engine() -> str:
     """The CPU's engine now."""
     return backends.kernels().__name__.rpartition("_")[2]

@@ -8,17 +8,17 @@ run that did not finish.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from filelock import lock_descriptor
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -91,9 +91,8 @@ def claim(run_dir: Path, config: Config, overwrite: bool = False) -> None:
             )
         there = read_config(run_dir)
         differences = [
-            f"{option.name} {getattr(there, option.name)} there, {getattr(config, option.name)} now"
-            for option in fields(Config)
-            if getattr(there, option.name) != getattr(config, option.name)
+            f"{name} {getattr(there, name)} there, {getattr(config, name)} now"
+            for name in there.differences(config)
         ]
         if differences:
             raise FileExistsError(
@@ -122,11 +121,12 @@ def locked(run_dir: Path) -> Iterator[None]:
         try:
             folder = os.open(run_dir, os.O_RDONLY)
             stack.callback(os.close, folder)
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(f"another process is training in {run_dir}") from None
+            # the folder itself: no file of the lock's is left, and a read-only folder will do
+            free = lock_descriptor(folder, blocking=False)
         except OSError as error:
             raise OSError(f"cannot lock the folder {run_dir}: {_reason(error)}") from error
+        if not free:
+            raise BlockingIOError(f"another process is training in {run_dir}")
         for path in (run_dir / file for file in FILES):
             for temporary in path.parent.glob(f".{path.name}.*.tmp"):
                 with suppress(OSError):  # in the way of nothing
@@ -144,6 +144,18 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         raise OSError(f"cannot make the folder {path}: {_reason(error)}") from error
+
+
+def of_seeds(path: Path) -> list[Path]:
+    """Returns the run folders below a folder that `train --seeds` wrote, by seed.
+
+    Any other path is returned itself, alone.
+    """
+    if not (path / "config.json").exists():
+        found = [each for each in path.glob("seed*") if (each / "config.json").exists()]
+        if found:
+            return sorted(found, key=lambda each: (len(each.name), each.name))
+    return [path]
 
 
 def write_atomic(path: Path, content: bytes) -> None:
