@@ -19,7 +19,15 @@ import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg, subcommand
 from tyro.constructors import PrimitiveConstructorSpec
 
-from cibp_fast.training.config import PRESET_GRAMMAR, Config, as_text, choices, parse, preset
+from cibp_fast.training.config import (
+    PRESET_GRAMMAR,
+    Config,
+    as_text,
+    choices,
+    epoch_steps,
+    parse,
+    preset,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -51,10 +59,10 @@ def _whole(text: str) -> int:
 N, DIR = _word("N", _whole), _word("DIR", Path)
 
 
-def _changes(hints: Mapping[str, str], **others: Any) -> Any:
+def _changes(hints: Mapping[str, str]) -> Any:
     """Returns the type of options that change these fields of the Config, as a dict of texts.
 
-    hints: what the help says of each field's default. others: further options.
+    hints: what the help says of each field's default.
     """
     options: dict[str, Any] = {}
     for name, hint in hints.items():
@@ -65,17 +73,14 @@ def _changes(hints: Mapping[str, str], **others: Any) -> Any:
         else:
             metavar = "|".join(choices(name)) or "VALUE"
             options[name] = Annotated[str, arg(metavar=metavar, **about)]
-    return OmitArgPrefixes[TypedDict("Changes", options | others, total=False)]  # type: ignore
+    return OmitArgPrefixes[TypedDict("Changes", options, total=False)]  # type: ignore
 
 
 if TYPE_CHECKING:
     Recipe = dict[str, Any]
     Changes = dict[str, Any]
 else:
-    Recipe = _changes(
-        {name: f"[{as_text(value)}]" for name, value in preset(DEFAULT_PRESET)},
-        epochs=Annotated[int, N, arg(help="training epochs, in place of steps")],
-    )
+    Recipe = _changes({name: f"[{as_text(value)}]" for name, value in preset(DEFAULT_PRESET)})
     Changes = _changes(dict.fromkeys(("eps", "eval_batch_size"), "(default: the run's)"))
 
 
@@ -189,6 +194,7 @@ class Train(OnData):
         backend: of the bounds: the device's kernels where they can run (auto), those of the CPU
             (cpu), Triton's (triton), those with CUDA C++ kernels where there are any (cuda), or
             none (torch)
+        epochs: training epochs, in place of --steps
         recipe: Each replaces what the preset says; in brackets, what the default preset does.
     """
 
@@ -199,10 +205,12 @@ class Train(OnData):
     overwrite: FlagCreatePairsOff[bool] = False
     seeds: Annotated[int, N] = 1
     backend: Literal["auto", "torch", "cpu", "triton", "cuda"] = "auto"
+    epochs: Annotated[int | None, N, arg(help_behavior_hint="")] = None
     recipe: Recipe = field(default_factory=dict)
 
     def run(self) -> None:
-        config = preset(self.preset, **_values(self.recipe))
+        epochs = {} if self.epochs is None else {"epochs": self.epochs}
+        config = preset(self.preset, **_values(self.recipe), **epochs)
         if self.seeds < 1:
             raise ValueError(f"seeds must be 1 or more, not {self.seeds}")
         configs = [config.replace(seed=config.seed + index) for index in range(self.seeds)]
@@ -377,15 +385,14 @@ class Plot(Command):
     def run(self) -> None:
         if bool(self.run_dirs) == (self.preset is not None):
             raise ValueError("plot takes either run folders or --preset NAME")
-        from cibp_fast.training import datasets, plotting, runs
+        from cibp_fast.training import plotting, runs
 
         if self.preset is None:
             run_dirs = [each for run_dir in self.run_dirs for each in runs.of_seeds(run_dir)]
             plotting.plot(run_dirs, self.output)
         else:
             config = preset(self.preset)
-            epoch_steps = datasets.SIZES[config.dataset][0] // config.batch_size
-            plotting.plot_schedules(config, self.output, epoch_steps)
+            plotting.plot_schedules(config, self.output, epoch_steps(dict(config)))
         print(f"wrote {self.output}")
 
 
@@ -416,9 +423,9 @@ def run(words: Sequence[str]) -> None:
         _parsed(Union[tuple(every)], [name], "cibp-fast", ABOUT)  # noqa: UP007
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f", did you mean {close[0]!r}" if close else ""
-        problem = f"{name!r} is no command{hint}" if name else "a command is missing"
-        raise ValueError(f"{problem}: {', '.join(COMMANDS)} (see cibp-fast --help)")
+        hint = f": did you mean {close[0]!r}?" if close else "."
+        problem = f"{name!r} is no command{hint}" if name else "A command is missing."
+        raise ValueError(f"{problem} There are {', '.join(COMMANDS)} (see cibp-fast --help)")
     command: Command = _parsed(COMMANDS[name], options, f"cibp-fast {name}")
     if command.threads is not None:
         if not 1 <= command.threads <= MOST_THREADS:

@@ -6,7 +6,6 @@ import copy
 import pickle
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -286,7 +285,7 @@ def test_evaluation_under_autocast() -> None:
     from cibp_fast.training import config, datasets, evaluation
 
     preset = config.preset("mnist5k-small-0.1-cibp")
-    settings = replace(preset, pgd_steps=2, pgd_restarts=0, pgd_step_size=0.1)
+    settings = preset.replace(pgd_steps=2, pgd_restarts=0, pgd_step_size=0.1)
     net = nn.Sequential(nn.Flatten(), nn.Linear(784, 10, bias=False))
     net[1].weight.data = torch.zeros(10, 784)
     net[1].weight.data[:2, 0], net[1].weight.data[1, 1] = 1.0, 1e-4  # z_1 - z_0, lost in bfloat16

@@ -319,14 +319,15 @@ def preset(name: str, **overrides: Any) -> Config:
             raise ValueError("the length of a training is given by epochs or by steps, not by both")
         if type(epochs) is not int or epochs < 1:
             raise ValueError(f"epochs must be a whole number, 1 or more, not {epochs!r}")
-        overrides["steps"] = epochs * _epoch_steps(fields | overrides)
+        overrides["steps"] = epochs * epoch_steps(fields | overrides)
     steps = overrides.get("steps")
     if type(steps) is int and steps > 0:
         fields = scaled(fields, steps)
     return Config(**fields | overrides)
 
 
-def _epoch_steps(fields: dict[str, Any]) -> int:
+def epoch_steps(fields: dict[str, Any]) -> int:
+    """Returns the steps of an epoch, with these fields of a Config, on the whole data set."""
     from cibp_fast.training.datasets import SIZES
 
     examples, _ = SIZES.get(fields["dataset"], (0, 0))

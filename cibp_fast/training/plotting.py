@@ -6,7 +6,7 @@ import math
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -287,7 +287,7 @@ def _grouped(loaded: list[_Run]) -> list[list[int]]:
     """
     groups: dict[Config, list[int]] = {}
     for index, run in enumerate(loaded):
-        groups.setdefault(replace(run.config, seed=0), []).append(index)
+        groups.setdefault(run.config.replace(seed=0), []).append(index)
     grouped = []
     for members in groups.values():
         distinct = len({loaded[member].config.seed for member in members}) == len(members)

@@ -3,7 +3,7 @@
 metrics.jsonl has a record an epoch. While the run is not finished there is also state/, all that
 resuming needs. Every file is written under a temporary name and renamed, so a reader, or a run
 killed at any point, never leaves half a file. result.json comes last: a folder without one holds a
-run that did not finish.
+run that did not finish. What needs torch imports it where it is called: plots need none.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
 from filelock import lock_descriptor
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
 
-from cibp_fast import models
 from cibp_fast.training.config import Config, parse_json
-from cibp_fast.training.datasets import CHANNEL_STATS, INPUT_SHAPES
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 STATE = "state"  # the folder of the checkpoint
 CHECKPOINT = f"{STATE}/checkpoint.safetensors"
@@ -194,11 +193,15 @@ def write_result(run_dir: Path, result: dict[str, Any]) -> None:
 
 def write_model(run_dir: Path, model: nn.Module) -> None:
     """Writes model.safetensors, the network's state_dict."""
+    import safetensors.torch
+
     write_atomic(run_dir / "model.safetensors", safetensors.torch.save(model.state_dict()))
 
 
 def write_checkpoint(run_dir: Path, checkpoint: Checkpoint) -> None:
     """Writes the checkpoint, all of it in one file, in place of the one before."""
+    import safetensors.torch
+
     tensors = {"totals": checkpoint.totals}
     for kind, values in (("model", checkpoint.model), ("optimizer", checkpoint.optimizer)):
         tensors |= {f"{kind}.{name}": value for name, value in values.items()}
@@ -281,6 +284,8 @@ def read_result(run_dir: Path) -> dict[str, Any] | None:
 
 def read_model(run_dir: Path) -> nn.Sequential:
     """The run's trained network. Raises OSError or ValueError as `read_config`."""
+    import safetensors.torch
+
     model = build_model(read_config(run_dir))
     own = model.state_dict()
     content = _read(run_dir, "model.safetensors")
@@ -304,6 +309,11 @@ def build_model(config: Config) -> nn.Sequential:
     It takes what `to_input` makes of pixels: in eps_space pixel a network for CIFAR-10 or SVHN
     begins by normalising them.
     """
+    from torch import nn
+
+    from cibp_fast import models
+    from cibp_fast.training.datasets import CHANNEL_STATS, INPUT_SHAPES
+
     model = models.NETS[config.net](INPUT_SHAPES[config.dataset], padding=config.padding)
     models.initialize(model, config.init)
     if config.dataset in CHANNEL_STATS and config.eps_space == "pixel":
@@ -316,6 +326,11 @@ def to_input(config: Config) -> nn.Module:
 
     The input is the space that eps measures.
     """
+    from torch import nn
+
+    from cibp_fast import models
+    from cibp_fast.training.datasets import CHANNEL_STATS
+
     if config.eps_space == "normalized":
         return models.Normalize(*CHANNEL_STATS[config.dataset])
     return nn.Identity()

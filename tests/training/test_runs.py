@@ -287,6 +287,15 @@ def test_one_process_at_a_time(tmp_path):
     assert _contents(tmp_path) == contents
 
 
+def test_the_folder_of_several_seeds(tmp_path):
+    for seed in (2, 10, 9):
+        runs.claim(tmp_path / f"seed{seed}", CONFIG.replace(seed=seed))
+    (tmp_path / "seed11").mkdir()  # begun by nobody
+    assert [each.name for each in runs.of_seeds(tmp_path)] == ["seed2", "seed9", "seed10"]
+    for alone in (tmp_path / "seed2", tmp_path / "seed11", tmp_path / "nowhere"):
+        assert runs.of_seeds(alone) == [alone]
+
+
 def test_a_process_that_is_refused_leaves_the_others_empty_folder(tmp_path):
     with runs.locked(tmp_path):
         (tmp_path / "state").mkdir()  # as write_checkpoint does, just before it writes
@@ -297,10 +306,10 @@ def test_a_process_that_is_refused_leaves_the_others_empty_folder(tmp_path):
 
 
 def test_a_folder_that_cannot_be_locked_is_named(tmp_path, monkeypatch):
-    def no_locks(folder: int, operation: int) -> None:
+    def no_locks(folder: int, blocking: bool) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(runs.fcntl, "flock", no_locks)
+    monkeypatch.setattr(runs, "lock_descriptor", no_locks)
     with (
         pytest.raises(OSError, match=f"cannot lock the folder {tmp_path}: No locks available"),
         runs.locked(tmp_path),
