@@ -448,9 +448,9 @@ def _parsed(kind: Any, words: Sequence[str], program: str, about: str | None = N
     except SystemExit as exit:
         if not exit.code:
             raise  # after help
-    text = re.sub("[│╭╮╰╯]", " ", printed.getvalue())
-    _, problem, *_ = [part for part in re.split("─+", text) if part.strip()]
-    raise ValueError(f"{' '.join(problem.split())} (see {program} --help)")
+    text = re.sub(r"\x1b\[[\d;]*m", "", printed.getvalue())  # of colours
+    _, problem, *_ = [part for part in re.split("[─╭╮╰╯]+|-{5,}", text) if part.strip(" │\n")]
+    raise ValueError(f"{' '.join(problem.replace('│', ' ').split())} (see {program} --help)")
 
 
 @contextmanager

@@ -150,7 +150,7 @@ def of_seeds(path: Path) -> list[Path]:
 
     Any other path is returned itself, alone.
     """
-    if not (path / "config.json").exists():
+    if os.path.isdir(path) and not (path / "config.json").exists():
         found = [each for each in path.glob("seed*") if (each / "config.json").exists()]
         if found:
             return sorted(found, key=lambda each: (len(each.name), each.name))
