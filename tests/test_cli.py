@@ -293,22 +293,15 @@ def test_eps_of_255_and_epochs(trained, eps):
     [
         (["train", "--preset", "mnist5k-smal-0.1-cibp"], "did you mean 'mnist5k-small-0.1-cibp'"),
         (["train", "--eps", "-1"], "eps must be 0 or more, not -1.0"),
-        (["train", "--eps", "nan"], "eps must be a finite number, not nan"),
         (["train", "--steps", "many"], "steps must be a whole number, not 'many'"),
         (["train", "--eps-ramp", "10,5"], "eps_ramp cannot be 10,5"),
-        (["train", "--eps-ramp", "0,4000"], "eps_ramp must be within steps 0 to 3000, not 0,4000"),
-        (["train", "--preset", "mnist5k-small-0.1-ibp-normalized"], "eps_space must be pixel for"),
-        (["train", "--preset", "mnist5k-small-0.1-ibp-gowal"], "mnist5k has one recipe"),
-        (["train", "--augmentation", "flip"], "augmentation must be none or crop-flip, not 'flip'"),
         (["train", "--device", "tpu"], "device must be cpu or cuda, not 'tpu'"),
         (["train", "--seeds", "0"], "seeds must be 1 or more, not 0"),
-        (["train", "--clip", "1,0"], "clip must be low,high with low < high"),
         (
             ["train", "--clip", "0,nan"],
             "clip must be 2 finite numbers (a,b) or none, not (0.0, nan)",
         ),
         (["train", "--epochs", "0"], "epochs must be a whole number, 1 or more, not 0"),
-        (["train", "--epochs", "2", "--steps", "9"], "by epochs or by steps, not by both"),
         (["train", "--pgd-step-size", "0"], "pgd_step_size must be above 0, not 0.0"),
         (["train", "--eps"], "Missing value for argument '--eps'"),
         (["train", "--eps", "8/256"], "eps must be a finite number, not '8/256'"),
@@ -319,7 +312,6 @@ def test_eps_of_255_and_epochs(trained, eps):
             "clip must contain the pixels' 0 to 1, or be none, not (0.2, 0.5)",
         ),
         (["train", "--batch-size", "81"], "batch_size must be at most the 80 training examples"),
-        (["train", "--seed", str(10**25)], "seed must be 9223372036854775807 or less, not 1000"),
         (["quickstart", "--seed", "-1"], "seed must be 0 or more, not -1"),
         ([*TRAIN, "--run-dir", "x" * 300], f"cannot make the folder {'x' * 300}: File name too"),
         ([*TRAIN, "--run-dir", "a\0b"], "cannot make the folder a\0b: embedded null byte"),
@@ -334,7 +326,6 @@ def test_eps_of_255_and_epochs(trained, eps):
             "Unrecognized options: --stpes, 5 (see cibp-fast train --help)",
         ),
         (["certify", "nowhere"], "nowhere is not a run folder: config.json is missing"),
-        (["attack", "nowhere"], "nowhere is not a run folder"),
         (["plot", "nowhere", "-o", "a.png"], "nowhere is not a run folder"),
         (["plot", "-o", "a.png"], "plot takes either run folders or --preset NAME"),
         (["plot", "nowhere", "--preset", PRESET, "-o", "a.png"], "either run folders or --preset"),
@@ -375,11 +366,8 @@ def test_bad_options_are_one_line_everywhere(capsys, monkeypatch, encoding, term
     [
         (["certify", "--eps", "-0.5"], "eps must be 0 or more, not -0.5"),
         (["certify", "--device", "tpu"], "device must be cpu or cuda, not 'tpu'"),
-        (["attack", "--device", "tpu"], "device must be cpu or cuda, not 'tpu'"),
         (["certify", "--eval-batch-size", "0"], "eval_batch_size must be 1 or more, not 0"),
         (["certify", "--eps", "inf"], "eps must be a finite number, not inf"),
-        (["certify", "--eps", "nan"], "eps must be a finite number, not nan"),
-        (["attack", "--eps", "inf"], "eps must be a finite number, not inf"),
         (["attack", "--seed", str(10**20)], "seed must be 9223372036854775807 or less, not 1000"),
         (["attack", "--step-size", "nan"], "pgd_step_size must be a finite number or none"),
         (
@@ -418,30 +406,12 @@ def damaged(run_dir, tmp_path):
     return Path(shutil.copytree(run_dir, tmp_path / "damaged"))
 
 
-@pytest.mark.parametrize(
-    ("file", "content", "words"),
-    [
-        ("metrics.jsonl", '{"epoch": 1}', "metrics.jsonl, line 1: 'step' is missing"),
-        ("metrics.jsonl", "5", "metrics.jsonl, line 1: must be a JSON object, not int"),
-        ("result.json", "{}", "result.json: 'test_error' is missing"),
-        ("result.json", "[]", "result.json: must be a JSON object, not list"),
-        ("config.json", "[]", "config.json: a config must be a JSON object, not list"),
-    ],
-)
-def test_plot_of_a_damaged_run(capsys, damaged, file, content, words):
+def test_plot_of_a_damaged_run(capsys, damaged):
     pytest.importorskip("matplotlib")
-    (damaged / file).write_text(content)
-    assert words in error_line(capsys, "plot", str(damaged), "-o", str(damaged / "curves.png"))
+    (damaged / "metrics.jsonl").write_text('{"epoch": 1}')
+    line = error_line(capsys, "plot", str(damaged), "-o", str(damaged / "curves.png"))
+    assert "metrics.jsonl, line 1: 'step' is missing" in line
     assert not (damaged / "curves.png").exists()
-
-
-@pytest.mark.parametrize("command", ["certify", "attack"])
-@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
-def test_a_folder_in_a_files_place(capsys, damaged, command, file):
-    (damaged / file).unlink()
-    (damaged / file).mkdir()
-    words = error_line(capsys, command, str(damaged))
-    assert f"cannot read {damaged / file}: Is a directory" in words
 
 
 @pytest.mark.parametrize("command", ["certify", "attack"])

@@ -274,8 +274,8 @@ class _Training:
         """Writes the state, in the first process; all processes must call it."""
         totals = self.processes.gather(self.step.totals)
         self.saved = time.perf_counter()
-        for state in self.step.adam.state:
-            state["step"].fill_(self.done)  # which Triton's kernels count themselves
+        for count in self.step.adam.steps:
+            count.fill_(self.done)  # Triton's kernels have their own
         checkpoint = runs.Checkpoint(
             step=self.done,
             seconds=self.seconds,
@@ -283,7 +283,7 @@ class _Training:
             processes=self.processes.size,
             totals=totals,
             model=self.model.state_dict(),
-            optimizer=self.step.adam.tensors(),
+            optimizer=self.step.adam.state(),
         )
         self.processes.of_first(lambda: runs.write_checkpoint(run_dir, checkpoint))
 

@@ -26,43 +26,39 @@ class Adam:
 
     def __init__(self, model: nn.Module) -> None:
         self.parameters: list[Tensor] = list(model.parameters())
-        self.state = [
-            {
-                "step": torch.zeros((), device=p.device, dtype=torch.float32),
-                "exp_avg": torch.zeros_like(p),
-                "exp_avg_sq": torch.zeros_like(p),
-            }
-            for p in self.parameters
+        self.firsts = [torch.zeros_like(p) for p in self.parameters]  # moments
+        self.seconds = [torch.zeros_like(p) for p in self.parameters]
+        self.steps = [
+            torch.zeros((), dtype=torch.float32, device=p.device) for p in self.parameters
         ]
 
     def step(self, lr: float) -> None:
         """Changes the parameters by their gradients, which it removes."""
         gradients: list[Any] = [p.grad for p in self.parameters]
-        firsts, seconds, steps = (
-            [state[name] for state in self.state] for name in ("exp_avg", "exp_avg_sq", "step")
-        )
         with torch.no_grad():
             adam(
-                self.parameters, gradients, firsts, seconds, [], steps, fused=True, amsgrad=False,
-                beta1=0.9, beta2=0.999, lr=lr, weight_decay=0.0, eps=1e-8, maximize=False,
+                self.parameters, gradients, self.firsts, self.seconds, [], self.steps, fused=True,
+                amsgrad=False, beta1=0.9, beta2=0.999, lr=lr, weight_decay=0.0, eps=1e-8,
+                maximize=False,
             )  # fmt: skip
         for p in self.parameters:
             p.grad = None
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Returns its state, each tensor as "{number of the parameter}.{name}"."""
+    def state(self) -> dict[str, Tensor]:
+        """Returns its state, as "{number of the parameter}.{torch's name}"."""
+        names = ("step", "exp_avg", "exp_avg_sq")
         return {
             f"{number}.{name}": value
-            for number, state in enumerate(self.state)
-            for name, value in state.items()
+            for number, values in enumerate(zip(self.steps, self.firsts, self.seconds, strict=True))
+            for name, value in zip(names, values, strict=True)
         }
 
-    def load(self, tensors: dict[str, Tensor]) -> None:
+    def load(self, state: dict[str, Tensor]) -> None:
         """Takes the state. Raises KeyError for what is missing, ValueError for another shape."""
-        for name, own in self.tensors().items():
-            if tensors[name].shape != own.shape:
+        for name, own in self.state().items():
+            if state[name].shape != own.shape:
                 raise ValueError(f"optimizer.{name} must be {list(own.shape)}")
-            own.copy_(tensors[name])
+            own.copy_(state[name])
 
 
 class Step:
@@ -199,9 +195,10 @@ def _captured(
         has_bias = [bias is not None for bias in biases]
         if why := failure(stages, has_bias, pixels, device, **options):
             return why
+    adam = step.adam
     moments = {
-        id(p): (p.data, state["exp_avg"], state["exp_avg_sq"])
-        for p, state in zip(step.adam.parameters, step.adam.state, strict=True)
+        id(p): (p.data, first, second)
+        for p, first, second in zip(adam.parameters, adam.firsts, adam.seconds, strict=True)
     }
     eps, kappa, lr = step.schedules
     table = torch.tensor([[each(at) for each in (eps, lr, kappa)] for at in range(config.steps)])
