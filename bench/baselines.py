@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from cibp_fast.bounds import bounds
 from cibp_fast.fusion import fuse
 from cibp_fast.interval import Interval
+from cibp_fast.layerwise import bounds
 from cibp_fast.losses import Terms, terms
 
 Step = Callable[[Tensor, Tensor], Terms]  # x, y

@@ -99,7 +99,7 @@ def evaluated(config: Config, device: torch.device) -> dict[str, float]:
     x = evaluation.inputs(config, split[: config.eval_batch_size])
     with torch.no_grad():
         y = predict(model(x))
-    still = replace(config, eps=0.0)
+    still = config.replace(eps=0.0)
     calls: dict[str, tuple[int, Callable[[], object]]] = {
         "evaluation": (
             len(split), partial(evaluation.evaluate, model, split, config, attack=False)

@@ -44,8 +44,7 @@ def first_steps(config: Config, steps: int) -> Config:
     def cut(ramp: tuple[int, int]) -> tuple[int, int]:
         return min(ramp[0], steps), min(ramp[1], steps)
 
-    return replace(
-        config,
+    return config.replace(
         steps=steps,
         eps_ramp=cut(config.eps_ramp),
         eps_train_ratio=LinearRamp(*config.eps_ramp, 0.0, config.eps_train_ratio)(steps),

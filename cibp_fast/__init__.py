@@ -1,31 +1,49 @@
 """Interval bound propagation at the speed of the hardware, and training on top of it.
 
 `cf.Interval` runs through ordinary torch modules; `cf.bounds` gives a network's bounds, margins and
-widths. The training layer (`models`, `losses`, `train`, `certify`, ...) is imported on first use.
+widths. Every name is imported on first use: the command line answers `--help` without torch, and
+the engine does not need the packages of the training layer (the extra `train`).
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cibp_fast import functional
 from cibp_fast._version import __version__
-from cibp_fast.bounds import Bounds, bounds
-from cibp_fast.fusion import FusedNetwork, fuse
-from cibp_fast.interval import Interval, UnsupportedOpError
-from cibp_fast.nn import IntervalConv2d, IntervalLinear
 
-# Names that are imported on first use, and the modules that they are or come from.
-_MODULES = {
-    "attacks": "attacks",
-    "config": "training.config",
-    "data": "training.datasets",
-    "losses": "losses",
-    "models": "models",
-    "schedules": "training.schedules",
+if TYPE_CHECKING:
+    from cibp_fast import attacks, functional, losses, models
+    from cibp_fast.certificates import certify
+    from cibp_fast.fusion import FusedNetwork, fuse
+    from cibp_fast.interval import Interval, UnsupportedOpError
+    from cibp_fast.layerwise import Bounds, bounds
+    from cibp_fast.nn import IntervalConv2d, IntervalLinear
+    from cibp_fast.training import config, schedules
+    from cibp_fast.training import datasets as data
+    from cibp_fast.training.loop import train
+
+# Each name's module; where the name is the whole module, as (module, None). An Interval comes with
+# the rules by which models take it.
+_HOMES: dict[str, tuple[str, str | None]] = {
+    "Bounds": ("layerwise", "Bounds"),
+    "FusedNetwork": ("fusion", "FusedNetwork"),
+    "Interval": ("rules", "Interval"),
+    "IntervalConv2d": ("nn", "IntervalConv2d"),
+    "IntervalLinear": ("nn", "IntervalLinear"),
+    "UnsupportedOpError": ("rules", "UnsupportedOpError"),
+    "attacks": ("attacks", None),
+    "bounds": ("layerwise", "bounds"),
+    "certify": ("certificates", "certify"),
+    "config": ("training.config", None),
+    "data": ("training.datasets", None),
+    "functional": ("functional", None),
+    "fuse": ("fusion", "fuse"),
+    "losses": ("losses", None),
+    "models": ("models", None),
+    "schedules": ("training.schedules", None),
+    "train": ("training.loop", "train"),
 }
-_FUNCTIONS = {"certify": "certificates", "train": "training.loop"}
 
 __all__ = [
     "Bounds",
@@ -50,11 +68,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return import_module(f"cibp_fast.{_MODULES[name]}")
-    if name in _FUNCTIONS:
-        return getattr(import_module(f"cibp_fast.{_FUNCTIONS[name]}"), name)
-    raise AttributeError(f"module 'cibp_fast' has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'cibp_fast' has no attribute {name!r}")
+    home, attribute = _HOMES[name]
+    module = import_module(f"cibp_fast.{home}")
+    value = module if attribute is None else getattr(module, attribute)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from cibp_fast._compiler import constant, untraced
+
 __all__ = ["backward_pass", "function_around", "inside_function"]
 
 # None since torch 2.14, where `apply` is no Python function.
@@ -21,7 +23,7 @@ def function_around() -> tuple[type, tuple[object, ...]] | None:
     return _applied() if inside_function() else None  # the walk takes several microseconds
 
 
-@torch.compiler.disable
+@untraced
 def _applied() -> tuple[type, tuple[object, ...]] | None:
     """Looks for the frame of `apply`, or else of `forward`, since torch keeps no record of them.
 
@@ -60,7 +62,7 @@ def _arguments(frame: FrameType) -> tuple[object, ...]:
     return tuple(given)
 
 
-@torch.compiler.assume_constant_result  # dynamo traces with the settings of the traced code
+@constant  # dynamo traces with the settings of the traced code
 def inside_function() -> bool:
     """Returns whether a torch.autograd.Function is running.
 

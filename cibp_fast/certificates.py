@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from cibp_fast._arithmetic import is_half, own_arithmetic
 from cibp_fast._checks import may_inspect, refuse_where
 from cibp_fast._graphs import enough_memory, graphed, kept
-from cibp_fast.bounds import bounds, check_labels
 from cibp_fast.interval import Interval
+from cibp_fast.layerwise import bounds, check_labels
 
 SEMANTICS = ("real", "float32")
 CLIP = (0.0, 1.0)  # unless the user says otherwise

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from cibp_fast import rules  # noqa: F401 (the layers' pass needs them)
 from cibp_fast.interval import Interval
 
 __all__ = ["IntervalConv2d", "IntervalLinear"]

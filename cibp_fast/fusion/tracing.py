@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cibp_fast._compiler import untraced
 from cibp_fast.interval import RULES
 from cibp_fast.nn import IntervalConv2d, IntervalLinear
 
@@ -310,7 +311,7 @@ _ORIGINAL_CALLS = {
 }
 
 
-@torch.compiler.disable  # dynamo cannot trace the tracing
+@untraced  # dynamo cannot trace the tracing
 def trace(model: nn.Module) -> Program:
     if any(_global_hooks()):
         raise ValueError(

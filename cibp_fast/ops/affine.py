@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cibp_fast._arithmetic import own_arithmetic
+from cibp_fast._compiler import constant
 from cibp_fast.kernels.shape import Shape
 from cibp_fast.ops import backends
 from cibp_fast.ops.library import (
@@ -133,7 +134,7 @@ def _chosen(
     return "torch" if obstacle else name
 
 
-@torch.compiler.assume_constant_result  # it runs kernels of its own, while dynamo traces
+@constant  # it runs kernels of its own, while dynamo traces
 def _failure(shape: Shape, nominal: bool, bias: bool, device: torch.device) -> str:
     """Returns why Triton's kernels must not be used for this layer; empty: they may."""
     from cibp_fast.ops import checks

@@ -14,6 +14,8 @@ from types import ModuleType
 
 import torch
 
+from cibp_fast._compiler import constant
+
 # Best first. Each is an extension module of its own, built from the same sources (see setup.py).
 ISAS = ("avx512", "avx2", "portable")
 BACKENDS = ("auto", "cpu", "triton", "cuda", "torch")
@@ -53,7 +55,7 @@ def missing_builds() -> dict[str, str]:
     return _builds()[1]
 
 
-@torch.compiler.assume_constant_result  # dynamo need not trace the imports
+@constant  # dynamo need not trace the imports
 def available_isas() -> tuple[str, ...]:
     """Returns the instruction sets whose kernels are built and run on this CPU, best first."""
     return tuple(_builds()[0])
@@ -171,7 +173,7 @@ def _cpu_obstacle(device: torch.device, dtype: torch.dtype) -> str:
     return ""
 
 
-@torch.compiler.assume_constant_result  # dynamo need not trace the questions to driver and pip
+@constant  # dynamo need not trace the questions to driver and pip
 def triton_obstacle(device: torch.device, dtype: torch.dtype) -> str:
     """Returns the same of Triton's."""
     if device.type not in ("cpu", "cuda"):
@@ -222,7 +224,7 @@ def _cuda_missing(device: torch.device) -> str:
     return ""
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _no_cuda_devices() -> str:
     """Returns why there is no GPU for the CUDA kernels, or no kernels; empty: there is."""
     try:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cibp_fast._compiler import constant
 from cibp_fast.kernels.shape import Shape
 from cibp_fast.ops import backends
 from cibp_fast.ops.library import library, no_batched_backward, no_double_backward, on_its_gpu
@@ -130,7 +131,7 @@ def network(
     )
 
 
-@torch.compiler.assume_constant_result  # dynamo need not trace the imports
+@constant  # dynamo need not trace the imports
 def cpu_engine() -> str:
     """Returns the CPU's engine now."""
     return backends.kernels().__name__.rpartition("_")[2]

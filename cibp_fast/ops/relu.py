@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cibp_fast._compiler import constant
 from cibp_fast.ops import backends
 from cibp_fast.ops.library import (
     BACKEND,
@@ -69,7 +70,7 @@ def relu(
     return as_streams(_Relu.apply(lower, upper, nominal, width, backend), nominal, width)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _failure(nominal: bool, device: torch.device) -> str:
     """Returns why Triton's kernels must not be used for ReLU; empty: they may."""
     from cibp_fast.ops import checks

@@ -114,11 +114,6 @@ def world(device: str | torch.device = "cpu") -> World:
     return World(dist.get_rank(), dist.get_world_size(), device)
 
 
-def is_first() -> bool:
-    """Whether this process is alone or the first of those that torchrun started."""
-    return not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
-
-
 def _averaged(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """DistributedDataParallel's reduction, one gradient at a time.
 

@@ -8,30 +8,22 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import partial
-from itertools import islice
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from cibp_fast import losses
-from cibp_fast._graphs import enough_memory
-from cibp_fast.bounds import bounds
-from cibp_fast.certificates import predict
 from cibp_fast.environment import hardware, versions
-from cibp_fast.fusion import FusedNetwork, fuse
-from cibp_fast.interval import Interval
 from cibp_fast.ops import backends
 from cibp_fast.training import datasets, runs
-from cibp_fast.training.batches import draw, epoch_batches, epoch_plan, pixel_table
 from cibp_fast.training.config import Config
 from cibp_fast.training.distributed import World, world
 from cibp_fast.training.evaluation import evaluate
+from cibp_fast.training.objective import LOGGED
 from cibp_fast.training.progress import Progress
+from cibp_fast.training.step import Step, fastest
 
 SAVE_SECONDS = 120.0  # between checkpoints inside an epoch; each epoch ends with one too
 POLL_STEPS = 10  # after so many steps several processes agree on whether to save or stop
@@ -57,8 +49,8 @@ def train(
     config allows it (interval method, width post, elide, a first layer that takes images; on the
     CPU, in Triton's interpreter, the same kernels one by one). Under torchrun each
     process takes its share of every batch, and the first one writes the run. SIGINT and SIGTERM
-    let the step finish, save the state and raise KeyboardInterrupt. Torch's global random state is
-    left as it was.
+    let the step finish, save the state and raise KeyboardInterrupt; without overwrite the same call
+    then goes on. Torch's global random state is left as it was.
 
     Raises ValueError where the config does not fit the data, FileExistsError where the folder holds
     a run of another config and not overwrite, BlockingIOError where another process trains in it,
@@ -94,11 +86,7 @@ def train(
         if result is None:
             if checkpoint is not None:
                 training.restore(checkpoint, run_dir / runs.CHECKPOINT)
-            try:
-                result = finished = _trained(training, run_dir) | environment
-            except KeyboardInterrupt as stop:
-                again = "the same command" + (" without overwrite" if overwrite else "")
-                raise KeyboardInterrupt(f"{stop}: {again} goes on") from None
+            result = finished = _trained(training, run_dir) | environment
             processes.of_first(lambda: runs.write_result(run_dir, finished))
         elif processes.first:
             print(f"The run in {run_dir} has finished already.", flush=True)
@@ -112,8 +100,8 @@ def train(
 
 
 def default_run_dir(config: Config) -> Path:
-    """`runs/{config.name}-seed{seed}`."""
-    return Path("runs") / f"{config.name}-seed{config.seed}"
+    """Returns the folder below runs/ that belongs to this config: see `Config.folder`."""
+    return Path("runs") / config.folder
 
 
 def _check(
@@ -182,16 +170,10 @@ class _Training:
         self, config: Config, dataset: datasets.Dataset, processes: World, backend: str = "auto"
     ) -> None:
         self.config, self.dataset, self.processes = config, dataset, processes
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            self.model = runs.build_model(config).to(processes.device)
-        self.backend = backend
-        loss = _Loss(self.model, config, backend).to(processes.device)
-        self.loss = processes.wrap(loss)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=True)
-        self.epoch_steps = len(dataset.train) // config.batch_size
-        self.step = 0  # how many are done
-        self.totals = torch.zeros((), dtype=torch.float64)  # logged so far in this epoch
+        self.step = Step(config, dataset.train, processes, backend)
+        self.model, self.loss = self.step.model, self.step.loss
+        self.epoch_steps = self.step.epoch_steps
+        self.done = 0  # steps
         self.started = time.perf_counter()
         self.saved = self.started
 
@@ -204,17 +186,7 @@ class _Training:
         """Takes the state of an earlier session. Raises ValueError naming path where it misfits."""
         try:
             self.model.load_state_dict(checkpoint.model)
-            state: dict[int, dict[str, Tensor]] = {}
-            for key, value in checkpoint.optimizer.items():
-                number, name = key.split(".")
-                state.setdefault(int(number), {})[name] = value
-            for index, parameter in enumerate(self.model.parameters()):
-                for name in ("step", "exp_avg", "exp_avg_sq"):  # Adam trusts their shapes
-                    shape = () if name == "step" else parameter.shape
-                    if state[index][name].shape != shape:
-                        raise ValueError(f"optimizer.{index}.{name} must be {list(shape)}")
-            groups = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+            self.step.adam.load(checkpoint.optimizer)
             totals = checkpoint.totals.reshape(checkpoint.processes, -1).to(self.processes.device)
             if checkpoint.step > self.config.steps:
                 raise ValueError(f"its step {checkpoint.step} is beyond {self.config.steps}")
@@ -222,9 +194,9 @@ class _Training:
             raise ValueError(
                 f"{path} does not fit this run's network: {' '.join(str(error).splitlines()[:2])}"
             ) from error
-        self.step = checkpoint.step
+        self.done = checkpoint.step
         same = checkpoint.processes == self.processes.size
-        self.totals = totals[self.processes.rank] if same else totals.mean(0)
+        self.step.totals = totals[self.processes.rank] if same else totals.mean(0)
         self.started -= checkpoint.seconds
         here = (torch.get_num_threads(), self.processes.size)
         if here != (checkpoint.threads, checkpoint.processes) and self.processes.first:
@@ -237,50 +209,52 @@ class _Training:
     def run(self, run_dir: Path) -> None:
         """Trains to the config's last step."""
         config, processes = self.config, self.processes
-        eps, kappa, lr = config.eps_schedule(), config.kappa_schedule(), config.lr_schedule()
-        captured = self._captured()
-        steps = self._steps if captured is None else partial(self._replays, captured)
+        eps, kappa, lr = self.step.schedules
+        step = fastest(self.step, self.done)
         records: list[dict[str, Any]] = []
-        if self.step >= self.epoch_steps:
+        if self.done >= self.epoch_steps:
             earlier = processes.of_first(lambda: runs.read_metrics(run_dir))
-            records = [record for record in earlier if record["step"] <= self.step]
+            records = [record for record in earlier if record["step"] <= self.done]
             begun = (
-                self.step
-                if self.step == config.steps
-                else self.step // self.epoch_steps * self.epoch_steps
+                self.done
+                if self.done == config.steps
+                else self.done // self.epoch_steps * self.epoch_steps
             )
             if not records or records[-1]["step"] != begun:
                 raise ValueError(
                     f"{run_dir / 'metrics.jsonl'} lacks the epoch that ends at step {begun}"
                 )
         with (
-            Progress(config, self.epoch_steps, self.step, shown=processes.first) as progress,
+            Progress(config, self.epoch_steps, self.done, shown=processes.first) as progress,
             _StopSignals(patient=processes.size > 1).noted() as signals,
         ):
-            while self.step < config.steps:
-                epoch = self.step // self.epoch_steps + 1
+            while self.done < config.steps:
+                epoch = self.done // self.epoch_steps + 1
                 begin = (epoch - 1) * self.epoch_steps
                 end = min(begin + self.epoch_steps, config.steps)
-                for at in islice(steps(epoch, self.step - begin), end - self.step):
-                    self.step = at + 1
-                    progress.advance()
-                    if self.step < end:
-                        self._save_or_stop(run_dir, signals)
+                step.load(epoch, self.done - begin)
+                with self.step.memory():
+                    for _ in range(end - self.done):
+                        step()
+                        self.done += 1
+                        progress.update()
+                        if self.done < end:
+                            self._save_or_stop(run_dir, signals)
 
-                totals = processes.gather(self.totals).mean(0)
-                means = (totals / (self.step - begin)).tolist()
+                totals = processes.gather(self.step.totals).mean(0)
+                means = (totals / (self.done - begin)).tolist()
                 record: dict[str, Any] = {
                     "epoch": epoch,
-                    "step": self.step,
-                    "eps": eps(at),
-                    "kappa": kappa(at),
-                    "lr": lr(at),
+                    "step": self.done,
+                    "eps": eps(end - 1),
+                    "kappa": kappa(end - 1),
+                    "lr": lr(end - 1),
                     **dict(zip(LOGGED, means, strict=False)),
                     "widths": means[len(LOGGED) :],
                     "test_error": None,
                     "verified_error": None,
                 }
-                if epoch % config.eval_every == 0 or self.step == config.steps:
+                if epoch % config.eval_every == 0 or self.done == config.steps:
                     record |= evaluate(
                         self.model, self.dataset.test, config, processes, attack=False
                     )
@@ -292,140 +266,24 @@ class _Training:
                     raise FloatingPointError(
                         f"training diverged: the loss of epoch {epoch} is {means[0]}, see {run_dir}"
                     )
-                self.totals = torch.zeros_like(self.totals)
+                self.step.totals.zero_()
                 self.save(run_dir)
                 self._save_or_stop(run_dir, signals)
 
-    def _steps(self, epoch: int, first: int) -> Iterator[int]:
-        """The epoch's steps from its `first` on; gives the number of each that is done."""
-        config = self.config
-        eps, kappa, lr = config.eps_schedule(), config.kappa_schedule(), config.lr_schedule()
-        prepare = runs.to_input(config).to(self.processes.device)
-        batches = epoch_batches(
-            self.dataset.train,
-            config.batch_size,
-            seed=config.seed,
-            epoch=epoch,
-            augmentation=config.augmentation,
-            first=first,
-            rank=self.processes.rank,
-            world_size=self.processes.size,
-        )
-        for at, (pixels, y) in enumerate(batches, (epoch - 1) * self.epoch_steps + first):
-            self.optimizer.param_groups[0]["lr"] = lr(at)
-            with self._enough_memory():
-                loss, logged = self.loss(prepare(pixels), y, eps(at), kappa(at))
-                self.optimizer.zero_grad()
-                loss.backward()
-                self.optimizer.step()
-            self.totals = self.totals + logged
-            yield at
-
-    def _replays(self, captured: Any, epoch: int, first: int) -> Iterator[int]:
-        """The same by Triton's kernels."""
-
-        config, examples = self.config, len(self.dataset.train)
-        drawn = draw(examples, seed=config.seed, epoch=epoch, augmentation=config.augmentation)
-        captured.load(epoch_plan(*drawn))
-        captured.totals.copy_(self.totals)
-        self.totals = captured.totals
-        begin = (epoch - 1) * self.epoch_steps
-        for at in range(begin + first, begin + self.epoch_steps):
-            captured.replay()
-            yield at
-
-    def _captured(self) -> Any:
-        """The step of Triton's kernels, on a GPU as a graph; or None where they do not take it."""
-        config, fused = self.config, _bare(self.loss).fused
-        examples = self.dataset.train
-        plain = config.elide and config.batch_size and self.processes.size == 1
-        if fused is None or not plain or self.step >= config.steps:
-            return None
-        like = examples.images[: config.batch_size].float()
-        name, _ = backends.select(self.backend, like.device, like.dtype)
-        if self.backend == "torch" or name == "cpu":
-            return None
-        found = fused._triton_stages(like)
-        if isinstance(found, str):
-            return self._ordinary(found)
-        if found[0][0].input != tuple(like.shape[1:]):
-            return self._ordinary("the network does not begin with a convolution")
-        if len(set(map(id, found[1]))) < len(found[1]):
-            return self._ordinary("the network uses a layer twice")
-        from cibp_fast.training.gpu_step import TrainStep
-        from cibp_fast.training.gpu_step_check import failure
-
-        stages, weights, biases, precision = found
-        device = self.processes.device
-        pixels = pixel_table(runs.to_input(config), like.shape[1]).to(device)
-        options: dict[str, Any] = {
-            "batch_size": config.batch_size,
-            "clip": config.clip,
-            "width_weight": config.width_weight,
-            "mean": config.width_reduction == "mean",
-            "precision": precision,
-        }
-        if self.backend == "auto":
-            has_bias = [bias is not None for bias in biases]
-            if why := failure(stages, has_bias, pixels, device, **options):
-                return self._ordinary(why)
-        for parameter in self.model.parameters():
-            state = self.optimizer.state[parameter]
-            if not state:
-                state["step"] = torch.zeros((), device=parameter.device)
-                state["exp_avg"] = torch.zeros_like(parameter)
-                state["exp_avg_sq"] = torch.zeros_like(parameter)
-        schedules = (config.eps_schedule(), config.lr_schedule(), config.kappa_schedule())
-        table = torch.tensor([[each(at) for each in schedules] for at in range(config.steps)])
-        step = TrainStep(
-            stages,
-            [
-                tuple(None if p is None else self._with_moments(p) for p in pair)
-                for pair in zip(weights, biases, strict=True)
-            ],
-            examples.images,
-            examples.labels,
-            pixels,
-            table.to(device),
-            step=self.step,
-            cpp=self.backend == "cuda",
-            **options,
-        )
-        if device.type == "cuda":
-            with self._enough_memory():
-                step.capture()
-        return step
-
-    def _ordinary(self, why: str) -> None:
-        """Says why Triton's kernels do not train the network."""
-        print(f"A step is not one CUDA graph of Triton's kernels: {why}.", file=sys.stderr)
-
-    def _enough_memory(self) -> AbstractContextManager[None]:
-        doing = f"a step of training with batch_size={self.config.batch_size}"
-        return enough_memory(doing, "take a smaller batch_size")
-
-    def _with_moments(self, parameter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        state = self.optimizer.state[parameter]
-        return parameter.data, state["exp_avg"], state["exp_avg_sq"]
-
     def save(self, run_dir: Path) -> None:
         """Writes the state, in the first process; all processes must call it."""
-        totals = self.processes.gather(self.totals)
+        totals = self.processes.gather(self.step.totals)
         self.saved = time.perf_counter()
-        for state in self.optimizer.state.values():
-            state["step"].fill_(self.step)  # which Triton's kernels count themselves
+        for count in self.step.adam.steps:
+            count.fill_(self.done)  # Triton's kernels have their own
         checkpoint = runs.Checkpoint(
-            step=self.step,
+            step=self.done,
             seconds=self.seconds,
             threads=torch.get_num_threads(),
             processes=self.processes.size,
             totals=totals,
             model=self.model.state_dict(),
-            optimizer={
-                f"{number}.{name}": value
-                for number, values in self.optimizer.state_dict()["state"].items()
-                for name, value in values.items()
-            },
+            optimizer=self.step.adam.state(),
         )
         self.processes.of_first(lambda: runs.write_checkpoint(run_dir, checkpoint))
 
@@ -433,66 +291,15 @@ class _Training:
         """Saves when it is time; saves and raises KeyboardInterrupt after a signal to stop."""
         stop, save = signals.received, time.perf_counter() - self.saved > SAVE_SECONDS
         if self.processes.size > 1:  # all must do the same, and asking costs a little
-            last = self.step % self.epoch_steps == 0 or self.step == self.config.steps
-            if self.step % POLL_STEPS and not last:
+            last = self.done % self.epoch_steps == 0 or self.done == self.config.steps
+            if self.done % POLL_STEPS and not last:
                 return
             flags = torch.tensor([stop, save], device=self.processes.device, dtype=torch.int32)
             stop, save = (bool(flag) for flag in self.processes.sum(flags))
         if stop or save:
             self.save(run_dir)
         if stop:
-            raise KeyboardInterrupt(f"stopped after step {self.step} and saved in {run_dir}")
-
-
-LOGGED = ("loss", "nominal", "robust", "width", "train_error")  # then come the K widths
-
-
-class _Loss(nn.Module):
-    """The config's loss of a batch, as one module, which DistributedDataParallel can wrap."""
-
-    fused: FusedNetwork | None
-
-    def __init__(self, model: nn.Module, config: Config, backend: str = "auto") -> None:
-        super().__init__()
-        self.model, self.config = model, config
-        # as one op where it can be; not a submodule, since its parameters are the model's
-        fused = config.width == "post" and config.method != "nominal"
-        net = fuse(model, config.precision, backend) if fused else None
-        object.__setattr__(self, "fused", net)
-
-    def forward(self, x: Tensor, y: Tensor, eps: float, kappa: float) -> tuple[Tensor, Tensor]:
-        """The loss, 0-dim, of x [B, C, H, W], y [B], and what is logged of it, float64 [5 + K].
-
-        That is `LOGGED` and the K widths (mean or sum, as configured); for the nominal method
-        robust and width are NaN and there are no widths, since it computes no bounds.
-        """
-        config = self.config
-        if config.method == "nominal":
-            logits = self.model(x)
-            loss = losses.nominal_loss(logits, y)
-            nothing = loss.new_full((), math.nan)
-            parts, widths = losses.Terms(loss, nothing, nothing), loss.new_empty(0)
-        else:
-            # pixels are in the clip (`_check`): to look would be to wait for a GPU
-            box = Interval.ball(x, eps, config.clip, validate=False)
-            if self.fused is not None:
-                out = self.fused.bounds(x, box, reduction=config.width_reduction)
-            else:
-                out = bounds(self.model, x, box, config.width, config.width_reduction)
-            parts = losses.terms(out, y, elide=config.elide)
-            loss = parts.total(kappa, config.width_weight)
-            logits, widths = out.logits, out.widths
-        with torch.no_grad():
-            error = (predict(logits) != y).mean(dtype=loss.dtype)
-            logged = torch.cat([torch.stack([loss, *parts, error]), widths])
-        return loss, logged.double()
-
-
-def _bare(loss: nn.Module) -> _Loss:
-    """The loss without what wraps it."""
-    bare = getattr(loss, "module", None) or loss
-    assert isinstance(bare, _Loss)
-    return bare
+            raise KeyboardInterrupt(f"stopped after step {self.done} and saved in {run_dir}")
 
 
 class _StopSignals:

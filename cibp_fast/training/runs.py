@@ -3,28 +3,27 @@
 metrics.jsonl has a record an epoch. While the run is not finished there is also state/, all that
 resuming needs. Every file is written under a temporary name and renamed, so a reader, or a run
 killed at any point, never leaves half a file. result.json comes last: a folder without one holds a
-run that did not finish.
+run that did not finish. What needs torch imports it where it is called: plots need none.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
+from filelock import lock_descriptor
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
 
-from cibp_fast import models
 from cibp_fast.training.config import Config, parse_json
-from cibp_fast.training.datasets import CHANNEL_STATS, INPUT_SHAPES
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 STATE = "state"  # the folder of the checkpoint
 CHECKPOINT = f"{STATE}/checkpoint.safetensors"
@@ -91,9 +90,8 @@ def claim(run_dir: Path, config: Config, overwrite: bool = False) -> None:
             )
         there = read_config(run_dir)
         differences = [
-            f"{option.name} {getattr(there, option.name)} there, {getattr(config, option.name)} now"
-            for option in fields(Config)
-            if getattr(there, option.name) != getattr(config, option.name)
+            f"{name} {getattr(there, name)} there, {getattr(config, name)} now"
+            for name in there.differences(config)
         ]
         if differences:
             raise FileExistsError(
@@ -122,11 +120,12 @@ def locked(run_dir: Path) -> Iterator[None]:
         try:
             folder = os.open(run_dir, os.O_RDONLY)
             stack.callback(os.close, folder)
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(f"another process is training in {run_dir}") from None
+            # the folder itself: no file of the lock's is left, and a read-only folder will do
+            free = lock_descriptor(folder, blocking=False)
         except OSError as error:
             raise OSError(f"cannot lock the folder {run_dir}: {_reason(error)}") from error
+        if not free:
+            raise BlockingIOError(f"another process is training in {run_dir}")
         for path in (run_dir / file for file in FILES):
             for temporary in path.parent.glob(f".{path.name}.*.tmp"):
                 with suppress(OSError):  # in the way of nothing
@@ -144,6 +143,18 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         raise OSError(f"cannot make the folder {path}: {_reason(error)}") from error
+
+
+def of_seeds(path: Path) -> list[Path]:
+    """Returns the run folders below a folder that `train --seeds` wrote, by seed.
+
+    Any other path is returned itself, alone.
+    """
+    if os.path.isdir(path) and not (path / "config.json").exists():
+        found = [each for each in path.glob("seed*") if (each / "config.json").exists()]
+        if found:
+            return sorted(found, key=lambda each: (len(each.name), each.name))
+    return [path]
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -182,11 +193,15 @@ def write_result(run_dir: Path, result: dict[str, Any]) -> None:
 
 def write_model(run_dir: Path, model: nn.Module) -> None:
     """Writes model.safetensors, the network's state_dict."""
+    import safetensors.torch
+
     write_atomic(run_dir / "model.safetensors", safetensors.torch.save(model.state_dict()))
 
 
 def write_checkpoint(run_dir: Path, checkpoint: Checkpoint) -> None:
     """Writes the checkpoint, all of it in one file, in place of the one before."""
+    import safetensors.torch
+
     tensors = {"totals": checkpoint.totals}
     for kind, values in (("model", checkpoint.model), ("optimizer", checkpoint.optimizer)):
         tensors |= {f"{kind}.{name}": value for name, value in values.items()}
@@ -269,6 +284,8 @@ def read_result(run_dir: Path) -> dict[str, Any] | None:
 
 def read_model(run_dir: Path) -> nn.Sequential:
     """The run's trained network. Raises OSError or ValueError as `read_config`."""
+    import safetensors.torch
+
     model = build_model(read_config(run_dir))
     own = model.state_dict()
     content = _read(run_dir, "model.safetensors")
@@ -292,6 +309,11 @@ def build_model(config: Config) -> nn.Sequential:
     It takes what `to_input` makes of pixels: in eps_space pixel a network for CIFAR-10 or SVHN
     begins by normalising them.
     """
+    from torch import nn
+
+    from cibp_fast import models
+    from cibp_fast.training.datasets import CHANNEL_STATS, INPUT_SHAPES
+
     model = models.NETS[config.net](INPUT_SHAPES[config.dataset], padding=config.padding)
     models.initialize(model, config.init)
     if config.dataset in CHANNEL_STATS and config.eps_space == "pixel":
@@ -304,6 +326,11 @@ def to_input(config: Config) -> nn.Module:
 
     The input is the space that eps measures.
     """
+    from torch import nn
+
+    from cibp_fast import models
+    from cibp_fast.training.datasets import CHANNEL_STATS
+
     if config.eps_space == "normalized":
         return models.Normalize(*CHANNEL_STATS[config.dataset])
     return nn.Identity()

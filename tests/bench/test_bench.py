@@ -387,7 +387,7 @@ def test_the_table_of_the_precisions(precisions_csv, digits, tmp_path, capsys):
 def test_the_losses_are_those_of_the_training_loop(digits, tmp_path):
     config = precision.first_steps(preset("mnist-small-0.4-cibp", seed=3), 5)
     found, _ = precision.losses(config, digits, verify=False, threads=1, alone=True)
-    config = replace(config, pgd_steps=0, pgd_restarts=0)
+    config = config.replace(pgd_steps=0, pgd_restarts=0)
     loop.train(config, tmp_path, data_root=digits, verify_data=False)
     epochs = [record["loss"] for record in runs.read_metrics(tmp_path)]
     assert epochs == pytest.approx([np.mean(found[at : at + 2]) for at in (0, 2, 4)], rel=1e-9)

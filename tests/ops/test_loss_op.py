@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 import cibp_fast as cf
 from cibp_fast import Interval, losses
-from cibp_fast.bounds import Bounds
+from cibp_fast.layerwise import Bounds
 from cibp_fast.ops import loss
 from cibp_fast.recorder import Head
 

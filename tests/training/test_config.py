@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
 
+from cibp_fast import models
+from cibp_fast.fusion import PRECISIONS
 from cibp_fast.models import NETS
-from cibp_fast.training.config import METHODS, Config, parse, preset
-from cibp_fast.training.datasets import CHANNEL_STATS, INPUT_SHAPES
+from cibp_fast.training import batches, config
+from cibp_fast.training.config import Config, as_text, choices, parse, preset
+from cibp_fast.training.datasets import CHANNEL_STATS, INPUT_SHAPES, SIZES
+
+METHODS = choices("method")
+
+
+def test_the_names_are_those_of_the_modules_that_config_does_not_import():
+    for name, known in (
+        ("dataset", INPUT_SHAPES),
+        ("net", NETS),
+        ("padding", models.PADDINGS),
+        ("init", models.INITS),
+        ("augmentation", batches.AUGMENTATIONS),
+        ("precision", PRECISIONS),
+    ):
+        assert choices(name) == tuple(known), name
+    assert tuple(CHANNEL_STATS) == config.NORMALIZED
 
 
 def test_the_recipe_of_the_quickstart():
     cibp, ibp = preset("mnist5k-small-0.1-cibp"), preset("mnist5k-small-0.1-ibp")
-    assert dataclasses.replace(cibp, method="ibp", width_weight=0.0) == ibp
+    assert cibp.replace(method="ibp", width_weight=0.0) == ibp
     assert (cibp.steps, cibp.batch_size, cibp.clip) == (3000, 100, (0.0, 1.0))
     assert (cibp.width_weight, cibp.width, cibp.width_reduction) == (1.0, "post", "mean")
     eps, kappa, lr = cibp.eps_schedule(), cibp.kappa_schedule(), cibp.lr_schedule()
@@ -28,7 +46,7 @@ def test_the_recipe_of_the_quickstart():
 
 def test_the_authors_recipes():
     mnist, ibp = preset("mnist-small-0.4-cibp"), preset("mnist-small-0.4-ibp")
-    assert dataclasses.replace(mnist, method="ibp", width_weight=0.0) == ibp
+    assert mnist.replace(method="ibp", width_weight=0.0) == ibp
     assert (mnist.steps, mnist.batch_size, mnist.clip) == (60_000, 100, None)
     assert (mnist.width, mnist.width_reduction, mnist.width_weight) == ("post", "mean", 1.0)
     assert (mnist.pgd_steps, mnist.pgd_restarts, mnist.pgd_step_size) == (200, 10, 0.01)
@@ -96,6 +114,61 @@ def test_fewer_steps_scale_the_schedules():
     assert preset("cifar10-small-8of255-cibp", steps=1).lr_decay_at == (1,)
 
 
+@pytest.mark.parametrize("name", ["mnist5k-small-0.1-cibp", "svhn-medium-8of255-ibp-normalized"])
+def test_epochs_are_steps(name):
+    epoch = SIZES[preset(name).dataset][0] // preset(name).batch_size
+    assert preset(name, epochs=3) == preset(name, steps=3 * epoch)
+    assert preset(name, epochs=3, batch_size=1000, seed=1) == preset(
+        name, steps=3 * (SIZES[preset(name).dataset][0] // 1000), batch_size=1000, seed=1
+    )
+    with pytest.raises(ValueError, match="by epochs or by steps, not by both"):
+        preset(name, epochs=3, steps=5)
+    for wrong in (0, 1.5, True, "2"):
+        with pytest.raises(
+            ValueError, match=f"epochs must be a whole number, 1 or more, not {wrong!r}"
+        ):
+            preset(name, epochs=wrong)
+    with pytest.raises(ValueError, match="batch_size must be 1 or more, not 0"):
+        preset(name, epochs=3, batch_size=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "folder"),
+    [
+        ("mnist-small-0.4-cibp", {}, "mnist-small-0.4-cibp-seed0"),
+        ("mnist-small-8/255-cibp", {"seed": 3}, "mnist-small-8of255-cibp-seed3"),
+        ("mnist-small-0.4-cibp-gowal", {}, "mnist-small-0.4-cibp-gowal-seed0"),
+        ("mnist-large-0.3-ibp-gowal", {"lr": 1}, "mnist-large-0.3-ibp-gowal-lr=1.0-seed0"),
+        ("mnist5k-small-0.1-ibp", {"eps": 0.2}, "mnist5k-small-0.2-ibp-seed0"),
+        ("mnist5k-small-0.1-ibp", {"eps": 1e-7}, "mnist5k-small-1e-07-ibp-seed0"),
+        ("mnist5k-small-0.1-ibp", {"steps": 400}, "mnist5k-small-0.1-ibp-steps=400-seed0"),
+        (
+            "cifar10-small-2of255-cibp-normalized",
+            {"eps_ramp": (0, 7), "lr_decay_at": ()},
+            "cifar10-small-2of255-cibp-normalized-lr_decay_at=none-eps_ramp=0,7-seed0",
+        ),
+    ],
+)
+def test_a_changed_recipe_has_a_folder_of_its_own(name, changes, folder):
+    assert preset(name, **changes).folder == folder
+
+
+def test_many_changes_are_hashed():
+    changes = {
+        "lr": 0.01,
+        "eps_ramp": (0, 500),
+        "kappa_ramp": (0, 500),
+        "lr_decay_at": (1000,),
+        "pgd_steps": 7,
+    }
+    folders = {
+        preset("mnist5k-small-0.1-ibp", **changes, eval_every=every).folder for every in (1, 2, 1)
+    }
+    assert len(folders) == 2
+    for folder in folders:
+        assert re.fullmatch(r"mnist5k-small-0\.1-ibp-[0-9a-f]{10}-seed0", folder)
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -110,7 +183,11 @@ def test_preset_names_round_trip(name):
 
 
 def test_eps_of_255():
-    assert preset("mnist5k-small-8of255-ibp").eps == 8 / 255
+    for text in ("8of255", "8/255"):
+        assert preset(f"mnist5k-small-{text}-ibp").eps == 8 / 255
+        assert preset("mnist5k-small-0.1-ibp", eps=text).eps == parse("eps", text) == 8 / 255
+    assert preset("mnist5k-small-0.1-ibp", eps="0/255").eps == 0
+    assert parse("pgd_step_size", "0.5/255") == 0.5 / 255
     with pytest.raises(ValueError, match="eps must be a finite number, not inf"):
         preset(f"mnist5k-small-{'9' * 400}of255-ibp")
 
@@ -144,8 +221,8 @@ def test_whole_numbers_are_accepted_as_floats():
         ("mnist-small-0.1-ibp-normalized-gowal", "dataset-net-eps-method.-gowal..-normalized."),
         ("mnist-small-0.1-ibp-madry", "-gowal for the recipe of Gowal et al."),
         ("mnist5k-small-0.1-trades", "method nominal, ibp or cibp"),
-        ("mnist5k-small-8/255-cibp", "eps as 0.1 or 8of255"),
-        ("mnist5k-small--0.1-cibp", "eps as 0.1 or 8of255"),
+        ("mnist5k-small-8/256-cibp", "eps as 0.1, 8/255 or 8of255"),
+        ("mnist5k-small--0.1-cibp", "eps as 0.1, 8/255 or 8of255"),
         ("", r"unknown preset ''\. A preset is"),
     ],
 )
@@ -161,6 +238,14 @@ def test_unknown_presets(name, message):
         ({"eps": -0.1}, "eps must be 0 or more, not -0.1"),
         ({"eps": float("nan")}, "eps must be a finite number, not nan"),
         ({"eps": "0.1"}, "eps must be a finite number, not '0.1'"),
+        ({"eps": True}, "eps must be a finite number, not True"),
+        ({"elide": 1}, "elide must be true or false, not 1"),
+        ({"steps": "8/255"}, "steps must be a whole number, not '8/255'"),
+        ({"steps": None}, "steps must be a whole number, not None"),
+        ({"lr_decay_at": {1, 2}}, "lr_decay_at must be any number of whole numbers"),
+        ({"lr_decay_at": (1.0,)}, r"lr_decay_at must be .* whole numbers .*, not \(1.0,\)"),
+        ({"clip": (0.0, float("nan"))}, r"clip must be 2 finite numbers .*, not \(0.0, nan\)"),
+        ({"pgd_step_size": 0}, "pgd_step_size must be above 0, not 0"),
         ({"steps": 0}, "steps must be 1 or more, not 0"),
         ({"steps": 10.5}, "steps must be a whole number, not 10.5"),
         ({"steps": True}, "steps must be a whole number, not True"),
@@ -168,7 +253,7 @@ def test_unknown_presets(name, message):
         ({"width": "both"}, "width must be post, pre or all, not 'both'"),
         ({"clip": (1.0, 0.0)}, "clip must be low,high with low < high"),
         ({"clip": (-1e300, 1.0)}, "clip must be .* below 2\\*\\*63 in size.* not .-1e[+]300, 1.0"),
-        ({"clip": (1.0,)}, r"clip must be 2 finite numbers \(a,b,...\) or none"),
+        ({"clip": (1.0,)}, r"clip must be 2 finite numbers \(a,b\) or none"),
         (
             {"eps_ramp": (1500, 100)},
             r"eps_ramp cannot be 1500,100: .*ends \(step 100\) before it starts",
@@ -187,7 +272,7 @@ def test_unknown_presets(name, message):
         ({"seed": -1}, "seed must be 0 or more, not -1"),
         ({"seed": 2**63}, "seed must be 9223372036854775807 or less, not 9223372036854775808"),
         ({"eval_batch_size": 10**30}, "eval_batch_size must be 9223372036854775807 or less"),
-        ({"eps": 1e300}, "eps must be 9223372036854775807 or less"),
+        ({"eps": 1e300}, "eps must be 9223372036854775808 or less"),
         ({"eps": 10**400}, "eps must be a finite number, not 1000"),
         ({"lr_decay_factor": 2.0}, "lr_decay_factor must be 1 or less, not 2.0"),
         ({"kappa_end": 1.5}, "kappa_end must be 1 or less, not 1.5"),
@@ -200,8 +285,22 @@ def test_unknown_presets(name, message):
     ],
 )
 def test_bad_fields_are_named(overrides, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         preset("mnist5k-small-0.1-cibp", **overrides)
+    assert "\n" not in str(caught.value)
+    if "dataset" not in overrides and "batchsize" not in overrides:
+        with pytest.raises(ValueError, match=message):
+            preset("mnist5k-small-0.1-cibp").replace(**overrides)
+
+
+def test_a_config_is_frozen_and_compared_by_value():
+    config = preset("mnist5k-small-0.1-cibp")
+    with pytest.raises(ValueError, match="frozen"):
+        config.seed = 3
+    assert {config, preset("mnist5k-small-0.1-cibp"), config.replace(seed=1)} == {
+        config,
+        config.replace(seed=1),
+    }
 
 
 @pytest.mark.parametrize(
@@ -269,6 +368,7 @@ def test_json_that_is_no_object():
 )
 def test_parse(name, text, value):
     assert parse(name, text) == value
+    assert parse(name, as_text(value)) == value
 
 
 @pytest.mark.parametrize(

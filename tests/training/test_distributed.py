@@ -78,11 +78,11 @@ def _main(folder: Path) -> None:
     (folder / f"errors{processes.rank}").write_text(json.dumps(errors))
 
     loop.POLL_STEPS = 1  # epochs of the toy data are shorter than ten steps
-    advance = loop.Progress.advance
+    update = loop.Progress.update
     _signal_after_steps(os.getpid())
     with pytest.raises(KeyboardInterrupt, match=f"stopped after step {STOP_STEP} and saved in"):
         loop.train(AUGMENTED, folder / "resumed")
-    loop.Progress.advance = advance  # type: ignore[method-assign]
+    loop.Progress.update = update
     loop.train(AUGMENTED, folder / "resumed")
 
     _signal_after_steps(os.getppid())  # torchrun, where Ctrl-C in a terminal goes
@@ -125,11 +125,11 @@ def _refuse(*arguments: Any) -> None:
 
 def _signal_after_steps(process: int) -> None:
     """Has the first process send that one a Ctrl-C after STOP_STEP steps, and wait for its own."""
-    advance, done = loop.Progress.advance, 0
+    update, done = loop.Progress.update, 0
 
-    def advance_and_signal(progress: loop.Progress) -> None:
+    def update_and_signal(progress: loop.Progress) -> None:
         nonlocal done
-        advance(progress)
+        update(progress)
         done += 1
         if done == STOP_STEP and progress.shown:
             os.kill(process, signal.SIGINT)
@@ -137,7 +137,7 @@ def _signal_after_steps(process: int) -> None:
             while not noted.__self__.received:
                 time.sleep(0.01)
 
-    loop.Progress.advance = advance_and_signal  # type: ignore[method-assign]
+    loop.Progress.update = update_and_signal
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])

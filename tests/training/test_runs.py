@@ -287,6 +287,15 @@ def test_one_process_at_a_time(tmp_path):
     assert _contents(tmp_path) == contents
 
 
+def test_the_folder_of_several_seeds(tmp_path):
+    for seed in (2, 10, 9):
+        runs.claim(tmp_path / f"seed{seed}", CONFIG.replace(seed=seed))
+    (tmp_path / "seed11").mkdir()  # begun by nobody
+    assert [each.name for each in runs.of_seeds(tmp_path)] == ["seed2", "seed9", "seed10"]
+    for alone in (tmp_path / "seed2", tmp_path / "seed11", tmp_path / "nowhere"):
+        assert runs.of_seeds(alone) == [alone]
+
+
 def test_a_process_that_is_refused_leaves_the_others_empty_folder(tmp_path):
     with runs.locked(tmp_path):
         (tmp_path / "state").mkdir()  # as write_checkpoint does, just before it writes
@@ -297,10 +306,10 @@ def test_a_process_that_is_refused_leaves_the_others_empty_folder(tmp_path):
 
 
 def test_a_folder_that_cannot_be_locked_is_named(tmp_path, monkeypatch):
-    def no_locks(folder: int, operation: int) -> None:
+    def no_locks(folder: int, blocking: bool) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(runs.fcntl, "flock", no_locks)
+    monkeypatch.setattr(runs, "lock_descriptor", no_locks)
     with (
         pytest.raises(OSError, match=f"cannot lock the folder {tmp_path}: No locks available"),
         runs.locked(tmp_path),
@@ -545,44 +554,39 @@ def test_a_folder_that_is_no_run_is_named(tmp_path, read):
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "read"),
+    ("file", "content", "problem", "read"),
     [
-        ("config.json", b"{", runs.read_config),
-        ("config.json", b'{"dataset": "mnist5k"}', runs.read_config),
-        ("config.json", b"\xff\xfe", runs.read_config),
-        ("metrics.jsonl", b'{"epoch": 1}\n{"epo', runs.read_metrics),
-        ("metrics.jsonl", b"5", runs.read_metrics),
-        ("metrics.jsonl", b'{"epoch": 1}', runs.read_metrics),
-        ("metrics.jsonl", b'{"epoch": 1, "step": 5, "width": "wide"}', runs.read_metrics),
-        ("metrics.jsonl", b'{"epoch": null}', runs.read_metrics),
-        ("result.json", b"{", runs.read_result),
-        ("result.json", b"{}", runs.read_result),
-        ("result.json", b"[]", runs.read_result),
-        ("result.json", b'{"test_error": null}', runs.read_result),
-        ("result.json", b'{"test_error": NaN}', runs.read_result),
-        ("result.json", b'{"test_error": 1.5}', runs.read_result),
-        ("result.json", b'{"test_error": true}', runs.read_result),
-        ("model.safetensors", b"not safe", runs.read_model),
+        ("config.json", b"{", "is no JSON", runs.read_config),
+        ("config.json", b"[]", "a config must be a JSON object, not list", runs.read_config),
+        ("config.json", b'{"dataset": "mnist5k"}', "'net' is missing", runs.read_config),
+        ("config.json", b"\xff\xfe", "codec can't decode", runs.read_config),
+        ("metrics.jsonl", b"5", "line 1: must be a JSON object, not int", runs.read_metrics),
+        ("metrics.jsonl", b'{"epoch": 1}', "line 1: 'step' is missing", runs.read_metrics),
+        ("metrics.jsonl", b'{"epoch": null}', "'epoch' must be a whole", runs.read_metrics),
+        (
+            "metrics.jsonl",
+            b'{"epoch": 1, "step": 5, "width": "wide"}',
+            "'width' must be a number",
+            runs.read_metrics,
+        ),
+        ("result.json", b"{", "is no JSON", runs.read_result),
+        ("result.json", b"[]", "must be a JSON object, not list", runs.read_result),
+        ("result.json", b'{"test_error": 0.5}', "'pgd_error' is missing", runs.read_result),
+        ("result.json", b'{"test_error": NaN}', "from 0 to 1, not nan", runs.read_result),
+        ("result.json", b'{"test_error": 1.5}', r"from 0 to 1, not 1\.5", runs.read_result),
+        ("result.json", b'{"test_error": true}', "from 0 to 1, not True", runs.read_result),
+        ("model.safetensors", b"not safe", "does not hold this run's network", runs.read_model),
     ],
 )
-def test_a_damaged_file_is_named(tmp_path, file, content, read):
+def test_a_damaged_file_is_named(tmp_path, file, content, problem, read):
     _finished(tmp_path)
     (tmp_path / file).write_bytes(content)
-    with pytest.raises(ValueError, match=file):
+    with pytest.raises(ValueError, match=f"{file}.*{problem}"):
         read(tmp_path)
 
 
-def test_what_is_wrong_with_a_record_is_said(tmp_path):
+def test_the_line_of_a_damaged_record_is_named(tmp_path):
     _finished(tmp_path)
-    (tmp_path / "result.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"result.json: must be a JSON object, not list"):
-        runs.read_result(tmp_path)
-    (tmp_path / "result.json").write_text('{"test_error": 0.5}')
-    with pytest.raises(ValueError, match=r"result.json: 'pgd_error' is missing"):
-        runs.read_result(tmp_path)
-    (tmp_path / "result.json").write_text('{"test_error": 1.5}')
-    with pytest.raises(ValueError, match=r"'test_error' must be a number from 0 to 1, not 1\.5"):
-        runs.read_result(tmp_path)
     runs.write_metrics(tmp_path, [METRICS[0], {"epoch": 2, "step": 40}])
     with pytest.raises(ValueError, match=r"metrics.jsonl, line 2: 'width' is missing"):
         runs.read_metrics(tmp_path)

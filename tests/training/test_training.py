@@ -18,6 +18,7 @@ from cibp_fast.training import datasets, evaluation, loop, runs
 from cibp_fast.training.batches import epoch_batches
 from cibp_fast.training.config import preset
 from cibp_fast.training.distributed import World
+from cibp_fast.training.objective import Objective
 
 
 @pytest.fixture(autouse=True)
@@ -224,7 +225,7 @@ def test_divergence_stops_with_the_metrics_kept(tmp_path):
 def test_a_folder_that_cannot_take_the_run_is_refused_before_training(tmp_path, monkeypatch):
     config = preset("mnist5k-small-0.001-cibp", **SHORT)
     runs.claim(tmp_path, preset("mnist5k-small-0.001-cibp", **SHORT | {"lr": 0.5}))
-    monkeypatch.setattr(loop._Loss, "forward", lambda *args: pytest.fail("training started"))
+    monkeypatch.setattr(Objective, "forward", lambda *args: pytest.fail("training started"))
     with pytest.raises(FileExistsError, match=r"another config .lr 0.5 there, 0.001 now"):
         loop.train(config, tmp_path)
     (tmp_path / "file").write_text("")
@@ -263,12 +264,12 @@ def test_kernels_that_cannot_run_are_refused_before_anything_is_written(tmp_path
 
 def test_default_run_dir(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    loop.train(preset("mnist5k-small-0.001-nominal", **SHORT | {"steps": 12, "seed": 3}))
-    assert (tmp_path / "runs" / "mnist5k-small-0.001-nominal-seed3" / "result.json").exists()
+    config = preset("mnist5k-small-0.001-nominal", **SHORT, seed=3)
+    loop.train(config)
+    assert (tmp_path / "runs" / config.folder / "result.json").exists()
 
 
 def test_progress_bar_on_a_terminal(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("tqdm")
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     loop.train(preset("mnist5k-small-0.001-nominal", **SHORT), tmp_path)
     captured = capsys.readouterr()
@@ -379,7 +380,7 @@ def test_the_loss_is_that_of_the_layers(monkeypatch, precision, tolerance):
     x, y = torch.rand(5, 1, 28, 28), torch.arange(5)
     found = []
     for fused in (True, False):
-        loss = loop._Loss(model, config)
+        loss = Objective(model, config)
         assert loss.fused is not None and loss.fused.precision == precision
         if not fused:
             loss.fused = None
@@ -393,7 +394,7 @@ def test_the_loss_is_that_of_the_layers(monkeypatch, precision, tolerance):
 
 def test_widths_before_activations_run_layer_by_layer():
     config = preset("mnist5k-small-0.1-cibp", width="pre")
-    loss = loop._Loss(runs.build_model(config), config)
+    loss = Objective(runs.build_model(config), config)
     assert loss.fused is None
     value, _ = loss(torch.rand(2, 1, 28, 28), torch.arange(2), 0.1, 0.5)
     assert value.isfinite()
@@ -423,7 +424,7 @@ def test_a_step_on_a_gpu_waits_once_at_the_most(method, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "tolist", spy)
     monkeypatch.setattr(loss, "takes", lambda *tensors: False)
     config = preset(f"mnist5k-small-0.001-{method}")
-    objective = loop._Loss(runs.build_model(config), config, "torch")
+    objective = Objective(runs.build_model(config), config, "torch")
     x, y = torch.rand(3, 1, 28, 28), torch.tensor([0, 9, 1])
     with Looks():
         objective(x, y, 0.1, 0.5)[0].backward()

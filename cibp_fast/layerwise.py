@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cibp_fast import ops
+from cibp_fast import ops, rules  # noqa: F401 (a model's pass needs its rules)
 from cibp_fast._arithmetic import no_autocast
 from cibp_fast.interval import Interval, may_inspect, shares_memory
 from cibp_fast.ops import backends

@@ -1,0 +1,499 @@
+"""The commands of `cibp-fast`: a class each, of whose fields tyro makes the options.
+
+What takes seconds to import is imported by the command that needs it: help is there at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, Union
+
+import tyro
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg, subcommand
+from tyro.constructors import PrimitiveConstructorSpec
+
+from cibp_fast.training.config import (
+    PRESET_GRAMMAR,
+    Config,
+    as_text,
+    choices,
+    epoch_steps,
+    parse,
+    preset,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from cibp_fast.training.datasets import Split
+
+DEFAULT_PRESET = "mnist5k-small-0.1-cibp"
+MOST_THREADS = 1024  # beyond it the system may refuse to start them, which ends the process
+
+
+def _word(metavar: str, read: Callable[[str], Any]) -> PrimitiveConstructorSpec[Any]:
+    """Returns what makes an option of one word."""
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda words: read(words[0]),
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"must be a whole number, not {text!r}") from None
+
+
+N, DIR = _word("N", _whole), _word("DIR", Path)
+
+
+def _changes(hints: Mapping[str, str]) -> Any:
+    """Returns the type of options that change these fields of the Config, as a dict of texts.
+
+    hints: what the help says of each field's default.
+    """
+    options: dict[str, Any] = {}
+    for name, hint in hints.items():
+        option = Config.model_fields[name]
+        about: dict[str, Any] = {"help": option.description, "help_behavior_hint": hint}
+        if option.annotation is bool:
+            options[name] = Annotated[bool, arg(**about)]
+        else:
+            metavar = "|".join(choices(name)) or "VALUE"
+            options[name] = Annotated[str, arg(metavar=metavar, **about)]
+    return OmitArgPrefixes[TypedDict("Changes", options, total=False)]  # type: ignore
+
+
+if TYPE_CHECKING:
+    Recipe = dict[str, Any]
+    Changes = dict[str, Any]
+else:
+    Recipe = _changes({name: f"[{as_text(value)}]" for name, value in preset(DEFAULT_PRESET)})
+    Changes = _changes(dict.fromkeys(("eps", "eval_batch_size"), "(default: the run's)"))
+
+
+def _values(texts: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields' values. Raises ValueError as `parse`."""
+    return {
+        name: parse(name, text) if isinstance(text, str) else text for name, text in texts.items()
+    }
+
+
+@dataclass(kw_only=True)
+class Command:
+    """What all commands take.
+
+    Attributes:
+        threads: processor threads
+    """
+
+    threads: Annotated[int | None, N, arg(help_behavior_hint="(default: torch's choice)")] = None
+
+    def run(self) -> None:
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class OnData(Command):
+    """What the commands take that read a data set.
+
+    Attributes:
+        device: cpu or cuda
+        data_root: folder of the data sets
+        unverified_data: only warn of data files that are not the official ones
+    """
+
+    device: str = "cpu"
+    data_root: Annotated[
+        Path | None, DIR, arg(help_behavior_hint="(default: $CIBP_FAST_DATA, or data)")
+    ] = None
+    unverified_data: FlagCreatePairsOff[bool] = False
+
+
+@dataclass(kw_only=True)
+class Info(Command):
+    """Show versions, the processor, and which kernel runs where and why."""
+
+    def run(self) -> None:
+        from cibp_fast import environment
+
+        facts = [*environment.versions().items(), *environment.describe()]
+        indent = max(len(name) for name, _ in facts) + 2
+        for name, value in facts:
+            print(f"{name:<{indent}}" + value.replace("\n", "\n" + " " * indent))
+
+
+@dataclass(kw_only=True)
+class Quickstart(Command):
+    """Train the small network on 5,000 digits with IBP and with constrained IBP, and compare.
+
+    Needs the extra demo. The same command goes on with a quickstart that was stopped; one that has
+    finished, or has another seed, is replaced.
+
+    Attributes:
+        output: folder of the two runs and the picture
+        seed: of both runs
+    """
+
+    output: Annotated[Path, DIR] = Path("quickstart")
+    seed: Annotated[int, N] = 0
+
+    def run(self) -> None:
+        from cibp_fast.training import loop, plotting
+
+        plotting.require_matplotlib()  # now, not after the training
+        names = [f"mnist5k-small-0.1-{method}" for method in ("ibp", "cibp")]
+        configs = {self.output / name: preset(name, seed=self.seed) for name in names}
+        there = [run_dir for run_dir, config in configs.items() if _is_of(run_dir, config)]
+        finished = [run_dir for run_dir in there if (run_dir / "result.json").exists()]
+        results = {}
+        for run_dir, config in configs.items():
+            label = plotting.METHOD_LABELS[config.method]
+            print(f"Training the small network with {label}, {config.steps} steps:", flush=True)
+            anew = run_dir not in there or len(finished) == len(configs)
+            with _stopped("the same command goes on"):
+                results[label] = loop.train(config, run_dir, overwrite=anew)
+        picture = self.output / "quickstart.png"
+        plotting.plot(list(configs), picture)
+        print(f"\n{_table(results)}")
+        print(
+            "\nErrors on the 1,000 held-out digits, pixels changed by at most eps = "
+            f"{config.eps:g}. PGD: the share that an\nattack breaks. Verified: the share that the "
+            "bounds cannot prove unbreakable. Lower is better.\n"
+            f"The curves are in {picture}, the runs beside it."
+        )
+
+
+@dataclass(kw_only=True)
+class Train(OnData):
+    """Train and evaluate one network, and write a run folder.
+
+    examples:
+      cibp-fast train --preset mnist5k-small-0.1-cibp --run-dir runs/first
+      cibp-fast train --preset mnist5k-medium-0.2-ibp --seed 1
+      cibp-fast train --steps 400 --lr-decay-at none --eps-ramp 0,150 --kappa-ramp 30,400
+      cibp-fast train --epochs 10 --eps 8/255
+
+    Attributes:
+        run_dir: run folder
+        overwrite: replace the run that the folder holds, finished or not
+        seeds: N runs, of --seed and the seeds after it, each in its own folder
+        backend: of the bounds: the device's kernels where they can run (auto), those of the CPU
+            (cpu), Triton's (triton), those with CUDA C++ kernels where there are any (cuda), or
+            none (torch)
+        epochs: training epochs, in place of --steps
+        recipe: Each replaces what the preset says; in brackets, what the default preset does.
+    """
+
+    preset: Annotated[str, arg(metavar="NAME", help=PRESET_GRAMMAR)] = DEFAULT_PRESET
+    run_dir: Annotated[
+        Path | None, DIR, arg(help_behavior_hint="(default: in runs, named by what is trained)")
+    ] = None
+    overwrite: FlagCreatePairsOff[bool] = False
+    seeds: Annotated[int, N] = 1
+    backend: Literal["auto", "torch", "cpu", "triton", "cuda"] = "auto"
+    epochs: Annotated[int | None, N, arg(help_behavior_hint="")] = None
+    recipe: Recipe = field(default_factory=dict)
+
+    def run(self) -> None:
+        epochs = {} if self.epochs is None else {"epochs": self.epochs}
+        config = preset(self.preset, **_values(self.recipe), **epochs)
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be 1 or more, not {self.seeds}")
+        configs = [config.replace(seed=config.seed + index) for index in range(self.seeds)]
+        from cibp_fast.training import loop
+
+        run_dirs = [loop.default_run_dir(config) for config in configs]
+        if self.run_dir is not None:
+            parts = [f"seed{config.seed}" for config in configs] if self.seeds > 1 else [""]
+            run_dirs = [self.run_dir / part for part in parts]
+        again = "the same command" + (" without --overwrite" if self.overwrite else "")
+        results = {}
+        for config, run_dir in zip(configs, run_dirs, strict=True):
+            with _stopped(f"{again} goes on"):
+                results[f"{config.name} seed {config.seed}"] = loop.train(
+                    config,
+                    run_dir,
+                    data_root=self.data_root,
+                    verify_data=not self.unverified_data,
+                    device=self.device,
+                    backend=self.backend,
+                    overwrite=self.overwrite,
+                )
+        if not loop.world(self.device).first:
+            return
+        print(f"\n{_table(results)}\n")
+        if len(results) > 1:
+            print(f"{_spread(list(results.values()), 'test', 'pgd', 'verified')}\n")
+        print("\n".join(f"The run is in {run_dir}" for run_dir in run_dirs))
+
+
+@dataclass(kw_only=True)
+class OnRuns(OnData):
+    """What the commands take that look at trained networks.
+
+    Attributes:
+        run_dir: folder that `cibp-fast train` wrote; after --seeds, a run's or that of all
+        examples: only the first N held-out examples
+    """
+
+    run_dir: Annotated[Positional[Path], arg(metavar="RUN_DIR", help_behavior_hint="")]
+    examples: Annotated[int | None, N, arg(help_behavior_hint="(default: all)")] = None
+    changes: Changes = field(default_factory=dict)
+
+    def report(self, kind: str, name: str, **changes: Any) -> None:
+        """Prints the error of each run, and the spread of several.
+
+        changes: of the run's Config, besides the user's.
+        """
+        from cibp_fast.training import runs
+
+        errors = []
+        run_dirs = runs.of_seeds(self.run_dir)
+        for run_dir in run_dirs:
+            config = runs.read_config(run_dir).replace(**_values(self.changes) | changes)
+            found = self._found(config, run_dir)
+            count, total = int(found.sum()), len(found)
+            errors.append({f"{kind}_error": count / total})
+            space = " (normalised)" if config.eps_space == "normalized" else ""
+            print(
+                f"{run_dir.name + ': ' if len(run_dirs) > 1 else ''}{name} at eps {config.eps:.4g}"
+                f"{space}: {100 * count / total:.2f} % ({count} of {total} held-out examples)"
+            )
+        if len(errors) > 1:
+            print(_spread(errors, kind))
+
+    def _found(self, config: Config, run_dir: Path) -> Tensor:
+        """Returns which held-out examples count as errors, [N] bool."""
+        import torch
+
+        from cibp_fast._graphs import kept
+        from cibp_fast.training import datasets, runs
+        from cibp_fast.training.distributed import available
+        from cibp_fast.training.progress import bar
+
+        device, verify = available(self.device), not self.unverified_data
+        model = runs.read_model(run_dir).to(device)
+        split = datasets.load(config.dataset, self.data_root, verify=verify).test
+        count = len(split) if self.examples is None else self.examples
+        if not 1 <= count <= len(split):
+            raise ValueError(
+                f"examples must be from 1 to the {len(split)} of the test set, not {count}"
+            )
+        split, size = split[:count].to(device), config.eval_batch_size
+        with kept():
+            parts = [
+                self.errors(config, model, split[first : first + size], first)
+                for first in bar(range(0, count, size), type(self).__name__.lower(), "batch")
+            ]
+        return torch.cat(parts)
+
+    def errors(self, config: Config, model: nn.Module, part: Split, first: int) -> Tensor:
+        """Returns which of a batch count, [B] bool; first: the number of its first example."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class Certify(OnRuns):
+    """Bound a trained network on its held-out examples: the verified error."""
+
+    def run(self) -> None:
+        self.report("verified", "verified error")
+        print(
+            "sound: false (these bounds are computed in rounded arithmetic and are not yet a proof)"
+        )
+
+    def errors(self, config: Config, model: nn.Module, part: Split, first: int) -> Tensor:
+        from cibp_fast.training.evaluation import certificate, inputs
+
+        return ~certificate(model, inputs(config, part), part.labels, config).verified
+
+
+@dataclass(kw_only=True)
+class Attack(OnRuns):
+    """Attack a trained network on its held-out examples with PGD.
+
+    example:
+      cibp-fast attack runs/first --steps 200 --restarts 10 --examples 100
+
+    Attributes:
+        steps: of each start
+        restarts: random starts
+        step_size: or none: 2.5 eps / steps
+        seed: of the random starts
+    """
+
+    steps: Annotated[int, N] = 200
+    restarts: Annotated[int, N] = 10
+    step_size: Annotated[str, arg(metavar="S")] = "0.01"
+    seed: Annotated[int, N] = 0
+
+    def run(self) -> None:
+        self.report(
+            "pgd",
+            f"PGD error ({self.steps} steps, {self.restarts} restarts)",
+            pgd_steps=self.steps,
+            pgd_restarts=self.restarts,
+            pgd_step_size=parse("pgd_step_size", self.step_size),
+            seed=self.seed,
+        )
+
+    def errors(self, config: Config, model: nn.Module, part: Split, first: int) -> Tensor:
+        from cibp_fast.training.evaluation import broken, inputs
+
+        x = inputs(config, part)
+        return broken(model, x, part.labels, config, config.pgd_restarts, first)
+
+
+@dataclass(kw_only=True)
+class Plot(Command):
+    """Draw the errors and bound widths of one or several runs, or a preset's schedules.
+
+    Runs of one config that differ in their seed become one curve, their mean, in a band from the
+    least to the greatest. Runs that cannot be compared, since their data set, radius or clipping
+    differs, have axes of their own; so have other networks' widths.
+
+    examples:
+      cibp-fast plot runs/ibp runs/cibp -o curves.png
+      cibp-fast plot --preset cifar10-large-8of255-cibp-normalized -o schedules.png
+
+    Attributes:
+        run_dirs: folders that `cibp-fast train` wrote; after --seeds, a run's or that of all
+        preset: draw this recipe's eps, kappa and lr
+        output: .png, .pdf or .svg
+    """
+
+    run_dirs: Annotated[
+        Positional[tuple[Path, ...]], arg(metavar="[RUN_DIR ...]", help_behavior_hint="")
+    ] = ()
+    preset: Annotated[str | None, _word("NAME", str), arg(help_behavior_hint="")] = None
+    output: Annotated[Path, _word("FILE", Path), arg(aliases=("-o",))]
+
+    def run(self) -> None:
+        if bool(self.run_dirs) == (self.preset is not None):
+            raise ValueError("plot takes either run folders or --preset NAME")
+        from cibp_fast.training import plotting, runs
+
+        if self.preset is None:
+            run_dirs = [each for run_dir in self.run_dirs for each in runs.of_seeds(run_dir)]
+            plotting.plot(run_dirs, self.output)
+        else:
+            config = preset(self.preset)
+            plotting.plot_schedules(config, self.output, epoch_steps(dict(config)))
+        print(f"wrote {self.output}")
+
+
+COMMANDS: dict[str, type[Command]] = {
+    each.__name__.lower(): each for each in (Info, Quickstart, Train, Certify, Attack, Plot)
+}
+
+ABOUT = f"""Train and certify provably robust networks with interval bounds.
+
+examples:
+  cibp-fast quickstart                    two networks on 5,000 digits, a few minutes
+  cibp-fast train --preset {DEFAULT_PRESET} --run-dir runs/first
+  cibp-fast certify runs/first --eps 0.05
+  cibp-fast attack runs/first --steps 200 --restarts 10
+  cibp-fast plot runs/first -o curves.png
+  cibp-fast info                          what is installed, which kernel runs and why
+  cibp-fast --version"""
+
+
+def run(words: Sequence[str]) -> None:
+    """Runs the command that the words say. Raises ValueError with one line about bad ones."""
+    name, *options = words or [""]
+    if name in ("-h", "--help"):
+        every = [
+            Annotated[kind, subcommand(each, description=(kind.__doc__ or "").partition("\n")[0])]
+            for each, kind in COMMANDS.items()
+        ]
+        _parsed(Union[tuple(every)], [name], "cibp-fast", ABOUT)  # noqa: UP007
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f": did you mean {close[0]!r}?" if close else "."
+        problem = f"{name!r} is no command{hint}" if name else "A command is missing."
+        raise ValueError(f"{problem} There are {', '.join(COMMANDS)} (see cibp-fast --help)")
+    command: Command = _parsed(COMMANDS[name], options, f"cibp-fast {name}")
+    if command.threads is not None:
+        if not 1 <= command.threads <= MOST_THREADS:
+            raise ValueError(f"threads must be from 1 to {MOST_THREADS}, not {command.threads}")
+        import torch
+
+        torch.set_num_threads(command.threads)
+    command.run()
+
+
+def _parsed(kind: Any, words: Sequence[str], program: str, about: str | None = None) -> Any:
+    """Returns the object that tyro makes of the words.
+
+    Raises ValueError with the first paragraph of the box that tyro would print, as one line.
+    """
+    printed = io.StringIO()
+    try:
+        with redirect_stderr(printed):
+            return tyro.cli(kind, args=words, prog=program, description=about)
+    except SystemExit as exit:
+        if not exit.code:
+            raise  # after help
+    text = re.sub(r"\x1b\[[\d;]*m", "", printed.getvalue())  # of colours
+    _, problem, *_ = [part for part in re.split("[─╭╮╰╯]+|-{5,}", text) if part.strip(" │\n")]
+    raise ValueError(f"{' '.join(problem.replace('│', ' ').split())} (see {program} --help)")
+
+
+@contextmanager
+def _stopped(how: str) -> Iterator[None]:
+    """Adds to the message of a training that was stopped how it goes on."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if stop.args:
+            raise KeyboardInterrupt(f"{stop}: {how}") from None
+        raise
+
+
+def _is_of(run_dir: Path, config: Config) -> bool:
+    """Returns whether the folder holds a run of this config, finished or not."""
+    from cibp_fast.training import runs
+
+    try:
+        return runs.read_config(run_dir) == config
+    except (OSError, ValueError):  # none, or a damaged one
+        return False
+
+
+def _table(results: Mapping[str, dict[str, Any]]) -> str:
+    """Returns test, PGD and verified error of each result, a row each, aligned."""
+    first = next(iter(results.values()))
+    indent = max(len(name) for name in results)
+    attack = f"PGD ({first['pgd_steps']} steps)"
+    rows = [f"{'':{indent}}  {'test error':>12}  {attack:>16}  {'verified':>10}  {'time':>8}"]
+    for name, result in results.items():
+        test, attacked, verified = (
+            100 * result[f"{kind}_error"] for kind in ("test", "pgd", "verified")
+        )
+        rows.append(
+            f"{name:{indent}}  {test:10.1f} %  {attacked:14.1f} %  {verified:8.1f} %  "
+            f"{result['seconds']:6.0f} s"
+        )
+    return "\n".join(rows)
+
+
+def _spread(results: Sequence[Mapping[str, Any]], *kinds: str) -> str:
+    """Returns mean and standard deviation (of the sample) of the errors over the seeds."""
+    texts = []
+    for kind in kinds:
+        errors = [100 * result[f"{kind}_error"] for result in results]
+        texts.append(f"{kind} {fmean(errors):.2f} +- {stdev(errors):.2f} %")
+    return f"mean and standard deviation of {len(results)} seeds: {', '.join(texts)}"

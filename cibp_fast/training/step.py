@@ -1,0 +1,222 @@
+"""One step of training: a batch, its loss and gradients, Adam. By torch, or by Triton's kernels."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adam import adam
+
+from cibp_fast._graphs import enough_memory
+from cibp_fast.ops import backends
+from cibp_fast.training import runs
+from cibp_fast.training.batches import draw, epoch_batches, epoch_plan, pixel_table
+from cibp_fast.training.config import Config
+from cibp_fast.training.datasets import Split
+from cibp_fast.training.distributed import World
+from cibp_fast.training.objective import Objective
+
+
+class Adam:
+    """torch.optim.Adam by the fused kernel alone: an Optimizer imports torch's compiler, 3 s."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters: list[Tensor] = list(model.parameters())
+        self.firsts = [torch.zeros_like(p) for p in self.parameters]  # moments
+        self.seconds = [torch.zeros_like(p) for p in self.parameters]
+        self.steps = [
+            torch.zeros((), dtype=torch.float32, device=p.device) for p in self.parameters
+        ]
+
+    def step(self, lr: float) -> None:
+        """Changes the parameters by their gradients, which it removes."""
+        gradients: list[Any] = [p.grad for p in self.parameters]
+        with torch.no_grad():
+            adam(
+                self.parameters, gradients, self.firsts, self.seconds, [], self.steps, fused=True,
+                amsgrad=False, beta1=0.9, beta2=0.999, lr=lr, weight_decay=0.0, eps=1e-8,
+                maximize=False,
+            )  # fmt: skip
+        for p in self.parameters:
+            p.grad = None
+
+    def state(self) -> dict[str, Tensor]:
+        """Returns its state, as "{number of the parameter}.{torch's name}"."""
+        names = ("step", "exp_avg", "exp_avg_sq")
+        return {
+            f"{number}.{name}": value
+            for number, values in enumerate(zip(self.steps, self.firsts, self.seconds, strict=True))
+            for name, value in zip(names, values, strict=True)
+        }
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Takes the state. Raises KeyError for what is missing, ValueError for another shape."""
+        for name, own in self.state().items():
+            if state[name].shape != own.shape:
+                raise ValueError(f"optimizer.{name} must be {list(own.shape)}")
+            own.copy_(state[name])
+
+
+class Step:
+    """One step of training by torch, and all that it changes.
+
+    The loop calls `load` for each epoch and then the step itself for each batch.
+
+    Attributes:
+        model: the network, on the processes' device.
+        loss: the objective; among several processes it averages their gradients.
+        totals: float64 [5 + K], what is logged (see `Objective`) of the epoch's steps so far.
+    """
+
+    def __init__(self, config: Config, examples: Split, processes: World, backend: str) -> None:
+        self.config, self.examples, self.processes = config, examples, processes
+        self.backend = backend
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.model = runs.build_model(config).to(processes.device)
+        self.objective = Objective(self.model, config, backend).to(processes.device)
+        self.loss = processes.wrap(self.objective)
+        self.adam = Adam(self.model)
+        self.totals = torch.zeros((), dtype=torch.float64)
+        self.prepare = runs.to_input(config).to(processes.device)
+        self.schedules = (config.eps_schedule(), config.kappa_schedule(), config.lr_schedule())
+        self.epoch_steps = len(examples) // config.batch_size
+        self._following: Iterator[Any] = iter(())
+
+    def load(self, epoch: int, first: int) -> None:
+        """Begins an epoch, or goes on with it, at its batch of the number `first`."""
+        config = self.config
+        batches = epoch_batches(
+            self.examples,
+            config.batch_size,
+            seed=config.seed,
+            epoch=epoch,
+            augmentation=config.augmentation,
+            first=first,
+            rank=self.processes.rank,
+            world_size=self.processes.size,
+        )
+        end = epoch * self.epoch_steps
+        steps = range(end - self.epoch_steps + first, end)
+        self._following = zip(
+            batches, [[each(at) for each in self.schedules] for at in steps], strict=True
+        )
+
+    def __call__(self) -> None:
+        """Takes the step of the next batch."""
+        (pixels, y), (eps, kappa, lr) = next(self._following)
+        loss, logged = self.loss(self.prepare(pixels), y, eps, kappa)
+        loss.backward()
+        self.adam.step(lr)
+        self.totals = self.totals + logged
+
+    def memory(self) -> AbstractContextManager[None]:
+        """Says what to do where a GPU's memory is too small."""
+        doing = f"a step of training with batch_size={self.config.batch_size}"
+        return enough_memory(doing, "take a smaller batch_size")
+
+
+class CapturedStep:
+    """The same step by Triton's kernels, on a GPU a CUDA graph; it shares all with `step`."""
+
+    def __init__(self, step: Step, train_step: Any) -> None:
+        self.step, self.train_step = step, train_step
+        train_step.totals.copy_(step.totals)
+        step.totals = train_step.totals
+
+    def load(self, epoch: int, first: int) -> None:
+        """Begins an epoch, at the batch that the TrainStep is at."""
+        config = self.step.config
+        drawn = draw(
+            len(self.step.examples),
+            seed=config.seed,
+            epoch=epoch,
+            augmentation=config.augmentation,
+        )
+        self.train_step.load(epoch_plan(*drawn))
+
+    def __call__(self) -> None:
+        """Takes the step of the next batch."""
+        self.train_step.replay()
+
+
+def fastest(step: Step, done: int) -> Step | CapturedStep:
+    """Returns the step by Triton's kernels where they take it after `done` steps, else itself.
+
+    Where they could have been expected, it says why not.
+    """
+    config, fused = step.config, step.objective.fused
+    images = step.examples.images
+    if fused is None or not config.elide or step.processes.size > 1 or done >= config.steps:
+        return step
+    like = images[: config.batch_size].float()
+    if (
+        step.backend == "torch"
+        or backends.select(step.backend, like.device, like.dtype)[0] == "cpu"
+    ):
+        return step
+    found = fused._triton_stages(like)
+    if isinstance(found, str):
+        why = found
+    elif found[0][0].input != tuple(like.shape[1:]):
+        why = "the network does not begin with a convolution"
+    elif len(set(map(id, found[1]))) < len(found[1]):
+        why = "the network uses a layer twice"
+    else:
+        captured = _captured(step, done, *found)
+        if not isinstance(captured, str):
+            return captured
+        why = captured
+    print(f"A step is not one CUDA graph of Triton's kernels: {why}.", file=sys.stderr)
+    return step
+
+
+def _captured(
+    step: Step, done: int, stages: Any, weights: Any, biases: Any, precision: str
+) -> CapturedStep | str:
+    """Returns the captured step, or why its kernels must not be used on this GPU."""
+    from cibp_fast.training.gpu_step import TrainStep
+    from cibp_fast.training.gpu_step_check import failure
+
+    config, device = step.config, step.processes.device
+    pixels = pixel_table(runs.to_input(config), step.examples.images.shape[1]).to(device)
+    options: dict[str, Any] = {
+        "batch_size": config.batch_size,
+        "clip": config.clip,
+        "width_weight": config.width_weight,
+        "mean": config.width_reduction == "mean",
+        "precision": precision,
+    }
+    if step.backend == "auto":
+        has_bias = [bias is not None for bias in biases]
+        if why := failure(stages, has_bias, pixels, device, **options):
+            return why
+    adam = step.adam
+    moments = {
+        id(p): (p.data, first, second)
+        for p, first, second in zip(adam.parameters, adam.firsts, adam.seconds, strict=True)
+    }
+    eps, kappa, lr = step.schedules
+    table = torch.tensor([[each(at) for each in (eps, lr, kappa)] for at in range(config.steps)])
+    train_step = TrainStep(
+        stages,
+        [
+            tuple(None if p is None else moments[id(p)] for p in pair)
+            for pair in zip(weights, biases, strict=True)
+        ],
+        step.examples.images,
+        step.examples.labels,
+        pixels,
+        table.to(device),
+        step=done,
+        cpp=step.backend == "cuda",
+        **options,
+    )
+    if device.type == "cuda":
+        with step.memory():
+            train_step.capture()
+    return CapturedStep(step, train_step)
