@@ -2,7 +2,6 @@
 
 - Each convolution kernel, forward and both gradients, on the layers of the networks and on a grid
   of shapes; of the CUDA C++ kernels on those that they take.
-- The ops of single layers (`cibp_fast.ops`) by both backends, forward and all gradients.
 - Whole steps of training/gpu_step.py, which are all kernels, by both backends: the errors of loss
   and gradients, how many tensors two runs of two steps do not agree on bitwise, and how many (loss
   and parameters) a NaN in the images does not reach.
@@ -31,7 +30,6 @@ from timing import Row
 from torch import Tensor
 
 import cibp_fast as cf
-from cibp_fast import ops, reference
 from cibp_fast.ops import backends
 from cibp_fast.training.datasets import to_pixels
 
@@ -64,34 +62,17 @@ GRID: tuple[tuple[Any, ...], ...] = (  # of kernels.shape.Shape
 PART = 8  # shapes of the grid in a group
 
 
-class Op(NamedTuple):
-    """One of `cibp_fast.ops` on random numbers."""
-
-    name: str
-    size: tuple[int, ...]  # of the streams
-    weight: tuple[int, ...] = ()
-    geometry: tuple[Any, ...] = ()  # stride, padding, dilation, groups
-
-
-OPS = (
-    Op("conv2d", (3, 3, 9, 8), (17, 3, 4, 3), ((2, 1), (1, 0), (1, 2), 1)),
-    Op("conv2d", (2, 20, 9, 7), (24, 20, 3, 3), ((1, 1), (1, 1), (1, 1), 1)),
-    Op("linear", (7, 300), (70, 300)),
-    Op("relu", (3, 20, 19, 17)),
-)
-
 # kind of a group: its checks of each subject
 CHECKS = {
     "step": ("loss", "gradients", "two runs", "NaN"),
     "convolution": ("forward", "input_gradient", "weight_gradient"),
     "few channels": ("forward", "weight_gradient"),
     "halo": ("forward",),
-    "op": ("forward", "backward"),
 }
 Found = dict[str, tuple[float, float]]  # check: error, tolerance
 
 
-# by name: of a step a Problem, of an op an Op, else a kernels.shape.Shape
+# by name: of a step a Problem, else a kernels.shape.Shape
 Subjects = tuple[tuple[str, Any], ...]
 
 
@@ -126,7 +107,7 @@ class Group(NamedTuple):
 
 
 def groups(device: torch.device) -> Iterator[Group]:
-    """Gives steps, whose kernels other benchmarks then find compiled, layers, the grid, ops; and
+    """Gives steps, whose kernels other benchmarks then find compiled, layers and the grid; then
     the same of the CUDA C++ kernels, whose steps find Triton's kernels compiled.
     """
     from cibp_fast.kernels.shape import Shape
@@ -149,14 +130,11 @@ def groups(device: torch.device) -> Iterator[Group]:
         convolutions.append(
             tuple((str(tuple(shape)), shape) for shape in grid[first : first + PART])
         )
-    of_ops = tuple((f"{op.name} {op.size}" + f" {op.weight}" * bool(op.weight), op) for op in OPS)
 
     for kind, all_subjects in (("step", steps), ("convolution", convolutions)):
         for subjects in all_subjects:
             for precision in PRECISIONS:
                 yield Group(kind, "triton", precision, subjects)
-    for backend in ("triton", "cuda"):
-        yield Group("op", backend, "float32", of_ops)
     for precision in PRECISIONS:
         for kind in ("few channels", "halo"):
             every = dict(each for subjects in convolutions for each in subjects)
@@ -180,7 +158,7 @@ def _kind(shape: Any, precision: str) -> str:
 
 def measured(group: Group, device: str) -> list[Row]:
     """Returns its rows with what was found; a failed check has a note."""
-    on, check = timing.device_of(device), KINDS.get(group.kind, convolution)
+    on, check = timing.device_of(device), step if group.kind == "step" else convolution
     rows = []
     for name, subject in group.subjects:
         own = group._replace(subjects=((name, subject),))
@@ -241,36 +219,6 @@ def convolution(shape: Any, precision: str, backend: str, device: torch.device) 
     case = Case(shape, precision, device)
     names = CHECKS[_kind(shape, precision)]
     return {name: (case.error(name), numerics.TOLERANCES[precision]) for name in names}
-
-
-def op(subject: Op, precision: str, backend: str, device: torch.device) -> Found:
-    """Returns the errors of outputs and gradients."""
-    from cibp_fast.ops import numerics
-
-    random = torch.Generator().manual_seed(0)
-
-    def numbers(size: Sequence[int]) -> Tensor:
-        return torch.randn(size, generator=random).to(device)
-
-    center, radius, nominal = (numbers(subject.size) for _ in range(3))
-    given = [center - radius.abs(), center + radius.abs(), nominal]
-    if subject.weight:
-        given += [numbers(subject.weight), numbers(subject.weight[:1])]
-    arguments = [each.requires_grad_() for each in given]
-    apply = getattr(ops, subject.name)
-    outputs = apply(*arguments, *subject.geometry, width=True, backend=backend)
-    gradients = [numbers(each.shape) for each in outputs]
-    found = torch.autograd.grad(outputs, arguments, gradients)
-
-    exact = [each.detach().double().requires_grad_() for each in arguments]
-    expected = getattr(reference, subject.name)(*exact, *subject.geometry)
-    wanted = torch.autograd.grad(expected, exact, [each.double() for each in gradients])
-    errors = numerics.relative(outputs, expected), numerics.relative(found, wanted)
-    tolerance = numerics.TOLERANCES[precision]
-    return {name: (error, tolerance) for name, error in zip(CHECKS["op"], errors, strict=True)}
-
-
-KINDS: dict[str, Callable[[Any, str, str, torch.device], Found]] = {"step": step, "op": op}
 
 
 def run(options: argparse.Namespace) -> None:

@@ -1,8 +1,8 @@
 """Measures which tiles of Triton's kernels are fastest on this GPU, for networks' layers.
 
 A search begins with the rule's tiles and others of all sizes, and then goes on from the fastest
-ones, a step in one of their fields at a time. What does not compile, spills or is further from
-float64 than its precision allows is left out before anything is timed. The fastest that are right
+ones, a step in one of their fields at a time. What does not compile or is further from float64 than
+its precision allows is left out before anything is timed. The fastest that are right
 are kept in a table for later runs, $CIBP_FAST_TUNED or cibp_fast/tuned.json of $XDG_CACHE_HOME or
 ~/.cache. What is done is kept when it is stopped, and not done again. How long it takes is not
 measured yet.
@@ -15,7 +15,6 @@ import fcntl
 import math
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +27,6 @@ import timing
 import torch
 from problems import DATASETS, NETWORKS, PRECISIONS
 from timing import names, number
-from triton.runtime.jit import JITFunction
 
 import cibp_fast as cf
 from cibp_fast._version import __version__
@@ -216,19 +214,17 @@ class GpuBench:
         self.case = numerics.Case(shape, precision, device)
 
     def check(self, kernel: str, candidates: Sequence[Tiles]) -> list[str]:
-        """Says why each must not be used; empty: it may."""
-        found = compiled(
+        """Says why each must not be used; empty: it may. They are compiled in threads."""
+        launch, begin = (
             partial(self.case.launch, kernel),
-            candidates,
             partial(torch.cuda.set_device, self.device),
         )
+        with ThreadPoolExecutor(os.cpu_count(), initializer=begin) as pool:
+            found = list(pool.map(partial(failure, launch), candidates))
         torch.cuda.synchronize(self.device)  # raises if a kernel broke the GPU's context
-        default = rule(Job(kernel, self.case.precision, self.case.shape))
         return [
-            why
-            or (spills and candidate != default and f"it spills {spills} registers")
-            or checked(self.case, kernel, candidate)
-            for candidate, (why, spills) in zip(candidates, found, strict=True)
+            why or checked(self.case, kernel, each)
+            for each, why in zip(candidates, found, strict=True)
         ]
 
     def time(self, kernel: str, candidate: Tiles) -> float:
@@ -257,35 +253,13 @@ def checked(case: numerics.Case, kernel: str, candidate: Tiles) -> str:
     return ""
 
 
-def compiled(
-    launch: Callable[[Tiles], object], candidates: Sequence[Tiles], begin: Callable[[], object]
-) -> list[tuple[str, int]]:
-    """Compiles and runs each, in threads that call `begin` first: why that failed, and spills."""
-    launched = threading.local()
-
-    def noted(self: JITFunction, grid: Any) -> Callable[..., Any]:
-        def run(*args: Any, **options: Any) -> Any:
-            kernel = self.run(*args, grid=grid, warmup=False, **options)
-            launched.kernels.append(kernel)
-            return kernel
-
-        return run
-
-    def once(candidate: Tiles) -> tuple[str, int]:
-        launched.kernels = []
-        try:
-            launch(candidate)
-        except Exception as error:  # whatever a compiler or driver raises
-            return f"{type(error).__name__}: {error}", 0
-        return "", max(kernel.n_spills for kernel in launched.kernels)
-
-    original = JITFunction.__getitem__
-    JITFunction.__getitem__ = noted  # since only what a launch returns knows its spills
+def failure(launch: Callable[[Tiles], object], candidate: Tiles) -> str:
+    """Compiles and runs it; says why that failed."""
     try:
-        with ThreadPoolExecutor(os.cpu_count(), initializer=begin) as pool:
-            return list(pool.map(once, candidates))
-    finally:
-        JITFunction.__getitem__ = original
+        launch(candidate)
+    except Exception as error:  # whatever a compiler or driver raises
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 # The command
