@@ -1,18 +1,15 @@
 """Times epochs of `cibp_fast.train` itself, on random images: they cost what a data set's cost.
 
-The first epochs of a preset are trained, each with its evaluation (test and verified error) and
-writing; the first one, in which all is compiled and captured, is reported apart. "epoch_s" is the
-median of the others without their evaluation, and "all_s" what the whole preset would take without
-evaluation, extrapolated. On the CPU clocks stand where the parts of the loop meet:
+"epoch_s" is the median of all epochs but the first, in which all is compiled, without evaluation;
+"all_s" is what the whole preset would take, extrapolated. On the CPU clocks are between the parts:
 
 - step: from the batch to the optimizer's end, with what the loss module computes for the log;
 - data: the next batch, with its augmentation;
 - writing: metrics.jsonl and the checkpoint;
 - other: schedules, totals, progress, asking whether to stop.
 
-The last three are "outside" the step; its quartiles are over the epochs. On a GPU a step is a
-replayed CUDA graph, and has no parts. An epoch cut short by --steps ends with the same writing as a
-whole one, so its share is too large rather than too small.
+The last three are "outside" the step. An epoch cut short by --steps ends with the same writing as a
+whole one, so its share is too large rather than too small. On a GPU a replayed step has no parts.
 """
 
 from __future__ import annotations

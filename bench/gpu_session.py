@@ -1,10 +1,8 @@
 """Runs all benchmarks of a GPU, what matters most first, in a limited time.
 
 Each part is a script of bench/ in a process of its own, which writes a table when it is done, so
-that a part that fails or runs out of time costs no other: first both sides of whether a step of our
-own is worth it, then numerics of all kernels, whole steps, epochs, layers, steps with the CUDA C++
-kernels, and steps against torch.compile. The exit code is 1 where a part did not end well.
-`python bench/report.py` then puts the results into bench/README.md.
+that a part that fails or runs out of time costs no other. The exit code is 1 where one did not end
+well. `python bench/report.py` then puts the steps into bench/README.md.
 """
 
 from __future__ import annotations

@@ -1,15 +1,10 @@
 """Times each layer of the paper's networks: our op against the layer as one writes it in PyTorch.
 
 That one is two passes, with W for the center and with W.abs() for the radius, one for the nominal,
-and the width. Each is timed in both memory formats. "forward" runs without autograd, "training" is
-forward and backward: gradients to weight, bias and all three streams, except in a network's first
-layer, whose inputs need none. All get the same incoming gradients, and are checked against float64
-before they are timed. "ratio" is the time of the better two-pass layer over a contender's own.
-
-On a GPU each contender is a CUDA graph, replayed with a cold L2 cache: "fused" is the op, in
-float32; "kernels" are its kernels alone, on streams that lie as they want them, with the ReLU and
-its gradient (as in `cf.fuse` and the step of training); "naive" is the two-pass layer in float32,
-in tf32 and under bfloat16 autocast.
+and the width. "forward" runs without autograd, "training" with the gradients to weight, bias and,
+but for a network's first layer, the streams. All are checked against float64 before they are timed.
+On a GPU each is a CUDA graph, replayed with a cold L2 cache: "fused" is the op, in float32,
+"kernels" its kernels alone, on streams that lie as they want them, with the ReLU and its gradient.
 """
 
 from __future__ import annotations

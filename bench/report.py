@@ -21,7 +21,6 @@ from typing import Any
 
 import timing
 from precision import Comparison
-from problems import Problem
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -426,37 +425,12 @@ def gpu() -> list[str]:
     if body:
         lines += ["Training steps with Adam, in the better memory format:", ""]
         lines += table([*head, *columns], body)
-    body = gpu_layers(read("gpu_layers_*"))
-    if body:
-        lines += ["A network's layers together, each alone, forward and backward:", ""]
-        lines += table([*head, "us"], body)
-    if epochs := read("gpu_epochs"):
-        keys = ("preset", "precision", "epoch_s", "first_epoch_s", "all_epochs", "all_s", "note")
-        lines += ["Epochs of `cibp-fast train` in seconds, without evaluation:", ""]
-        lines += table(keys, ([row[key] for key in keys] for row in epochs))
     where = rows[0]
     return [
         *lines,
         f"{where['gpu']}, CUDA {where['cuda']}, torch {where['torch']}, Triton {where['triton']}, "
-        f"{where['date']}: `gpu_*.csv`; what is not in the tables was not measured.",
+        f"{where['date']}. Epochs and layers are in `gpu_epochs.csv` and `gpu_layers_*.csv`.",
     ]
-
-
-def gpu_layers(rows: Sequence[Row]) -> list[list[str]]:
-    """Sums up each contender's layers of a network; a table that was not finished lacks some."""
-    found: dict[tuple[str, str], dict[str, float]] = {}
-    for row in rows:
-        if row["pass"] == "training":
-            own = found.setdefault((network(row), row["contender"]), {})
-            own[row["layer"]] = min(own.get(row["layer"], math.inf), float(row["ms"] or "inf"))
-    body = []
-    for (name, contender), own in found.items():
-        model, dataset, batch = name.split()
-        whole = len(own) == len(Problem(model, dataset, int(batch), False).affine())
-        us = 1e3 * sum(own.values())
-        text = digits(us) if whole and us < math.inf else "not measured"
-        body.append([name, f"`{contender}`", text])
-    return body
 
 
 BLOCKS = [quickstart, runs, performance, steps, batches, channels, load, precisions, layers, loop]

@@ -1,19 +1,11 @@
-"""Times a whole training step: ours against the ways in which others compute it (baselines.py).
+"""Times a whole training step: ours against the ways in which others compute it.
 
 A step is the nominal and the interval forward pass, the constrained IBP loss with elided margins
-and the widths after the activations, and the backward pass to all parameters. The contenders run in
-turn in one process, each with its own copy of one network, in each memory format of theirs; "ratio"
-is the time of the two-pass eager step, in the better of its formats, over a contender's own, round
-by round. Before it is timed, each contender's loss and gradients are checked against a step in
-float64; one that is wrong, or cannot run, is reported and not timed.
-
-On a GPU a step includes Adam. "train_step" is that of `cibp-fast train`, one CUDA graph from bytes
-of images to new parameters; the others find their batch ready. "fused" is `cf.fuse` with torch's
-fused Adam, "naive" the two passes, "_graph" the same captured as one CUDA graph. Peak memory is
-what a contender adds at its peak: network, data, moments and what its graph keeps included.
-
-FLOPs count a multiply-add as two, the same for all: direct products of three streams. What Winograd
-saves, in "fast", is not taken off, so that effective GFLOP/s may be above the peak.
+and the widths after the activations, and the backward pass to all parameters; on a GPU with Adam.
+The contenders run in turn, each with its own copy of one network, in each memory format of theirs.
+Each is checked against float64 first: one that is wrong, or cannot run, is reported and not timed.
+"ratio" is the time of the two-pass eager step, in the better format, over a contender's own, round
+by round. GFLOP/s count direct products, the same for all. bench/README.md says who computes what.
 """
 
 from __future__ import annotations

@@ -189,15 +189,12 @@ def compared(
 ) -> list[Row]:
     """Makes all contenders, times them in turn, and returns a row for each.
 
-    Args:
-        makers: of each what checks it and returns the call to time and what is known of it, its
-            precision among it. Whoever raises an exception is not timed: its row has a note.
-        figures: of seconds and a precision what the row says of them.
-        baseline: whose time over a contender's own is "ratio". ours: over whose time a contender's
-            own is "fused_ratio". Both in the better memory format, and round by round, so that a
-            slow spell of the machine is in both.
-        least: seconds of a timing; in less, the clock's and the scheduler's noise would be most.
-        ready: seconds after which no further contender is made.
+    makers: of each what checks it and returns the call to time, and what is known of it. Whoever
+    raises an exception is not timed: its row has a note. figures: of seconds and a precision what
+    the row says of them. baseline, ours: "ratio" is the time of the one over a contender's own, and
+    "fused_ratio" its own over the other's; in the better memory format, and round by round, so that
+    a slow spell of the machine is in both. least: seconds of a timing; in less, the clock's and the
+    scheduler's noise would be most. ready: seconds after which no further contender is made.
     """
     end = time.monotonic() + ready
     calls: dict[Key, Call] = {}
