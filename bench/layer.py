@@ -221,15 +221,18 @@ def rows(
         for each in ("nchw", "nhwc") if isinstance(layer.module, nn.Conv2d) else ("nchw",):
             makers[name, each] = partial(made, name, each)
 
-    def figures(seconds: Sequence[float], precision: str) -> Row:
-        moved = layer.affine.numbers(training) * PRECISIONS[precision]
-        of = {"flops": layer.affine.flops(training), "moved": moved, "limits": limits}
-        return timing.figures(seconds, precision, **of)
-
+    numbers = layer.affine.numbers(training)
     with torch.set_grad_enabled(training):
-        clock = timing.timer(device, options.clock, timing.cold_cache(device))
-        names = {"baseline": "naive_tf32" if on_gpu else "naive", "ours": "fused"}
-        found = timing.compared(makers, figures, clock, options.rounds, **names)
+        found = timing.compared(
+            makers,
+            timing.timer(device, options.clock, timing.cold_cache(device)),
+            options.rounds,
+            baseline="naive_tf32" if on_gpu else "naive",
+            ours="fused",
+            flops=layer.affine.flops(training),
+            moved={each: size * numbers for each, size in PRECISIONS.items()},
+            limits=limits,
+        )
     base = {"layer": layer.name, "pass": "training" if training else "forward"}
     return [{**base, "batch": len(layer.streams[0]), **row} for row in found]
 

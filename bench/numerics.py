@@ -168,10 +168,9 @@ def measured(group: Group, device: str) -> list[Row]:
             rows += own.rows(timing.line(error))
             continue
         for row in own.rows(""):
-            error, tolerance = found[row["check"]]
-            right = error <= tolerance  # NaN is wrong
-            note = "" if right else f"wrong by {error:.2e}"
-            rows.append(row | {"error": f"{error:.2e}", "tolerance": tolerance, "note": note})
+            wrong, tolerance = found[row["check"]]
+            note = "" if wrong <= tolerance else f"wrong by {wrong:.2e}"  # NaN is wrong
+            rows.append(row | {"error": f"{wrong:.2e}", "tolerance": tolerance, "note": note})
     return rows
 
 

@@ -19,7 +19,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from typing import Any
 import timing
 import torch
 from baselines import CONTENDERS, GPU_CONTENDERS
-from problems import DATASETS, PLAIN, Exact, Problem
+from problems import DATASETS, PLAIN, PRECISIONS, Exact, Problem
 from timing import Call, Row
 
 from cibp_fast.ops import backends
@@ -116,18 +116,16 @@ def rows(
         for each in contenders(options.device)[name].formats
     }
 
-    def figures(seconds: Sequence[float], precision: str) -> Row:
-        of = {"flops": problem.flops(), "moved": problem.bytes(precision), "limits": limits}
-        return timing.figures(seconds, precision, **of)
-
     with busy(load * (os.cpu_count() or 1)):
         found = timing.compared(
             makers,
-            figures,
             timing.timer(device, options.clock),
             options.rounds,
             baseline="naive_tf32" if on_gpu else "naive",
             ours="train_step_tf32" if on_gpu else "fused",
+            flops=problem.flops(),
+            moved={each: problem.bytes(each) for each in PRECISIONS},
+            limits=limits,
             least=0.01 if on_gpu else 0.002,
             ready=options.ready,
         )

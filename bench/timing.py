@@ -178,23 +178,26 @@ def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def compared(
     makers: Mapping[Key, Callable[[], tuple[Call, Row]]],
-    figures: Callable[[Sequence[float], str], Row],
     timer: Timer,
     rounds: int,
     *,
     baseline: str,
     ours: str,
+    flops: int,
+    moved: Mapping[str, int],
+    limits: Mapping[str, float],
     least: float = 0.002,
     ready: float = math.inf,
 ) -> list[Row]:
     """Makes all contenders, times them in turn, and returns a row for each.
 
-    makers: of each what checks it and returns the call to time, and what is known of it. Whoever
-    raises an exception is not timed: its row has a note. figures: of seconds and a precision what
-    the row says of them. baseline, ours: "ratio" is the time of the one over a contender's own, and
-    "fused_ratio" its own over the other's; in the better memory format, and round by round, so that
-    a slow spell of the machine is in both. least: seconds of a timing; in less, the clock's and the
-    scheduler's noise would be most. ready: seconds after which no further contender is made.
+    makers: of each what checks it and returns the call to time, and what is known of it, its
+    precision included. Whoever raises an exception is not timed: its row has a note. baseline,
+    ours: "ratio" is the time of the one over a contender's own, and "fused_ratio" its own over the
+    other's; in the better memory format, and round by round, so that a slow spell of the machine is
+    in both. flops, moved, limits: of `figures`, the bytes by precision. least: seconds of a timing;
+    in less, the clock's and the scheduler's noise would be most. ready: seconds after which no
+    further contender is made.
     """
     end = time.monotonic() + ready
     calls: dict[Key, Call] = {}
@@ -221,7 +224,7 @@ def compared(
         row: Row = {"contender": key[0], "format": key[1], **known}
         if key in times:
             own = times[key]
-            row |= figures(own, known["precision"])
+            row |= figures(own, known["precision"], flops, moved[known["precision"]], limits)
             if of_baseline:
                 low, ratio, high = quartiles(ratios(of_baseline, own))
                 row |= rounded({"ratio": ratio, "ratio_q1": low, "ratio_q3": high}, 4)
@@ -303,7 +306,7 @@ def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[f
 
 
 def figures(
-    seconds: Sequence[float], precision: str, *, flops: int, moved: int, limits: Mapping[str, float]
+    seconds: Sequence[float], precision: str, flops: int, moved: int, limits: Mapping[str, float]
 ) -> Row:
     """Returns time and speed, and their shares of `limits`, which `ceilings` measured just before.
 

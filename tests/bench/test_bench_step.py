@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -20,12 +21,12 @@ from baselines import CONTENDERS, GPU_CONTENDERS, OwnStep
 from problems import CPU, PLAIN, Ball, Exact, Problem
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from tritons import DEVICE, large_tiles
 
 from cibp_fast.losses import Terms
 from cibp_fast.ops import backends
 
-pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="of the interpreter")
+INTERPRETER = importlib.util.find_spec("triton") is not None and not torch.cuda.is_available()
+of_a_gpu = pytest.mark.skipif(not INTERPRETER, reason="of Triton's interpreter")
 PROBLEMS = [
     Problem("small", "mnist", 3, clip=False),
     Problem("small", "cifar10", 2, clip=True),
@@ -47,6 +48,11 @@ LIMITS = {"copy": 100.0, "float32": 500.0, "tf32": 2000.0, "bf16": 4000.0}
 
 @pytest.fixture(autouse=True)
 def _quick() -> Iterator[None]:
+    if not INTERPRETER:
+        yield
+        return
+    from tritons import large_tiles
+
     with large_tiles():
         yield
 
@@ -72,6 +78,7 @@ def test_every_contender_agrees_with_the_oracle(
     assert 0 < float(facts["gradient_error"]) <= facts["tolerance"]
 
 
+@of_a_gpu
 @pytest.mark.parametrize("name", [*ON_GPU, "naive_bf16", "naive_tf32_graph"])
 def test_every_contender_of_a_gpu_agrees_with_the_oracle(tiny: Exact, name: str) -> None:
     contender = GPU_CONTENDERS[name]
@@ -85,6 +92,7 @@ def test_every_contender_of_a_gpu_agrees_with_the_oracle(tiny: Exact, name: str)
     assert made.saved_bytes() > 0
 
 
+@of_a_gpu
 def test_both_sides_of_a_step_of_our_own_are_whole_steps_in_one_graph() -> None:
     """`cf.fuse` with torch's Adam in one graph is captured as a whole, Adam included."""
     for precision in ("", "_tf32", "_bf16"):
@@ -116,6 +124,7 @@ def test_a_term_that_is_off_by_a_hundredth_is_found(wrong: str) -> None:
         Exact.of(PROBLEMS[0]).check(contender.step(PROBLEMS[0]), contender.tolerance)
 
 
+@of_a_gpu
 def test_an_own_step_that_is_wrong_is_found(tiny: Exact, monkeypatch: pytest.MonkeyPatch) -> None:
     right = OwnStep.results
     made = OwnStep(TINY, "float32", CPU)
@@ -177,6 +186,7 @@ def test_flops_and_bytes_of_the_small_network_by_hand() -> None:
         assert problem.bytes(precision) == element * numbers + 28 * sum(weights)
 
 
+@of_a_gpu
 def test_saved_bytes() -> None:
     """Each storage once, without parameters and batch; on a GPU half and a quarter of naive's."""
     made = CONTENDERS["naive"].step(PROBLEMS[0])
@@ -205,17 +215,13 @@ def table(script: timing.Script, path: Path, words: str) -> list[dict[str, str]]
 
 
 def test_the_table_of_the_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of two batch sizes and loads, with the peak memory."""
-    try:
-        step.reset_peak()
-    except OSError:
-        pytest.skip("no /proc/self/clear_refs")
-    words = "--models small --datasets mnist --rounds 2 --contenders fused naive --rss"
-    words += " --batch 2 20 --load 0 1"
+    """Of two batch sizes and loads."""
+    words = "--models small --datasets mnist --rounds 2 --contenders fused naive"
+    words += " --batch 1 2 --load 0 1"
     rows = table(step.script, tmp_path / "new" / "step.csv", words)
     keys = [tuple(row[key] for key in ("batch", "load", "contender", "format")) for row in rows]
     contenders = [("fused", "nchw"), ("naive", "nchw"), ("naive", "nhwc")]
-    assert keys == [(b, load, *each) for b in ("2", "20") for load in "01" for each in contenders]
+    assert keys == [(b, load, *each) for b in "12" for load in "01" for each in contenders]
     for row in rows:
         assert all(row.values()) and row["optimizer"] == "none" and row["threads"] == "1"
         assert row["command"].startswith("python bench/step.py --models small --datasets mnist ")
@@ -227,13 +233,22 @@ def test_the_table_of_the_step(tmp_path: Path, capsys: pytest.CaptureFixture[str
         flag = "avx512_bf16" in Path("/proc/cpuinfo").read_text().split()
         assert row["avx512_bf16"] == str(flag) and row["isa"] in backends.ISAS
         assert float(row["gradient_error"]) <= float(row["tolerance"])
-        if row["batch"] == "20":
-            saved, peak = int(row["saved_bytes"]), int(row["peak_bytes"])
-            assert 0.8 * saved < peak < 20 * saved
+        assert int(row["saved_bytes"]) > 0
     for fused, *naive in zip(rows[::3], rows[1::3], rows[2::3], strict=True):
         assert float(fused["fused_ratio"]) == 1
         assert min(naive, key=lambda row: float(row["ms"]))["ratio"] == "1.0"
     assert "beside 1 busy processes a core" in capsys.readouterr().out
+
+
+def test_the_peak_memory_of_a_step_in_a_child() -> None:
+    try:
+        step.reset_peak()
+    except OSError:
+        pytest.skip("no /proc/self/clear_refs")
+    problem = Problem("small", "mnist", 100, clip=False)
+    options = argparse.Namespace(device="cpu", rss=True)
+    _, facts = step.made(problem, "fused", "nchw", Exact.of(problem), options)
+    assert 0.9 * facts["saved_bytes"] < facts["peak_bytes"] < 10 * facts["saved_bytes"]
 
 
 def test_the_table_of_channel_counts(tmp_path: Path) -> None:
@@ -249,6 +264,7 @@ def test_the_table_of_channel_counts(tmp_path: Path) -> None:
     assert float(rows[-1]["gflop"]) == pytest.approx(flops / 1e9, rel=1e-3)
 
 
+@of_a_gpu
 def test_the_rows_of_a_step_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """One has no memory: the rest goes on."""
 
@@ -275,6 +291,7 @@ def test_the_rows_of_a_step_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert timed[0]["fused_ratio"] == 1
 
 
+@of_a_gpu
 def test_a_contender_gets_its_stream_before_memory_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[object] = []
 
@@ -314,6 +331,7 @@ def test_a_wrong_layer_is_not_timed() -> None:
         exact.check(found, layer.CPU_TOLERANCE)
 
 
+@of_a_gpu
 @pytest.mark.parametrize(("kind", "precision"), [("conv", "bf16"), ("linear", "tf32")])
 def test_the_rows_of_a_layer_on_a_gpu(
     kind: str, precision: str, monkeypatch: pytest.MonkeyPatch

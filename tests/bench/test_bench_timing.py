@@ -144,11 +144,8 @@ def test_who_fails_is_reported_and_the_others_are_timed() -> None:
         call()
         return next(seconds)
 
-    def figures(own: Any, precision: str) -> dict[str, Any]:
-        assert precision == "float32" and len(own) == 4
-        return {"ms": sum(own)}
-
-    rows = timing.compared(makers, figures, timer, 4, baseline="a", ours="a")
+    of: Any = {"baseline": "a", "ours": "a", "flops": 10**9, "moved": {"float32": 1}}
+    rows = timing.compared(makers, timer, 4, **of, limits={"float32": 1.0})
     assert [row.get("note") for row in rows] == [
         *(None, None),
         *("RuntimeError: late: c", "ModuleNotFoundError: no d"),
@@ -164,14 +161,14 @@ def test_who_fails_is_reported_and_the_others_are_timed() -> None:
 def test_no_contender_is_made_when_time_is_over() -> None:
     made = {("a", "nchw"): lambda: (lambda: None, {"precision": "float32"})}
     timer = timing.timer(CPU)
-    (row,) = timing.compared(made, lambda *_: {}, timer, 2, baseline="", ours="", ready=0)
+    of: Any = {"baseline": "", "ours": "", "flops": 0, "moved": {}, "limits": {}, "ready": 0}
+    (row,) = timing.compared(made, timer, 2, **of)
     assert row["note"] == "TimeoutError: no time was left to make it in 0 s"
 
 
 def test_figures_by_hand() -> None:
     limits = {"tf32": 4e3, "copy": 100.0}
-    of = {"flops": 2 * 10**9, "moved": 10**7, "limits": limits}
-    assert timing.figures([0.001, 0.002, 0.003], "tf32", **of) == {
+    assert timing.figures([0.001, 0.002, 0.003], "tf32", 2 * 10**9, 10**7, limits) == {
         **{"ms": 2.0, "ms_q1": 1.5, "ms_q3": 2.5, "gflop": 2.0, "effective_gflops": 1000.0},
         **{"peak_gflops": 4000.0, "effective_to_peak": 0.25, "ms_per_gflop": 1.0},
         **{"mbytes": 10.0, "copy_gbytes_per_s": 100.0, "copy_share": 0.05},

@@ -12,7 +12,7 @@ import epochs
 import numpy as np
 import precision
 import pytest
-import tritons
+import torch
 from precision import Comparison
 from torch import nn
 
@@ -53,8 +53,9 @@ def _tiny(in_shape: tuple[int, ...], padding: str) -> nn.Sequential:
     return nn.Sequential(convolution, nn.ReLU(), nn.Flatten(), nn.Linear(3 * 6 * 6, 10))
 
 
-@pytest.mark.skipif(tritons.DEVICE == "cuda", reason="of the interpreter")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of Triton's interpreter")
 def test_the_table_of_the_epochs_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tritons = pytest.importorskip("tritons")
     monkeypatch.setitem(models.NETS, "small", _tiny)
     monkeypatch.setattr(epochs, "preset", partial(preset, batch_size=2))
     output = tmp_path / "epochs.csv"
