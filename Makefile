@@ -25,7 +25,7 @@ help:
 	@echo 'make lint         ruff, mypy, clang-format, and which module may import which'
 	@echo 'make format       let ruff and clang-format rewrite the sources'
 	@echo 'make sanitize     the kernels without Python, under ASan and UBSan'
-	@echo 'make bench        time steps, layers, the training loop, a busy machine; renew the README'
+	@echo 'make bench        time steps, layers, epochs, a busy machine; renew the tables'
 	@echo 'make clean        remove .venv and everything built'
 
 quickstart: $(VENV)/demo
@@ -61,15 +61,16 @@ format: $(VENV)/dev
 	$(BIN)/clang-format -i $(CPP_FILES)
 
 bench: $(VENV)/dev
-	$(BIN)/cibp-fast bench step --output bench/results/step.csv
-	$(BIN)/cibp-fast bench step --contenders fused --batch 1 4 16 64 200 --rounds 7 \
-	  --output bench/results/batch.csv
-	$(BIN)/cibp-fast bench step --contenders fused fast naive --channels 1 3 8 16 32 48 64 96 128 \
+	$(BIN)/python bench/step.py --rss --output bench/results/step.csv
+	$(BIN)/python bench/step.py --models small medium --contenders fused \
+	  --batch 1 4 16 64 256 1024 --rounds 7 --output bench/results/batch.csv
+	$(BIN)/python bench/step.py --contenders fused fast naive --channels 1 3 8 16 32 48 64 96 128 \
 	  --rounds 7 --output bench/results/channels.csv
-	$(BIN)/cibp-fast bench layer --output bench/results/layers.csv
-	$(BIN)/python bench/bench_loop.py --synthetic --output bench/results/loop.csv
-	$(BIN)/python bench/bench_load.py --output bench/results/load.csv
-	$(BIN)/python bench/update_readme.py
+	$(BIN)/python bench/step.py --models small --datasets mnist --contenders fused naive \
+	  --batch 1 100 --load 0 1 2 --rounds 9 --output bench/results/load.csv
+	$(BIN)/python bench/layer.py --models small medium --output bench/results/layers.csv
+	$(BIN)/python bench/epochs.py --output bench/results/epochs.csv
+	$(BIN)/python bench/report.py
 
 clean:
 	rm -rf $(VENV) build dist quickstart *.egg-info cibp_fast/*.so

@@ -1,8 +1,8 @@
-"""The ways to compute one training step that `cibp-fast bench step` times against each other.
+"""The ways to compute one training step that are timed against each other, and their steps.
 
-Each maps a network and the radius of the box to a function of a batch, `x [N, C, H, W]` and labels
-`y [N]`, that returns the terms of the constrained IBP loss with elided margins and the widths of
-the activations and logits (`losses.Terms`). All share the network's parameters.
+Each way maps a network and the box to a function of a batch, `x [N, C, H, W]` and labels `y [N]`,
+that returns the terms of the constrained IBP loss with elided margins and the widths of the
+activations and logits (`losses.Terms`). All share the network's parameters.
 """
 
 from __future__ import annotations
@@ -13,46 +13,40 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import timing
 import torch
 import torch.nn.functional as F
+from problems import CPU, EPS, KAPPA, WIDTH_WEIGHT, Ball, Problem, in_format
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from cibp_fast.fusion import fuse
-from cibp_fast.interval import Interval
-from cibp_fast.layerwise import bounds
+import cibp_fast as cf
 from cibp_fast.losses import Terms, terms
+from cibp_fast.training.batches import epoch_plan, pixel_table
+from cibp_fast.training.datasets import to_pixels
 
 Step = Callable[[Tensor, Tensor], Terms]  # x, y
 Streams = tuple[Tensor, Tensor]  # lower, upper
+BETA1 = 0.9  # of Adam
 
 
-@dataclass(frozen=True)
-class Ball:
-    """The box around each example; unclipped, it is exactly `x +- eps`."""
-
-    eps: float
-    clip: bool
-
-    def interval(self, x: Tensor) -> Interval:
-        return Interval.ball(x, self.eps, clip=(0.0, 1.0) if self.clip else None)
-
-    def streams(self, x: Tensor) -> Streams:
-        lower, upper = x - self.eps, x + self.eps
-        return (lower.clamp(min=0), upper.clamp(max=1)) if self.clip else (lower, upper)
+# Ours
 
 
 def fused(
     model: nn.Sequential, ball: Ball, precision: str = "float32", backend: str = "auto"
 ) -> Step:
     """The whole network as one op."""
-    net = fuse(model, precision, backend)
+    net = cf.fuse(model, precision, backend)
     return lambda x, y: terms(net.bounds(x, ball.interval(x)), y)
 
 
 def layers(model: nn.Sequential, ball: Ball) -> Step:
     """cf.bounds: a fused op for each layer."""
-    return lambda x, y: terms(bounds(model, x, ball.interval(x)), y)
+    return lambda x, y: terms(cf.bounds(model, x, ball.interval(x)), y)
+
+
+# Baselines
 
 
 def two_passes(layer: nn.Module, lower: Tensor, upper: Tensor) -> Streams:
@@ -228,31 +222,182 @@ def _without_pad(model: nn.Sequential) -> nn.Sequential:
     return nn.Sequential(*modules)
 
 
+# Steps
+
+
+class TorchStep:
+    """A step of torch's autograd, on a network of its own in a memory format.
+
+    `call` is what is timed. stream: where a contender that is a CUDA graph is captured, or None.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        contender: Contender,
+        memory_format: str = "nchw",
+        device: torch.device = CPU,
+        stream: torch.cuda.Stream | None = None,
+    ) -> None:
+        assert contender.build is not None
+        self.precision = contender.precision
+        self.model = in_format(memory_format, problem.network().to(device))
+        x, y = problem.data()
+        self.batch = in_format(memory_format, x.to(device)), y.to(device)
+        self.terms = contender.build(self.model, problem.ball)
+        self.optimizer = None
+        if contender.adam:
+            # At rate 0 it does the same work, and every timed step is the one that was checked.
+            self.optimizer = torch.optim.Adam(
+                self.model.parameters(), lr=0.0, fused=True, capturable=device.type == "cuda"
+            )
+        self.call: Callable[[], Tensor] = self._step
+        if contender.graph:
+            self.call = timing.captured(self._step, device, stream)
+
+    def _step(self) -> Tensor:
+        timing.set_tf32(self.precision)
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        loss = self.terms(*self.batch).total(KAPPA, WIDTH_WEIGHT)
+        loss.backward()
+        if self.optimizer is not None:
+            self.optimizer.step()
+        return loss.detach()
+
+    def results(self) -> tuple[Tensor, list[Tensor | None]]:
+        """Returns loss and gradients of a step."""
+        for parameter in self.model.parameters():  # a graph's gradients stay where they are
+            if parameter.grad is not None:
+                parameter.grad.fill_(torch.nan)
+        loss = self.call()
+        return loss, [parameter.grad for parameter in self.model.parameters()]
+
+    def saved_bytes(self) -> int:
+        """Returns the bytes kept for the backward pass, without the parameters and the batch."""
+        saved: list[Tensor] = []  # kept, so that no address is used twice
+
+        def pack(x: Tensor) -> Tensor:
+            saved.append(x)
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            self.terms(*self.batch).total(KAPPA, WIDTH_WEIGHT)
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in saved}
+        for x in (*self.model.parameters(), *self.batch):
+            storages.pop(x.untyped_storage().data_ptr(), None)
+        return sum(storages.values())
+
+
+class OwnStep:
+    """The step of training/gpu_step.py, which also makes the batch and its boxes from bytes.
+
+    backend: "triton" or "cuda". rate: of Adam. lost: a value of a pixel, 0 to 255, that the network
+    sees as NaN. Raises ValueError where that cannot run.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        precision: str,
+        device: torch.device,
+        backend: str = "triton",
+        rate: float = 0.0,
+        lost: int | None = None,
+    ) -> None:
+        from cibp_fast.training.gpu_step import TrainStep  # not without Triton
+
+        images, labels = (each.to(device) for each in problem.images())
+        self.model = problem.network().to(device)
+        found = cf.fuse(self.model, precision, backend)._triton_stages(to_pixels(images))
+        assert not isinstance(found, str), found
+        self.stages, weights, biases, self.precision = found
+        self.moments = {
+            id(p): (torch.zeros_like(p), torch.zeros_like(p)) for p in self.model.parameters()
+        }
+        pixels = pixel_table(nn.Identity(), images.shape[1])
+        if lost is not None:
+            pixels[:, lost] = torch.nan
+        self.made = TrainStep(
+            self.stages,
+            [
+                tuple(None if p is None else (p.data, *self.moments[id(p)]) for p in pair)
+                for pair in zip(weights, biases, strict=True)
+            ],
+            images,
+            labels,
+            pixels.to(device),
+            torch.tensor([[EPS, rate, KAPPA]], device=device),
+            batch_size=problem.batch,
+            clip=(0.0, 1.0) if problem.clip else None,
+            width_weight=WIDTH_WEIGHT,
+            mean=True,
+            precision=precision,
+            cpp=backend == "cuda",
+        )
+        self.made.load(epoch_plan(torch.arange(problem.batch)))
+        if device.type == "cuda":
+            self.made.capture()
+        self.call = self.made.replay
+
+    def results(self) -> tuple[Tensor, list[Tensor | None]]:
+        """The gradients are what Adam's first step puts into its first moments."""
+        for partials in self.made.partials:
+            for each in partials or ():
+                each.fill_(torch.nan)
+        for moments in self.moments.values():
+            for each in moments:
+                each.zero_()
+        self.made.totals.zero_()
+        self.call()
+        first = [self.moments[id(parameter)][0] for parameter in self.model.parameters()]
+        return self.made.totals[0].clone(), [each / (1 - BETA1) for each in first]
+
+    def saved_bytes(self) -> int:
+        from cibp_fast.ops import gpu_network  # not without Triton
+
+        return gpu_network.saved_bytes(self.stages, self.made.batch_size, self.precision)
+
+
 @dataclass(frozen=True)
-class Rival:
-    build: Callable[[nn.Sequential, Ball], Step] | None  # None: a step of kernels/step.py
+class Contender:
+    """A way to compute the step, and how it is timed."""
+
+    build: Callable[[nn.Sequential, Ball], Step] | None  # None: the step of training/gpu_step.py
     formats: tuple[str, ...]  # memory formats that it is timed in
     # The most that its loss and the gradient of any parameter may be off, relative in the 2-norm.
-    # Seen in float32: ours 2e-6, the rivals' 4e-5 at batch 100, growing with the batch that their
+    # Seen in float32: ours 2e-6, the others' 4e-5 at batch 100, growing with the batch that their
     # weight gradients sum over; 2e-3 where inputs are saved in bfloat16. Computed in bfloat16 0.03,
     # and 0.17 for a single example: a unit within rounding of 0 is active in one computation and
     # not in the other.
     tolerance: float
     precision: str = "float32"  # that a GPU multiplies in
+    adam: bool = False
     graph: bool = False  # replayed as a CUDA graph
-    backend: str = "triton"  # of a step of kernels/step.py
+    backend: str = "triton"  # of the step of training/gpu_step.py
+
+    def step(
+        self,
+        problem: Problem,
+        memory_format: str = "nchw",
+        device: torch.device = CPU,
+        stream: torch.cuda.Stream | None = None,
+    ) -> TorchStep | OwnStep:
+        if self.build is None:
+            return OwnStep(problem, self.precision, device, self.backend)
+        return TorchStep(problem, self, memory_format, device, stream)
 
 
 ONE, BOTH = ("nchw",), ("nchw", "nhwc")
-RIVALS = {
-    "fused": Rival(fused, ONE, 1e-4),
-    "fast": Rival(partial(fused, precision="fast"), ONE, 1e-2),
-    "layers": Rival(layers, BOTH, 1e-4),
-    "naive": Rival(naive, BOTH, 1e-3),
-    "four": Rival(four, BOTH, 1e-3),
-    "compile": Rival(compiled, BOTH, 1e-3),
-    "auto_lirpa": Rival(auto_lirpa, ONE, 1e-3),
-    "naive_bf16": Rival(naive_bf16, ONE, 0.25),  # ten times slower without AVX512_BF16
+CONTENDERS = {
+    "fused": Contender(fused, ONE, 1e-4),
+    "fast": Contender(partial(fused, precision="fast"), ONE, 1e-2),
+    "layers": Contender(layers, BOTH, 1e-4),
+    "naive": Contender(naive, BOTH, 1e-3),
+    "four": Contender(four, BOTH, 1e-3),
+    "compile": Contender(compiled, BOTH, 1e-3),
+    "auto_lirpa": Contender(auto_lirpa, ONE, 1e-3),
+    "naive_bf16": Contender(naive_bf16, ONE, 0.25),  # ten times slower without AVX512_BF16
 }
 
 # On a GPU. tf32 has three bits more than bfloat16: an eighth of its tolerance. (0.01 was the most
@@ -260,34 +405,40 @@ RIVALS = {
 TOLERANCES = {"float32": 1e-3, "tf32": 0.25 / 8, "bf16": 0.25}
 
 
-def _ours(precision: str) -> dict[str, Rival]:
-    """The whole step as one graph, by both backends, and `cf.fuse` in eager mode."""
+def _on_gpu(build: Any, precision: str, formats: tuple[str, ...] = BOTH) -> Contender:
+    return Contender(build, formats, TOLERANCES[precision], precision, adam=True)
+
+
+def _ours(precision: str) -> dict[str, Contender]:
+    """Both sides of the question whether a step of our own is worth it: the step, with Triton's and
+    with CUDA C++ kernels, and `cf.fuse` with torch's Adam, in one CUDA graph and in eager mode.
+    """
     name = "" if precision == "float32" else f"_{precision}"
-    tolerance = TOLERANCES[precision]
-    build = partial(fused, precision=precision, backend="triton")
-    step = Rival(None, ONE, tolerance, precision, graph=True)
+    own = _on_gpu(None, precision, ONE)
+    whole = _on_gpu(partial(fused, precision=precision, backend="triton"), precision, ONE)
     return {
-        f"graphed{name}": step,
-        f"graphed_cuda{name}": replace(step, backend="cuda"),
-        f"fused{name}": Rival(build, ONE, tolerance, precision),
+        f"train_step{name}": own,
+        f"fused_graph{name}": replace(whole, graph=True),
+        f"fused{name}": whole,
+        f"train_step_cuda{name}": replace(own, backend="cuda"),
     }
 
 
-def _theirs(name: str, build: Any, precision: str) -> dict[str, Rival]:
+def _theirs(name: str, build: Any, precision: str) -> dict[str, Contender]:
     """In eager mode, and as a CUDA graph."""
-    rival = Rival(build, BOTH, TOLERANCES[precision], precision)
-    return {name: rival, f"{name}_graph": replace(rival, graph=True)}
+    contender = _on_gpu(build, precision)
+    return {name: contender, f"{name}_graph": replace(contender, graph=True)}
 
 
 # What matters most first, as time may run out. The graphs of "compile_max" are torch's own.
-GPU_RIVALS = {
+GPU_CONTENDERS = {
     **_ours("tf32"),
     **_theirs("naive_tf32", naive, "tf32"),
     **_ours("bf16"),
     **_ours("float32"),
     **_theirs("naive", naive, "float32"),
     **_theirs("naive_bf16", naive_bf16, "bf16"),
-    "auto_lirpa": Rival(auto_lirpa, ONE, TOLERANCES["tf32"], "tf32"),
-    "compile": Rival(compiled, BOTH, TOLERANCES["tf32"], "tf32"),
-    "compile_max": Rival(compiled_with_graphs, BOTH, TOLERANCES["tf32"], "tf32"),
+    "auto_lirpa": _on_gpu(auto_lirpa, "tf32", ONE),
+    "compile": _on_gpu(compiled, "tf32"),
+    "compile_max": _on_gpu(compiled_with_graphs, "tf32"),
 }

@@ -1,126 +1,51 @@
-"""`cibp-fast bench precision`: the loss of training in float32 and in precision "fast".
+"""Compares the loss of training in float32 and in precision "fast".
 
-Both precisions train the first steps of a preset, on its own schedules, with each of several seeds,
-through the loop of `cibp_fast.train`. A seed has the same initial weights and batches in both, so
-its two curves part by rounding alone, which training amplifies; how far curves part for no reason
-at all is seen between the seeds. The table holds the mean loss of each window of steps.
+Both train the first steps of a preset, on its own schedules, with each of several seeds, by
+`cibp_fast.train`. A seed has the same initial weights and batches in both, so its two curves part
+by rounding alone, which training amplifies; how far curves part for no reason at all is seen
+between the seeds. The table holds the mean loss of each epoch.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
-import multiprocessing
+import sys
 import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import common
 import numpy as np
-import torch
+import timing
+from epochs import first_steps
+from timing import Row, number
 
-from cibp_fast.fusion import CPU_PRECISIONS as PRECISIONS
-from cibp_fast.training import datasets, loop
-from cibp_fast.training.config import Config, preset
-from cibp_fast.training.distributed import ALONE
-from cibp_fast.training.schedules import LinearRamp
+import cibp_fast as cf
+from cibp_fast.training import runs
 
+PRECISIONS = ("float32", "fast")
 MOST_SEEDS = 8  # they can be parted in halves in 6,435 ways
-FIELDS = ["preset", "precision", "seed", "step", "loss", *common.CONDITIONS]
 
 
-def first_steps(config: Config, steps: int) -> Config:
-    """The config of its first steps: the same schedules up to there. Raises ValueError for more."""
-    if steps > config.steps:
-        raise ValueError(f"steps must be at most the {config.steps} of {config.name}, not {steps}")
-
-    def cut(ramp: tuple[int, int]) -> tuple[int, int]:
-        return min(ramp[0], steps), min(ramp[1], steps)
-
-    return config.replace(
-        steps=steps,
-        eps_ramp=cut(config.eps_ramp),
-        eps_train_ratio=LinearRamp(*config.eps_ramp, 0.0, config.eps_train_ratio)(steps),
-        kappa_ramp=cut(config.kappa_ramp),
-        kappa_end=config.kappa_schedule()(steps),
-        lr_decay_at=tuple(at for at in config.lr_decay_at if at <= steps),
-        eval_every=steps,
-    )
-
-
-def losses(
-    config: Config, data_root: Path | None, verify: bool, threads: int, alone: bool
-) -> tuple[list[float], float]:
-    """The loss of each step of a training, and its seconds; alone: it may show its progress."""
-    torch.set_num_threads(threads)
-    dataset = datasets.load(config.dataset, data_root, verify=verify)
-    # the evaluation after the last step is of no interest
-    dataset = replace(dataset, test=dataset.test[:1])
-    loop._check(config, dataset, ALONE)
-    made = loop._Training(config, dataset, ALONE)
-    found: list[float] = []
-    made.loss.register_forward_hook(lambda *call: found.append(call[-1][0].item()))
-    begin = time.perf_counter()
-    with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
-        stack.enter_context(redirect_stdout(io.StringIO()))  # a line an epoch
-        if not alone:
-            stack.enter_context(redirect_stderr(io.StringIO()))  # the bar
-        try:
-            made.run(Path(folder))
-        except FloatingPointError as error:
-            raise FloatingPointError(
-                f"{config.name}, {config.precision}, seed {config.seed}: training diverged"
-            ) from error
-    return found, time.perf_counter() - begin
-
-
-def trained(
-    configs: Sequence[Config], options: argparse.Namespace
-) -> Iterator[tuple[list[float], float]]:
-    """`losses` of the configs in their order, as many at a time as there are jobs."""
-    run = partial(
-        losses,
-        data_root=options.data_root,
-        verify=not options.unverified_data,
-        threads=torch.get_num_threads(),
-        alone=options.jobs == 1,
-    )
-    if options.jobs == 1:
-        yield from map(run, configs)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
-        yield from pool.map(run, configs)
-
-
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(NamedTuple):
     """How far the two precisions' curves of a preset are apart.
 
-    A distance is the greatest, over the windows, of the difference between the mean curves of two
+    A distance is the greatest, over the epochs, of the difference between the mean curves of two
     halves of the trainings, in standard deviations over the seeds (within a precision, pooled over
-    both; of that window).
+    both; of that epoch).
     """
 
-    steps: np.ndarray  # [W], at which the windows end
-    curves: np.ndarray  # [2, S, W]: of PRECISIONS, seeds, windows
+    steps: np.ndarray  # [E], at which the epochs end
+    curves: np.ndarray  # [2, S, E]: of PRECISIONS, seeds, epochs
     distance: float  # between the precisions
-    step: int  # where that is
     others: float  # the greatest distance of other ways to part the trainings in halves
     ways: int  # how many those are
     same_seed: float  # the greatest relative difference between the curves of one seed
 
     @staticmethod
     def of(rows: Sequence[Mapping[str, Any]]) -> Comparison:
-        """Of the table's rows of one preset. Raises ValueError where some are missing."""
+        """Compares the table's rows of one preset. Raises ValueError where some are missing."""
         table = {(row["precision"], int(row["seed"]), int(row["step"])): row for row in rows}
         seeds, steps = (sorted({key[i] for key in table}) for i in (1, 2))
         if len(seeds) < 2 or len(table) != len(PRECISIONS) * len(seeds) * len(steps):
@@ -134,22 +59,16 @@ class Comparison:
         spread = np.sqrt(curves.var(axis=1, ddof=1).mean(axis=0))
         trainings = curves.reshape(-1, len(steps))
 
-        def apart(half: Sequence[int]) -> np.ndarray:
+        def apart(half: Sequence[int]) -> float:
             means = trainings[list(half)].mean(axis=0), np.delete(trainings, half, 0).mean(axis=0)
-            return np.abs(means[0] - means[1]) / spread
+            return float((np.abs(means[0] - means[1]) / spread).max())
 
         by_precision, *others = (  # the first training is always in the first half
             apart((0, *rest)) for rest in combinations(range(1, len(trainings)), len(seeds) - 1)
         )
-        reference, fast = curves
+        same_seed = float(np.abs(curves[1] / curves[0] - 1).max())
         return Comparison(
-            np.array(steps),
-            curves,
-            float(by_precision.max()),
-            steps[int(by_precision.argmax())],
-            float(np.max(others)),
-            len(others),
-            float(np.abs(fast / reference - 1).max()),
+            np.array(steps), curves, by_precision, max(others), len(others), same_seed
         )
 
     @property
@@ -165,82 +84,54 @@ class Comparison:
         )
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--presets",
-        nargs="+",
-        default=["mnist-small-0.4-cibp"],
-        metavar="NAME",
-        help="recipes (default: mnist-small-0.4-cibp)",
-    )
-    parser.add_argument(
-        "--steps", type=int, default=5_000, metavar="N", help="the first N (default: 5000)"
-    )
-    parser.add_argument(
-        "--window", type=int, default=100, metavar="N", help="steps of a mean (default: 100)"
-    )
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="0 to N - 1 (default: 3)")
-    parser.add_argument(
-        "--jobs",
-        type=int,
-        default=1,
-        metavar="N",
-        help="trainings at a time, each with --threads (default: 1)",
-    )
-    common.add_data_root(parser)
-    parser.add_argument(
-        "--unverified-data",
-        action="store_true",
-        help="only warn of data files that are not the official ones",
-    )
-    common.add_output(parser)
+def curve(name: str, precision: str, seed: int, options: argparse.Namespace) -> list[Row]:
+    """Trains, and returns the rows."""
+    changes = {"precision": precision, "seed": seed, "eval_every": options.steps}
+    config = first_steps(name, options.steps, **changes)
+    with tempfile.TemporaryDirectory() as folder:
+        given = {"data_root": options.data_root, "verify_data": not options.unverified_data}
+        try:
+            cf.train(config, run_dir=folder, **given)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{name}, {precision}, seed {seed}: {error}") from error
+        records = runs.read_metrics(Path(folder))
+    base = {"preset": name, "precision": precision, "seed": seed}
+    return [{**base, "step": each["step"], "loss": f"{each['loss']:.9g}"} for each in records]
 
 
 def run(options: argparse.Namespace) -> None:
-    """Raises ValueError or OSError for options that cannot be obeyed."""
-    if not 2 <= options.seeds <= MOST_SEEDS:
-        raise ValueError(f"seeds must be from 2 to {MOST_SEEDS}, not {options.seeds}")
-    for name in ("steps", "window", "jobs"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"{name} must be 1 or more, not {getattr(options, name)}")
-    if options.steps % options.window:
-        raise ValueError(
-            f"steps must be a multiple of window, {options.window}, not {options.steps}"
-        )
+    options.device = "cpu"
     names = list(dict.fromkeys(options.presets))
-    trainings = [
-        (name, first_steps(preset(name, precision=precision, seed=seed), options.steps))
-        for name in names
-        for seed in range(options.seeds)
-        for precision in PRECISIONS
-    ]
-    common.check_output(options.output)
-    where = common.conditions(options)
-    print(
-        f"{where['cpu']}, {where['isa']}, torch {where['torch']}, {where['threads']} threads: "
-        f"{len(trainings)} trainings of {options.steps} steps, {options.jobs} at a time",
-        flush=True,
-    )
-    found: list[dict[str, Any]] = []
-    results = trained([config for _, config in trainings], options)
-    for (name, config), (curve, seconds) in zip(trainings, results, strict=True):
-        means = np.array(curve).reshape(-1, options.window).mean(axis=1)
-        base = {"preset": name, "precision": config.precision, "seed": config.seed}
-        found += [
-            {**base, "step": (i + 1) * options.window, "loss": f"{mean:.9g}", **where}
-            for i, mean in enumerate(means)
-        ]
-        print(
-            f"  {name} {config.precision:<8} seed {config.seed}: loss {means[0]:.4f} in the first "
-            f"window, {means[-1]:.4f} in the last; {seconds:.0f} s",
-            flush=True,
-        )
+    for name in names:
+        first_steps(name, options.steps, precision="fast")  # raises for a bad one
+    where = timing.conditions(options)
+    print(timing.about(where), flush=True)
+    found: list[Row] = []
+    for name in names:
+        for seed in range(options.seeds):
+            for precision in PRECISIONS:
+                print(f"\n{name}, {precision}, seed {seed}", flush=True)
+                found += [{**row, **where} for row in curve(name, precision, seed, options)]
+                timing.write(options.output, found)
     for name in names:
         made = Comparison.of([row for row in found if row["preset"] == name])
-        print(
-            f"\n{name}: {made.verdict}\n"
-            f"  furthest apart in the window up to step {made.step}; one seed's two curves: at "
-            f"most {made.same_seed:.1e} of the loss apart"
-        )
-    if options.output:
-        common.write(options.output, FIELDS, found)
+        print(f"\n{name}: {made.verdict}")
+
+
+script = timing.Script(
+    "precision",
+    __doc__,
+    "--presets mnist-small-0.4-cibp --steps 1000 --threads 1",
+    run,
+    presets=["mnist-small-0.4-cibp"],
+    output=None,
+)
+script.option("--steps", 5000, "the first N", type=number(1))
+script.option("--seeds", 3, "0 to N - 1", type=number(2, MOST_SEEDS))
+root = "folder of the data sets (default: $CIBP_FAST_DATA, else data)"
+script.option("--data-root", None, root, type=Path, metavar="DIR")
+unverified = "only warn of data files that are not the official ones"
+script.option("--unverified-data", False, unverified, action="store_true")
+
+if __name__ == "__main__":
+    sys.exit(script.main())

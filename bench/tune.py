@@ -1,42 +1,42 @@
-"""Which tiles are fastest on this GPU: what `cibp-fast tune` measures, and writes as a table.
+"""Measures which tiles of Triton's kernels are fastest on this GPU, for networks' layers.
 
 A search begins with the rule's tiles and others of all sizes, and then goes on from the fastest
-ones, a step in one of their fields at a time. What does not compile, spills or is further from
-float64 than its precision allows is left out before anything is timed.
+ones, a step in one of their fields at a time. What does not compile or is further from float64 than
+its precision allows is left out before anything is timed. The fastest that are right
+are kept in a table for later runs, $CIBP_FAST_TUNED or cibp_fast/tuned.json of $XDG_CACHE_HOME or
+~/.cache. What is done is kept when it is stopped, and not done again. How long it takes is not
+measured yet.
 """
 
 from __future__ import annotations
 
-import contextlib
+import argparse
 import fcntl
 import math
 import os
-import threading
+import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-import common
+import timing
 import torch
-from triton.runtime.jit import JITFunction
+from problems import DATASETS, NETWORKS, PRECISIONS
+from timing import names, number
 
-from cibp_fast import models
+import cibp_fast as cf
 from cibp_fast._version import __version__
 from cibp_fast.fusion.network import planned
 from cibp_fast.fusion.tracing import trace
-from cibp_fast.kernels import adam, operands, tiles
+from cibp_fast.kernels import adam, operands, streams, tiles
 from cibp_fast.kernels.shape import Shape
-from cibp_fast.kernels.streams import INTERPRETED, PRECISIONS
-from cibp_fast.kernels.tiles import Tiles, Where
+from cibp_fast.kernels.tiles import KERNELS, Tiles, Where
 from cibp_fast.ops import numerics
 from cibp_fast.ops.gpu_network import shape_of
-from cibp_fast.training import runs
-from cibp_fast.training.progress import bar
 
 MARGIN = 0.03  # of the rule's time: tiles that gain less are not written
 SIZES = (16, 32, 64, 128, 256)
@@ -57,6 +57,11 @@ class Job(NamedTuple):
     shape: Shape
 
 
+def rule(job: Job) -> Tiles:
+    """Returns the tiles that are taken where nothing was measured."""
+    return tiles.rule(job.kernel, job.shape, streams.PRECISIONS[job.precision])
+
+
 class Result(NamedTuple):
     """Times are in microseconds, NaN where the rule's tiles cannot be used, or none can."""
 
@@ -71,24 +76,24 @@ class Result(NamedTuple):
     def gained(self) -> bool:
         return self.best != self.default
 
-
-class Bench(Protocol):
-    """What is asked of a shape's kernels, in one precision, on a device."""
-
-    def check(self, kernel: str, candidates: Sequence[Tiles]) -> list[str]:
-        """Why each must not be used; empty: it may."""
-
-    def time(self, kernel: str, candidate: Tiles) -> float:
-        """Microseconds of one run."""
+    def __str__(self) -> str:
+        tried = f"{self.tried} tried, the rule's {self.default_us:.1f} us, {self.best_us:.1f} us"
+        if self.gained:
+            return f"{tried} with " + ", ".join(f"{k} {v}" for k, v in self.best._asdict().items())
+        why = " ".join(self.why_not.split())
+        return f"{tried} with none: {why[:100]}" if why else f"{tried}: the rule's stay"
 
 
 # The search
 
 
-def search(job: Job, bench: Bench) -> Result:
-    """The fastest tiles for a kernel: those of the rule unless others gain more than MARGIN."""
-    kernel, precision, shape = job
-    default = tiles.rule(kernel, shape, PRECISIONS[precision])
+def search(job: Job, bench: Any) -> Result:
+    """Returns the fastest tiles for a kernel: the rule's unless others gain more than MARGIN.
+
+    bench: of the job's shape and precision, as `GpuBench`.
+    """
+    kernel, _, shape = job
+    default = rule(job)
     timed = partial(bench.time, kernel)
     known: dict[Tiles, str] = {}
 
@@ -115,7 +120,7 @@ def search(job: Job, bench: Bench) -> Result:
 
 
 def fastest(field: list[Tiles], count: int, timed: Callable[[Tiles], float]) -> list[Tiles]:
-    """So many of them by their medians: the slower half leaves every few rounds."""
+    """Returns so many of them by their medians: the slower half leaves every few rounds."""
     seen: dict[Tiles, list[float]] = {each: [] for each in field}
     while len(field) > count:
         for each, more in rounds(field, ROUNDS, timed).items():
@@ -128,7 +133,7 @@ def fastest(field: list[Tiles], count: int, timed: Callable[[Tiles], float]) -> 
 def rounds(
     field: Sequence[Tiles], count: int, timed: Callable[[Tiles], float]
 ) -> dict[Tiles, list[float]]:
-    """Times of each, in turn: what slows the GPU down for a while slows all."""
+    """Times each, in turn: what slows the GPU down for a while slows all."""
     seen: dict[Tiles, list[float]] = {each: [] for each in field}
     for _ in range(count):
         for each in field:
@@ -140,7 +145,7 @@ def rounds(
 
 
 def extents(kernel: str, shape: Shape) -> tuple[int, int, int]:
-    """What a kernel's `pixels`, `channels` and `depth` cut."""
+    """Returns what a kernel's `pixels`, `channels` and `depth` cut."""
     if kernel == "forward":
         return shape.out_pixels, shape.out_channels, shape.products
     if kernel == "weight_gradient":
@@ -149,7 +154,7 @@ def extents(kernel: str, shape: Shape) -> tuple[int, int, int]:
 
 
 def all_sizes(kernel: str, shape: Shape, default: Tiles) -> list[Tiles]:
-    """Of every size that fits, else like the rule's."""
+    """Returns tiles of every size that fits, else like the rule's."""
     pixels, channels, summed = extents(kernel, shape)
     found = []
     for size in [(p, c) for p in SIZES for c in SIZES]:
@@ -167,7 +172,7 @@ def all_sizes(kernel: str, shape: Shape, default: Tiles) -> list[Tiles]:
 
 
 def neighbours(kernel: str, shape: Shape, of: Tiles) -> Iterator[Tiles]:
-    """Those that are a step away in one field, and fit."""
+    """Gives those that are a step away in one field, and fit."""
     for name, value in of._asdict().items():
         if isinstance(value, bool):
             steps = [not value]
@@ -182,7 +187,7 @@ def neighbours(kernel: str, shape: Shape, of: Tiles) -> Iterator[Tiles]:
 
 
 def fits(kernel: str, shape: Shape, candidate: Tiles) -> bool:
-    """Whether they may be worth compiling."""
+    """Says whether they may be worth compiling."""
     cut = extents(kernel, shape)
     sizes = candidate.pixels, candidate.channels, candidate.depth
     sums = 2 if kernel == "weight_gradient" else 3
@@ -202,45 +207,43 @@ def fits(kernel: str, shape: Shape, candidate: Tiles) -> bool:
 
 
 class GpuBench:
-    """See `Bench`; random numbers stand for the layer's."""
+    """A shape's kernels in one precision, on random numbers."""
 
     def __init__(self, shape: Shape, precision: str, device: torch.device) -> None:
-        self.device = device
+        self.device, self.flushed = device, timing.cold_cache(device)
         self.case = numerics.Case(shape, precision, device)
-        size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
-        self.flushed = torch.empty(size, dtype=torch.int8, device=device)
-        self.begin, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def check(self, kernel: str, candidates: Sequence[Tiles]) -> list[str]:
-        found = compiled(
+        """Says why each must not be used; empty: it may. They are compiled in threads."""
+        launch, begin = (
             partial(self.case.launch, kernel),
-            candidates,
             partial(torch.cuda.set_device, self.device),
         )
+        with ThreadPoolExecutor(os.cpu_count(), initializer=begin) as pool:
+            found = list(pool.map(partial(failure, launch), candidates))
         torch.cuda.synchronize(self.device)  # raises if a kernel broke the GPU's context
-        rule = tiles.rule(kernel, self.case.shape, PRECISIONS[self.case.precision])
         return [
-            why
-            or (spills and candidate != rule and f"it spills {spills} registers")
-            or checked(self.case, kernel, candidate)
-            for candidate, (why, spills) in zip(candidates, found, strict=True)
+            why or checked(self.case, kernel, each)
+            for each, why in zip(candidates, found, strict=True)
         ]
 
     def time(self, kernel: str, candidate: Tiles) -> float:
-        """Of a weight gradient with the sum of its parts, which costs more the more there are."""
-        self.flushed.zero_()  # the cache is as cold for each
+        """Returns the microseconds of a run on a cold cache.
+
+        Of a weight gradient with the sum of its parts, which costs more the more there are.
+        """
+
+        def call() -> None:
+            results = self.case.launch(kernel, candidate)
+            if kernel == "weight_gradient":
+                adam.sum_partials(results[0])
+
         torch.cuda._sleep(1_000_000)  # until the host has launched everything
-        self.begin.record()
-        results = self.case.launch(kernel, candidate)
-        if kernel == "weight_gradient":
-            adam.sum_partials(results[0])
-        self.end.record()
-        self.end.synchronize()
-        return 1000 * self.begin.elapsed_time(self.end)
+        return 1e6 * timing.timer(self.device, flush=self.flushed)(call, 1)
 
 
 def checked(case: numerics.Case, kernel: str, candidate: Tiles) -> str:
-    """Why its results are wrong; empty: they are right."""
+    """Says why its results are wrong; empty: they are right."""
     try:
         error = case.error(kernel, candidate)
     except torch.OutOfMemoryError:
@@ -250,89 +253,34 @@ def checked(case: numerics.Case, kernel: str, candidate: Tiles) -> str:
     return ""
 
 
-def compiled(
-    launch: Callable[[Tiles], object], candidates: Sequence[Tiles], begin: Callable[[], object]
-) -> list[tuple[str, int]]:
-    """Compiles and runs each, in threads that call `begin` first: why that failed, and spills."""
-    launched = threading.local()
-
-    def noted(self: JITFunction, grid: Any) -> Callable[..., Any]:
-        def run(*args: Any, **options: Any) -> Any:
-            kernel = self.run(*args, grid=grid, warmup=False, **options)
-            launched.kernels.append(kernel)
-            return kernel
-
-        return run
-
-    def once(candidate: Tiles) -> tuple[str, int]:
-        launched.kernels = []
-        try:
-            launch(candidate)
-        except Exception as error:  # whatever a compiler or driver raises
-            return f"{type(error).__name__}: {error}", 0
-        return "", max(kernel.n_spills for kernel in launched.kernels)
-
-    original = JITFunction.__getitem__
-    JITFunction.__getitem__ = noted  # since only what a launch returns knows its spills
+def failure(launch: Callable[[Tiles], object], candidate: Tiles) -> str:
+    """Compiles and runs it; says why that failed."""
     try:
-        with ThreadPoolExecutor(os.cpu_count(), initializer=begin) as pool:
-            return list(pool.map(once, candidates))
-    finally:
-        JITFunction.__getitem__ = original
+        launch(candidate)
+    except Exception as error:  # whatever a compiler or driver raises
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 # The command
 
 
 def layers(networks: Sequence[str], datasets: Sequence[str], batch_size: int | None) -> list[Shape]:
-    """The convolutions and linear layers of the networks, each shape once."""
+    """Returns the convolutions and linear layers of the networks, each shape once."""
     found: dict[Shape, None] = {}
     for name in networks:
         for dataset in datasets:
-            image, batch = common.DATASETS[dataset]
-            net, padding = common.NETWORKS[name]
-            program = trace(models.NETS[net](image, padding=padding))
+            image, batch = DATASETS[dataset]
+            net, padding = NETWORKS[name]
+            program = trace(cf.models.NETS[net](image, padding=padding))
             stages = planned(program, torch.zeros(1, *image))[0].stages
             found.update(dict.fromkeys(shape_of(stage, batch_size or batch) for stage in stages))
     return list(found)
 
 
-def run(
-    networks: Sequence[str],
-    datasets: Sequence[str],
-    batch_size: int | None,
-    precisions: Sequence[str],
-    kernels: Sequence[str],
-    output: Path | None,
-    limit: float,
-    again: bool,
-) -> None:
-    """The command; its options are those of the command line. Raises ValueError or OSError where it
-    cannot run.
-    """
-    if INTERPRETED:
-        raise ValueError("TRITON_INTERPRET=1 is set: tune times compiled kernels")
-    if torch.cuda.is_current_stream_capturing():
-        raise ValueError("a CUDA graph is being captured: tune before it")
-    where = tiles.current()
-    assert where is not None
-    device = torch.device("cuda", torch.cuda.current_device())
-    name = torch.cuda.get_device_name(device)
-    output = output or tiles.user_table()
-    print(f"{name}, {where.architecture}, Triton {where.triton}: {output}", flush=True)
-    jobs = [
-        Job(kernel, precision, shape)
-        for precision in precisions
-        for shape in layers(networks, datasets, batch_size)
-        for kernel in kernels
-    ]
-    bench_of = partial(GpuBench, device=device)
-    tune(jobs, bench_of, where, output, name, limit=limit, again=again)
-
-
 def tune(
     jobs: Sequence[Job],
-    bench_of: Callable[[Shape, str], Bench],
+    bench_of: Callable[[Shape, str], Any],
     where: Where,
     output: Path,
     gpu: str,
@@ -346,105 +294,89 @@ def tune(
     an entry for is left out, if this version of cibp_fast measured it.
     """
     end = time.monotonic() + limit
-    results: list[tuple[Job, Result]] = []
     bench, measured = None, None
     known = {tiles.key(each) for each in update(output) if each.get(VERSION) == __version__}
-    asked = len(jobs)
-    if not again:
-        jobs = [job for job in jobs if tiles.key(tiles.entry_for(where, *job)) not in known]
-    try:
-        for job in bar(jobs, "tuning", "kernel"):
-            if time.monotonic() > end:
-                break
-            if bench is None or measured != (job.shape, job.precision):
-                bench = None  # frees its memory for the next one
-                measured = (job.shape, job.precision)
-                bench = bench_of(*measured)
-            result = search(job, bench)
-            results.append((job, result))
-            if result.gained or not result.why_not:
-                us = {"us": _rounded(result.best_us), "default_us": _rounded(result.default_us)}
-                found = {"tiles": result.best._asdict(), **us, "gpu": gpu, VERSION: __version__}
-                update(output, tiles.entry_for(where, *job) | found)
-    finally:
-        print(report(jobs, results))
-        if len(jobs) < asked:
-            print(
-                f"{asked - len(jobs)} others are in the table already (--again measures them anew)"
-            )
+    done, gained, skipped = 0, 0, 0
+    for job in jobs:
+        if not again and tiles.key(tiles.entry_for(where, *job)) in known:
+            skipped += 1
+            continue
+        if time.monotonic() > end:
+            break
+        if bench is None or measured != (job.shape, job.precision):
+            bench = None  # frees its memory for the next one
+            measured = (job.shape, job.precision)
+            bench = bench_of(*measured)
+        result = search(job, bench)
+        done, gained = done + 1, gained + result.gained
+        shape = ", ".join(map(str, job.shape))
+        print(f"  {job.kernel}, {job.precision}, ({shape}): {result}", flush=True)
+        if result.gained or not result.why_not:
+            found = {"tiles": result.best._asdict(), "us": _rounded(result.best_us)}
+            found |= {"default_us": _rounded(result.default_us), "gpu": gpu, VERSION: __version__}
+            update(output, tiles.entry_for(where, *job) | found)
+    print(
+        f"{done} of {len(jobs)} kernels tuned, {gained} of them with other tiles than the rule's; "
+        f"{skipped} others are in the table already (--again measures them anew)"
+    )
 
 
 def update(path: Path, *added: dict[str, Any]) -> list[dict[str, Any]]:
     """Adds entries to a table in place of those with the same keys, makes it where there is none,
-    and returns all of its entries.
-
-    Another process that updates it waits meanwhile.
+    and returns all of its entries. Another process that updates it waits meanwhile.
     """
-    runs.make_folder(path.parent)
-    with _locked(path):
+    timing.check_output(path)
+    with path.with_name(f".{path.name}.lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             entries = [each for each in tiles.read(path) if isinstance(each, dict)]
         except FileNotFoundError:
             entries = []
         keys = {tiles.key(each) for each in added}
         entries = [each for each in entries if tiles.key(each) not in keys] + list(added)
-        runs.write_atomic(path, tiles.text(entries).encode())
+        timing.write_atomic(path, tiles.text(entries).encode())
     return entries
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds the lock of a table, a file beside it, which stays; warns where it cannot be locked."""
-    lock = path.with_name(f".{path.name}.lock")
-    try:
-        file = lock.open("ab")  # to write to: NFS locks neither folders nor what is read only
-    except OSError as error:
-        raise OSError(f"cannot write {lock}: {error.strerror}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            warnings.warn(
-                f"cannot lock {lock} ({error.strerror}): another tune that writes {path} at the "
-                "same time may lose what this one writes",
-                stacklevel=3,
-            )
-        yield
 
 
 def _rounded(us: float) -> float | None:
     return None if math.isnan(us) else round(us, 2)
 
 
-def report(jobs: Sequence[Job], results: Sequence[tuple[Job, Result]]) -> str:
-    """A line for each kernel."""
-    heads = ("layer", "kernel", "precision", "tried", "rule us", "best us", "tiles")
-    rows = [heads]
-    for (kernel, precision, shape), result in results:
-        kept = "the rule's" if not result.why_not else f"none: {' '.join(result.why_not.split())}"
-        cut = ", ".join(f"{name} {value}" for name, value in result.best._asdict().items())
-        rows.append(
-            (
-                f"{shape.batch} x {shape.in_channels}x{shape.in_height}x{shape.in_width} -> "
-                f"{shape.out_channels}x{shape.out_height}x{shape.out_width}, "
-                f"{shape.kernel_height}x{shape.kernel_width}",
-                *(kernel, precision, str(result.tried)),
-                *(_figure(us) for us in (result.default_us, result.best_us)),
-                cut if result.gained else kept[:100],
-            )
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
-    lines = [
-        "  ".join(f"{each:{width}}" for each, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
+def run(options: argparse.Namespace) -> None:
+    timing.device_of("cuda")
+    if streams.INTERPRETED:
+        raise ValueError("TRITON_INTERPRET=1 is set: tune times compiled kernels")
+    where = tiles.current()
+    assert where is not None
+    device = torch.device("cuda", torch.cuda.current_device())
+    gpu, output = torch.cuda.get_device_name(device), options.output or tiles.user_table()
+    print(f"{gpu}, {where.architecture}, Triton {where.triton}: {output}", flush=True)
+    jobs = [
+        Job(kernel, precision, shape)
+        for precision in options.precision
+        for shape in layers(options.models, options.datasets, options.batch_size)
+        for kernel in options.kernel
     ]
-    gained = sum(result.gained for _, result in results)
-    lines.append(
-        f"{len(results)} of {len(jobs)} kernels tuned, {gained} of them with other tiles than the "
-        "rule's"
-    )
-    return "\n".join(lines)
+    again = {"limit": options.limit, "again": options.again}
+    tune(jobs, partial(GpuBench, device=device), where, output, gpu, **again)
 
 
-def _figure(us: float) -> str:
-    return "-" if math.isnan(us) else f"{us:.1f}"
+script = timing.Script(
+    "tune",
+    __doc__,
+    "--models small --datasets mnist --precision tf32 --limit 600",
+    run,
+    models=list(NETWORKS),
+    datasets=list(DATASETS),
+)
+script.option("--precision", ["float32"], **names(PRECISIONS, "precisions"))
+script.option("--kernel", list(KERNELS), **names(KERNELS, "kernels"))
+script.option("--batch-size", None, "default: 50 for cifar10, else 100", type=number(1))
+table = "another table, which keeps its other entries"
+script.option("--output", None, table, type=Path, metavar="FILE")
+limit = "begin with no further kernel after N seconds"
+script.option("--limit", math.inf, limit, type=number(0, kind=float))
+script.option("--again", False, "measure what is in the table already, too", action="store_true")
+
+if __name__ == "__main__":
+    sys.exit(script.main())

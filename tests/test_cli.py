@@ -600,7 +600,7 @@ def test_seeds(capsys, tmp_path):
     pytest.importorskip("matplotlib")
     picture = tmp_path / "curves.svg"
     assert cli.main(["plot", both, "-o", str(picture)]) == 0
-    assert "seeds: mean, and range" in picture.read_text()
+    assert "(2 seeds)" in picture.read_text()
 
 
 def test_overwrite(tmp_path):

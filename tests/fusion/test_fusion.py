@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from baselines import RIVALS
+from baselines import CONTENDERS
 from boxes import prepared
-from contenders import Contender, Problem
 from fusions import (
     BALLS,
     CHAINS,
@@ -30,6 +29,7 @@ from fusions import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import Problem
 from strategies import pairs
 from tolerances import poisoned_memory
 from torch import Tensor, nn
@@ -186,9 +186,7 @@ def test_a_ball_with_a_gradient_in_its_normalisation() -> None:
 
 def test_it_saves_less_than_half_of_two_passes() -> None:
     problem = Problem("small", "mnist", 10, clip=False)
-    fused, naive = (
-        Contender(problem, RIVALS[name], "nchw").saved_bytes() for name in ("fused", "naive")
-    )
+    fused, naive = (CONTENDERS[name].step(problem).saved_bytes() for name in ("fused", "naive"))
     assert 0 < fused < 0.5 * naive
 
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from baselines import RIVALS
-from contenders import Contender, Exact, Problem
+from baselines import CONTENDERS
 from fusions import BALLS, CHAINS, inputs, small
+from problems import Exact, Problem
 from torch import Tensor, nn
 
 import cibp_fast as cf
@@ -53,7 +53,7 @@ def check_values(model: nn.Module, x: Tensor, box: Interval) -> None:
 def test_gradients_are_off_by_a_rounding(name: str, data: str, clip: bool) -> None:
     """Of a whole step's parameters, relative in the 2-norm; seen: 3e-4 to 1.2e-3."""
     problem = Problem(name, data, 10, clip)
-    loss, gradient = Exact.of(problem).errors(Contender(problem, RIVALS["fast"], "nchw"))
+    loss, gradient = Exact.of(problem).errors(CONTENDERS["fast"].step(problem))
     assert loss < 1e-6
     assert 1e-5 < gradient < 2**-8  # of a single rounding, at most
 
@@ -90,9 +90,7 @@ def test_gradients_of_small_batches(isa: str, name: str, shape: models.Shape, ba
 @pytest.mark.parametrize("data", ["mnist", "cifar10"])
 def test_it_saves_a_quarter_of_two_passes(data: str) -> None:
     problem = Problem("small", data, 10, clip=False)
-    fast, naive = (
-        Contender(problem, RIVALS[name], "nchw").saved_bytes() for name in ("fast", "naive")
-    )
+    fast, naive = (CONTENDERS[name].step(problem).saved_bytes() for name in ("fast", "naive"))
     assert 0 < fast <= 0.25 * naive
 
 

@@ -1,0 +1,236 @@
+"""What is computed: networks, batches, one training step, and the same step in float64."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import cibp_fast as cf
+from cibp_fast import reference
+from cibp_fast.training.datasets import to_pixels
+
+NETWORKS = {  # name: network, padding
+    "small": ("small", "valid"),
+    "medium": ("medium", "valid"),
+    "large": ("large", "valid"),
+    "large-same": ("large", "same"),
+}
+DATASETS = {"mnist": ((1, 28, 28), 100), "cifar10": ((3, 32, 32), 50)}  # input shape, batch
+PLAIN = "plain"  # two 3x3 convolutions of as many channels as their input has, and linear
+POOLED = "pooled"  # the same with average pooling between them
+PRECISIONS = {"float32": 4, "tf32": 4, "bf16": 2}  # of a GPU, and bytes of a stored number
+EPS = 0.1  # radius of the box, in pixels
+KAPPA, WIDTH_WEIGHT = 0.5, 1.0
+CPU = torch.device("cpu")
+
+
+def input_shape(dataset: str) -> tuple[int, ...]:
+    """Returns that of a data set, or of random images named by their shape, as "16x28x28"."""
+    if dataset in DATASETS:
+        return DATASETS[dataset][0]
+    return tuple(map(int, dataset.split("x")))
+
+
+def network(name: str, dataset: str) -> nn.Sequential:
+    """Makes a network with seeded weights that are as a trained network's: few of a row count.
+
+    Torch's fresh weights let a box grow by a factor of ten per layer, until nothing else matters
+    to the loss and a wrong nominal stream would pass the check. Here four of a row's weights are
+    large and the others tiny, none is zero: boxes and activations keep their size, every ReLU sees
+    active, dead and undecided units, and the three terms of the loss weigh about the same.
+    """
+    torch.manual_seed(0)
+    channels, height, width = input_shape(dataset)
+    if name in (PLAIN, POOLED):
+        pool = 2 if name == POOLED else 1
+        pixels = ((height - 2) // pool - 2) * ((width - 2) // pool - 2)
+        model = nn.Sequential(
+            nn.Conv2d(channels, channels, 3),
+            nn.ReLU(),
+            *([nn.AvgPool2d(pool)] if name == POOLED else []),
+            nn.Conv2d(channels, channels, 3),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(channels * pixels, 10),
+        )
+    else:
+        kind, padding = NETWORKS[name]
+        model = cf.models.NETS[kind]((channels, height, width), padding=padding)
+    with torch.no_grad():
+        for module in model:
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                products = module.weight[0].numel()
+                large = torch.rand_like(module.weight) < 4 / products
+                module.weight.normal_().mul_(torch.where(large, 0.5**0.5, 0.1 / products))
+    return model
+
+
+def in_format(memory_format: str, value: Any) -> Any:
+    """Copies a tensor or module; what is 4-dim is in NCHW ("nchw") or channels_last ("nhwc")."""
+    layout = torch.channels_last if memory_format == "nhwc" else torch.contiguous_format
+    if isinstance(value, Tensor):
+        return value.clone(memory_format=layout if value.dim() == 4 else torch.contiguous_format)
+    return copy.deepcopy(value).to(memory_format=layout)
+
+
+def relative_error(found: Tensor | None, expected: Tensor) -> float:
+    """Returns |found - expected| / |expected| in the 2-norm; None is taken as zeros."""
+    difference = expected if found is None else found.detach().double() - expected
+    return (difference.norm() / expected.norm()).item()
+
+
+class Affine(NamedTuple):
+    """A convolution or linear layer of three streams: center, radius and nominal."""
+
+    inputs: int  # numbers of a stream
+    outputs: int
+    products: int  # of an output
+    parameters: int
+    first: bool  # its inputs need no gradient
+
+    def flops(self, training: bool = True) -> int:
+        """Counts a multiply-add as two; in training also the gradients by weight and by input."""
+        passes = 1 + training * (1 if self.first else 2)
+        return 3 * 2 * self.outputs * self.products * passes
+
+    def numbers(self, training: bool = True) -> int:
+        """Counts the fewest numbers that it reads and writes.
+
+        Forward inputs, outputs and weights; in training the same again for the gradient by weight;
+        and for that by input the gradients of both, the inputs and the weights.
+        """
+        forward = 3 * (self.inputs + self.outputs) + self.parameters
+        if not training:
+            return forward
+        return 2 * forward + (0 if self.first else forward + 3 * self.inputs)
+
+
+class Ball(NamedTuple):
+    """The box around each example; unclipped, it is exactly `x +- eps`."""
+
+    eps: float
+    clip: bool
+
+    def interval(self, x: Tensor) -> cf.Interval:
+        return cf.Interval.ball(x, self.eps, clip=(0.0, 1.0) if self.clip else None)
+
+    def streams(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        lower, upper = x - self.eps, x + self.eps
+        return (lower.clamp(min=0), upper.clamp(max=1)) if self.clip else (lower, upper)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One training step: what all contenders get copies of."""
+
+    model: str
+    dataset: str
+    batch: int
+    clip: bool
+
+    @property
+    def ball(self) -> Ball:
+        return Ball(EPS, self.clip)
+
+    def network(self) -> nn.Sequential:
+        return network(self.model, self.dataset)
+
+    def images(self) -> tuple[Tensor, Tensor]:
+        """Returns [N, C, H, W] uint8 and labels [N]."""
+        random = torch.Generator().manual_seed(1)
+        shape = self.batch, *input_shape(self.dataset)
+        images = torch.randint(0, 256, shape, generator=random, dtype=torch.uint8)
+        return images, torch.randint(0, 10, (self.batch,), generator=random)
+
+    def data(self) -> tuple[Tensor, Tensor]:
+        """Returns x [N, C, H, W] in [0, 1] and y [N]."""
+        images, y = self.images()
+        return to_pixels(images), y
+
+    def affine(self) -> list[Affine]:
+        found: list[Affine] = []
+        x = torch.empty(self.batch, *input_shape(self.dataset), device="meta")
+        for module in self.network().to("meta"):
+            inputs, x = x.numel(), module(x)
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                parameters = sum(parameter.numel() for parameter in module.parameters())
+                products = prod(module.weight.shape[1:])
+                found.append(Affine(inputs, x.numel(), products, parameters, not found))
+        return found
+
+    def flops(self) -> int:
+        """Counts those of direct products; all else, and what Winograd saves, is left out."""
+        return sum(layer.flops() for layer in self.affine())
+
+    def bytes(self, precision: str) -> int:
+        """Counts the fewest, as the precision stores numbers, and 28 a parameter for Adam."""
+        size = PRECISIONS[precision]
+        return sum(size * each.numbers() + 28 * each.parameters for each in self.affine())
+
+
+class Exact(NamedTuple):
+    """The step in float64."""
+
+    loss: Tensor
+    gradients: list[Tensor]
+
+    @staticmethod
+    def of(problem: Problem, device: torch.device = CPU) -> Exact:
+        x, y = (each.to(device) for each in problem.data())
+        nominal: Tensor | None = x.double()
+        lower, upper = problem.ball.streams(x.double())
+        model = problem.network().double().to(device)
+        *hidden, last = model
+        assert isinstance(last, nn.Linear)
+        width = lower.new_zeros(())
+        for module in hidden:
+            streams: Any = lower, upper, nominal
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                streams = affine_reference(module, *streams)
+            else:
+                streams = reference.activation(module, *streams)
+            lower, upper, nominal = streams[:3]
+            if isinstance(module, nn.ReLU):
+                width = width + reference.width(lower, upper)
+        margins = reference.elided_margins(lower, upper, last.weight, last.bias, y)
+        lower, upper, logits, _ = affine_reference(last, lower, upper, nominal)
+        worst, width = (
+            reference.elided_worst_logits(margins, y),
+            width + reference.width(lower, upper),
+        )
+        loss = reference.constrained_ibp_loss(logits, worst, y, width, KAPPA, WIDTH_WEIGHT)
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        return Exact(loss.detach(), list(gradients))
+
+    def errors(self, step: Any) -> tuple[float, float]:
+        """Returns the relative errors of a step's loss and of its worst gradient; NaN where one is.
+
+        step: its `results()` are loss and gradients.
+        """
+        loss, gradients = step.results()
+        errors = [relative_error(a, b) for a, b in zip(gradients, self.gradients, strict=True)]
+        return relative_error(loss, self.loss), float(torch.tensor(errors).max())  # max drops NaN
+
+    def check(self, step: Any, tolerance: float) -> dict[str, Any]:
+        """Returns the errors for a row; raises AssertionError where they are too large."""
+        loss, gradient = self.errors(step)
+        if not (loss <= tolerance and gradient <= tolerance):  # so that NaN is wrong
+            raise AssertionError(
+                f"wrong: loss off by {loss:.1e}, a gradient by {gradient:.1e}, "
+                f"more than {tolerance:g}"
+            )
+        errors = {"loss_error": f"{loss:.2e}", "gradient_error": f"{gradient:.2e}"}
+        return {**errors, "tolerance": tolerance}
+
+
+def affine_reference(layer: nn.Conv2d | nn.Linear, *streams: Tensor | None) -> Any:
+    """Returns (lower, upper, nominal, width) of `cibp_fast.reference`: in float64 the oracle."""
+    if isinstance(layer, nn.Linear):
+        return reference.linear(*streams, layer.weight, layer.bias)
+    geometry = layer.stride, layer.padding, layer.dilation, layer.groups
+    return reference.conv2d(*streams, layer.weight, layer.bias, *geometry)

@@ -1,0 +1,185 @@
+"""Tables of tiles: which entry is taken, and what is said of a bad one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tritons import DEVICE
+
+from cibp_fast.kernels import tiles
+from cibp_fast.kernels.shape import Shape
+from cibp_fast.kernels.streams import PRECISIONS
+from cibp_fast.kernels.tiles import Tiles, Where, tiles_for
+
+WHERE = Where("sm_90", 132, "3.6")
+LAYER = Shape(100, 16, 13, 13, 32, 10, 10, 4, 4)
+Job = tuple[str, str, Shape]  # kernel, precision
+FORWARD: Job = ("forward", "bf16", LAYER)
+WEIGHT: Job = ("weight_gradient", "tf32", LAYER)
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The user's table, on a GPU that there is not."""
+    path = tmp_path / "cache" / "cibp_fast" / "tuned.json"
+    monkeypatch.delenv("CIBP_FAST_TUNED", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tiles, "current", lambda: WHERE)
+    forget()
+    yield path
+    forget()
+
+
+def forget() -> None:
+    """What a new process does not know."""
+    tiles._tiles_for.cache_clear()
+    tiles._table.cache_clear()
+
+
+def rule(job: Job) -> Tiles:
+    return tiles.rule(job[0], job[2], PRECISIONS[job[1]])
+
+
+def used(job: Job) -> Tiles:
+    return tiles_for(job[0], job[2], PRECISIONS[job[1]])
+
+
+def write(path: Path, *entries: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(tiles.text(entries))
+
+
+def of(job: Job, given: Tiles) -> dict[str, Any]:
+    return {**tiles.entry_for(WHERE, *job), "tiles": given._asdict()}
+
+
+@pytest.mark.parametrize(
+    "changed", [{"architecture": "sm_100"}, {"multiprocessors": 78}, {"triton": "3.8"}], ids=str
+)
+def test_another_gpu_takes_the_rule(
+    table: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any]
+) -> None:
+    write(table, of(FORWARD, Tiles(16, 16, 16)))
+    assert used(FORWARD) == Tiles(16, 16, 16) != rule(FORWARD)
+    forget()
+    monkeypatch.setattr(tiles, "current", lambda: WHERE._replace(**changed))
+    assert used(FORWARD) == rule(FORWARD)
+
+
+def test_tables_are_read_once_and_not_in_the_interpreter(
+    table: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = used(FORWARD)
+    write(table, of(FORWARD, Tiles(16, 16, 16)))
+    assert used(FORWARD) == before  # a step keeps its tiles
+    forget()
+    assert used(FORWARD) != before
+    monkeypatch.undo()
+    monkeypatch.setenv("CIBP_FAST_TUNED", str(table))
+    forget()
+    if DEVICE == "cpu":
+        assert tiles.current() is None
+        assert used(FORWARD) == before
+
+
+def test_the_user_s_table_comes_before_the_shipped_one(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = tmp_path / "shipped.json"
+    monkeypatch.setattr(tiles, "SHIPPED", shipped)
+    write(shipped, *(of(each, Tiles(32, 32, 32)) for each in (FORWARD, WEIGHT)))
+    write(table, of(FORWARD, rule(FORWARD)))
+    assert used(FORWARD) == rule(FORWARD) and used(WEIGHT) == Tiles(32, 32, 32)
+    monkeypatch.setenv("CIBP_FAST_TUNED", str(shipped))
+    forget()
+    assert used(FORWARD) == Tiles(32, 32, 32)
+
+
+def test_the_shipped_table_is_as_tune_writes_it() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tiles._table.__wrapped__(tiles.SHIPPED)
+    assert tiles.SHIPPED.read_text() == tiles.text(tiles.read(tiles.SHIPPED))
+
+
+def entry(kernel: str = "forward", **changed: Any) -> dict[str, Any]:
+    given = {**Tiles(32, 32, 32)._asdict(), **changed}
+    return {**tiles.entry_for(WHERE, kernel, "bf16", LAYER), "tiles": given}
+
+
+BAD = {
+    "pixels must be a power of two from 16 to 512, not 48": entry(pixels=48),
+    "channels must be a power of two from 16 to 512, not 8": entry(channels=8),
+    "depth must be a power of two from 16 to 512, not 1024": entry(depth=1024),
+    "warps must be 4 or 8, not 5": entry(warps=5),
+    "stages must be from 1 to 8, not 0": entry(stages=0),
+    "splits of forward must be from 1 to 65535, not 0": entry(splits=0),
+    "splits of input_gradient must be from 1 to 1, not 2": entry("input_gradient", splits=2),
+    "weight_first must be false for weight_gradient": entry("weight_gradient", weight_first=True),
+    "descriptors must be false for weight_gradient": entry("weight_gradient", descriptors=True),
+    "weight_first must be of type bool, not 1": entry(weight_first=1),
+    "pixels must be of type int, not None": {
+        **entry(),
+        "tiles": {"channels": 32, "depth": 32},
+    },
+    "depth must be of type int, not 32.0": entry(depth=32.0),
+    "tiles have no width": entry(width=3),
+    "tiles must be an object, not [32]": {**entry(), "tiles": [32]},
+    "it has no tiles": tiles.entry_for(WHERE, "forward", "bf16", LAYER),
+    "it has no triton": {name: value for name, value in entry().items() if name != "triton"},
+    "it has no architecture": "forward",
+}
+
+
+@pytest.mark.parametrize("why", BAD)
+def test_a_bad_entry_is_named_and_the_others_are_used(table: Path, why: str) -> None:
+    write(table, BAD[why], of(WEIGHT, Tiles(32, 32, 32)))
+    with pytest.warns(UserWarning) as warned:
+        assert used(WEIGHT) == Tiles(32, 32, 32)
+        assert used(FORWARD) == rule(FORWARD)
+    (warning,) = warned
+    message = str(warning.message)
+    assert message.startswith(f"{table}: entry 1 is ignored: ") and why in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"{", "is not JSON"),
+        (b"\xff\xfe", "is not JSON"),
+        (b"[]", "is no table of tiles: it has no list of entries"),
+        (b'{"format": 1}', "is no table of tiles: it has no list of entries"),
+        (b'{"format": 2, "entries": []}', "is of format 2, not 1"),
+        (b'{"entries": []}', "is of format None, not 1"),
+        (None, "cannot read"),
+    ],
+)
+def test_a_bad_table_is_named_and_ignored(table: Path, content: bytes | None, why: str) -> None:
+    table.parent.mkdir(parents=True)
+    if content is None:
+        table.mkdir()
+    else:
+        table.write_bytes(content)
+    with pytest.warns(UserWarning, match="ignored") as warned:
+        assert used(FORWARD) == used(("forward", "tf32", LAYER)) == rule(FORWARD)
+    (warning,) = warned
+    assert why in str(warning.message) and str(table) in str(warning.message)
+
+
+def test_a_table_that_was_asked_for_must_be_there(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CIBP_FAST_TUNED", str(tmp_path / "nowhere.json"))
+    with pytest.warns(UserWarning, match=r"cannot read .*nowhere\.json: No such file"):
+        used(FORWARD)
+
+
+def test_an_older_table_has_fewer_fields(table: Path) -> None:
+    given = {"pixels": 32, "channels": 16, "depth": 64}
+    write(table, {**tiles.entry_for(WHERE, *FORWARD), "tiles": given})
+    assert used(FORWARD) == Tiles(32, 16, 64)
