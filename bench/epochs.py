@@ -31,6 +31,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import cibp_fast as cf
 from cibp_fast.training import datasets, loop, runs
+from cibp_fast.training import step as step_module
 from cibp_fast.training.config import Config, preset
 from cibp_fast.training.schedules import LinearRamp
 
@@ -130,7 +131,7 @@ class Watch:
         self.counted("writing", write_metrics)(*arguments)
 
 
-epoch_batches, write_metrics = loop.epoch_batches, runs.write_metrics
+epoch_batches, write_metrics = step_module.epoch_batches, runs.write_metrics
 
 
 def trained(config: Config, images: datasets.Dataset, options: argparse.Namespace) -> Watch:
@@ -142,7 +143,7 @@ def trained(config: Config, images: datasets.Dataset, options: argparse.Namespac
         tempfile.TemporaryDirectory() as folder,
         redirect_stdout(io.StringIO()),  # a line an epoch
         patch.object(datasets, "load", lambda *_, **__: images),
-        patch.object(loop, "epoch_batches", watch.batches),
+        patch.object(step_module, "epoch_batches", watch.batches),
         patch.object(loop, "evaluate", watch.counted("evaluation", loop.evaluate)),
         patch.object(runs, "write_metrics", watch.write_metrics),
         patch.object(runs, "write_checkpoint", watch.counted("writing", runs.write_checkpoint)),
