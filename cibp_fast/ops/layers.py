@@ -47,11 +47,10 @@ def conv2d(
         bias: [out_channels] or None.
         stride, padding, dilation: (vertical, horizontal); padding is with zeros, on both sides.
         width: whether the width is wanted (and may be differentiated).
-        backend: "cpu" (the C++ kernels), "triton", "cuda" (the CUDA C++ kernels, with torch's own
-            products in float32 where there are more than 4 channels, or groups), "torch" (plain
-            PyTorch), or "auto": on the CPU its kernels, on a GPU Triton's where they were checked
-            against float64 on it, which the first call with new shapes does. The choice of
-            `cf.bounds` or `cf.fuse` takes the place of "auto" in the layers below it.
+        backend: "cpu" (the C++ kernels), "triton", "torch" (plain PyTorch), or "auto": on the CPU
+            its kernels, on a GPU Triton's where they were checked against float64 on it, which the
+            first call with new shapes does. The choice of `cf.bounds` or `cf.fuse` takes the place
+            of "auto" in the layers below it.
 
     Returns:
         lower', upper', nominal' (or None): [N, out_channels, out_height, out_width]; and the
@@ -189,7 +188,7 @@ def relu(
     """
     _check_streams("relu", {"lower": lower, "upper": upper, "nominal": nominal})
     asked = backends.asked(backend)
-    backend, _ = backends.select(asked, lower.device, lower.dtype)
+    backend, _ = backends.select_layer(asked, lower.device, lower.dtype)
     if asked == "auto" and backend == "triton":
         backend = "torch" if _relu_failure(nominal is not None, lower.device) else backend
     if backend == "torch":
@@ -253,7 +252,7 @@ def _chosen(
 ) -> str:
     """The backend that runs an affine layer of this `conv2d_shape`."""
     backend = backends.asked(backend)
-    name, _ = backends.select(backend, lower.device, lower.dtype)
+    name, _ = backends.select_layer(backend, lower.device, lower.dtype)
     obstacle = ""
     if name == "torch":
         return name
