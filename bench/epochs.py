@@ -108,7 +108,7 @@ def evaluated(config: Config, device: torch.device) -> dict[str, float]:
     }  # fmt: skip
     found = {}
     for name, (examples, call) in calls.items():
-        for key, graphs in ((name, nullcontext), (f"{name}_eager", _graphs.without)):
+        for key, graphs in ((name, nullcontext), (f"{name}_eager", _graphs.graphs_disabled)):
             with graphs():
                 call()
                 best = min(_seconds(call, device) for _ in range(3))

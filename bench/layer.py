@@ -266,7 +266,7 @@ Ready = tuple[Callable[[], object], dict[str, Any]]  # what is timed, and what i
 
 def kernels(layer: Layer, training: bool, precision: str, device: torch.device) -> Ready:
     """Those of the layer on random numbers, checked against float64."""
-    from cibp_fast.kernels import adam  # not without Triton
+    from cibp_fast.kernels import weights  # not without Triton
     from cibp_fast.kernels.shape import Shape
     from cibp_fast.ops import numerics  # not without Triton
 
@@ -289,7 +289,7 @@ def kernels(layer: Layer, training: bool, precision: str, device: torch.device) 
             results = case.launch(name)
             if name == "weight_gradient":
                 for partials in results:
-                    adam.sum_partials(partials)
+                    weights.sum_partials(partials)
 
     return gpu.captured(run, device), {"error": f"{error:.2e}", "tolerance": tolerance}
 

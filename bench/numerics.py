@@ -161,8 +161,7 @@ def groups(device: torch.device) -> Iterator[Group]:
     for names, shapes in convolutions:
         for precision in gpu.PRECISIONS:
             yield Group("convolution", "triton", precision, names, shapes)
-    for backend in ("triton", "cuda"):
-        yield Group("op", backend, "float32", of_ops, OPS)
+    yield Group("op", "triton", "float32", of_ops, OPS)
     for precision in gpu.PRECISIONS:
         for kind in ("few channels", "halo"):
             taken = {

@@ -29,10 +29,11 @@ from cibp_fast import models
 from cibp_fast._version import __version__
 from cibp_fast.fusion.stages import stages_and_parameters
 from cibp_fast.fusion.tracing import trace
-from cibp_fast.kernels import adam, operands, tiles
+from cibp_fast.kernels import operands, tiles, weights
+from cibp_fast.kernels.precision import INTERPRETED, PRECISIONS
 from cibp_fast.kernels.shape import Shape
-from cibp_fast.kernels.streams import INTERPRETED, PRECISIONS
-from cibp_fast.kernels.tiles import Tiles, Where
+from cibp_fast.kernels.tiles import TileConfig as Tiles
+from cibp_fast.kernels.tiles import Where
 from cibp_fast.ops import numerics
 from cibp_fast.ops.gpu_network import shape_of
 from cibp_fast.training import runs
@@ -153,13 +154,13 @@ def all_sizes(kernel: str, shape: Shape, default: Tiles) -> list[Tiles]:
     pixels, channels, summed = extents(kernel, shape)
     found = []
     for size in [(p, c) for p in SIZES for c in SIZES]:
-        splits = default.splits
+        splits = default.split_k
         if kernel != "input_gradient":
             count = -(-pixels // size[0]) * -(-channels // size[1])
-            splits = tiles._splits(count, summed, 4 * default.depth)
+            splits = tiles.split(count, summed, 4 * default.block_k)
         first = kernel != "weight_gradient" and size[1] >= 64
         candidate = default._replace(
-            pixels=size[0], channels=size[1], splits=splits, weight_first=first
+            block_m=size[0], block_n=size[1], split_k=splits, weight_first=first
         )
         if fits(kernel, shape, candidate):
             found.append(candidate)
@@ -171,7 +172,7 @@ def neighbours(kernel: str, shape: Shape, of: Tiles) -> Iterator[Tiles]:
     for name, value in of._asdict().items():
         if isinstance(value, bool):
             steps = [not value]
-        elif name == "stages":
+        elif name == "num_stages":
             steps = [value - 1, value + 1]
         else:
             steps = [value // 2, value * 2]
@@ -184,17 +185,17 @@ def neighbours(kernel: str, shape: Shape, of: Tiles) -> Iterator[Tiles]:
 def fits(kernel: str, shape: Shape, candidate: Tiles) -> bool:
     """Whether they may be worth compiling."""
     cut = extents(kernel, shape)
-    sizes = candidate.pixels, candidate.channels, candidate.depth
+    sizes = candidate.block_m, candidate.block_n, candidate.block_k
     sums = 2 if kernel == "weight_gradient" else 3
-    registers = sums * sizes[0] * sizes[1] // (32 * candidate.warps)
-    programs = -(-cut[0] // sizes[0]) * -(-cut[1] // sizes[1]) * candidate.splits
+    registers = sums * sizes[0] * sizes[1] // (32 * candidate.num_warps)
+    programs = -(-cut[0] // sizes[0]) * -(-cut[1] // sizes[1]) * candidate.split_k
     return (
         not tiles.obstacle(kernel, candidate)
-        and not (candidate.descriptors and operands.undescribed(kernel, shape, candidate.depth))
+        and not (candidate.descriptors and operands.tma_obstacle(kernel, shape, candidate.block_k))
         and all(size < 2 * max(whole, 16) for size, whole in zip(sizes, cut, strict=True))
         and registers <= ACCUMULATORS
-        and (candidate.splits == 1 or programs <= WAVES * tiles.PROGRAMS)
-        and candidate.splits * candidate.depth < cut[2] + candidate.depth
+        and (candidate.split_k == 1 or programs <= WAVES * tiles.PROGRAMS)
+        and candidate.split_k * candidate.block_k < cut[2] + candidate.block_k
     )
 
 
@@ -233,7 +234,7 @@ class GpuBench:
         self.begin.record()
         results = self.case.launch(kernel, candidate)
         if kernel == "weight_gradient":
-            adam.sum_partials(results[0])
+            weights.sum_partials(results[0])
         self.end.record()
         self.end.synchronize()
         return 1000 * self.begin.elapsed_time(self.end)
@@ -251,7 +252,9 @@ def checked(case: numerics.Case, kernel: str, candidate: Tiles) -> str:
 
 
 def compiled(
-    launch: Callable[[Tiles], object], candidates: Sequence[Tiles], begin: Callable[[], object]
+    launch: Callable[[Tiles], object],
+    candidates: Sequence[Tiles],
+    begin: Callable[[], object],
 ) -> list[tuple[str, int]]:
     """Compiles and runs each, in threads that call `begin` first: why that failed, and spills."""
     launched = threading.local()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cibp_fast import environment
-from cibp_fast._graphs import kept
+from cibp_fast._graphs import reuse_graphs
 from cibp_fast.ops import backends
 from cibp_fast.training import datasets, loop, plotting, runs
 from cibp_fast.training.config import PRESET_GRAMMAR, Config, parse, preset
@@ -113,7 +113,7 @@ def _train(options: argparse.Namespace) -> None:
 
 def _certify(options: argparse.Namespace) -> None:
     config, model, split = _trained(options)
-    with kept():
+    with reuse_graphs():
         verified = torch.cat(
             [
                 certificate(model, inputs(config, part), part.labels, config).verified
@@ -128,7 +128,7 @@ def _attack(options: argparse.Namespace) -> None:
     config, model, split = _trained(options)
     step_size = parse("pgd_step_size", options.step_size)
     config = replace(config, pgd_steps=options.steps, pgd_step_size=step_size, seed=options.seed)
-    with kept():
+    with reuse_graphs():
         found = torch.cat(
             [
                 broken(model, inputs(config, part), part.labels, config, options.restarts, first)

@@ -463,7 +463,7 @@ def test_the_table_of_the_training(
         inner = getattr(epochs_module.evaluation, name)
 
         def spy(*arguments: Any, name: str = name, inner: Any = inner, **options: Any) -> Any:
-            without.append((name, _graphs._active.without))
+            without.append((name, _graphs._active.disabled))
             return inner(*arguments, **options)
 
         monkeypatch.setattr(epochs_module.evaluation, name, spy)

@@ -25,9 +25,10 @@ from tune import Job
 
 from cibp_fast import cli
 from cibp_fast.kernels import conv2d, tiles
+from cibp_fast.kernels.precision import PRECISIONS
 from cibp_fast.kernels.shape import Shape
-from cibp_fast.kernels.streams import PRECISIONS
-from cibp_fast.kernels.tiles import Tiles, Where, tiles_for
+from cibp_fast.kernels.tiles import TileConfig as Tiles
+from cibp_fast.kernels.tiles import Where, tiles_for
 from cibp_fast.ops import numerics
 
 WHERE = Where("sm_90", 132, "3.6")
@@ -66,7 +67,9 @@ class Given:
     """A bench with given times, where some tiles are wrong."""
 
     def __init__(
-        self, us: Callable[[Tiles], float], wrong: Callable[[Tiles], bool] = lambda _: False
+        self,
+        us: Callable[[Tiles], float],
+        wrong: Callable[[Tiles], bool] = lambda _: False,
     ) -> None:
         self.us, self.wrong = us, wrong
         self.checked: list[Tiles] = []
@@ -104,12 +107,12 @@ def test_candidates_fit(kernel: str, precision: str) -> None:
         pixels, channels, summed = tune.extents(kernel, shape)
         for each in found:
             assert not tiles.obstacle(kernel, each)
-            assert each.pixels < 2 * max(pixels, 16)
-            assert each.channels < 2 * max(channels, 16)
-            assert each.depth < 2 * max(summed, 16)
-            assert each.pixels * each.channels <= 64 * 1024 // 4
+            assert each.block_m < 2 * max(pixels, 16)
+            assert each.block_n < 2 * max(channels, 16)
+            assert each.block_k < 2 * max(summed, 16)
+            assert each.block_m * each.block_n <= 64 * 1024 // 4
             if kernel != "input_gradient":
-                assert conv2d._chunks(summed, each)[0] >= each.depth
+                assert conv2d._chunks(summed, each)[0] >= each.block_k
 
 
 @pytest.mark.parametrize("kernel", tiles.KERNELS)
@@ -136,7 +139,7 @@ def test_layers_of_a_network_each_once() -> None:
 
 def test_the_search_finds_what_is_steps_away() -> None:
     job = Job("forward", "bf16", WIDE)
-    best = Tiles(128, 64, 32, warps=8, stages=4, splits=1, weight_first=True)
+    best = Tiles(128, 64, 32, num_warps=8, num_stages=4, split_k=1, weight_first=True)
     assert distance(rule(job), best) > 3
     bench = Given(lambda each: 10 + distance(each, best))
     result = tune.search(job, bench)
@@ -148,7 +151,7 @@ def test_the_search_finds_what_is_steps_away() -> None:
 @pytest.mark.parametrize(("us", "gained"), [(97.5, False), (96.5, True)])
 def test_the_rule_s_tiles_stay_unless_others_gain_enough(us: float, gained: bool) -> None:
     job = Job("forward", "bf16", LAYER)
-    other = rule(job)._replace(stages=4)
+    other = rule(job)._replace(num_stages=4)
     times = {rule(job): 100.0, other: us}
     result = tune.search(job, Given(lambda each: times.get(each, 200.0)))
     assert result.best == (other if gained else rule(job))
@@ -157,8 +160,8 @@ def test_the_rule_s_tiles_stay_unless_others_gain_enough(us: float, gained: bool
 
 def test_wrong_tiles_are_neither_timed_nor_chosen() -> None:
     job = Job("weight_gradient", "tf32", LAYER)
-    result = tune.search(job, Given(lambda each: 1 / each.depth, lambda each: each.depth > 32))
-    assert result.best.depth == 32
+    result = tune.search(job, Given(lambda each: 1 / each.block_k, lambda each: each.block_k > 32))
+    assert result.best.block_k == 32
 
 
 def test_wrong_tiles_of_the_rule_are_replaced() -> None:
@@ -181,7 +184,7 @@ def test_a_wrong_kernel_is_never_written(table: Path, monkeypatch: pytest.Monkey
 
     def miscompiled(*args: Any, **options: Any) -> tuple[torch.Tensor, ...]:
         out, widths = forward(*args, **options)
-        if options["tiles"].channels == 16:
+        if options["tiles"].block_n == 16:
             out[2, -1, -1, -1, -1] += 1
         return out, widths
 
@@ -195,10 +198,10 @@ def test_a_wrong_kernel_is_never_written(table: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(tune, "STEPS", 1)
     job = Job("forward", "tf32", TINY)
-    bench = Interpreted(lambda each: 1.0 * each.channels * each.pixels)
+    bench = Interpreted(lambda each: 1.0 * each.block_n * each.block_m)
     tune.tune([job], lambda *_: bench, WHERE, table, "a GPU")
-    assert {each.channels for each in bench.checked} == {16, 32}
-    assert used(job) == rule(job)._replace(pixels=16)
+    assert {each.block_n for each in bench.checked} == {16, 32}
+    assert used(job) == rule(job)._replace(block_m=16)
 
 
 def test_a_nan_in_any_output_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,12 +222,12 @@ def test_a_nan_in_any_output_is_an_error(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def faster(job: Job) -> Tiles:
-    return rule(job)._replace(stages=2)
+    return rule(job)._replace(num_stages=2)
 
 
 def bench_of(shape: Shape, precision: str) -> Given:
     """Two stages are faster."""
-    return Given(lambda each: 10.0 * each.stages + 100 * distance(each[:3], (64, 64, 64)))
+    return Given(lambda each: 10.0 * each.num_stages + 100 * distance(each[:3], (64, 64, 64)))
 
 
 def test_what_is_tuned_is_used(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -360,21 +363,21 @@ def entry(kernel: str = "forward", **changed: Any) -> dict[str, Any]:
 
 
 BAD = {
-    "pixels must be a power of two from 16 to 512, not 48": entry(pixels=48),
-    "channels must be a power of two from 16 to 512, not 8": entry(channels=8),
-    "depth must be a power of two from 16 to 512, not 1024": entry(depth=1024),
-    "warps must be 4 or 8, not 5": entry(warps=5),
-    "stages must be from 1 to 8, not 0": entry(stages=0),
-    "splits of forward must be from 1 to 65535, not 0": entry(splits=0),
-    "splits of input_gradient must be from 1 to 1, not 2": entry("input_gradient", splits=2),
+    "block_m must be a power of two from 16 to 512, not 48": entry(block_m=48),
+    "block_n must be a power of two from 16 to 512, not 8": entry(block_n=8),
+    "block_k must be a power of two from 16 to 512, not 1024": entry(block_k=1024),
+    "num_warps must be 4 or 8, not 5": entry(num_warps=5),
+    "num_stages must be from 1 to 8, not 0": entry(num_stages=0),
+    "split_k of forward must be from 1 to 65535, not 0": entry(split_k=0),
+    "split_k of input_gradient must be from 1 to 1, not 2": entry("input_gradient", split_k=2),
     "weight_first must be false for weight_gradient": entry("weight_gradient", weight_first=True),
     "descriptors must be false for weight_gradient": entry("weight_gradient", descriptors=True),
     "weight_first must be of type bool, not 1": entry(weight_first=1),
-    "pixels must be of type int, not None": {
+    "block_m must be of type int, not None": {
         **entry(),
-        "tiles": {"channels": 32, "depth": 32},
+        "tiles": {"block_n": 32, "block_k": 32},
     },
-    "depth must be of type int, not 32.0": entry(depth=32.0),
+    "block_k must be of type int, not 32.0": entry(block_k=32.0),
     "tiles have no width": entry(width=3),
     "tiles must be an object, not [32]": {**entry(), "tiles": [32]},
     "it has no tiles": tiles.entry_for(WHERE, "forward", "bf16", LAYER),
@@ -406,7 +409,7 @@ def test_a_bad_entry_is_named_and_the_others_are_used(table: Path, why: str) -> 
         (b"\xff\xfe", "is not JSON"),
         (b"[]", "is no table of tiles: it has no list of entries"),
         (b'{"format": 1}', "is no table of tiles: it has no list of entries"),
-        (b'{"format": 2, "entries": []}', "is of format 2, not 1"),
+        (b'{"format": 3, "entries": []}', "is of format 3, not 2"),
         (b'{"entries": []}', "is of format None, not 1"),
         (None, "cannot read"),
     ],
@@ -436,7 +439,7 @@ def test_a_table_that_was_asked_for_must_be_there(
 
 def test_an_older_table_has_fewer_fields(table: Path) -> None:
     job = Job("forward", "bf16", LAYER)
-    given = {"pixels": 32, "channels": 16, "depth": 64}
+    given = {"block_m": 32, "block_n": 16, "block_k": 64}
     tune.update(table, {**tiles.entry_for(WHERE, *job), "tiles": given})
     assert used(job) == Tiles(32, 16, 64)
 
@@ -471,10 +474,10 @@ def test_an_entry_is_replaced(table: Path) -> None:
     job, other = Job("forward", "bf16", LAYER), Job("forward", "tf32", LAYER)
     tune.tune([job, other], bench_of, WHERE, table, "a GPU")
     again: Any = {"gpu": "a GPU", "again": True}
-    tune.tune([job], lambda *_: Given(lambda each: 10.0 * each.pixels), WHERE, table, **again)
+    tune.tune([job], lambda *_: Given(lambda each: 10.0 * each.block_m), WHERE, table, **again)
     first, second = tiles.read(table)
     assert (first["precision"], second["precision"]) == ("tf32", "bf16")
-    assert second["tiles"]["pixels"] == 16
+    assert second["tiles"]["block_m"] == 16
     tune.tune([job], lambda *_: Given(lambda _: 1.0), WHERE, table, **again)
     assert tiles.read(table)[0] == first
     assert Tiles(**tiles.read(table)[1]["tiles"]) == rule(job)
@@ -577,7 +580,7 @@ def test_the_bench_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = tune.GpuBench(TINY, "tf32", torch.device(DEVICE))
     for kernel in tiles.KERNELS:
         default = rule(Job(kernel, "tf32", TINY))
-        other = default._replace(stages=2)
+        other = default._replace(num_stages=2)
         found = [("", 8), ("", 8), ("", 0), ("PTXASError: no", 0)]
         candidates = [default, other, other, other]
         assert bench.check(kernel, candidates) == [
@@ -600,7 +603,7 @@ from triton.runtime.driver import driver
 from cibp_fast.ops import numerics
 import tune
 from cibp_fast.kernels.shape import Shape
-from cibp_fast.kernels.tiles import Tiles
+from cibp_fast.kernels.tiles import TileConfig as Tiles
 
 def load(name, binary, shared, device):
     return object(), 0, 128, 24 if shared < 10_000 else 0, 1024
@@ -620,7 +623,7 @@ driver.set_active(SimpleNamespace(
 case = numerics.Case(Shape(2, 64, 8, 8, 64, 6, 6, 3, 3), "bf16", "cpu")
 candidates = [
     Tiles(32, 32, 32),
-    Tiles(32, 64, 64, stages=8),
+    Tiles(32, 64, 64, num_stages=8),
     Tiles(16, 16, 48),
     Tiles(16, 16, 16),
 ]
