@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cibp_fast import ops, reference
-from cibp_fast.kernels import conv2d, layers, relu
+from cibp_fast.kernels import conv2d, layers, pack, relu
 from cibp_fast.kernels.precision import rounded_like
 from cibp_fast.kernels.shape import Shape
 from cibp_fast.kernels.tiles import KERNELS, TileConfig
@@ -120,6 +120,24 @@ def rectified(x: Tensor, stored: Tensor) -> Tensor:
 def squares(x: Tensor) -> Tensor:
     """Returns the sum of (upper - lower)^2."""
     return 4 * x[1].square().sum()
+
+
+def vjp(
+    outputs: Sequence[Tensor | None],
+    inputs: Sequence[Tensor | None],
+    gradients: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Returns the gradients of the inputs, from those of outputs; what is None has none."""
+    ends = [
+        (out, gradient.to(out.dtype))
+        for out, gradient in zip(outputs, gradients, strict=True)
+        if out is not None and gradient is not None
+    ]
+    outs, grads = zip(*ends, strict=True)
+    there = [each for each in inputs if each is not None]
+    options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    found = iter(torch.autograd.grad(outs, there, grads, **options))
+    return [None if each is None else next(found) for each in inputs]
 
 
 def follow(
@@ -298,25 +316,15 @@ def network_errors(
     weights, offsets = parameters(stages, biases, random, device)
     weights = [rounded_like(weight, precision).float() for weight in weights]
     few = partial(few_bits, random, device, batch)
-    first, last = stages[0], stages[-1]
+    first, last, count = stages[0], stages[-1], len(weights)
     center, radius = few(*first.input).abs(), (few(*first.input).abs() * 4).round() / 16
     box = [center - radius, center + radius, few(*first.input)]
-    divisors = [2] * len(stages)  # small ones, so that the gradients of widths are seen
-
-    def run(given: Sequence[Tensor]) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-        lower, upper, nominal = given
-        *outputs, saved = gpu_network.forward(
-            lower, upper, nominal, stages, weights, offsets, divisors, precision
-        )
-        return outputs, saved, gpu_network.saved_streams(saved, stages, batch, precision)
-
-    outputs, saved, streams = run(box)
-    given = [*box, *weights, *(each for each in offsets if each is not None)]
-    leaves = [each.double().requires_grad_() for each in given]
+    given = [*box, *weights, *offsets]
+    leaves = [None if each is None else each.double().requires_grad_() for each in given]
     exact_weights = by_stage(stages, leaves[3:])
-    there = iter(leaves[3 + len(weights) :])
-    exact_biases = by_stage(stages, [next(there) if has_bias else None for has_bias in biases])
-    of = (stages, exact_weights, exact_biases)
+    exact_biases = by_stage(stages, leaves[3 + count :])
+    divisors = [2] * len(stages)  # small ones, so that the gradients of widths are seen
+    found: Errors = {}
 
     def last_layer(x: Tensor) -> tuple[list[Tensor], Tensor]:
         shape = gpu_network.convolution_of(last, batch)
@@ -324,57 +332,52 @@ def network_errors(
         m, r, _ = x.flatten(2)
         return [out[0] - out[1], out[0] + out[1], out[2], m - r, m + r], squares(out)
 
-    found: Errors = {}
-
-    def compare(what: str) -> None:
+    def forward(x: Tensor, what: str = "") -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Runs and compares it; returns its outputs, and those expected, to be differentiated."""
+        *outputs, saved = gpu_network.forward(
+            *(box[0], box[1], box[2]), stages, weights, offsets, divisors, precision
+        )
+        streams = gpu_network.saved_streams(saved, stages, batch, precision)
+        stored, widths, x = follow(stages, exact_weights, exact_biases, streams, x)
         with torch.no_grad():
-            expected, _, _ = follow(*of, streams, exact(streams[0]))
             results, width = last_layer(exact(streams[-1]))
-        widths = list(outputs[5].double() * torch.tensor(divisors, device=device))
-        found.update(stored_errors(streams, widths[:-1], expected, precision, what))
-        error = deviation([*outputs[:5], widths[-1]], [*results, width])
+        counted = list(outputs[5].double() * torch.tensor(divisors, device=device))
+        found.update(stored_errors(streams, counted[:-1], stored, precision, what))
+        error = deviation([*outputs[:5], counted[-1]], [*results, width])
         found[f"the last layer{what}"] = error, TOLERANCES[precision]
+        results, width = last_layer(x)
+        return outputs, [*results, torch.stack([*widths, width]) / 2], saved
 
     with torch.enable_grad():
-        lower, upper, z = leaves[:3]
-        x = torch.stack([(lower + upper) / 2, (upper - lower) / 2, z])
-        _, widths, x_last = follow(*of, streams, x)
-        results, width = last_layer(x_last)
-        results.append(torch.stack([*widths, width]) / 2)
-    found["packing"] = deviation([exact(streams[0])], [x]), TOLERANCES[precision]
-    compare("")
+        lower, upper, nominal = (each for each in leaves[:3] if each is not None)
+        x = torch.stack([(lower + upper) / 2, (upper - lower) / 2, nominal])
+        packed = exact(pack.pack(*box, precision))
+        found["packing"] = deviation([packed], [x]), TOLERANCES[precision]
+        outputs, results, saved = forward(x)
 
-    gradients = [few(*each.shape[1:]) for each in results[:5]]
-    counted = [each.relu or each is last for each in stages]
-    gradients.append(torch.tensor([0.1 * each for each in counted], device=device))
-    wanted = [True] * len(weights) + list(biases)
-    for kind, of_outputs in KINDS.items():
-        into = [torch.empty_like(each) for each in (*box, *weights)]
-        into += [center.new_empty(0 if each is None else each.shape) for each in offsets]
+    ends = [few(*each.shape[1:]) for each in results[:5]]
+    relus = [each.relu or each is last for each in stages]  # whose widths count
+    ends.append(torch.tensor([0.1 * each for each in relus], device=device))
+    for kind, wanted in KINDS.items():
+        gradients = [each if i in wanted else None for i, each in enumerate(ends)]
+        into = [center.new_empty(0 if each is None else each.shape) for each in given]
         gpu_network.backward(
-            [each if i in of_outputs else None for i, each in enumerate(gradients)],
-            (outputs[0], outputs[1]), saved, stages, weights, divisors, precision, True, wanted,
-            into[:3], into[3:],
+            gradients, (outputs[0], outputs[1]), saved, stages, weights, divisors, precision, True,
+            [each is not None for each in given[3:]], into[:3], into[3:],
         )  # fmt: skip
-        expected = torch.autograd.grad(
-            [results[i] for i in of_outputs], leaves, [gradients[i].double() for i in of_outputs],
-            retain_graph=True, materialize_grads=True, allow_unused=True,
-        )  # fmt: skip
-        rest = iter(expected[3 + len(weights) :])
-        of_biases = [next(rest) if has_bias else None for has_bias in biases]
-        for i in reversed(range(len(weights))):
-            of_layer = [expected[3 + i], of_biases[i]]
-            error = deviation([into[3 + i], into[3 + len(weights) + i]], of_layer)
+        expected = vjp(results, leaves, gradients)
+        for i in reversed(range(count)):
             # of the last one only the input is rounded
-            chained = CHAINED[precision] if i + 1 < len(weights) else 3 * TOLERANCES[precision]
-            found[f"the gradient of weight {i + 1}{kind}"] = error, chained
+            allowed = CHAINED[precision] if i + 1 < count else 3 * TOLERANCES[precision]
+            error = deviation(into[3 + i :: count], expected[3 + i :: count])
+            found[f"the gradient of weight {i + 1}{kind}"] = error, allowed
         error = deviation(into[:3], expected[:3])
         found[f"the gradient of the input{kind}"] = error, CHAINED[precision]
 
     for each in box:
         each[-1, -1, 0, 0] = torch.nan
-    outputs, saved, streams = run(box)
-    compare(" with NaN")
+    with torch.no_grad():
+        forward(x, " with NaN")
     return found
 
 
@@ -448,20 +451,8 @@ def _op_errors(
         for each in outputs
     ]
     errors = {f"{name}: forward": (deviation(outputs, expected), allowed)}
-    for count, what in ((4, "backward with the width's"), (3, "backward")):
-
-        def backward(
-            of: Sequence[Tensor | None], inputs: Sequence[Tensor | None], count: int = count
-        ) -> Any:
-            ends = [
-                (a, b.to(a.dtype))
-                for a, b in zip(of[:count], gradients, strict=False)
-                if a is not None and b is not None
-            ]
-            there = [each for each in inputs if each is not None]
-            outs, grads = zip(*ends, strict=True)
-            return torch.autograd.grad(outs, there, grads, retain_graph=True)
-
-        error = deviation(backward(outputs, leaves), backward(expected, doubles))
+    for what, last in (("backward with the width's", gradients[3]), ("backward", None)):
+        of = [*gradients[:3], last]
+        error = deviation(vjp(outputs, leaves, of), vjp(expected, doubles, of))
         errors[f"{name}: {what}"] = error, allowed
     return errors
