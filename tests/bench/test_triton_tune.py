@@ -410,7 +410,7 @@ def test_a_bad_entry_is_named_and_the_others_are_used(table: Path, why: str) -> 
         (b"[]", "is no table of tiles: it has no list of entries"),
         (b'{"format": 1}', "is no table of tiles: it has no list of entries"),
         (b'{"format": 3, "entries": []}', "is of format 3, not 2"),
-        (b'{"entries": []}', "is of format None, not 1"),
+        (b'{"entries": []}', "is of format None, not 2"),
         (None, "cannot read"),
     ],
 )
