@@ -167,7 +167,7 @@ class Exact:
 
 def kernels(layer: Layer, training: bool, precision: str, device: torch.device) -> tuple[Call, Row]:
     """Returns those of the layer on random numbers, checked against float64."""
-    from cibp_fast.kernels import adam  # not without Triton
+    from cibp_fast.kernels import weights
     from cibp_fast.kernels.shape import Shape
     from cibp_fast.ops import numerics
 
@@ -187,7 +187,7 @@ def kernels(layer: Layer, training: bool, precision: str, device: torch.device) 
             results = case.launch(name)
             if name == "weight_gradient":
                 for partials in results:
-                    adam.sum_partials(partials)
+                    weights.sum_partials(partials)
 
     facts = {"precision": precision, "error": f"{error:.2e}", "tolerance": tolerance}
     return timing.captured(run, device), facts

@@ -32,9 +32,10 @@ import cibp_fast as cf
 from cibp_fast._version import __version__
 from cibp_fast.fusion.network import planned
 from cibp_fast.fusion.tracing import trace
-from cibp_fast.kernels import adam, operands, streams, tiles
+from cibp_fast.kernels import operands, tiles, weights
+from cibp_fast.kernels import precision as precisions
 from cibp_fast.kernels.shape import Shape
-from cibp_fast.kernels.tiles import KERNELS, Tiles, Where
+from cibp_fast.kernels.tiles import KERNELS, TileConfig, Where
 from cibp_fast.ops import numerics
 from cibp_fast.ops.gpu_network import shape_of
 
@@ -57,17 +58,17 @@ class Job(NamedTuple):
     shape: Shape
 
 
-def rule(job: Job) -> Tiles:
+def rule(job: Job) -> TileConfig:
     """Returns the tiles that are taken where nothing was measured."""
-    return tiles.rule(job.kernel, job.shape, streams.PRECISIONS[job.precision])
+    return tiles.rule(job.kernel, job.shape, precisions.PRECISIONS[job.precision])
 
 
 class Result(NamedTuple):
     """Times are in microseconds, NaN where the rule's tiles cannot be used, or none can."""
 
-    default: Tiles  # the rule's
+    default: TileConfig  # the rule's
     default_us: float
-    best: Tiles
+    best: TileConfig
     best_us: float
     tried: int
     why_not: str  # why the rule's tiles cannot be used
@@ -95,9 +96,9 @@ def search(job: Job, bench: Any) -> Result:
     kernel, _, shape = job
     default = rule(job)
     timed = partial(bench.time, kernel)
-    known: dict[Tiles, str] = {}
+    known: dict[TileConfig, str] = {}
 
-    def usable(candidates: Sequence[Tiles]) -> list[Tiles]:
+    def usable(candidates: Sequence[TileConfig]) -> list[TileConfig]:
         new = [each for each in dict.fromkeys(candidates) if each not in known]
         known.update(zip(new, bench.check(kernel, new), strict=True))
         return [each for each in new if not known[each]]
@@ -119,9 +120,11 @@ def search(job: Job, bench: Any) -> Result:
     return Result(default, default_us, best, best_us, len(known), why_not)
 
 
-def fastest(field: list[Tiles], count: int, timed: Callable[[Tiles], float]) -> list[Tiles]:
+def fastest(
+    field: list[TileConfig], count: int, timed: Callable[[TileConfig], float]
+) -> list[TileConfig]:
     """Returns so many of them by their medians: the slower half leaves every few rounds."""
-    seen: dict[Tiles, list[float]] = {each: [] for each in field}
+    seen: dict[TileConfig, list[float]] = {each: [] for each in field}
     while len(field) > count:
         for each, more in rounds(field, ROUNDS, timed).items():
             seen[each] += more
@@ -131,10 +134,10 @@ def fastest(field: list[Tiles], count: int, timed: Callable[[Tiles], float]) -> 
 
 
 def rounds(
-    field: Sequence[Tiles], count: int, timed: Callable[[Tiles], float]
-) -> dict[Tiles, list[float]]:
+    field: Sequence[TileConfig], count: int, timed: Callable[[TileConfig], float]
+) -> dict[TileConfig, list[float]]:
     """Times each, in turn: what slows the GPU down for a while slows all."""
-    seen: dict[Tiles, list[float]] = {each: [] for each in field}
+    seen: dict[TileConfig, list[float]] = {each: [] for each in field}
     for _ in range(count):
         for each in field:
             seen[each].append(timed(each))
@@ -145,7 +148,7 @@ def rounds(
 
 
 def extents(kernel: str, shape: Shape) -> tuple[int, int, int]:
-    """Returns what a kernel's `pixels`, `channels` and `depth` cut."""
+    """Returns what a kernel's `block_m`, `block_n` and `block_k` cut."""
     if kernel == "forward":
         return shape.out_pixels, shape.out_channels, shape.products
     if kernel == "weight_gradient":
@@ -153,30 +156,30 @@ def extents(kernel: str, shape: Shape) -> tuple[int, int, int]:
     return shape.batch * shape.in_height * shape.in_width, shape.in_channels, shape.out_channels
 
 
-def all_sizes(kernel: str, shape: Shape, default: Tiles) -> list[Tiles]:
+def all_sizes(kernel: str, shape: Shape, default: TileConfig) -> list[TileConfig]:
     """Returns tiles of every size that fits, else like the rule's."""
     pixels, channels, summed = extents(kernel, shape)
     found = []
     for size in [(p, c) for p in SIZES for c in SIZES]:
-        splits = default.splits
+        splits = default.split_k
         if kernel != "input_gradient":
             count = -(-pixels // size[0]) * -(-channels // size[1])
-            splits = tiles._splits(count, summed, 4 * default.depth)
+            splits = tiles.split(count, summed, 4 * default.block_k)
         first = kernel != "weight_gradient" and size[1] >= 64
         candidate = default._replace(
-            pixels=size[0], channels=size[1], splits=splits, weight_first=first
+            block_m=size[0], block_n=size[1], split_k=splits, weight_first=first
         )
         if fits(kernel, shape, candidate):
             found.append(candidate)
     return found
 
 
-def neighbours(kernel: str, shape: Shape, of: Tiles) -> Iterator[Tiles]:
+def neighbours(kernel: str, shape: Shape, of: TileConfig) -> Iterator[TileConfig]:
     """Gives those that are a step away in one field, and fit."""
     for name, value in of._asdict().items():
         if isinstance(value, bool):
             steps = [not value]
-        elif name == "stages":
+        elif name == "num_stages":
             steps = [value - 1, value + 1]
         else:
             steps = [value // 2, value * 2]
@@ -186,20 +189,20 @@ def neighbours(kernel: str, shape: Shape, of: Tiles) -> Iterator[Tiles]:
                 yield candidate
 
 
-def fits(kernel: str, shape: Shape, candidate: Tiles) -> bool:
+def fits(kernel: str, shape: Shape, candidate: TileConfig) -> bool:
     """Says whether they may be worth compiling."""
     cut = extents(kernel, shape)
-    sizes = candidate.pixels, candidate.channels, candidate.depth
+    sizes = candidate.block_m, candidate.block_n, candidate.block_k
     sums = 2 if kernel == "weight_gradient" else 3
-    registers = sums * sizes[0] * sizes[1] // (32 * candidate.warps)
-    programs = -(-cut[0] // sizes[0]) * -(-cut[1] // sizes[1]) * candidate.splits
+    registers = sums * sizes[0] * sizes[1] // (32 * candidate.num_warps)
+    programs = -(-cut[0] // sizes[0]) * -(-cut[1] // sizes[1]) * candidate.split_k
     return (
         not tiles.obstacle(kernel, candidate)
-        and not (candidate.descriptors and operands.undescribed(kernel, shape, candidate.depth))
+        and not (candidate.descriptors and operands.tma_obstacle(kernel, shape, candidate.block_k))
         and all(size < 2 * max(whole, 16) for size, whole in zip(sizes, cut, strict=True))
         and registers <= ACCUMULATORS
-        and (candidate.splits == 1 or programs <= WAVES * tiles.PROGRAMS)
-        and candidate.splits * candidate.depth < cut[2] + candidate.depth
+        and (candidate.split_k == 1 or programs <= WAVES * tiles.PROGRAMS)
+        and candidate.split_k * candidate.block_k < cut[2] + candidate.block_k
     )
 
 
@@ -213,7 +216,7 @@ class GpuBench:
         self.device, self.flushed = device, timing.cold_cache(device)
         self.case = numerics.Case(shape, precision, device)
 
-    def check(self, kernel: str, candidates: Sequence[Tiles]) -> list[str]:
+    def check(self, kernel: str, candidates: Sequence[TileConfig]) -> list[str]:
         """Says why each must not be used; empty: it may. They are compiled in threads."""
         launch, begin = (
             partial(self.case.launch, kernel),
@@ -227,7 +230,7 @@ class GpuBench:
             for each, why in zip(candidates, found, strict=True)
         ]
 
-    def time(self, kernel: str, candidate: Tiles) -> float:
+    def time(self, kernel: str, candidate: TileConfig) -> float:
         """Returns the microseconds of a run on a cold cache.
 
         Of a weight gradient with the sum of its parts, which costs more the more there are.
@@ -236,13 +239,13 @@ class GpuBench:
         def call() -> None:
             results = self.case.launch(kernel, candidate)
             if kernel == "weight_gradient":
-                adam.sum_partials(results[0])
+                weights.sum_partials(results[0])
 
         torch.cuda._sleep(1_000_000)  # until the host has launched everything
         return 1e6 * timing.timer(self.device, flush=self.flushed)(call, 1)
 
 
-def checked(case: numerics.Case, kernel: str, candidate: Tiles) -> str:
+def checked(case: numerics.Case, kernel: str, candidate: TileConfig) -> str:
     """Says why its results are wrong; empty: they are right."""
     try:
         error = case.error(kernel, candidate)
@@ -253,7 +256,7 @@ def checked(case: numerics.Case, kernel: str, candidate: Tiles) -> str:
     return ""
 
 
-def failure(launch: Callable[[Tiles], object], candidate: Tiles) -> str:
+def failure(launch: Callable[[TileConfig], object], candidate: TileConfig) -> str:
     """Compiles and runs it; says why that failed."""
     try:
         launch(candidate)
@@ -344,7 +347,7 @@ def _rounded(us: float) -> float | None:
 
 def run(options: argparse.Namespace) -> None:
     timing.device_of("cuda")
-    if streams.INTERPRETED:
+    if precisions.INTERPRETED:
         raise ValueError("TRITON_INTERPRET=1 is set: tune times compiled kernels")
     where = tiles.current()
     assert where is not None

@@ -15,14 +15,22 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Graphed", "capture", "capturing", "enough_memory", "graphed", "kept", "without"]
+__all__ = [
+    "Graphed",
+    "capture",
+    "capturing",
+    "enough_memory",
+    "graphed",
+    "graphs_disabled",
+    "reuse_graphs",
+]
 
 Result = TypeVar("Result")
 Function = Callable[..., tuple[Tensor, ...]]
 
 
 def capturing() -> bool:
-    """Whether a CUDA graph is being captured on the current stream."""
+    """Returns whether a CUDA graph is being captured on the current stream."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
@@ -47,7 +55,7 @@ class Graphed:
 
     @torch.no_grad()
     def __call__(self, *inputs: Tensor, times: int = 1) -> tuple[Tensor, ...]:
-        """`function(*inputs)`, without gradients.
+        """Returns `function(*inputs)`, without gradients.
 
         times: calls it so often, each time with what it returned in place of its first inputs.
         """
@@ -56,7 +64,7 @@ class Graphed:
         outputs: tuple[Tensor, ...] = ()
         while times:
             inputs = (*outputs, *inputs[len(outputs) :])
-            if self._refused or _active.without or not on_one_gpu(inputs) or capturing():
+            if self._refused or _active.disabled or not on_one_gpu(inputs) or capturing():
                 outputs = self._function(*inputs)
             elif key not in self._called:
                 outputs = self._function(*inputs)
@@ -73,7 +81,7 @@ class Graphed:
     def _rehearsed(
         self, key: Hashable, inputs: tuple[Tensor, ...], loops: bool
     ) -> tuple[Tensor, ...]:
-        """The function's outputs; a graph to be captured, or that there will be none."""
+        """Returns the function's outputs; leaves a graph to be captured, or that there is none."""
         try:
             self._graphs[key] = _Graph(self._function, inputs, loops)
             return self._graphs[key].rehearsal()
@@ -85,7 +93,7 @@ class Graphed:
         return outputs
 
     def _captured(self, graph: _Graph, device: torch.device) -> bool:
-        """Whether the graph is, now at the latest."""
+        """Captures the graph if needed; returns whether there is one."""
         try:
             if self._place is None:
                 self._place = _place(device)
@@ -137,12 +145,12 @@ class _Graph:
         return outputs
 
     def rehearsal(self) -> tuple[Tensor, ...]:
-        """The outputs; raises RuntimeError where a capture would fail."""
+        """Returns the outputs; raises RuntimeError where a capture would fail."""
         with _no_waiting():
             return tuple(each.clone() for each in self._once())
 
     def capture(self, stream: torch.cuda.Stream, pool: Any) -> None:
-        """Unless that is done."""
+        """Captures the graph, unless that is done."""
         if self._graph is None:
             self._graph, self._outputs = capture(self._once, stream, pool)
 
@@ -162,7 +170,7 @@ _broken_off: list[torch.cuda.CUDAGraph] = []
 def capture(
     function: Callable[[], Result], stream: torch.cuda.Stream, pool: Any = None
 ) -> tuple[torch.cuda.CUDAGraph, Result]:
-    """A graph of what the function does on the stream's GPU, and what the function returned.
+    """Captures what the function does on the stream's GPU; returns the graph, and its result.
 
     The function must have run before. Its tensors have values only after the first replay, which
     runs on the stream that is current then. Other threads may use the GPU meanwhile.
@@ -183,7 +191,7 @@ def capture(
 
 @contextmanager
 def _no_waiting() -> Iterator[None]:
-    """Inside the block waiting for a GPU raises RuntimeError, if torch sees it."""
+    """Makes waiting for a GPU inside the block raise RuntimeError, if torch sees it."""
     mode = torch.cuda.get_sync_debug_mode()
     try:
         with warnings.catch_warnings():  # torch says once that this is a prototype
@@ -199,43 +207,43 @@ def on_one_gpu(tensors: tuple[Tensor, ...]) -> bool:
 
 
 class _Active(threading.local):
-    kept: dict[Hashable, Graphed] | None = None
-    without = False
+    reused: dict[Hashable, Graphed] | None = None
+    disabled = False
 
 
 _active = _Active()
 
 
 @contextmanager
-def kept() -> Iterator[None]:
-    """Inside the outermost such block `graphed` gives the same for the same arguments.
+def reuse_graphs() -> Iterator[None]:
+    """Has `graphed` give the same for the same arguments inside the outermost such block.
 
     In it a model must keep its parameters' tensors, though not their values, and its modes.
     """
-    previous = _active.kept
-    _active.kept = {} if previous is None else previous
+    previous = _active.reused
+    _active.reused = {} if previous is None else previous
     try:
         yield
     finally:
-        _active.kept = previous
+        _active.reused = previous
 
 
 @contextmanager
-def without() -> Iterator[None]:
-    """Inside the block every `Graphed` is called as it is, for comparisons."""
-    previous, _active.without = _active.without, True
+def graphs_disabled() -> Iterator[None]:
+    """Has every `Graphed` called as it is inside the block, for comparisons."""
+    previous, _active.disabled = _active.disabled, True
     try:
         yield
     finally:
-        _active.without = previous
+        _active.disabled = previous
 
 
 def graphed(function: Function, model: object, *numbers: float) -> Graphed:
-    """`partial(function, model, *numbers)` as a `Graphed`."""
+    """Returns `partial(function, model, *numbers)` as a `Graphed`."""
     made = Graphed(partial(function, model, *numbers))  # which holds the model, and so its id
-    if _active.kept is None:
+    if _active.reused is None:
         return made
-    return _active.kept.setdefault((function, id(model), *numbers), made)
+    return _active.reused.setdefault((function, id(model), *numbers), made)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cibp_fast._graphs import capturing, graphed, kept
+from cibp_fast._graphs import capturing, graphed, reuse_graphs
 from cibp_fast.certificates import CLIP, boxes, check_examples, evaluation, predict, running
 from cibp_fast.interval import Interval
 from cibp_fast.layerwise import check_labels
@@ -112,7 +112,7 @@ def pgd(
         torch.no_grad(),
         evaluation(model),
         running("pgd", model, x, batch_size),  # in the arithmetic of `certify`
-        kept(),
+        reuse_graphs(),
     ):
         for first in range(0, len(x), batch_size):
             chosen = slice(first, first + batch_size)

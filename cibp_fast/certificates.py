@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cibp_fast._arithmetic import is_half, own_arithmetic
 from cibp_fast._checks import may_inspect, refuse_where
-from cibp_fast._graphs import enough_memory, graphed, kept
+from cibp_fast._graphs import enough_memory, graphed, reuse_graphs
 from cibp_fast.interval import Interval
 from cibp_fast.layerwise import bounds, check_labels
 
@@ -98,7 +98,7 @@ def certify(
     box = boxes(x, eps, clip)
     streams = (x, box.lower, box.upper, y)
     parts = []
-    with evaluation(model), running("certify", model, x, batch_size), kept():
+    with evaluation(model), running("certify", model, x, batch_size), reuse_graphs():
         bounded = graphed(_bounded, model, allow_half)
         for first in range(0, max(len(x), 1), batch_size):
             parts.append(bounded(*(each[first : first + batch_size] for each in streams)))

@@ -279,7 +279,7 @@ class OnRuns(OnData):
         """Returns which held-out examples count as errors, [N] bool."""
         import torch
 
-        from cibp_fast._graphs import kept
+        from cibp_fast._graphs import reuse_graphs
         from cibp_fast.training import datasets, runs
         from cibp_fast.training.distributed import available
         from cibp_fast.training.progress import bar
@@ -293,7 +293,7 @@ class OnRuns(OnData):
                 f"examples must be from 1 to the {len(split)} of the test set, not {count}"
             )
         split, size = split[:count].to(device), config.eval_batch_size
-        with kept():
+        with reuse_graphs():
             parts = [
                 self.errors(config, model, split[first : first + size], first)
                 for first in bar(range(0, count, size), type(self).__name__.lower(), "batch")

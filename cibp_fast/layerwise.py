@@ -254,7 +254,7 @@ def bounds(
         RuntimeError: a layer cannot run on this box, or the model switches autocast on.
     """
     check_arguments(x, box, width, reduction)
-    backends.select(backend, x.device, x.dtype)
+    backends.select_layer(backend, x.device, x.dtype)
     recorder = Recorder(*_WIDTHS[width], backend=backends.asked(backend))
     # All in x's dtype; a model that switches autocast on is refused (see Interval).
     with no_autocast(x.device):

@@ -1,17 +1,6 @@
 """Adam over all parameters in one launch, with the compute copies of the weights.
 
-Its two ends are kernels of their own too: the sum of the partial gradients, and the copies.
-
-A linear layer is a convolution: behind a flatten of [C, H, W] one with a kernel of (H, W), else of
-(1, 1). So a weight has the layouts
-
-    master      [Cout, Cin, KH, KW]          torch's; of the gradient and of Adam's moments too
-    partials    [splits, Cout, KH, KW, Cin]  what the kernels of the gradient write
-    forward     [Cout, KH, KW, Cin]          the compute copies, as the precision stores numbers
-    transposed  [KH, KW, Cin, Cout]
-
-and a program moves a tile of outputs x channels x taps (KH * KW) from one to another, so that each
-is read or written in runs of at least 32 bytes.
+A program updates a tile of one parameter, whose layouts are those of weights.py.
 """
 
 from __future__ import annotations
@@ -25,36 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .streams import PRECISIONS, rounded
-
-# Outputs, channels and taps of a program's tile, and of one where there is one tap.
-_TILE = (16, 8, 16)
-_FLAT = (16, 128, 1)
-_AT_ONCE = tl.constexpr(4)  # splits whose loads do not wait for each other
-
-
-@triton.jit
-def _tile(o, c, t, outputs, channels, taps, TILE: tl.constexpr):
-    """Offsets of the tile (o, c, t) in the three layouts, and which of them are elements."""
-    o = o * TILE[0] + tl.arange(0, TILE[0])[:, None, None]
-    c = c * TILE[1] + tl.arange(0, TILE[1])[None, :, None]
-    t = t * TILE[2] + tl.arange(0, TILE[2])[None, None, :]
-    master = (o * channels + c) * taps + t
-    forward = (o * taps + t) * channels + c
-    transposed = (t * channels + c) * outputs + o
-    return master, forward, transposed, (o < outputs) & (c < channels) & (t < taps)
-
-
-@triton.jit
-def _total(partials, offsets, inside, splits, size):
-    """The sum of the splits, the first one first."""
-    total = tl.zeros(offsets.shape, tl.float32)
-    for first in range(0, splits, _AT_ONCE):
-        for i in tl.static_range(_AT_ONCE):  # unrolled: no load waits for another
-            known = inside & (first + i < splits)
-            total += tl.load(partials + offsets, mask=known, other=0.0)
-            partials += size
-    return total
+from . import weights
+from .precision import PRECISIONS, rounded
+from .weights import sum_splits, tile_offsets
 
 
 @triton.jit
@@ -77,18 +39,18 @@ def _update(
     TILE: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """Adam of one tile. ALIGN divides all sizes, and the compiler is to know it."""
+    """Updates one tile. ALIGN divides all sizes, and the compiler is to know it."""
     splits = tl.load(row + 6).to(tl.int32)
     outputs = tl.load(row + 7).to(tl.int32) // ALIGN * ALIGN
     channels = tl.load(row + 8).to(tl.int32) // ALIGN * ALIGN
     taps = 1 if TILE[2] == 1 else tl.load(row + 9).to(tl.int32) // ALIGN * ALIGN
     o, c, t = tl.load(row + 11), tl.load(row + 12), tl.load(row + 13)
-    at, forward_at, transposed_at, inside = _tile(
+    at, forward_at, transposed_at, inside = tile_offsets(
         o.to(tl.int32), c.to(tl.int32), t.to(tl.int32), outputs, channels, taps, TILE
     )
 
     partials = _pointer(row + 3, tl.float32, ALIGN)
-    grad = _total(partials, forward_at, inside, splits, outputs * channels * taps)
+    grad = sum_splits(partials, forward_at, inside, splits, outputs * channels * taps)
     master = _pointer(row, tl.float32, ALIGN) + at
     first = _pointer(row + 1, tl.float32, ALIGN) + at
     second = _pointer(row + 2, tl.float32, ALIGN) + at
@@ -219,8 +181,8 @@ class Adam:
             "WEIGHT_DECAY": weight_decay,
             "DTYPE": tl.bfloat16 if stored.dtype == torch.bfloat16 else tl.float32,
             "DROPPED": stored.dropped,
-            "TILE": _TILE,
-            "FLAT": _FLAT,
+            "TILE": weights.TILE,
+            "FLAT": weights.FLAT,
         }
 
     def __call__(self, lr: Tensor, step: Tensor) -> None:
@@ -235,7 +197,7 @@ class Adam:
 def _rows(
     name: str, parameter: Parameter, dtype: torch.dtype, device: torch.device
 ) -> Iterator[list[int]]:
-    """What each program of a parameter reads: addresses, splits, sizes, and its tile."""
+    """Yields what each program of a parameter reads: addresses, splits, sizes, and its tile."""
     partials = parameter.partials
     if partials.dim() not in (2, 5) or len(partials) < 1:
         raise ValueError(
@@ -269,100 +231,7 @@ def _rows(
         taps = math.prod(kernel)
     sizes = (outputs, channels) if taps == 1 else (outputs, channels, taps)
     wide = not any(address % 16 for address in addresses) and not any(size % 4 for size in sizes)
-    o, c, t = _tiles(outputs, channels, taps)
+    o, c, t = weights.tiles(outputs, channels, taps)
     for index in range(o * c * t):
         place = [index // (c * t), index // t % c, index % t]
         yield [*addresses, len(partials), outputs, channels, taps, wide, *place]
-
-
-def _tiles(outputs: int, channels: int, taps: int) -> tuple[int, int, int]:
-    """How many tiles there are in each direction."""
-    o, c, t = _TILE if taps > 1 else _FLAT
-    return triton.cdiv(outputs, o), triton.cdiv(channels, c), triton.cdiv(taps, t)
-
-
-@triton.jit
-def _pack_kernel(
-    weight,
-    forward,
-    transposed,
-    outputs,
-    channels,
-    taps,
-    DROPPED: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    o, c, t = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    at, forward_at, transposed_at, inside = _tile(o, c, t, outputs, channels, taps, TILE)
-    copy = rounded(tl.load(weight + at, mask=inside, other=0.0), DROPPED)
-    tl.store(forward + forward_at, copy, mask=inside)
-    tl.store(transposed + transposed_at, copy, mask=inside)
-
-
-def pack_weight(weight: Tensor, precision: str) -> tuple[Tensor, Tensor]:
-    """The compute copies of a weight [Cout, Cin, KH, KW] float32.
-
-    They are [Cout, KH, KW, Cin] and [KH, KW, Cin, Cout] in the precision's dtype and equal
-    `rounded(weight).permute(0, 2, 3, 1)` and `rounded(weight).permute(2, 3, 1, 0)`.
-
-    Raises TypeError or ValueError where weight is none of that shape and dtype.
-    """
-    if weight.dtype != torch.float32:
-        raise TypeError(f"weight must be float32, got {weight.dtype}")
-    if weight.dim() != 4:
-        raise ValueError(f"weight must be [Cout, Cin, KH, KW], got {list(weight.shape)}")
-    stored = PRECISIONS[precision]
-    outputs, channels, *kernel = weight.shape
-    taps = math.prod(kernel)
-    forward = weight.new_empty(outputs, *kernel, channels, dtype=stored.dtype)
-    transposed = weight.new_empty(*kernel, channels, outputs, dtype=stored.dtype)
-    tile = _TILE if taps > 1 else _FLAT
-    _pack_kernel[_tiles(outputs, channels, taps)](
-        weight.contiguous(), forward, transposed, outputs, channels, taps, stored.dropped, TILE=tile
-    )
-    return forward, transposed
-
-
-@triton.jit
-def _sum_kernel(
-    partials,
-    total,
-    splits,
-    outputs,
-    channels,
-    taps,
-    TILE: tl.constexpr,
-):
-    o, c, t = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    at, forward_at, _, inside = _tile(o, c, t, outputs, channels, taps, TILE)
-    grad = _total(partials, forward_at, inside, splits, outputs * channels * taps)
-    tl.store(total + at, grad, mask=inside)
-
-
-def sum_partials(partials: Tensor) -> Tensor:
-    """A weight's gradient [Cout, Cin, KH, KW] from its partials [splits, Cout, KH, KW, Cin].
-
-    Equals `partials.sum(0).permute(0, 3, 1, 2)`, summed from the first split on. A bias has
-    [Cout] and [splits, Cout].
-
-    Raises TypeError or ValueError where partials is none of that shape, or not contiguous float32.
-    """
-    if partials.dtype != torch.float32:
-        raise TypeError(f"partials must be float32, got {partials.dtype}")
-    if partials.dim() not in (2, 5) or not partials.is_contiguous() or len(partials) < 1:
-        raise ValueError(
-            "partials must be [splits, Cout, KH, KW, Cin] or [splits, Cout], contiguous, got "
-            f"{list(partials.shape)} with strides {partials.stride()}"
-        )
-    if partials.dim() == 2:
-        outputs, channels, taps = 1, partials.shape[1], 1
-        total = torch.empty_like(partials[0])
-    else:
-        _, outputs, *kernel, channels = partials.shape
-        taps = math.prod(kernel)
-        total = partials.new_empty(outputs, channels, *kernel)
-    tile = _TILE if taps > 1 else _FLAT
-    _sum_kernel[_tiles(outputs, channels, taps)](
-        partials, total, len(partials), outputs, channels, taps, TILE=tile
-    )
-    return total

@@ -15,10 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .epilogues import store_input_gradient, store_outputs
-from .operands import load_box, operands, three, tile_pixels, tile_start
+from .operands import load_box, operands, pad_to_three, tile_pixels, tile_start
+from .precision import INTERPRETED, PRECISIONS, Precision, dot
 from .shape import Shape
-from .streams import INTERPRETED, PRECISIONS, Precision, dot
-from .tiles import Tiles, tiles_for
+from .tiles import TileConfig, tiles_for
 
 
 @triton.jit
@@ -27,7 +27,9 @@ def add_products(
     STREAMS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     WEIGHT_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Of a tile of weights [channel, depth] and of the streams [pixel, depth]."""
+    """Accumulates x W^T (center, nominal) and r abs(W)^T (radius), of tiles of the weights
+    [channel, product] and of the streams [pixel, product].
+    """
     if WEIGHT_FIRST:
         sums_m = dot(w, tl.trans(m), sums_m, PRECISION, UPCAST)
         sums_r = dot(tl.abs(w), tl.trans(r), sums_r, PRECISION, UPCAST)
@@ -51,32 +53,32 @@ def forward_kernel(
     DH: tl.constexpr, DW: tl.constexpr,
     STREAMS: tl.constexpr, RELU: tl.constexpr, BOUNDS: tl.constexpr, HAS_BIAS: tl.constexpr,
     DROPPED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    SPLITS: tl.constexpr, WEIGHT_FIRST: tl.constexpr,
-    PIXELS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr, BOX: tl.constexpr,
+    SPLIT_K: tl.constexpr, WEIGHT_FIRST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BOX: tl.constexpr,
 ):  # fmt: skip
-    """A tile [pixel, channel] of the outputs, or, with SPLITS, its sums over `chunk` products.
+    """Computes a tile [pixel, channel] of outputs, or, with SPLIT_K, sums over `chunk` products.
 
-    weight: [COUT, KH, KW, CIN]. sums: [SPLITS, STREAMS, N, OH, OW, COUT]. With BOX, streams and
+    weight: [COUT, KH, KW, CIN]. sums: [SPLIT_K, STREAMS, N, OH, OW, COUT]. With BOX, streams and
     weight are descriptors.
     """
-    n, y, x = tile_pixels(OH, OW, PIXELS, BOX)
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    n, y, x = tile_pixels(OH, OW, BLOCK_M, BOX)
+    channel = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     known_pixel, known_channel = (n < batch) & (y < OH) & (x < OW), channel < COUT
     top, left = y * SH - PH, x * SW - PW
     base = ((n * IH + top) * IW + left) * CIN
     PRODUCTS: tl.constexpr = KH * KW * CIN
-    depth = tl.arange(0, DEPTH)
+    depth = tl.arange(0, BLOCK_K)
     if WEIGHT_FIRST:
-        sums_m = tl.zeros((CHANNELS, PIXELS), tl.float32)
+        sums_m = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     else:
-        sums_m = tl.zeros((PIXELS, CHANNELS), tl.float32)
+        sums_m = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     sums_r, sums_z = sums_m, sums_m
-    if SPLITS == 1:
+    if SPLIT_K == 1:
         begin, end = 0, PRODUCTS
     else:
         begin = tl.program_id(2) * chunk
         end = tl.minimum(begin + chunk, PRODUCTS)
-    for k0 in range(begin, end, DEPTH):
+    for k0 in range(begin, end, BLOCK_K):
         if BOX is not None:
             n0, y0, x0 = tile_start(OH, OW, BOX)
             # of strided inputs [N, IH / SH, SH, IW / SW, SW * CIN]; from before the padding on
@@ -87,15 +89,15 @@ def forward_kernel(
             right = BEFORE_W * SW - PW + tap % KW * DW
             y_in, x_in = y0 - BEFORE_H + down // SH, x0 - BEFORE_W + right // SW
             row, c = down % SH, right % SW * CIN + k0 - tap * CIN
-            w = weight_ptr.load([tl.program_id(1) * CHANNELS, k0])
-            m = load_box(m_ptr, n0, y_in, row, x_in, c, PIXELS, DEPTH)
-            r = load_box(r_ptr, n0, y_in, row, x_in, c, PIXELS, DEPTH)
+            w = weight_ptr.load([tl.program_id(1) * BLOCK_N, k0])
+            m = load_box(m_ptr, n0, y_in, row, x_in, c, BLOCK_M, BLOCK_K)
+            r = load_box(r_ptr, n0, y_in, row, x_in, c, BLOCK_M, BLOCK_K)
             z = m
             if STREAMS == 3:
-                z = load_box(z_ptr, n0, y_in, row, x_in, c, PIXELS, DEPTH)
+                z = load_box(z_ptr, n0, y_in, row, x_in, c, BLOCK_M, BLOCK_K)
         else:
             k = k0 + depth
-            if CIN % DEPTH == 0:  # of one tap; not k0 % CIN, which hides what divides k
+            if CIN % BLOCK_K == 0:  # of one tap; not k0 % CIN, which hides what divides k
                 tap = k0 // CIN
                 down, right = tap // KW * DH, tap % KW * DW
                 inside = (top + down >= 0) & (top + down < IH) & (left + right >= 0)
@@ -109,7 +111,7 @@ def forward_kernel(
                 inside = inside & known_pixel[:, None] & (k < PRODUCTS)[None, :]
                 at = base[:, None] + ((down * IW + right) * CIN + k % CIN)[None, :]
             known = known_channel[:, None]
-            if PRODUCTS % DEPTH != 0:
+            if PRODUCTS % BLOCK_K != 0:
                 known = known & (k < PRODUCTS)[None, :]
             from_ = weight_ptr + channel[:, None] * PRODUCTS + k[None, :]
             w = tl.load(from_, mask=known, other=0.0)
@@ -124,7 +126,7 @@ def forward_kernel(
     if WEIGHT_FIRST:
         sums_m, sums_r, sums_z = tl.trans(sums_m), tl.trans(sums_r), tl.trans(sums_z)
     mask = known_pixel[:, None] & known_channel[None, :]
-    if SPLITS == 1:
+    if SPLIT_K == 1:
         store_outputs(
             sums_m, sums_r, sums_z, n, y, x, channel, mask, bias_ptr,
             out0_ptr, out1_ptr, out2_ptr, widths_ptr, out_n, out_h, out_w, out_c,
@@ -146,17 +148,17 @@ def forward_sum_kernel(
     batch, out_n, out_h, out_w, out_c,
     COUT: tl.constexpr, OH: tl.constexpr, OW: tl.constexpr,
     STREAMS: tl.constexpr, RELU: tl.constexpr, BOUNDS: tl.constexpr, HAS_BIAS: tl.constexpr,
-    DROPPED: tl.constexpr, SPLITS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+    DROPPED: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The outputs of a forward pass in SPLITS parts."""
-    n, y, x = tile_pixels(OH, OW, PIXELS, None)
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    """Computes the outputs of a forward pass from its sums in SPLIT_K parts."""
+    n, y, x = tile_pixels(OH, OW, BLOCK_M, None)
+    channel = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (n < batch)[:, None] & (channel < COUT)[None, :]
     at = (((n * OH + y) * OW + x) * COUT)[:, None] + channel[None, :]
     size = batch * (OH * OW * COUT)
-    sums_m = tl.zeros((PIXELS, CHANNELS), tl.float32)
+    sums_m = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     sums_r, sums_z = sums_m, sums_m
-    for _ in range(SPLITS):
+    for _ in range(SPLIT_K):
         sums_m += tl.load(sums_ptr + at, mask=mask, other=0.0)
         sums_r += tl.load(sums_ptr + size + at, mask=mask, other=0.0)
         if STREAMS == 3:
@@ -180,9 +182,9 @@ def input_gradient_kernel(
     STREAMS: tl.constexpr, RELU: tl.constexpr, BOUNDS: tl.constexpr, HEAD: tl.constexpr,
     WIDTH: tl.constexpr, DROPPED: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
     WEIGHT_FIRST: tl.constexpr,
-    PIXELS: tl.constexpr, CHANNELS: tl.constexpr, DEPTH: tl.constexpr, BOX: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BOX: tl.constexpr,
 ):  # fmt: skip
-    """A tile [pixel, channel] of the gradient of the input, before the ReLU in front of it.
+    """Computes a tile [pixel, channel] of the input's gradient, before the ReLU in front of it.
 
     weight: [KH, KW, CIN, COUT]. A program takes input pixels that are SH and SW apart, since those
     have the same taps. head: a further gradient of (m, r). width: that of the sum of
@@ -191,36 +193,36 @@ def input_gradient_kernel(
     row, column = tl.program_id(2) // SW, tl.program_id(2) % SW  # of the first pixel
     ROWS: tl.constexpr = (IH + SH - 1) // SH
     COLUMNS: tl.constexpr = (IW + SW - 1) // SW
-    n, y, x = tile_pixels(ROWS, COLUMNS, PIXELS, BOX)
+    n, y, x = tile_pixels(ROWS, COLUMNS, BLOCK_M, BOX)
     y, x = y * SH + row, x * SW + column
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    channel = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     known_pixel, known_channel = (n < batch) & (y < IH) & (x < IW), channel < CIN
     # the first tap that reaches these pixels, and from tap to tap
     STEP_H: tl.constexpr = SH if DH == 1 else 1
     STEP_W: tl.constexpr = SW if DW == 1 else 1
     kh0, kw0 = (row + PH) % STEP_H, (column + PW) % STEP_W
     taps_h, taps_w = (KH - kh0 + STEP_H - 1) // STEP_H, (KW - kw0 + STEP_W - 1) // STEP_W
-    BLOCKS: tl.constexpr = (COUT + DEPTH - 1) // DEPTH
-    depth = tl.arange(0, DEPTH)
+    BLOCKS: tl.constexpr = (COUT + BLOCK_K - 1) // BLOCK_K
+    depth = tl.arange(0, BLOCK_K)
     if WEIGHT_FIRST:
-        sums_m = tl.zeros((CHANNELS, PIXELS), tl.float32)
+        sums_m = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     else:
-        sums_m = tl.zeros((PIXELS, CHANNELS), tl.float32)
+        sums_m = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     sums_r, sums_z = sums_m, sums_m
     for step in range(0, taps_h * taps_w * BLOCKS):
         tap = step // BLOCKS
-        k0 = (step - tap * BLOCKS) * DEPTH
+        k0 = (step - tap * BLOCKS) * BLOCK_K
         kh, kw = kh0 + tap // taps_w * STEP_H, kw0 + tap % taps_w * STEP_W
         if BOX is not None:
             n0, y0, x0 = tile_start(ROWS, COLUMNS, BOX)
             y_out = y0 + (row + PH - kh * DH) // SH  # without a rest, for these taps
             x_out = x0 + (column + PW - kw * DW) // SW
-            w = weight_ptr.load([(kh * KW + kw) * CIN + tl.program_id(1) * CHANNELS, k0])
-            gm = load_box(gm_ptr, n0, y_out, 0, x_out, k0, PIXELS, DEPTH)
-            gr = load_box(gr_ptr, n0, y_out, 0, x_out, k0, PIXELS, DEPTH)
+            w = weight_ptr.load([(kh * KW + kw) * CIN + tl.program_id(1) * BLOCK_N, k0])
+            gm = load_box(gm_ptr, n0, y_out, 0, x_out, k0, BLOCK_M, BLOCK_K)
+            gr = load_box(gr_ptr, n0, y_out, 0, x_out, k0, BLOCK_M, BLOCK_K)
             gz = gm
             if STREAMS == 3:
-                gz = load_box(gz_ptr, n0, y_out, 0, x_out, k0, PIXELS, DEPTH)
+                gz = load_box(gz_ptr, n0, y_out, 0, x_out, k0, BLOCK_M, BLOCK_K)
         else:
             k = k0 + depth
             down, right = y + PH - kh * DH, x + PW - kw * DW  # SH and SW times the output pixel
@@ -232,7 +234,7 @@ def input_gradient_kernel(
                 inside = inside & (right % SW == 0)
             at = (((n * OH + down // SH) * OW + right // SW) * COUT)[:, None] + k[None, :]
             inside, known = inside[:, None], known_channel[:, None]
-            if COUT % DEPTH != 0:
+            if COUT % BLOCK_K != 0:
                 inside, known = inside & (k < COUT)[None, :], known & (k < COUT)[None, :]
             from_ = weight_ptr + (kh * KW + kw) * CIN * COUT + channel[:, None] * COUT + k[None, :]
             w = tl.load(from_, mask=known, other=0.0)
@@ -264,26 +266,26 @@ def weight_gradient_kernel(
     SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr,
     STREAMS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-    CHANNELS: tl.constexpr, PRODUCTS_: tl.constexpr, DEPTH: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A tile [channel, product] of the gradient of weights, summed over `chunk` output pixels.
+    """Computes a tile [channel, product] of the weight's gradient, summed over `chunk` pixels.
 
     weight: [COUT, KH, KW, CIN], as are the sums [splits, ...]; bias_sums: [splits, COUT].
     """
     PRODUCTS: tl.constexpr = KH * KW * CIN
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    k = tl.program_id(1) * PRODUCTS_ + tl.arange(0, PRODUCTS_)
+    channel = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     known_channel, known_k = channel < COUT, k < PRODUCTS
     tap = k // CIN
     down, right = tap // KW * DH, tap % KW * DW
     offset = (down * IW + right) * CIN + k % CIN
-    plus = tl.zeros((CHANNELS, PRODUCTS_), tl.float32)
+    plus = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     magnitude = plus
-    bias = tl.zeros((CHANNELS,), tl.float32)
+    bias = tl.zeros((BLOCK_N,), tl.float32)
     begin = tl.program_id(2) * chunk
     end = tl.minimum(begin + chunk, pixels)
-    for first in range(begin, end, DEPTH):
-        pixel = first + tl.arange(0, DEPTH)
+    for first in range(begin, end, BLOCK_K):
+        pixel = first + tl.arange(0, BLOCK_K)
         known_pixel = pixel < end
         n, top, left = pixel // (OH * OW), pixel // OW % OH * SH - PH, pixel % OW * SW - PW
         y, x = top[:, None] + down[None, :], left[:, None] + right[None, :]
@@ -327,9 +329,9 @@ def forward(
     relu: bool,
     out: Tensor | None = None,
     bounds: tuple[Tensor, ...] | None = None,
-    tiles: Tiles | None = None,
+    tiles: TileConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """All streams through a convolution, and ReLU where `relu`.
+    """Computes a convolution of all streams, and ReLU where `relu`.
 
     Equals ``mu, r, z = conv2d(m, W, b), conv2d(r, W.abs()), conv2d(z, W, b)``, and then the
     encoding of the package's docstring.
@@ -362,7 +364,7 @@ def forward(
     x_given, weight_given, box, of_pixels = operands(
         "forward", x, weight.view(channels, -1), shape, tiles
     )
-    blocks = of_pixels, triton.cdiv(channels, tiles.channels)
+    blocks = of_pixels, triton.cdiv(channels, tiles.block_n)
     chunk, splits = _chunks(shape.products, tiles)
     widths = x.new_empty(blocks[0] * blocks[1], dtype=torch.float32)
     sums = widths
@@ -371,26 +373,24 @@ def forward(
     common = {
         **{"STREAMS": streams, "RELU": relu, "HAS_BIAS": bias is not None},
         **{"BOUNDS": bounds is not None},
-        **{"DROPPED": stored.dropped, "SPLITS": splits},
-        **{"num_warps": tiles.warps},
+        **{"DROPPED": stored.dropped, "SPLIT_K": splits},
     }
     bias = widths if bias is None else bias
-    outputs = three(outputs)
+    outputs = pad_to_three(outputs)
     forward_kernel[(*blocks, splits)](
         *x_given, weight_given, bias, *outputs, widths, sums, shape.batch, *strides, chunk,
-        **shape.constants(), **common, **_multiplied(stored), WEIGHT_FIRST=tiles.weight_first,
-        PIXELS=tiles.pixels, CHANNELS=tiles.channels, DEPTH=tiles.depth, BOX=box,
-        num_stages=tiles.stages,
+        **shape.constants(), **common, **_options(stored, tiles),
+        WEIGHT_FIRST=tiles.weight_first, BOX=box,
     )  # fmt: skip
     if splits > 1:
         # small tiles: there are few outputs, or there would be no splits
-        parts = (16, min(64, tiles.channels))
+        parts = (16, min(64, tiles.block_n))
         blocks = triton.cdiv(pixels, parts[0]), triton.cdiv(channels, parts[1])
         widths = x.new_empty(blocks[0] * blocks[1], dtype=torch.float32)
         forward_sum_kernel[blocks](
             sums, bias, *outputs, widths, shape.batch, *strides,
             COUT=channels, OH=shape.out_height, OW=shape.out_width, **common,
-            PIXELS=parts[0], CHANNELS=parts[1],
+            BLOCK_M=parts[0], BLOCK_N=parts[1], num_warps=tiles.num_warps,
         )  # fmt: skip
     return out, widths
 
@@ -406,15 +406,15 @@ def input_gradient(
     width: Tensor | None = None,
     head: Tensor | None = None,
     bounds: tuple[Tensor, ...] | None = None,
-    tiles: Tiles | None = None,
+    tiles: TileConfig | None = None,
 ) -> Tensor:
-    """The gradient of (mu, r, z) of a convolution -> that of its input, in front of ReLU.
+    """Computes the gradient of a convolution's input, before the ReLU in front of it.
 
     Equals ``torch.nn.grad.conv2d_input`` of each stream (of r with ``weight.abs()``), and what the
     ReLU and the width before the convolution add to it.
 
     Args:
-        gradient: [S, N, out_height, out_width, out_channels], as the precision stores it.
+        gradient: of (mu, r, z), [S, N, out_height, out_width, out_channels], as stored.
         weight: [kernel_height, kernel_width, in_channels, out_channels], as well.
         x: [S, N, H, W, C], the forward pass's input, needed where `relu` or `width` is.
         relu: whether x came out of a ReLU.
@@ -441,15 +441,13 @@ def input_gradient(
         "input_gradient", gradient, weight.view(-1, shape.out_channels), shape, tiles
     )
     unused = gradient[0]
-    input_gradient_kernel[blocks, triton.cdiv(channels, tiles.channels), classes](
-        *gradients, weight_given, *(3 * [unused] if x is None else three(tuple(x))),
+    input_gradient_kernel[blocks, triton.cdiv(channels, tiles.block_n), classes](
+        *gradients, weight_given, *(3 * [unused] if x is None else pad_to_three(tuple(x))),
         *(2 * [unused] if head is None else head),
-        unused if width is None else width, *three(outputs), shape.batch, *strides,
+        unused if width is None else width, *pad_to_three(outputs), shape.batch, *strides,
         **shape.constants(), STREAMS=streams, RELU=relu, BOUNDS=bounds is not None,
         HEAD=head is not None, WIDTH=width is not None, DROPPED=stored.dropped,
-        **_multiplied(stored),
-        WEIGHT_FIRST=tiles.weight_first, PIXELS=tiles.pixels, CHANNELS=tiles.channels,
-        DEPTH=tiles.depth, BOX=box, num_warps=tiles.warps, num_stages=tiles.stages,
+        **_options(stored, tiles), WEIGHT_FIRST=tiles.weight_first, BOX=box,
     )  # fmt: skip
     return out
 
@@ -462,9 +460,9 @@ def weight_gradient(
     precision: str,
     *,
     out: tuple[Tensor, Tensor] | None = None,
-    tiles: Tiles | None = None,
+    tiles: TileConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of weight and bias, as partial sums [splits, ...] over parts of the batch.
+    """Computes the gradients of weight and bias, as partial sums over parts of the batch.
 
     Equals, summed, ``conv2d_weight(m, gm) + conv2d_weight(z, gz) + W.sign() * conv2d_weight(r,
     gr)`` with ``torch.nn.grad.conv2d_weight``, and ``(gm + gz).sum((0, 2, 3))``.
@@ -490,21 +488,28 @@ def weight_gradient(
         sums, bias_sums = out
         if len(sums) != splits:
             raise ValueError(f"out must have {splits} parts, as the tiles have, not {len(sums)}")
-    blocks = triton.cdiv(channels, tiles.channels), triton.cdiv(products, tiles.pixels)
+    blocks = triton.cdiv(channels, tiles.block_n), triton.cdiv(products, tiles.block_m)
     weight_gradient_kernel[(*blocks, splits)](
-        *three(tuple(gradient)), *three(tuple(x)), weight, sums, bias_sums, pixels, chunk,
-        **shape.constants(), STREAMS=len(x), **_multiplied(stored), CHANNELS=tiles.channels,
-        PRODUCTS_=tiles.pixels, DEPTH=tiles.depth, num_warps=tiles.warps, num_stages=tiles.stages,
+        *pad_to_three(tuple(gradient)), *pad_to_three(tuple(x)), weight, sums, bias_sums, pixels,
+        chunk, **shape.constants(), STREAMS=len(x), **_options(stored, tiles),
     )  # fmt: skip
     return sums, bias_sums
 
 
-def _multiplied(stored: Precision) -> dict[str, object]:
-    upcast = INTERPRETED and stored.dtype == torch.bfloat16
-    return {"PRECISION": stored.dot, "UPCAST": upcast}
+def _options(stored: Precision, tiles: TileConfig) -> dict[str, object]:
+    """Returns what all kernels are compiled with."""
+    return {
+        "PRECISION": stored.dot,
+        "UPCAST": INTERPRETED and stored.dtype == torch.bfloat16,
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_N": tiles.block_n,
+        "BLOCK_K": tiles.block_k,
+        "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
+    }
 
 
-def _chunks(length: int, tiles: Tiles) -> tuple[int, int]:
-    """The length of a part, a multiple of the tile's depth, and how many parts there are."""
-    chunk = -(-length // (tiles.splits * tiles.depth)) * tiles.depth
+def _chunks(length: int, tiles: TileConfig) -> tuple[int, int]:
+    """Returns a part's length, a multiple of the tile's block_k, and how many parts there are."""
+    chunk = -(-length // (tiles.split_k * tiles.block_k)) * tiles.block_k
     return chunk, -(-length // chunk)

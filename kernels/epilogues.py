@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .streams import activate, deactivate, positive, rounded, rounded_pair
+from .precision import activate, deactivate, positive, rounded, rounded_pair
 
 
 @triton.jit

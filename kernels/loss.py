@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .streams import PRECISIONS, deactivate, rounded
+from .precision import PRECISIONS, deactivate, rounded
 
 # That a thread may use: left to itself, ptxas spills one or two for more programs at a time.
 _REGISTERS = 248
@@ -46,7 +46,9 @@ class Loss(NamedTuple):
 
 @triton.jit
 def _examples(y, batch, CLASSES: tl.constexpr, EXAMPLES: tl.constexpr, tile):
-    """Of a tile [1, examples, 1]: indices, the labels' rows of the weight, whether it has them."""
+    """Loads a tile's labels; returns indices, rows of the weight and whether they exist, each
+    [1, examples, 1].
+    """
     n = tile.to(tl.int64) * EXAMPLES + tl.arange(0, EXAMPLES)[None, :, None]
     label = tl.load(y + n, mask=n < batch, other=0)
     known = (label >= 0) & (label < CLASSES)
@@ -70,7 +72,7 @@ def _load(
     FEATURES: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """m, r, z and the labels' weights [1, examples, features]; weights [ROWS, 1, features]."""
+    """Loads m, r, z, the labels' weights [1, examples, features]; weights [ROWS, 1, features]."""
     j = _classes(ROWS)
     inside = (n < batch) & (f < FEATURES)
     m = tl.load(x + n * FEATURES + f, mask=inside, other=0.0)
@@ -97,7 +99,7 @@ def _sums(
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Logits, their radii and the worst-case logits [ROWS, examples, 1], of BLOCKS of features."""
+    """Computes logits, radii and worst-case logits [ROWS, examples, 1] of BLOCKS of features."""
     nominal = tl.zeros((ROWS, EXAMPLES, BLOCK), tl.float32)
     radius = tl.zeros((ROWS, EXAMPLES, BLOCK), tl.float32)
     worst = tl.zeros((ROWS, EXAMPLES, BLOCK), tl.float32)
@@ -113,7 +115,7 @@ def _sums(
 
 @triton.jit
 def _cross_entropy(logits, at_label):
-    """Of each example [1, examples, 1], and its derivative by the logits [ROWS, examples, 1]."""
+    """Returns it [1, examples, 1], and its derivative by the logits [ROWS, examples, 1]."""
     shifted = logits - tl.max(logits, 0, keep_dims=True)  # a NaN shows in the sum
     exponentials = tl.exp(shifted)
     total = tl.sum(exponentials, 0, True)
@@ -140,7 +142,7 @@ def _slopes(
     CLASSES: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Derivatives by the logits, their centers and their radii, each [ROWS, examples, 1].
+    """Returns derivatives by the logits, their centers and radii, each [ROWS, examples, 1].
 
     The derivative by a worst-case logit is that by the center, but for the label's.
     Stores the terms and the bias' gradient of the tile.
@@ -188,7 +190,7 @@ def _slopes(
 
 @triton.jit
 def _with_sign(x, of):
-    """x * sign(of), and 0 where `of` is 0."""
+    """Returns x * sign(of), and 0 where `of` is 0."""
     return tl.where(of > 0, x, tl.where(of < 0, -x, 0.0))
 
 
@@ -212,7 +214,7 @@ def _gradients(
     RELU: tl.constexpr,
     DROPPED: tl.constexpr,
 ):
-    """The weight's gradient [ROWS, 1, features] of a tile; stores that of x."""
+    """Returns the weight's gradient [ROWS, 1, features] of a tile; stores that of x."""
     m, r, z, own, w = _load(x, weight, n, rows, f, batch, CLASSES, FEATURES, ROWS)
     at_label = _classes(ROWS) == rows
     difference = w - own
@@ -408,7 +410,7 @@ def _gradient_launch(
 
 
 def default_tiling(batch: int, classes: int, features: int) -> Tiling:
-    """For a GPU of about a hundred multiprocessors; nothing of it was measured."""
+    """Returns one for a GPU of about a hundred multiprocessors; nothing of it was measured."""
     rows = triton.next_power_of_2(classes)
     block = min(64 if rows <= 32 else 32, triton.next_power_of_2(features))
     examples = min(4, max(1, 2048 // (rows * block)))  # 16 elements of a tile for each thread
@@ -434,7 +436,7 @@ def loss(
     out: Loss | None = None,
     tiling: Tiling | None = None,
 ) -> Loss:
-    """Last linear layer, constrained IBP loss and its gradients; no scalar is read by the host.
+    """Computes last linear layer, constrained IBP loss and gradients; the host reads no scalar.
 
     With `z, mu, r = linear(x[2], W, b), linear(x[0], W, b), linear(x[1], W.abs())` and the
     worst-case logits `worst`, through the elided layer, of `Bounds.worst_logits`, the loss is

@@ -16,14 +16,14 @@ from torch import Tensor
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .precision import INTERPRETED
 from .shape import Shape
-from .streams import INTERPRETED
-from .tiles import Tiles
+from .tiles import TileConfig
 
 
 @triton.jit
 def tile_start(ROWS: tl.constexpr, COLUMNS: tl.constexpr, BOX: tl.constexpr):
-    """Image, row and column of a program's first pixel, of images of ROWS x COLUMNS."""
+    """Returns image, row and column of a program's first pixel, of images of ROWS x COLUMNS."""
     columns: tl.constexpr = (COLUMNS + BOX[2] - 1) // BOX[2]
     rows: tl.constexpr = (ROWS + BOX[1] - 1) // BOX[1]
     tile = tl.program_id(0)
@@ -33,15 +33,15 @@ def tile_start(ROWS: tl.constexpr, COLUMNS: tl.constexpr, BOX: tl.constexpr):
 
 @triton.jit
 def tile_pixels(
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIXELS: tl.constexpr, BOX: tl.constexpr
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BOX: tl.constexpr
 ):  # fmt: skip
-    """Image, row and column of each of a program's pixels; they may lie outside.
+    """Returns image, row and column of each of a program's pixels; they may lie outside.
 
     BOX: how many images, rows and columns they are of; None: they follow one another.
     """
-    pixel = tl.arange(0, PIXELS)
+    pixel = tl.arange(0, BLOCK_M)
     if BOX is None:
-        pixel += tl.program_id(0) * PIXELS
+        pixel += tl.program_id(0) * BLOCK_M
         return pixel // (ROWS * COLUMNS), pixel // COLUMNS % ROWS, pixel % COLUMNS
     else:
         n, y, x = tile_start(ROWS, COLUMNS, BOX)
@@ -49,13 +49,13 @@ def tile_pixels(
 
 
 @triton.jit
-def load_box(descriptor, n, y, row, x, channel, PIXELS: tl.constexpr, DEPTH: tl.constexpr):
-    """A tile [pixel, channel] through a descriptor of `operands`; zeros outside the images."""
-    return descriptor.load([n, y, row, x, channel]).reshape(PIXELS, DEPTH)
+def load_box(descriptor, n, y, row, x, channel, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Loads a tile [pixel, channel] by a descriptor of `operands`; zeros outside the images."""
+    return descriptor.load([n, y, row, x, channel]).reshape(BLOCK_M, BLOCK_K)
 
 
-def undescribed(kernel: str, shape: Shape, depth: int) -> str:
-    """Why tensor descriptors cannot load a kernel's tiles on this device; empty: they can."""
+def tma_obstacle(kernel: str, shape: Shape, depth: int) -> str:
+    """Returns why tensor descriptors cannot load a kernel's tiles here; empty: they can."""
     if not INTERPRETED and driver.active.get_current_target().arch < 90:
         return "the GPU is older than sm_90"
     if kernel == "forward":
@@ -72,39 +72,39 @@ def undescribed(kernel: str, shape: Shape, depth: int) -> str:
 
 
 def operands(
-    kernel: str, x: Tensor, weight: Tensor, shape: Shape, tiles: Tiles
+    kernel: str, x: Tensor, weight: Tensor, shape: Shape, tiles: TileConfig
 ) -> tuple[tuple[Any, ...], Any, tuple[int, int, int] | None, int]:
-    """What a kernel loads tiles of x [S, N, H, W, C] and weight [channels, products] from.
+    """Returns what a kernel loads tiles of x [S, N, H, W, C] and weight [channels, products] from.
 
     x: the inputs of "forward", the gradient of the outputs for "input_gradient". Also returns a
     tile's box, or None, and how many tiles the pixels are cut into. Raises ValueError where tiles
     are to have descriptors but cannot.
     """
-    if tiles.descriptors and (why := undescribed(kernel, shape, tiles.depth)):
+    if tiles.descriptors and (why := tma_obstacle(kernel, shape, tiles.block_k)):
         raise ValueError(f"tiles of {kernel} must not have descriptors: {why}")
     steps, images = shape.stride, (shape.batch, shape.out_height, shape.out_width)
     if kernel == "input_gradient":  # pixels that are a stride apart are of different programs
         rows, columns = map(triton.cdiv, shape[2:4], shape.stride)
         steps, images = (1, 1), (shape.batch, rows, columns)
     if not tiles.descriptors:
-        return three(tuple(x)), weight, None, triton.cdiv(prod(images), tiles.pixels)
-    box = box_of(images, tiles.pixels)
+        return pad_to_three(tuple(x)), weight, None, triton.cdiv(prod(images), tiles.block_m)
+    box = box_of(images, tiles.block_m)
     streams, n, h, w, c = x.shape
     strided = x.view(streams, n, h // steps[0], steps[0], w // steps[1], steps[1] * c)
-    block = [box[0], box[1], 1, box[2], tiles.depth]
+    block = [box[0], box[1], 1, box[2], tiles.block_k]
     described = tuple(TensorDescriptor.from_tensor(each, block) for each in strided)
-    weights = TensorDescriptor.from_tensor(weight, [tiles.channels, tiles.depth])
-    return three(described), weights, box, boxes(images, box)
+    weights = TensorDescriptor.from_tensor(weight, [tiles.block_n, tiles.block_k])
+    return pad_to_three(described), weights, box, boxes(images, box)
 
 
-def three(streams: tuple[Any, ...]) -> tuple[Any, ...]:
-    """With something in place of the nominal stream where there is none."""
+def pad_to_three(streams: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Puts something in place of the nominal stream where there is none."""
     return streams if len(streams) == 3 else (*streams, streams[0])
 
 
 def box_of(images: tuple[int, int, int], pixels: int) -> tuple[int, int, int]:
-    """How many images, rows and columns a tile is of: of those that make the fewest tiles, the one
-    whose taps share the most pixels.
+    """Returns how many images, rows and columns a tile is of: of those that make the fewest tiles,
+    the one whose taps share the most pixels.
     """
     sizes = [1 << i for i in range(pixels.bit_length())]
     every = [(pixels // (h * w), h, w) for h in sizes for w in sizes if h * w <= pixels]
@@ -112,4 +112,5 @@ def box_of(images: tuple[int, int, int], pixels: int) -> tuple[int, int, int]:
 
 
 def boxes(images: tuple[int, int, int], box: tuple[int, int, int]) -> int:
+    """Returns how many tiles that makes."""
     return prod(triton.cdiv(size, part) for size, part in zip(images, box, strict=True))

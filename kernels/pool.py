@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .epilogues import store_input_gradient, store_outputs
+from .precision import PRECISIONS
 from .shape import Shape
-from .streams import PRECISIONS
 
 PIXELS, CHANNELS = 16, 64
 
@@ -79,8 +79,8 @@ def input_gradient_kernel(
 
 
 def forward(x: Tensor, shape: Shape, precision: str, out: Tensor) -> Tensor:
-    """``avg_pool2d`` of each stream of x [3, N, H, W, C] into out [3, N, out_height, out_width, C],
-    with padding counted; returns partial sums of (upper - lower)^2.
+    """Computes ``avg_pool2d`` of each stream of x [3, N, H, W, C], with padding counted, into out
+    [3, N, out_height, out_width, C]; returns partial sums of (upper - lower)^2.
     """
     blocks = triton.cdiv(shape.out_pixels, PIXELS), triton.cdiv(shape.in_channels, CHANNELS)
     widths = x.new_empty(blocks[0] * blocks[1], dtype=torch.float32)
@@ -100,7 +100,7 @@ def input_gradient(
     relu: bool,
     width: Tensor | None,
 ) -> Tensor:
-    """The gradient of pooling's output -> that of its input x, as `conv2d.input_gradient`."""
+    """Computes the gradient of pooling's input x, as `conv2d.input_gradient`."""
     out = x.new_empty(x.shape)
     pixels = shape.batch * shape.in_height * shape.in_width
     blocks = triton.cdiv(pixels, PIXELS), triton.cdiv(shape.in_channels, CHANNELS)

@@ -43,7 +43,7 @@ class Shape(NamedTuple):
 
     @property
     def products(self) -> int:
-        """Of one output."""
+        """Returns how many one output is the sum of."""
         return self.kernel_height * self.kernel_width * self.in_channels
 
     def check_size(self) -> None:
@@ -57,6 +57,6 @@ class Shape(NamedTuple):
             )
 
     def constants(self) -> dict[str, int]:
-        """What the kernels are compiled for."""
+        """Returns what the kernels are compiled for."""
         sizes = (*self[1:9], *self.stride, *self.padding, *self.dilation)
         return dict(zip(CONSTANTS, sizes, strict=True))

@@ -19,22 +19,22 @@ import torch
 import triton
 from triton.runtime.driver import driver
 
+from .precision import INTERPRETED, Precision
 from .shape import Shape
-from .streams import INTERPRETED, Precision
 
 
-class Tiles(NamedTuple):
-    """Of one kernel. Of a weight gradient `pixels` is how many of a channel's products."""
+class TileConfig(NamedTuple):
+    """How a kernel is cut into programs."""
 
-    pixels: int
-    channels: int
-    depth: int  # products that are summed up in one step
-    warps: int = 4
-    stages: int = 3
-    splits: int = 1  # how many parts the sums are taken in
+    block_m: int  # pixels; of a weight gradient products of a channel
+    block_n: int  # channels
+    block_k: int  # products that are summed up in one step; of a weight gradient pixels
+    num_warps: int = 4
+    num_stages: int = 3
+    split_k: int = 1  # how many parts the sums are taken in
     weight_first: bool = False  # channels by pixels, which spares the copy of |W|
     # Loads by tensor descriptors, which the hardware of sm_90 and later turns into addresses (TMA);
-    # where `operands.undescribed` names no obstacle, never of a weight gradient.
+    # where `operands.tma_obstacle` names none, never of a weight gradient.
     descriptors: bool = False
 
 
@@ -42,8 +42,8 @@ KERNELS = ("forward", "input_gradient", "weight_gradient")
 PROGRAMS = 132  # that a large GPU runs at a time
 
 
-def tiles_for(kernel: str, shape: Shape, precision: Precision) -> Tiles:
-    """For one of KERNELS, on the current device.
+def tiles_for(kernel: str, shape: Shape, precision: Precision) -> TileConfig:
+    """Returns the tiles of one of KERNELS on the current device.
 
     Tables are read once in a process, so that a step and its graph keep their tiles; only what a
     check finds to be wrong, before it is used, is dismissed.
@@ -52,23 +52,23 @@ def tiles_for(kernel: str, shape: Shape, precision: Precision) -> Tiles:
     return _tiles_for(kernel, shape, precision, device)
 
 
-_dismissed: set[tuple[Shape, Precision]] = set()
+_default_only: set[tuple[Shape, Precision]] = set()
 
 
-def dismiss(shape: Shape, precision: Precision) -> bool:
-    """Takes the rule's tiles for this convolution from now on; whether others were taken before."""
-    if (shape, precision) in _dismissed or all(
+def use_default_tiles(shape: Shape, precision: Precision) -> bool:
+    """Takes the rule's tiles for this convolution from now on; returns whether that is new."""
+    if (shape, precision) in _default_only or all(
         tiles_for(kernel, shape, precision) == rule(kernel, shape, precision) for kernel in KERNELS
     ):
         return False
-    _dismissed.add((shape, precision))
+    _default_only.add((shape, precision))
     _tiles_for.cache_clear()
     return True
 
 
 @cache
-def _tiles_for(kernel: str, shape: Shape, precision: Precision, device: int) -> Tiles:
-    if (shape, precision) not in _dismissed and (where := current()):
+def _tiles_for(kernel: str, shape: Shape, precision: Precision, device: int) -> TileConfig:
+    if (shape, precision) not in _default_only and (where := current()):
         wanted = key(entry_for(where, kernel, precision.name, shape))
         for table in (_table(user_table()), _table(SHIPPED)):
             if wanted in table:
@@ -76,8 +76,8 @@ def _tiles_for(kernel: str, shape: Shape, precision: Precision, device: int) -> 
     return rule(kernel, shape, precision)
 
 
-def rule(kernel: str, shape: Shape, precision: Precision) -> Tiles:
-    """Where nothing was measured.
+def rule(kernel: str, shape: Shape, precision: Precision) -> TileConfig:
+    """Returns the tiles where nothing was measured.
 
     4 warps: with 8 Triton has miscompiled such loops (pytorch/pytorch#173068).
     """
@@ -91,8 +91,8 @@ def rule(kernel: str, shape: Shape, precision: Precision) -> Tiles:
         if precision.name == "float32" and shape.in_channels % 4:
             deep = 16  # as narrow loads leave fewer registers
         tiles = -(-shape.out_channels // channels) * -(-shape.products // products)
-        splits = _splits(tiles, shape.out_pixels, 4 * deep)
-        return Tiles(products, channels, deep, splits=splits)
+        split_k = split(tiles, shape.out_pixels, 4 * deep)
+        return TileConfig(products, channels, deep, split_k=split_k)
     if kernel == "forward":
         pixels, outputs, products = shape.out_pixels, shape.out_channels, shape.products
         whole = shape.in_channels
@@ -104,26 +104,26 @@ def rule(kernel: str, shape: Shape, precision: Precision) -> Tiles:
     # splitting float32, and narrow loads, leave fewer registers for sums
     spills = channels == 64 and (precision.name == "float32" or whole % 4)
     most = 32 if spills else 64
-    size = Tiles(_between(pixels, 16, most), channels, depth, weight_first=channels == 64)
+    config = TileConfig(_between(pixels, 16, most), channels, depth, weight_first=channels == 64)
     if kernel == "forward":
-        tiles = -(-pixels // size.pixels) * -(-outputs // channels)
-        return size._replace(splits=_splits(tiles, products, 4 * depth))
-    return size
+        tiles = -(-pixels // config.block_m) * -(-outputs // channels)
+        return config._replace(split_k=split(tiles, products, 4 * depth))
+    return config
 
 
 def _between(size: int, least: int, most: int) -> int:
-    """The power of two above size, within limits."""
+    """Returns the power of two above size, within limits."""
     return max(least, min(most, 1 << (size - 1).bit_length()))
 
 
-def _splits(tiles: int, length: int, least: int) -> int:
-    """Parts that fill the GPU, of no fewer than `least` summands each."""
+def split(tiles: int, length: int, least: int) -> int:
+    """Returns how many parts of sums fill the GPU, of no fewer than `least` summands each."""
     return max(1, min(PROGRAMS // tiles, length // least))
 
 
 # Tables
 
-FORMAT = 1
+FORMAT = 2
 SHIPPED = Path(__file__).with_name("tuned.json")
 ABOUT = (
     "Tiles that `cibp-fast tune` measured to be the fastest on the GPU named; without an entry the "
@@ -143,7 +143,7 @@ class Where(NamedTuple):
 
 
 def current() -> Where | None:
-    """Of the current device; None in the interpreter."""
+    """Returns that of the current device; None in the interpreter."""
     if INTERPRETED or not torch.cuda.is_available():  # compiled ahead of time
         return None
     return Where(
@@ -154,15 +154,21 @@ def current() -> Where | None:
 
 
 def user_table() -> Path:
-    """$CIBP_FAST_TUNED, or cibp_fast/tuned.json of $XDG_CACHE_HOME or ~/.cache."""
-    if path := os.environ.get("CIBP_FAST_TUNED"):
-        return Path(path)
+    """Returns $CIBP_FAST_TUNED, or tuned.json of the user's cache folder."""
+    path = os.environ.get("CIBP_FAST_TUNED")
+    return Path(path) if path else cache_folder() / "tuned.json"
+
+
+def cache_folder() -> Path:
+    """Returns the user's folder for what was measured here: cibp_fast of $XDG_CACHE_HOME or
+    ~/.cache.
+    """
     folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(folder, "cibp_fast", "tuned.json")
+    return Path(folder, "cibp_fast")
 
 
 def entry_for(where: Where, kernel: str, precision: str, shape: Shape) -> dict[str, Any]:
-    """An entry's part that it is found by."""
+    """Returns an entry's part that it is found by."""
     sizes = {
         name: list(size) if isinstance(size, tuple) else size
         for name, size in shape._asdict().items()
@@ -175,14 +181,14 @@ def key(entry: Mapping[str, Any]) -> Hashable:
 
 
 def text(entries: Sequence[Mapping[str, Any]]) -> str:
-    """A table, with a line for each entry."""
+    """Returns a table as JSON, with a line for each entry."""
     lines = ",\n".join(f"  {json.dumps(entry)}" for entry in entries)
     listed = f"[\n{lines}\n ]" if lines else "[]"
     return f'{{\n "format": {FORMAT},\n "about": {json.dumps(ABOUT)},\n "entries": {listed}\n}}\n'
 
 
 def read(path: Path) -> list[Any]:
-    """The entries of a table. Raises OSError or ValueError, naming the path, where it is none."""
+    """Returns the entries of a table. Raises OSError or ValueError, which name the path."""
     try:
         content = json.loads(path.read_text())
     except OSError as error:
@@ -198,8 +204,8 @@ def read(path: Path) -> list[Any]:
 
 
 @cache
-def _table(path: Path) -> dict[Hashable, Tiles]:
-    """A table's tiles by `key`; warns of what cannot be used, since training can do without."""
+def _table(path: Path) -> dict[Hashable, TileConfig]:
+    """Returns a table's tiles by `key`; warns of what cannot be used: training can do without."""
     table = {}
     try:
         entries = read(path)
@@ -219,40 +225,40 @@ def _warn(message: str) -> None:
     warnings.warn(message, stacklevel=2)
 
 
-def _tiles(entry: Any) -> Tiles:
-    """Raises ValueError where it has none that its kernel can be cut into."""
+def _tiles(entry: Any) -> TileConfig:
+    """Returns an entry's tiles. Raises ValueError where its kernel cannot be cut into them."""
     for name in (*KEYS, "tiles"):
         if not isinstance(entry, dict) or name not in entry:
             raise ValueError(f"it has no {name}")
     given = entry["tiles"]
     if not isinstance(given, dict):
         raise ValueError(f"tiles must be an object, not {given!r}")
-    defaults = Tiles._field_defaults
-    for name in given.keys() | (set(Tiles._fields) - defaults.keys()):
+    defaults = TileConfig._field_defaults
+    for name in given.keys() | (set(TileConfig._fields) - defaults.keys()):
         kind = bool if isinstance(defaults.get(name), bool) else int
-        if name not in Tiles._fields:
-            raise ValueError(f"tiles have no {name}, only {', '.join(Tiles._fields)}")
+        if name not in TileConfig._fields:
+            raise ValueError(f"tiles have no {name}, only {', '.join(TileConfig._fields)}")
         if type(given.get(name)) is not kind:
             raise ValueError(f"{name} must be of type {kind.__name__}, not {given.get(name)!r}")
-    tiles = Tiles(**given)
+    tiles = TileConfig(**given)
     if why := obstacle(entry["kernel"], tiles):
         raise ValueError(why)
     return tiles
 
 
-def obstacle(kernel: str, tiles: Tiles) -> str:
-    """Why a kernel cannot be cut into these tiles on any GPU; empty: it may be possible."""
-    for name in ("pixels", "channels", "depth"):
+def obstacle(kernel: str, tiles: TileConfig) -> str:
+    """Returns why a kernel cannot be cut into these tiles on any GPU; empty: it may be possible."""
+    for name in ("block_m", "block_n", "block_k"):
         size = getattr(tiles, name)
         if size not in (16, 32, 64, 128, 256, 512):
             return f"{name} must be a power of two from 16 to 512, not {size}"
-    if tiles.warps not in (4, 8):
-        return f"warps must be 4 or 8, not {tiles.warps}"
-    if not 1 <= tiles.stages <= 8:
-        return f"stages must be from 1 to 8, not {tiles.stages}"
+    if tiles.num_warps not in (4, 8):
+        return f"num_warps must be 4 or 8, not {tiles.num_warps}"
+    if not 1 <= tiles.num_stages <= 8:
+        return f"num_stages must be from 1 to 8, not {tiles.num_stages}"
     most = 1 if kernel == "input_gradient" else 65535  # of a grid's third axis
-    if not 1 <= tiles.splits <= most:
-        return f"splits of {kernel} must be from 1 to {most}, not {tiles.splits}"
+    if not 1 <= tiles.split_k <= most:
+        return f"split_k of {kernel} must be from 1 to {most}, not {tiles.split_k}"
     for name in ("weight_first", "descriptors"):
         if kernel == "weight_gradient" and getattr(tiles, name):
             return f"{name} must be false for weight_gradient"

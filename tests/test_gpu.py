@@ -41,7 +41,7 @@ def digits() -> tuple[nn.Module, Tensor, Tensor]:
 def test_certificates() -> None:
     model, x, y = digits()
     graphs = cf.certify(model, x, y, 0.01, sound=False, batch_size=25)
-    with _graphs.without():
+    with _graphs.graphs_disabled():
         expected = cf.certify(model, x, y, 0.01, sound=False, batch_size=25)
     assert torch.equal(graphs.margins, expected.margins)
     on_cpu = cf.certify(model.cpu(), x.cpu(), y.cpu(), 0.01, sound=False, batch_size=25)
@@ -54,7 +54,7 @@ def test_attacks(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, y = digits()
     options = {"steps": 25, "restarts": 2, "batch_size": 50}
     graphs = pgd(model, x, y, 0.03, **options)
-    with _graphs.without():
+    with _graphs.graphs_disabled():
         expected = pgd(model, x, y, 0.03, **options)
     assert torch.equal(graphs.found, expected.found) and graphs.found.any()
     assert torch.equal(graphs.adversarial, expected.adversarial)

@@ -262,7 +262,7 @@ def test_inside_the_capture_of_someone_else_it_is_a_call(gpu):
 
 def test_without_graphs(gpu):
     graphed, x = _graphs.Graphed(lambda x: (2 * x,)), torch.rand(2)
-    with _graphs.without():
+    with _graphs.graphs_disabled():
         for _ in range(4):
             assert torch.equal(graphed(x)[0], 2 * x)
     assert StandIn.captures == 0
@@ -277,9 +277,9 @@ def test_kept_graphs_serve_until_the_outermost_block_ends():
 
     model, other = nn.Identity(), nn.Identity()
     assert _graphs.graphed(double, model) is not _graphs.graphed(double, model)
-    with _graphs.kept():
+    with _graphs.reuse_graphs():
         first = _graphs.graphed(double, model, 0.5)
-        with _graphs.kept():
+        with _graphs.reuse_graphs():
             assert _graphs.graphed(double, model, 0.5) is first
         assert _graphs.graphed(double, model, 0.5) is first
         assert _graphs.graphed(double, model, 0.25) is not first
@@ -291,7 +291,7 @@ def test_kept_graphs_serve_until_the_outermost_block_ends():
         thread.start()
         thread.join()
         assert elsewhere[0] is not first
-    with _graphs.kept():
+    with _graphs.reuse_graphs():
         assert _graphs.graphed(double, model, 0.5) is not first
 
 

@@ -245,8 +245,17 @@ def test_backend_of_bounds_is_checked() -> None:
     x = torch.rand(2, 6)
     with pytest.raises(ValueError, match="backend must be one of"):
         cf.bounds(net(), x, Interval.ball(x, 0.1), backend="gpu")
-    with pytest.raises(ValueError, match="backend='cuda' cannot run"):
-        cf.bounds(net(), x, Interval.ball(x, 0.1), backend="cuda")
+    box = Interval.ball(x, 0.1)
+    weight = torch.rand(3, 6)
+    for run in (
+        lambda: cf.bounds(net(), x, box, backend="cuda"),
+        lambda: cf.functional.interval_linear(box, weight, backend="cuda"),
+        lambda: cf.ops.relu(x, x, None, backend="cuda"),
+    ):
+        with pytest.raises(
+            ValueError, match=r"^backend='cuda' runs whole networks \(cf\.fuse\); for"
+        ):
+            run()
     half = x.to(torch.bfloat16)
     with pytest.raises(ValueError, match=r"cannot run: no kernels for torch\.bfloat16"):
         cf.bounds(net().to(torch.bfloat16), half, Interval.ball(half, 0.1), backend="cpu")

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from cibp_fast.kernels import adam, conv2d, pool
+from cibp_fast.kernels import conv2d, pool, weights
+from cibp_fast.kernels.precision import Precision
 from cibp_fast.kernels.shape import Shape
-from cibp_fast.kernels.streams import Precision
-from cibp_fast.kernels.tiles import Tiles, tiles_for
+from cibp_fast.kernels.tiles import TileConfig, tiles_for
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -32,24 +32,24 @@ def large_tiles() -> Iterator[None]:
             patch.setattr(conv2d, "tiles_for", _large)
             patch.setattr(pool, "PIXELS", 256)
             patch.setattr(pool, "CHANNELS", 16)
-            patch.setattr(adam, "_TILE", (32, 64, 16))
-            patch.setattr(adam, "_FLAT", (128, 128, 1))
+            patch.setattr(weights, "TILE", (32, 64, 16))
+            patch.setattr(weights, "FLAT", (128, 128, 1))
         yield
 
 
-def _large(kernel: str, shape: Shape, precision: Precision) -> Tiles:
+def _large(kernel: str, shape: Shape, precision: Precision) -> TileConfig:
     """As many splits as there would be, up to 2."""
     tiles = tiles_for(kernel, shape, precision)
-    tiles = tiles._replace(splits=min(tiles.splits, 2))
+    tiles = tiles._replace(split_k=min(tiles.split_k, 2))
     if kernel == "weight_gradient":
         channels, products = _power(shape.out_channels), _power(shape.products)
-        return tiles._replace(pixels=products, channels=channels, depth=max(tiles.depth, 64))
+        return tiles._replace(block_m=products, block_n=channels, block_k=max(tiles.block_k, 64))
     if kernel == "forward":
         pixels, channels, depth = shape.out_pixels, shape.out_channels, shape.products
     else:
         pixels = shape.batch * shape.in_height * shape.in_width
         channels, depth = shape.in_channels, shape.out_channels
-    return tiles._replace(pixels=_power(pixels), channels=_power(channels), depth=_power(depth))
+    return tiles._replace(block_m=_power(pixels), block_n=_power(channels), block_k=_power(depth))
 
 
 def _power(size: int) -> int:

@@ -114,13 +114,11 @@ def _chosen(
 ) -> str:
     """Returns the backend that runs a layer; raises ValueError where an explicit one cannot."""
     backend = backends.asked(backend)
-    name, _ = backends.select(backend, lower.device, lower.dtype)
+    name, _ = backends.select_layer(backend, lower.device, lower.dtype)
     obstacle = ""
     if name == "torch":
         return name
-    if name == "cuda":
-        obstacle = "it runs whole networks (cf.fuse); for single layers take 'triton'"
-    elif 0 in weight.shape:
+    if 0 in weight.shape:
         obstacle = f"weight {tuple(weight.shape)} is empty"
     elif name == "triton" and shape.groups != 1:
         obstacle = f"groups must be 1 for Triton's kernels, got {shape.groups}"

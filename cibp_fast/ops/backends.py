@@ -161,6 +161,17 @@ def select(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[str,
     return "torch", obstacle
 
 
+def select_layer(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """Returns what `select` does, for the op of a single layer, and raises ValueError as it does;
+    also for "cuda", which has no such ops.
+    """
+    if backend == "cuda":
+        raise ValueError(
+            "backend='cuda' runs whole networks (cf.fuse); for single layers take 'triton'"
+        )
+    return select(backend, device, dtype)
+
+
 def _cpu_obstacle(device: torch.device, dtype: torch.dtype) -> str:
     """Returns why the CPU's kernels cannot run on such tensors; empty: they can."""
     if device.type != "cpu":

@@ -1,8 +1,8 @@
 """Whether a kernel computes the right numbers on this device; `backend="auto"` asks before it uses
 one, since a miscompiled kernel would be fast and wrong.
 
-A result is kept for as long as device, versions and tiles stay, in memory and in a file of the
-user's cache folder ($XDG_CACHE_HOME or ~/.cache, cibp_fast/checks.json).
+A result is kept for as long as device, versions and tiles stay, in memory and in checks.json of the
+user's cache folder (`kernels.tiles.cache_folder`).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ import triton
 from cibp_fast._graphs import capturing
 from cibp_fast._version import __version__
 from cibp_fast.kernels import layers
+from cibp_fast.kernels.precision import PRECISIONS
 from cibp_fast.kernels.shape import Shape
-from cibp_fast.kernels.streams import PRECISIONS
-from cibp_fast.kernels.tiles import KERNELS, dismiss, tiles_for
-from cibp_fast.ops import gpu_network
-from cibp_fast.ops.numerics import Errors, ends_errors, layer_errors, relu_errors, stage_errors
+from cibp_fast.kernels.tiles import KERNELS, cache_folder, tiles_for, use_default_tiles
+from cibp_fast.ops.gpu_network import shape_of
+from cibp_fast.ops.numerics import Errors, layer_errors, network_errors, relu_errors
 
 NO_MEMORY = "there is no memory to check its kernels"
 
@@ -39,58 +39,47 @@ def network_failure(
     precision: str,
     device: torch.device,
 ) -> str:
-    """Why the kernels must not be used on this GPU for a network as `cf.fuse` runs it; empty: they
-    may.
+    """Returns why the kernels must not be used on this GPU for a network as `cf.fuse` runs it;
+    empty: they may.
 
     stages: of `cibp_fast.ops.network.Stage`. biases: of each but pooling, whether it has one.
     """
-    has_bias = iter(biases)
-    for i, stage in enumerate(stages):
-        shape = gpu_network.shape_of(stage, batch)
-        options = {
-            "bias": not stage.pool and next(has_bias),
-            "before": i > 0 and stages[i - 1].relu,
-            "last": stage is stages[-1],
-        }
-        why = checked(
-            ("stage", precision, stage.pool, stage.relu, *options.values(), tuple(shape)),
-            [] if stage.pool else [(shape, precision)],
-            device,
-            partial(stage_errors, stage, shape, precision, device, **options),
-        )
-        if why:
-            return why
-    return checked(
-        ("ends", precision, batch, biases[-1], *(stage.numbers() for stage in stages)),
-        [(gpu_network.shape_of(stages[-1], batch), precision)],
+    return failure_reason(
+        ("network", precision, batch, *biases, *(stage.numbers() for stage in stages)),
+        tiled(stages, batch, precision),
         device,
-        partial(ends_errors, stages, batch, precision, device, biases[-1]),
+        partial(network_errors, stages, biases, batch, precision, device),
     )
 
 
+def tiled(stages: Sequence[Any], batch: int, precision: str) -> list[tuple[Shape, str]]:
+    """Returns the convolutions of a network, and their precision, whose tiles it depends on."""
+    return [(shape_of(stage, batch), precision) for stage in stages if not stage.pool]
+
+
 def layer_failure(shape: Shape, nominal: bool, bias: bool, device: torch.device) -> str:
-    """The same of an affine layer as `cibp_fast.ops` runs it, with a nominal stream and a bias or
-    without.
+    """Returns the same of an affine layer as `cibp_fast.ops` runs it, with a nominal stream and a
+    bias or without.
 
     shape: its geometry.
     """
-    tiled = [(shape, layers.PRECISION)]
+    convolutions = [(shape, layers.PRECISION)]
     check = partial(layer_errors, shape, device, nominal, bias)
-    return checked(("layer", nominal, bias, *shape), tiled, device, check)
+    return failure_reason(("layer", nominal, bias, *shape), convolutions, device, check)
 
 
 def relu_failure(nominal: bool, device: torch.device) -> str:
-    """The same of ReLU."""
-    return checked(("relu", nominal), [], device, partial(relu_errors, device, nominal))
+    """Returns the same of ReLU."""
+    return failure_reason(("relu", nominal), [], device, partial(relu_errors, device, nominal))
 
 
-def checked(
+def failure_reason(
     of: tuple[Any, ...],
     tiled: Sequence[tuple[Shape, str]],
     device: torch.device,
     check: Callable[[], Errors],
 ) -> str:
-    """Why what was checked must not be used on this GPU; empty: it may.
+    """Returns why what was checked must not be used on this GPU; empty: it may.
 
     Checks it where that was not done yet, which is not possible while a graph is captured.
 
@@ -105,10 +94,13 @@ def checked(
                 return (
                     "its kernels were not checked before a graph was captured: run it once before"
                 )
-            why = _why(check)
-            if why not in ("", NO_MEMORY) and _dismissed(tiled):
+            why = _run(check)
+            # all of them, not only up to the first
+            if why not in ("", NO_MEMORY) and any(
+                [use_default_tiles(shape, PRECISIONS[precision]) for shape, precision in tiled]
+            ):
                 _warn(f"tuned tiles are not used, but the rule's: {why} (of {of})")
-                return checked(of, tiled, device, check)
+                return failure_reason(of, tiled, device, check)
             if why:
                 _warn(f"PyTorch runs what Triton's kernels should: {why} (of {of})")
             if why == NO_MEMORY:  # there may be some the next time
@@ -118,16 +110,12 @@ def checked(
     return known[key]
 
 
-def _dismissed(tiled: Sequence[tuple[Shape, str]]) -> bool:
-    """Whether tuned tiles were in use, which they are no longer, for any of these."""
-    return any([dismiss(shape, PRECISIONS[precision]) for shape, precision in tiled])
-
-
 def _warn(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
-def _why(check: Callable[[], Errors]) -> str:
+def _run(check: Callable[[], Errors]) -> str:
+    """Runs a check; returns why it failed, or nothing."""
     try:
         # random numbers are the CPU's, whatever the default device is
         with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
@@ -136,9 +124,9 @@ def _why(check: Callable[[], Errors]) -> str:
         return NO_MEMORY
     except Exception as error:  # whatever a compiler or driver raises
         return f"its kernels do not run here ({type(error).__name__}: {str(error)[:200]})"
-    for name, (error, allowed) in found.items():
-        if not error <= allowed:
-            return f"{name} is wrong on this GPU, by {error:.1e} relative to float64"
+    for name, (off, allowed) in found.items():
+        if not off <= allowed:
+            return f"{name} is wrong on this GPU, by {off:.1e} relative to float64"
     return ""
 
 
@@ -152,13 +140,13 @@ def _key(of: tuple[Any, ...], tiled: Sequence[tuple[Shape, str]], device: torch.
 
 
 def _where(device: torch.device) -> tuple[Any, ...]:
-    """What every result is of."""
+    """Returns what every result depends on."""
     gpu = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
     return *gpu, triton.__version__, torch.__version__, __version__
 
 
 def summary(device: torch.device) -> str:
-    """What was checked on this GPU until now, for `cibp-fast info`."""
+    """Returns what was checked on this GPU until now, for `cibp-fast info`."""
     here = " ".join(map(str, _where(device))) + " "
     found = {key.removeprefix(here): why for key, why in _read().items() if key.startswith(here)}
     failed = [f"{why} (of {of})" for of, why in found.items() if why]
@@ -167,13 +155,12 @@ def summary(device: torch.device) -> str:
 
 
 def _file() -> Path:
-    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(folder) / "cibp_fast" / "checks.json"
+    return cache_folder() / "checks.json"
 
 
 @cache
 def _known() -> dict[str, str]:
-    """Results by `_key`; what failed in another process may not fail in this one."""
+    """Returns results by `_key`; what failed in another process may not fail in this one."""
     return {key: why for key, why in _read().items() if not why}
 
 

@@ -1,13 +1,15 @@
 """How far the kernels are from float64 on this device, on random numbers that are stored exactly.
 
-A step of training has a module of its own, step_check.
+Each stage is followed in float64 from what the kernels stored as its input, so that no rounding
+moves a unit into another state; gradients are followed through the states that were stored. A
+training step's check (training/gpu_step_check.py) does it too.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from math import prod
 from typing import Any
 
@@ -15,169 +17,78 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cibp_fast import reference
-from cibp_fast.kernels import adam, conv2d, inputs, layers, pool
+from cibp_fast import ops, reference
+from cibp_fast.kernels import conv2d, layers, pack, relu
+from cibp_fast.kernels.precision import rounded_like
 from cibp_fast.kernels.shape import Shape
-from cibp_fast.kernels.streams import rounded_like
-from cibp_fast.kernels.tiles import KERNELS, Tiles
+from cibp_fast.kernels.tiles import KERNELS, TileConfig
 from cibp_fast.ops import gpu_network
 
-# Of a result, relative in the 2-norm: the products are of numbers that are stored exactly, so that
-# what is left is summing in float32 and rounding once.
+# Of a result, relative: the products are of numbers that are stored exactly, so that what is left
+# is summing in float32 and rounding once.
 TOLERANCES = {"float32": 1e-5, "tf32": 1e-3, "bf16": 6e-3}
+# Of gradients behind several stages, each of which rounds what it hands on.
+CHAINED = {"float32": 1e-4, "tf32": 1e-2, "bf16": 8e-2}
 
 Errors = dict[str, tuple[float, float]]  # by what is wrong then: how large, and how large it may be
 
 
-def few_bits(random: torch.Generator, device: torch.device | str, *size: int) -> Tensor:
-    """Numbers of which sums of two, and their halves, are stored exactly in every precision."""
-    return torch.randint(-63, 64, size, generator=random).to(device) / 16
+# Errors
 
 
-def activated(m: Tensor, r: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Center, radius and nominal behind a ReLU; equal center and radius where it is not active."""
-    lower, upper = (m - r).relu(), (m + r).relu()
-    return (upper + lower) / 2, (upper - lower) / 2, z.relu()
+def relative(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
+    """Returns the largest of the tensors' errors, relative in the 2-norm; NaN where one is NaN."""
+    errors = [
+        (a.double() - b).norm() / b.norm().clamp(min=1e-30)
+        for a, b in zip(found, expected, strict=True)
+    ]
+    return float(torch.stack(errors).detach().max())  # Python's max may drop NaN
 
 
-class Case:
-    """A convolution of random numbers, whose kernels run as in a network, and their results in
-    float64.
+def deviation(found: Iterable[Tensor | None], expected: Iterable[Tensor | None]) -> float:
+    """Returns the larger of the relative 2-norm and maximum-norm errors of all that are there.
 
-    bias: whether it has one. relu: whether one is behind it. before: whether one is in front of it,
-    and width: whether the width there has a gradient. head: whether its input has a further one.
-    lost: whether there is a NaN among the inputs.
+    The latter shows a single wrong number. NaN is expected to be where it is, else that is NaN.
     """
-
-    def __init__(
-        self,
-        shape: Shape,
-        precision: str,
-        device: torch.device | str,
-        *,
-        bias: bool = True,
-        relu: bool = True,
-        before: bool = True,
-        width: bool = True,
-        head: bool = False,
-        lost: bool = False,
-    ) -> None:
-        self.shape, self.precision = shape, precision
-        random = torch.Generator().manual_seed(0)
-
-        def numbers(*size: int) -> Tensor:
-            return rounded_like(torch.randn(size, generator=random).to(device), precision)
-
-        batch, channels, outputs = shape.batch, shape.in_channels, shape.out_channels
-        x = few_bits(random, device, 3, batch, shape.in_height, shape.in_width, channels)
-        x[1].abs_()
-        x = torch.stack(activated(*x)) if before else x
-        if lost:
-            x[:, -1, 0, 0, -1] = torch.nan
-        self.x = rounded_like(x, precision)
-        self.weight = numbers(outputs, shape.kernel_height, shape.kernel_width, channels)
-        self.weight.view(-1)[::7] = 0  # whose sign is 0
-        self.bias = torch.randn(outputs, generator=random).to(device) if bias else None
-        self.gradient = numbers(3, batch, shape.out_height, shape.out_width, outputs)
-        self.transposed = self.weight.permute(1, 2, 3, 0).contiguous()
-        self.relu, self.before = relu, before
-        self.width = torch.full((1,), 0.1, device=device) if before and width else None
-        self.head = self.x[:2].flip(0).float() if head else None
-        self.expected: dict[str, list[Tensor]] = {}
-
-    def launch(self, kernel: str, tiles: Tiles | None = None) -> tuple[Tensor, ...]:
-        """Runs one of KERNELS, cut into these tiles or those of `tiles_for`."""
-        of = (self.shape, self.precision)
-        if kernel == "forward":
-            given = (self.x, self.weight, self.bias)
-            return conv2d.forward(*given, *of, relu=self.relu, tiles=tiles)
-        if kernel == "weight_gradient":
-            return conv2d.weight_gradient(self.gradient, self.x, self.weight, *of, tiles=tiles)
-        given = (self.gradient, self.transposed)
-        before = {"x": self.x, "relu": self.before, "width": self.width, "head": self.head}
-        return (conv2d.input_gradient(*given, *of, **before, tiles=tiles),)
-
-    def error(self, kernel: str, tiles: Tiles | None = None) -> float:
-        """`deviation` of its outputs."""
-        if kernel not in self.expected:
-            self.expected[kernel] = getattr(self, f"_{kernel}")()
-        first, *partials = self.launch(kernel, tiles)
-        if kernel == "weight_gradient":
-            found = [_exact(first.sum(0)), partials[0].double().sum(0)]
-        else:
-            found = [*_exact(first), *(each.double().sum() for each in partials)]
-        return deviation(found, self.expected[kernel])
-
-    def _forward(self) -> list[Tensor]:
-        w = _exact(self.weight)
-        mu, r, z = (
-            convolved(each, each_w, self.shape)
-            for each, each_w in zip(_exact(self.x), (w, w.abs(), w), strict=True)
-        )
-        if self.bias is not None:
-            mu, z = (each + self.bias.double().view(-1, 1, 1) for each in (mu, z))
-        if self.relu:
-            half = (mu + r).relu() / 2
-            mu, r, z = torch.where(mu > r, mu, half), torch.where(mu > r, r, half), z.relu()
-        return [mu, r, z, 4 * r.square().sum()]
-
-    def _input_gradient(self) -> list[Tensor]:
-        w = _exact(self.weight)
-        return self._before_relu((w, w.abs(), w))
-
-    def _before_relu(self, weights: Sequence[Tensor], groups: int = 1) -> list[Tensor]:
-        """The gradient of x, before its ReLU if it has one; weights: of each stream."""
-        m, r, z = _exact(self.x)
-        of_m, of_r, of_z = (
-            _vjp(lambda x, w=w: convolved(x, w, self.shape, groups), m, each)
-            for w, each in zip(weights, _exact(self.gradient), strict=True)
-        )
-        if self.head is not None:
-            of_m, of_r = (a + b for a, b in zip((of_m, of_r), _exact(self.head), strict=True))
-        if self.width is not None:
-            of_r = of_r + 8 * self.width.double() * r
-        if not self.before:
-            return [of_m, of_r, of_z]
-        half = torch.where(m > 0, (of_m + of_r) / 2, 0)
-        return [torch.where(m > r, of_m, half), torch.where(m > r, of_r, half), of_z * (z > 0)]
-
-    def _weight_gradient(self) -> list[Tensor]:
-        w, of_outputs = _exact(self.weight), _exact(self.gradient)
-        plus, magnitude, nominal = (
-            _vjp(lambda w, x=x: convolved(x, w, self.shape), w, each)
-            for x, each in zip(_exact(self.x), of_outputs, strict=True)
-        )
-        bias = (of_outputs[0] + of_outputs[2]).sum((0, 2, 3))
-        return [plus + w.sign() * magnitude + nominal, bias]
+    errors = [torch.zeros((), dtype=torch.float64)]
+    for a, b in zip(found, expected, strict=True):
+        if a is None or b is None:
+            continue
+        nan = b.isnan()
+        if not torch.equal(a.isnan(), nan):
+            return math.nan
+        a, b = (each.detach().double().masked_fill(nan, 0.0).reshape(-1) for each in (a, b))
+        for order in (2, math.inf):
+            errors.append(((a - b).norm(order) / b.norm(order).clamp(min=1e-30)).cpu())
+    return float(torch.stack(errors).max())
 
 
-class Pooling(Case):
-    """The same of average pooling, without a ReLU behind it or a further gradient."""
-
-    def launch(self, kernel: str, tiles: Tiles | None = None) -> tuple[Tensor, ...]:
-        shape, precision = self.shape, self.precision
-        if kernel == "input_gradient":
-            before = {"relu": self.before, "width": self.width}
-            return (pool.input_gradient(self.gradient, self.x, shape, precision, **before),)
-        out = torch.empty_like(self.gradient)
-        return out, pool.forward(self.x, shape, precision, out)
-
-    def _mean(self) -> Tensor:
-        """Pooling as a convolution's weight."""
-        kernel = (self.shape.kernel_height, self.shape.kernel_width)
-        size = (self.shape.in_channels, 1, *kernel)
-        return self.x.new_full(size, 1 / prod(kernel), dtype=torch.float64)
-
-    def _forward(self) -> list[Tensor]:
-        mean, channels = self._mean(), self.shape.in_channels
-        m, r, z = (convolved(each, mean, self.shape, channels) for each in _exact(self.x))
-        return [m, r, z, 4 * r.square().sum()]
-
-    def _input_gradient(self) -> list[Tensor]:
-        return self._before_relu([self._mean()] * 3, self.shape.in_channels)
+# The model in float64, on streams [3, N, C, H, W]
 
 
-def convolved(x: Tensor, weight: Tensor, shape: Shape, groups: int = 1) -> Tensor:
+def exact(streams: Tensor) -> Tensor:
+    """Returns streams, or a weight, whose channels are last, in float64 and in torch's order."""
+    return streams.double().movedim(-1, 1 if streams.dim() == 4 else 2)
+
+
+def affine(
+    x: Tensor, shape: Shape, weight: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """Returns a convolution of the streams x; average pooling where there is no weight."""
+    if weight is None:
+        kernel = (shape.kernel_height, shape.kernel_width)
+        mean = x.new_full((shape.in_channels, 1, *kernel), 1 / prod(kernel))
+        return torch.stack([_convolved(each, mean, shape, shape.in_channels) for each in x])
+    m, r, z = (
+        _convolved(each, w, shape)
+        for each, w in zip(x, (weight, weight.abs(), weight), strict=True)
+    )
+    if bias is not None:
+        m, z = (each + bias.view(-1, 1, 1) for each in (m, z))
+    return torch.stack([m, r, z])
+
+
+def _convolved(x: Tensor, weight: Tensor, shape: Shape, groups: int = 1) -> Tensor:
     """F.conv2d of x [N, C, H, W], with the padding that the shape has in front and needs behind."""
     ends = [
         (out - 1) * step + dilation * (size - 1) + 1 - begin - given
@@ -190,270 +101,358 @@ def convolved(x: Tensor, weight: Tensor, shape: Shape, groups: int = 1) -> Tenso
     return F.conv2d(padded, weight, None, shape.stride, 0, shape.dilation, groups)
 
 
-def relative(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
-    """The largest of the tensors' errors, relative in the 2-norm; NaN where one has a NaN."""
-    errors = [
-        (a.double() - b).norm() / b.norm().clamp(min=1e-30)
-        for a, b in zip(found, expected, strict=True)
+def activated(x: Tensor) -> Tensor:
+    """Returns the streams behind a ReLU; equal center and radius where it is not active."""
+    m, r, z = x
+    lower, upper = (m - r).relu(), (m + r).relu()
+    return torch.stack([(upper + lower) / 2, (upper - lower) / 2, z.relu()])
+
+
+def rectified(x: Tensor, stored: Tensor) -> Tensor:
+    """Returns the same as a linear function, in the states that the stored streams tell."""
+    m, r, z = x
+    half = torch.where(stored[0] > 0, (m + r) / 2, 0.0)
+    active = stored[0] > stored[1]
+    m, r = torch.where(active, m, half), torch.where(active, r, half)
+    return torch.stack([m, r, torch.where(stored[2] > 0, z, 0.0)])
+
+
+def squares(x: Tensor) -> Tensor:
+    """Returns the sum of (upper - lower)^2."""
+    return 4 * x[1].square().sum()
+
+
+def vjp(
+    outputs: Sequence[Tensor | None],
+    inputs: Sequence[Tensor | None],
+    gradients: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Returns the gradients of the inputs, from those of outputs; what is None has none."""
+    ends = [
+        (out, gradient.to(out.dtype))
+        for out, gradient in zip(outputs, gradients, strict=True)
+        if out is not None and gradient is not None
     ]
-    return float(torch.stack(errors).detach().max())  # Python's max may drop NaN
+    outs, grads = zip(*ends, strict=True)
+    there = [each for each in inputs if each is not None]
+    options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    found = iter(torch.autograd.grad(outs, there, grads, **options))
+    return [None if each is None else next(found) for each in inputs]
 
 
-def deviation(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
-    """The same, and of the largest numbers, so that a single wrong one shows; NaN where one of both
-    has a NaN.
+def follow(
+    stages: Sequence[Any],
+    weights: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    streams: Sequence[Tensor],
+    x: Tensor,
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Follows x, which was stored as streams[0], through all stages but the last.
+
+    Args:
+        weights: of each stage [Cout, Cin, KH, KW] in float64, None of pooling. biases: likewise.
+        streams: the stored input of each stage, [3, N, H, W, C].
+
+    Returns:
+        what each stage should have stored, but for rounding; the squares of its output, and the
+        last stage's input, which gradients can be taken of.
     """
-    errors = []
-    for a, b in zip(found, expected, strict=True):
-        lost = b.isnan()
-        if not torch.equal(a.isnan(), lost):
-            return math.nan
-        a, b = (each.double().masked_fill(lost, 0.0).reshape(-1) for each in (a, b))
-        errors += [(a - b).norm(order) / b.norm(order).clamp(min=1e-30) for order in (2, math.inf)]
-    return float(torch.stack(errors).detach().max())
+    expected, widths = [], []
+    for i, (stage, weight, bias) in enumerate(zip(stages[:-1], weights, biases, strict=False)):
+        shape = gpu_network.convolution_of(stage, x.shape[1])
+        with torch.no_grad():
+            out = affine(exact(streams[i]), shape, weight, bias)
+            expected.append(activated(out) if stage.relu else out)
+        x = affine(x, shape, weight, bias)
+        if stage.relu:
+            x = rectified(x, exact(streams[i + 1]))
+        widths.append(squares(x))
+    return expected, widths, x
 
 
-def _exact(tensor: Tensor) -> Tensor:
-    return tensor.double().movedim(-1, 1 if tensor.dim() == 4 else 2)
+def stored_errors(
+    streams: Sequence[Tensor],
+    widths: Sequence[Tensor | None],
+    expected: Sequence[Tensor],
+    precision: str,
+    what: str = "",
+) -> Errors:
+    """Returns the errors of what each stage but the last stored, and of its sum of squares."""
+    return {
+        f"the forward of layer {i}{what}": (
+            deviation([exact(streams[i]), width], [each, None if width is None else squares(each)]),
+            TOLERANCES[precision],
+        )
+        for i, (each, width) in enumerate(zip(expected, widths, strict=True), 1)
+    }
 
 
-def _vjp(function: Callable[[Tensor], Tensor], x: Tensor, gradient: Tensor) -> Tensor:
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        return torch.autograd.grad(function(x), x, gradient)[0]
+# Random numbers
+
+
+def few_bits(random: torch.Generator, device: torch.device | str, *size: int) -> Tensor:
+    """Returns numbers of which sums of two, and halves, are stored exactly in every precision."""
+    return torch.randint(-63, 64, size, generator=random).to(device) / 16
+
+
+def parameters(
+    stages: Sequence[Any],
+    biases: Sequence[bool],
+    random: torch.Generator,
+    device: torch.device | str,
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Returns weights and biases of each stage but pooling, under which units of all states occur.
+
+    Of each three outputs the weights of one are mostly positive, of one mostly negative.
+    """
+    weights: list[Tensor] = []
+    for stage in (each for each in stages if not each.pool):
+        size = (stage.output[0], stage.input[0], *stage.kernel)
+        shift = 1.5 * (torch.arange(size[0]) % 3 - 1).view(-1, 1, 1, 1)
+        weight = (torch.randn(size, generator=random) + shift) / prod(size[1:])
+        weight.view(-1)[::7] = 0  # whose sign is 0
+        weights.append(weight.to(device))
+    of_outputs = [0.1 * torch.randn(len(weight), generator=random) for weight in weights]
+    return weights, [
+        bias.to(device) if there else None for bias, there in zip(of_outputs, biases, strict=True)
+    ]
+
+
+# A single convolution
+
+
+class Case:
+    """A convolution of random numbers between two ReLUs, whose kernels run as in a network, and
+    their results in float64.
+    """
+
+    def __init__(self, shape: Shape, precision: str, device: torch.device | str) -> None:
+        self.shape, self.precision = shape, precision
+        random = torch.Generator().manual_seed(0)
+
+        def numbers(*size: int) -> Tensor:
+            return rounded_like(torch.randn(size, generator=random).to(device), precision)
+
+        batch, channels, outputs = shape.batch, shape.in_channels, shape.out_channels
+        x = few_bits(random, device, 3, batch, shape.in_height, shape.in_width, channels)
+        x[1].abs_()
+        self.x = rounded_like(activated(x), precision)
+        self.weight = numbers(outputs, shape.kernel_height, shape.kernel_width, channels)
+        self.weight.view(-1)[::7] = 0  # whose sign is 0
+        self.transposed = self.weight.permute(1, 2, 3, 0).contiguous()
+        self.bias = torch.randn(outputs, generator=random).to(device)
+        self.gradient = numbers(3, batch, shape.out_height, shape.out_width, outputs)
+        self.width = torch.full((1,), 0.1, device=device)
+
+    def launch(self, kernel: str, tiles: TileConfig | None = None) -> tuple[Tensor, ...]:
+        """Runs one of KERNELS, cut into these tiles or those of `tiles_for`."""
+        of = (self.shape, self.precision)
+        if kernel == "forward":
+            given = (self.x, self.weight, self.bias)
+            return conv2d.forward(*given, *of, relu=True, tiles=tiles)
+        if kernel == "weight_gradient":
+            return conv2d.weight_gradient(self.gradient, self.x, self.weight, *of, tiles=tiles)
+        before = {"x": self.x, "relu": True, "width": self.width}
+        return (conv2d.input_gradient(self.gradient, self.transposed, *of, **before, tiles=tiles),)
+
+    def error(self, kernel: str, tiles: TileConfig | None = None) -> float:
+        """Returns the `deviation` of its outputs."""
+        first, *partials = self.launch(kernel, tiles)
+        if kernel == "weight_gradient":
+            found = [exact(first.sum(0)), partials[0].double().sum(0)]
+        else:
+            found = [exact(first), *(each.double().sum() for each in partials)]
+        return deviation(found, self.expected[kernel])
+
+    @cached_property
+    def expected(self) -> dict[str, list[Tensor]]:
+        """The results of each kernel."""
+        leaves = [exact(self.x), exact(self.weight), self.bias.double()]
+        with torch.enable_grad():
+            x, weight, bias = (each.requires_grad_() for each in leaves)
+            y = rectified(x, x.detach())
+            out = affine(y, self.shape, weight, bias)
+            total = (out * exact(self.gradient)).sum() + self.width.double() * squares(y)
+            of_x, *of_parameters = torch.autograd.grad(total, [x, weight, bias])
+        out = activated(out.detach())
+        return {
+            "forward": [out, squares(out)],
+            "input_gradient": [of_x],
+            "weight_gradient": of_parameters,
+        }
 
 
 def errors(shape: Shape, precision: str, device: torch.device | str) -> dict[str, float]:
-    """Each kernel's error on random numbers against float64, see `Case.error`."""
+    """Returns each kernel's error on random numbers against float64, see `Case.error`."""
     case = Case(shape, precision, device)
     return {kernel: case.error(kernel) for kernel in KERNELS}
+
+
+# A network
+
+# Which of the outputs have gradients, of logits (3), head (2) and widths: what the loss takes, it
+# says too late.
+KINDS = {
+    "": range(6),
+    " from the logits": range(3),
+    " from logits and widths": (0, 1, 2, 5),
+    " from the head": (3, 4),
+    " from one of each": (0, 3),
+}
+
+
+def network_errors(
+    stages: Sequence[Any],
+    biases: Sequence[bool],
+    batch: int,
+    precision: str,
+    device: torch.device | str,
+) -> Errors:
+    """Returns the errors of a network as `cf.fuse` runs it, forward and backward.
+
+    biases: of each stage but pooling, whether it has one.
+    """
+    random = torch.Generator().manual_seed(0)
+    weights, offsets = parameters(stages, biases, random, device)
+    weights = [rounded_like(weight, precision).float() for weight in weights]
+    few = partial(few_bits, random, device, batch)
+    first, last, count = stages[0], stages[-1], len(weights)
+    center, radius = few(*first.input).abs(), (few(*first.input).abs() * 4).round() / 16
+    box = [center - radius, center + radius, few(*first.input)]
+    given = [*box, *weights, *offsets]
+    leaves = [None if each is None else each.double().requires_grad_() for each in given]
+    exact_weights = by_stage(stages, leaves[3:])
+    exact_biases = by_stage(stages, leaves[3 + count :])
+    divisors = [2] * len(stages)  # small ones, so that the gradients of widths are seen
+    found: Errors = {}
+
+    def last_layer(x: Tensor) -> tuple[list[Tensor], Tensor]:
+        shape = gpu_network.convolution_of(last, batch)
+        out = affine(x, shape, exact_weights[-1], exact_biases[-1]).flatten(2)
+        m, r, _ = x.flatten(2)
+        return [out[0] - out[1], out[0] + out[1], out[2], m - r, m + r], squares(out)
+
+    def forward(x: Tensor, what: str = "") -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Runs and compares it; returns its outputs, and those expected, to be differentiated."""
+        *outputs, saved = gpu_network.forward(
+            *(box[0], box[1], box[2]), stages, weights, offsets, divisors, precision
+        )
+        streams = gpu_network.saved_streams(saved, stages, batch, precision)
+        stored, widths, x = follow(stages, exact_weights, exact_biases, streams, x)
+        with torch.no_grad():
+            results, width = last_layer(exact(streams[-1]))
+        counted = list(outputs[5].double() * torch.tensor(divisors, device=device))
+        found.update(stored_errors(streams, counted[:-1], stored, precision, what))
+        error = deviation([*outputs[:5], counted[-1]], [*results, width])
+        found[f"the last layer{what}"] = error, TOLERANCES[precision]
+        results, width = last_layer(x)
+        return outputs, [*results, torch.stack([*widths, width]) / 2], saved
+
+    with torch.enable_grad():
+        lower, upper, nominal = (each for each in leaves[:3] if each is not None)
+        x = torch.stack([(lower + upper) / 2, (upper - lower) / 2, nominal])
+        packed = exact(pack.pack(*box, precision))
+        found["packing"] = deviation([packed], [x]), TOLERANCES[precision]
+        outputs, results, saved = forward(x)
+
+    ends = [few(*each.shape[1:]) for each in results[:5]]
+    relus = [each.relu or each is last for each in stages]  # whose widths count
+    ends.append(torch.tensor([0.1 * each for each in relus], device=device))
+    for kind, wanted in KINDS.items():
+        gradients = [each if i in wanted else None for i, each in enumerate(ends)]
+        into = [center.new_empty(0 if each is None else each.shape) for each in given]
+        gpu_network.backward(
+            gradients, (outputs[0], outputs[1]), saved, stages, weights, divisors, precision, True,
+            [each is not None for each in given[3:]], into[:3], into[3:],
+        )  # fmt: skip
+        expected = vjp(results, leaves, gradients)
+        for i in reversed(range(count)):
+            # of the last one only the input is rounded
+            allowed = CHAINED[precision] if i + 1 < count else 3 * TOLERANCES[precision]
+            error = deviation(into[3 + i :: count], expected[3 + i :: count])
+            found[f"the gradient of weight {i + 1}{kind}"] = error, allowed
+        error = deviation(into[:3], expected[:3])
+        found[f"the gradient of the input{kind}"] = error, CHAINED[precision]
+
+    for each in box:
+        each[-1, -1, 0, 0] = torch.nan
+    with torch.no_grad():
+        forward(x, " with NaN")
+    return found
+
+
+def by_stage(stages: Sequence[Any], values: Iterable[Any]) -> list[Any]:
+    """Returns a value for each stage, None for pooling."""
+    left = iter(values)
+    return [None if stage.pool else next(left) for stage in stages]
+
+
+# Single layers, as torch sees them
 
 
 def layer_errors(
     shape: Shape, device: torch.device | str, nominal: bool = True, bias: bool = True
 ) -> Errors:
-    """Of an affine layer as `cibp_fast.ops` runs it, with a nominal stream and a bias or without.
+    """Returns the errors of an affine layer, with a nominal stream and a bias or without.
 
     shape: its geometry.
     """
     random = torch.Generator().manual_seed(0)
     layout = torch.channels_last if shape.channels_last else torch.contiguous_format
+    size = (shape.batch, shape.in_channels, shape.in_height, shape.in_width)
 
     def normal(*size: int) -> Tensor:
         return torch.randn(size, generator=random).to(device)
 
-    def image(*size: int) -> Tensor:
-        return normal(*size).to(memory_format=layout)
-
-    outputs, kernel = shape.out_channels, (shape.kernel_height, shape.kernel_width)
-    size = (shape.batch, shape.in_channels, shape.in_height, shape.in_width)
-    out_size = (shape.batch, outputs, shape.out_height, shape.out_width)
-    center, radius = image(*size), image(*size).abs()
-    given = [center - radius, center + radius, image(*size) if nominal else None]
-    weight = normal(outputs, shape.in_channels, *kernel)
+    center, radius, z = (normal(*size).to(memory_format=layout) for _ in range(3))
+    kernel = (shape.kernel_height, shape.kernel_width)
+    weight = normal(shape.out_channels, shape.in_channels, *kernel)
     weight.view(-1)[::7] = 0  # whose sign is 0
-    given += [weight, normal(outputs) if bias else None]
-    gradients = [image(*out_size) if each is not None else None for each in given[:3]]
-
-    def backward(outputs: Outputs, of: Streams, found: Outputs) -> None:
-        of_bias = center.new_empty(shape.out_channels)  # given whether there is one or not
-        layers.backward(shape, (*outputs[:4], of_bias), of, [*given[:4], *found[:2]])
-        if bias:
-            outputs[4].copy_(of_bias)
-
-    return _op_errors(
-        *("a layer", given, gradients),
-        lambda outputs: layers.forward(shape, outputs, *given),  # type: ignore[arg-type]
-        backward,
-        lambda *exact: reference.conv2d(*exact, shape.stride, shape.padding, shape.dilation),
-    )
+    offset = normal(shape.out_channels) if bias else None
+    given = [center - radius.abs(), center + radius.abs(), z if nominal else None, weight, offset]
+    geometry = (shape.stride, shape.padding, shape.dilation, 1)
+    return _op_errors("a layer", ops.conv2d, reference.conv2d, given, geometry, random)
 
 
 def relu_errors(device: torch.device | str, nominal: bool = True) -> Errors:
-    """Of ReLU as `cibp_fast.ops` runs it, with a nominal stream or without.
+    """Returns the errors of ReLU, with a nominal stream or without.
 
     Of two sizes: Triton compiles a kernel for multiples of 16 apart.
     """
-    sizes = 3 * layers.BLOCK + 5, 3 * layers.BLOCK + 16
-    odd, even = (_relu_errors(device, nominal, size) for size in sizes)
-    return odd | {f"{name}, of {sizes[1]} numbers,": error for name, error in even.items()}
-
-
-def _relu_errors(device: torch.device | str, nominal: bool, size: int) -> Errors:
-    random = torch.Generator().manual_seed(0)
-    numbers = [torch.randn(size, generator=random).to(device) for _ in range(6)]
-    lower, upper, z = numbers[0], numbers[0] + numbers[1].abs(), numbers[2]
-    given, gradients = [lower, upper, z if nominal else None], numbers[3:]
-
-    def backward(outputs: Outputs, of: Streams, found: Outputs) -> None:
-        values = (*found[:2], found[2] if nominal else None)
-        layers.relu_backward(gradients, of[3], values, outputs)
-
-    return _op_errors(
-        *("ReLU", given, [*gradients[:2], gradients[2] if nominal else None]),
-        lambda outputs: layers.relu_forward(given, outputs),
-        backward,
-        reference.relu,
-    )
-
-
-Streams = Sequence[Tensor | None]
-Outputs = tuple[Tensor, ...]  # to be filled; of no elements where they are not wanted
+    found: Errors = {}
+    for size in (3 * relu.BLOCK + 5, 3 * relu.BLOCK + 16):
+        random = torch.Generator().manual_seed(0)
+        lower, width, z = (torch.randn(size, generator=random).to(device) for _ in range(3))
+        given = [lower, lower + width.abs(), z if nominal else None]
+        name = f"ReLU of {size} numbers"
+        found |= _op_errors(name, ops.relu, reference.relu, given, (), random)
+    return found
 
 
 def _op_errors(
     name: str,
-    given: Streams,
-    gradients: Streams,  # of lower, upper and nominal
-    forward: Callable[[Outputs], object],
-    backward: Callable[[Outputs, Streams, Outputs], object],  # takes what `forward` filled, too
-    exactly: Callable[..., Streams],
+    op: Callable[..., Sequence[Tensor | None]],
+    exactly: Callable[..., Sequence[Tensor | None]],
+    given: Sequence[Tensor | None],
+    options: Sequence[Any],
+    random: torch.Generator,
 ) -> Errors:
-    """Of an op whose width has a gradient, and of one whose width has none."""
-    assert given[0] is not None
-    some = given[0].new_empty(())
-
-    def outputs(like: Streams) -> Outputs:
-        return tuple(some.new_empty(0) if t is None else torch.empty_like(t) for t in like)
-
-    width = torch.full_like(some, 0.1)
-    exact = [None if each is None else each.double().requires_grad_() for each in given]
-    with torch.enable_grad():
-        expected = exactly(*exact)
-    found = outputs([*gradients, width])
-    forward(found)
+    """Returns the errors of an op whose width has a gradient, and of one whose width has none."""
     allowed = TOLERANCES[layers.PRECISION]
-    errors = {f"{name}'s forward": (_deviation(found, expected), allowed)}
-    for kind, last in ((" with the width's", width), ("", None)):
-        of = [*gradients, last]
-        wanted = [each for each in zip(expected, of, strict=True) if None not in each]
-        grads = torch.autograd.grad(
-            [each for each, _ in wanted],
-            [each for each in exact if each is not None],
-            [each.double() for _, each in wanted],
-            retain_graph=True,
-        )
-        of_given = outputs(given)
-        backward(of_given, of, found)
-        there = iter(grads)
-        errors[f"{name}'s backward{kind}"] = (
-            _deviation(of_given, [None if t is None else next(there) for t in given]),
-            allowed,
-        )
-    return errors
-
-
-def _deviation(found: Outputs, expected: Streams) -> float:
-    """`deviation` of those that there are."""
-    pairs = [(a, b) for a, b in zip(found, expected, strict=True) if b is not None]
-    return deviation(*zip(*pairs, strict=True))
-
-
-def ends_errors(
-    stages: Sequence[Any],
-    batch: int,
-    precision: str,
-    device: torch.device | str,
-    bias: bool = True,
-) -> Errors:
-    """Of what is in a network but its hidden stages: packing, the last stage, and all weights.
-
-    bias: whether the last stage has one.
-    """
-    random = torch.Generator().manual_seed(0)
-    first, last = stages[0], stages[-1]
-    classes, divisor = last.output[0], batch * last.output[0]
-
-    few = partial(few_bits, random, device, batch)
-
-    def box(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        center, radius = few(*shape), few(*shape).abs()
-        return torch.stack([center, radius, few(*shape)]), torch.stack(
-            [center - radius, center + radius]
-        )
-
-    streams, bounds = box(first.input)
-    packed = inputs.pack(*bounds, streams[2], precision)
-    found = {"packing": deviation([packed], [streams.permute(0, 1, 3, 4, 2).double()])}
-
-    streams, bounds = box(last.input)
-    weight = rounded_like(torch.randn(classes, prod(last.input), generator=random), precision)
-    weight = weight.float().to(device)
-    offset = torch.randn(classes, generator=random).to(device) if bias else None
-    gradients = [few(classes) for _ in range(3)] + [few(prod(last.input)) for _ in range(2)]
-    gradients.append(torch.full((1,), 0.1, device=device))
-    *results, saved = gpu_network.forward(
-        *bounds, streams[2], [last], [weight], [offset], [divisor], precision
-    )
-    of = [each for each in (*bounds, streams[2], weight, offset) if each is not None]
-    exact = [each.double().requires_grad_() for each in of]
     with torch.enable_grad():
-        head = [each.flatten(1) for each in exact[:3]]
-        *logits, squares = reference.linear(*head, exact[3], exact[4] if bias else None)
-        expected = [*logits, *head[:2], squares.reshape(1) / divisor]
-    found["the last layer's forward"] = deviation(results, expected)
-    # what the loss takes, it says too late
-    kinds = {
-        "": range(6),
-        " from the logits": range(3),
-        " from the head": (3, 4),
-        " from one of each": (0, 3),
-    }
-    for kind, wanted in kinds.items():
-        outputs = [torch.empty_like(each) for each in of]
-        gpu_network.backward(
-            [each if i in wanted else None for i, each in enumerate(gradients)],
-            (results[0], results[1]), saved, [last], [weight], [divisor], precision, True,
-            (True, bias), outputs[:3], outputs[3:],
-        )  # fmt: skip
-        grads = torch.autograd.grad(
-            [expected[i] for i in wanted], exact, [gradients[i].double() for i in wanted],
-            retain_graph=True, materialize_grads=True, allow_unused=True,
-        )  # fmt: skip
-        found[f"the last layer's backward{kind}"] = deviation(outputs, grads)
-
-    for i, stage in enumerate(stages):
-        if not stage.pool:
-            size = (stage.output[0], stage.input[0], *stage.kernel)
-            weight = torch.randn(size, generator=random).to(device)
-            stored = rounded_like(weight, precision).double()
-            copies = [stored.permute(0, 2, 3, 1), stored.permute(2, 3, 1, 0)]
-            partials = torch.stack([weight.permute(0, 2, 3, 1)] * 3)
-            found[f"packing weights of stage {i}"] = deviation(
-                adam.pack_weight(weight, precision), copies
-            )
-            total = adam.sum_partials(partials)
-            found[f"summing gradients of stage {i}"] = deviation([total], [3 * weight.double()])
-    return {name: (error, TOLERANCES[precision]) for name, error in found.items()}
-
-
-def stage_errors(
-    stage: Any,
-    shape: Shape,
-    precision: str,
-    device: torch.device | str,
-    *,
-    bias: bool,
-    before: bool,
-    last: bool,
-) -> Errors:
-    """Of a stage's kernels in all the ways in which its network may run them.
-
-    Whether the width in front of it, and behind that the last stage's input, have gradients is not
-    known before the loss is.
-    """
-    kind, of = (Pooling, " of pooling") if stage.pool else (Case, "")
-    found: Errors = {}
-    for width in (True, False) if before else (False,):
-        for head in (False, True) if last else (False,):
-            ends = {"bias": bias, "relu": stage.relu, "before": before}
-            case = kind(shape, precision, device, **ends, width=width, head=head)
-            if not found:
-                for kernel in ("forward",) if stage.pool else ("forward", "weight_gradient"):
-                    found[f"{kernel}{of}"] = case.error(kernel), TOLERANCES[precision]
-                with_nan = kind(shape, precision, device, **ends, lost=True)
-                found[f"forward{of} with NaN"] = with_nan.error("forward"), TOLERANCES[precision]
-            which = ", a width's" * width + ", a head's" * head
-            error = case.error("input_gradient")
-            found[f"input_gradient{of}{which}"] = error, TOLERANCES[precision]
-    return found
+        leaves = [None if each is None else each.requires_grad_() for each in given]
+        doubles = [
+            None if each is None else each.detach().double().requires_grad_() for each in given
+        ]
+        outputs = op(*leaves, *options, width=True, backend="triton")
+        expected = exactly(*doubles, *options)
+    gradients = [
+        None if each is None else torch.randn(each.shape, generator=random).to(each.device)
+        for each in outputs
+    ]
+    errors = {f"{name}: forward": (deviation(outputs, expected), allowed)}
+    for what, last in (("backward with the width's", gradients[3]), ("backward", None)):
+        of = [*gradients[:3], last]
+        error = deviation(vjp(outputs, leaves, of), vjp(expected, doubles, of))
+        errors[f"{name}: {what}"] = error, allowed
+    return errors

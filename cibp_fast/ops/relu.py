@@ -54,12 +54,7 @@ def relu(
     """
     check_streams("relu", {"lower": lower, "upper": upper, "nominal": nominal})
     asked = backends.asked(backend)
-    backend, _ = backends.select(asked, lower.device, lower.dtype)
-    if backend == "cuda":
-        raise ValueError(
-            "backend='cuda' cannot run: it runs whole networks (cf.fuse); for single layers take "
-            "'triton'"
-        )
+    backend, _ = backends.select_layer(asked, lower.device, lower.dtype)
     if asked == "auto" and backend == "triton" and _failure(nominal is not None, lower.device):
         backend = "torch"
     if backend == "torch":

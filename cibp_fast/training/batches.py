@@ -128,7 +128,7 @@ def _crop_at_once(padded: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Te
 
 
 def epoch_plan(order: Tensor, corners: Tensor | None = None, flip: Tensor | None = None) -> Tensor:
-    """Returns which pixels kernels/inputs.py reads: [E, 4] int32, (example, down, right, mirrored).
+    """Returns which pixels kernels/batch.py reads: [E, 4] int32, (example, down, right, mirrored).
 
     The arguments are those of `Draw`; corners and flip are None without augmentation.
     """

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cibp_fast._arithmetic import own_arithmetic
-from cibp_fast._graphs import capturing, enough_memory, graphed, kept
+from cibp_fast._graphs import capturing, enough_memory, graphed, reuse_graphs
 from cibp_fast.attacks import pgd
 from cibp_fast.certificates import Certificate, certify, evaluation, predict
 from cibp_fast.training import datasets, runs
@@ -45,7 +45,7 @@ def evaluate(
     starts = range(0, len(split), config.eval_batch_size)[processes.rank :: processes.size]
     counts = torch.zeros(4, dtype=torch.int64, device=split.images.device)
     description = "evaluating" if attack else "evaluating the epoch"
-    with kept(), _enough_memory("evaluation", config):
+    with reuse_graphs(), _enough_memory("evaluation", config):
         for first in bar(starts, description, "batch", shown=processes.first):
             part = split[first : first + config.eval_batch_size]
             x, y = inputs(config, part), part.labels

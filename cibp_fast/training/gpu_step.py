@@ -9,17 +9,22 @@ from math import prod
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from cibp_fast._graphs import capture, capturing
-from cibp_fast.kernels import adam, conv2d, inputs, pool
-from cibp_fast.kernels.loss import TERMS, Loss, loss
-from cibp_fast.ops import cuda
-from cibp_fast.ops.gpu_network import shape_of
+from cibp_fast.kernels.adam import Adam, Parameter
+from cibp_fast.kernels.batch import make_batch
+from cibp_fast.kernels.figures import SCHEDULED, add_figures
+from cibp_fast.kernels.loss import Loss, loss
+from cibp_fast.kernels.weights import pack_weight
+from cibp_fast.ops.gpu_network import (
+    kernel_of,
+    run_stage,
+    stage_input_gradient,
+    stage_weight_gradient,
+)
 
-SCHEDULED = 3  # what a step's row of the schedule has: eps, lr, kappa
+Moments = tuple[Tensor, Tensor, Tensor]  # a parameter, exp_avg, exp_avg_sq
 
 
 class TrainStep:
@@ -31,14 +36,15 @@ class TrainStep:
         cf.losses.constrained_ibp_loss(out, y, kappa=kappa, width_weight=width_weight).backward()
         torch.optim.Adam(model.parameters(), lr).step()
 
-    All tensors are on one device; those given are read, or written, in place.
+    All tensors are on one device; those given are read, or written, in place. Only the kernels of
+    the last layer, which are the loss's, are not those that `cf.fuse` runs.
 
     Args:
         stages: of `cibp_fast.ops.network.Stage`.
         parameters: of each stage but pooling, weight and bias or None, each with its moments:
             (value, exp_avg, exp_avg_sq), float32, in torch's layout.
         images: [E, C, H, W] uint8. labels: [E] int64.
-        pixels: [C, 256], see `inputs.batch`.
+        pixels: [C, 256], see `make_batch`.
         schedule: [T, 3] float32: eps, learning rate and kappa of each of T steps.
         width_weight: of the sum of widths in the loss.
         mean: whether widths are means over units, or sums; over the batch they are means.
@@ -52,7 +58,7 @@ class TrainStep:
     def __init__(
         self,
         stages: Sequence[Any],
-        parameters: Sequence[tuple[tuple[Tensor, Tensor, Tensor] | None, ...]],
+        parameters: Sequence[tuple[Moments | None, ...]],
         images: Tensor,
         labels: Tensor,
         pixels: Tensor,
@@ -97,31 +103,28 @@ class TrainStep:
         # partial gradients of weight and bias: kept, so that their addresses stay
         self.partials: list[tuple[Tensor, Tensor] | None] = [None] * len(self.stages)
         self.loss: Loss | None = None
-        self.adam: adam.Adam | None = None
+        self.adam: Adam | None = None
         self.graph: Any = None
 
     def load(self, plan: Tensor) -> None:
-        """Takes the plan of an epoch, `inputs.epoch_plan`."""
+        """Takes the plan of an epoch, `batches.epoch_plan`."""
         self.plan.copy_(plan)
 
     def run(self) -> None:
-        """One step."""
+        """Takes one step."""
         with torch.cuda.device_of(self.images):  # Triton launches on the current device
             self._run()
 
     def _run(self) -> None:
-        widths = self._forward_and_backward()
+        streams, widths, y = self.forward()
+        self.loss = self._backward(streams, y)
         if self.adam is None:
-            self.adam = adam.Adam(self._table(), self.precision)
+            self.adam = Adam(self.table(), self.precision)
         self.adam(self.now[1:2], self.at)
-        assert self.loss is not None
-        _end_kernel[(1,)](
-            self.loss.terms, tuple(widths), self.schedule, self.now, self.totals, self.at,
-            len(self.schedule),
-            SIZES=tuple(each.numel() for each in widths), BATCH=self.batch_size,
-            DIVISORS=tuple(float(self.divisors[i]) for i in (*self.counted, -1)),
-            TERMS=TERMS, TILES=len(self.loss.terms), TILES_=_power(len(self.loss.terms)),
-            KAPPA=SCHEDULED - 1, FIELDS=SCHEDULED, ROW=_power(SCHEDULED), BLOCK=1024,
+        divisors = [float(self.divisors[i]) for i in (*self.counted, -1)]
+        add_figures(
+            self.loss.terms, widths, self.schedule, self.now, self.totals, self.at,
+            batch=self.batch_size, divisors=divisors,
         )  # fmt: skip
 
     def capture(self) -> None:
@@ -144,175 +147,112 @@ class TrainStep:
         self.graph, _ = capture(self.run, stream)
 
     def replay(self) -> None:
-        """One step: the graph's, or `run` where none was captured."""
+        """Takes one step: the graph's, or `run` where none was captured."""
         if self.graph is None:
             self.run()
         else:
             self.graph.replay()
 
     def _state(self) -> list[Tensor]:
-        """All that a step changes, and that the next one reads, but the copies of weights."""
+        """Returns all that a step changes and the next one reads, but the copies of weights."""
         tensors = [t for each in self.parameters if each for one in each if one for t in one]
         return [*tensors, self.now, self.totals, self.at]
 
-    def _packed(self) -> list[tuple[Tensor, Tensor] | None]:
-        """The copies of the weights."""
+    def _weights(self) -> list[Tensor | None]:
+        """Returns each stage's weight, [Cout, Cin, KH, KW]."""
         return [
-            None if each is None else adam.pack_weight(_kernel(each[0][0], stage), self.precision)
+            None if each is None or each[0] is None else kernel_of(each[0][0], stage)
             for each, stage in zip(self.parameters, self.stages, strict=True)
+        ]
+
+    def biases(self) -> list[Tensor | None]:
+        """Returns each stage's bias, [Cout]."""
+        return [
+            None if each is None or each[1] is None else each[1][0].detach()
+            for each in self.parameters
+        ]
+
+    def _packed(self) -> list[tuple[Tensor | None, Tensor | None]]:
+        """Returns the copies of the weights."""
+        return [
+            (None, None) if weight is None else pack_weight(weight, self.precision)
+            for weight in self._weights()
         ]
 
     def _repack(self) -> None:
         """Makes the copies of weights anew, where they are."""
         for copies, new in zip(self.copies, self._packed(), strict=True):
-            for copy, value in zip(copies or (), new or (), strict=True):
-                copy.copy_(value)
+            for copy, value in zip(copies, new, strict=True):
+                if copy is not None and value is not None:
+                    copy.copy_(value)
 
-    def _forward_and_backward(self) -> list[Tensor]:
-        """Fills the partial gradients; returns partial sums of the hidden layers' widths."""
-        precision, batch = self.precision, self.batch_size
-        x, y = inputs.batch(
+    def forward(self) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Returns the stored input of each stage, [3, N, H, W, C], the partial sums of the widths
+        of those that count, and the labels.
+        """
+        x, y = make_batch(
             self.images, self.labels, self.plan, self.pixels, self.now[:1], self.at,
-            batch, precision, self.clip,
+            self.batch_size, self.precision, self.clip,
         )  # fmt: skip
-        shapes = [shape_of(stage, batch) for stage in self.stages]
         streams, widths = [x], []
-        for i, (stage, shape) in enumerate(zip(self.stages[:-1], shapes, strict=False)):
-            x = streams[-1].view(3, batch, shape.in_height, shape.in_width, shape.in_channels)
-            streams[-1] = x
-            if stage.pool:
-                size = (3, batch, shape.out_height, shape.out_width, shape.out_channels)
-                out = x.new_empty(size)
-                pool.forward(x, shape, precision, out)
-            else:
-                copy, bias = self.copies[i][0], _value(self.parameters[i][1])
-                out = x.new_empty(3, batch, shape.out_height, shape.out_width, shape.out_channels)
-                layer = {"relu": stage.relu, "out": out}
-                partials = None
-                if self.cpp and not stage.dense:
-                    weight = _kernel(self.parameters[i][0][0], stage)
-                    partials = cuda.convolution(x, weight, bias, shape, precision, **layer)
-                if partials is None:
-                    _, partials = conv2d.forward(x, copy, bias, shape, precision, **layer)
-                if stage.relu:
-                    widths.append(partials)
+        for stage, weight, bias, (copy, _) in zip(
+            self.stages[:-1], self._weights(), self.biases(), self.copies, strict=False
+        ):
+            channels, *size = stage.output
+            out = x.new_empty(3, self.batch_size, *size, channels)
+            options = {"out": out, "copy": copy, "cpp": self.cpp}
+            partials = run_stage(stage, streams[-1], weight, bias, self.precision, **options)
+            if stage.relu:
+                widths.append(partials)
             streams.append(out)
+        return streams, widths, y
 
+    def _backward(self, streams: Sequence[Tensor], y: Tensor) -> Loss:
+        """Fills the partial gradients; returns the loss."""
+        weights, relus = self._weights(), [False, *(stage.relu for stage in self.stages)]
         last = len(self.stages) - 1
-        relu = last > 0 and self.stages[last - 1].relu
-        weight, bias = self.copies[last][0], _value(self.parameters[last][1])
-        self.loss = loss(
-            streams[-1].view(3, batch, -1),
-            weight.view(len(weight), -1),
-            bias,
+        copy, _ = self.copies[last]
+        assert copy is not None
+        found = loss(
+            streams[last].view(3, self.batch_size, -1),
+            copy.view(len(copy), -1),
+            self.biases()[last],
             y,
             self.now[SCHEDULED - 1 :],
-            precision=precision,
+            precision=self.precision,
             divisor=self.divisors[last],
-            input_divisor=self.divisors[last - 1] if relu else None,
-            relu=relu,
+            input_divisor=self.divisors[last - 1] if relus[last] else None,
+            relu=relus[last],
             out=self.loss,
         )
-        gradient = self.loss.grad_x
+        gradient = found.grad_x
         for i in reversed(range(last)):
-            stage, shape, x = self.stages[i], shapes[i], streams[i]
-            size = (3, batch, shape.out_height, shape.out_width, shape.out_channels)
-            gradient = gradient.view(size)
-            relu = i > 0 and self.stages[i - 1].relu
-            width = self.of_squares[i - 1] if relu and self.has_width else None
-            if stage.pool:
-                gradient = pool.input_gradient(
-                    gradient, x, shape, precision, relu=relu, width=width
-                )
-                continue
+            stage, x, weight = self.stages[i], streams[i], weights[i]
             copy, transposed = self.copies[i]
-            of, out = (shape, precision), self.partials[i]
-            found = None
-            if self.cpp and not stage.dense:
-                weight = _kernel(self.parameters[i][0][0], stage)
-                found = cuda.weight_gradient(gradient, x, weight, *of, out=out)
-            self.partials[i] = found or conv2d.weight_gradient(gradient, x, copy, *of, out=out)
+            if weight is not None and copy is not None:
+                of = (stage, gradient, x, weight, copy, self.precision)
+                self.partials[i] = stage_weight_gradient(*of, out=self.partials[i], cpp=self.cpp)
             if i > 0:
-                gradient = conv2d.input_gradient(
-                    gradient, transposed, shape, precision, x=x, relu=relu, width=width
+                width = self.of_squares[i - 1] if relus[i] and self.has_width else None
+                gradient = stage_input_gradient(
+                    stage, gradient, x, transposed, self.precision, relu=relus[i], width=width
                 )
-        return widths
+        return found
 
-    def _table(self) -> list[adam.Parameter]:
-        """What Adam reads and writes."""
+    def table(self) -> list[Parameter]:
+        """Returns what Adam reads and writes."""
         assert self.loss is not None
-        grad_weight, grad_bias = self.loss.grad_weight, self.loss.grad_bias
-        partials = [*self.partials[:-1], (grad_weight, grad_bias)]
+        partials = [*self.partials[:-1], (self.loss.grad_weight, self.loss.grad_bias)]
         rows = []
         for stage, each, sums, copies in zip(
             self.stages, self.parameters, partials, self.copies, strict=True
         ):
-            if each is None:
+            if each is None or sums is None:
                 continue
             weight, bias = each
+            assert weight is not None
             size = (stage.output[0], *stage.kernel, stage.input[0])
-            rows.append(adam.Parameter(*weight, sums[0].view(-1, *size), *copies))
+            rows.append(Parameter(*weight, sums[0].view(-1, *size), *copies))
             if bias is not None:
-                rows.append(adam.Parameter(*bias, sums[1]))
+                rows.append(Parameter(*bias, sums[1]))
         return rows
-
-
-def _kernel(weight: Tensor, stage: Any) -> Tensor:
-    return weight.detach().view(len(weight), stage.input[0], *stage.kernel)
-
-
-def _value(bias: tuple[Tensor, ...] | None) -> Tensor | None:
-    return None if bias is None else bias[0].detach()
-
-
-def _power(size: int) -> int:
-    return triton.next_power_of_2(size)
-
-
-@triton.jit
-def _sum(partials, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Of SIZE numbers, in a fixed order."""
-    sums = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, SIZE, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        sums += tl.load(partials + at, mask=at < SIZE, other=0.0)
-    return tl.sum(sums, axis=0)
-
-
-@triton.jit
-def _end_kernel(
-    terms_ptr, widths, schedule, now, totals, step, steps,
-    SIZES: tl.constexpr, BATCH: tl.constexpr, DIVISORS: tl.constexpr, TERMS: tl.constexpr,
-    TILES: tl.constexpr, TILES_: tl.constexpr, KAPPA: tl.constexpr, FIELDS: tl.constexpr,
-    ROW: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Adds a step's figures to the totals, and gets the next one's scalars."""
-    tile = tl.arange(0, TILES_)
-    nominal = tl.sum(tl.load(terms_ptr + tile * TERMS, mask=tile < TILES, other=0.0), axis=0)
-    robust = tl.sum(tl.load(terms_ptr + tile * TERMS + 1, mask=tile < TILES, other=0.0), axis=0)
-    logits = tl.sum(tl.load(terms_ptr + tile * TERMS + 2, mask=tile < TILES, other=0.0), axis=0)
-    wrong = tl.sum(tl.load(terms_ptr + tile * TERMS + 3, mask=tile < TILES, other=0.0), axis=0)
-    nominal, robust, error = nominal / BATCH, robust / BATCH, wrong / BATCH
-    LAYERS: tl.constexpr = len(SIZES)
-    width = logits / DIVISORS[LAYERS]
-    _add(totals + 5 + LAYERS, width)
-    for i in tl.static_range(LAYERS):
-        of_layer = _sum(widths[i], SIZES[i], BLOCK) / DIVISORS[i]
-        _add(totals + 5 + i, of_layer)
-        width += of_layer
-    kappa, width_weight = tl.load(now + KAPPA), tl.load(now + KAPPA + 1)
-    _add(totals, kappa * nominal + (1.0 - kappa) * robust + width_weight * width)
-    _add(totals + 1, nominal)
-    _add(totals + 2, robust)
-    _add(totals + 3, width)
-    _add(totals + 4, error)
-    done = tl.load(step) + 1
-    tl.store(step, done)
-    field = tl.arange(0, ROW)
-    row = schedule + tl.minimum(done, steps - 1) * FIELDS + field
-    tl.store(now + field, tl.load(row, mask=field < FIELDS, other=0.0), mask=field < FIELDS)
-
-
-@triton.jit
-def _add(total, value):
-    tl.store(total, tl.load(total) + value.to(tl.float64))

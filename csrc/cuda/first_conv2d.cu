@@ -19,36 +19,36 @@ auto dispatch(int streams, Precision precision, const Body& body) {
 
 }  // namespace
 
-int64_t first_conv2d_blocks(const FirstConv2dShape& shape, int streams, Precision precision) {
+int64_t first_conv2d_blocks(const ConvShape& shape, int streams, Precision precision) {
   return dispatch(streams, precision, [&](auto count, auto element) {
     using Kernel = FirstConv2dForward<decltype(count)::value, decltype(element)>;
-    const Grid grid = Kernel::make(shape, {}, nullptr, nullptr, false, 0, nullptr, nullptr).grid();
+    const Grid grid =
+        Kernel::make(shape, nullptr, nullptr, nullptr, false, 0, nullptr, nullptr).grid();
     return grid.x * grid.y;
   });
 }
 
-void first_conv2d_forward(const Launch& at, const FirstConv2dShape& shape, int streams,
-                          const FirstInput& in, const float* weight, const float* bias, bool relu,
-                          Precision precision, void* out, float* width) {
+void first_conv2d_forward(const Launch& at, const ConvShape& shape, int streams, const void* in,
+                          const float* weight, const float* bias, bool relu, Precision precision,
+                          void* out, float* width) {
   dispatch(streams, precision, [&](auto count, auto element) {
     using T = decltype(element);
     using Kernel = FirstConv2dForward<decltype(count)::value, T>;
     launch("first_conv2d_forward", at,
-           Kernel::make(shape, in, weight, bias, relu, dropped_bits(precision),
-                        static_cast<T*>(out), width));
+           Kernel::make(shape, static_cast<const T*>(in), weight, bias, relu,
+                        dropped_bits(precision), static_cast<T*>(out), width));
   });
 }
 
-void first_conv2d_grad_weight(const Launch& at, const FirstConv2dShape& shape, int streams,
-                              int splits, const FirstInput& in, Precision precision,
-                              const void* grad, const float* weight, float* grad_weight,
-                              float* grad_bias) {
+void first_conv2d_grad_weight(const Launch& at, const ConvShape& shape, int streams, int splits,
+                              const void* in, Precision precision, const void* grad,
+                              const float* weight, float* grad_weight, float* grad_bias) {
   dispatch(streams, precision, [&](auto count, auto element) {
     using T = decltype(element);
     using Kernel = FirstConv2dGradWeight<decltype(count)::value, T>;
     launch("first_conv2d_grad_weight", at,
-           Kernel::make(shape, splits, in, static_cast<const T*>(grad), weight, grad_weight,
-                        grad_bias));
+           Kernel::make(shape, splits, static_cast<const T*>(in), static_cast<const T*>(grad),
+                        weight, grad_weight, grad_bias));
   });
 }
 

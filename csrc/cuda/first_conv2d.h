@@ -12,31 +12,10 @@
 #include <string>
 #include <utility>
 
-#include "streams.h"
+#include "precision.h"
+#include "shape.h"
 
 namespace cibp::cuda {
-
-// What lies before the image is padding_height and padding_width; what lies after it follows from
-// the output's size, so it may differ.
-struct FirstConv2dShape {
-  int batch, in_channels, in_height, in_width;
-  int out_channels, out_height, out_width;
-  int kernel_height, kernel_width;
-  int stride_height, stride_width, padding_height, padding_width, dilation_height, dilation_width;
-
-  CIBP_HOST_DEVICE int products() const { return in_channels * kernel_height * kernel_width; }
-  // Of the outputs of a stream, [N, H', W', K]: their number, and where one is.
-  CIBP_HOST_DEVICE int64_t outputs() const { return place(batch, 0, 0, 0); }
-  CIBP_HOST_DEVICE int64_t place(int n, int y, int x, int channel) const {
-    const int64_t row = static_cast<int64_t>(n) * out_height + y;
-    return (row * out_width + x) * out_channels + channel;
-  }
-};
-
-struct Image {
-  const float* data;  // [N, C, H, W]
-  int64_t stride[4];  // in elements
-};
 
 // The outputs of a block, and the input that they need.
 struct FirstTile {
@@ -53,7 +32,7 @@ struct FirstTile {
 constexpr int kMaxStaged = 6144;  // 24 KB: with the rest, it stays below the 48 KB of any GPU
 
 // Tiles of at most `pixels` outputs, the fewest of them, and then the least to be staged.
-inline FirstTile first_conv2d_tile(const FirstConv2dShape& s, int streams, int pixels) {
+inline FirstTile first_conv2d_tile(const ConvShape& s, int streams, int pixels) {
   const auto make = [&](int rows, int columns) -> FirstTile {
     return {rows,
             columns,
@@ -85,43 +64,28 @@ inline FirstTile first_conv2d_tile(const FirstConv2dShape& s, int streams, int p
   return best;
 }
 
-// What forward and backward pass read: the box as lower and upper, or as center and radius.
-struct FirstInput {
-  Image stream[3];
-  bool bounds;
-};
-
 template <int STREAMS>
 struct FirstStage {
-  const FirstConv2dShape& shape;
+  const ConvShape& shape;
   const FirstTile& tile;
 
   CIBP_DEVICE int plane() const { return shape.in_channels * tile.in_rows * tile.in_columns; }
 
   // The input of tile (row, column) of image n, by all threads.
-  CIBP_DEVICE void load(const FirstInput& in, int n, int row, int column, int thread, int threads,
+  template <class T>
+  CIBP_DEVICE void load(const T* in, int n, int row, int column, int thread, int threads,
                         float* staged) const {
     const int top = row * tile.rows * shape.stride_height - shape.padding_height;
     const int left = column * tile.columns * shape.stride_width - shape.padding_width;
     const int area = tile.in_rows * tile.in_columns, size = plane();
     for (int i = thread; i < size; i += threads) {
       const int c = i / area, y = i % area / tile.in_columns, x = i % tile.in_columns;
-      float value[3] = {0.0f, 0.0f, 0.0f};
-      if (top + y >= 0 && top + y < shape.in_height && left + x >= 0 && left + x < shape.in_width) {
-        CIBP_UNROLL
-        for (int s = 0; s < STREAMS; ++s) {
-          const Image& image = in.stream[s];
-          value[s] = image.data[n * image.stride[0] + c * image.stride[1] +
-                                (top + y) * image.stride[2] + (left + x) * image.stride[3]];
-        }
-        if (in.bounds) {
-          const float lower = 0.5f * value[0], upper = 0.5f * value[1];
-          value[0] = lower + upper;
-          value[1] = upper - lower;
-        }
-      }
+      const bool inside =
+          top + y >= 0 && top + y < shape.in_height && left + x >= 0 && left + x < shape.in_width;
+      const int64_t place = inside ? shape.in_place(n, top + y, left + x, c) : 0;
       CIBP_UNROLL
-      for (int s = 0; s < STREAMS; ++s) staged[s * size + i] = value[s];
+      for (int s = 0; s < STREAMS; ++s)
+        staged[s * size + i] = inside ? to_float(in[s * shape.inputs() + place]) : 0.0f;
     }
   }
 
@@ -145,10 +109,10 @@ struct FirstConv2dForward {
   static constexpr int kThreads = 128, kMinBlocks = 4, kChannels = 8, kPixels = 2;
   static constexpr int kProducts = 32;  // whose weights are in shared memory at a time
 
-  FirstConv2dShape shape;
+  ConvShape shape;
   FirstTile tile;
-  int groups;  // threads side by side along the channels: a power of 2
-  FirstInput in;
+  int groups;           // threads side by side along the channels: a power of 2
+  const T* in;          // [STREAMS, N, H, W, C], contiguous
   const float* weight;  // [K, C, R, S]
   const float* bias;    // [K], or null
   bool relu;
@@ -159,8 +123,8 @@ struct FirstConv2dForward {
   T* out;
   float* width;  // [channel blocks * tiles] sums of 4 radius^2, or null
 
-  static FirstConv2dForward make(const FirstConv2dShape& shape, const FirstInput& in,
-                                 const float* weight, const float* bias, bool relu, int dropped,
+  static FirstConv2dForward make(const ConvShape& shape, const T* in, const float* weight,
+                                 const float* bias, bool relu, int dropped,
                                  // outputs
                                  T* out, float* width) {
     const int groups = power_of_2(ceil_div(shape.out_channels, kChannels), 8);
@@ -276,7 +240,7 @@ struct FirstConv2dForward {
             result[2].value[c] = stored<T>(rounded(relu ? positive(z) : z, dropped));
           }
         }
-        const int64_t place = shape.place(n, y, x, channel);
+        const int64_t place = shape.out_place(n, y, x, channel);
         CIBP_UNROLL
         for (int s = 0; s < STREAMS; ++s) {
           T* target = out + s * shape.outputs() + place;
@@ -300,17 +264,17 @@ struct FirstConv2dForward {
 
 // The gradient of weight and bias, of the gradients [STREAMS, N, H', W', K] of center, radius and
 // nominal before ReLU. Block x adds up tiles x, x + splits, x + 2 splits, ... and a later kernel
-// the blocks (sum_partials). A thread has kProducts products of kChannels channels.
+// the blocks. A thread has kProducts products of kChannels channels.
 template <int STREAMS, class T>
 struct FirstConv2dGradWeight {
   static constexpr int kThreads = 128, kMinBlocks = 4, kChannels = 4, kProducts = 4;
   static constexpr int kPixels = 32;
 
-  FirstConv2dShape shape;
+  ConvShape shape;
   FirstTile tile;
   int groups;  // threads along the channels: a power of 2, at most 16
   int splits;
-  FirstInput in;
+  const T* in;          // [STREAMS, N, H, W, C], contiguous
   const T* grad;        // [STREAMS, N, H', W', K], contiguous
   bool packed;          // whether kChannels channels may be read at once
   const float* weight;  // [K, C, R, S]
@@ -319,8 +283,8 @@ struct FirstConv2dGradWeight {
   float* grad_weight;  // [splits, K, R, S, C]
   float* grad_bias;    // [splits, K], or null
 
-  static FirstConv2dGradWeight make(const FirstConv2dShape& shape, int splits, const FirstInput& in,
-                                    const T* grad, const float* weight,
+  static FirstConv2dGradWeight make(const ConvShape& shape, int splits, const T* in, const T* grad,
+                                    const float* weight,
                                     // outputs
                                     float* grad_weight, float* grad_bias) {
     const int groups = power_of_2(ceil_div(shape.out_channels, kChannels), 16);
@@ -432,7 +396,7 @@ struct FirstConv2dGradWeight {
     for (int i = thread; i < rows * columns * groups; i += kThreads) {
       const int pixel = i / groups, c = i % groups * kChannels, channel = first_channel + c;
       const int y = top + pixel / columns, x = left + pixel % columns;
-      const int64_t place = shape.place(n, y, x, channel);
+      const int64_t place = shape.out_place(n, y, x, channel);
       CIBP_UNROLL
       for (int s = 0; s < STREAMS; ++s) {
         const T* source = grad + s * shape.outputs() + place;

@@ -15,15 +15,11 @@
 #include <stdexcept>
 #include <string>
 
-#include "streams.h"
+#include "precision.h"
+#include "shape.h"
 #include "wgmma.h"
 
 namespace cibp::cuda {
-
-struct HaloShape {
-  int batch, in_channels, in_height, in_width, out_channels, out_height, out_width;
-  int padding_height, padding_width;  // before the image; that after it follows from the sizes
-};
 
 constexpr int kHaloTaps = 9;
 constexpr int kHaloSteps = 2;      // multiplications of a tap, on what is staged at a time
@@ -53,7 +49,10 @@ CIBP_HOST_DEVICE uint64_t descriptor(uint32_t address, uint32_t leading, uint32_
 }
 
 template <class T>
-inline void check_halo(const HaloShape& s) {
+inline void check_halo(const ConvShape& s) {
+  if (s.kernel_height != 3 || s.kernel_width != 3 || s.stride_height != 1 || s.stride_width != 1 ||
+      s.dilation_height != 1 || s.dilation_width != 1)
+    throw std::invalid_argument("halo_conv2d: kernels must be 3 x 3, of stride and dilation 1");
   if (s.in_channels % kStagedChannels<T> != 0 || s.out_channels % kHaloChannels != 0)
     throw std::invalid_argument(
         "halo_conv2d: in_channels must be a multiple of " + std::to_string(kStagedChannels<T>) +
@@ -119,7 +118,7 @@ struct HaloConv2d {
   static constexpr int kStreamBytes = kPlanes * kPlane * 16, kStageBytes = STREAMS * kStreamBytes;
   static_assert(kPlane >= kHalo && kPlane % 8 == 2);
 
-  HaloShape shape;
+  ConvShape shape;
   int down, across;  // tiles of an image
   const T* in;
   const uint32_t* weight;  // HaloPackWeight
@@ -131,7 +130,7 @@ struct HaloConv2d {
   T* out;
   float* width;  // [blocks] sums of 4 radius^2, or null
 
-  static HaloConv2d make(const HaloShape& shape, const T* in, const uint32_t* weight,
+  static HaloConv2d make(const ConvShape& shape, const T* in, const uint32_t* weight,
                          const float* bias, bool relu, int dropped,
                          // outputs
                          T* out, float* width) {
@@ -242,7 +241,6 @@ struct HaloConv2d {
     block.each([&](int thread) {
       Thread& t = threads[thread];
       float squares = 0.0f;
-      const int64_t pixels = static_cast<int64_t>(shape.batch) * shape.out_height * shape.out_width;
       CIBP_UNROLL
       for (int i = 0; i < 32; ++i) {
         const int channel = block.y * kHaloChannels + result_row(thread, i);
@@ -254,15 +252,12 @@ struct HaloConv2d {
         if (relu) activate(m, r);
         squares += 4.0f * r * r;
         round_pair(m, r, dropped);
-        const int64_t pixel =
-            (static_cast<int64_t>(n) * shape.out_height + y) * shape.out_width + x;
-        T* target = out + pixel * shape.out_channels + channel;
+        T* target = out + shape.out_place(n, y, x, channel);
         target[0] = stored<T>(m);
-        target[pixels * shape.out_channels] = stored<T>(r);
+        target[shape.outputs()] = stored<T>(r);
         if constexpr (STREAMS == 3) {
           const float z = t.sum[2][i] + b;
-          target[2 * pixels * shape.out_channels] =
-              stored<T>(rounded(relu ? positive(z) : z, dropped));
+          target[2 * shape.outputs()] = stored<T>(rounded(relu ? positive(z) : z, dropped));
         }
       }
       shared[thread] = squares;
@@ -282,11 +277,12 @@ struct HaloConv2d {
       const int row = pixel / kHaloColumns, column = pixel % kHaloColumns;
       const int y = top + row - shape.padding_height, x = left + column - shape.padding_width;
       const bool inside = y >= 0 && y < shape.in_height && x >= 0 && x < shape.in_width;
-      const int64_t image = static_cast<int64_t>(s) * shape.batch + n;
       const T* source = in;  // anything readable, where zeros are written
       if (inside)
-        source += ((image * shape.in_height + y) * shape.in_width + x) * shape.in_channels +
-                  chunk * kStagedChannels<T> + plane * (16 / static_cast<int>(sizeof(T)));
+        source +=
+            s * shape.inputs() +
+            shape.in_place(n, y, x,
+                           chunk * kStagedChannels<T> + plane * (16 / static_cast<int>(sizeof(T))));
       copy16(block, stage + place(s, plane, row, column), source, inside);
     }
     end_copies(block);

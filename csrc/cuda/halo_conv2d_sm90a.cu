@@ -5,7 +5,7 @@ namespace cibp::cuda {
 namespace {
 
 template <int STREAMS, class T>
-void forward(const Launch& at, const HaloShape& shape, const void* in, const uint32_t* weight,
+void forward(const Launch& at, const ConvShape& shape, const void* in, const uint32_t* weight,
              const float* bias, bool relu, int dropped, void* out, float* width) {
   launch("halo_conv2d_forward", at,
          HaloConv2d<STREAMS, T>::make(shape, static_cast<const T*>(in), weight, bias, relu, dropped,
@@ -14,7 +14,7 @@ void forward(const Launch& at, const HaloShape& shape, const void* in, const uin
 
 }  // namespace
 
-void halo_conv2d_forward(const Launch& at, const HaloShape& shape, int streams, const void* in,
+void halo_conv2d_forward(const Launch& at, const ConvShape& shape, int streams, const void* in,
                          const uint32_t* weight, const float* bias, bool relu, Precision precision,
                          void* out, float* width) {
   require_capability("halo_conv2d_forward", at, 9, 0);
@@ -24,19 +24,18 @@ void halo_conv2d_forward(const Launch& at, const HaloShape& shape, int streams, 
   build(at, shape, in, weight, bias, relu, dropped_bits(precision), out, width);
 }
 
-void halo_conv2d_pack_weight(const Launch& at, int in_channels, int out_channels,
-                             const float* weight, Precision precision, uint32_t* out) {
+void halo_conv2d_pack_weight(const Launch& at, const ConvShape& shape, const float* weight,
+                             Precision precision, uint32_t* out) {
   require_capability("halo_conv2d_pack_weight", at, 9, 0);
   const int dropped = dropped_bits(precision);
-  const HaloShape shape{0, in_channels, 0, 0, out_channels, 0, 0, 0, 0};
   if (precision == Precision::kBFloat16) {
     check_halo<BFloat16>(shape);
     launch("halo_conv2d_pack_weight", at,
-           HaloPackWeight<BFloat16>{in_channels, out_channels, dropped, weight, out});
+           HaloPackWeight<BFloat16>{shape.in_channels, shape.out_channels, dropped, weight, out});
   } else {
     check_halo<float>(shape);
     launch("halo_conv2d_pack_weight", at,
-           HaloPackWeight<float>{in_channels, out_channels, dropped, weight, out});
+           HaloPackWeight<float>{shape.in_channels, shape.out_channels, dropped, weight, out});
   }
 }
 

@@ -2,7 +2,7 @@
 // of the tests do them at once, on the host (tests/csrc/cuda_shim.h).
 #pragma once
 
-#include "streams.h"
+#include "precision.h"
 
 #ifdef __CUDACC__
 

@@ -19,9 +19,9 @@ from tritons import DEVICE
 from tune import Job, rule
 
 from cibp_fast.kernels import conv2d, tiles
+from cibp_fast.kernels.precision import PRECISIONS
 from cibp_fast.kernels.shape import Shape
-from cibp_fast.kernels.streams import PRECISIONS
-from cibp_fast.kernels.tiles import Tiles, Where, tiles_for
+from cibp_fast.kernels.tiles import TileConfig, Where, tiles_for
 from cibp_fast.ops import numerics
 
 WHERE = Where("sm_90", 132, "3.6")
@@ -48,7 +48,7 @@ def forget() -> None:
     tiles._table.cache_clear()
 
 
-def used(job: Job) -> Tiles:
+def used(job: Job) -> TileConfig:
     return tiles_for(job.kernel, job.shape, PRECISIONS[job.precision])
 
 
@@ -56,21 +56,23 @@ class Given:
     """A bench with given times, where some tiles are wrong."""
 
     def __init__(
-        self, us: Callable[[Tiles], float], wrong: Callable[[Tiles], bool] = lambda _: False
+        self,
+        us: Callable[[TileConfig], float],
+        wrong: Callable[[TileConfig], bool] = lambda _: False,
     ) -> None:
         self.us, self.wrong = us, wrong
-        self.checked: list[Tiles] = []
+        self.checked: list[TileConfig] = []
 
-    def check(self, kernel: str, candidates: Sequence[Tiles]) -> list[str]:
+    def check(self, kernel: str, candidates: Sequence[TileConfig]) -> list[str]:
         self.checked += candidates
         return ["wrong" if self.wrong(each) else "" for each in candidates]
 
-    def time(self, kernel: str, candidate: Tiles) -> float:
+    def time(self, kernel: str, candidate: TileConfig) -> float:
         assert candidate in self.checked and not self.wrong(candidate)
         return self.us(candidate)
 
 
-def distance(candidate: Tiles, best: Tiles) -> int:
+def distance(candidate: TileConfig, best: TileConfig) -> int:
     """How many steps two are apart."""
     return sum(
         abs(math.log2(a) - math.log2(b)) if type(a) is int else a != b
@@ -90,7 +92,7 @@ def test_candidates_fit(kernel: str, precision: str) -> None:
         for each in found:
             sizes = zip(each[:3], tune.extents(kernel, shape), strict=True)
             assert all(size < 2 * max(whole, 16) for size, whole in sizes)
-            assert each.pixels * each.channels <= 64 * 1024 // 4
+            assert each.block_m * each.block_n <= 64 * 1024 // 4
 
 
 @pytest.mark.parametrize("kernel", tiles.KERNELS)
@@ -114,7 +116,7 @@ def test_layers_of_a_network_each_once() -> None:
 
 def test_the_search_finds_what_is_steps_away() -> None:
     job = Job("forward", "bf16", WIDE)
-    best = Tiles(128, 64, 32, warps=8, stages=4, splits=1, weight_first=True)
+    best = TileConfig(128, 64, 32, num_warps=8, num_stages=4, split_k=1, weight_first=True)
     assert distance(rule(job), best) > 3
     bench = Given(lambda each: 10 + distance(each, best))
     result = tune.search(job, bench)
@@ -125,7 +127,7 @@ def test_the_search_finds_what_is_steps_away() -> None:
 @pytest.mark.parametrize(("us", "gained"), [(97.5, False), (96.5, True)])
 def test_the_rule_s_tiles_stay_unless_others_gain_enough(us: float, gained: bool) -> None:
     job = Job("forward", "bf16", LAYER)
-    other = rule(job)._replace(stages=4)
+    other = rule(job)._replace(num_stages=4)
     times = {rule(job): 100.0, other: us}
     result = tune.search(job, Given(lambda each: times.get(each, 200.0)))
     assert result.best == (other if gained else rule(job))
@@ -134,8 +136,8 @@ def test_the_rule_s_tiles_stay_unless_others_gain_enough(us: float, gained: bool
 
 def test_wrong_tiles_are_neither_timed_nor_chosen() -> None:
     job = Job("weight_gradient", "tf32", LAYER)
-    result = tune.search(job, Given(lambda each: 1 / each.depth, lambda each: each.depth > 32))
-    assert result.best.depth == 32
+    result = tune.search(job, Given(lambda each: 1 / each.block_k, lambda each: each.block_k > 32))
+    assert result.best.block_k == 32
     result = tune.search(job, Given(lambda _: 5.0, lambda each: each == rule(job)))  # the rule's
     assert result.gained and math.isnan(result.default_us) and result.best_us == 5
 
@@ -153,24 +155,24 @@ def test_a_wrong_kernel_is_never_written(table: Path, monkeypatch: pytest.Monkey
 
     def miscompiled(*args: Any, **options: Any) -> tuple[torch.Tensor, ...]:
         out, widths = forward(*args, **options)
-        if options["tiles"].channels == 16:
-            out[2, -1, -1, -1, -1] += torch.nan if options["tiles"].pixels == 16 else 1
+        if options["tiles"].block_n == 16:
+            out[2, -1, -1, -1, -1] += torch.nan if options["tiles"].block_m == 16 else 1
         return out, widths
 
     monkeypatch.setattr(conv2d, "forward", miscompiled)
     case = numerics.Case(TINY, "tf32", DEVICE)
 
     class Interpreted(Given):
-        def check(self, kernel: str, candidates: Sequence[Tiles]) -> list[str]:
+        def check(self, kernel: str, candidates: Sequence[TileConfig]) -> list[str]:
             self.checked += candidates
             return [tune.checked(case, kernel, each) for each in candidates]
 
     monkeypatch.setattr(tune, "STEPS", 1)
     job = Job("forward", "tf32", TINY)
-    bench = Interpreted(lambda each: 1.0 * each.channels * each.pixels)
+    bench = Interpreted(lambda each: 1.0 * each.block_n * each.block_m)
     tune.tune([job], lambda *_: bench, WHERE, table, "a GPU")
-    assert {each.channels for each in bench.checked} == {16, 32}
-    assert used(job) == rule(job)._replace(pixels=16)
+    assert {each.block_n for each in bench.checked} == {16, 32}
+    assert used(job) == rule(job)._replace(block_m=16)
 
 
 # Tables
@@ -178,7 +180,7 @@ def test_a_wrong_kernel_is_never_written(table: Path, monkeypatch: pytest.Monkey
 
 def bench_of(shape: Shape, precision: str) -> Given:
     """Two stages are faster."""
-    return Given(lambda each: 10.0 * each.stages + 100 * distance(each[:3], (64, 64, 64)))
+    return Given(lambda each: 10.0 * each.num_stages + 100 * distance(each[:3], (64, 64, 64)))
 
 
 def test_what_is_tuned_is_used(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,7 +190,7 @@ def test_what_is_tuned_is_used(table: Path, capsys: pytest.CaptureFixture[str]) 
     tune.tune(jobs, bench_of, WHERE, table, "a GPU")
     assert tiles.text(tiles.read(table)) == table.read_text()
     for job, entry in zip(jobs, tiles.read(table), strict=True):
-        assert used(job) == Tiles(**entry["tiles"]) != rule(job)
+        assert used(job) == TileConfig(**entry["tiles"]) != rule(job)
         assert entry["us"] < entry["default_us"] and entry["gpu"] == "a GPU"
         for other in (
             job._replace(precision="tf32"),
@@ -197,7 +199,7 @@ def test_what_is_tuned_is_used(table: Path, capsys: pytest.CaptureFixture[str]) 
         ):
             assert used(other) == rule(other)
     out = capsys.readouterr().out
-    assert "us with pixels 64, " in out and "3 of 3 kernels tuned, 3 of them" in out
+    assert "us with block_m 64, " in out and "3 of 3 kernels tuned, 3 of them" in out
 
 
 def test_two_at_once_lose_nothing(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +218,7 @@ def test_two_at_once_lose_nothing(table: Path, monkeypatch: pytest.MonkeyPatch) 
     assert sorted(map(str, read(table))) == sorted(map(str, entries))
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"format": 2, "entries": []}'])
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": 1, "entries": []}'])
 def test_a_table_that_cannot_be_read_is_not_overwritten(table: Path, content: str) -> None:
     table.parent.mkdir(parents=True)
     table.write_text(content)
@@ -257,12 +259,12 @@ def test_what_is_done_is_not_done_again(
     An entry then replaces the one before.
     """
 
-    def measured(wrong: Callable[[Tiles], bool] = lambda _: False, **again: Any) -> list[str]:
+    def measured(wrong: Callable[[TileConfig], bool] = lambda _: False, **again: Any) -> list[str]:
         begun = []
 
         def bench(shape: Shape, precision: str) -> Given:
             begun.append(precision)
-            return Given(lambda each: 10.0 * each.pixels if again else 1.0, wrong)
+            return Given(lambda each: 10.0 * each.block_m if again else 1.0, wrong)
 
         tune.tune(jobs, bench, WHERE, table, "a GPU", **again)
         return begun
@@ -276,7 +278,7 @@ def test_what_is_done_is_not_done_again(
     out = capsys.readouterr().out
     assert "1 of 2 kernels tuned" in out and "1 others are in the table already" in out
     assert measured(again=True) == ["bf16", "tf32"]
-    assert [entry["tiles"]["pixels"] for entry in tiles.read(table)] == [16, 16]
+    assert [entry["tiles"]["block_m"] for entry in tiles.read(table)] == [16, 16]
     monkeypatch.setattr(tune, "__version__", "of tomorrow")
     assert measured() == ["bf16", "tf32"]
 
@@ -311,7 +313,7 @@ def test_the_bench_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = tune.GpuBench(TINY, "tf32", torch.device(DEVICE))
     for kernel in tiles.KERNELS:
         default = rule(Job(kernel, "tf32", TINY))
-        right, broken = bench.check(kernel, [default, default._replace(depth=48)])
+        right, broken = bench.check(kernel, [default, default._replace(block_k=48)])
         assert right == "" and "power of 2" in broken
         assert calls == ["synchronize"]
         assert bench.time(kernel, default) > 0

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "device.h"
-#include "streams.h"
+#include "precision.h"
 
 namespace cibp::cuda {
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import cibp_fast as cf
+from cibp_fast.kernels.shape import Shape
 from cibp_fast.ops import backends
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,7 +60,7 @@ def cuda() -> ModuleType:
 def test_module_is_typed(cuda: ModuleType) -> None:
     stub = Path(cf.__file__).with_name("_cuda.pyi").read_text()
     typed = set(re.findall(r"^(?:def )?(\w+)(?=[:(])", stub, re.MULTILINE))
-    assert typed == {name for name in vars(cuda) if not name.startswith("__")}
+    assert typed - {"Device", "Shape"} == {name for name in vars(cuda) if not name.startswith("__")}
     assert cuda.architectures.split()[0] == "sm_80"
 
 
@@ -71,28 +72,25 @@ def test_devices_or_why_there_are_none(cuda: ModuleType) -> None:
 
 
 def test_halo_shapes_are_checked(cuda: ModuleType) -> None:
+    shape = Shape(1, 24, 3, 3, 64, 1, 1, 3, 3)
     with pytest.raises(ValueError, match="multiple of 16 and out_channels of 64, not 24 and 64"):
-        cuda.halo_conv2d_blocks([1, 24, 3, 3, 64, 1, 1, 0, 0])
+        cuda.halo_conv2d_blocks(shape)
+    with pytest.raises(ValueError, match="kernels must be 3 x 3, of stride and dilation 1"):
+        cuda.halo_conv2d_blocks(shape._replace(in_channels=64, dilation=(1, 2)))
     with pytest.raises(ValueError, match="precision must be 'tf32' or 'bf16', not 'float32'"):
-        cuda.halo_conv2d_pack_weight((0, 0), 64, 64, 0, "float32", 0)
+        cuda.halo_conv2d_pack_weight((0, 0), shape, 0, "float32", 0)
 
 
 def test_failed_launches_name_the_kernel(cuda: ModuleType) -> None:
     capabilities, why_none = cuda.devices()
     nowhere = (len(capabilities), 0)
     message = why_none or "invalid device ordinal"
-    empty = [0] * 5
-    shape = [1, 1, 3, 3, 1, 1, 1, 3, 3, 1, 1, 0, 0, 1, 1]
-    halo = [1, 64, 3, 3, 64, 1, 1, 0, 0]
+    first, halo = Shape(1, 1, 3, 3, 1, 1, 1, 3, 3), Shape(1, 64, 3, 3, 64, 1, 1, 3, 3)
     calls = {
-        "sum_partials": (1, 1, 0, 0),
-        "channel_sums": ([1, 1, 1, 1], 1, empty, 0),
-        "bounds_forward": ([0, 1, 1, 1], [empty] * 3, False, (0, 0), False, [empty] * 3, 0),
-        "bounds_backward": ([0, 1, 1, 1], [empty] * 6, False, 0, False, [empty] * 3),
-        "first_conv2d_forward": (shape, [empty] * 3, True, 0, 0, True, "float32", (0, 0)),
-        "halo_conv2d_pack_weight": (64, 64, 0, "tf32", 0),
+        "first_conv2d_forward": (first, 3, 0, 0, 0, True, "float32", (0, 0)),
+        "first_conv2d_grad_weight": (first, 2, 1, 0, "bf16", 0, 0, (0, 0)),
+        "halo_conv2d_pack_weight": (halo, 0, "tf32", 0),
         "halo_conv2d_forward": (halo, 3, 0, 0, 0, True, "bf16", (0, 0)),
-        "first_conv2d_grad_weight": (shape, 1, [empty] * 3, True, "bf16", 0, 0, (0, 0)),
     }
     for name, arguments in calls.items():
         with pytest.raises(RuntimeError, match=f"^{name}: {message}"):

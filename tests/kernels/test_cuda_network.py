@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import cuda_host
@@ -14,6 +14,7 @@ from fusions import CHAINS, Results, compare, inputs, passes, small
 from test_triton_step import split, train_step
 from tolerances import arrange
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from tritons import DEVICE, PRECISIONS, large_tiles
 
 import cibp_fast as cf
@@ -151,14 +152,26 @@ def test_empty_batch() -> None:
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Single layers run, a whole network does not."""
     monkeypatch.setattr(backends, "_triton_missing", lambda: "Triton is not installed")
-    model, x = small(F32), torch.randn(1, 2, 9, 7)
-    box = Interval.ball(x, 0.1, None)
-    conv: Any = model[0]
-    cf.functional.interval_conv2d(box, conv.weight, conv.bias, backend="cuda")
+    x = torch.randn(1, 2, 9, 7)
     with pytest.raises(ValueError, match=r"backend='cuda' cannot run a network.*not installed"):
-        cf.fuse(model, backend="cuda").bounds(x, box)
+        cf.fuse(small(F32), backend="cuda").bounds(x, Interval.ball(x, 0.1, None))
+
+
+def test_launches_are_on_the_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And on its current stream, whichever device is the current one."""
+    launched = []
+    kernels = SimpleNamespace(kernel=lambda device, *arguments: launched.append(device))
+    monkeypatch.setattr(backends, "cuda_kernels", lambda: kernels)
+    streams = {0: 40, 1: 41}
+    monkeypatch.setattr(
+        torch.cuda,
+        "current_stream",
+        lambda device: SimpleNamespace(cuda_stream=streams[device.index]),
+    )
+    with FakeTensorMode():
+        cuda._launch("kernel", torch.empty(3, device="cuda:1"))
+    assert launched == [(1, 41)]
 
 
 def test_a_step_of_training(launched: list[str]) -> None:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from tritons import DEVICE, PRECISIONS
 
-from cibp_fast.kernels import streams
-from cibp_fast.kernels.adam import Adam, Parameter, pack_weight, sum_partials
+from cibp_fast.kernels.adam import Adam, Parameter
+from cibp_fast.kernels.precision import PRECISIONS as STORED
+from cibp_fast.kernels.weights import pack_weight, sum_partials
 
 # [Cout, Cin, KH, KW]: of few channels, of odd sizes, more than a tile each way, in vectors of four.
 SHAPES = [
@@ -52,9 +53,7 @@ def parameters(precision: str) -> list[Parameter]:
     for index, (outputs, channels, *kernel) in enumerate(SHAPES):
         weight = torch.randn(outputs, channels, *kernel)
         master = weight.flatten(1) if kernel == [1, 1] else weight
-        copy = torch.full(
-            (outputs, *kernel, channels), torch.nan, dtype=streams.PRECISIONS[precision].dtype
-        )
+        copy = torch.full((outputs, *kernel, channels), torch.nan, dtype=STORED[precision].dtype)
         moments = torch.zeros_like(master), torch.zeros_like(master)
         partials = torch.empty(1 + index % 3, *copy.shape)
         transposed = copy.new_full((*kernel, channels, outputs), torch.nan)

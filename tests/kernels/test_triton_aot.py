@@ -15,10 +15,12 @@ from aot import CAPABILITIES, SHARED, Binary, Job, compiled_apart
 from cibp_fast import models
 from cibp_fast.fusion.network import planned
 from cibp_fast.fusion.tracing import trace
-from cibp_fast.kernels import adam, conv2d, inputs, layers, pool
+from cibp_fast.kernels import conv2d, layers, pack, pool, weights
+from cibp_fast.kernels.adam import Adam, Parameter
+from cibp_fast.kernels.batch import make_batch
 from cibp_fast.kernels.loss import loss
+from cibp_fast.kernels.precision import PRECISIONS
 from cibp_fast.kernels.shape import Shape
-from cibp_fast.kernels.streams import PRECISIONS
 from cibp_fast.kernels.tiles import KERNELS, tiles_for
 from cibp_fast.ops import numerics
 from cibp_fast.ops.gpu_network import shape_of
@@ -97,22 +99,22 @@ def channelwise(precision: str) -> None:
 
 
 def parameters(precision: str) -> None:
-    """Launches those of kernels/adam.py."""
+    """Launches those of kernels/adam.py and weights.py."""
     weight, partials = torch.zeros(64, 32, 4, 4), torch.zeros(4, 64, 4, 4, 32)
-    copies = adam.pack_weight(weight, precision)
-    adam.sum_partials(partials)
-    update = adam.Adam([adam.Parameter(weight, weight, weight, partials, *copies)], precision)
+    copies = weights.pack_weight(weight, precision)
+    weights.sum_partials(partials)
+    update = Adam([Parameter(weight, weight, weight, partials, *copies)], precision)
     update(torch.zeros(1), torch.zeros(1).long())
 
 
 def batches(precision: str) -> None:
-    """Launches those of kernels/inputs.py, of color images and of 64 channels."""
+    """Launches those of kernels/batch.py and pack.py, of color images and of 64 channels."""
     images, labels = torch.zeros(64, 3, 32, 32, dtype=torch.uint8), torch.zeros(64).long()
     table, plan = torch.zeros(3, 256), torch.zeros(64, 4, dtype=torch.int32)
-    inputs.batch(images, labels, plan, table, torch.zeros(1), labels[:1], 50, precision)
+    make_batch(images, labels, plan, table, torch.zeros(1), labels[:1], 50, precision)
     box = torch.zeros(50, 64, 16, 16)
-    inputs.pack(box, box, box, precision)
-    inputs.unpack(inputs.pack_gradient(box, box, box, precision, (torch.zeros(1), box, box)))
+    pack.pack(box, box, box, precision)
+    pack.unpack(pack.pack_gradient(box, box, box, precision, (torch.zeros(1), box, box)))
 
 
 def losses(precision: str, batch: int, classes: int, features: int) -> None:
@@ -134,7 +136,7 @@ def check(found: list[Binary], capability: int) -> None:
         constants = binary.constants
         assert binary.spills == 0, binary
         assert binary.shared <= SHARED[capability] * 1024, binary
-        if "PRECISION" not in constants or "DEPTH" not in constants:
+        if "PRECISION" not in constants or "BLOCK_K" not in constants:
             continue
         assert binary.tensor_core > 0, binary
         # Triton pipelines loads of 64 channels of one tap, which lie side by side
@@ -172,7 +174,7 @@ def test_some_layers_and_a_step(tmp_path: Path) -> None:
     assert kernels(found[1]) == [
         *(4 * ["pack"]),
         *("batch", *(3 * ["forward"]), "forward_sum", "one_launch"),  # the last one in parts
-        *(*(2 * ["weight_gradient", "input_gradient"]), "weight_gradient", "adam", "end"),
+        *(*(2 * ["weight_gradient", "input_gradient"]), "weight_gradient", "adam", "figures"),
     ]
     assert len(found[3]) == 4
     assert kernels(found[4]) == whole

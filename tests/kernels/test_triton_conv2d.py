@@ -11,7 +11,7 @@ from tritons import DEVICE, PRECISIONS
 
 from cibp_fast.kernels import conv2d, operands
 from cibp_fast.kernels.shape import Shape
-from cibp_fast.kernels.tiles import Tiles
+from cibp_fast.kernels.tiles import TileConfig
 from cibp_fast.ops import numerics
 
 # name: shape
@@ -58,15 +58,15 @@ DESCRIBED = {
 def test_descriptors_against_float64(name: str, precision: str, weight_first: bool) -> None:
     shape = DESCRIBED[name]
     case = numerics.Case(shape, precision, DEVICE)
-    tiles = Tiles(64, 32, 16, weight_first=weight_first, descriptors=True)
+    tiles = TileConfig(64, 32, 16, weight_first=weight_first, descriptors=True)
     for kernel in ("forward", "input_gradient"):
-        assert not operands.undescribed(kernel, shape, tiles.depth)
-        in_parts = tiles._replace(splits=2 if kernel == "forward" and "parts" in name else 1)
+        assert not operands.tma_obstacle(kernel, shape, tiles.block_k)
+        in_parts = tiles._replace(split_k=2 if kernel == "forward" and "parts" in name else 1)
         assert case.error(kernel, in_parts) < numerics.TOLERANCES[precision]
 
 
 def test_descriptors_are_refused_where_they_do_not_apply() -> None:
-    tiles = Tiles(16, 16, 16, descriptors=True)
+    tiles = TileConfig(16, 16, 16, descriptors=True)
     for kernel, shape, why in (
         ("forward", Shape(1, 8, 4, 4, 16, 4, 4, 1, 1), "8 channels cannot be divided by the depth"),
         ("forward", Shape(1, 16, 5, 4, 16, 2, 2, 2, 2, (2, 2)), r"images of \(5, 4\) cannot be"),
@@ -88,7 +88,7 @@ def test_descriptors_need_sm_90(capability: int, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(operands, "driver", SimpleNamespace(active=active))
     monkeypatch.setattr(operands, "INTERPRETED", False)
     for kernel in ("forward", "input_gradient"):
-        why = operands.undescribed(kernel, DESCRIBED["padded"], 16)
+        why = operands.tma_obstacle(kernel, DESCRIBED["padded"], 16)
         assert why == ("the GPU is older than sm_90" if capability < 90 else "")
 
 

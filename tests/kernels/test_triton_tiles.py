@@ -13,7 +13,7 @@ from tritons import DEVICE
 from cibp_fast.kernels import tiles
 from cibp_fast.kernels.shape import Shape
 from cibp_fast.kernels.streams import PRECISIONS
-from cibp_fast.kernels.tiles import Tiles, Where, tiles_for
+from cibp_fast.kernels.tiles import TileConfig, Where, tiles_for
 
 WHERE = Where("sm_90", 132, "3.6")
 LAYER = Shape(100, 16, 13, 13, 32, 10, 10, 4, 4)
@@ -40,11 +40,11 @@ def forget() -> None:
     tiles._table.cache_clear()
 
 
-def rule(job: Job) -> Tiles:
+def rule(job: Job) -> TileConfig:
     return tiles.rule(job[0], job[2], PRECISIONS[job[1]])
 
 
-def used(job: Job) -> Tiles:
+def used(job: Job) -> TileConfig:
     return tiles_for(job[0], job[2], PRECISIONS[job[1]])
 
 
@@ -53,7 +53,7 @@ def write(path: Path, *entries: Any) -> None:
     path.write_text(tiles.text(entries))
 
 
-def of(job: Job, given: Tiles) -> dict[str, Any]:
+def of(job: Job, given: TileConfig) -> dict[str, Any]:
     return {**tiles.entry_for(WHERE, *job), "tiles": given._asdict()}
 
 
@@ -63,8 +63,8 @@ def of(job: Job, given: Tiles) -> dict[str, Any]:
 def test_another_gpu_takes_the_rule(
     table: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any]
 ) -> None:
-    write(table, of(FORWARD, Tiles(16, 16, 16)))
-    assert used(FORWARD) == Tiles(16, 16, 16) != rule(FORWARD)
+    write(table, of(FORWARD, TileConfig(16, 16, 16)))
+    assert used(FORWARD) == TileConfig(16, 16, 16) != rule(FORWARD)
     forget()
     monkeypatch.setattr(tiles, "current", lambda: WHERE._replace(**changed))
     assert used(FORWARD) == rule(FORWARD)
@@ -74,7 +74,7 @@ def test_tables_are_read_once_and_not_in_the_interpreter(
     table: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = used(FORWARD)
-    write(table, of(FORWARD, Tiles(16, 16, 16)))
+    write(table, of(FORWARD, TileConfig(16, 16, 16)))
     assert used(FORWARD) == before  # a step keeps its tiles
     forget()
     assert used(FORWARD) != before
@@ -91,12 +91,12 @@ def test_the_user_s_table_comes_before_the_shipped_one(
 ) -> None:
     shipped = tmp_path / "shipped.json"
     monkeypatch.setattr(tiles, "SHIPPED", shipped)
-    write(shipped, *(of(each, Tiles(32, 32, 32)) for each in (FORWARD, WEIGHT)))
+    write(shipped, *(of(each, TileConfig(32, 32, 32)) for each in (FORWARD, WEIGHT)))
     write(table, of(FORWARD, rule(FORWARD)))
-    assert used(FORWARD) == rule(FORWARD) and used(WEIGHT) == Tiles(32, 32, 32)
+    assert used(FORWARD) == rule(FORWARD) and used(WEIGHT) == TileConfig(32, 32, 32)
     monkeypatch.setenv("CIBP_FAST_TUNED", str(shipped))
     forget()
-    assert used(FORWARD) == Tiles(32, 32, 32)
+    assert used(FORWARD) == TileConfig(32, 32, 32)
 
 
 def test_the_shipped_table_is_as_tune_writes_it() -> None:
@@ -107,26 +107,26 @@ def test_the_shipped_table_is_as_tune_writes_it() -> None:
 
 
 def entry(kernel: str = "forward", **changed: Any) -> dict[str, Any]:
-    given = {**Tiles(32, 32, 32)._asdict(), **changed}
+    given = {**TileConfig(32, 32, 32)._asdict(), **changed}
     return {**tiles.entry_for(WHERE, kernel, "bf16", LAYER), "tiles": given}
 
 
 BAD = {
-    "pixels must be a power of two from 16 to 512, not 48": entry(pixels=48),
-    "channels must be a power of two from 16 to 512, not 8": entry(channels=8),
-    "depth must be a power of two from 16 to 512, not 1024": entry(depth=1024),
-    "warps must be 4 or 8, not 5": entry(warps=5),
-    "stages must be from 1 to 8, not 0": entry(stages=0),
-    "splits of forward must be from 1 to 65535, not 0": entry(splits=0),
-    "splits of input_gradient must be from 1 to 1, not 2": entry("input_gradient", splits=2),
+    "block_m must be a power of two from 16 to 512, not 48": entry(block_m=48),
+    "block_n must be a power of two from 16 to 512, not 8": entry(block_n=8),
+    "block_k must be a power of two from 16 to 512, not 1024": entry(block_k=1024),
+    "num_warps must be 4 or 8, not 5": entry(num_warps=5),
+    "num_stages must be from 1 to 8, not 0": entry(num_stages=0),
+    "split_k of forward must be from 1 to 65535, not 0": entry(split_k=0),
+    "split_k of input_gradient must be from 1 to 1, not 2": entry("input_gradient", split_k=2),
     "weight_first must be false for weight_gradient": entry("weight_gradient", weight_first=True),
     "descriptors must be false for weight_gradient": entry("weight_gradient", descriptors=True),
     "weight_first must be of type bool, not 1": entry(weight_first=1),
-    "pixels must be of type int, not None": {
+    "block_m must be of type int, not None": {
         **entry(),
-        "tiles": {"channels": 32, "depth": 32},
+        "tiles": {"block_n": 32, "block_k": 32},
     },
-    "depth must be of type int, not 32.0": entry(depth=32.0),
+    "block_k must be of type int, not 32.0": entry(block_k=32.0),
     "tiles have no width": entry(width=3),
     "tiles must be an object, not [32]": {**entry(), "tiles": [32]},
     "it has no tiles": tiles.entry_for(WHERE, "forward", "bf16", LAYER),
@@ -137,9 +137,9 @@ BAD = {
 
 @pytest.mark.parametrize("why", BAD)
 def test_a_bad_entry_is_named_and_the_others_are_used(table: Path, why: str) -> None:
-    write(table, BAD[why], of(WEIGHT, Tiles(32, 32, 32)))
+    write(table, BAD[why], of(WEIGHT, TileConfig(32, 32, 32)))
     with pytest.warns(UserWarning) as warned:
-        assert used(WEIGHT) == Tiles(32, 32, 32)
+        assert used(WEIGHT) == TileConfig(32, 32, 32)
         assert used(FORWARD) == rule(FORWARD)
     (warning,) = warned
     message = str(warning.message)
@@ -153,9 +153,9 @@ def test_a_bad_entry_is_named_and_the_others_are_used(table: Path, why: str) -> 
         (b"{", "is not JSON"),
         (b"\xff\xfe", "is not JSON"),
         (b"[]", "is no table of tiles: it has no list of entries"),
-        (b'{"format": 1}', "is no table of tiles: it has no list of entries"),
-        (b'{"format": 2, "entries": []}', "is of format 2, not 1"),
-        (b'{"entries": []}', "is of format None, not 1"),
+        (b'{"format": 2}', "is no table of tiles: it has no list of entries"),
+        (b'{"format": 1, "entries": []}', "is of format 1, not 2"),
+        (b'{"entries": []}', "is of format None, not 2"),
         (None, "cannot read"),
     ],
 )
@@ -180,6 +180,6 @@ def test_a_table_that_was_asked_for_must_be_there(
 
 
 def test_an_older_table_has_fewer_fields(table: Path) -> None:
-    given = {"pixels": 32, "channels": 16, "depth": 64}
+    given = {"block_m": 32, "block_n": 16, "block_k": 64}
     write(table, {**tiles.entry_for(WHERE, *FORWARD), "tiles": given})
-    assert used(FORWARD) == Tiles(32, 16, 64)
+    assert used(FORWARD) == TileConfig(32, 16, 64)

@@ -1,4 +1,4 @@
-"""Training by the steps of kernels/step.py: the numbers of the other loop, and resumed runs."""
+"""Training by the steps of gpu_step.py: the numbers of the other loop, and resumed runs."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ PRECISIONS = {
 
 @triton.jit
 def rounded(x, DROPPED: tl.constexpr):
-    """float32 x to nearest without its last bits, ties to even; NaN stays, and x > 0 stays > 0."""
+    """Rounds float32 x to nearest without its last bits, ties to even; NaN and x > 0 stay so."""
     if DROPPED == 0:
         return x
     bits = x.to(tl.int32, bitcast=True)
@@ -48,7 +48,7 @@ def rounded(x, DROPPED: tl.constexpr):
 
 @triton.jit
 def rounded_pair(m, r, DROPPED: tl.constexpr):
-    """m and r rounded, but m > r stays so: where they meet, r takes the next number below."""
+    """Rounds m and r, but m > r stays so: where they meet, r takes the next number below."""
     if DROPPED == 0:
         return m, r
     m_out, r_out = rounded(m, DROPPED), rounded(r, DROPPED)
@@ -58,13 +58,13 @@ def rounded_pair(m, r, DROPPED: tl.constexpr):
 
 @triton.jit
 def positive(x):
-    """ReLU; not tl.maximum, which drops NaN."""
+    """Computes ReLU; not tl.maximum, which drops NaN."""
     return tl.where(x <= 0, 0.0, x)
 
 
 @triton.jit
 def activate(mu, r):
-    """Center and radius after ReLU, from those before it."""
+    """Computes center and radius after ReLU from those before it."""
     half = 0.5 * positive(mu + r)
     active = mu > r
     return tl.where(active, mu, half), tl.where(active, r, half)
@@ -72,7 +72,7 @@ def activate(mu, r):
 
 @triton.jit
 def deactivate(grad_m, grad_r, m, r):
-    """The gradient of center and radius before ReLU, from that after it and the values there."""
+    """Computes the gradient before ReLU of center and radius, from it and the values after it."""
     both = m * 0.0 + 0.5 * (grad_m + grad_r)  # NaN stays NaN
     shared = tl.where(m <= 0, 0.0, both)
     active = m > r
@@ -81,14 +81,14 @@ def deactivate(grad_m, grad_r, m, r):
 
 @triton.jit
 def dot(a, b, sums, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """sums + a @ b. UPCAST: the interpreter takes bfloat16 for integers."""
+    """Computes sums + a @ b. UPCAST: the interpreter takes bfloat16 for integers."""
     if UPCAST:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, sums, input_precision=PRECISION)
 
 
 def rounded_like(x: torch.Tensor, precision: str) -> torch.Tensor:
-    """float32 x as the precision stores it; equals `rounded`."""
+    """Returns float32 x as the precision stores it; equals `rounded`."""
     stored = PRECISIONS[precision]
     if not stored.dropped:
         return x.clone()

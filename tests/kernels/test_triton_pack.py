@@ -12,14 +12,8 @@ from torch import Tensor, nn
 from tritons import DEVICE, PRECISIONS
 
 from cibp_fast import Interval
-from cibp_fast.kernels.inputs import (
-    _arranged,
-    batch,
-    pack,
-    pack_gradient,
-    unpack,
-    unpack_gradient,
-)
+from cibp_fast.kernels.batch import make_batch
+from cibp_fast.kernels.pack import _arranged, pack, pack_gradient, unpack, unpack_gradient
 from cibp_fast.models import Normalize
 from cibp_fast.training import datasets
 from cibp_fast.training.batches import CROP_PADDING, epoch_batches, epoch_plan, pixel_table
@@ -108,7 +102,7 @@ def test_batch_is_that_of_data(
             for rank, (x, labels) in enumerate(batches):
                 radius = eps[0] if len(eps) == 1 else torch.tensor(eps, device="cpu")
                 box = Interval.ball(prepare(x), radius, clip)
-                streams, y = batch(
+                streams, y = make_batch(
                     here.images,
                     here.labels,
                     device_plan,
@@ -136,7 +130,7 @@ def test_nan_in_the_radius_or_the_pixels_stays(clip: tuple[float, float] | None)
     arguments = (here.images, here.labels, plan(13, 0, 0, "none").to(DEVICE), pixels)
     step = torch.zeros(1, dtype=torch.int64)
     eps = torch.tensor([0.1, 0.1, torch.nan])
-    streams, _ = batch(*arguments, eps, step, 2, "bf16", clip)
+    streams, _ = make_batch(*arguments, eps, step, 2, "bf16", clip)
     m, r, z = streams.isnan().flatten(1, 3)
     assert m.all(0).tolist() == r.all(0).tolist() == [False, True, True]
     assert m.any(0).tolist() == r.any(0).tolist() == [False, True, True]
@@ -168,7 +162,7 @@ def test_wrong_batch_arguments_are_named() -> None:
         ("rank", 1, ValueError, "batch_size 4, got rank 1 and world_size 1"),
     ):
         with pytest.raises(error) as raised:
-            batch(**{**good, name: value})
+            make_batch(**{**good, name: value})
         assert message in str(raised.value)
 
 

@@ -1,4 +1,4 @@
-// Rounding to what is stored, ReLU and its gradient, as in kernels/streams.py.
+// Rounding to what is stored, ReLU and its gradient, as in kernels/precision.py.
 #pragma once
 
 #include "block.h"

@@ -1,0 +1,146 @@
+"""Weights in the layouts that kernels read, and their gradients in torch's.
+
+A linear layer is a convolution: behind a flatten of [C, H, W] one with a kernel of (H, W), else of
+(1, 1). So a weight has the layouts
+
+    master      [Cout, Cin, KH, KW]          torch's; of the gradient and of Adam's moments too
+    partials    [splits, Cout, KH, KW, Cin]  what the kernels of the gradient write
+    forward     [Cout, KH, KW, Cin]          the compute copies, as the precision stores numbers
+    transposed  [KH, KW, Cin, Cout]
+
+and a program moves a tile of outputs x channels x taps (KH * KW) from one to another, so that each
+is read or written in runs of at least 32 bytes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .precision import PRECISIONS, rounded
+
+# Outputs, channels and taps of a program's tile, and of one where there is one tap.
+TILE = (16, 8, 16)
+FLAT = (16, 128, 1)
+_AT_ONCE = tl.constexpr(4)  # splits whose loads do not wait for each other
+
+
+@triton.jit
+def tile_offsets(o, c, t, outputs, channels, taps, TILE: tl.constexpr):
+    """Returns the tile's offsets in the three layouts, and which of them are elements."""
+    o = o * TILE[0] + tl.arange(0, TILE[0])[:, None, None]
+    c = c * TILE[1] + tl.arange(0, TILE[1])[None, :, None]
+    t = t * TILE[2] + tl.arange(0, TILE[2])[None, None, :]
+    master = (o * channels + c) * taps + t
+    forward = (o * taps + t) * channels + c
+    transposed = (t * channels + c) * outputs + o
+    return master, forward, transposed, (o < outputs) & (c < channels) & (t < taps)
+
+
+@triton.jit
+def sum_splits(partials, offsets, inside, splits, size):
+    """Returns the sum of the splits, the first one first."""
+    total = tl.zeros(offsets.shape, tl.float32)
+    for first in range(0, splits, _AT_ONCE):
+        for i in tl.static_range(_AT_ONCE):  # unrolled: no load waits for another
+            known = inside & (first + i < splits)
+            total += tl.load(partials + offsets, mask=known, other=0.0)
+            partials += size
+    return total
+
+
+def tiles(outputs: int, channels: int, taps: int) -> tuple[int, int, int]:
+    """Returns how many tiles there are in each direction."""
+    o, c, t = TILE if taps > 1 else FLAT
+    return triton.cdiv(outputs, o), triton.cdiv(channels, c), triton.cdiv(taps, t)
+
+
+@triton.jit
+def _pack_kernel(
+    weight,
+    forward,
+    transposed,
+    outputs,
+    channels,
+    taps,
+    DROPPED: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    o, c, t = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    at, forward_at, transposed_at, inside = tile_offsets(o, c, t, outputs, channels, taps, TILE)
+    copy = rounded(tl.load(weight + at, mask=inside, other=0.0), DROPPED)
+    tl.store(forward + forward_at, copy, mask=inside)
+    tl.store(transposed + transposed_at, copy, mask=inside)
+
+
+def pack_weight(weight: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+    """Returns the compute copies of a weight [Cout, Cin, KH, KW] float32.
+
+    They are [Cout, KH, KW, Cin] and [KH, KW, Cin, Cout] in the precision's dtype and equal
+    `rounded(weight).permute(0, 2, 3, 1)` and `rounded(weight).permute(2, 3, 1, 0)`.
+
+    Raises TypeError or ValueError where weight is none of that shape and dtype.
+    """
+    if weight.dtype != torch.float32:
+        raise TypeError(f"weight must be float32, got {weight.dtype}")
+    if weight.dim() != 4:
+        raise ValueError(f"weight must be [Cout, Cin, KH, KW], got {list(weight.shape)}")
+    stored = PRECISIONS[precision]
+    outputs, channels, *kernel = weight.shape
+    taps = math.prod(kernel)
+    forward = weight.new_empty(outputs, *kernel, channels, dtype=stored.dtype)
+    transposed = weight.new_empty(*kernel, channels, outputs, dtype=stored.dtype)
+    tile = TILE if taps > 1 else FLAT
+    _pack_kernel[tiles(outputs, channels, taps)](
+        weight.contiguous(), forward, transposed, outputs, channels, taps, stored.dropped, TILE=tile
+    )
+    return forward, transposed
+
+
+@triton.jit
+def _sum_kernel(
+    partials,
+    total,
+    splits,
+    outputs,
+    channels,
+    taps,
+    TILE: tl.constexpr,
+):
+    o, c, t = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    at, forward_at, _, inside = tile_offsets(o, c, t, outputs, channels, taps, TILE)
+    grad = sum_splits(partials, forward_at, inside, splits, outputs * channels * taps)
+    tl.store(total + at, grad, mask=inside)
+
+
+def sum_partials(partials: Tensor) -> Tensor:
+    """Returns a weight's gradient [Cout, Cin, KH, KW] from partials [splits, Cout, KH, KW, Cin].
+
+    Equals `partials.sum(0).permute(0, 3, 1, 2)`, summed from the first split on. A bias has
+    [Cout] and [splits, Cout].
+
+    Raises TypeError or ValueError where partials is none of that shape, or not contiguous float32.
+    """
+    if partials.dtype != torch.float32:
+        raise TypeError(f"partials must be float32, got {partials.dtype}")
+    if partials.dim() not in (2, 5) or not partials.is_contiguous() or len(partials) < 1:
+        raise ValueError(
+            "partials must be [splits, Cout, KH, KW, Cin] or [splits, Cout], contiguous, got "
+            f"{list(partials.shape)} with strides {partials.stride()}"
+        )
+    if partials.dim() == 2:
+        outputs, channels, taps = 1, partials.shape[1], 1
+        total = torch.empty_like(partials[0])
+    else:
+        _, outputs, *kernel, channels = partials.shape
+        taps = math.prod(kernel)
+        total = partials.new_empty(outputs, channels, *kernel)
+    tile = TILE if taps > 1 else FLAT
+    _sum_kernel[tiles(outputs, channels, taps)](
+        partials, total, len(partials), outputs, channels, taps, TILE=tile
+    )
+    return total
