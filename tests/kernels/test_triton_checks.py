@@ -25,6 +25,7 @@ from cibp_fast.ops import backends, checks, gpu_network, library, numerics
 from cibp_fast.training import gpu_step, gpu_step_check
 
 CONVOLUTION = Shape(2, 3, 7, 6, 5, 4, 3, 3, 3, (2, 2), (1, 1), (1, 1))
+CHANNELS_LAST = CONVOLUTION._replace(channels_last=True)
 LINEAR = Shape(3, 20, 1, 1, 6, 1, 1, 1, 1)
 
 
@@ -462,7 +463,7 @@ def test_wrong_tuned_tiles_are_left_for_the_rule(
     auto: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     where, table = Where("sm_90", 132, "3.6"), tmp_path / "tuned.json"
-    shape, float32 = layers.shape_of(LINEAR), precision.PRECISIONS["float32"]
+    shape, float32 = LINEAR, precision.PRECISIONS["float32"]
     tuned = TileConfig(32, 16, 16, num_stages=2)._asdict()
     table.write_text(
         tiles.text([{**tiles.entry_for(where, "forward", "float32", shape), "tiles": tuned}])
