@@ -53,7 +53,7 @@ lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
 	$(BIN)/mypy
-	cd build && $(abspath $(BIN))/lint-imports --config ../pyproject.toml --no-cache --no-logo
+	cd build && $(abspath $(BIN))/lint-imports ../pyproject.toml --no-cache --no-logo
 
 format: $(VENV)/dev
 	$(BIN)/ruff check --fix .

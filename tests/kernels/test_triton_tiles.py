@@ -11,8 +11,8 @@ import pytest
 from tritons import DEVICE
 
 from cibp_fast.kernels import tiles
+from cibp_fast.kernels.precision import PRECISIONS
 from cibp_fast.kernels.shape import Shape
-from cibp_fast.kernels.streams import PRECISIONS
 from cibp_fast.kernels.tiles import TileConfig, Where, tiles_for
 
 WHERE = Where("sm_90", 132, "3.6")
