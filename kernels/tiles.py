@@ -1,6 +1,6 @@
 """The tiles that a convolution is cut into, which decide how fast it is.
 
-They come from tables of what `cibp-fast tune` measured, the user's before tuned.json of this
+They come from tables of what `python bench/tune.py` measured, the user's before tuned.json of this
 package, or else from a rule. A table is JSON: its format, and entries that are found by what is in
 `Where`, kernel, precision and shape, and give tiles.
 """
@@ -126,7 +126,7 @@ def split(tiles: int, length: int, least: int) -> int:
 FORMAT = 2
 SHIPPED = Path(__file__).with_name("tuned.json")
 ABOUT = (
-    "Tiles that `cibp-fast tune` measured to be the fastest on the GPU named; without an entry the "
+    "Tiles that `python bench/tune.py` measured to be the fastest on the GPU named; without an entry the "
     "rule in kernels/tiles.py decides. Times are in microseconds, default_us that of the rule."
 )
 KEYS = ("architecture", "multiprocessors", "triton", "kernel", "precision", "shape")
