@@ -30,7 +30,7 @@ Moments = tuple[Tensor, Tensor, Tensor]  # a parameter, exp_avg, exp_avg_sq
 class TrainStep:
     """Constrained IBP and Adam on batches of a data set: `run` is one step.
 
-    It equals, on `x, y` of data.batches and `x = prepare(x)`,
+    It equals, on `x, y` of `epoch_batches` and `x = prepare(x)`,
 
         out = cf.fuse(model, precision).bounds(x, Interval.ball(x, eps, clip), reduction=...)
         cf.losses.constrained_ibp_loss(out, y, kappa=kappa, width_weight=width_weight).backward()
