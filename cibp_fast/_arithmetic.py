@@ -9,25 +9,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 
-__all__ = ["autocasts", "is_half", "no_autocast", "own_arithmetic"]
+from cibp_fast.ops.backends import no_autocast
 
-
-def autocasts(device: torch.device) -> bool:
-    """Returns whether autocast is active for tensors on this device."""
-    kind = device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-
-
-def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Switches autocast off inside the block, where it is on."""
-    if not autocasts(device):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
+__all__ = ["is_half", "own_arithmetic"]
 
 
 def own_arithmetic(device: torch.device) -> AbstractContextManager[Any]:

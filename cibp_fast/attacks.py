@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from cibp_fast._graphs import capturing, graphed, reuse_graphs
-from cibp_fast.certificates import CLIP, boxes, check_examples, evaluation, predict, running
+from cibp_fast.certificates import CLIP, boxes, check_examples, evaluation, running
 from cibp_fast.interval import Interval
-from cibp_fast.layerwise import check_labels
+from cibp_fast.layerwise import check_labels, predict
 
 # On a GPU a step is a CUDA graph of a fixed batch size, and the host must wait to know which
 # examples are left. It asks after so many steps, and goes on with half of the batch, a quarter, ...

@@ -14,7 +14,7 @@ from cibp_fast._arithmetic import is_half, own_arithmetic
 from cibp_fast._checks import may_inspect, refuse_where
 from cibp_fast._graphs import enough_memory, graphed, reuse_graphs
 from cibp_fast.interval import Interval
-from cibp_fast.layerwise import bounds, check_labels
+from cibp_fast.layerwise import bounds, check_labels, predict
 
 SEMANTICS = ("real", "float32")
 CLIP = (0.0, 1.0)  # unless the user says otherwise
@@ -163,11 +163,6 @@ def _bounded(
         raise TypeError(f"model must not compute in half precision: {_WHY_NOT_HALF}")
     classes = out.logits.shape[1]
     return out.margins(y.clamp(0, classes - 1)), predict(out.logits)
-
-
-def predict(logits: Tensor) -> Tensor:
-    """Returns `logits.argmax(1)` of logits [N, classes], but -1 (no class) where one is NaN."""
-    return logits.argmax(1).where(~logits.isnan().any(1), -1)
 
 
 def check_examples(x: Tensor, y: Tensor, batch_size: int) -> None:

@@ -9,6 +9,7 @@ raises `UnsupportedOpError`.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -19,12 +20,11 @@ import torch.utils.checkpoint
 from torch import Tensor
 from torch.utils import _pytree
 
-from cibp_fast._arithmetic import autocasts, no_autocast
 from cibp_fast._autograd import backward_pass, function_around, inside_function
 from cibp_fast._ball import ball_radius, clip_ends, moved_inside
 from cibp_fast._checks import may_inspect, refuse_where
 from cibp_fast.ops import backends
-from cibp_fast.ops.backends import transformed
+from cibp_fast.ops.backends import autocasts, no_autocast, transformed
 from cibp_fast.recorder import ACTIVE, Origin, Pass, Recorder, recording
 
 __all__ = ["Interval", "UnsupportedOpError", "run_rule", "shares_memory"]
@@ -192,14 +192,16 @@ class Interval:
         if not isinstance(x, Tensor) or not x.is_floating_point():
             got = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"x must be a floating-point tensor, got {got}")
-        radius = ball_radius(x, eps, validate)
+        plain = type(eps) is float and 0 <= eps < math.inf
+        radius: Any = eps if plain else ball_radius(x, eps, validate)
         if clip is None:
             box = cls._exact_ball(x, radius)
             if box is None:
                 box = cls._make(x - radius, x + radius, x)
             box._autocast = autocasts(x.device)
             return box
-        least, greatest = clip_ends(x, clip, validate)
+        plain = type(clip) is tuple and [*map(type, clip)] == [float, float] and clip[0] <= clip[1]
+        least, greatest = clip if plain else clip_ends(x, clip, validate)
         with no_autocast(x.device):  # which would take half precision for another half
             nominal = moved_inside(x, least, greatest) if validate else x
         lower, upper = nominal - radius, nominal + radius

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from cibp_fast import ops, rules  # noqa: F401 (a model's pass needs its rules)
-from cibp_fast._arithmetic import no_autocast
 from cibp_fast.interval import Interval, may_inspect, shares_memory
 from cibp_fast.ops import backends
+from cibp_fast.ops.backends import no_autocast
 from cibp_fast.ops.loss import label_error
 from cibp_fast.recorder import Head, Recorder, recording
 
@@ -175,6 +175,11 @@ def _by_example(
         return rows(lower, upper, y)
     parts = zip(lower.split(size), upper.split(size), y.split(size), strict=True)
     return torch.cat([rows(*part) for part in parts])
+
+
+def predict(logits: Tensor) -> Tensor:
+    """Returns `logits.argmax(1)` of logits [N, classes], but -1 (no class) where one is NaN."""
+    return logits.argmax(1).where(~logits.isnan().any(1), -1)
 
 
 def check_classes(classes: int) -> None:

@@ -17,10 +17,10 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from cibp_fast._arithmetic import no_autocast
 from cibp_fast.interval import may_inspect
 from cibp_fast.layerwise import Bounds, check_classes
 from cibp_fast.ops import loss
+from cibp_fast.ops.backends import no_autocast
 
 
 class Terms(NamedTuple):

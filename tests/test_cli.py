@@ -21,7 +21,7 @@ from cibp_fast import __version__, attacks, certificates, cli, commands
 from cibp_fast.certificates import Certificate
 from cibp_fast.training import datasets, evaluation, loop, runs
 from cibp_fast.training.config import Config, as_text, preset
-from cibp_fast.training.objective import Objective
+from cibp_fast.training.step import Objective
 
 PRESET = "mnist5k-small-0.001-cibp"
 TRAIN = ["train", "--batch-size", "16"]  # that fit the toy data

@@ -26,11 +26,9 @@ from cibp_fast.ops.library import (
     check_streams,
     empty,
     forward_outputs,
-    kernel,
     layout,
     library,
     mark_dead,
-    no_double_backward,
     on_its_gpu,
     pointer,
     triton_layers,
@@ -165,7 +163,7 @@ class _Affine(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        no_double_backward("conv2d" if ctx.geometry else "linear")
+        backends.no_double_backward("conv2d" if ctx.geometry else "linear")
         needs = ctx.needs_input_grad
         grads = torch.ops.cibp_fast.affine_backward(
             *(*gradients, *ctx.saved_tensors, ctx.geometry),
@@ -200,7 +198,7 @@ def _forward_kernel(lower, upper, nominal, weight, bias, geometry, backend="cpu"
     if backend == "triton":
         return triton_layers().forward(shape, outputs, lower, upper, nominal, weight, bias)
     bias = None if bias is None else bias.contiguous()
-    kernel(_name("forward", geometry), lower.dtype)(
+    backends.kernel(_name("forward", geometry), lower.dtype)(
         _cpu_shape(shape, geometry),
         backends.threads(),
         [_strided(t) for t in (lower, upper, nominal, weight)],
@@ -238,7 +236,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     grads = [zero if gradient is None else gradient for gradient in (grad_lower, grad_upper)]
     of_nominal = zero if grad_nominal is None else grad_nominal
     grads.append(None if nominal is None else of_nominal)
-    kernel(_name("backward", geometry), lower.dtype)(
+    backends.kernel(_name("backward", geometry), lower.dtype)(
         _cpu_shape(shape, geometry),
         backends.threads(),
         [_strided(t) for t in (*grads, lower_out, upper_out, lower, upper, nominal, weight)],

@@ -8,9 +8,10 @@ import importlib.metadata
 import os
 import platform
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -122,6 +123,19 @@ def ask(backend: str) -> Iterator[None]:
 def asked(backend: str) -> str:
     """Returns the backend; in place of "auto" that of the innermost `ask`."""
     return _asked.backend if backend == "auto" else backend
+
+
+def autocasts(device: torch.device) -> bool:
+    """Returns whether autocast is active for tensors on this device."""
+    kind = device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Switches autocast off inside the block, where it is on."""
+    if not autocasts(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def transformed() -> bool:
@@ -249,6 +263,11 @@ def cuda_kernels() -> ModuleType:
     return importlib.import_module("cibp_fast._cuda")
 
 
+def kernel(name: str, dtype: torch.dtype) -> Any:
+    """Returns the CPU's function of this name for numbers of this dtype."""
+    return getattr(kernels(), f"{name}_{str(dtype).removeprefix('torch.')}")
+
+
 def threads() -> int:
     """Returns how many threads a kernel may use, torch's number; its work is divided into as many
     parts, and its numbers depend on them, whoever does them.
@@ -275,3 +294,23 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def no_batched_backward(op: str, gradients: Sequence[torch.Tensor | None]) -> None:
+    """Raises RuntimeError where a backward pass is given several of each gradient at once."""
+    if torch.compiler.is_compiling():
+        return
+    batched = torch._C._functorch.is_legacy_batchedtensor
+    if any(gradient is not None and batched(gradient) for gradient in gradients):
+        raise RuntimeError(
+            f"{op}: batched gradients need backend='torch', or cf.bounds, whose layers take them "
+            "one by one"
+        )
+
+
+def no_double_backward(op: str) -> None:
+    """Raises RuntimeError where derivatives of a backward pass are wanted."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{op}: the kernels have no second derivative; create_graph needs backend='torch'"
+        )

@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cibp_fast.ops import backends
-
 Streams = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # lower, upper, nominal, width
 
 library = torch.library.Library("cibp_fast", "DEF")
@@ -72,11 +70,6 @@ def triton_layers() -> ModuleType:
     return importlib.import_module("cibp_fast.kernels.layers")
 
 
-def kernel(name: str, dtype: torch.dtype) -> Any:
-    """Returns the CPU's function of this name for numbers of this dtype."""
-    return getattr(backends.kernels(), f"{name}_{str(dtype).removeprefix('torch.')}")
-
-
 def pointer(tensor: Tensor | None) -> int:
     """Returns a tensor's address; 0 where it is absent."""
     return 0 if tensor is None else tensor.data_ptr()
@@ -125,23 +118,3 @@ def check_streams(op: str, named: dict[str, Tensor | None]) -> None:
             raise ValueError(
                 f"{op}: {name} has shape {tuple(tensor.shape)}, lower {tuple(lower.shape)}"
             )
-
-
-def no_batched_backward(op: str, gradients: Sequence[Tensor | None]) -> None:
-    """Raises RuntimeError where a backward pass is given several of each gradient at once."""
-    if torch.compiler.is_compiling():
-        return
-    batched = torch._C._functorch.is_legacy_batchedtensor
-    if any(gradient is not None and batched(gradient) for gradient in gradients):
-        raise RuntimeError(
-            f"{op}: batched gradients need backend='torch', or cf.bounds, whose layers take them "
-            "one by one"
-        )
-
-
-def no_double_backward(op: str) -> None:
-    """Raises RuntimeError where derivatives of a backward pass are wanted."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            f"{op}: the kernels have no second derivative; create_graph needs backend='torch'"
-        )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cibp_fast.ops import backends
-from cibp_fast.ops.library import kernel, library, pointer
+from cibp_fast.ops.library import library
 
 __all__ = ["Head", "cross_entropies", "label_error", "takes"]
 
@@ -153,10 +153,10 @@ def _run(
     shape = backends.kernels().LinearShape(
         batch=len(lower), in_features=features, out_features=classes
     )
-    in_range = kernel(name, lower.dtype)(
+    in_range = backends.kernel(name, lower.dtype)(
         shape,
         backends.threads(),
-        [pointer(t) for t in inputs],
+        [0 if t is None else t.data_ptr() for t in inputs],
         [t.data_ptr() for t in outputs],  # 0 where there are no elements
     )
     if not in_range:

@@ -19,7 +19,7 @@ from torch import Tensor
 from cibp_fast._compiler import constant
 from cibp_fast.kernels.shape import Shape
 from cibp_fast.ops import backends
-from cibp_fast.ops.library import library, no_batched_backward, no_double_backward, on_its_gpu
+from cibp_fast.ops.library import library, on_its_gpu
 
 __all__ = ["Stage", "network"]
 
@@ -164,8 +164,8 @@ class _Network(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        no_double_backward("network")
-        no_batched_backward("network", gradients)
+        backends.no_double_backward("network")
+        backends.no_batched_backward("network", gradients)
         lower_out, upper_out, ball_radius, packed, *weights = ctx.saved_tensors
         *of_outputs, head_weight, head_bias = gradients
         wanted = ctx.needs_input_grad[4:]

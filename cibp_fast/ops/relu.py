@@ -17,11 +17,9 @@ from cibp_fast.ops.library import (
     check_streams,
     empty,
     forward_outputs,
-    kernel,
     layout,
     library,
     mark_dead,
-    no_double_backward,
     on_its_gpu,
     pointer,
     triton_layers,
@@ -86,7 +84,7 @@ class _Relu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        no_double_backward("relu")
+        backends.no_double_backward("relu")
         saved = (*ctx.saved_tensors, None)[:3]
         grads = torch.ops.cibp_fast.relu_backward(*gradients, *saved, ctx.backend)
         return wanted(grads, ctx.needs_input_grad)
@@ -117,7 +115,7 @@ def _relu_forward_kernel(lower, upper, nominal, backend="cpu"):  # type: ignore[
     ]
     if backend == "triton":
         return triton_layers().relu_forward(inputs, outputs)
-    kernel("relu_forward", lower.dtype)(
+    backends.kernel("relu_forward", lower.dtype)(
         lower.numel(),
         backends.threads(),
         [pointer(t) for t in inputs],
@@ -154,7 +152,7 @@ def _relu_backward_kernel(  # type: ignore[no-untyped-def]
     if backend == "triton":
         values = (lower_out, upper_out, nominal_out)
         return triton_layers().relu_backward(gradients, grad_width, values, outputs)
-    kernel("relu_backward", lower_out.dtype)(
+    backends.kernel("relu_backward", lower_out.dtype)(
         lower_out.numel(),
         backends.threads(),
         [pointer(t) for t in (*gradients, lower_out, upper_out, nominal_out)],

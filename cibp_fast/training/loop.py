@@ -21,9 +21,8 @@ from cibp_fast.training import datasets, runs
 from cibp_fast.training.config import Config
 from cibp_fast.training.distributed import World, world
 from cibp_fast.training.evaluation import evaluate
-from cibp_fast.training.objective import LOGGED
 from cibp_fast.training.progress import Progress
-from cibp_fast.training.step import Step, fastest
+from cibp_fast.training.step import LOGGED, Step, fastest
 
 SAVE_SECONDS = 120.0  # between checkpoints inside an epoch; each epoch ends with one too
 POLL_STEPS = 10  # after so many steps several processes agree on whether to save or stop

@@ -13,11 +13,10 @@ from torch.nn.functional import cross_entropy
 from tritons import DEVICE, PRECISIONS
 
 from cibp_fast import Interval, reference
-from cibp_fast.certificates import predict
 from cibp_fast.kernels import loss as kernels
 from cibp_fast.kernels.loss import Tiling, default_tiling
 from cibp_fast.kernels.precision import PRECISIONS as STORED
-from cibp_fast.layerwise import Bounds
+from cibp_fast.layerwise import Bounds, predict
 from cibp_fast.losses import Terms
 from cibp_fast.recorder import Head
 

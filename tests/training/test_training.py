@@ -18,7 +18,7 @@ from cibp_fast.training import datasets, evaluation, loop, runs
 from cibp_fast.training.batches import epoch_batches
 from cibp_fast.training.config import preset
 from cibp_fast.training.distributed import World
-from cibp_fast.training.objective import Objective
+from cibp_fast.training.step import Objective
 
 
 @pytest.fixture(autouse=True)
