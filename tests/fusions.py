@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +16,15 @@ import cibp_fast as cf
 from cibp_fast import Interval, models
 
 Results = dict[str, Tensor]
+Run = Callable[..., cf.Bounds]
 
 F64 = torch.float64
+
+
+def runs(model: nn.Module, **options: str) -> tuple[Run, Run]:
+    """The bounds of a model by `cf.fuse` and by `cf.bounds`."""
+    plain = {k: v for k, v in options.items() if k == "backend"}
+    return cf.fuse(model, **options).bounds, partial(cf.bounds, model, **plain)
 
 
 def small(dtype: torch.dtype = F64) -> nn.Sequential:

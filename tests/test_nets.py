@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -77,11 +78,7 @@ def convolution(choose: random.Random, dims: int, channels: int) -> tuple[nn.Mod
     kernel = [choose.randint(1, 3) for _ in range(dims)]
     padding = choose.choice(["valid", *([] if max(stride) > 1 else ["same"]), 0, 1])
     layer = CONVS[dims](
-        channels,
-        out,
-        kernel,
-        stride,
-        padding,
+        *(channels, out, kernel, stride, padding),
         dilation=choose.randint(1, 2),
         groups=groups,
         bias=choose.random() < 0.5,
@@ -163,9 +160,17 @@ def scaled(lower: Tensor, upper: Tensor, nominal: Tensor, by: Tensor) -> referen
     return center * by - radius * by.abs(), center * by + radius * by.abs(), nominal * by
 
 
-NORM = prepared(nn.BatchNorm2d(3))
-PRELU = nn.PReLU(3).double()
-GRADIENTS: dict[str, tuple[Callable, Callable, list[Tensor]]] = {
+NORM, PRELU = prepared(nn.BatchNorm2d(3)), nn.PReLU(3).double()
+POOLING = {"kernel_size": 3, "stride": 2, "padding": 1}
+Streams = Callable[..., reference.Streams]  # of lower, upper, nominal
+
+
+def activation(function: Callable[[Tensor], Tensor]) -> Streams:
+    return lambda *streams: reference.activation(function, *streams)
+
+
+# a module, its reference, and their parameters
+GRADIENTS: dict[str, tuple[Callable, Streams, list[Tensor]]] = {
     "batch norm": (
         NORM,
         lambda *streams: reference.batch_norm(
@@ -173,31 +178,19 @@ GRADIENTS: dict[str, tuple[Callable, Callable, list[Tensor]]] = {
         ),
         list(NORM.parameters()),
     ),
-    "prelu": (
-        PRELU,
-        lambda *streams: reference.activation(lambda s: F.prelu(s, PRELU.weight), *streams),
-        list(PRELU.parameters()),
-    ),
-    "softplus": (
-        nn.Softplus(1.5),
-        lambda *streams: reference.activation(lambda s: F.softplus(s, 1.5), *streams),
-        [],
-    ),
+    "prelu": (PRELU, activation(lambda s: F.prelu(s, PRELU.weight)), [PRELU.weight]),
+    "softplus": (nn.Softplus(1.5), activation(lambda s: F.softplus(s, 1.5)), []),
     "avg_pool2d": (
-        nn.AvgPool2d(3, 2, 1, count_include_pad=False),
-        lambda *streams: reference.avg_pool2d(*streams, 3, 2, 1, count_include_pad=False),
+        nn.AvgPool2d(**POOLING, count_include_pad=False),
+        partial(reference.avg_pool2d, **POOLING, count_include_pad=False),
         [],
     ),
     "adaptive_avg_pool2d": (
         nn.AdaptiveAvgPool2d((2, 3)),
-        lambda *streams: reference.adaptive_avg_pool2d(*streams, (2, 3)),
+        partial(reference.adaptive_avg_pool2d, output_size=(2, 3)),
         [],
     ),
-    "max_pool2d": (
-        nn.MaxPool2d(3, 2, 1),
-        lambda *streams: reference.max_pool2d(*streams, 3, 2, 1),
-        [],
-    ),
+    "max_pool2d": (nn.MaxPool2d(**POOLING), partial(reference.max_pool2d, **POOLING), []),
     "mul": (lambda x: x * SCALE, lambda *streams: scaled(*streams, SCALE), [SCALE]),
     "div": (lambda x: x / SCALE, lambda *streams: scaled(*streams, 1 / SCALE), [SCALE]),
 }
@@ -210,36 +203,24 @@ def test_gradients_against_the_reference(name: str) -> None:
     box = random_box(2, 3, 7, 6)
     leaves = [s.clone().requires_grad_() for s in (box.lower, box.upper, box.nominal)]
     out = ours(Interval(*leaves))
-    expected = plain(*leaves)
     weights = [torch.randn(out.shape).double() for _ in leaves]
-
-    def gradients(streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        loss = sum((w * s).sum() for w, s in zip(weights, streams, strict=True))
-        return torch.autograd.grad(loss, [*leaves, *parameters])
-
-    got = gradients((out.lower, out.upper, out.nominal))
-    for g, w in zip(got, gradients(expected), strict=True):
-        torch.testing.assert_close(g, w)
+    got, want = (
+        torch.autograd.grad(
+            sum((w * s).sum() for w, s in zip(weights, streams, strict=True)), leaves + parameters
+        )
+        for streams in ((out.lower, out.upper, out.nominal), plain(*leaves))
+    )
+    torch.testing.assert_close(got, want)
 
 
 def layered() -> nn.Sequential:
     """A layer of each kind that a NaN has to pass; every unit has a say in the logits."""
     return nn.Sequential(
-        nn.Conv2d(1, 3, 3, padding=1),
-        nn.BatchNorm2d(3),
-        nn.ReLU(inplace=True),
-        nn.MaxPool2d(2),
-        nn.ZeroPad2d(1),
+        *(nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(inplace=True)),
+        *(nn.MaxPool2d(2), nn.ZeroPad2d(1)),
         Residual(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.LeakyReLU()),
-        nn.Hardtanh(-5, 5),
-        nn.AvgPool2d(2),
-        nn.Conv2d(3, 4, 2),
-        nn.Softplus(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(4, 6),
-        nn.BatchNorm1d(6),
-        nn.ReLU(),
+        *(nn.Hardtanh(-5, 5), nn.AvgPool2d(2), nn.Conv2d(3, 4, 2), nn.Softplus()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU()),
         nn.Linear(6, 3),
     )
 
