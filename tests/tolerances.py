@@ -276,8 +276,34 @@ def small_case(
     return Case(*box((3, 6, 9, 7), dtype, nominal), weight, bias, geometry, width)
 
 
-def check_registration(kind: str, backend: str) -> None:
-    """Schema, fake and autograd of the ops behind conv2d, linear and relu, with a backend."""
+def large_case(op: str) -> Case:
+    """Enough work that several threads share it, unevenly."""
+    if op == "linear":
+        weight, bias = signed_weight((67, 301), torch.float32), torch.randn(67)
+        return Case(*box((37, 301), torch.float32), weight, bias)
+    weight, geometry = signed_weight((34, 9, 3, 3), torch.float32), ((1, 2), (1, 1), (1, 1), 2)
+    return Case(*box((5, 18, 19, 17), torch.float32), weight, torch.randn(34), geometry)
+
+
+def leaves_of(case: Case) -> Case:
+    """The same call of copies that want a gradient."""
+    return case.map(lambda x: x.detach().clone().requires_grad_())
+
+
+def forward_and_backward(case: Case, cotangents: Tensors) -> Tensors:
+    """Outputs, and the gradients in all inputs, by the kernels."""
+    leaves = leaves_of(case)
+    outputs = leaves.run()
+    return *outputs, *torch.autograd.grad(outputs, leaves.inputs, cotangents)
+
+
+def check_registration(
+    kind: str, backend: str = "cpu", nominal: bool = True, each: bool = False
+) -> None:
+    """Schema, fake and autograd of the ops behind conv2d, linear and relu, with a backend.
+
+    each: also of backward passes from some outputs only, to some inputs only.
+    """
     parameters: Tensors = ()
     geometry: Tensors = ()
     if kind == "conv2d":
@@ -285,16 +311,40 @@ def check_registration(kind: str, backend: str) -> None:
         geometry = ((1, 1), (0, 0), (1, 1), 1)
     elif kind == "linear":
         parameters = signed_weight((4, 3), torch.float32), torch.randn(4)
-    streams = box((2, 3, 5, 5) if kind == "conv2d" else (2, 3), torch.float32)
+    streams = box((2, 3, 5, 5) if kind == "conv2d" else (2, 3), torch.float32, nominal)
     op = getattr(torch.ops.cibp_fast, f"{kind}_forward").default
     torch.library.opcheck(op, (*streams, *parameters, *geometry, backend))
     outputs = op(*streams, *parameters, *geometry, backend)
-    saved, wanted = outputs[:3], ()
-    if parameters:
-        saved, wanted = (*streams, parameters[0], *outputs[:2]), (True, True)
-    grads = [torch.randn_like(t) for t in outputs]
     op = getattr(torch.ops.cibp_fast, f"{kind}_backward").default
-    torch.library.opcheck(op, (*grads, *saved, *geometry, *wanted, backend))
+    calls = [(OUTPUTS, (True, True)), (("lower",), (True, False)), (OUTPUTS[1:], (False, True))]
+    for used, wanted in calls if each else calls[:1]:
+        streams_out = (*outputs[:2], outputs[2] if nominal else None)
+        grads = random_cotangents((*streams_out, outputs[3]), used)
+        saved = streams_out
+        if parameters:
+            bounds = outputs[:2] if "width" in used else (None, None)
+            saved = (*streams, parameters[0], *bounds)
+        flags = wanted if parameters else ()
+        torch.library.opcheck(op, (*grads, *saved, *geometry, *flags, backend))
+
+
+def relu_gradients(
+    streams: Tensors, weights: Sequence[Any], backend: str | None = None
+) -> tuple[Tensors, Tensors]:
+    """ReLU's outputs, the width last, and the gradients of their sum with these weights.
+
+    streams: lower, upper and, or not, nominal. backend None: by the reference.
+    """
+    inputs = [x.detach().clone().requires_grad_() for x in streams]
+    arguments = (*inputs, None)[:3]
+    out = (
+        reference.relu(*arguments)
+        if backend is None
+        else ops.relu(*arguments, width=True, backend=backend)
+    )
+    outputs = [x for x in out if x is not None]
+    loss = sum((x * w).sum() for x, w in zip(outputs, weights, strict=True))
+    return tuple(outputs), torch.autograd.grad(loss, inputs)
 
 
 LAYOUTS = ("contiguous", "transposed", "channels_last", "sliced", "expanded")

@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import convolutions, linear_layers, subsets
-from test_relu import gradients as relu_gradients
 from tolerances import (
     INPUTS,
     OUTPUTS,
@@ -22,6 +21,7 @@ from tolerances import (
     check_infinite_bounds,
     check_registration,
     poisoned_memory,
+    relu_gradients,
     signed_weight,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -100,8 +100,8 @@ def test_relu(size: int, nominal: bool) -> None:
     streams = list(box((2, size), F32))[: 3 if nominal else 2]
     weights: list = [torch.randn(2, size) for _ in streams]
     with poisoned_memory():
-        out, grads = relu_gradients(ops.relu, streams, [*weights, 0.3], "cuda")
-    exact, exact_grads = relu_gradients(ops.relu, streams, [*weights, 0.3], None)
+        out, grads = relu_gradients(streams, [*weights, 0.3], "cuda")
+    exact, exact_grads = relu_gradients(streams, [*weights, 0.3])
     for found, expected in zip((*out, *grads), (*exact, *exact_grads), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     for found, expected in zip(out[:-1], exact, strict=False):
@@ -114,8 +114,8 @@ def test_relu_of_any_shape(shape: tuple[int, ...]) -> None:
     streams = [t[0] for t in (lower, upper, nominal)]
     if len(shape) == 4:
         streams = [t.contiguous(memory_format=torch.channels_last) for t in streams]
-    out, grads = relu_gradients(ops.relu, streams, [1.0, 2.0, 3.0, 0.5], "cuda")
-    exact, exact_grads = relu_gradients(ops.relu, streams, [1.0, 2.0, 3.0, 0.5], None)
+    out, grads = relu_gradients(streams, [1.0, 2.0, 3.0, 0.5], "cuda")
+    exact, exact_grads = relu_gradients(streams, [1.0, 2.0, 3.0, 0.5])
     for found, expected in zip((*out, *grads), (*exact, *exact_grads), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
