@@ -83,20 +83,17 @@ def passes(
 ) -> tuple[Results, Results]:
     """Results of fuse and of cf.bounds, with gradients in parameters, x, lower and upper."""
     net = cf.fuse(model, precision, backend)
-    leaves = {
-        "x": x.detach().clone(memory_format=torch.preserve_format),
-        "lower": lower.detach().clone(memory_format=torch.preserve_format),
-        "upper": upper.detach().clone(memory_format=torch.preserve_format),
-    }
-    for leaf in leaves.values():
-        leaf.requires_grad_()
-    streams = list(leaves.values())
+    streams = [
+        stream.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        for stream in (x, lower, upper)
+    ]
+    leaves = dict(zip(("x", "lower", "upper"), streams, strict=True))
     box = Interval(*streams[1:], validate=False)
     leaves |= dict(model.named_parameters())
     y = torch.arange(len(x)) % model(x[:1]).shape[1] if len(x) else torch.zeros(0).long()
     return tuple(  # type: ignore[return-value]
         results(run(streams[0], box, reduction=reduction), leaves, y)
-        for run in (net.bounds, lambda *a, **k: cf.bounds(model, *a, **k))
+        for run in (net.bounds, partial(cf.bounds, model))
     )
 
 
@@ -247,9 +244,13 @@ BALLS = {
 
 
 def of_box(model: nn.Module, x: Tensor, box: Interval) -> tuple[Results, Results]:
-    """Results of fuse and of cf.bounds for this very box, with gradients in the parameters."""
+    """Results of fuse and of cf.bounds for this very box, with gradients in the parameters.
+
+    A network that is fused already stays the same one.
+    """
+    net = model if isinstance(model, cf.FusedNetwork) else cf.fuse(model)
     leaves, y = dict(model.named_parameters()), torch.arange(len(x)) % 3
     return (
-        results(cf.fuse(model).bounds(x, box), leaves, y),
+        results(net.bounds(x, box), leaves, y),
         results(cf.bounds(model, x, box), leaves, y),
     )
