@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fusions import small
+from gpu_steps import split, train_step
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
@@ -17,38 +18,12 @@ from tritons import DEVICE
 
 import cibp_fast as cf
 from cibp_fast import Interval, models
-from cibp_fast.fusion.stages import stages_and_parameters
-from cibp_fast.fusion.tracing import trace
 from cibp_fast.training import datasets
 from cibp_fast.training import gpu_step as step_module
-from cibp_fast.training.batches import draw, epoch_batches, epoch_plan, pixel_table
+from cibp_fast.training.batches import draw, epoch_batches, epoch_plan
 from cibp_fast.training.gpu_step import TrainStep
 
 STEPS = 3
-
-
-def split(channels: int, height: int, width: int) -> datasets.Split:
-    images = torch.randint(0, 256, (10, channels, height, width), dtype=torch.uint8)
-    return datasets.Split(images, torch.randint(0, 4, (10,)))
-
-
-def train_step(
-    model: nn.Module, examples: datasets.Split, prepare: nn.Module, table: Tensor, **options: object
-) -> TrainStep:
-    x = examples.images[:1].float()
-    stages, weights, biases = stages_and_parameters(trace(model), x)
-    parameters = [
-        tuple(
-            None if p is None else (p.data, torch.zeros_like(p), torch.zeros_like(p)) for p in pair
-        )
-        for pair in zip(weights, biases, strict=True)
-    ]
-    channels = examples.images.shape[1]
-    step = TrainStep(
-        stages, parameters, examples.images, examples.labels,
-        pixel_table(prepare, channels), table, **options,  # type: ignore[arg-type]
-    )  # fmt: skip
-    return step
 
 
 NETS = {
