@@ -22,13 +22,13 @@ F64 = torch.float64
 
 
 def runs(model: nn.Module, **options: str) -> tuple[Run, Run]:
-    """The bounds of a model by `cf.fuse` and by `cf.bounds`."""
+    """Returns the ways to the bounds of a model: by `cf.fuse` and by `cf.bounds`."""
     plain = {k: v for k, v in options.items() if k == "backend"}
     return cf.fuse(model, **options).bounds, partial(cf.bounds, model, **plain)
 
 
 def small(dtype: torch.dtype = F64) -> nn.Sequential:
-    """One layer of each kind that a plain network has."""
+    """Returns one layer of each kind that a plain network has."""
     return nn.Sequential(
         nn.Conv2d(2, 5, 3, 2),
         nn.ReLU(),
@@ -44,14 +44,14 @@ def small(dtype: torch.dtype = F64) -> nn.Sequential:
 def inputs(
     *shape: int, dtype: torch.dtype = F64, radius: float = 0.1
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x, lower, upper: a box of random radii, some 0, that x is not the centre of."""
+    """Returns x, lower, upper: a box of random radii, some 0, that x is not the centre of."""
     x, center = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
     spread = radius * torch.rand(shape, dtype=dtype) * (torch.rand(shape) > 0.2)
     return x, center - spread, center + spread
 
 
 def results(out: cf.Bounds, leaves: dict[str, Tensor], y: Tensor) -> Results:
-    """All values of a pass, and the gradients of a random sum of them in the leaves."""
+    """Returns all values of a pass, and gradients of a random sum of them in the leaves."""
     values = {
         "logits": out.logits,
         "lower": out.box.lower,
@@ -81,7 +81,7 @@ def passes(
     precision: str = "float32",
     backend: str = "auto",
 ) -> tuple[Results, Results]:
-    """Results of fuse and of cf.bounds, with gradients in parameters, x, lower and upper."""
+    """Returns results of fuse and of cf.bounds, with gradients in parameters, x, lower, upper."""
     net = cf.fuse(model, precision, backend)
     streams = [
         stream.detach().clone(memory_format=torch.preserve_format).requires_grad_()
@@ -98,8 +98,9 @@ def passes(
 
 
 def compare(found: Results, expected: Results, tolerance: float = 1e-12) -> None:
-    """Every tensor within `tolerance` of its largest element: in float64 rounding stays far below,
-    and an entry that cancelled is no worse off than the others."""
+    """Checks every tensor, to `tolerance` of its largest element: in float64 rounding stays far
+    below, and an entry that cancelled is no worse off than the others.
+    """
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert found[name].shape == value.shape and found[name].dtype == value.dtype, name
@@ -116,7 +117,7 @@ def compare(found: Results, expected: Results, tolerance: float = 1e-12) -> None
 
 
 def check(model: nn.Module, *shape: int, **options: str) -> None:
-    """A network in float64 against cf.bounds; and that nothing is read that was not written."""
+    """Checks a network in float64 against cf.bounds; nothing may be read that was not written."""
     with poisoned_memory():
         compare(*passes(model, *inputs(*shape), **options))
 
@@ -147,7 +148,7 @@ FLATTENS: dict[str, Callable[[Any], Any]] = {
 
 
 def conv_net(*layers: nn.Module, shape: tuple[int, ...] = (2, 9, 8)) -> nn.Module:
-    """The layers, and a linear layer of what they give; values of both signs."""
+    """Returns the layers, with a linear one of what they give; values of both signs."""
     features = prepared(nn.Sequential(*layers, nn.Flatten()))
     count = features(torch.zeros(1, *shape).double()).shape[1]
     return prepared(nn.Sequential(features, nn.Linear(count, 3)))
@@ -244,7 +245,7 @@ BALLS = {
 
 
 def of_box(model: nn.Module, x: Tensor, box: Interval) -> tuple[Results, Results]:
-    """Results of fuse and of cf.bounds for this very box, with gradients in the parameters.
+    """Returns results of fuse and of cf.bounds for this very box, with parameters' gradients.
 
     A network that is fused already stays the same one.
     """

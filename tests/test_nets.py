@@ -67,61 +67,51 @@ class Pad(nn.Module):
         return F.pad(x, (1, 0), value=-0.3)
 
 
-def same_size(dims: int, channels: int, mode: str) -> nn.Module:
-    return CONVS[dims](channels, channels, 3, padding="same", padding_mode=mode, bias=False)
-
-
-def convolution(choose: random.Random, dims: int, channels: int) -> tuple[nn.Module, int]:
+def convolution(choose: random.Random, dims: int, channels: int) -> nn.Module:
     groups = choose.choice([g for g in (1, 2, 3) if channels % g == 0])
-    out = groups * choose.randint(1, 2)
     stride = [choose.randint(1, 2) for _ in range(dims)]
     kernel = [choose.randint(1, 3) for _ in range(dims)]
     padding = choose.choice(["valid", *([] if max(stride) > 1 else ["same"]), 0, 1])
-    layer = CONVS[dims](
-        *(channels, out, kernel, stride, padding),
+    return CONVS[dims](
+        *(channels, groups * choose.randint(1, 2), kernel, stride, padding),
         dilation=choose.randint(1, 2),
         groups=groups,
         bias=choose.random() < 0.5,
         padding_mode=choose.choice(MODES),
     )
-    return layer, out
 
 
 def network(seed: int) -> tuple[nn.Sequential, tuple[int, ...]]:
     """Every kind of layer once, in random order, then a head; the seed counts the variants."""
     choose = random.Random(seed)
     dims, turn = 1 + seed % 2, seed // 2
-    channels = choose.randint(1, 6)
-    shape = (3, channels, *[choose.randint(20, 24) for _ in range(dims)])
+    conv, norm = CONVS[dims], NORMS[dims]
+    shape = (3, choose.randint(1, 6), *[choose.randint(20, 24) for _ in range(dims)])
     activations = [make for name, make in ACTIVATIONS.items() if name != "prelu per channel"]
+    mode, pool = MODES[turn % len(MODES)], POOLS[dims][turn % len(POOLS[dims])]
 
     def activation(i: int) -> nn.Module:
         return activations[(3 * turn + i) % len(activations)]()
 
-    layers: list[nn.Module] = []
-    kinds = ["conv", "norm", "prelu", "activation", "residual", "cat", "pad", "pool", "dropout"]
-    for kind in ["conv", *choose.sample(kinds, len(kinds))]:
-        mode = MODES[turn % len(MODES)]
-        if kind == "conv":
-            layer, channels = convolution(choose, dims, channels)
-        elif kind == "norm":
-            layer = NORMS[dims](channels, affine=choose.random() < 0.8)
-        elif kind == "prelu":
-            layer = nn.PReLU(channels)
-        elif kind == "activation":
-            layer = activation(0)
-        elif kind == "residual":
-            inner = same_size(dims, channels, mode), NORMS[dims](channels)
-            layer = Residual(*inner, activation(1))
-        elif kind == "cat":
-            layer, channels = Branches(same_size(dims, channels, mode)), 2 * channels
-        elif kind == "pool":
-            layer = POOLS[dims][turn % len(POOLS[dims])]()
-        else:
-            layer = {"pad": Pad, "dropout": nn.Dropout}[kind]()
-        layers.append(layer)
-    prepared(nn.Sequential(*layers))
-    features = nn.Sequential(*layers)(torch.zeros(shape).double()).flatten(1).shape[1]
+    def same_size(c: int) -> nn.Module:
+        return conv(c, c, 3, padding="same", padding_mode=mode, bias=False)
+
+    makers: list[Callable[[int], nn.Module]] = [  # of a number of channels
+        lambda c: convolution(choose, dims, c),
+        lambda c: norm(c, affine=choose.random() < 0.8),
+        nn.PReLU,
+        lambda c: activation(0),
+        lambda c: Residual(same_size(c), norm(c), activation(1)),
+        lambda c: Branches(same_size(c)),
+        lambda c: Pad(),
+        lambda c: pool(),
+        lambda c: nn.Dropout(),
+    ]
+    layers, image = [], torch.zeros(shape).double()
+    for make in [makers[0], *choose.sample(makers, len(makers))]:
+        layers.append(make(image.shape[1]))
+        image = prepared(layers[-1])(image)
+    features = image.flatten(1).shape[1]
     layers += [nn.Flatten(), nn.Linear(features, 5), nn.BatchNorm1d(5), activation(2)]
     return prepared(nn.Sequential(*layers, nn.Linear(5, 4, bias=turn % 2 == 0))), shape
 
