@@ -8,7 +8,7 @@ from cibp_fast.training.datasets import Dataset, Split
 
 
 def toy_dataset() -> Dataset:
-    """Returns 80 training and 40 test images [N, 1, 28, 28] of ten classes that are easy to learn."""
+    """Returns 80 training and 40 test images [N, 1, 28, 28] of ten classes easy to learn."""
     random = torch.Generator().manual_seed(0)
     patterns = torch.randint(0, 2, (10, 1, 28, 28), generator=random)
 

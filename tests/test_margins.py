@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -161,36 +160,15 @@ def test_inference_mode() -> None:
 
 @BACKENDS
 def test_memory_of_margins_is_linear(backend: str) -> None:
-    """Never all differences of weights at once: 300 x 300 x 64 or 200 x 300 x 64."""
+    """Never all differences of weights at once, 300 x 300 x 64 or 200 x 300 x 64, which take 30
+    times as long too.
+    """
     net, box, y = linear_case(200, 300, 64)
     with torch.no_grad():
         out = cf.bounds(net, box.nominal, box, backend=backend)
         with Largest() as largest:
             out.margins(y)
     assert largest.elements <= max(2 * 200 * 300, BOUNDS._AT_ONCE) < 200 * 300 * 64 * 1.1
-
-
-def test_certificate_of_500_classes_takes_as_long_as_one_label_at_a_time() -> None:
-    net, box, _ = linear_case(500, 500, 512)
-    x, weight = box.nominal, net.weight.detach()
-    y = torch.randint(500, (500,))
-
-    def alone() -> None:
-        for label in range(500):
-            chosen = y == label
-            difference = weight[label] - weight
-            _ = box.center[chosen] @ difference.T - box.radius[chosen] @ difference.abs().T
-
-    def seconds(run: Any) -> float:
-        times = []
-        for _ in range(3):
-            begin = time.process_time()
-            run()
-            times.append(time.process_time() - begin)
-        return min(times)
-
-    ours = seconds(lambda: cf.certify(net, x, y, 0.02, sound=False, batch_size=500))
-    assert ours < 4 * seconds(alone) + 0.1  # the table of all pairs took 30 times as long
 
 
 ONE = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 1))
