@@ -103,9 +103,9 @@ def test_queries() -> None:
         box.requires_grad_()
     assert hasattr(box, "flatten") and not hasattr(box, "softmax")
     assert {box: 1}[box] == 1 and hash(box) != hash(random_box(2, 3))  # a key by identity
-    box = Interval(torch.tensor([1.0, -3e38]), torch.tensor([2.0, 3e38]))
-    assert box.center.tolist() == [1.5, 0.0] and box.width[0] == 1
-    assert torch.equal(box.radius, torch.tensor([0.5, 3e38]))
+    box = Interval(torch.tensor([1.0, -3e38, 3e38]), torch.tensor([2.0, 3e38, 3e38]))
+    assert torch.equal(box.center, torch.tensor([1.5, 0.0, 3e38])) and box.width[0] == 1
+    assert torch.equal(box.radius, torch.tensor([0.5, 3e38, 0.0]))
 
 
 def test_repr() -> None:
