@@ -39,7 +39,7 @@ def interval_conv1d(
     *,
     backend: str = "auto",
 ) -> Box:  # [N, K, L'] or [K, L']
-    """`F.conv1d(x, weight, bias, ...)` over all x of the box."""
+    """Bounds `F.conv1d(x, weight, bias, ...)` over all x of the box."""
     arguments = (weight, bias, stride, padding, dilation, groups)
     return _run(rules.conv1d, F.conv1d, backend, box, *arguments)
 
@@ -55,7 +55,7 @@ def interval_conv2d(
     *,
     backend: str = "auto",
 ) -> Box:  # [N, K, H', W'] or [K, H', W']
-    """`F.conv2d(x, weight, bias, ...)` over all x of the box."""
+    """Bounds `F.conv2d(x, weight, bias, ...)` over all x of the box."""
     arguments = (weight, bias, stride, padding, dilation, groups)
     return _run(rules.conv2d, F.conv2d, backend, box, *arguments)
 
@@ -67,7 +67,7 @@ def interval_linear(
     *,
     backend: str = "auto",
 ) -> Box:  # [..., out_features]
-    """`F.linear(x, weight, bias)` over all x of the box."""
+    """Bounds `F.linear(x, weight, bias)` over all x of the box."""
     return _run(rules.linear, F.linear, backend, box, weight, bias)
 
 

@@ -1,10 +1,8 @@
 """`Interval`: a box of inputs that runs through ordinary torch modules.
 
-An Interval holds two tensors `lower` and `upper` of one shape and, optionally, `nominal`, a point
-that travels with them. Torch functions find their interval rule through `__torch_function__` in the
-table `RULES`, which `cibp_fast.rules` fills, so that `model(box)` works for any model of known
-layers and bounds `model(x)` for every `x` with `lower <= x <= upper`. A function without a rule
-raises `UnsupportedOpError`.
+Torch functions find their interval rule in the table `RULES`, which `cibp_fast.rules` fills. So
+`model(box)` works for any model of known layers, and bounds `model(x)` for every `x` with
+`lower <= x <= upper`. A function without a rule raises `UnsupportedOpError`.
 """
 
 from __future__ import annotations
@@ -47,9 +45,9 @@ _WRITES = {"__setitem__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__i
 
 
 class UnsupportedOpError(TypeError, AttributeError):
-    """An operation has no interval rule.
+    """Raised for an operation that has no interval rule.
 
-    A TypeError; also an AttributeError, so that `hasattr` answers for missing methods.
+    It is an AttributeError too, so that `hasattr` answers for missing methods.
     """
 
     def __init__(self, name: str, why: str = "") -> None:
@@ -57,22 +55,18 @@ class UnsupportedOpError(TypeError, AttributeError):
             why = "it is not monotone"
         if not why and name.endswith("_with_indices"):
             why = "return_indices=True is not supported"
-        super().__init__(
-            f"{name} has no interval rule" + (f": {why}" if why else "") + f"; {_SUPPORTED}"
-        )
+        super().__init__(f"{name} has no interval rule{why and f': {why}'}; {_SUPPORTED}")
 
 
 def _operator(function: Callable[..., Any], swapped: bool = False) -> Callable[..., Interval]:
-    """The method of a binary operator, by the rule of a torch function."""
-
-    def method(self: Interval, other: Any) -> Interval:
-        return self._dispatch(function, *((other, self) if swapped else (self, other)))
-
-    return method
+    """Returns the method of a binary operator: it runs the rule of a torch function."""
+    if swapped:
+        return lambda self, other: self._dispatch(function, other, self)
+    return lambda self, other: self._dispatch(function, self, other)
 
 
 def _refused(name: str) -> Callable[..., Any]:
-    """The method of an operator without a rule."""
+    """Returns the method of an operator that has no rule."""
 
     def method(self: Interval, *others: Any) -> Any:
         raise UnsupportedOpError(name)
@@ -81,7 +75,7 @@ def _refused(name: str) -> Callable[..., Any]:
 
 
 class _Ball(NamedTuple):
-    """That an Interval is its nominal point +- radius, not clipped.
+    """Marks an Interval that is exactly its nominal point +- radius, without a clip.
 
     Its bounds are computed when someone asks for them.
     """
@@ -92,11 +86,11 @@ class _Ball(NamedTuple):
 
 
 class Interval:
-    """The box of all x with `lower <= x <= upper`, and optionally a nominal point.
+    """Holds the box of all x with `lower <= x <= upper`, and optionally a nominal point.
 
-    A result has a nominal point where all Intervals that it came from have one. An Interval is a
-    pytree, but no tensor: full backward hooks do not see through it, and DataParallel does not
-    split it.
+    The nominal point travels with the box: a result has one where all its operands have one. An
+    Interval is a pytree, but no tensor: full backward hooks do not see through it, and DataParallel
+    does not split it.
 
     Args:
         lower: floating-point tensor of any shape.
@@ -143,7 +137,7 @@ class Interval:
     def _make(
         lower: Tensor, upper: Tensor, nominal: Tensor | None, origin: Origin | None = None
     ) -> Interval:
-        """An Interval of results: nothing is checked."""
+        """Returns an Interval of results, without checks."""
         box = Interval.__new__(Interval)
         box._set(lower, upper, nominal, origin)
         return box
@@ -166,10 +160,10 @@ class Interval:
         *,
         validate: bool = True,
     ) -> Interval:
-        """The box `x - eps <= . <= x + eps`, cut to the range `clip`; its nominal is x.
+        """Returns the box `x - eps <= . <= x + eps`, cut to the range `clip`; its nominal is x.
 
-        Values of x that are outside of `clip` by rounding only, by up to 4 units in the last place
-        of the larger end, are moved to its end first: nominal is then a copy of x with these
+        Rounding may take values of x out of `clip`, by up to 4 units in the last place of the
+        larger end. They are moved to the end first, and nominal is then a copy of x with these
         values moved. Where nothing is outside, nominal is x itself.
 
         Args:
@@ -249,10 +243,10 @@ class Interval:
         self._ball = ball._replace(bounds=versions)
 
     def _ball_radius(self, x: Tensor) -> float | Tensor | None:
-        """The radius, where this is exactly x +- radius and nobody wants its gradient, else None.
+        """Returns the radius if this is exactly x +- radius and nobody wants its gradient, or None.
 
-        A number, or a tensor of one element or of as many as x has channels. Writes that torch does
-        not count, such as through x.data, go unseen.
+        The radius is a number, or a tensor of one element or of as many as x has channels. Writes
+        that torch does not count, such as through x.data, go unseen.
         """
         ball = self._ball
         if ball is None or x is not self._nominal or torch.compiler.is_compiling():
@@ -275,20 +269,21 @@ class Interval:
 
     @property
     def lower(self) -> Tensor:
-        """Lower bounds."""
+        """Returns the lower bounds."""
         return self._current()._lower
 
     @property
     def upper(self) -> Tensor:
-        """Upper bounds, of lower's shape."""
+        """Returns the upper bounds, of lower's shape."""
         return self._current()._upper
 
     @property
     def nominal(self) -> Tensor | None:
-        """The point that travels with the box, of lower's shape, or None."""
+        """Returns the point that travels with the box, of lower's shape, or None."""
         return self._current()._nominal
 
     def _current(self) -> Interval:
+        """Returns self; raises RuntimeError if it is stale or its gradients would be cut."""
         if self._seen != self._version[0]:
             raise RuntimeError(
                 "this Interval shares memory with a view that was modified in place since; use the "
@@ -300,17 +295,17 @@ class Interval:
 
     @property
     def center(self) -> Tensor:
-        """`(lower + upper) / 2`, halved first so that it cannot overflow."""
+        """Returns `(lower + upper) / 2`, halved first so that it cannot overflow."""
         return 0.5 * self.lower + 0.5 * self.upper
 
     @property
     def radius(self) -> Tensor:
-        """`(upper - lower) / 2`, halved first so that it cannot overflow."""
+        """Returns `(upper - lower) / 2`, halved first so that it cannot overflow."""
         return 0.5 * self.upper - 0.5 * self.lower
 
     @property
     def width(self) -> Tensor:
-        """`upper - lower`."""
+        """Returns `upper - lower`."""
         return self.upper - self.lower
 
     @property
@@ -373,16 +368,15 @@ class Interval:
             return f"Interval({head}; stale)"
         if not may_inspect(self._lower) or not self.numel():
             return f"Interval({head})"
-        low, high = self.lower.min().item(), self.upper.max().item()
-        width = self.width
-        mean, most = width.mean().item(), width.max().item()
-        return f"Interval({head}; in [{low:.4g}, {high:.4g}], width mean {mean:.4g} max {most:.4g})"
+        low, high, width = self.lower.min().item(), self.upper.max().item(), self.width
+        widths = f"mean {width.mean().item():.4g} max {width.max().item():.4g}"
+        return f"Interval({head}; in [{low:.4g}, {high:.4g}], width {widths})"
 
     def __copy__(self) -> Interval:
         return self.view(self.shape)  # shares memory, as the copy of a tensor does
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuilt, (self.lower, self.upper, self.nominal, self._autocast)
+        return _unflatten, _flatten(self)
 
     @classmethod
     def __torch_function__(
@@ -406,7 +400,7 @@ class Interval:
         return run_rule(_name(func), rule, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        """Tensor methods with a rule: `box.flatten(1)` is `torch.Tensor.flatten(box, 1)`."""
+        """Returns a tensor's method: `box.flatten(1)` is `torch.Tensor.flatten(box, 1)`."""
         if name in ("_lower", "_upper"):
             self._compute_bounds()
             return self.__dict__[name]
@@ -434,7 +428,7 @@ class Interval:
         raise UnsupportedOpError("item assignment")
 
     def _assign(self, value: Interval) -> Interval:
-        """In-place ops: this Interval, and everyone who holds it, gets the streams of `value`.
+        """Gives this Interval, and all who hold it, the streams of `value`, for in-place ops.
 
         The streams are replaced, not overwritten: they may be the user's tensors, or one tensor
         three times.
@@ -453,43 +447,20 @@ class Interval:
 
 
 # Set here and not in the class: a class that defines __eq__ loses the hash by identity.
+_BINARY = {
+    **{"pow": "**", "matmul": "@", "floordiv": "//", "mod": "%", "divmod": "divmod"},
+    **{"and": "&", "or": "|", "xor": "^", "lshift": "<<", "rshift": ">>"},
+}
 for _method, _symbol in {
     **{"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "contains": "in"},
     **{"abs": "abs", "invert": "~", "pos": "unary +", "round": "round"},
+    **_BINARY,
+    **{f"r{method}": symbol for method, symbol in _BINARY.items()},
 }.items():
     setattr(Interval, f"__{_method}__", _refused(_symbol))
-for _method, _symbol in {
-    **{"pow": "**", "matmul": "@", "floordiv": "//", "mod": "%", "divmod": "divmod"},
-    **{"and": "&", "or": "|", "xor": "^", "lshift": "<<", "rshift": ">>"},
-}.items():
-    setattr(Interval, f"__{_method}__", _refused(_symbol))
-    setattr(Interval, f"__r{_method}__", _refused(_symbol))
 
 
 _TWO_TENSORS = "take its two tensors, box.lower and box.upper"
-
-
-def _without_autocast(name: str, rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """`rule(*args, **kwargs)` in the dtype of its Intervals.
-
-    One that was made without autocast meets it inside a model, whose point `model(x)` is then not
-    what the Interval bounds.
-    """
-    given = list(_intervals((*args, *kwargs.values())))
-    if not autocasts(given[0].device):
-        return _run(rule, *args, **kwargs)
-    if not all(box._autocast for box in given):
-        raise RuntimeError(
-            f"{name}: autocast was switched on after the Interval was made, as inside a model. "
-            "Intervals are computed in their own dtype, and so would not bound what the model "
-            "computes under autocast: switch it off there (torch.autocast(..., enabled=False)), or "
-            "make the Interval under autocast too, which then changes no number"
-        )
-    with torch.autocast(given[0].device.type, enabled=False):
-        out = _run(rule, *args, **kwargs)
-    for box in _intervals([out]):
-        box._autocast = True
-    return out
 
 
 def _name(function: Callable[..., Any]) -> str:
@@ -518,13 +489,33 @@ def _refuse_write(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[st
 def run_rule(name: str, rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Returns `rule(*args, **kwargs)`, the rule of the function of this name, without autocast and
     in the way that gradients need it.
+
+    Raises:
+        RuntimeError: autocast was switched on after an Interval was made, as inside a model, whose
+            point `model(x)` is then not what the Interval bounds.
     """
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-        return _without_autocast(name, rule, args, kwargs)
-    return _run(rule, *args, **kwargs)
+    if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+        return _run(rule, *args, **kwargs)
+    given = list(_intervals((*args, *kwargs.values())))
+    device = given[0].device
+    if not autocasts(device):
+        return _run(rule, *args, **kwargs)
+    if not all(box._autocast for box in given):
+        raise RuntimeError(
+            f"{name}: autocast was switched on after the Interval was made, as inside a model. "
+            "Intervals are computed in their own dtype, and so would not bound what the model "
+            "computes under autocast: switch it off there (torch.autocast(..., enabled=False)), or "
+            "make the Interval under autocast too, which then changes no number"
+        )
+    with no_autocast(device):
+        out = _run(rule, *args, **kwargs)
+    for box in _intervals([out]):
+        box._autocast = True
+    return out
 
 
 def _run(rule: Rule, *args: Any, **kwargs: Any) -> Any:
+    """Returns `rule(*args, **kwargs)`, and notes which Intervals were read."""
     if not torch.is_grad_enabled():
         refuse_cut((*args, *kwargs.values()))
     if torch.compiler.is_compiling():
@@ -540,6 +531,7 @@ def _run(rule: Rule, *args: Any, **kwargs: Any) -> Any:
 
 
 def _intervals(values: Iterable[Any]) -> Iterator[Interval]:
+    """Yields the Intervals among values, and in their lists and tuples."""
     for value in values:
         if isinstance(value, Interval):
             yield value
@@ -548,9 +540,9 @@ def _intervals(values: Iterable[Any]) -> Iterator[Interval]:
 
 
 def _computed_again(task: int, boxes: list[Interval], rule: Rule, *args: Any, **kwargs: Any) -> Any:
-    """The rule during a backward pass, where torch.utils.checkpoint repeats a part of the forward.
+    """Runs the rule in a backward pass, where torch.utils.checkpoint repeats a part of the forward.
 
-    The same tensors must be saved for the gradient as in the forward pass, those of the widths that
+    It must save the same tensors for the gradient as the forward pass did, those of the widths that
     `bounds` recorded among them, and from the same values.
     """
     given = [box for box in boxes if box._pass is None or box._pass.task != task]
@@ -568,7 +560,7 @@ def _computed_again(task: int, boxes: list[Interval], rule: Rule, *args: Any, **
 
 
 def shares_memory(out: Interval, input: Interval) -> bool:
-    """Whether streams of two Intervals lie in the same storage; True where that is unknown."""
+    """Returns whether two Intervals have streams in the same storage; True where it is unknown."""
     if torch.compiler.is_compiling():
         return True  # it may, and dynamo cannot tell
     streams = (out._lower, input._lower), (out._upper, input._upper), (out._nominal, input._nominal)
@@ -582,7 +574,14 @@ def shares_memory(out: Interval, input: Interval) -> bool:
         return True
 
 
+_ALIKE = (
+    *(("shape", "have", ValueError), ("dtype", "have", TypeError)),
+    ("device", "be on", ValueError),
+)
+
+
 def _check_alike(lower: Tensor, upper: Tensor, nominal: Tensor | None) -> None:
+    """Raises the TypeErrors and ValueErrors of `Interval` about anything but values."""
     for name, stream in (("lower", lower), ("upper", upper), ("nominal", nominal)):
         if stream is None and name == "nominal":
             continue
@@ -590,19 +589,15 @@ def _check_alike(lower: Tensor, upper: Tensor, nominal: Tensor | None) -> None:
             raise TypeError(f"{name} must be a tensor, got {type(stream).__name__}")
         if not stream.is_floating_point():
             raise TypeError(f"{name} must have a floating-point dtype, got {stream.dtype}")
-        if stream.shape != lower.shape:
-            raise ValueError(
-                f"{name} must have lower's shape {list(lower.shape)}, got {list(stream.shape)}"
-            )
-        if stream.dtype != lower.dtype:
-            raise TypeError(f"{name} must have lower's dtype {lower.dtype}, got {stream.dtype}")
-        if stream.device != lower.device:
-            raise ValueError(
-                f"{name} must be on lower's device {lower.device}, got {stream.device}"
-            )
+        for what, verb, error in _ALIKE:
+            got, wanted = getattr(stream, what), getattr(lower, what)
+            if got != wanted:
+                got, wanted = (list(v) if what == "shape" else v for v in (got, wanted))
+                raise error(f"{name} must {verb} lower's {what} {wanted}, got {got}")
 
 
 def _check_values(lower: Tensor, upper: Tensor, nominal: Tensor | None) -> None:
+    """Raises the ValueErrors of `Interval` about values."""
     for name, stream in (("lower", lower), ("upper", upper), ("nominal", nominal)):
         if stream is not None:
             refuse_where(stream.isnan(), f"{name} is NaN")
@@ -612,24 +607,24 @@ def _check_values(lower: Tensor, upper: Tensor, nominal: Tensor | None) -> None:
         refuse_where(nominal > upper, "nominal > upper", nominal, upper)
 
 
-def refuse_cut(values: Iterable[Any]) -> None:
+def refuse_cut(values: Sequence[Any]) -> None:
     """Raises RuntimeError where a torch.autograd.Function would cut the gradients of an Interval.
 
-    For where gradients are disabled. torch disables them inside a Function, and gives its outputs
-    gradients if they are tensors only. Who disables them otherwise, by torch.no_grad(), means it.
+    Call it where gradients are disabled. torch disables them inside a Function, and gives its
+    outputs gradients only if they are tensors. Who disables them by torch.no_grad() means it.
 
-    values: what may want a gradient, besides what the Function was applied to.
+    Args:
+        values: what may want a gradient, besides what the Function was applied to.
     """
     if torch.compiler.is_compiling():
-        if inside_function() and _want_gradient(values):
+        if inside_function() and _wants_gradient(values):
             raise RuntimeError("a torch.autograd.Function would cut the gradients of an Interval")
         return
-    if (found := function_around()) is None:
+    found, recorder = function_around(), ACTIVE.recorder
+    if found is None or (recorder is not None and not recorder.gradients):
         return
-    (function, arguments), recorder = found, ACTIVE.recorder
-    if recorder is not None and not recorder.gradients:
-        return
-    if not (_want_gradient(values) or _want_gradient(arguments)):
+    function, arguments = found
+    if not (_wants_gradient(values) or _wants_gradient(arguments)):
         return
     raise RuntimeError(
         f"{function.__qualname__} would cut the gradients of an Interval, since torch runs a "
@@ -644,36 +639,27 @@ def refuse_cut(values: Iterable[Any]) -> None:
     )
 
 
-def _want_gradient(values: Iterable[Any]) -> bool:
-    for value in values:
-        if isinstance(value, Interval):
-            if value._ball is not None and value._ball.bounds is None:
-                continue  # a ball whose bounds were not asked for has no gradient
-            value = (value._lower, value._upper, value._nominal)
-        if isinstance(value, list | tuple):
-            if _want_gradient(value):
-                return True
-        elif isinstance(value, Tensor) and value.requires_grad:
-            return True
-    return False
-
-
-def _rebuilt(lower: Tensor, upper: Tensor, nominal: Tensor | None, autocast: bool) -> Interval:
-    box = Interval._make(lower, upper, nominal)
-    box._autocast = autocast
-    return box
+def _wants_gradient(value: Any) -> bool:
+    """Returns whether a tensor, also inside of an Interval, list or tuple, wants a gradient."""
+    if isinstance(value, Interval):
+        if value._ball is not None and value._ball.bounds is None:
+            return False  # a ball whose bounds were not asked for has no gradient
+        value = (value._lower, value._upper, value._nominal)
+    if isinstance(value, list | tuple):
+        return any([_wants_gradient(each) for each in value])
+    return isinstance(value, Tensor) and value.requires_grad
 
 
 def _flatten(box: Interval) -> tuple[list[Tensor], bool]:
-    streams = [box.lower, box.upper]
-    if box.nominal is not None:
-        streams.append(box.nominal)
-    return streams, box._autocast
+    streams = (box.lower, box.upper, box.nominal)
+    return [stream for stream in streams if stream is not None], box._autocast
 
 
 def _unflatten(streams: Any, autocast: bool) -> Interval:
     lower, upper, nominal = (*streams, None)[:3]
-    return _rebuilt(lower, upper, nominal, autocast)
+    box = Interval._make(lower, upper, nominal)
+    box._autocast = autocast
+    return box
 
 
 _pytree.register_pytree_node(

@@ -24,7 +24,7 @@ from cibp_fast.ops.backends import no_autocast
 
 
 class Terms(NamedTuple):
-    """The three terms of the constrained IBP loss before they are weighted, each 0-dim."""
+    """Holds the unweighted terms of the constrained IBP loss, each 0-dim."""
 
     nominal: Tensor
     robust: Tensor

@@ -24,7 +24,7 @@ Conv = tuple[int, int, int]  # output channels, kernel size, stride
 
 
 def small(input_shape: Shape, classes: int = 10, padding: str = "valid") -> nn.Sequential:
-    """conv 16 4x4 s2, conv 32 4x4 s1, fc 100, fc `classes`.
+    """Builds conv 16 4x4 s2, conv 32 4x4 s1, fc 100, fc `classes`.
 
     Maps [N, *input_shape] to logits [N, classes]. 329,606 parameters on (1, 28, 28), 470,918 on
     (3, 32, 32). Raises ValueError for a shape or padding it cannot build.
@@ -33,7 +33,7 @@ def small(input_shape: Shape, classes: int = 10, padding: str = "valid") -> nn.S
 
 
 def medium(input_shape: Shape, classes: int = 10, padding: str = "valid") -> nn.Sequential:
-    """conv 32 3x3 s1, conv 32 4x4 s2, conv 64 3x3 s1, conv 64 4x4 s2, fc 512, fc 512, fc `classes`.
+    """Builds conv 32 3x3 s1, conv 32 4x4 s2, the same two with 64, fc 512 (twice), fc `classes`.
 
     Maps [N, *input_shape] to logits [N, classes]. 893,418 parameters on (1, 28, 28), 1,188,906 on
     (3, 32, 32). Raises ValueError for a shape or padding it cannot build.
@@ -43,7 +43,7 @@ def medium(input_shape: Shape, classes: int = 10, padding: str = "valid") -> nn.
 
 
 def large(input_shape: Shape, classes: int = 10, padding: str = "valid") -> nn.Sequential:
-    """conv 64 3x3 s1 (twice), conv 128 3x3 s2, conv 128 3x3 s1 (twice), fc 200, fc `classes`.
+    """Builds conv 64 3x3 s1 (twice), conv 128 3x3 s2, s1, s1, fc 200, fc `classes`.
 
     Maps [N, *input_shape] to logits [N, classes]. On (3, 32, 32): 2,483,554 parameters with padding
     `"valid"` (the authors' code), 6,963,554 with `"same"` (Gowal et al. 2018). Raises ValueError
@@ -70,11 +70,10 @@ def _network(
     channels, height, width = input_shape
     layers: list[nn.Module] = []
     for out_channels, kernel, stride in convs:
+        top = bottom = left = right = 0
         if padding == "same":
             top, bottom = _same_padding(height, kernel, stride)
             left, right = _same_padding(width, kernel, stride)
-        else:
-            top = bottom = left = right = 0
         height = (height + top + bottom - kernel) // stride + 1
         width = (width + left + right - kernel) // stride + 1
         if height < 1 or width < 1:
@@ -84,10 +83,8 @@ def _network(
         if top == bottom and left == right:
             layers.append(nn.Conv2d(channels, out_channels, kernel, stride, padding=(top, left)))
         else:
-            layers += [
-                nn.ZeroPad2d((left, right, top, bottom)),
-                nn.Conv2d(channels, out_channels, kernel, stride),
-            ]
+            layers.append(nn.ZeroPad2d((left, right, top, bottom)))
+            layers.append(nn.Conv2d(channels, out_channels, kernel, stride))
         layers.append(nn.ReLU())
         channels = out_channels
     layers.append(nn.Flatten())
@@ -99,15 +96,16 @@ def _network(
 
 
 def _same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
-    """TensorFlow's SAME: (before, after) such that the output size is ceil(size / stride); the odd
-    one goes after.
+    """Returns TensorFlow's SAME padding, (before, after): the odd one goes after.
+
+    The output size is then ceil(size / stride).
     """
     total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
     return total // 2, total - total // 2
 
 
 class Normalize(nn.Module):
-    """`(x - mean) / std` by channel: Tensor [N, C, H, W] -> Tensor, Interval -> Interval."""
+    """Computes `(x - mean) / std` by channel of a Tensor [N, C, H, W] or an Interval."""
 
     mean: Tensor  # [C, 1, 1]
     std: Tensor  # [C, 1, 1]
@@ -122,10 +120,10 @@ class Normalize(nn.Module):
 
 
 def initialize(model: nn.Module, init: str) -> None:
-    """Fresh weights for a network of torch's layers, from torch's global random state.
+    """Draws the weights of a network of torch's layers from torch's global random state.
 
-    `"torch"` leaves torch's own (they are there already); `"orthogonal"` is Gowal et al.'s:
-    orthogonal weights (of each convolution as a matrix [out, in * kh * kw]), biases 0. Raises
+    `"torch"` leaves torch's own, which are there already. `"orthogonal"` is Gowal et al.'s:
+    orthogonal weights, of a convolution as a matrix [out, in * kh * kw], and biases 0. Raises
     ValueError for another name.
     """
     if init not in INITS:

@@ -20,7 +20,7 @@ Box = TypeVar("Box", Interval, Tensor)
 
 
 class IntervalConv2d(nn.Conv2d):
-    """`nn.Conv2d`: a Tensor [N, C, H, W] gives a Tensor, an Interval of that shape an Interval."""
+    """Maps a Tensor [N, C, H, W] to a Tensor as `nn.Conv2d`, an Interval to an Interval."""
 
     def forward(self, input: Box) -> Box:
         out: Any = super().forward(_checked("IntervalConv2d", input))
@@ -31,7 +31,7 @@ class IntervalConv2d(nn.Conv2d):
 
 
 class IntervalLinear(nn.Linear):
-    """`nn.Linear`: a Tensor [..., in_features] gives a Tensor, an Interval an Interval."""
+    """Maps a Tensor [..., in_features] to a Tensor as `nn.Linear`, an Interval to an Interval."""
 
     def forward(self, input: Box) -> Box:
         out: Any = super().forward(_checked("IntervalLinear", input))

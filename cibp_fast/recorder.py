@@ -21,14 +21,14 @@ __all__ = [
 
 
 class Origin(NamedTuple):
-    """Where the values of an Interval come from."""
+    """Tells where the values of an Interval come from."""
 
     layer: int | None  # its index in Recorder.layers, if its width is wanted
     head: Head | None  # the linear layer that made it
 
 
 class Pass(NamedTuple):
-    """A pass of boxes through a model."""
+    """Describes a pass of boxes through a model."""
 
     kinds: tuple[str, ...]  # of layers whose widths are wanted
     task: int  # the backward pass that it is a part of, or -1
@@ -36,7 +36,7 @@ class Pass(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """The width of one layer's output."""
+    """Holds the width of one layer's output."""
 
     squares: Tensor  # 0-dim: the sum over all elements of (upper - lower)^2
     elements: int
@@ -44,7 +44,7 @@ class Layer(NamedTuple):
 
 
 class Recorder:
-    """The widths of all layers of the wanted kinds, "affine" and "activation", in their order."""
+    """Collects the widths of layers of the wanted kinds, "affine" and "activation", in order."""
 
     def __init__(self, *kinds: str, backend: str = "auto") -> None:
         self.layers: list[Layer] = []
@@ -59,9 +59,8 @@ class Recorder:
     def add(self, lower: Tensor, upper: Tensor, squares: Tensor | None = None) -> int:
         """Appends the layer whose output is lower, upper [N, ...], and returns its index."""
         if squares is None:
-            # where both are the same infinity, as of a masked class, there is no width, but NaN
-            apart = lower != upper
-            squares = (upper - lower).where(apart, 0.0).square().sum()
+            # two bounds at the same infinity, as of a masked class, differ by NaN and have no width
+            squares = (upper - lower).where(lower != upper, 0.0).square().sum()
         self.layers.append(Layer(squares, lower.numel(), lower.shape[0] if lower.dim() else 1))
         return len(self.layers) - 1
 
@@ -75,7 +74,7 @@ ACTIVE = _Active()
 
 @contextmanager
 def recording(recorder: Recorder) -> Iterator[None]:
-    """Has `recorder` told of every layer that an Interval passes in this thread."""
+    """Tells `recorder` of every layer that an Interval passes in this thread, inside the block."""
     previous, ACTIVE.recorder = ACTIVE.recorder, recorder
     try:
         yield
@@ -84,7 +83,7 @@ def recording(recorder: Recorder) -> Iterator[None]:
 
 
 def wanted(kind: str) -> bool:
-    """Whether someone records the widths of this kind of layer."""
+    """Returns whether someone records the widths of this kind of layer."""
     return ACTIVE.recorder is not None and kind in ACTIVE.recorder.made_in.kinds
 
 

@@ -1,9 +1,9 @@
 """Every interval op in plain PyTorch, forward and explicit backward: what the kernels must equal.
 
-It is the oracle of the tests, which run it in float64, and the explicit ``backend="torch"``; no
-fast path imports it. Any floating dtype and device; autograd follows every forward. Three streams
-travel together: ``lower`` and ``upper``, the box, and ``nominal``, the point (None throughout where
-there is none). NaN propagates: torch's ops keep it.
+The tests take it as their oracle, in float64; it is also ``backend="torch"``. No fast path imports
+it. It takes any floating dtype and device, and autograd follows every forward. Three streams travel
+together: ``lower`` and ``upper``, the box, and ``nominal``, the point, or None throughout. torch's
+ops keep NaN.
 
 An affine map ``x -> W x + b`` takes a box by its center and radius (Morawiecki et al. 2019)::
 
@@ -14,6 +14,7 @@ An affine map ``x -> W x + b`` takes a box by its center and radius (Morawiecki 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ AffineGrads = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]
 
 
 def center_radius(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-    """``(lower + upper) / 2, (upper - lower) / 2``, halved first so that nothing overflows."""
+    """Returns ``(lower + upper) / 2, (upper - lower) / 2``; halved first, nothing overflows."""
     return 0.5 * lower + 0.5 * upper, 0.5 * upper - 0.5 * lower
 
 
@@ -43,7 +44,7 @@ def conv2d(
     dilation: Pair = (1, 1),
     groups: int = 1,
 ) -> StreamsAndWidth:  # [N, K, H', W'] each, and the 0-dim width
-    """Bounds of ``F.conv2d(x, weight, bias, ...)`` over the box, its value at nominal, the width.
+    """Bounds ``F.conv2d(x, weight, bias, ...)`` over the box; with its value at nominal, the width.
 
     Equals ``c, r = F.conv2d((l + u) / 2, W, b), F.conv2d((u - l) / 2, W.abs())``, then
     ``c - r, c + r, F.conv2d(z, W, b), (2 * r).square().sum()``.
@@ -52,7 +53,7 @@ def conv2d(
     def apply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
-    return _affine(apply, lower, upper, nominal, weight, bias)
+    return _affine(apply, (lower, upper, nominal), weight, bias)
 
 
 def conv2d_backward(
@@ -70,7 +71,7 @@ def conv2d_backward(
     dilation: Pair = (1, 1),
     groups: int = 1,
 ) -> AffineGrads:
-    """Gradients of :func:`conv2d` in ``(lower, upper, nominal, weight, bias)``, written out.
+    """Returns the gradients of :func:`conv2d` in ``(lower, upper, nominal, weight, bias)``.
 
     ``d|w|/dw`` at 0 is taken to be 0, as autograd does.
     """
@@ -86,9 +87,8 @@ def conv2d_backward(
         return conv2d_weight(x, weight.shape, grad, *geometry)
 
     grads = (grad_lower, grad_upper, grad_nominal, grad_width)
-    return _affine_backward(
-        apply, transposed, outer, (0, 2, 3), *grads, lower, upper, nominal, weight, bias_given
-    )
+    streams = (lower, upper, nominal)
+    return _affine_backward(apply, transposed, outer, (0, 2, 3), grads, streams, weight, bias_given)
 
 
 def linear(
@@ -98,12 +98,12 @@ def linear(
     weight: Tensor,  # [O, I]
     bias: Tensor | None,  # [O]
 ) -> StreamsAndWidth:  # [..., O] each, and the 0-dim width
-    """Bounds of ``F.linear(x, weight, bias)`` over the box, its value at nominal, the width.
+    """Bounds ``F.linear(x, weight, bias)`` over the box; with its value at nominal, the width.
 
     Equals ``c, r = F.linear((l + u) / 2, W, b), F.linear((u - l) / 2, W.abs())``, then
     ``c - r, c + r, F.linear(z, W, b), (2 * r).square().sum()``.
     """
-    return _affine(F.linear, lower, upper, nominal, weight, bias)
+    return _affine(F.linear, (lower, upper, nominal), weight, bias)
 
 
 def linear_backward(
@@ -117,7 +117,7 @@ def linear_backward(
     weight: Tensor,  # [O, I]
     bias_given: bool,
 ) -> AffineGrads:
-    """Gradients of :func:`linear` in ``(lower, upper, nominal, weight, bias)``, written out."""
+    """Returns the gradients of :func:`linear` in ``(lower, upper, nominal, weight, bias)``."""
 
     def transposed(grad: Tensor, weight: Tensor) -> Tensor:
         return grad @ weight
@@ -127,19 +127,19 @@ def linear_backward(
 
     batch_dims = tuple(range(lower.dim() - 1))
     grads = (grad_lower, grad_upper, grad_nominal, grad_width)
+    streams = (lower, upper, nominal)
     return _affine_backward(
-        F.linear, transposed, outer, batch_dims, *grads, lower, upper, nominal, weight, bias_given
+        F.linear, transposed, outer, batch_dims, grads, streams, weight, bias_given
     )
 
 
 def _affine(
-    apply: Callable[[Tensor, Tensor, Tensor | None], Tensor],
-    lower: Tensor,
-    upper: Tensor,
-    nominal: Tensor | None,
+    apply: Callable[[Tensor, Tensor, Tensor | None], Tensor],  # x, W, b -> W x + b
+    streams: Streams,
     weight: Tensor,
     bias: Tensor | None,
 ) -> StreamsAndWidth:
+    lower, upper, nominal = streams
     center, radius = center_radius(lower, upper)
     center_out = apply(center, weight, bias)
     radius_out = apply(radius, weight.abs(), None)
@@ -155,16 +155,12 @@ def _affine_backward(
     transposed: Callable[[Tensor, Tensor], Tensor],  # g, W -> W^T g
     outer: Callable[[Tensor, Tensor], Tensor],  # g, x -> the gradient of <g, W x> in W
     bias_dims: tuple[int, ...],
-    grad_lower: Tensor,
-    grad_upper: Tensor,
-    grad_nominal: Tensor | None,
-    grad_width: Tensor | None,
-    lower: Tensor,
-    upper: Tensor,
-    nominal: Tensor | None,
+    grads: tuple[Tensor, Tensor, Tensor | None, Tensor | None],  # by the outputs of `_affine`
+    streams: Streams,
     weight: Tensor,
     bias_given: bool,
 ) -> AffineGrads:
+    (grad_lower, grad_upper, grad_nominal, grad_width), (lower, upper, nominal) = grads, streams
     center, radius = center_radius(lower, upper)
     grad_center_out = grad_lower + grad_upper
     grad_radius_out = grad_upper - grad_lower
@@ -181,80 +177,47 @@ def _affine_backward(
         grad_preactivation = grad_center_out + grad_nominal
     grad_bias = _sum(grad_preactivation, bias_dims) if bias_given else None
     # center = (lower + upper) / 2 and radius = (upper - lower) / 2
-    return (
-        (grad_center - grad_radius) / 2,
-        (grad_center + grad_radius) / 2,
-        grad_nominal_in,
-        grad_weight,
-        grad_bias,
-    )
+    grad_lower, grad_upper = (grad_center - grad_radius) / 2, (grad_center + grad_radius) / 2
+    return grad_lower, grad_upper, grad_nominal_in, grad_weight, grad_bias
 
 
 def _sum(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """``x.sum(dims)``, where no dims mean no sum (torch would sum all)."""
+    """Returns ``x.sum(dims)``, where no dims mean no sum (torch would sum all)."""
     return x.sum(dims) if dims else x
 
 
 def activation(
     function: Callable[[Tensor], Tensor], lower: Tensor, upper: Tensor, nominal: Tensor | None
 ) -> Streams:
-    """Bounds of a non-decreasing ``function`` such as ``torch.relu``: it maps bounds to bounds."""
+    """Maps bounds to bounds by a non-decreasing ``function`` such as ``torch.relu``."""
     return function(lower), function(upper), None if nominal is None else function(nominal)
 
 
 def relu(lower: Tensor, upper: Tensor, nominal: Tensor | None) -> StreamsAndWidth:
-    """ReLU of each stream, and the sum of ``(upper' - lower') ** 2``, 0-dimensional."""
+    """Returns ReLU of each stream, and the 0-dim sum of ``(upper' - lower') ** 2``."""
     lower, upper, nominal = activation(torch.relu, lower, upper, nominal)
     return lower, upper, nominal, (upper - lower).square().sum()
 
 
 def avg_pool2d(
-    lower: Tensor,  # [N, C, H, W], as upper and nominal
-    upper: Tensor,
-    nominal: Tensor | None,
-    kernel_size: int | Pair,
-    stride: int | Pair | None = None,
-    padding: int | Pair = 0,
-    ceil_mode: bool = False,
-    count_include_pad: bool = True,
-    divisor_override: int | None = None,
+    lower: Tensor, upper: Tensor, nominal: Tensor | None, *args: Any, **kwargs: Any
 ) -> Streams:
-    """``F.avg_pool2d`` of each stream: non-decreasing in every input."""
-
-    def pool(x: Tensor) -> Tensor:
-        return F.avg_pool2d(
-            x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
-        )
-
-    return activation(pool, lower, upper, nominal)
+    """Runs ``F.avg_pool2d(x, ...)`` on each stream [N, C, H, W]: a mean is non-decreasing."""
+    return activation(lambda x: F.avg_pool2d(x, *args, **kwargs), lower, upper, nominal)
 
 
 def adaptive_avg_pool2d(
-    lower: Tensor,
-    upper: Tensor,
-    nominal: Tensor | None,
-    output_size: int | tuple[int | None, int | None],
+    lower: Tensor, upper: Tensor, nominal: Tensor | None, output_size: Any
 ) -> Streams:
-    """``F.adaptive_avg_pool2d`` of each stream, [N, C, H, W]: non-decreasing in every input."""
+    """Runs ``F.adaptive_avg_pool2d(x, output_size)`` on each stream [N, C, H, W]."""
     return activation(lambda x: F.adaptive_avg_pool2d(x, output_size), lower, upper, nominal)
 
 
 def max_pool2d(
-    lower: Tensor,  # [N, C, H, W], as upper and nominal
-    upper: Tensor,
-    nominal: Tensor | None,
-    kernel_size: int | Pair,
-    stride: int | Pair | None = None,
-    padding: int | Pair = 0,
-    dilation: int | Pair = 1,
-    ceil_mode: bool = False,
+    lower: Tensor, upper: Tensor, nominal: Tensor | None, *args: Any, **kwargs: Any
 ) -> Streams:
-    """``F.max_pool2d`` of each stream: a maximum is non-decreasing in every input."""
-
-    def pool(x: Tensor) -> Tensor:
-        return F.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode)
-
-    return activation(pool, lower, upper, nominal)
+    """Runs ``F.max_pool2d(x, ...)`` on each stream [N, C, H, W]: a maximum is non-decreasing."""
+    return activation(lambda x: F.max_pool2d(x, *args, **kwargs), lower, upper, nominal)
 
 
 def batch_norm(
@@ -269,10 +232,10 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Streams:
-    """``F.batch_norm`` of the nominal stream, and the box through the same affine map per channel.
+    """Runs ``F.batch_norm`` on the nominal stream, and the box through the same map per channel.
 
-    With ``training`` the statistics are the nominal batch's (so the gradients of the box reach
-    ``nominal``), and the running ones are updated from it; else they are the running ones.
+    With ``training`` the statistics are the nominal batch's, so that gradients of the box reach
+    ``nominal``, and the running ones are updated from them; else they are the running ones.
 
     Raises:
         RuntimeError: ``training`` without a nominal stream.
@@ -304,7 +267,7 @@ def batch_norm(
 
 
 def width(lower: Tensor, upper: Tensor, reduction: str = "mean") -> Tensor:
-    """Squared width of a layer's box [N, ...], 0-dim; both definitions average over the batch.
+    """Returns the squared width of a layer's box [N, ...], 0-dim, the mean over the batch.
 
     ``"mean"``: ``(upper - lower).square().mean()``, as in the authors' code; ``"sum"``: the same
     summed over the units, the ``||u_k - l_k||^2`` of the paper.
@@ -324,7 +287,7 @@ def elided_margins(
     bias: Tensor | None,  # [C]
     y: Tensor,  # [N] int64
 ) -> Tensor:  # [N, C]
-    """Lower bounds of ``z_y - z_j`` through the one affine map ``W_y - W_j``; +inf at ``y``.
+    """Returns lower bounds of ``z_y - z_j`` by the one affine map ``W_y - W_j``; +inf at ``y``.
 
     This elides the last layer: never looser than :func:`margins` of its bounds.
     """
@@ -337,18 +300,18 @@ def elided_margins(
 
 
 def margins(lower: Tensor, upper: Tensor, y: Tensor) -> Tensor:
-    """Lower bounds ``lower_y - upper_j`` of ``z_y - z_j`` from logits [N, C]; +inf at ``y``."""
+    """Returns ``lower_y - upper_j`` of logits [N, C]; +inf at ``y``."""
     differences = lower.gather(1, y.unsqueeze(1)) - upper
     return differences.masked_fill(_one_hot(y, lower), torch.inf)
 
 
 def elided_worst_logits(margins: Tensor, y: Tensor) -> Tensor:
-    """Worst-case ``z_j - z_y`` from margins [N, C]: ``-margins``, and 0 at ``y``."""
+    """Returns the worst-case ``z_j - z_y`` of margins [N, C]: ``-margins``, and 0 at ``y``."""
     return (-margins).masked_fill(_one_hot(y, margins), 0.0)
 
 
 def worst_logits(lower: Tensor, upper: Tensor, y: Tensor) -> Tensor:
-    """Worst-case logits of the box [N, C]: the lower bound at ``y``, the upper bounds elsewhere."""
+    """Returns worst-case logits of a box [N, C]: its lower bound at ``y``, its upper elsewhere."""
     return torch.where(_one_hot(y, lower), lower, upper)
 
 
@@ -357,17 +320,17 @@ def _one_hot(y: Tensor, like: Tensor) -> Tensor:
 
 
 def nominal_loss(logits: Tensor, y: Tensor) -> Tensor:
-    """Mean cross-entropy of the nominal logits [N, C]."""
+    """Returns the mean cross-entropy of the nominal logits [N, C]."""
     return F.cross_entropy(logits, y)
 
 
 def ibp_loss(logits: Tensor, worst: Tensor, y: Tensor, kappa: float) -> Tensor:
-    """``kappa CE(logits, y) + (1 - kappa) CE(worst, y)``; logits and worst-case logits [N, C]."""
+    """Returns ``kappa CE(logits, y) + (1 - kappa) CE(worst, y)`` of logits [N, C]."""
     return kappa * F.cross_entropy(logits, y) + (1 - kappa) * F.cross_entropy(worst, y)
 
 
 def constrained_ibp_loss(
     logits: Tensor, worst: Tensor, y: Tensor, width: Tensor, kappa: float, width_weight: float
 ) -> Tensor:
-    """:func:`ibp_loss` plus ``width_weight`` times the 0-dim sum of the layers' widths."""
+    """Returns :func:`ibp_loss` plus ``width_weight`` times the 0-dim sum of widths."""
     return ibp_loss(logits, worst, y, kappa) + width_weight * width

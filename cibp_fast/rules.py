@@ -1,8 +1,8 @@
 """The interval rules of torch's functions: affine layers, activations, pooling, shapes, arithmetic.
 
 Importing this module fills the table `RULES` of `cibp_fast.interval`. Each rule gives the tightest
-bounds of its own output, in the arithmetic of the streams: they hold up to its rounding. Arguments
-are named as torch names them, for callers who name them.
+bounds of its own output, up to rounding in the streams' dtype. Arguments have torch's names, for
+callers who use them as keywords.
 """
 
 from __future__ import annotations
@@ -39,21 +39,23 @@ RuleT = TypeVar("RuleT", bound=Rule)
 
 
 def _functions(*names: str) -> Iterator[Callable[..., Any]]:
-    """torch.name, Tensor.name and F.name, whichever exist."""
+    """Yields torch.name, Tensor.name and F.name, those that exist."""
     for name, namespace in product(names, (torch, Tensor, F)):
         if callable(getattr(namespace, name, None)):  # torch.float and torch.cuda are not
             yield getattr(namespace, name)
 
 
 def _rule(*names: str, several: bool = False) -> Callable[[RuleT], RuleT]:
-    """Makes a function the rule of all torch functions of these names, and of `name_`, in place."""
+    """Returns a decorator: a function becomes the rule of torch's functions of these names.
+
+    In place, it is that of `name_` too. `several`: it takes more than one Interval.
+    """
 
     def register(rule: RuleT) -> RuleT:
         for name in names:
-            in_place = partial(_in_place, rule)
-            RULES.update(dict.fromkeys(_functions(name), rule))
-            RULES.update(dict.fromkeys(_functions(name + "_"), in_place))
-            IN_PLACE.update(_functions(name + "_"))
+            in_place, writes = partial(_in_place, rule), [*_functions(name + "_")]
+            RULES.update(dict.fromkeys(_functions(name), rule) | dict.fromkeys(writes, in_place))
+            IN_PLACE.update(writes)
             if several:
                 SEVERAL.update((rule, in_place))
         return rule
@@ -72,7 +74,7 @@ def _rules(how: Rule, *names: str) -> None:
 
 
 def _each(function: Callable[..., Tensor], input: Interval, *args: Any, **kwargs: Any) -> Interval:
-    """Runs every stream through a function that is non-decreasing in all elements of its input."""
+    """Runs each stream through a function that is non-decreasing in all elements of its input."""
     nominal = input.nominal
     lower = function(input.lower, *args, **kwargs)
     if not lower.is_floating_point():
@@ -85,7 +87,7 @@ def _each(function: Callable[..., Tensor], input: Interval, *args: Any, **kwargs
 
 
 def _view(function: Callable[..., Tensor], input: Interval, *args: Any, **kwargs: Any) -> Interval:
-    """As _each; where the result shares memory with input, it is one of its views."""
+    """Runs `_each`; where the result shares memory with input, it becomes one of its views."""
     out = _each(function, input, *args, **kwargs)
     if shares_memory(out, input):
         out._version, out._seen = input._version, input._seen
@@ -95,21 +97,28 @@ def _view(function: Callable[..., Tensor], input: Interval, *args: Any, **kwargs
 def _ordered_view(
     function: Callable[..., Tensor], input: Interval, *args: Any, **kwargs: Any
 ) -> Interval:
-    """As _view; the result has the values of input in the same order."""
+    """Runs `_view` of a function that keeps the order of input's values."""
     out = _view(function, input, *args, **kwargs)
     out._origin = input._origin
     return out
 
 
 def _exchanged(box: Interval, where: Tensor) -> Interval:
-    """Lower and upper change places where a mask says so."""
+    """Returns the box with lower and upper exchanged where a mask is true."""
     lower = torch.where(where, box.upper, box.lower)
     return Interval._make(lower, torch.where(where, box.lower, box.upper), box.nominal)
 
 
 def _require(holds: bool, name: str, argument: str, value: Any, allowed: str) -> None:
+    """Raises ValueError unless an argument keeps the function monotone."""
     if not holds:
         raise ValueError(f"{name} is monotone for {argument} {allowed} only, got {value}")
+
+
+def _layer(kind: str, result: Sequence[Any], head: Head | None = None) -> Interval:
+    """Returns an op's lower, upper, nominal and width as an Interval, and notes the layer."""
+    lower, upper, nominal, squares = result
+    return Interval._make(lower, upper, nominal, note(kind, lower, upper, squares, head))
 
 
 @_rule("conv2d")
@@ -124,13 +133,14 @@ def conv2d(
     *,
     backend: str = "auto",
 ) -> Interval:
-    """The rule of F.conv2d; see `functional.interval_conv2d`."""
+    """Runs F.conv2d on a box; see `functional.interval_conv2d`."""
     if input.dim() == 3:
         batch = _each(torch.unsqueeze, input, 0)
         out = conv2d(batch, weight, bias, stride, padding, dilation, groups, backend=backend)
         return _ordered_view(torch.squeeze, out, 0)
-    pads, dilations = (0, 0), _pair("dilation", dilation)
-    strides, groups = _pair("stride", stride), _single("conv2d", "groups", groups)
+    strides, dilations = _pair("stride", stride), _pair("dilation", dilation)
+    groups = _single("conv2d", "groups", groups)
+    pads = (0, 0)
     if not isinstance(padding, str):
         pads = _pair("padding", padding)
     elif padding == "same":
@@ -139,24 +149,13 @@ def conv2d(
         total = [d * (k - 1) for d, k in zip(dilations, weight.shape[-2:], strict=True)]
         pads = (total[0] // 2, total[1] // 2)
         if total[0] % 2 or total[1] % 2:  # torch puts the odd one after
-            after = (0, total[1] % 2, 0, total[0] % 2)
-            input = _each(F.pad, input, after)
+            input = _each(F.pad, input, (0, total[1] % 2, 0, total[0] % 2))
     elif padding != "valid":
         raise ValueError(f"conv2d: padding must be 'same', 'valid' or ints, got {padding!r}")
-    lower, upper, nominal, squares = ops.conv2d(
-        input.lower,
-        input.upper,
-        input.nominal,
-        weight,
-        bias,
-        strides,
-        pads,
-        dilations,
-        groups,
-        width=wanted("affine"),
-        backend=backend,
-    )
-    return Interval._make(lower, upper, nominal, note("affine", lower, upper, squares))
+    streams = (input.lower, input.upper, input.nominal)
+    geometry: Any = (strides, pads, dilations, groups)
+    options: Any = {"width": wanted("affine"), "backend": backend}
+    return _layer("affine", ops.conv2d(*streams, weight, bias, *geometry, **options))
 
 
 @_rule("conv1d")
@@ -171,7 +170,7 @@ def conv1d(
     *,
     backend: str = "auto",
 ) -> Interval:
-    """The rule of F.conv1d: conv2d of images one pixel high."""
+    """Runs F.conv1d on a box, as conv2d of images one pixel high."""
     if weight.dim() != 3 or input.dim() not in (2, 3):
         raise ValueError(
             f"conv1d: expected weight [K, C / groups, R] and an Interval [N, C, L] or [C, L], got "
@@ -191,6 +190,7 @@ def conv1d(
 
 
 def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
+    """Returns a hyperparameter of conv2d, vertical and horizontal."""
     values = _integers(value)
     if len(values) not in (1, 2):
         raise ValueError(f"conv2d: {name} must be an int or two, got {value}")
@@ -205,12 +205,11 @@ def _single(function: str, name: str, value: int | Sequence[int]) -> int:
 
 
 def _integers(value: Any) -> list[int]:
-    """The integers of a number, or of a sequence or array of them; empty: there are others."""
-    several = isinstance(value, Sequence) or (
-        isinstance(value, np.ndarray | Tensor) and value.ndim > 0
-    )
+    """Returns the integers of a number, sequence or array; empty where there is anything else."""
+    array = isinstance(value, np.ndarray | Tensor) and value.ndim > 0
     try:
-        return [operator.index(each) for each in (value if several else (value,))]
+        values = value if array or isinstance(value, Sequence) else (value,)
+        return [operator.index(each) for each in values]
     except TypeError:
         return []
 
@@ -223,18 +222,10 @@ def linear(
     *,
     backend: str = "auto",
 ) -> Interval:
-    """The rule of F.linear; see `functional.interval_linear`."""
-    lower, upper, nominal, squares = ops.linear(
-        input.lower,
-        input.upper,
-        input.nominal,
-        weight,
-        bias,
-        width=wanted("affine"),
-        backend=backend,
-    )
-    head = Head(input.lower, input.upper, weight, bias)
-    return Interval._make(lower, upper, nominal, note("affine", lower, upper, squares, head))
+    """Runs F.linear on a box; see `functional.interval_linear`."""
+    streams = (input.lower, input.upper, input.nominal)
+    out = ops.linear(*streams, weight, bias, width=wanted("affine"), backend=backend)
+    return _layer("affine", out, Head(input.lower, input.upper, weight, bias))
 
 
 @_rule("batch_norm")
@@ -248,8 +239,11 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Interval:
-    # A channel's map takes the lower bound to the upper one where its weight is negative. In
-    # training its statistics are the nominal batch's, and gradients reach nominal through them.
+    """Runs F.batch_norm on a box.
+
+    In training mode the statistics are the nominal batch's, and gradients reach nominal through
+    them. Where a channel's weight is negative its map takes the lower bound to the upper one.
+    """
     # Without running statistics there is no other mode, and no map of one example to bound.
     if training and (running_mean is None or running_var is None):
         raise UnsupportedOpError(
@@ -258,11 +252,13 @@ def _batch_norm(
         )
     channels = (1, -1) + (1,) * (input.dim() - 2)
     box = input if weight is None else _exchanged(input, (weight < 0).view(channels))
+
+    def norm(x: Tensor) -> Tensor:
+        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+
     nominal = box.nominal
     if not training:
-        out = _each(
-            F.batch_norm, box, running_mean, running_var, weight, bias, False, momentum, eps
-        )
+        out = _each(norm, box)
     elif nominal is None:
         raise RuntimeError(
             "batch_norm in training mode takes its statistics from the nominal stream, and "
@@ -275,13 +271,8 @@ def _batch_norm(
         if weight is not None:
             scale = scale * weight.view(channels)
         shift = 0.0 if bias is None else bias.view(channels)
-        out = Interval._make(
-            (box.lower - mean) * scale + shift,
-            (box.upper - mean) * scale + shift,
-            F.batch_norm(  # it also updates the running statistics
-                nominal, running_mean, running_var, weight, bias, True, momentum, eps
-            ),
-        )
+        lower, upper = ((end - mean) * scale + shift for end in (box.lower, box.upper))
+        out = Interval._make(lower, upper, norm(nominal))  # updates the running statistics
     out._origin = note("affine", out.lower, out.upper)
     return out
 
@@ -293,6 +284,7 @@ def _activation(
     inplace: bool = False,
     **kwargs: Any,
 ) -> Interval:
+    """Runs a non-decreasing activation, in place or not, and notes the layer."""
     out = _each(function, input, *args, **kwargs)
     out._origin = note("activation", out.lower, out.upper)
     return input._assign(out) if inplace else out
@@ -308,10 +300,8 @@ for _name in (
 
 @_rule("relu")
 def _relu(input: Interval, inplace: bool = False) -> Interval:
-    lower, upper, nominal, squares = ops.relu(
-        input.lower, input.upper, input.nominal, width=wanted("activation")
-    )
-    out = Interval._make(lower, upper, nominal, note("activation", lower, upper, squares))
+    streams = (input.lower, input.upper, input.nominal)
+    out = _layer("activation", ops.relu(*streams, width=wanted("activation")))
     return input._assign(out) if inplace else out
 
 
@@ -434,17 +424,17 @@ def _clone(input: Interval, **kwargs: Any) -> Interval:
 def _pieces(
     function: Callable[..., Sequence[Tensor]], input: Interval, *args: Any, **kwargs: Any
 ) -> tuple[Interval, ...]:
-    def piece(i: int) -> Interval:
-        return _view(lambda stream: function(stream, *args, **kwargs)[i], input)
-
-    return tuple(piece(i) for i in range(len(function(input.lower, *args, **kwargs))))
+    count = len(function(input.lower, *args, **kwargs))
+    return tuple(
+        _view(lambda stream, i=i: function(stream, *args, **kwargs)[i], input) for i in range(count)
+    )
 
 
 _rules(_pieces, "chunk", "split", "unbind")
 
 
 def _streams(name: str, value: Any) -> tuple[Any, Any, Any]:
-    """lower, upper and nominal of an operand; a constant is all three."""
+    """Returns lower, upper and nominal of an operand; a constant is all three."""
     if isinstance(value, Interval):
         return value.lower, value.upper, value.nominal
     if isinstance(value, Real) or (isinstance(value, Tensor) and not value.is_complex()):
@@ -453,7 +443,7 @@ def _streams(name: str, value: Any) -> tuple[Any, Any, Any]:
 
 
 def _joined(name: str, function: Callable[..., Tensor], operands: Sequence[Any]) -> Interval:
-    """`function(*streams)` is non-decreasing in the streams of all operands."""
+    """Runs `function(*streams)`, which is non-decreasing in the streams of all operands."""
     lower, upper, nominal = zip(*[_streams(name, each) for each in operands], strict=True)
     given = all(stream is not None for stream in nominal)
     return Interval._make(function(*lower), function(*upper), function(*nominal) if given else None)
@@ -519,7 +509,7 @@ def _scaled(function: Callable[..., Tensor], box: Interval, factor: Any) -> Inte
 
 
 def _check_factor(function: Callable[..., Tensor], box: Interval, factor: Any) -> None:
-    # 0 * inf and 0 / 0 are NaN at a point between bounds that are not
+    """Raises ValueError for a constant that may make NaN of a point between bounds that are not."""
     dtype = torch.result_type(box.lower, factor) if isinstance(factor, Tensor) else box.dtype
     dtype = torch.promote_types(dtype, torch.float32)  # in which torch computes with half ones
     most, least, allowed = torch.finfo(dtype).max, 0.0, "finite"

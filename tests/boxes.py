@@ -38,7 +38,7 @@ SLACK = 1e-11
 
 
 def random_box(*shape: int, radius: float = 0.5) -> Interval:
-    """A box around 0 with an off-centre nominal point and some zero radii."""
+    """Returns a box around 0 with an off-centre nominal point and some zero radii."""
     center = torch.randn(shape, dtype=torch.float64)
     spread = radius * torch.rand(shape, dtype=torch.float64) * (torch.rand(shape) > 0.2)
     at = 2 * torch.rand(shape, dtype=torch.float64) - 1
@@ -46,7 +46,7 @@ def random_box(*shape: int, radius: float = 0.5) -> Interval:
 
 
 def prepared(module: nn.Module) -> nn.Module:
-    """In float64 and eval mode, with weights of both signs and running statistics of a net."""
+    """Returns the module in float64 and eval mode, with statistics as of a trained network."""
     module.double().eval()
     with torch.no_grad():
         for each in module.modules():
@@ -60,7 +60,7 @@ def prepared(module: nn.Module) -> nn.Module:
 
 
 def points(box: Interval, count: int = 6) -> list[Tensor]:
-    """The two extreme corners, random corners and random points."""
+    """Returns the two extreme corners, random corners and random points."""
     found = [box.lower, box.upper]
     for _ in range(count):
         at = torch.rand(box.shape, dtype=box.dtype)
@@ -69,8 +69,9 @@ def points(box: Interval, count: int = 6) -> list[Tensor]:
 
 
 def assert_bounds(function, box: Interval) -> Interval:
-    """Points of the box map inside the bounds, the nominal point maps as by the plain function,
-    and a box without radius gives the plain result."""
+    """Checks that points of the box map inside the bounds, the nominal point as by the plain
+    function, and a box without radius to the plain result; returns the bounds.
+    """
     out = function(box.clone())  # a clone: it may work in place
     assert isinstance(out, Interval)
     torch.testing.assert_close(out.nominal, function(box.nominal.clone()), rtol=SLACK, atol=SLACK)

@@ -8,7 +8,7 @@ from cibp_fast import cli
 
 
 def error_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The one line on stderr of a command that fails with exit code 2."""
+    """Returns the one line on stderr of a command that fails with exit code 2."""
     try:
         code = cli.main(list(arguments))
     except SystemExit as exit:

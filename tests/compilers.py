@@ -15,7 +15,7 @@ WARNINGS = ("-Wall", "-Wextra", "-Werror")
 
 
 def compiler() -> list[str]:
-    """As in setup.py: the one in CXX, or the first usual name found."""
+    """Returns the compiler as setup.py does: the one in CXX, or the first usual name found."""
     found = [name for name in ("c++", "g++", "clang++") if shutil.which(name)]
     command = shlex.split(os.environ.get("CXX", "")) or found[:1]
     if not command:
@@ -24,7 +24,7 @@ def compiler() -> list[str]:
 
 
 def run(command: list[str]) -> str:
-    """What it prints, run in the root folder; fails the test where the command does."""
+    """Runs a command in the root folder, returns what it prints; fails the test where it does."""
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if result.returncode != 0:
         pytest.fail(f"{shlex.join(command)}\n{result.stdout}{result.stderr}", pytrace=False)

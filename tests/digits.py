@@ -8,7 +8,7 @@ from cibp_fast.training.datasets import Dataset, Split
 
 
 def toy_dataset() -> Dataset:
-    """80 training and 40 test images [N, 1, 28, 28] of ten classes that a few steps can learn."""
+    """Returns 80 training and 40 test images [N, 1, 28, 28] of ten classes easy to learn."""
     random = torch.Generator().manual_seed(0)
     patterns = torch.randint(0, 2, (10, 1, 28, 28), generator=random)
 
@@ -21,7 +21,7 @@ def toy_dataset() -> Dataset:
 
 
 def load_toy(name: str, root: object = None, *, verify: bool = True) -> Dataset:
-    """In place of `data.load`."""
+    """Stands in for `data.load`."""
     return toy_dataset()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,12 +16,19 @@ import cibp_fast as cf
 from cibp_fast import Interval, models
 
 Results = dict[str, Tensor]
+Run = Callable[..., cf.Bounds]
 
 F64 = torch.float64
 
 
+def runs(model: nn.Module, **options: str) -> tuple[Run, Run]:
+    """Returns the ways to the bounds of a model: by `cf.fuse` and by `cf.bounds`."""
+    plain = {k: v for k, v in options.items() if k == "backend"}
+    return cf.fuse(model, **options).bounds, partial(cf.bounds, model, **plain)
+
+
 def small(dtype: torch.dtype = F64) -> nn.Sequential:
-    """One layer of each kind that a plain network has."""
+    """Returns one layer of each kind that a plain network has."""
     return nn.Sequential(
         nn.Conv2d(2, 5, 3, 2),
         nn.ReLU(),
@@ -36,14 +44,14 @@ def small(dtype: torch.dtype = F64) -> nn.Sequential:
 def inputs(
     *shape: int, dtype: torch.dtype = F64, radius: float = 0.1
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x, lower, upper: a box of random radii, some 0, that x is not the centre of."""
+    """Returns x, lower, upper: a box of random radii, some 0, that x is not the centre of."""
     x, center = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
     spread = radius * torch.rand(shape, dtype=dtype) * (torch.rand(shape) > 0.2)
     return x, center - spread, center + spread
 
 
 def results(out: cf.Bounds, leaves: dict[str, Tensor], y: Tensor) -> Results:
-    """All values of a pass, and the gradients of a random sum of them in the leaves."""
+    """Returns all values of a pass, and gradients of a random sum of them in the leaves."""
     values = {
         "logits": out.logits,
         "lower": out.box.lower,
@@ -73,28 +81,26 @@ def passes(
     precision: str = "float32",
     backend: str = "auto",
 ) -> tuple[Results, Results]:
-    """Results of fuse and of cf.bounds, with gradients in parameters, x, lower and upper."""
+    """Returns results of fuse and of cf.bounds, with gradients in parameters, x, lower, upper."""
     net = cf.fuse(model, precision, backend)
-    leaves = {
-        "x": x.detach().clone(memory_format=torch.preserve_format),
-        "lower": lower.detach().clone(memory_format=torch.preserve_format),
-        "upper": upper.detach().clone(memory_format=torch.preserve_format),
-    }
-    for leaf in leaves.values():
-        leaf.requires_grad_()
-    streams = list(leaves.values())
+    streams = [
+        stream.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        for stream in (x, lower, upper)
+    ]
+    leaves = dict(zip(("x", "lower", "upper"), streams, strict=True))
     box = Interval(*streams[1:], validate=False)
     leaves |= dict(model.named_parameters())
     y = torch.arange(len(x)) % model(x[:1]).shape[1] if len(x) else torch.zeros(0).long()
     return tuple(  # type: ignore[return-value]
         results(run(streams[0], box, reduction=reduction), leaves, y)
-        for run in (net.bounds, lambda *a, **k: cf.bounds(model, *a, **k))
+        for run in (net.bounds, partial(cf.bounds, model))
     )
 
 
 def compare(found: Results, expected: Results, tolerance: float = 1e-12) -> None:
-    """Every tensor within `tolerance` of its largest element: in float64 rounding stays far below,
-    and an entry that cancelled is no worse off than the others."""
+    """Checks every tensor, to `tolerance` of its largest element: in float64 rounding stays far
+    below, and an entry that cancelled is no worse off than the others.
+    """
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert found[name].shape == value.shape and found[name].dtype == value.dtype, name
@@ -111,7 +117,7 @@ def compare(found: Results, expected: Results, tolerance: float = 1e-12) -> None
 
 
 def check(model: nn.Module, *shape: int, **options: str) -> None:
-    """A network in float64 against cf.bounds; and that nothing is read that was not written."""
+    """Checks a network in float64 against cf.bounds; nothing may be read that was not written."""
     with poisoned_memory():
         compare(*passes(model, *inputs(*shape), **options))
 
@@ -142,7 +148,7 @@ FLATTENS: dict[str, Callable[[Any], Any]] = {
 
 
 def conv_net(*layers: nn.Module, shape: tuple[int, ...] = (2, 9, 8)) -> nn.Module:
-    """The layers, and a linear layer of what they give; values of both signs."""
+    """Returns the layers, with a linear one of what they give; values of both signs."""
     features = prepared(nn.Sequential(*layers, nn.Flatten()))
     count = features(torch.zeros(1, *shape).double()).shape[1]
     return prepared(nn.Sequential(features, nn.Linear(count, 3)))
@@ -239,9 +245,13 @@ BALLS = {
 
 
 def of_box(model: nn.Module, x: Tensor, box: Interval) -> tuple[Results, Results]:
-    """Results of fuse and of cf.bounds for this very box, with gradients in the parameters."""
+    """Returns results of fuse and of cf.bounds for this very box, with parameters' gradients.
+
+    A network that is fused already stays the same one.
+    """
+    net = model if isinstance(model, cf.FusedNetwork) else cf.fuse(model)
     leaves, y = dict(model.named_parameters()), torch.arange(len(x)) % 3
     return (
-        results(cf.fuse(model).bounds(x, box), leaves, y),
+        results(net.bounds(x, box), leaves, y),
         results(cf.bounds(model, x, box), leaves, y),
     )

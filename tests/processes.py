@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def python(code: str, **environment: str) -> str:
-    """What it prints; Triton interprets its kernels, unless the environment says otherwise.
+    """Returns what the code prints; Triton interprets, unless the environment says otherwise.
 
     It starts among the tests, since at the root it would import the tree, which is not built.
     """

@@ -13,7 +13,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["
 
 
 def subsets(names: Sequence[str]) -> st.SearchStrategy[set[str]]:
-    """All of the names, half the time, or some."""
+    """Draws all of the names, half the time, or some."""
     return st.one_of(st.just(set(names)), st.sets(st.sampled_from(names), min_size=1))
 
 
@@ -23,7 +23,7 @@ def pairs(least: int, most: int) -> st.SearchStrategy[tuple[int, int]]:
 
 @st.composite
 def convolutions(draw: st.DrawFn, dtype: torch.dtype) -> Case:
-    """Any geometry that has an output, channels up to 70."""
+    """Draws any geometry that has an output, with up to 70 channels."""
     kernel, stride, padding = draw(pairs(1, 5)), draw(pairs(1, 3)), draw(pairs(0, 3))
     dilation, extra = draw(pairs(1, 3)), draw(pairs(0, 6))
     groups = draw(st.sampled_from([1, 1, 1, 2, 3, 7]))
@@ -40,7 +40,7 @@ def convolutions(draw: st.DrawFn, dtype: torch.dtype) -> Case:
 
 @st.composite
 def linear_layers(draw: st.DrawFn, dtype: torch.dtype) -> Case:
-    """Leading dimensions of any number and size, also none."""
+    """Draws leading dimensions of any number and size, also none."""
     leading = draw(st.lists(st.sampled_from([0, 1, 2, 3, 5]), max_size=3))
     in_features, out_features = draw(st.integers(1, 150)), draw(st.integers(1, 70))
     return draw(_calls(dtype, (*leading, in_features), (out_features, in_features), ()))
@@ -54,7 +54,7 @@ def _calls(
     weight_shape: tuple[int, ...],
     geometry: tuple,
 ) -> Case:
-    """Random values; with or without nominal, bias and width; any strides in memory."""
+    """Draws values and strides, with or without nominal, bias and width."""
     torch.manual_seed(draw(st.integers(0, 2**16)))
     lower, upper, nominal = box(shape, dtype, nominal=draw(st.booleans()))
     layouts = [draw(st.sampled_from(LAYOUTS)) for _ in range(4)]

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from boxes import random_box
+from fusions import runs
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -56,31 +57,27 @@ class ByHand(torch.autograd.Function):
         return gradient, None
 
 
-FUNCTIONS = pytest.mark.parametrize("function", [Ctx, SetupContext, ByHand])
 X = torch.rand(4, 3, generator=torch.Generator().manual_seed(0))
 
 
-def refused(function: type) -> pytest.RaisesExc:
-    return pytest.raises(RuntimeError, match=f"^{function.__name__} would cut the gradients")
-
-
-@FUNCTIONS
+@pytest.mark.parametrize("function", [Ctx, SetupContext, ByHand])
 def test_functions_that_cut_gradients(function: type) -> None:
     layer, weight = nn.Linear(3, 3), torch.rand(3, 3, requires_grad=True)
-    box = Interval.ball(X, 0.1)
-    with refused(function):
-        function.apply(layer(box))
-    with refused(function):
-        function.apply(box, weight)  # only the parameter wants one
-    with refused(function):
-        function.apply(Interval.ball(X.clone().requires_grad_(), 0.1))
-    with refused(function):
-        cf.bounds(lambda x: function.apply(layer(x)), X, box)
+    box, leaf = Interval.ball(X, 0.1), X.clone().requires_grad_()
+    uses = [
+        lambda: function.apply(layer(box)),
+        lambda: function.apply(box, weight),  # only the parameter wants one
+        lambda: function.apply(Interval.ball(leaf, 0.1)),
+        lambda: cf.bounds(lambda x: function.apply(layer(x)), X, box),
+    ]
     if function is not ByHand:
-        with refused(function):
-            cf.bounds(lambda x: layer(function.apply(x, weight)), X, box)
-        with refused(function):
-            cf.bounds(lambda x: layer(function.apply(x)), X.clone().requires_grad_(), box)
+        uses += [
+            lambda: cf.bounds(lambda x: layer(function.apply(x, weight)), X, box),
+            lambda: cf.bounds(lambda x: layer(function.apply(x)), leaf, box),
+        ]
+    for use in uses:
+        with pytest.raises(RuntimeError, match=f"^{function.__name__} would cut the gradients"):
+            use()
 
 
 @pytest.mark.parametrize("function", [Ctx, SetupContext])
@@ -151,27 +148,17 @@ def test_custom_ops_refuse() -> None:
             op(random_box(2, 3))
 
 
-class Net(nn.Module):
-    def __init__(self, activation) -> None:
-        super().__init__()
-        self.checkpoints = False
-        self.parts = nn.ModuleList(
-            [
-                nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), activation()),
-                nn.Sequential(functional_conv(), activation(), nn.Conv2d(3, 3, 3)),
-                nn.Sequential(nn.Flatten(), nn.Linear(12, 6), activation()),
-                nn.Linear(6, 4),
-            ]
-        )
+class Saving(nn.Sequential):
+    """Recomputes each of its parts in the backward pass."""
 
     def forward(self, x):
-        for part in self.parts:
-            x = checkpoint(part, x, use_reentrant=False) if self.checkpoints else part(x)
+        for part in self:
+            x = checkpoint(part, x, use_reentrant=False)
         return x
 
 
-def functional_conv() -> nn.Module:
-    return cf.IntervalConv2d(3, 3, 3, padding=1)
+def equal(found, expected) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("width", ["post", "pre", "all"])
@@ -181,65 +168,44 @@ def functional_conv() -> nn.Module:
 )
 def test_checkpoints(width: str, activation) -> None:
     """Gradients and widths are those without checkpoints, bitwise."""
-    torch.manual_seed(0)
-    plain = Net(activation).double()
-    saving = copy.deepcopy(plain)
-    saving.checkpoints = True
-    x, y = torch.rand(3, 1, 6, 6).double(), torch.tensor([0, 1, 2])
-    found = []
-    for model in (plain, saving):
+    parts = [
+        nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), activation()),
+        nn.Sequential(cf.IntervalConv2d(3, 3, 3, padding=1), activation(), nn.Conv2d(3, 3, 3)),
+        *(nn.Sequential(nn.Flatten(), nn.Linear(12, 6), activation()), nn.Linear(6, 4)),
+    ]
+    plain = nn.Sequential(*parts).double()
+    x, y, found = torch.rand(3, 1, 6, 6).double(), torch.tensor([0, 1, 2]), []
+    for model in (plain, copy.deepcopy(Saving(*parts))):
         point = x.clone().requires_grad_()
         out = cf.bounds(model, point, Interval.ball(point, 0.05), width)
         cf.losses.constrained_ibp_loss(out, y, kappa=0.5, width_weight=0.1).backward()
         found.append([out.widths, point.grad, *(each.grad for each in model.parameters())])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    assert all(each.abs().sum() > 0 for each in found[1])
+    assert equal(*found) and all(each.abs().sum() > 0 for each in found[1])
 
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_checkpoints_run_on_the_backend_that_was_asked_for(fused: bool) -> None:
     """With second derivatives, which the kernels have not."""
-    torch.manual_seed(0)
     plain = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)).double()
-
-    class Saving(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.last = plain[:2], plain[2]
-
-        def forward(self, x):
-            return self.last(checkpoint(self.first, x, use_reentrant=False))
-
-    found, box = [], random_box(4, 3)
-    for model in (plain, Saving()):
-        if fused:
-            out = cf.fuse(model, backend="torch").bounds(box.nominal, box)
-        else:
-            out = cf.bounds(model, box.nominal, box, backend="torch")
+    box, found = random_box(4, 3), []
+    for model in (plain, nn.Sequential(Saving(plain[:2]), plain[2])):
+        out = runs(model, backend="torch")[0 if fused else 1](box.nominal, box)
         first = torch.autograd.grad(out.width, plain[0].weight, create_graph=True)[0]
         found.append([first, *torch.autograd.grad(first.square().sum(), plain[0].weight)])
     torch.testing.assert_close(*found)
 
 
 def test_checkpoints_without_bounds() -> None:
-    torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 5), nn.ReLU(inplace=True), nn.Linear(5, 2)).double()
-    box = random_box(4, 3)
-    want = torch.autograd.grad(net(box).upper.sum(), list(net.parameters()))
-    out = checkpoint(net, box, use_reentrant=False)
-    got = torch.autograd.grad(out.upper.sum(), list(net.parameters()))
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-
-    def doubled(x):
-        return checkpoint(net, x, use_reentrant=False) * 2
-
-    out = checkpoint(doubled, box, use_reentrant=False)
-    got = torch.autograd.grad(out.upper.sum(), list(net.parameters()))
-    torch.testing.assert_close(got, tuple(2 * each for each in want))
+    box, nested = random_box(4, 3), Saving(Saving(net))
+    want, *got = (
+        torch.autograd.grad(model(box).upper.sum(), list(net.parameters()))
+        for model in (net, Saving(net), nested)
+    )
+    assert equal(got[0], want) and equal(got[1], want)
 
 
 def test_a_checkpoint_of_the_whole_pass() -> None:
-    torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
     box, y = random_box(4, 3), torch.tensor([0, 1, 0, 1])
 
@@ -249,8 +215,7 @@ def test_a_checkpoint_of_the_whole_pass() -> None:
 
     want = torch.autograd.grad(loss(box.nominal), list(net.parameters()))
     saving = checkpoint(loss, box.nominal, use_reentrant=False)
-    got = torch.autograd.grad(saving, list(net.parameters()))
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert equal(torch.autograd.grad(saving, list(net.parameters())), want)
     with pytest.raises(RuntimeError, match=r"^CheckpointFunction would cut .* use_reentrant=False"):
         checkpoint(loss, box.nominal.requires_grad_(), use_reentrant=True)
 

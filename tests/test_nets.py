@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -66,65 +67,51 @@ class Pad(nn.Module):
         return F.pad(x, (1, 0), value=-0.3)
 
 
-def same_size(dims: int, channels: int, mode: str) -> nn.Module:
-    return CONVS[dims](channels, channels, 3, padding="same", padding_mode=mode, bias=False)
-
-
-def convolution(choose: random.Random, dims: int, channels: int) -> tuple[nn.Module, int]:
+def convolution(choose: random.Random, dims: int, channels: int) -> nn.Module:
     groups = choose.choice([g for g in (1, 2, 3) if channels % g == 0])
-    out = groups * choose.randint(1, 2)
     stride = [choose.randint(1, 2) for _ in range(dims)]
     kernel = [choose.randint(1, 3) for _ in range(dims)]
     padding = choose.choice(["valid", *([] if max(stride) > 1 else ["same"]), 0, 1])
-    layer = CONVS[dims](
-        channels,
-        out,
-        kernel,
-        stride,
-        padding,
+    return CONVS[dims](
+        *(channels, groups * choose.randint(1, 2), kernel, stride, padding),
         dilation=choose.randint(1, 2),
         groups=groups,
         bias=choose.random() < 0.5,
         padding_mode=choose.choice(MODES),
     )
-    return layer, out
 
 
 def network(seed: int) -> tuple[nn.Sequential, tuple[int, ...]]:
     """Every kind of layer once, in random order, then a head; the seed counts the variants."""
     choose = random.Random(seed)
     dims, turn = 1 + seed % 2, seed // 2
-    channels = choose.randint(1, 6)
-    shape = (3, channels, *[choose.randint(20, 24) for _ in range(dims)])
+    conv, norm = CONVS[dims], NORMS[dims]
+    shape = (3, choose.randint(1, 6), *[choose.randint(20, 24) for _ in range(dims)])
     activations = [make for name, make in ACTIVATIONS.items() if name != "prelu per channel"]
+    mode, pool = MODES[turn % len(MODES)], POOLS[dims][turn % len(POOLS[dims])]
 
     def activation(i: int) -> nn.Module:
         return activations[(3 * turn + i) % len(activations)]()
 
-    layers: list[nn.Module] = []
-    kinds = ["conv", "norm", "prelu", "activation", "residual", "cat", "pad", "pool", "dropout"]
-    for kind in ["conv", *choose.sample(kinds, len(kinds))]:
-        mode = MODES[turn % len(MODES)]
-        if kind == "conv":
-            layer, channels = convolution(choose, dims, channels)
-        elif kind == "norm":
-            layer = NORMS[dims](channels, affine=choose.random() < 0.8)
-        elif kind == "prelu":
-            layer = nn.PReLU(channels)
-        elif kind == "activation":
-            layer = activation(0)
-        elif kind == "residual":
-            inner = same_size(dims, channels, mode), NORMS[dims](channels)
-            layer = Residual(*inner, activation(1))
-        elif kind == "cat":
-            layer, channels = Branches(same_size(dims, channels, mode)), 2 * channels
-        elif kind == "pool":
-            layer = POOLS[dims][turn % len(POOLS[dims])]()
-        else:
-            layer = {"pad": Pad, "dropout": nn.Dropout}[kind]()
-        layers.append(layer)
-    prepared(nn.Sequential(*layers))
-    features = nn.Sequential(*layers)(torch.zeros(shape).double()).flatten(1).shape[1]
+    def same_size(c: int) -> nn.Module:
+        return conv(c, c, 3, padding="same", padding_mode=mode, bias=False)
+
+    makers: list[Callable[[int], nn.Module]] = [  # of a number of channels
+        lambda c: convolution(choose, dims, c),
+        lambda c: norm(c, affine=choose.random() < 0.8),
+        nn.PReLU,
+        lambda c: activation(0),
+        lambda c: Residual(same_size(c), norm(c), activation(1)),
+        lambda c: Branches(same_size(c)),
+        lambda c: Pad(),
+        lambda c: pool(),
+        lambda c: nn.Dropout(),
+    ]
+    layers, image = [], torch.zeros(shape).double()
+    for make in [makers[0], *choose.sample(makers, len(makers))]:
+        layers.append(make(image.shape[1]))
+        image = prepared(layers[-1])(image)
+    features = image.flatten(1).shape[1]
     layers += [nn.Flatten(), nn.Linear(features, 5), nn.BatchNorm1d(5), activation(2)]
     return prepared(nn.Sequential(*layers, nn.Linear(5, 4, bias=turn % 2 == 0))), shape
 
@@ -163,9 +150,17 @@ def scaled(lower: Tensor, upper: Tensor, nominal: Tensor, by: Tensor) -> referen
     return center * by - radius * by.abs(), center * by + radius * by.abs(), nominal * by
 
 
-NORM = prepared(nn.BatchNorm2d(3))
-PRELU = nn.PReLU(3).double()
-GRADIENTS: dict[str, tuple[Callable, Callable, list[Tensor]]] = {
+NORM, PRELU = prepared(nn.BatchNorm2d(3)), nn.PReLU(3).double()
+POOLING = {"kernel_size": 3, "stride": 2, "padding": 1}
+Streams = Callable[..., reference.Streams]  # of lower, upper, nominal
+
+
+def activation(function: Callable[[Tensor], Tensor]) -> Streams:
+    return lambda *streams: reference.activation(function, *streams)
+
+
+# a module, its reference, and their parameters
+GRADIENTS: dict[str, tuple[Callable, Streams, list[Tensor]]] = {
     "batch norm": (
         NORM,
         lambda *streams: reference.batch_norm(
@@ -173,31 +168,19 @@ GRADIENTS: dict[str, tuple[Callable, Callable, list[Tensor]]] = {
         ),
         list(NORM.parameters()),
     ),
-    "prelu": (
-        PRELU,
-        lambda *streams: reference.activation(lambda s: F.prelu(s, PRELU.weight), *streams),
-        list(PRELU.parameters()),
-    ),
-    "softplus": (
-        nn.Softplus(1.5),
-        lambda *streams: reference.activation(lambda s: F.softplus(s, 1.5), *streams),
-        [],
-    ),
+    "prelu": (PRELU, activation(lambda s: F.prelu(s, PRELU.weight)), [PRELU.weight]),
+    "softplus": (nn.Softplus(1.5), activation(lambda s: F.softplus(s, 1.5)), []),
     "avg_pool2d": (
-        nn.AvgPool2d(3, 2, 1, count_include_pad=False),
-        lambda *streams: reference.avg_pool2d(*streams, 3, 2, 1, count_include_pad=False),
+        nn.AvgPool2d(**POOLING, count_include_pad=False),
+        partial(reference.avg_pool2d, **POOLING, count_include_pad=False),
         [],
     ),
     "adaptive_avg_pool2d": (
         nn.AdaptiveAvgPool2d((2, 3)),
-        lambda *streams: reference.adaptive_avg_pool2d(*streams, (2, 3)),
+        partial(reference.adaptive_avg_pool2d, output_size=(2, 3)),
         [],
     ),
-    "max_pool2d": (
-        nn.MaxPool2d(3, 2, 1),
-        lambda *streams: reference.max_pool2d(*streams, 3, 2, 1),
-        [],
-    ),
+    "max_pool2d": (nn.MaxPool2d(**POOLING), partial(reference.max_pool2d, **POOLING), []),
     "mul": (lambda x: x * SCALE, lambda *streams: scaled(*streams, SCALE), [SCALE]),
     "div": (lambda x: x / SCALE, lambda *streams: scaled(*streams, 1 / SCALE), [SCALE]),
 }
@@ -210,36 +193,24 @@ def test_gradients_against_the_reference(name: str) -> None:
     box = random_box(2, 3, 7, 6)
     leaves = [s.clone().requires_grad_() for s in (box.lower, box.upper, box.nominal)]
     out = ours(Interval(*leaves))
-    expected = plain(*leaves)
     weights = [torch.randn(out.shape).double() for _ in leaves]
-
-    def gradients(streams: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        loss = sum((w * s).sum() for w, s in zip(weights, streams, strict=True))
-        return torch.autograd.grad(loss, [*leaves, *parameters])
-
-    got = gradients((out.lower, out.upper, out.nominal))
-    for g, w in zip(got, gradients(expected), strict=True):
-        torch.testing.assert_close(g, w)
+    got, want = (
+        torch.autograd.grad(
+            sum((w * s).sum() for w, s in zip(weights, streams, strict=True)), leaves + parameters
+        )
+        for streams in ((out.lower, out.upper, out.nominal), plain(*leaves))
+    )
+    torch.testing.assert_close(got, want)
 
 
 def layered() -> nn.Sequential:
     """A layer of each kind that a NaN has to pass; every unit has a say in the logits."""
     return nn.Sequential(
-        nn.Conv2d(1, 3, 3, padding=1),
-        nn.BatchNorm2d(3),
-        nn.ReLU(inplace=True),
-        nn.MaxPool2d(2),
-        nn.ZeroPad2d(1),
+        *(nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(inplace=True)),
+        *(nn.MaxPool2d(2), nn.ZeroPad2d(1)),
         Residual(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.LeakyReLU()),
-        nn.Hardtanh(-5, 5),
-        nn.AvgPool2d(2),
-        nn.Conv2d(3, 4, 2),
-        nn.Softplus(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(4, 6),
-        nn.BatchNorm1d(6),
-        nn.ReLU(),
+        *(nn.Hardtanh(-5, 5), nn.AvgPool2d(2), nn.Conv2d(3, 4, 2), nn.Softplus()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU()),
         nn.Linear(6, 3),
     )
 

@@ -29,7 +29,7 @@ Tensors = tuple[Any, ...]  # of tensors, and None where an optional one is not t
 
 @dataclass(frozen=True)
 class Case:
-    """The arguments of one call; with a geometry of ``conv2d``, without of ``linear``."""
+    """Holds the arguments of one call: with a geometry of ``conv2d``, without of ``linear``."""
 
     lower: Tensor  # [N, C, H, W] or [..., I], as upper and nominal
     upper: Tensor
@@ -48,14 +48,14 @@ class Case:
         return tuple(getattr(self, name) for name in INPUTS)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Case:
-        """The same call with ``function`` applied to every tensor."""
+        """Returns the same call with ``function`` applied to every tensor."""
         values: dict[str, Any] = {
             k: None if (v := getattr(self, k)) is None else function(v) for k in INPUTS
         }
         return replace(self, **values)
 
     def absolute(self) -> Case:
-        """In float64: ``|center|``, ``|radius|``, ``|nominal|``, ``|weight|``, ``|bias|``."""
+        """Returns the call of the absolute values of center, radius and the rest, in float64."""
         center, radius = reference.center_radius(self.lower.double(), self.upper.double())
         case = self.map(lambda x: x.detach().double().abs())
         lower, upper = center.abs() - radius.abs(), center.abs() + radius.abs()
@@ -71,7 +71,7 @@ class Case:
         return outputs if self.width else (*outputs[:3], None)
 
     def reference_backward(self, cotangents: Tensors) -> Tensors:
-        """Gradients in the inputs from those in lower', upper', nominal', width (None: unused)."""
+        """Returns gradients in the inputs from those in the outputs (None: unused)."""
         zeros = torch.zeros_like(self.reference()[0])
         lower, upper, *others = cotangents
         grads = (zeros if lower is None else lower, zeros if upper is None else upper, *others)
@@ -80,7 +80,7 @@ class Case:
 
 
 def gamma(n: int, dtype: torch.dtype) -> float:
-    """Relative error of ``n`` roundings in ``dtype``, and of ``n`` more in the float64 oracle."""
+    """Returns the relative error of ``n`` roundings in ``dtype``, and in the float64 oracle."""
     total = 0.0
     for unit in (torch.finfo(dtype).eps / 2, torch.finfo(torch.float64).eps / 2):
         assert n * unit < 0.5, "too many products for the bound to mean anything"
@@ -89,7 +89,7 @@ def gamma(n: int, dtype: torch.dtype) -> float:
 
 
 def forward_tolerances(case: Case) -> Tensors:
-    """Of lower', upper', nominal', width.
+    """Returns the tolerances of lower', upper', nominal', width.
 
     With ``n`` products: center or radius is rounded once, each product once, and enters ``n``
     additions with the bias: n + 2; one more where lower' and upper' are formed. The width sums
@@ -106,7 +106,7 @@ def forward_tolerances(case: Case) -> Tensors:
 
 
 def _difference(case: Case) -> tuple[Tensor, Tensor]:
-    """``upper' - lower' = 2 radius'`` in float64, and how far a kernel's may be from it.
+    """Returns ``upper' - lower' = 2 radius'`` in float64, and how far a kernel's may be from it.
 
     It may be twice its radius' (n + 1 roundings and the doubling), or the difference of its rounded
     bounds: the error of the center is in both and cancels, but each was rounded on its own, by at
@@ -122,7 +122,7 @@ def _difference(case: Case) -> tuple[Tensor, Tensor]:
 
 
 def backward_tolerances(case: Case, cotangents: Tensors) -> Tensors:
-    """Of the gradients in lower, upper, nominal, weight, bias.
+    """Returns the tolerances of the gradients in lower, upper, nominal, weight, bias.
 
     The gradient of the center, ``lower + upper``, is rounded once; that of the radius, ``upper -
     lower + 4 width (upper' - lower')``, twice, and off by the error of the difference, which the op
@@ -138,7 +138,7 @@ def backward_tolerances(case: Case, cotangents: Tensors) -> Tensors:
     width = d.new_zeros(()) if width is None else width.abs()
 
     def spread(center: Tensor, radius: Tensor, nominal: Tensor | None) -> Tensors:
-        """The backward on absolute values; its gradient of upper adds center's and radius'."""
+        """Runs the backward on absolute values; upper's gradient adds center's and radius'."""
         grads = ((center - radius) / 2, (center + radius) / 2, nominal, None)
         _, *others = case.absolute().reference_backward(grads)
         return (others[0], *others)
@@ -165,7 +165,7 @@ def _double(x: Tensor | None) -> Tensor | None:
 
 
 def random_cotangents(outputs: Tensors, used: Collection[str] = OUTPUTS) -> Tensors:
-    """A random gradient for every output that is there and named."""
+    """Returns a random gradient for every output that is there and named."""
     return tuple(
         None if x is None or name not in used else torch.randn(x.shape, dtype=x.dtype)
         for name, x in zip(OUTPUTS, outputs, strict=True)
@@ -173,7 +173,7 @@ def random_cotangents(outputs: Tensors, used: Collection[str] = OUTPUTS) -> Tens
 
 
 def gradients(inputs: Tensors, outputs: Tensors, cotangents: Tensors) -> Tensors:
-    """Autograd's gradients in the inputs that require one; an input that is not reached gets 0."""
+    """Returns autograd's gradients in the inputs that require one; 0 where none arrives."""
     roots = [(x, g) for x, g in zip(outputs, cotangents, strict=True) if g is not None]
     wanted = [x for x in inputs if x is not None and x.requires_grad]
     found = iter(
@@ -194,8 +194,9 @@ def check(
     used: Collection[str] = OUTPUTS,
     wanted: Collection[str] = INPUTS,
 ) -> None:
-    """Forward, and the gradients from the ``used`` outputs in the ``wanted`` inputs, both against
-    the float64 reference; lower' <= upper' wherever both are numbers."""
+    """Checks the outputs, and the gradients from the ``used`` outputs in the ``wanted`` inputs,
+    against the float64 reference; lower' <= upper' wherever both are numbers.
+    """
     leaves: list[Any] = [
         None if x is None else x.detach().requires_grad_(name in wanted)
         for name, x in zip(INPUTS, case.inputs, strict=True)
@@ -233,7 +234,7 @@ def compare(
     expected: Tensors,
     tolerances: Tensors,
 ) -> None:
-    """Each found tensor within its tolerance of the expected one; a found None is not asked for."""
+    """Checks each found tensor to its tolerance; a found None is not asked for."""
     for name, x, y, tolerance in zip(names, found, expected, tolerances, strict=True):
         if x is None:
             continue
@@ -251,7 +252,7 @@ def compare(
 def box(
     shape: Sequence[int], dtype: torch.dtype, nominal: bool = True
 ) -> tuple[Tensor, Tensor, Any]:
-    """lower, upper and nominal: a random box, a fifth of it of zero radius, and a point in it."""
+    """Returns lower, upper, nominal: a random box, a fifth of it of zero radius, a point in it."""
     center = torch.randn(shape, dtype=dtype)
     radius = torch.rand(shape, dtype=dtype) * (torch.rand(shape) > 0.2)
     lower, upper = center - radius, center + radius
@@ -260,14 +261,14 @@ def box(
 
 
 def signed_weight(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Random weights, a tenth of them exactly 0, where ``d|w|/dw`` is 0 by definition."""
+    """Returns random weights, a tenth of them 0, where ``d|w|/dw`` is 0 by definition."""
     return torch.randn(shape, dtype=dtype) * (torch.rand(shape) > 0.1)
 
 
 def small_case(
     op: str, dtype: torch.dtype = torch.float32, nominal: bool = True, width: bool = True
 ) -> Case:
-    """A small call of ``op`` with ragged sizes in every dimension."""
+    """Returns a small call of ``op`` with ragged sizes in every dimension."""
     if op == "linear":
         weight, bias = signed_weight((19, 37), dtype), torch.randn(19, dtype=dtype)
         return Case(*box((5, 37), dtype, nominal), weight, bias, (), width)
@@ -276,39 +277,84 @@ def small_case(
     return Case(*box((3, 6, 9, 7), dtype, nominal), weight, bias, geometry, width)
 
 
-def flat_geometry(geometry: Any) -> list[int]:
-    """Of stride, padding, dilation and groups: as the op takes it; empty: a linear layer."""
-    return [n for each in geometry for n in (each if isinstance(each, tuple) else (each,))]
+def large_case(op: str) -> Case:
+    """Returns a call with enough work that several threads share it, unevenly."""
+    if op == "linear":
+        weight, bias = signed_weight((67, 301), torch.float32), torch.randn(67)
+        return Case(*box((37, 301), torch.float32), weight, bias)
+    weight, geometry = signed_weight((34, 9, 3, 3), torch.float32), ((1, 2), (1, 1), (1, 1), 2)
+    return Case(*box((5, 18, 19, 17), torch.float32), weight, torch.randn(34), geometry)
 
 
-def check_registration(kind: str, backend: str) -> None:
-    """Schema, fake and autograd of the ops behind conv2d, linear and relu, with a backend."""
+def leaves_of(case: Case) -> Case:
+    """Returns the same call of copies that want a gradient."""
+    return case.map(lambda x: x.detach().clone().requires_grad_())
+
+
+def forward_and_backward(case: Case, cotangents: Tensors) -> Tensors:
+    """Returns the kernels' outputs, and the gradients in all inputs."""
+    leaves = leaves_of(case)
+    outputs = leaves.run()
+    return *outputs, *torch.autograd.grad(outputs, leaves.inputs, cotangents)
+
+
+def check_registration(
+    kind: str, backend: str = "cpu", nominal: bool = True, each: bool = False
+) -> None:
+    """Checks schema, fake and autograd of the ops behind conv2d, linear and relu.
+
+    each: also of backward passes from some outputs only, to some inputs only.
+    """
     parameters: Tensors = ()
-    geometry: Any = ()
+    geometry: Any = ()  # as the op takes it: one list, empty of a linear layer
     if kind == "conv2d":
         parameters = signed_weight((4, 3, 3, 3), torch.float32), torch.randn(4)
         geometry = ([1, 1, 0, 0, 1, 1, 1],)
     elif kind == "linear":
         parameters = signed_weight((4, 3), torch.float32), torch.randn(4)
         geometry = ([],)
-    streams = box((2, 3, 5, 5) if kind == "conv2d" else (2, 3), torch.float32)
+    streams = box((2, 3, 5, 5) if kind == "conv2d" else (2, 3), torch.float32, nominal)
     name = "affine" if parameters else kind
     op = getattr(torch.ops.cibp_fast, f"{name}_forward").default
     torch.library.opcheck(op, (*streams, *parameters, *geometry, backend))
     outputs = op(*streams, *parameters, *geometry, backend)
-    saved, wanted = outputs[:3], ()
-    if parameters:
-        saved, wanted = (*streams, parameters[0], *outputs[:2]), (True, True)
-    grads = [torch.randn_like(t) for t in outputs]
     op = getattr(torch.ops.cibp_fast, f"{name}_backward").default
-    torch.library.opcheck(op, (*grads, *saved, *geometry, *wanted, backend))
+    calls = [(OUTPUTS, (True, True)), (("lower",), (True, False)), (OUTPUTS[1:], (False, True))]
+    for used, wanted in calls if each else calls[:1]:
+        streams_out = (*outputs[:2], outputs[2] if nominal else None)
+        grads = random_cotangents((*streams_out, outputs[3]), used)
+        saved = streams_out
+        if parameters:
+            bounds = outputs[:2] if "width" in used else (None, None)
+            saved = (*streams, parameters[0], *bounds)
+        flags = wanted if parameters else ()
+        torch.library.opcheck(op, (*grads, *saved, *geometry, *flags, backend))
+
+
+def relu_gradients(
+    streams: Tensors, weights: Sequence[Any], backend: str | None = None
+) -> tuple[Tensors, Tensors]:
+    """Returns ReLU's outputs, the width last, and gradients of their sum with these weights.
+
+    streams: lower, upper and, or not, nominal. backend None: by the reference.
+    """
+    inputs = [x.detach().clone().requires_grad_() for x in streams]
+    arguments = (*inputs, None)[:3]
+    out = (
+        reference.relu(*arguments)
+        if backend is None
+        else ops.relu(*arguments, width=True, backend=backend)
+    )
+    outputs = [x for x in out if x is not None]
+    loss = sum((x * w).sum() for x, w in zip(outputs, weights, strict=True))
+    return tuple(outputs), torch.autograd.grad(loss, inputs)
 
 
 LAYOUTS = ("contiguous", "transposed", "channels_last", "sliced", "expanded")
 
 
 def arrange(x: Tensor, layout: str) -> Tensor:
-    """``x`` with the strides of ``layout``; only "expanded" changes values: all are the first's."""
+    """Returns ``x`` with the strides of ``layout``; "expanded" repeats the first example."""
     if x.dim() < 2 or layout == "contiguous":
         return x
     if layout == "transposed":
@@ -324,7 +370,7 @@ def arrange(x: Tensor, layout: str) -> Tensor:
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """torch.empty is filled with NaN: what a kernel forgets to write shows."""
+    """Fills torch.empty with NaN inside the block: what a kernel forgets to write shows."""
     torch.use_deterministic_algorithms(True)
     assert getattr(torch.utils.deterministic, "fill_uninitialized_memory")  # noqa: B009
     try:
@@ -334,7 +380,7 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def check_infinite_bounds(backend: str, dtype: torch.dtype, channels: int = 2) -> None:
-    """Outputs at infinity have no width: with its gradient it is that of the other outputs."""
+    """Checks that outputs at infinity have no width: value and gradient are the others'."""
     streams, weight, bias = box((3, channels, 5, 6), dtype), torch.randn(4, channels, 2, 2), None
     weight, bias = weight.to(dtype).requires_grad_(), torch.randn(4).to(dtype)
     others, geometry = [0, 1, 3], ((1, 1), (0, 0), (1, 1), 1)

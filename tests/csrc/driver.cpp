@@ -206,7 +206,7 @@ struct Outputs {
 
   Outputs(const Case& c, const Inputs<T>& in) {
     const auto make = [](std::vector<T>& output, bool wanted, size_t size) {
-      if (wanted) output = std::vector<T>(size, std::numeric_limits<T>::quiet_NaN());
+      if (wanted) output = unwritten<T>(size);
     };
     const size_t inputs = in.lower.values.size(), outputs = in.grad_lower.values.size();
     make(lower, true, outputs);
@@ -289,21 +289,9 @@ bool check(const Case& c, Random& random) {
 }
 
 void describe(int number, const Case& c) {
-  const Shape& s = c.shape;
   std::printf("  in case %d, %s: batch %d, ", number, c.linear ? "linear" : "conv2d",
-              static_cast<int>(s.batch));
-  const auto print = [](const char* name, int64_t a, int64_t b) {
-    std::printf("%s %d x %d, ", name, static_cast<int>(a), static_cast<int>(b));
-  };
-  print("in x out channels", s.in_channels, s.out_channels);
-  if (!c.linear) {
-    print("image", s.in_height, s.in_width);
-    print("kernel", s.kernel_height, s.kernel_width);
-    print("stride", s.stride_height, s.stride_width);
-    print("padding", s.padding_height, s.padding_width);
-    print("dilation", s.dilation_height, s.dilation_width);
-    std::printf("groups %d, ", static_cast<int>(s.groups));
-  }
+              static_cast<int>(c.shape.batch));
+  print(c.shape);
   std::printf("nominal %d, bias %d, width gradient %d, wants input %d, wants weight %d\n",
               c.nominal, c.bias, c.width, c.wants_input, c.wants_weight);
 }
@@ -311,12 +299,8 @@ void describe(int number, const Case& c) {
 // ReLU is exact but for the width: its sum of `size` squares, two roundings each, and a last one.
 template <class T>
 bool check_relu(int64_t size, bool nominal, Random& random) {
-  const auto draw = [&] {
-    std::vector<T> values(static_cast<size_t>(size));
-    for (T& value : values) value = static_cast<T>(random.real());
-    return values;
-  };
-  const auto empty = [&] { return std::vector<T>(static_cast<size_t>(size), std::nan("")); };
+  const auto draw = [&] { return reals<T>(random, static_cast<size_t>(size)); };
+  const auto empty = [&] { return unwritten<T>(static_cast<size_t>(size)); };
   const std::vector<T> lower = draw(), upper = draw(), point = draw();
   const std::vector<T> grad_lower = draw(), grad_upper = draw(), grad_point = draw();
   const double unit = std::numeric_limits<T>::epsilon() / 2, grad_width = 0.25;
@@ -361,17 +345,9 @@ constexpr const char* kInstructions = "baseline";
 
 // The number of wrong cases, and sizes for ReLU, or of the one case of this number.
 int wrong_layers(int only) {
-  int failures = 0;
-  for (int number = 0; number < kCases; ++number) {
-    if (only >= 0 && number != only) continue;
-    Random random(static_cast<uint64_t>(number));
-    const Case c = draw_case(random);
-    if (only >= 0) describe(number, c);
-    const bool in_float = check<float>(c, random), in_double = check<double>(c, random);
-    if (in_float && in_double) continue;
-    describe(number, c);
-    ++failures;
-  }
+  int failures = count_wrong(
+      kCases, only, [](Random& random, int) { return draw_case(random); }, describe,
+      [](const Case& c, Random& random, auto zero) { return check<decltype(zero)>(c, random); });
   for (const int64_t size : {0, 1, 7, 33, 8191, 8192, 20001}) {
     if (only >= 0) break;
     Random random(static_cast<uint64_t>(size));

@@ -23,13 +23,6 @@ LossCase draw_loss(Random& random) {
 }
 
 template <class T>
-std::vector<T> reals(Random& random, int64_t count) {
-  std::vector<T> values(static_cast<size_t>(count));
-  for (T& value : values) value = static_cast<T>(random.real());
-  return values;
-}
-
-template <class T>
 struct Losses {
   std::vector<T> values, logits, lower, upper, weight, bias;  // values: nominal, robust
 };
@@ -54,7 +47,6 @@ bool run(const LossCase& c, const LossInputs<T>& in, Losses<T>& out) {
          make(c.wants_weight, classes * features),
          make(c.wants_bias, classes)};
   std::vector<T> slopes = make(true, 2 * batch * classes);
-  const auto data = [](std::vector<T>& values) { return values.empty() ? nullptr : values.data(); };
   const LossForward<T> forward{c.shape,
                                c.threads,
                                in.logits.data(),
@@ -66,10 +58,20 @@ bool run(const LossCase& c, const LossInputs<T>& in, Losses<T>& out) {
                                &out.values[0],
                                &out.values[1],
                                slopes.data()};
-  const LossBackward<T> backward{
-      c.shape,         c.threads,        &in.grad_nominal, &in.grad_robust, in.lower.data(),
-      in.upper.data(), in.weight.data(), in.labels.data(), slopes.data(),   data(out.logits),
-      data(out.lower), data(out.upper),  data(out.weight), data(out.bias)};
+  const LossBackward<T> backward{c.shape,
+                                 c.threads,
+                                 &in.grad_nominal,
+                                 &in.grad_robust,
+                                 in.lower.data(),
+                                 in.upper.data(),
+                                 in.weight.data(),
+                                 in.labels.data(),
+                                 slopes.data(),
+                                 data_of(out.logits),
+                                 data_of(out.lower),
+                                 data_of(out.upper),
+                                 data_of(out.weight),
+                                 data_of(out.bias)};
   return loss_forward(forward) && loss_backward(backward);
 }
 
@@ -137,10 +139,14 @@ Losses<double> expected(const LossCase& c, const LossInputs<T>& in) {
 template <class T>
 bool check(const LossCase& c, Random& random) {
   const auto [batch, features, classes] = c.shape;
-  LossInputs<T> in{reals<T>(random, batch * classes),    reals<T>(random, batch * features), {},
-                   reals<T>(random, classes * features), reals<T>(random, classes),          {},
-                   static_cast<T>(random.real()),        static_cast<T>(random.real())};
-  in.upper = in.lower;
+  const auto draw = [&](int64_t size) { return reals<T>(random, static_cast<size_t>(size)); };
+  LossInputs<T> in;
+  in.logits = draw(batch * classes);
+  in.lower = in.upper = draw(batch * features);
+  in.weight = draw(classes * features);
+  in.bias = draw(classes);
+  in.grad_nominal = static_cast<T>(random.real());
+  in.grad_robust = static_cast<T>(random.real());
   for (T& value : in.upper) value += static_cast<T>(1 + random.real());
   for (int64_t n = 0; n < batch; ++n) in.labels.push_back(random.integer(0, classes - 1));
   Losses<T> found, again;
@@ -181,19 +187,14 @@ bool check(const LossCase& c, Random& random) {
 }  // namespace
 
 int wrong_losses(int only) {
-  int failures = 0;
-  for (int number = 0; number < kLosses; ++number) {
-    if (only >= 0 && number != only) continue;
-    Random random(static_cast<uint64_t>(number));
-    const LossCase c = draw_loss(random);
-    const bool in_float = check<float>(c, random), in_double = check<double>(c, random);
-    if (in_float && in_double) continue;
-    std::printf("  in loss %d: %d x %d logits of %d features, %d threads\n", number,
-                static_cast<int>(c.shape.batch), static_cast<int>(c.shape.out_features),
-                static_cast<int>(c.shape.in_features), c.threads);
-    ++failures;
-  }
-  return failures;
+  return count_wrong(
+      kLosses, only, [](Random& random, int) { return draw_loss(random); },
+      [](int number, const LossCase& c) {
+        std::printf("  in loss %d: %d x %d logits of %d features, %d threads\n", number,
+                    static_cast<int>(c.shape.batch), static_cast<int>(c.shape.out_features),
+                    static_cast<int>(c.shape.in_features), c.threads);
+      },
+      [](const auto& c, Random& random, auto zero) { return check<decltype(zero)>(c, random); });
 }
 
 }  // namespace cibp::test

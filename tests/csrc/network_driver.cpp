@@ -192,11 +192,7 @@ struct NetworkData {
       grad_widths;
 
   NetworkData(const NetworkCase& c, Random& random) {
-    const auto draw = [&](size_t size, double scale) {
-      std::vector<T> values(size);
-      for (T& value : values) value = static_cast<T>(scale * random.real());
-      return values;
-    };
+    const auto draw = [&](size_t size, double scale) { return reals<T>(random, size, scale); };
     const Shape& s = c.stages[0].shape;
     const Size size{s.batch, s.in_channels, s.in_height, s.in_width};
     const Layout layout = draw_layout(random);
@@ -554,7 +550,6 @@ struct NetworkOutputs {
     for (std::vector<T>* output : {&grad_lower, &grad_upper, &grad_nominal})
       if (c.wants_input) *output = unwritten<T>(input_count(first));
 
-    const auto data_of = [](auto& values) { return values.empty() ? nullptr : values.data(); };
     std::vector<NetworkLayer> layers;
     std::vector<const T*> weights, biases;
     std::vector<T*> weight_targets, bias_targets;
@@ -645,21 +640,9 @@ void describe(int number, const NetworkCase& c) {
               c.wants_input);
   for (size_t i = 0; i < c.stages.size(); ++i) {
     const StageCase& stage = c.stages[i];
-    const Shape& s = stage.shape;
-    std::printf("    stage %zu, %s: ", i,
-                stage.pool  ? "pooling"
-                : covers(s) ? "dense"
-                            : "convolution");
-    const auto print = [](const char* name, int64_t a, int64_t b) {
-      std::printf("%s %d x %d, ", name, static_cast<int>(a), static_cast<int>(b));
-    };
-    print("in x out channels", s.in_channels, s.out_channels);
-    print("image", s.in_height, s.in_width);
-    print("output", s.out_height, s.out_width);
-    print("kernel", s.kernel_height, s.kernel_width);
-    print("stride", s.stride_height, s.stride_width);
-    print("padding", s.padding_height, s.padding_width);
-    print("dilation", s.dilation_height, s.dilation_width);
+    const char* kind = stage.pool ? "pooling" : covers(stage.shape) ? "dense" : "convolution";
+    std::printf("    stage %zu, %s: ", i, kind);
+    print(stage.shape);
     std::printf("ReLU %d, bias %d, wants weight %d, bias %d, fast %d\n", stage.relu, stage.bias,
                 stage.wants_weight, stage.wants_bias, stage.fast);
   }
@@ -668,18 +651,10 @@ void describe(int number, const NetworkCase& c) {
 }  // namespace
 
 int wrong_networks(int only) {
-  int failures = 0;
-  for (int number = 0; number < kNetworks; ++number) {
-    if (only >= 0 && number != only) continue;
-    Random random(static_cast<uint64_t>(number));
-    const NetworkCase c = draw_network(random, number % kFastEvery == 0);
-    if (only >= 0) describe(number, c);
-    const bool in_float = check<float>(c, random), in_double = check<double>(c, random);
-    if (in_float && in_double) continue;
-    describe(number, c);
-    ++failures;
-  }
-  return failures;
+  return count_wrong(
+      kNetworks, only,
+      [](Random& r, int number) { return draw_network(r, number % kFastEvery == 0); }, describe,
+      [](const auto& c, Random& r, auto zero) { return check<decltype(zero)>(c, r); });
 }
 
 }  // namespace cibp::test

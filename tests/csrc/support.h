@@ -44,6 +44,19 @@ std::vector<T> unwritten(size_t size) {
   return std::vector<T>(size, std::numeric_limits<T>::quiet_NaN());
 }
 
+template <class T>
+std::vector<T> reals(Random& random, size_t size, double scale = 1) {
+  std::vector<T> values(size);
+  for (T& value : values) value = static_cast<T>(scale * random.real());
+  return values;
+}
+
+// Null where there are none, as the kernels take arguments that are not there.
+template <class Vector>
+auto data_of(Vector& values) {
+  return values.empty() ? nullptr : values.data();
+}
+
 // kMixed: each time one of the others, so that the tensors of an op differ.
 enum class Layout { kContiguous, kChannelsLast, kGaps, kExpanded, kMixed };
 
@@ -156,6 +169,39 @@ bool close(const char* quantity, const std::vector<T>& found, const Value& value
     return false;
   }
   return true;
+}
+
+inline void print(const Shape& s) {
+  const auto pair = [](const char* name, int64_t a, int64_t b) {
+    std::printf("%s %d x %d, ", name, static_cast<int>(a), static_cast<int>(b));
+  };
+  pair("in x out channels", s.in_channels, s.out_channels);
+  pair("image", s.in_height, s.in_width);
+  pair("output", s.out_height, s.out_width);
+  pair("kernel", s.kernel_height, s.kernel_width);
+  pair("stride", s.stride_height, s.stride_width);
+  pair("padding", s.padding_height, s.padding_width);
+  pair("dilation", s.dilation_height, s.dilation_width);
+  std::printf("groups %d, ", static_cast<int>(s.groups));
+}
+
+// The number of wrong cases of `cases`, or of the one of number `only`. Each is drawn from its
+// number, checked in float and in double, and described where it is wrong or the only one.
+template <class Draw, class Describe, class Check>
+int count_wrong(int cases, int only, const Draw& draw, const Describe& describe,
+                const Check& check) {
+  int wrong = 0;
+  for (int number = 0; number < cases; ++number) {
+    if (only >= 0 && number != only) continue;
+    Random random(static_cast<uint64_t>(number));
+    const auto c = draw(random, number);
+    if (only >= 0) describe(number, c);
+    const bool in_float = check(c, random, float{}), in_double = check(c, random, double{});
+    if (in_float && in_double) continue;
+    describe(number, c);
+    ++wrong;
+  }
+  return wrong;
 }
 
 // Random whole networks; the number of wrong ones of kNetworks, or of the one of this number.

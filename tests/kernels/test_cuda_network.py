@@ -11,7 +11,7 @@ import cuda_host
 import pytest
 import torch
 from fusions import CHAINS, Results, compare, inputs, passes, small
-from test_triton_step import split, train_step
+from gpu_steps import split, train_step
 from tolerances import arrange
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode

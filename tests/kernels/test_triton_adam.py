@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from gpu_steps import stored
 from torch import Tensor
 from tritons import DEVICE, PRECISIONS
 
@@ -29,17 +30,6 @@ BIASES = [1, 5, 140]
 def _on_device() -> Iterator[None]:
     with torch.device(DEVICE):
         yield
-
-
-def stored(x: Tensor, precision: str) -> Tensor:
-    """float32 x as the precision stores it."""
-    if precision == "bf16":
-        return x.to(torch.bfloat16)
-    if precision == "float32":
-        return x
-    bits = x.view(torch.int32)
-    nearest = (bits + 0xFFF + ((bits >> 13) & 1)) & -0x2000
-    return torch.where(x == x, nearest.view(torch.float32), x)
 
 
 def copies(weight: Tensor, precision: str) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,6 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from strategies import convolutions, linear_layers, subsets
-from test_relu import gradients as relu_gradients
 from tolerances import (
     INPUTS,
     OUTPUTS,
@@ -18,6 +17,7 @@ from tolerances import (
     check,
     check_infinite_bounds,
     check_registration,
+    relu_gradients,
     signed_weight,
 )
 from tritons import DEVICE
@@ -50,8 +50,8 @@ def test_linear(data: st.DataObject, used: Any, wanted: Any) -> None:
 def test_relu(size: int, nominal: bool) -> None:
     streams = list(box((2, size), F32))[: 3 if nominal else 2]
     weights: list = [torch.randn(2, size) for _ in streams]
-    out, grads = relu_gradients(ops.relu, streams, [*weights, 0.3], "triton")
-    exact, exact_grads = relu_gradients(ops.relu, streams, [*weights, 0.3], None)
+    out, grads = relu_gradients(streams, [*weights, 0.3], "triton")
+    exact, exact_grads = relu_gradients(streams, [*weights, 0.3])
     for found, expected in zip((*out, *grads), (*exact, *exact_grads), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
-from test_triton_adam import stored
+from gpu_steps import stored
 from torch import Tensor, nn
 from tritons import DEVICE, PRECISIONS
 

@@ -1,4 +1,4 @@
-"""A step of training/gpu_step.py against the loop that torch and the CPU's kernels make."""
+"""A step of kernels/step.py against the loop that torch and the CPU's kernels make."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fusions import small
+from gpu_steps import split, train_step
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
@@ -17,39 +18,12 @@ from tritons import DEVICE
 
 import cibp_fast as cf
 from cibp_fast import Interval, models
-from cibp_fast.fusion.network import planned
-from cibp_fast.fusion.tracing import trace
 from cibp_fast.training import datasets
 from cibp_fast.training import gpu_step as step_module
-from cibp_fast.training.batches import draw, epoch_batches, epoch_plan, pixel_table
+from cibp_fast.training.batches import draw, epoch_batches, epoch_plan
 from cibp_fast.training.gpu_step import TrainStep
 
 STEPS = 3
-
-
-def split(channels: int, height: int, width: int) -> datasets.Split:
-    images = torch.randint(0, 256, (10, channels, height, width), dtype=torch.uint8)
-    return datasets.Split(images, torch.randint(0, 4, (10,)))
-
-
-def train_step(
-    model: nn.Module, examples: datasets.Split, prepare: nn.Module, table: Tensor, **options: object
-) -> TrainStep:
-    x = examples.images[:1].float()
-    plan, weights, biases = planned(trace(model), x)
-    stages = plan.stages
-    parameters = [
-        tuple(
-            None if p is None else (p.data, torch.zeros_like(p), torch.zeros_like(p)) for p in pair
-        )
-        for pair in zip(weights, biases, strict=True)
-    ]
-    channels = examples.images.shape[1]
-    step = TrainStep(
-        stages, parameters, examples.images, examples.labels,
-        pixel_table(prepare, channels), table, **options,  # type: ignore[arg-type]
-    )  # fmt: skip
-    return step
 
 
 NETS = {
@@ -146,11 +120,11 @@ def test_capturing_changes_nothing(cuda: None) -> None:
         step.load(plan)
         if captured:
             kept = [each.clone() for each in step._state()]
-            copies = [None if c is None else c.clone() for each in step.copies for c in each]
+            copies = [[c.clone() for c in each] for each in step.copies if each]
             step.capture()
             assert all(torch.equal(a, b) for a, b in zip(step._state(), kept, strict=True))
-            for now, before in zip([c for each in step.copies for c in each], copies, strict=True):
-                assert now is before is None or torch.equal(now, before)
+            for each, before in zip(filter(None, step.copies), copies, strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(each, before, strict=True))
         for _ in range(2):
             step.replay()
         steps.append(step)

@@ -12,26 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import DTYPES
-from tolerances import LAYOUTS, arrange, box, poisoned_memory
+from tolerances import LAYOUTS, arrange, box, check_registration, poisoned_memory, relu_gradients
 from torch import Tensor
 
-from cibp_fast import ops, reference
+from cibp_fast import ops
 
 SIZES = st.one_of(st.integers(0, 70), st.sampled_from([8191, 8192, 8193, 20000]))
-
-
-def gradients(
-    function: object, streams: list[Tensor], weights: list[Tensor | float], backend: str | None
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    inputs = [x.detach().clone().requires_grad_() for x in streams]
-    lower, upper, nominal = (*inputs, None)[:3]
-    if backend is None:
-        out = reference.relu(lower, upper, nominal)
-    else:
-        out = ops.relu(lower, upper, nominal, width=True, backend=backend)
-    outputs = [x for x in out if x is not None]
-    loss = sum((x * w).sum() for x, w in zip(outputs, weights, strict=True))
-    return tuple(outputs), torch.autograd.grad(loss, inputs)
 
 
 @DTYPES
@@ -42,31 +28,28 @@ def test_grid(
 ) -> None:
     torch.manual_seed(seed)
     streams = [arrange(x, layout) for x in box((2, size), dtype)][: 3 if nominal else 2]
-    weights: list = [torch.randn(2, size, dtype=dtype) for _ in streams]
+    weights = [torch.randn(2, size, dtype=dtype) for _ in streams]
     with poisoned_memory():
-        out, grads = gradients(ops.relu, streams, [*weights, 0.0], "cpu")
-    exact, exact_grads = gradients(reference.relu, streams, [*weights, 0.0], None)
-    for got, want in zip((*out[:-1], *grads), (*exact[:-1], *exact_grads), strict=True):
-        assert torch.equal(got, want)
+        out, grads = relu_gradients(streams, [*weights, 0.0], "cpu")
+        got, got_grads = relu_gradients(streams, [*weights, 0.3], "cpu")
+    exact, exact_grads = relu_gradients(streams, [*weights, 0.0])
+    for found, known in zip((*out[:-1], *grads), (*exact[:-1], *exact_grads), strict=True):
+        assert torch.equal(found, known)
 
-    double = [x.double() for x in streams]
-    weights = [w.double() for w in weights]
-    want, want_grads = gradients(reference.relu, double, [*weights, 0.3], None)
-    weights = [w.to(dtype) for w in weights]
-    with poisoned_memory():
-        got, got_grads = gradients(ops.relu, streams, [*weights, 0.3], "cpu")
+    doubled = [w.double() for w in weights]
+    want, want_grads = relu_gradients([x.double() for x in streams], [*doubled, 0.3])
     unit = torch.finfo(dtype).eps / 2
     assert abs(got[-1].double() - want[-1]) <= (2 * size + 4) * unit * want[-1]
     spread = 0.6 * (want[1] - want[0])
     for i in (0, 1):
-        limit = 5 * unit * (spread + weights[i].double().abs())
+        limit = 5 * unit * (spread + doubled[i].abs())
         assert ((got_grads[i].double() - want_grads[i]).abs() <= limit).all()
 
 
 def test_nan_and_infinity_stay(isa: str) -> None:
     values = torch.tensor([float("nan"), float("inf"), float("-inf"), -0.0, 1.0] * 7)
-    lower, upper, nominal, width = ops.relu(values, values, values, width=True, backend="cpu")
-    for stream in (lower, upper, nominal):
+    *streams, width = ops.relu(values, values, values, width=True, backend="cpu")
+    for stream in streams:
         torch.testing.assert_close(stream, torch.relu(values), equal_nan=True, rtol=0, atol=0)
     assert width is not None and width.isnan()
 
@@ -76,27 +59,14 @@ def test_gradcheck(isa: str) -> None:
     away = away + away.sign() * 0.1  # from the kink
     streams = [(away + d).where(away > 0, away - d).requires_grad_() for d in (-0.05, 0.05, 0.0)]
 
-    def run(lower: Tensor, upper: Tensor, nominal: Tensor) -> tuple[Tensor | None, ...]:
-        return ops.relu(lower, upper, nominal, width=True, backend="cpu")
+    def run(*streams: Tensor) -> tuple[Tensor | None, ...]:
+        return ops.relu(*streams, width=True, backend="cpu")
 
     assert torch.autograd.gradcheck(run, streams)
 
 
-def test_registration_and_compile(isa: str) -> None:
-    lower, upper, nominal = box((3, 5), torch.float32)
-    torch.library.opcheck(torch.ops.cibp_fast.relu_forward, (lower, upper, nominal))
-    grads = (lower, None, None, torch.tensor(2.0))
-    torch.library.opcheck(torch.ops.cibp_fast.relu_backward, (*grads, lower, upper, nominal))
-
-    def loss(lower: Tensor) -> Tensor:
-        low, up, _, width = ops.relu(lower, upper, None, width=True)
-        assert width is not None
-        return low.sum() + up.sum() + width
-
-    expected, leaf = lower.clone().requires_grad_(), lower.clone().requires_grad_()
-    loss(expected).backward()
-    torch.compile(loss, fullgraph=True, backend="aot_eager")(leaf).backward()
-    assert torch.equal(leaf.grad, expected.grad)  # type: ignore[arg-type]
+def test_registration(isa: str) -> None:
+    check_registration("relu", each=True)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from forks import check_in_child
+from tolerances import forward_and_backward, large_case, random_cotangents
 from torch import Tensor, nn
 
 import cibp_fast as cf
@@ -46,7 +47,7 @@ class Step:
 
     def __init__(self, seed: int) -> None:
         self.net = cf.fuse(network(seed))
-        self.x, self.y = torch.rand(7, 1, 12, 12), torch.arange(7)
+        self.x = torch.rand(7, 1, 12, 12)
 
     def __call__(self) -> list[Tensor]:
         out = self.net.bounds(self.x, Interval.ball(self.x, 0.1))
@@ -80,16 +81,23 @@ def test_several_python_threads_at_once() -> None:
         assert all(pool.map(repeat, range(len(steps))))
 
 
-def test_a_forked_child_gets_the_same_numbers_on_as_many_threads() -> None:
+def test_a_forked_child_gets_the_same_numbers_on_as_many_threads(isa: str) -> None:
+    """The parent's threads do not exist in the child: it must neither hang nor go wrong."""
     torch.set_num_threads(3)
-    step = Step(0)
-    x = torch.rand(100_000)
-    expected = step()
-    ops.relu(x - 0.6, x - 0.4, x)
+    step, x = Step(0), torch.rand(100_000)
+    streams = x - 0.6, x - 0.4, x
+    cases = [large_case(op) for op in ("conv2d", "linear")]
+    cotangents = [random_cotangents(case.run()) for case in cases]
+
+    def results() -> list[Tensor]:
+        """Of kernels only: torch's own functions, if they took threads, would hang in the child."""
+        layers = map(forward_and_backward, cases, cotangents)
+        return [*step(), *(t for layer in layers for t in layer), *ops.relu(*streams)[:3]]
+
+    expected = results()
 
     def check() -> None:
-        # Only kernels run: torch's own functions, if they took threads, would hang in the child.
-        found = step()
+        found = results()
         torch.set_num_threads(1)
         assert same(found, expected)
 

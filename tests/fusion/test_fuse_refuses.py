@@ -1,0 +1,606 @@
+"""What cf.fuse refuses, by name: layers, forwards of which a trace loses something, arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fusions import (
+    CHAINS,
+    FLATTENS,
+    Functional,
+    compare,
+    conv_net,
+    inputs,
+    of_box,
+    results,
+    runs,
+    small,
+)
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
+
+import cibp_fast as cf
+from cibp_fast import Interval, models
+from cibp_fast.fusion import tracing
+from cibp_fast.ops import backends
+
+Body = Callable[[Any, Any], Any]  # a forward of the module and x
+
+
+class Branches(nn.Module):
+    """Takes images [N, 2, 2, 2]; `body` is its forward."""
+
+    def __init__(self, body: Body) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(2, 2, 3, padding=1), nn.Linear(8, 3)
+        self.scale, self.body = nn.Parameter(torch.ones(3)), body
+
+    def forward(self, x: Any) -> Any:
+        return self.body(self, x)
+
+
+def unused_in_place(m: Branches, x: Any) -> Any:
+    x = m.conv(x)
+    F.relu(x, inplace=True)
+    return m.fc(x.flatten(1))
+
+
+def hooked(kind: str) -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 3))
+    getattr(model[0], f"register_{kind}_hook")(lambda *arguments: None)
+    return model
+
+
+class OwnLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.square(), self.bias)
+
+
+def patched() -> nn.Module:
+    model = nn.Sequential(nn.Linear(4, 3))
+    model[0].forward = lambda x: x  # type: ignore[method-assign]
+    return model
+
+
+class Two(nn.Module):
+    """Takes its second argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x: Any, y: Any = None) -> Any:
+        return self.fc(y)
+
+
+class Defaults(nn.Module):
+    """Uses the default of an argument, or does not."""
+
+    def __init__(self, used: bool) -> None:
+        super().__init__()
+        self.layer, self.used = nn.Linear(4, 3).double(), used
+
+    def forward(self, x: Any, scale: float = 1.0, *, flag: bool = True) -> Any:
+        return self.layer(x * scale if self.used else x)
+
+
+class Shifted(nn.Linear):
+    def __call__(self, x: Any) -> Any:  # type: ignore[override]
+        return super().__call__(x) + 1
+
+
+class Doubled(nn.Sequential):
+    def __call__(self, x: Any) -> Any:  # type: ignore[override]
+        return super().__call__(x) * 2
+
+
+FC, CONV = nn.Linear(8, 3), nn.Conv2d(2, 2, 1)
+MODES = {"padding_mode": "circular"}
+
+MODELS: dict[str, tuple[Callable[[], nn.Module] | tuple[nn.Module, ...], str]] = {
+    "activation": ((nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), r"1 \(Tanh\)"),
+    "nested": ((nn.Sequential(nn.MaxPool2d(2)), FC), r"0\.0 \(MaxPool2d\)"),
+    "groups": ((nn.Conv2d(2, 2, 1, groups=2), nn.Flatten(), FC), r"0 \(Conv2d\): groups"),
+    "mode": ((nn.Conv2d(2, 2, 1, **MODES), nn.Flatten(), FC), r"0 \(Conv2d\): padding_mode"),
+    "subclass": ((OwnLinear(4, 3),), r"0 \(OwnLinear\)"),
+    "parametrized": (
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))),
+        r"0 \(ParametrizedLinear\)",
+    ),
+    "old weight norm": (lambda: hooked("forward_pre"), r"0 \(Linear\): it has hooks"),
+    "hook": (lambda: hooked("forward"), r"0 \(Linear\): it has hooks"),
+    "backward hook": (lambda: hooked("full_backward"), r"0 \(Linear\): it has hooks"),
+    "patched": (patched, r"0 \(Linear\): it has hooks, or a forward"),
+    "call of its own": (lambda: Doubled(FC), "its class has a __call__ or a forward"),
+    "call of a layer's own": ((Shifted(4, 3),), "its class has a __call__ or a forward"),
+    "ends in ReLU": ((nn.Linear(4, 3), nn.ReLU()), r"1 \(ReLU\): .*end in Linear"),
+    "ends in norm": ((nn.Linear(4, 3), nn.BatchNorm1d(3)), "end in Linear"),
+    "ends in convolution": ((CONV, nn.Flatten()), "end in Linear"),
+    "nothing": ((), "end in Linear"),
+    "two ReLUs": ((FC, nn.ReLU(), nn.ReLU(), FC), r"2 \(ReLU\): it must follow"),
+    "ReLU first": ((nn.ReLU(), FC), r"0 \(ReLU\): it must follow"),
+    "ReLU after padding": (
+        (CONV, nn.ZeroPad2d(1), nn.ReLU(), nn.Flatten(), FC),
+        r"2 \(ReLU\): it must follow",
+    ),
+    "norm first": ((nn.BatchNorm1d(8), FC), r"0 \(BatchNorm1d\).*directly after"),
+    "norm after ReLU": (
+        (FC, nn.ReLU(), nn.BatchNorm1d(3), FC),
+        r"2 \(BatchNorm1d\).*directly after",
+    ),
+    "norm after norm": ((FC, nn.BatchNorm1d(3), nn.BatchNorm1d(3), FC), r"2 \(BatchNorm1d\)"),
+    "norm without statistics": (
+        (FC, nn.BatchNorm1d(3, track_running_stats=False), FC),
+        r"1 \(BatchNorm1d\): it has no running statistics",
+    ),
+    "flattened after the last layer": (
+        (nn.Flatten(), FC, nn.Flatten(0)),
+        r"2 \(Flatten\): the network must end in Linear",
+    ),
+    "pooling first": (
+        (nn.AvgPool2d(2), nn.Flatten(), FC),
+        r"0 \(AvgPool2d\): it must come after a convolution",
+    ),
+    "padding before linear": (
+        (nn.ZeroPad2d(1), nn.Flatten(), FC),
+        r"0 \(ZeroPad2d\): it must come before a convolution",
+    ),
+    "normalize later": (
+        (CONV, models.Normalize([0.0], [1.0]), nn.Flatten(), FC),
+        r"1 \(Normalize\): it must be the first layer",
+    ),
+    "another argument": (Two, "the argument y"),
+    "used default": (lambda: Defaults(True), "the (function mul|argument scale)"),
+}
+BODIES: dict[str, tuple[Body, str]] = {
+    "view by another size": (lambda m, x: m.fc(x.view(x.size(dim=1), -1)), "function view"),
+    "residual": (lambda m, x: m.fc((x + m.conv(x)).flatten(1)), "function add"),
+    "parameter": (lambda m, x: m.fc(x.flatten(1)) * m.scale, "function mul"),
+    "method": (lambda m, x: m.fc(m.conv(x).mean(2).flatten(1)), "function mean"),
+    "view of channels": (lambda m, x: m.fc(x.view(x.shape[1], -1)), "function view"),
+    "unused": (lambda m, x: (m.conv(x), m.fc(x.flatten(1)))[1], r"conv \(Conv2d\)"),
+    "unused in place": (unused_in_place, "function relu"),
+    "tuple": (lambda m, x: (m.fc(x.flatten(1)), x), "returns one tensor"),
+    "control flow": (lambda m, x: m.fc(x) if x.sum() > 0 else x, "cannot trace"),
+    "error": (lambda m, x: m.nothing(x), "cannot trace .*nothing"),
+}
+
+
+def made(name: str) -> nn.Module:
+    """The model of this name; layers are a Sequential of them."""
+    if name in BODIES:
+        return Branches(BODIES[name][0])
+    make = MODELS[name][0]
+    return nn.Sequential(*make) if isinstance(make, tuple) else make()
+
+
+@pytest.mark.parametrize("name", [*MODELS, *BODIES])
+def test_refused_models(name: str) -> None:
+    """cf.bounds is recommended where it is known to work."""
+    with pytest.raises(ValueError, match=(MODELS | BODIES)[name][1]) as caught:  # type: ignore[operator]
+        cf.fuse(made(name))
+    if name in ("activation", "groups", "mode", "ends in ReLU", "residual"):
+        assert "cf.bounds has a rule for it" in str(caught.value)
+
+
+UNKNOWN: dict[str, Callable[[], nn.Module]] = {
+    "without a rule": lambda: nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3)),
+    "not monotone": lambda: nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 3)),
+    "softmax": lambda: Branches(lambda m, x: m.fc(F.softmax(x.flatten(1), 1))),
+    "matmul": lambda: Branches(lambda m, x: m.fc(x.flatten(1)) @ x),
+    **{
+        name: partial(made, name)
+        for name in ("norm without statistics", "subclass", "control flow", "tuple")
+    },
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_cf_bounds_is_not_recommended_where_it_is_not_known_to_work(name: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        cf.fuse(UNKNOWN[name]())
+    assert "cf.bounds has a rule" not in str(caught.value)
+    assert "works" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", sorted(tracing._WITH_RULE, key=lambda kind: kind.__name__))
+def test_layers_said_to_have_a_rule(kind: type[nn.Module]) -> None:
+    """Each bounds its own output."""
+    name = kind.__name__
+    arguments: dict[str, tuple[Any, ...]] = {
+        **dict.fromkeys(("Conv2d", "IntervalConv2d", "Conv1d"), (4, 3, 2)),
+        **dict.fromkeys(("Linear", "IntervalLinear"), (4, 3)),
+        **dict.fromkeys(("BatchNorm1d", "BatchNorm2d"), (4,)),
+        **{"Unflatten": (1, (2, 2)), "Threshold": (0.5, 0.1), "ConstantPad2d": (1, 0.5)},
+    }
+    default = (2,) if "Pool" in name else (1,) if "Pad" in name else ()
+    module = kind(*arguments.get(name, default)).eval()
+    shape = (3, 4, 6, 6) if name.endswith("2d") else (3, 4, 6) if name.endswith("1d") else (3, 4)
+    x = torch.randn(shape)
+    out = module(Interval.ball(x, 0.1, None))
+    assert (out.lower <= module(x)).all() and (module(x) <= out.upper).all()
+
+
+class Net(nn.Module):
+    """Two layers; `body` is its forward."""
+
+    def __init__(self, body: Body) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+        self.register_buffer("mask", torch.ones(5))
+        self.calls, self.body = 0, body
+        self.double()
+
+    def forward(self, x: Any) -> Any:
+        return self.body(self, x)
+
+    def rest(self, x: Any) -> Any:
+        return self.last(F.relu(x))
+
+
+def within(make: Callable[[], AbstractContextManager[Any]]) -> Body:
+    """A forward whose first layer runs in a context."""
+
+    def body(net: Net, x: Any) -> Any:
+        with make():
+            x = net.first(x)
+        return net.rest(x)
+
+    return body
+
+
+def after(what: Body) -> Body:
+    """A forward with a side effect; what is done to the first layer's output."""
+
+    def body(net: Net, x: Any) -> Any:
+        x = net.first(x)
+        what(net, x)
+        return net.rest(x)
+
+    return body
+
+
+def through(how: Callable[[Any], Any]) -> Body:
+    return lambda net, x: net.rest(how(net.first(x)))
+
+
+class Mode(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Any) -> Any:
+        return torch.relu(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 2 * gradient
+
+
+@contextmanager
+def disabled() -> Iterator[None]:
+    before = torch.is_grad_enabled()
+    torch.set_grad_enabled(False)
+    yield
+    torch.set_grad_enabled(before)
+
+
+def saving() -> AbstractContextManager[Any]:
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x.half(), lambda x: x.double())
+
+
+def autocast() -> AbstractContextManager[Any]:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def by_gradients(net: Net, x: Any) -> Any:
+    x = net.first(x)
+    return net.rest(x) if torch.is_grad_enabled() else net.last(x)
+
+
+def weight_of(net: Net) -> Tensor:
+    return next(net.first.parameters())
+
+
+HOOKS = r"it changes requires_grad or the hooks of first\.weight"
+LOST: dict[str, tuple[Body, str]] = {
+    "no_grad": (within(torch.no_grad), r"it calls first under torch\.no_grad\(\)"),
+    "set_grad_enabled": (within(partial(torch.set_grad_enabled, False)), "calls first under"),
+    "set_grad_enabled, called": (within(disabled), r"calls first under torch\.no_grad\(\)"),
+    "decorated": (through(torch.no_grad()(torch.relu)), r"calls relu under torch\.no_grad\(\)"),
+    "enable_grad": (within(torch.enable_grad), r"calls first under torch\.enable_grad\(\)"),
+    "inference_mode": (within(torch.inference_mode), r"calls first in torch\.inference_mode\(\)"),
+    "autocast": (
+        within(autocast),
+        r"calls first under torch\.autocast .* dtype of the tensors",
+    ),
+    "function mode": (within(Mode), "calls first under a torch function mode"),
+    "saved tensors": (within(saving), r"calls first under torch\.autograd\.graph\.saved_tensors"),
+    "custom function": (through(Twice.apply), r"calls relu .* in a torch\.autograd\.Function"),
+    "reentrant checkpoint": (
+        lambda net, x: net.rest(checkpoint(net.first, x, use_reentrant=True)),
+        r"in a torch\.autograd\.Function",
+    ),
+    "detach": (through(lambda x: x.detach()), "function detach"),
+    "detach_": (through(lambda x: x.detach_()), "function detach_"),
+    "data": (through(lambda x: x.data), "function"),
+    "requires_grad_": (through(lambda x: x.requires_grad_(False)), "function requires_grad_"),
+    "tensor hook": (after(lambda net, x: x.register_hook(lambda g: 2 * g)), "cannot trace"),
+    "hook of a parameter": (
+        after(lambda net, x: weight_of(net).register_hook(lambda g: 2 * g)),
+        HOOKS,
+    ),
+    "freezing": (after(lambda net, x: net.first.requires_grad_(False)), HOOKS),
+    "counter": (
+        after(lambda net, x: setattr(net, "calls", net.calls + 1)),
+        "it sets calls, which later calls would not do",
+    ),
+    "kept output": (after(lambda net, x: setattr(net, "features", x)), "it sets features"),
+    "buffer set": (after(lambda net, x: setattr(net, "mask", torch.zeros(5))), "it sets mask"),
+    "buffer changed": (
+        after(lambda net, x: net.mask.add_(1)),
+        r"it changes a tensor of its own \(add_\)",
+    ),
+    "parameter changed": (
+        after(lambda net, x: weight_of(net).data.clamp_(0)),
+        r"it changes a tensor of its own \(clamp_\)",
+    ),
+    "weight changed": (after(lambda net, x: net.first.weight.data.clamp_(0)), "first.weight as"),
+    "weight frozen": (after(lambda net, x: net.first.weight.requires_grad_(False)), "weight as"),
+    "masked weight": (
+        lambda net, x: net.rest(F.linear(x, (net.first.weight.T * net.mask).T, net.first.bias)),
+        "function linear",
+    ),
+    "masked output": (through(lambda x: x * torch.ones(5).double()), "function mul"),
+    "by gradients": (by_gradients, "it does other things where gradients are disabled"),
+    "by shape": (through(lambda x: x if x.shape[0] > 1 else F.relu(x)), "cannot trace"),
+    "random": (through(lambda x: F.dropout(x, 0.5)), "function dropout"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("name", LOST)
+def test_what_a_trace_loses(name: str) -> None:
+    """Is refused, and the model stays as it was."""
+    body, message = LOST[name]
+    net = Net(body)
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        cf.fuse(net)
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
+        cf.fuse(net)
+    assert net.calls == 0 and not hasattr(net, "features")
+    assert all(p.requires_grad and not p._backward_hooks for p in net.parameters())
+    if name not in ("buffer changed", "parameter changed"):
+        assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+TAKEN: dict[str, Callable[[], nn.Module]] = {
+    name: partial(Net, body)
+    for name, body in {
+        "checkpoint": lambda net, x: net.rest(checkpoint(net.first, x, use_reentrant=False)),
+        "gradients enabled twice": within(nullcontext),
+        "autocast disabled": within(lambda: torch.autocast("cpu", enabled=False)),
+        "profiled": within(lambda: torch.profiler.record_function("first")),
+        "same attribute": after(lambda net, x: setattr(net, "calls", 0)),
+        "own tensors": after(lambda net, x: torch.ones(3)),
+    }.items()
+} | {"unused default": lambda: Defaults(False)}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_taken(name: str) -> None:
+    x, lower, upper = inputs(3, 4)
+    compare(*of_box(TAKEN[name](), x, Interval(lower, upper)))
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, autocast, Mode, saving])
+def test_what_is_so_around_fuse_does_not_matter(around: Callable[[], Any]) -> None:
+    net = Net(lambda net, x: net.rest(net.first(x)))
+    with around():
+        fused, plain = runs(net)
+    (x, *streams), y, leaves = inputs(3, 4), torch.tensor([0, 1, 2]), dict(net.named_parameters())
+    compare(*(results(run(x, Interval(*streams)), leaves, y) for run in (fused, plain)))
+
+
+def wrong_bias() -> nn.Module:
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+    model[0].bias.data = torch.zeros(3)
+    return model
+
+
+X = torch.rand(3, 2, 9, 8)
+WHOLE = nn.Conv2d(2, 3, (9, 8))
+
+
+def pooled(pool: nn.Module, features: int) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(2, 2, 1), pool, nn.Flatten(), nn.Linear(features, 3))
+
+
+def flat(*layers: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), *layers)
+
+
+# a model, inputs that do not fit it, and the message
+UNFIT: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
+    "channels": (small, torch.rand(3, 3, 9, 7), r"0 \(Conv2d\): weight .* does not fit"),
+    "features": (small, torch.rand(3, 2, 9, 9), r"5 \(Linear\): weight .* does not fit"),
+    "bias": (wrong_bias, torch.rand(3, 5), r"0 \(Linear\): bias \[3\] does not fit weight \[4, 5"),
+    "no batch": (small, torch.rand(2, 9, 7), r"0 \(Conv2d\): weight .* does not fit"),
+    "too small": (small, torch.rand(3, 2, 2, 7), r"0 \(Conv2d\): .* larger than"),
+    "not flattened": (lambda: nn.Linear(8, 3), X, r"Linear\): weight .* does not fit"),
+    "flatten of all": (
+        lambda: nn.Sequential(nn.Flatten(0), FC),
+        X,
+        r"0 \(Flatten\): .*start_dim=0",
+    ),
+    "flatten of some": (
+        lambda: nn.Sequential(nn.Flatten(2), FC),
+        X,
+        r"0 \(Flatten\): .*start_dim=2",
+    ),
+    "view": (lambda: Functional(FLATTENS["reshape"]), X[..., :6], "call of reshape .* 48 features"),
+    "negative padding": (
+        lambda: nn.Sequential(nn.ZeroPad2d(-1), nn.Conv2d(2, 3, 2), nn.Flatten(), FC),
+        X,
+        r"0 \(ZeroPad2d\)",
+    ),
+    "norm in training mode": (
+        lambda: flat(nn.Linear(144, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)),
+        X,
+        r"2 \(BatchNorm1d\): in training mode .* use cf\.bounds",
+    ),
+    "norm of other channels": (
+        lambda: flat(nn.Linear(144, 4), nn.BatchNorm1d(1), nn.Linear(4, 3)).eval(),
+        X,
+        r"2 \(BatchNorm1d\): it has 1 channels",
+    ),
+    "dropout in training mode": (
+        lambda: flat(nn.Dropout(), nn.Linear(144, 3)),
+        X,
+        r"1 \(Dropout\): it is random .* in cf\.bounds neither: call this layer's eval\(\)",
+    ),
+    "adaptive windows of several sizes": (
+        lambda: pooled(nn.AdaptiveAvgPool2d((2, 4)), 16),
+        X,
+        r"1 \(AdaptiveAvgPool2d\): \[9, 8\] pixels are no multiple of output_size \[2, 4\]",
+    ),
+    "pooling of more padding than it has": (
+        lambda: pooled(nn.AvgPool2d(3, padding=2), 2),
+        X,
+        r"1 \(AvgPool2d\): padding \[2, 2\] is more than half of \[3, 3\]",
+    ),
+    "ceil_mode": (lambda: pooled(nn.AvgPool2d(2, ceil_mode=True), 40), X, "ceil_mode"),
+    "pooling without its padding": (
+        lambda: pooled(nn.AvgPool2d(3, 2, padding=1, count_include_pad=False), 50),
+        X,
+        r"1 \(AvgPool2d\): with padding count_include_pad must be True",
+    ),
+    "pooling of nothing": (lambda: pooled(nn.AvgPool2d(10), 2), X, "kernel_size .* is larger"),
+    "pooling after a layer that covers its input": (
+        lambda: nn.Sequential(
+            *(WHOLE, nn.AvgPool2d(1, stride=1), nn.AvgPool2d(3, 1, 1), nn.Flatten()),
+            nn.Linear(3, 3),
+        ),
+        X,
+        r"2 \(AvgPool2d\): it comes after a layer that covers its input",
+    ),
+    "padding of one pixel": (
+        lambda: nn.Sequential(
+            *(WHOLE, nn.Conv2d(3, 2, 1, padding=1), nn.Flatten(), nn.Linear(18, 3))
+        ),
+        X,
+        r"1 \(Conv2d\): a convolution with several outputs",
+    ),
+}
+
+
+def changed(index: int, name: str, value: Any) -> nn.Module:
+    layers = (nn.Conv2d(2, 3, 3), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(36, 3))
+    model = nn.Sequential(nn.ZeroPad2d(0), *layers)
+    setattr(model[index], name, value)
+    return model
+
+
+INTS = "must be an int or a sequence of ints, got"
+for index, name, value, message in [
+    (1, "stride", 0, r"1 \(Conv2d\): stride must be at least 1, got 0"),
+    (1, "stride", [1, 2, 3], r"1 \(Conv2d\): stride must have 1 or 2 elements"),
+    (1, "dilation", [], r"1 \(Conv2d\): dilation must have 1 or 2 elements, got \[\]"),
+    (1, "stride", 2.0, rf"1 \(Conv2d\): stride {INTS} 2\.0"),
+    (2, "kernel_size", "22", rf"2 \(AvgPool2d\): kernel_size {INTS}"),
+    (2, "padding", None, rf"2 \(AvgPool2d\): padding {INTS} None"),
+    (2, "padding", -1, r"2 \(AvgPool2d\): padding must be at least 0, got -1"),
+    (0, "padding", [1], r"0 \(ZeroPad2d\): padding must have 2 or 4 elements, got \[1\]"),
+    (0, "padding", [1] * 6, r"0 \(ZeroPad2d\): padding must have .* got \[1, 1"),
+]:
+    UNFIT[f"{name}={value}"] = partial(changed, index, name, value), X, message
+for value in (None, [3], (), 3.0, "3", [3, 4, 5]):
+    UNFIT[f"output_size={value!r}"] = (
+        partial(pooled, nn.AdaptiveAvgPool2d(value), 2),  # type: ignore[arg-type]
+        X,
+        r"1 \(AdaptiveAvgPool2d\): output_size must be an int or two ints or None, got",
+    )
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_models_that_do_not_fit(name: str) -> None:
+    make, x, message = UNFIT[name]
+    model = make().float()
+    with pytest.raises(ValueError, match=message) as caught:
+        cf.fuse(model).bounds(x, Interval.ball(x, 0.1))
+    if name in ("channels", "features", "bias", "no batch", "too small"):
+        assert "cf.bounds" not in str(caught.value)
+    if name == "norm in training mode":
+        out = cf.bounds(model, x, Interval.ball(x, 0.1))
+        out.worst_logits(torch.tensor([0, 1, 2])).sum().backward()
+        assert model[2].weight.grad.any()
+
+
+def test_parameters_elsewhere() -> None:
+    model, x = small(torch.float32), torch.rand(3, 2, 9, 7)
+    net, box = cf.fuse(model), Interval.ball(x, 0.1)
+    model.double()
+    with pytest.raises(TypeError, match=r"0\.weight is torch\.float64, x is torch\.float32"):
+        net.bounds(x, box)
+    compare(*of_box(net, x.double(), box.double()))
+    model.float()
+    model[5].bias.data = model[5].bias.data.double()
+    with pytest.raises(TypeError, match=r"5\.bias is torch\.float64"):
+        net.bounds(x, box)
+    model[5].float()
+    model[2].to("meta")
+    with pytest.raises(ValueError, match=r"2\.weight is on meta, x on cpu"):
+        net.bounds(x, box)
+    norm = CHAINS["batch norm"]()
+    norm[0][1].running_var = norm[0][1].running_var.float()
+    with pytest.raises(TypeError, match=r"0\.1\.running_var is torch\.float32"):
+        cf.fuse(norm).bounds(X.double(), Interval.ball(X.double(), 0.1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"width": "pre"}, ValueError, "after activations only: .*'pre'.*cf.bounds takes it"),
+        ({"width": "all"}, ValueError, "'all'"),
+        ({"width": "no"}, ValueError, "width must be one of"),
+        ({"reduction": "no"}, ValueError, "reduction must be"),
+        ({"box": X}, TypeError, "box must be an Interval"),
+        ({"x": 1}, TypeError, "x must be a tensor"),
+        ({"x": X[:2]}, ValueError, "same shape"),
+        ({"x": X.double()}, ValueError, "same dtype"),
+        ({"x": X.half(), "box": Interval(X.half(), X.half())}, ValueError, "float16 on cpu"),
+        ({"x": X.to("meta"), "box": Interval(X, X).to("meta")}, ValueError, "float32 on meta"),
+    ],
+)
+def test_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    net = cf.fuse(conv_net(nn.Conv2d(2, 3, 2), nn.ReLU()).float())
+    with pytest.raises(error, match=message):
+        net.bounds(**({"x": X, "box": Interval(X, X)} | arguments))
+
+
+def test_arguments_of_fuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TypeError, match="Module, got function"):
+        cf.fuse(lambda x: x)  # type: ignore[arg-type]
+    for options, message in (
+        ({"precision": "bf15"}, r"precision must be one of .*, got .bf15"),
+        ({"precision": "bf16", "backend": "cpu"}, "precision='bf16' needs Triton's kernels"),
+        ({"backend": "gpu"}, r"backend must be one of .*, got .gpu"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cf.fuse(small(), **options)
+    x, model = torch.rand(2, 2, 9, 7), small(torch.float32)
+    with pytest.raises(ValueError, match="precision='tf32' is for a GPU, and x is on the CPU"):
+        cf.fuse(model, "tf32").bounds(x, Interval.ball(x, 0.1))
+    monkeypatch.setattr(backends, "available_isas", lambda: ())
+    with pytest.raises(ValueError, match="precision='fast' cannot run here: no CPU kernels"):
+        cf.fuse(model, "fast").bounds(x, Interval.ball(x, 0.1))
