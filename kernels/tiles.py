@@ -127,7 +127,8 @@ FORMAT = 2
 SHIPPED = Path(__file__).with_name("tuned.json")
 ABOUT = (
     "Tiles that `python bench/tune.py` measured to be the fastest on the GPU named; without an "
-    "entry the rule in kernels/tiles.py decides. Times are in microseconds, default_us that of the rule."
+    "entry the rule in kernels/tiles.py decides. Times are in microseconds, default_us that of "
+    "the rule."
 )
 KEYS = ("architecture", "multiprocessors", "triton", "kernel", "precision", "shape")
 

@@ -122,7 +122,7 @@ def _chosen(
         obstacle = f"groups must be 1 for Triton's kernels, got {shape.groups}"
     elif name == "triton" and backend == "auto" and 0 not in shape[:4]:
         # not dynamo's symbols: tiles depend on them
-        sizes = Shape(*map(operator.index, shape[:9]), *shape[9:])
+        sizes = (*map(operator.index, shape[:9]), *shape[9:])
         streams = nominal is not None, bias is not None
         return "torch" if _failure(sizes, *streams, lower.device) else name
     if obstacle and backend != "auto":
@@ -131,11 +131,14 @@ def _chosen(
 
 
 @constant  # it runs kernels of its own, while dynamo traces
-def _failure(shape: Shape, nominal: bool, bias: bool, device: torch.device) -> str:
-    """Returns why Triton's kernels must not be used for this layer; empty: they may."""
+def _failure(shape: tuple[Any, ...], nominal: bool, bias: bool, device: torch.device) -> str:
+    """Returns why Triton's kernels must not be used for this layer; empty: they may.
+
+    shape: the values of a Shape, which dynamo cannot hand on.
+    """
     from cibp_fast.ops import checks
 
-    return checks.layer_failure(shape, nominal, bias, device)
+    return checks.layer_failure(Shape(*shape), nominal, bias, device)
 
 
 class _Affine(torch.autograd.Function):

@@ -152,7 +152,7 @@ def test_empty_batch() -> None:
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_triton_missing", lambda: "Triton is not installed")
+    monkeypatch.setattr(backends, "triton_missing", lambda: "Triton is not installed")
     x = torch.randn(1, 2, 9, 7)
     with pytest.raises(ValueError, match=r"backend='cuda' cannot run a network.*not installed"):
         cf.fuse(small(F32), backend="cuda").bounds(x, Interval.ball(x, 0.1, None))

@@ -593,7 +593,7 @@ def test_gpus_that_cannot_run(
 
 def test_an_old_triton_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.5.1")
-    missing = backends._triton_missing.__wrapped__()
+    missing = backends.triton_missing.__wrapped__()
     assert missing == "Triton 3.5.1 is too old: 3.6 or later is needed"
 
 
