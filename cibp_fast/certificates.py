@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cibp_fast._arithmetic import is_half, own_arithmetic
 from cibp_fast._checks import may_inspect, refuse_where
 from cibp_fast._graphs import enough_memory, graphed, reuse_graphs
 from cibp_fast.interval import Interval
 from cibp_fast.layerwise import bounds, check_labels, predict
+from cibp_fast.ops.arithmetic import is_half, own_arithmetic
 
 SEMANTICS = ("real", "float32")
 CLIP = (0.0, 1.0)  # unless the user says otherwise

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cibp_fast._arithmetic import is_half
 from cibp_fast._autograd import backward_pass, function_around
+from cibp_fast.ops.arithmetic import is_half
 from cibp_fast.ops.loss import Head
 
 __all__ = [

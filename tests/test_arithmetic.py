@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 import cibp_fast as cf
-from cibp_fast import Interval, _arithmetic
+from cibp_fast import Interval
+from cibp_fast.ops import arithmetic
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -227,7 +228,7 @@ def test_products_follow_a_more_general_setting_again() -> None:
     try:
         torch.backends.fp32_precision = "bf16"
         assert conv.fp32_precision == "bf16"
-        with _arithmetic.own_arithmetic(torch.device("cpu")):
+        with arithmetic.own_arithmetic(torch.device("cpu")):
             assert conv.fp32_precision == "ieee"
         assert conv.fp32_precision == "bf16"
         torch.backends.fp32_precision = "ieee"
@@ -245,13 +246,13 @@ def test_threads_leave_the_products_as_they_were() -> None:
     inside, leave = threading.Event(), threading.Event()
 
     def other() -> None:
-        with _arithmetic.own_arithmetic(device):
+        with arithmetic.own_arithmetic(device):
             inside.set()
             leave.wait(10)
 
     with matmul_precision("medium"):
         thread = threading.Thread(target=other)
-        with _arithmetic.own_arithmetic(device):
+        with arithmetic.own_arithmetic(device):
             thread.start()
             assert inside.wait(10)
             assert matmul.fp32_precision == "ieee"

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cibp_fast._arithmetic import own_arithmetic
 from cibp_fast._compiler import constant
 from cibp_fast.kernels.shape import Shape
 from cibp_fast.ops import backends
+from cibp_fast.ops.arithmetic import own_arithmetic
 from cibp_fast.ops.library import (
     BACKEND,
     GRADIENTS,

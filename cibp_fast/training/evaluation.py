@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cibp_fast._arithmetic import own_arithmetic
 from cibp_fast._graphs import capturing, enough_memory, graphed, reuse_graphs
 from cibp_fast.attacks import pgd
 from cibp_fast.certificates import Certificate, certify, evaluation
 from cibp_fast.layerwise import predict
+from cibp_fast.ops.arithmetic import own_arithmetic
 from cibp_fast.training import datasets, runs
 from cibp_fast.training.config import Config
 from cibp_fast.training.distributed import ALONE, World
