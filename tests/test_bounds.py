@@ -249,7 +249,7 @@ def test_bad_input() -> None:
             cf.bounds(*arguments)
     for backend, dtype, message in (
         ("gpu", torch.float32, "backend must be one of"),
-        ("cuda", torch.float32, "backend='cuda' cannot run"),
+        ("cuda", torch.float32, "backend='cuda' runs whole networks"),
         ("cpu", torch.bfloat16, r"cannot run: no kernels for torch\.bfloat16"),
     ):
         z = x.to(dtype)

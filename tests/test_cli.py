@@ -207,7 +207,9 @@ from cibp_fast.cli import main
 print(main(sys.argv[1:]), "torch" in sys.modules)
 """
     words = ["plot", str(run_dir), "-o", str(tmp_path / "curves.png")]
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=tmp_path
+    )
     assert done.stdout.endswith("0 False\n"), done.stderr
 
 
@@ -223,7 +225,9 @@ from cibp_fast.cli import main
 print(main(sys.argv[1:]), "torch._dynamo" in sys.modules, "matplotlib" in sys.modules)
 """
     words = [str(Path(__file__).parent), "train", *_short_options(), "--run-dir", str(tmp_path)]
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=tmp_path
+    )
     assert done.stdout.endswith("0 False False\n"), done.stderr
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
+from typing import Any
 
 from torch import Tensor
 
-from cibp_fast import reference
 from cibp_fast.ops.affine import affine, check, shape_of
 from cibp_fast.ops.library import Streams
 
@@ -78,7 +77,10 @@ def conv2d(
             f"conv2d: weight {tuple(weight.shape)} with dilation={tuple(dilation)} is larger than "
             f"the input {tuple(lower.shape)} padded by {tuple(padding)}"
         )
-    plain = partial(
-        reference.conv2d, stride=stride, padding=padding, dilation=dilation, groups=groups
-    )
+
+    def plain(*tensors: Tensor | None) -> tuple[Any, ...]:
+        from cibp_fast import reference  # only where no kernel runs
+
+        return reference.conv2d(*tensors, stride, padding, dilation, groups)  # type: ignore
+
     return affine(lower, upper, nominal, weight, bias, geometry, plain, width, backend)

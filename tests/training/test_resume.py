@@ -19,6 +19,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,12 @@ from cibp_fast.training.config import Config, preset
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["pytest", "cibp_fast.training.loop"])
+# Started among the tests: at the root it would import the tree instead of what is installed.
+if multiprocessing.parent_process() is None:
+    root = os.getcwd()
+    os.chdir(Path(__file__).parent)
+    forkserver.ensure_running()
+    os.chdir(root)
 
 MODULES = {module.__file__: module.__name__ for module in (runs, loop, step, evaluation)}
 
