@@ -35,12 +35,16 @@ from cibp_fast.training.config import Config, preset
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["pytest", "cibp_fast.training.loop"])
-# Started among the tests: at the root it would import the tree instead of what is installed.
-if multiprocessing.parent_process() is None:
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _server():
+    """Starts among the tests: at the root it would import the tree, not what is installed."""
     root = os.getcwd()
     os.chdir(Path(__file__).parent)
     forkserver.ensure_running()
     os.chdir(root)
+
 
 MODULES = {module.__file__: module.__name__ for module in (runs, loop, step, evaluation)}
 
