@@ -264,7 +264,7 @@ class Interval:
 
     @property
     def _like(self) -> Tensor:
-        """A tensor of the bounds' shape, dtype and device."""
+        """Returns a tensor of the bounds' shape, dtype and device."""
         return self._lower if self._ball is None or self._nominal is None else self._nominal
 
     @property

@@ -189,7 +189,7 @@ def _sum(x: Tensor, dims: tuple[int, ...]) -> Tensor:
 def activation(
     function: Callable[[Tensor], Tensor], lower: Tensor, upper: Tensor, nominal: Tensor | None
 ) -> Streams:
-    """Maps bounds to bounds by a non-decreasing ``function`` such as ``torch.relu``."""
+    """Applies a non-decreasing ``function``, such as ``torch.relu``, to each stream."""
     return function(lower), function(upper), None if nominal is None else function(nominal)
 
 

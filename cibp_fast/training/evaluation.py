@@ -28,7 +28,9 @@ def evaluate(
     *,
     attack: bool = True,
 ) -> dict[str, Any]:
-    """Test, PGD and verified error, each in [0, 1], with PGD's settings and the number of examples.
+    """Computes test, PGD and verified error, each in [0, 1].
+
+    With PGD's settings and the number of examples.
 
     NaN is never right and never verified. PGD attacks every example, those that are verified with
     `pgd_verified_restarts` instead of `pgd_restarts`. `contradictions` counts the examples that are
@@ -86,12 +88,12 @@ def _predicted(model: nn.Module, x: Tensor) -> tuple[Tensor]:
 
 
 def inputs(config: Config, split: datasets.Split) -> Tensor:
-    """The split as the network takes it, float32 [N, C, H, W], in the space that eps measures."""
+    """Returns the split as the network takes it, float32 [N, C, H, W], in the space that eps measures."""
     return runs.to_input(config).to(split.images.device)(split.pixels())
 
 
 def certificate(model: nn.Module, x: Tensor, y: Tensor, config: Config) -> Certificate:
-    """The ordinary bounds of examples x [N, C, H, W], y [N] in the config's box."""
+    """Computes the ordinary bounds of examples x [N, C, H, W], y [N] in the config's box."""
     size = config.eval_batch_size
     with _enough_memory("certification", config):
         return certify(model, x, y, config.eps, config.clip, sound=False, batch_size=size)
@@ -100,7 +102,7 @@ def certificate(model: nn.Module, x: Tensor, y: Tensor, config: Config) -> Certi
 def broken(
     model: nn.Module, x: Tensor, y: Tensor, config: Config, restarts: int, first: int
 ) -> Tensor:
-    """Which of a batch x [B, C, H, W], y [B] the config's PGD breaks, [B] bool.
+    """Returns which of a batch x [B, C, H, W], y [B] the config's PGD breaks, [B] bool.
 
     first is the number of the batch's first example: each batch has random starts of its own, from
     it and the config's seed, so that it does not matter which process attacks it.
