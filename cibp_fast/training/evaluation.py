@@ -28,9 +28,7 @@ def evaluate(
     *,
     attack: bool = True,
 ) -> dict[str, Any]:
-    """Computes test, PGD and verified error, each in [0, 1].
-
-    With PGD's settings and the number of examples.
+    """Returns test, PGD and verified error in [0, 1], PGD's settings, and how many examples.
 
     NaN is never right and never verified. PGD attacks every example, those that are verified with
     `pgd_verified_restarts` instead of `pgd_restarts`. `contradictions` counts the examples that are
@@ -88,7 +86,7 @@ def _predicted(model: nn.Module, x: Tensor) -> tuple[Tensor]:
 
 
 def inputs(config: Config, split: datasets.Split) -> Tensor:
-    """Returns the split as the network takes it, float32 [N, C, H, W], in the space that eps measures."""
+    """Returns the split as the network takes it: float32 [N, C, H, W], in the space of eps."""
     return runs.to_input(config).to(split.images.device)(split.pixels())
 
 
