@@ -280,9 +280,10 @@ def fuse(model: nn.Module, precision: str = "float32", backend: str = "auto") ->
             AdaptiveAvgPool2d, BatchNorm (in eval mode), ZeroPad2d, Identity and Dropout (in eval
             mode), optionally behind a cibp_fast.models.Normalize, that ends in Linear.
         precision: "float32", or "fast": Winograd convolutions of square kernels where they
-            should be faster, with a few times the rounding (docs/training.md, "Precision"), and in float32
-            half the bytes saved for the backward pass, all but the network's input in bfloat16. No
-            value depends on that rounding, but gradients do. Those of a whole step, relative in the
+            should be faster, with a few times the rounding (docs/training.md, "Precision"), and in
+            float32 half the bytes saved for the backward pass, all but the network's input in
+            bfloat16. No value depends on that rounding, but gradients do. Those of a whole step,
+            relative in the
             2-norm for each parameter, are off by up to 1.2e-3 in the benchmarks of bench/README.md
             (batches of 50 and 100: gradient_error in bench/results/step.csv and step_avx512.csv)
             and by more in small batches: the tests allow 2e-3 for 16 examples, 3e-3 for 1 and 2.
