@@ -78,8 +78,9 @@ class TrainStep:
                 f"{list(images.shape[1:])}"
             )
         self.stages, self.precision, self.cpp = tuple(stages), precision, cpp
-        self.images, self.labels, self.pixels = images, labels, pixels
-        self.schedule, self.batch_size, self.clip = schedule, batch_size, clip
+        self.images, self.labels = images.contiguous(), labels.contiguous()
+        self.pixels, self.schedule = pixels.contiguous(), schedule.contiguous()
+        self.batch_size, self.clip = batch_size, clip
         self.plan = torch.zeros(len(images), 4, dtype=torch.int32, device=images.device)
         self.at = torch.tensor([step], device=images.device)
         # eps, lr, kappa and width weight of the step to come
