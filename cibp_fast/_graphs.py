@@ -70,7 +70,7 @@ class Graphed:
                     graph.capture(*self._place)
                 except Exception as error:
                     why = _reason(error)
-                if not why:
+                if graph is not None and not why:
                     return graph(inputs, left)
                 graph = self._graphs[key] = None  # its memory
                 outputs = self._function(*inputs)  # raises what has nothing to do with waiting
@@ -79,7 +79,7 @@ class Graphed:
                 warnings.warn(
                     "no CUDA graph could be made of the model, which runs slower without: " + why,
                     RuntimeWarning,
-                    stacklevel=2,
+                    stacklevel=3,
                 )
         return outputs
 

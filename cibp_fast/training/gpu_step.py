@@ -100,7 +100,10 @@ class TrainStep:
         given = iter(parameters)
         self.parameters = [None if stage.pool else next(given) for stage in self.stages]
         with torch.cuda.device_of(images):
-            self.copies = self._packed()
+            self.copies = [
+                (None, None) if weight is None else pack_weight(weight, precision)
+                for weight in self._weights()
+            ]
         # partial gradients of weight and bias: kept, so that their addresses stay
         self.partials: list[tuple[Tensor, Tensor] | None] = [None] * len(self.stages)
         self.loss: Loss | None = None
@@ -136,14 +139,14 @@ class TrainStep:
                 "torch.cuda.graph"
             )
         with torch.cuda.device(self.images.device):
-            kept = [t.clone() for t in self._state()]
+            state = [*self._state(), *(t for pair in self.copies for t in pair if t is not None)]
+            kept = [t.clone() for t in state]
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 self.run()
-                for tensor, value in zip(self._state(), kept, strict=True):
+                for tensor, value in zip(state, kept, strict=True):
                     tensor.copy_(value)
-                self._repack()
             torch.cuda.current_stream().wait_stream(stream)
         self.graph, _ = capture(self.run, stream)
 
@@ -172,20 +175,6 @@ class TrainStep:
             None if each is None or each[1] is None else each[1][0].detach()
             for each in self.parameters
         ]
-
-    def _packed(self) -> list[tuple[Tensor | None, Tensor | None]]:
-        """Returns the copies of the weights."""
-        return [
-            (None, None) if weight is None else pack_weight(weight, self.precision)
-            for weight in self._weights()
-        ]
-
-    def _repack(self) -> None:
-        """Makes the copies of weights anew, where they are."""
-        for copies, new in zip(self.copies, self._packed(), strict=True):
-            for copy, value in zip(copies, new, strict=True):
-                if copy is not None and value is not None:
-                    copy.copy_(value)
 
     def forward(self) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Returns the stored input of each stage, [3, N, H, W, C], the partial sums of the widths
