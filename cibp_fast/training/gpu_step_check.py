@@ -19,7 +19,7 @@ from torch import Tensor
 from cibp_fast import reference
 from cibp_fast.interval import Interval
 from cibp_fast.kernels.precision import rounded_like
-from cibp_fast.ops.checks import failure_reason, tiled
+from cibp_fast.ops.checks import stages_failure
 from cibp_fast.ops.numerics import (
     CHAINED,
     TOLERANCES,
@@ -55,12 +55,12 @@ def failure(
     biases: of each stage but pooling, whether it has one. options: batch_size, clip, width_weight,
     mean and precision of TrainStep.
     """
-    return failure_reason(
-        ("step", *options.items(), *biases, *(stage.numbers() for stage in stages)),
-        tiled(stages, options["batch_size"], options["precision"]),
-        device,
+    of, check = (
+        ("step", *options.items()),
         partial(errors, stages, biases, pixels, device, **options),
     )
+    batch, precision = options["batch_size"], options["precision"]
+    return stages_failure(of, stages, biases, batch, precision, device, check)
 
 
 def errors(

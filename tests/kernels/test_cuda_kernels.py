@@ -12,15 +12,16 @@ import cuda_host
 import pytest
 import torch
 from compilers import compiler
+from gpu_steps import stored
 from tolerances import gamma
 from torch import Tensor
 
+from cibp_fast.kernels.precision import PRECISIONS
 from cibp_fast.kernels.shape import Shape
 from cibp_fast.ops.numerics import activated, affine, exact
 
 HOST = (0, 0)
-PRECISIONS = {"float32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
-DROPPED = {"float32": 0, "tf32": 13, "bf16": 16}
+DROPPED = {"tf32": 13, "bf16": 16}
 SANITIZERS = ("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 MODULE = "CIBP_TEST_CUDA_MODULE"  # set where these tests run under sanitizers
 
@@ -71,17 +72,6 @@ def unwritten(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.full(shape, torch.nan, dtype=dtype)
 
 
-def rounded(x: Tensor, precision: str) -> Tensor:
-    """To nearest even in the precision, as float32, by float64 arithmetic."""
-    bits = 24 - DROPPED[precision]
-    mantissa, exponent = torch.frexp(x.double())
-    return torch.ldexp((mantissa * 2.0**bits).round() / 2.0**bits, exponent).float()
-
-
-def stored(x: Tensor, precision: str) -> Tensor:
-    return rounded(x, precision).to(PRECISIONS[precision])
-
-
 def pixels(shape: Shape) -> tuple[int, int, int, int]:
     """The size of a stream of outputs."""
     return shape.batch, shape.out_height, shape.out_width, shape.out_channels
@@ -119,7 +109,7 @@ def forward(
     relu: bool = True,
     precision: str = "float32",
 ) -> tuple[Tensor, Tensor]:  # streams [S, N, H', W', K], width
-    out = unwritten(len(x), *pixels(shape), dtype=PRECISIONS[precision])
+    out = unwritten(len(x), *pixels(shape), dtype=PRECISIONS[precision].dtype)
     partials = unwritten(cuda.first_conv2d_blocks(shape, len(x), precision))
     tensors = (x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr())
     targets = (out.data_ptr(), partials.data_ptr())
@@ -184,7 +174,7 @@ def test_first_conv2d_stores_rounded(name: str, precision: str, cuda: ModuleType
     exact, width = forward(cuda, g, x.float(), weight, bias)
     out, same = forward(cuda, g, x, weight, bias, precision=precision)
     assert torch.equal(width, same)
-    m, r, z = (rounded(each, precision) for each in exact)
+    m, r, z = (stored(each, precision).float() for each in exact)
     meet = (exact[0] > exact[1]) & (m == r)
     below = (r.view(torch.int32) - (1 << DROPPED[precision])).view(torch.float32)
     assert torch.equal(out[0].float(), m)
@@ -207,7 +197,7 @@ def test_rounding_keeps_states(precision: str, cuda: ModuleType) -> None:
     radius = radii[None, :].expand(len(numbers), -1).flatten()
     g = convolution(1, 1, (1, 1), len(center), (1, 1))
     # the center is a bias and the radius a weight, since these are float32
-    x = torch.tensor([0.0, 1.0, 0.0]).view(3, 1, 1, 1, 1).to(PRECISIONS[precision])
+    x = torch.tensor([0.0, 1.0, 0.0]).view(3, 1, 1, 1, 1).to(PRECISIONS[precision].dtype)
     out, _ = forward(cuda, g, x, radius.view(-1, 1, 1, 1), center, True, precision)
     m, r, z = out.float().flatten(1)
     half, active = torch.relu(center.double() + radius) / 2, center > radius
@@ -295,10 +285,10 @@ def halo(
     cuda: ModuleType, shape: Shape, x: Tensor, weight: Tensor, bias: Tensor | None, precision: str
 ) -> tuple[Tensor, Tensor]:
     """As `forward`, with ReLU where there is a bias."""
-    packed = unwritten(weight.numel(), dtype=PRECISIONS[precision])
+    packed = unwritten(weight.numel(), dtype=PRECISIONS[precision].dtype)
     cuda.halo_conv2d_pack_weight(HOST, shape, weight.data_ptr(), precision, packed.data_ptr())
     assert torch.equal(packed.sort().values, stored(weight, precision).flatten().sort().values)
-    out = unwritten(len(x), *pixels(shape), dtype=PRECISIONS[precision])
+    out = unwritten(len(x), *pixels(shape), dtype=PRECISIONS[precision].dtype)
     partials = unwritten(cuda.halo_conv2d_blocks(shape))
     tensors = (x.data_ptr(), packed.data_ptr(), 0 if bias is None else bias.data_ptr())
     targets = (out.data_ptr(), partials.data_ptr())
@@ -326,7 +316,7 @@ def test_packed_weight_keeps_nan(precision: str, cuda: ModuleType) -> None:
     """Even one whose payload is in the bits that rounding drops."""
     weight = torch.ones(64, 32, 3, 3)
     weight.view(torch.int32)[3, 4, 1, 2] = 0x7F800001
-    packed = torch.zeros(weight.numel(), dtype=PRECISIONS[precision])
+    packed = torch.zeros(weight.numel(), dtype=PRECISIONS[precision].dtype)
     shape = Shape(1, 32, 6, 9, 64, 6, 9, 3, 3, padding=(1, 1))
     cuda.halo_conv2d_pack_weight(HOST, shape, weight.data_ptr(), precision, packed.data_ptr())
     assert packed.isnan().sum() == 1

@@ -107,14 +107,6 @@ def pooled(relu: bool = True) -> nn.Sequential:
     return nn.Sequential(*convolutions, end, nn.Flatten(), nn.Linear(6 * 2, 4))
 
 
-def network_failure(
-    model: nn.Module, precision: str = "float32", biases: list[bool] | None = None
-) -> str:
-    """Of batches of three."""
-    stages, found = stages_of(model, 2, 9, 7)
-    return checks.network_failure(stages, biases or found, 3, precision, torch.device(DEVICE))
-
-
 def step_errors(model: nn.Module, precision: str) -> numerics.Errors:
     pixels = torch.linspace(-1, 1, 256).repeat(2, 1)
     return gpu_step_check.errors(
@@ -259,62 +251,42 @@ def test_a_wrong_network_runs_layer_by_layer(
     assert called
 
 
-# what a fault is in: where it is, the argument that it depends on, with which value; what is named
-WAYS = {
-    "no ReLU behind": (conv2d, "forward", "relu", False, "the forward of layer 3"),
-    "a ReLU in front": (conv2d, "input_gradient", "relu", True, "the gradient of weight 2"),
+# what a fault is in: where it is, with which arguments and options, and what is named
+WAYS: dict[str, tuple[Any, str, Callable[[Any, Any], bool], str]] = {
+    "no bias": (conv2d, "forward", lambda a, o: a[2] is None, "the forward of layer 1"),
+    "no ReLU behind": (
+        conv2d, "forward", lambda a, o: not o["relu"] and o["bounds"] is None,
+        "the forward of layer 3",
+    ),
+    "a ReLU in front": (
+        conv2d, "input_gradient", lambda a, o: o["relu"], "the gradient of weight 2",
+    ),
     "no gradient of a width": (
-        *(pool, "input_gradient", "width", None),
+        pool, "input_gradient", lambda a, o: o["width"] is None,
         "the gradient of weight 1 from the logits",
     ),
-    "no gradient of a head": (conv2d, "input_gradient", "head", None, "the gradient of weight 1"),
-}
+    "a gradient of a head": (
+        conv2d, "input_gradient", lambda a, o: o["head"] is not None, "the gradient of weight 2",
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_network_is_checked_as_it_runs(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, name, argument, value, part = WAYS[way]
+    module, name, is_wrong, part = WAYS[way]
     function = getattr(module, name)
 
     def wrong(*arguments: Any, **options: Any) -> Any:
         result = function(*arguments, **options)
-        if options.get(argument) is value and options.get("bounds") is None:
+        if is_wrong(arguments, options):
             out = result[0] if isinstance(result, tuple) else result
             out.view(-1)[:4].add_(4)
         return result
 
     monkeypatch.setattr(module, name, wrong)
-    model = pooled(relu=way == "a ReLU in front")
-    stages, biases = stages_of(model, 2, 9, 7)
-    why = checks._run(lambda: numerics.network_errors(stages, biases, 3, "float32", DEVICE))
+    check = "network" if way == "a ReLU in front" else "without ReLU"
+    why = checks._run(lambda: CHECKS[check]("float32"))
     assert part in why, why
-
-
-def test_a_missing_bias_is_checked(auto: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fault without a bias runs PyTorch for the layers that have none, and their networks."""
-    forward = conv2d.forward
-
-    def wrong(
-        x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any, **options: Any
-    ) -> Any:
-        result = forward(x, weight, bias, *arguments, **options)
-        if bias is None:
-            result[1].mul_(2)
-        return result
-
-    monkeypatch.setattr(conv2d, "forward", wrong)
-    for missing, part in ((0, "the forward of layer 1"), (2, "the last layer")):
-        biases = [i != missing for i in range(3)]
-        with pytest.warns(RuntimeWarning, match=f"{part} is wrong on this GPU"):
-            assert network_failure(pooled(), biases=biases)
-    assert network_failure(pooled(), biases=[True] * 3) == ""
-    x, weight = torch.randn(3, 20, device=DEVICE), torch.randn(6, 20, device=DEVICE)
-    with pytest.warns(RuntimeWarning, match="a layer: forward is wrong on this GPU"):
-        found = ops.linear(x, x + 1, x, weight, None, width=True)
-    torch.testing.assert_close(found[3], 3 * weight.abs().sum(1).square().sum())
-    auto.clear()
-    ops.linear(x, x, x, weight, weight[:, 0])
-    assert list(auto.values()) == [""]
 
 
 @pytest.mark.parametrize("stream", ["bounds", "nominal"])
@@ -349,37 +321,27 @@ def test_a_single_wrong_number_is_found(size: int) -> None:
     assert numerics.deviation([found], [exact]) != numerics.deviation([found], [exact])  # NaN
 
 
-def test_layers_are_checked_with_as_many_streams_as_they_have(
-    auto: dict[str, str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("absent", ["bias", "nominal"])
+def test_layers_are_checked_with_what_they_have(
+    absent: str, auto: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A fault with two runs PyTorch for two only."""
-    x, weight = torch.randn(3, 20, device=DEVICE), torch.randn(6, 20, device=DEVICE)
-    forward, relu = layers.conv2d.forward, layers.relu_forward
+    """A fault without a bias, or with two streams, runs PyTorch for such layers only."""
+    forward = layers.conv2d.forward
 
-    def wrong_forward(given: Tensor, *arguments: Any, **options: Any) -> Any:
-        result = forward(given, *arguments, **options)
-        if len(given) == 2:
+    def wrong(given: Tensor, weight: Tensor, bias: Any, *more: Any, **options: Any) -> Any:
+        result = forward(given, weight, bias, *more, **options)
+        if bias is None or len(given) == 2:
             options["bounds"][0].add_(1)
         return result
 
-    def wrong_relu(bounds: Any, outputs: Any) -> Any:
-        relu(bounds, outputs)
-        if bounds[2] is None:
-            outputs[0].add_(1)
-        return outputs
-
-    monkeypatch.setattr(layers.conv2d, "forward", wrong_forward)
-    monkeypatch.setattr(layers, "relu_forward", wrong_relu)
-    device, numbers = torch.device(DEVICE), LINEAR
-    with pytest.warns(RuntimeWarning, match="PyTorch runs what Triton's kernels should"):
-        assert checks.layer_failure(numbers, False, False, device) and checks.relu_failure(
-            False, device
-        )
-        found = ops.linear(x, x, None, weight, None)[0], ops.relu(x, x, None)[0]
-    torch.testing.assert_close(found, (x @ weight.t(), x.relu()))
-    ops.linear(x, x, x, weight, None)
-    ops.relu(x, x, x)
-    assert [bool(why) for why in auto.values()] == [True, True, False, False]
+    monkeypatch.setattr(layers.conv2d, "forward", wrong)
+    x, weight, bias = (torch.randn(*size, device=DEVICE) for size in ((3, 20), (6, 20), (6,)))
+    given = (x, x, x, weight, None) if absent == "bias" else (x, x, None, weight, bias)
+    with pytest.warns(RuntimeWarning, match="a layer: forward is wrong on this GPU"):
+        found = ops.linear(*given)[0]
+    torch.testing.assert_close(found, nn.functional.linear(x, weight, given[4]))
+    ops.linear(x, x, x, weight, bias)
+    assert [bool(why) for why in auto.values()] == [True, False]
 
 
 def test_wrong_tuned_tiles_are_left_for_the_rule(
@@ -443,13 +405,15 @@ def test_a_check_that_cannot_run(auto: dict[str, str]) -> None:
     device = torch.device(DEVICE)
     none = check(torch.OutOfMemoryError("of 80 GiB"))
     with pytest.warns(RuntimeWarning, match="PyTorch runs what Triton's kernels should: there is"):
-        assert checks.failure_reason(("this",), [], device, none) == checks.NO_MEMORY
+        assert checks.failure_reason(("this",), [], "float32", device, none) == checks.NO_MEMORY
     assert not auto
-    assert checks.failure_reason(("this",), [], device, lambda: {"it": (0.0, 1e-5)}) == ""
+    assert (
+        checks.failure_reason(("this",), [], "float32", device, lambda: {"it": (0.0, 1e-5)}) == ""
+    )
     broken = check(RuntimeError("no cubin"))
     why = "its kernels do not run here (RuntimeError: no cubin)"
     with pytest.warns(RuntimeWarning, match="PyTorch runs what Triton's kernels should: its ker"):
-        assert checks.failure_reason(("that",), [], device, broken) == why
+        assert checks.failure_reason(("that",), [], "float32", device, broken) == why
     assert list(auto.values()) == ["", why]
 
 
@@ -462,15 +426,19 @@ def test_info_says_what_was_checked(auto: dict[str, str], monkeypatch: pytest.Mo
     row = "checks on cuda:0"
     assert dict(environment._checked())[row] == "0 passed"
     device = torch.device(DEVICE)
-    assert checks.failure_reason(("this",), [], device, lambda: {"it": (0.0, 1e-5)}) == ""
+    assert (
+        checks.failure_reason(("this",), [], "float32", device, lambda: {"it": (0.0, 1e-5)}) == ""
+    )
     with pytest.warns(RuntimeWarning, match="PyTorch runs"):
-        checks.failure_reason(("that",), [], device, lambda: {"it": (1.0, 1e-5)})
+        checks.failure_reason(("that",), [], "float32", device, lambda: {"it": (1.0, 1e-5)})
     assert dict(environment._checked())[row] == (
         "1 passed; when last checked these failed: it is wrong on this GPU, by 1.0e+00 relative to "
         "float64 (of that [])"
     )
     auto.clear()  # another process, in which it passes
-    assert checks.failure_reason(("that",), [], device, lambda: {"it": (0.0, 1e-5)}) == ""
+    assert (
+        checks.failure_reason(("that",), [], "float32", device, lambda: {"it": (0.0, 1e-5)}) == ""
+    )
     assert checks.summary(gpu) == "2 passed"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "another GPU")
     assert checks.summary(gpu) == "0 passed"
