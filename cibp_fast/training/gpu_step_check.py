@@ -115,7 +115,7 @@ def _step_errors(step: TrainStep, packed: Tensor, y: Tensor) -> Errors:
     weights = [exact(copy) for copy, _ in step.copies if copy is not None]
     biases = [
         None if bias is None else bias.double()
-        for bias, stage in zip(step.biases(), step.stages, strict=True)
+        for bias, stage in zip(step.biases, step.stages, strict=True)
         if not stage.pool
     ]
     lr, kappa, width_weight = step.now[1:].double()

@@ -238,22 +238,19 @@ def test_nan_and_infinity(where: str, value: float, tiling: Tiling) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN:RuntimeWarning")
-def test_nan_stays_in_its_example() -> None:
-    given = case((9, 4, 9))
-    given.x[:, 3, 2] = math.nan
-    gradient = given.run().grad_x
-    assert gradient[:, 3].isnan().any()
-    assert gradient[:, [n for n in range(9) if n != 3]].isfinite().all()
-
-
 @pytest.mark.parametrize("tiling", [TILINGS[0], TILINGS[3]], ids=str)
-@pytest.mark.parametrize("label", [-1, 4, 2**40])
-def test_labels_out_of_range(label: int, tiling: Tiling) -> None:
-    """NaN for that example, and the same as ever for the others."""
+@pytest.mark.parametrize("label", [-1, 4, 2**40, None])
+def test_nan_and_labels_out_of_range_stay_in_their_example(
+    label: int | None, tiling: Tiling
+) -> None:
+    """NaN for that example, and the same as ever for the others. None: its inputs are NaN."""
     given = case((7, 4, 9))
-    y = given.y.clone()
-    y[2] = label
-    wrong, right = replace(given, y=y).run(tiling), given.run(tiling)
+    x, y = given.x.clone(), given.y.clone()
+    if label is None:
+        x[:, 2] = math.nan
+    else:
+        y[2] = label
+    wrong, right = replace(given, x=x, y=y).run(tiling), given.run(tiling)
     assert wrong.terms.sum(0)[:2].isnan().all() and wrong.grad_weight.sum(0).isnan().all()
     others = [0, 1, 3, 4, 5, 6]
     rest = replace(given, x=given.x[:, others].contiguous(), y=y[others]).run(tiling)
