@@ -15,16 +15,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = [
-    "Graphed",
-    "capture",
-    "capturing",
-    "enough_memory",
-    "graphed",
-    "graphs_disabled",
-    "reuse_graphs",
-]
-
 Result = TypeVar("Result")
 Function = Callable[..., tuple[Tensor, ...]]
 
@@ -48,8 +38,7 @@ class Graphed:
 
     def __init__(self, function: Function) -> None:
         self._function = function
-        self._called: set[Hashable] = set()
-        self._graphs: dict[Hashable, _Graph] = {}
+        self._graphs: dict[Hashable, _Graph | None] = {}  # None after a first call
         self._refused = False
         self._place: tuple[torch.cuda.Stream, Any] | None = None  # of all captures, and their pool
 
@@ -62,54 +51,37 @@ class Graphed:
         loops = times > 1
         key = (loops, *((each.shape, each.stride(), each.dtype, each.device) for each in inputs))
         outputs: tuple[Tensor, ...] = ()
-        while times:
+        for left in range(times, 0, -1):
             inputs = (*outputs, *inputs[len(outputs) :])
             if self._refused or _active.disabled or not on_one_gpu(inputs) or capturing():
                 outputs = self._function(*inputs)
-            elif key not in self._called:
-                outputs = self._function(*inputs)
-                self._called.add(key)
             elif key not in self._graphs:
-                outputs = self._rehearsed(key, inputs, loops)
-            elif self._captured(self._graphs[key], inputs[0].device):
-                return self._graphs[key](inputs, times)
-            else:
                 outputs = self._function(*inputs)
-            times -= 1
+                self._graphs[key] = None
+            else:
+                graph, why = self._graphs[key], ""
+                try:
+                    if graph is None:
+                        graph = _Graph(self._function, inputs, loops)
+                        outputs = graph.rehearsal()
+                        self._graphs[key] = graph
+                        continue
+                    self._place = self._place or _place(inputs[0].device)
+                    graph.capture(*self._place)
+                except Exception as error:
+                    why = _reason(error)
+                if graph is not None and not why:
+                    return graph(inputs, left)
+                graph = self._graphs[key] = None  # its memory
+                outputs = self._function(*inputs)  # raises what has nothing to do with waiting
+                self._refused = True
+                self._graphs.clear()
+                warnings.warn(
+                    "no CUDA graph could be made of the model, which runs slower without: " + why,
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
         return outputs
-
-    def _rehearsed(
-        self, key: Hashable, inputs: tuple[Tensor, ...], loops: bool
-    ) -> tuple[Tensor, ...]:
-        """Returns the function's outputs; leaves a graph to be captured, or that there is none."""
-        try:
-            self._graphs[key] = _Graph(self._function, inputs, loops)
-            return self._graphs[key].rehearsal()
-        except Exception as error:
-            why = _reason(error)
-        del self._graphs[key]
-        outputs = self._function(*inputs)  # raises what has nothing to do with waiting
-        self._refuse(why)
-        return outputs
-
-    def _captured(self, graph: _Graph, device: torch.device) -> bool:
-        """Captures the graph if needed; returns whether there is one."""
-        try:
-            if self._place is None:
-                self._place = _place(device)
-            graph.capture(*self._place)
-        except Exception as error:
-            self._refuse(_reason(error))
-        return not self._refused
-
-    def _refuse(self, why: str) -> None:
-        self._refused = True
-        self._graphs.clear()  # their memory
-        warnings.warn(
-            f"no CUDA graph could be made of the model, which runs slower without: {why}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
 
 
 def _place(device: torch.device) -> tuple[torch.cuda.Stream, Any]:

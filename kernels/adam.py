@@ -18,6 +18,10 @@ from . import weights
 from .precision import PRECISIONS, rounded
 from .weights import sum_splits, tile_offsets
 
+BETA1, BETA2, EPS = tl.constexpr(0.9), tl.constexpr(0.999), tl.constexpr(1e-8)  # torch's defaults
+LOG2_BETA1, LOG2_BETA2 = tl.constexpr(math.log2(0.9)), tl.constexpr(math.log2(0.999))
+FIELDS = tl.constexpr(14)  # of a row, see `_rows`
+
 
 @triton.jit
 def _pointer(address, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
@@ -30,10 +34,6 @@ def _update(
     row,
     step_size,
     root,
-    BETA1: tl.constexpr,
-    BETA2: tl.constexpr,
-    EPS: tl.constexpr,
-    WEIGHT_DECAY: tl.constexpr,
     DTYPE: tl.constexpr,
     DROPPED: tl.constexpr,
     TILE: tl.constexpr,
@@ -57,8 +57,6 @@ def _update(
     weight = tl.load(master, mask=inside, other=0.0)
     m = tl.load(first, mask=inside, other=0.0)
     v = tl.load(second, mask=inside, other=0.0)
-    if WEIGHT_DECAY != 0:
-        grad += WEIGHT_DECAY * weight
     m = BETA1 * m + (1 - BETA1) * grad
     v = BETA2 * v + (1 - BETA2) * grad * grad
     weight -= step_size * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), root) + EPS)
@@ -78,13 +76,6 @@ def _adam_kernel(
     rows,
     lr,
     step,
-    FIELDS: tl.constexpr,
-    BETA1: tl.constexpr,
-    BETA2: tl.constexpr,
-    LOG2_BETA1: tl.constexpr,
-    LOG2_BETA2: tl.constexpr,
-    EPS: tl.constexpr,
-    WEIGHT_DECAY: tl.constexpr,
     DTYPE: tl.constexpr,
     DROPPED: tl.constexpr,
     TILE: tl.constexpr,
@@ -101,14 +92,14 @@ def _adam_kernel(
     one_tap, wide = tl.load(row + 9) == 1, tl.load(row + 10) != 0
     if one_tap:
         if wide:
-            _update(row, step_size, root, BETA1, BETA2, EPS, WEIGHT_DECAY, DTYPE, DROPPED, FLAT, 4)
+            _update(row, step_size, root, DTYPE, DROPPED, FLAT, 4)
         else:
-            _update(row, step_size, root, BETA1, BETA2, EPS, WEIGHT_DECAY, DTYPE, DROPPED, FLAT, 1)
+            _update(row, step_size, root, DTYPE, DROPPED, FLAT, 1)
     else:
         if wide:
-            _update(row, step_size, root, BETA1, BETA2, EPS, WEIGHT_DECAY, DTYPE, DROPPED, TILE, 4)
+            _update(row, step_size, root, DTYPE, DROPPED, TILE, 4)
         else:
-            _update(row, step_size, root, BETA1, BETA2, EPS, WEIGHT_DECAY, DTYPE, DROPPED, TILE, 1)
+            _update(row, step_size, root, DTYPE, DROPPED, TILE, 1)
 
 
 class Parameter(NamedTuple):
@@ -130,7 +121,7 @@ class Adam:
 
     For each parameter it equals, with grad = partials.sum(0) in torch's layout,
 
-        torch.optim.Adam([master], lr, betas, eps, weight_decay).step()
+        torch.optim.Adam([master], lr).step()
         forward = rounded(master).permute(0, 2, 3, 1)
         transposed = rounded(master).permute(2, 3, 1, 0)
 
@@ -140,50 +131,15 @@ class Adam:
     Args:
         parameters: of one device, at least one.
         precision: of the copies, a name of PRECISIONS.
-        betas, eps, weight_decay: torch's.
 
     Raises:
-        TypeError, ValueError: an argument is none of the above, naming it.
+        ValueError: a tensor is not contiguous.
     """
 
-    def __init__(
-        self,
-        parameters: Sequence[Parameter],
-        precision: str,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-    ) -> None:
-        if not parameters:
-            raise ValueError("parameters must be at least one, got none")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas must be at least 0 and below 1, got {betas}")
-        if not eps >= 0:
-            raise ValueError(f"eps must be at least 0, got {eps}")
-        if not weight_decay >= 0:
-            raise ValueError(f"weight_decay must be at least 0, got {weight_decay}")
-        stored = PRECISIONS[precision]
-        self.parameters = tuple(parameters)
-        device = self.parameters[0].master.device
-        rows = [
-            row
-            for index, parameter in enumerate(self.parameters)
-            for row in _rows(f"parameters[{index}]", parameter, stored.dtype, device)
-        ]
-        self._rows = torch.tensor(rows, dtype=torch.int64, device=device)
-        self._constants = {
-            "FIELDS": len(rows[0]),
-            "BETA1": betas[0],
-            "BETA2": betas[1],
-            "LOG2_BETA1": math.log2(betas[0]) if betas[0] else -math.inf,
-            "LOG2_BETA2": math.log2(betas[1]) if betas[1] else -math.inf,
-            "EPS": eps,
-            "WEIGHT_DECAY": weight_decay,
-            "DTYPE": tl.bfloat16 if stored.dtype == torch.bfloat16 else tl.float32,
-            "DROPPED": stored.dropped,
-            "TILE": weights.TILE,
-            "FLAT": weights.FLAT,
-        }
+    def __init__(self, parameters: Sequence[Parameter], precision: str) -> None:
+        self.parameters, self.stored = tuple(parameters), PRECISIONS[precision]
+        rows = [row for i, p in enumerate(parameters) for row in _rows(f"parameters[{i}]", p)]
+        self._rows = torch.tensor(rows, dtype=torch.int64, device=parameters[0].master.device)
 
     def __call__(self, lr: Tensor, step: Tensor) -> None:
         """Updates masters, moments and copies.
@@ -191,39 +147,23 @@ class Adam:
         lr: one float. step: one int64, the steps done before this one. Both on the parameters'
         device.
         """
-        _adam_kernel[(len(self._rows),)](self._rows, lr, step, num_warps=8, **self._constants)
+        dtype = tl.bfloat16 if self.stored.dtype == torch.bfloat16 else tl.float32
+        _adam_kernel[(len(self._rows),)](
+            self._rows, lr, step, DTYPE=dtype, DROPPED=self.stored.dropped, TILE=weights.TILE,
+            FLAT=weights.FLAT, num_warps=8,
+        )  # fmt: skip
 
 
-def _rows(
-    name: str, parameter: Parameter, dtype: torch.dtype, device: torch.device
-) -> Iterator[list[int]]:
+def _rows(name: str, parameter: Parameter) -> Iterator[list[int]]:
     """Yields what each program of a parameter reads: addresses, splits, sizes, and its tile."""
-    partials = parameter.partials
-    if partials.dim() not in (2, 5) or len(partials) < 1:
-        raise ValueError(
-            f"{name}.partials must be [splits, Cout, KH, KW, Cin] or [splits, Cout] with splits "
-            f"at least 1, got {list(partials.shape)}"
-        )
-    elements = partials[0].numel()
-    if not 0 < elements < 2**31:
-        raise ValueError(f"{name} must have 1 to 2**31 - 1 elements, got {elements}")
-    addresses = []
+    partials, addresses = parameter.partials, []
     for field, tensor in parameter._asdict().items():
-        if tensor is None and field in ("forward", "transposed"):
-            addresses.append(0)
-            continue
-        kind = dtype if field in ("forward", "transposed") else torch.float32
-        size = partials.numel() if field == "partials" else elements
-        if tensor.dtype != kind or tensor.device != device:
-            raise TypeError(
-                f"{name}.{field} must be {kind} on {device}, got {tensor.dtype} on {tensor.device}"
-            )
-        if not tensor.is_contiguous() or tensor.numel() != size:
+        if tensor is not None and not tensor.is_contiguous():
             raise ValueError(
-                f"{name}.{field} must be contiguous, of {size} elements, got "
-                f"{list(tensor.shape)} with strides {tensor.stride()}"
+                f"{name}.{field} must be contiguous, got {list(tensor.shape)} with strides "
+                f"{tensor.stride()}"
             )
-        addresses.append(tensor.data_ptr())
+        addresses.append(0 if tensor is None else tensor.data_ptr())
     if partials.dim() == 2:  # a bias: of one output, since its copies need no order
         outputs, channels, taps = 1, partials.shape[1], 1
     else:

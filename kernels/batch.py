@@ -25,13 +25,10 @@ def _batch_kernel(
     streams,
     y,
     epoch_steps,
-    step_examples,
-    first,
     stream_stride,
     CHANNELS: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
-    EPS_STRIDE: tl.constexpr,
     CLIP: tl.constexpr,
     LEAST: tl.constexpr,
     GREATEST: tl.constexpr,
@@ -39,7 +36,7 @@ def _batch_kernel(
     BLOCK: tl.constexpr,
 ):
     n = tl.program_id(0)
-    row = plan + 4 * (tl.load(step) % epoch_steps * step_examples + first + n)
+    row = plan + 4 * (tl.load(step) % epoch_steps * tl.num_programs(0) + n)
     example = tl.load(row).to(tl.int64)
     down, right, mirrored = tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
     if tl.program_id(1) == 0:
@@ -56,7 +53,7 @@ def _batch_kernel(
     byte = tl.load(image + (channel * HEIGHT + line) * WIDTH + column, mask=seen, other=0)
     z = tl.load(pixels + channel * 256 + byte.to(tl.int32), mask=inside, other=0.0)
 
-    radius = tl.load(eps + channel * EPS_STRIDE, mask=inside, other=0.0)
+    radius = tl.load(eps)
     lower, upper = z - radius, z + radius
     if CLIP:  # not tl.maximum, which drops NaN
         lower = tl.where(lower < LEAST, LEAST, lower)
@@ -76,9 +73,7 @@ def make_batch(
     step: Tensor,
     batch_size: int,
     precision: str,
-    clip: tuple[float, float] | None = (0.0, 1.0),
-    rank: int = 0,
-    world_size: int = 1,
+    clip: tuple[float, float] | None,
 ) -> tuple[Tensor, Tensor]:
     """Returns the box of a step's examples, as streams [3, B, H, W, C], and labels [B] int64.
 
@@ -87,44 +82,25 @@ def make_batch(
     `box = Interval.ball(prepare(x), eps, clip)`.
 
     Args:
-        images: [E, C, H, W] uint8, contiguous.
+        images: [E, C, H, W] uint8; contiguous, like all.
         labels: [E] int64.
         plan: [E, 4] int32, of the epoch: example, down, right, mirrored. To be overwritten before
             the next epoch.
         pixels: [C, 256] float32, what the network sees of each byte.
-        eps: [1], or [C] one per channel; float32, in the space of the network's input.
+        eps: [1] float32, in the space of the network's input.
         step: [1] int64, the steps done before this one.
-        batch_size: examples of a step, over all processes; B = batch_size / world_size.
+        batch_size: B, at most E.
         precision: of the streams, a name of PRECISIONS.
         clip: (least, greatest) value of the network's input, or None.
-        rank, world_size: as in `epoch_batches`.
-
-    Raises:
-        TypeError, ValueError: an argument is none of the above, naming it.
     """
-    _require("images", images, torch.uint8, "[E, C, H, W]", images.dim() == 4)
     examples, channels, height, width = images.shape
-    _require("labels", labels, torch.int64, f"[{examples}]", labels.shape == (examples,))
-    _require("plan", plan, torch.int32, f"[{examples}, 4]", plan.shape == (examples, 4))
-    table = pixels.shape == (channels, 256)
-    _require("pixels", pixels, torch.float32, f"[{channels}, 256]", table)
-    _require("eps", eps, torch.float32, f"[1] or [{channels}]", eps.numel() in (1, channels))
-    _require("step", step, torch.int64, "[1]", step.numel() == 1)
-    if not 1 <= batch_size <= examples:
-        raise ValueError(f"batch_size must be from 1 to {examples}, got {batch_size}")
-    if not 0 <= rank < world_size or batch_size % world_size:
-        raise ValueError(
-            f"rank must be below world_size and that divide batch_size {batch_size}, got rank "
-            f"{rank} and world_size {world_size}"
-        )
     stored = PRECISIONS[precision]
-    part = batch_size // world_size
-    streams = images.new_empty(3, part, height, width, channels, dtype=stored.dtype)
-    y = torch.empty_like(labels[:part])
+    streams = images.new_empty(3, batch_size, height, width, channels, dtype=stored.dtype)
+    y = torch.empty_like(labels[:batch_size])
     size = channels * height * width
     block = min(1024, triton.next_power_of_2(size))
     least, greatest = clip or (0.0, 0.0)
-    _batch_kernel[part, triton.cdiv(size, block)](
+    _batch_kernel[batch_size, triton.cdiv(size, block)](
         images,
         labels,
         plan,
@@ -134,13 +110,10 @@ def make_batch(
         streams,
         y,
         examples // batch_size,
-        batch_size,
-        rank * part,
         streams.stride(0),
         CHANNELS=channels,
         HEIGHT=height,
         WIDTH=width,
-        EPS_STRIDE=int(eps.numel() > 1),
         CLIP=clip is not None,
         LEAST=least,
         GREATEST=greatest,
@@ -148,13 +121,3 @@ def make_batch(
         BLOCK=block,
     )
     return streams, y
-
-
-def _require(name: str, tensor: Tensor, dtype: torch.dtype, shape: str, fits: bool) -> None:
-    if tensor.dtype != dtype:
-        raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
-    if not fits or not tensor.is_contiguous():
-        raise ValueError(
-            f"{name} must be {shape}, contiguous, got {list(tensor.shape)} with strides "
-            f"{tensor.stride()}"
-        )

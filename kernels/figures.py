@@ -14,16 +14,6 @@ SCHEDULED = 3  # what a step's row of the schedule has: eps, lr, kappa
 
 
 @triton.jit
-def _sum(partials, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Returns the sum of SIZE numbers, added in a fixed order."""
-    sums = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, SIZE, BLOCK):
-        at = first + tl.arange(0, BLOCK)
-        sums += tl.load(partials + at, mask=at < SIZE, other=0.0)
-    return tl.sum(sums, axis=0)
-
-
-@triton.jit
 def _figures_kernel(
     terms_ptr, widths, schedule, now, totals, step, steps,
     SIZES: tl.constexpr, BATCH: tl.constexpr, DIVISORS: tl.constexpr, TERMS: tl.constexpr,
@@ -41,7 +31,11 @@ def _figures_kernel(
     width = logits / DIVISORS[LAYERS]
     _add(totals + 5 + LAYERS, width)
     for i in tl.static_range(LAYERS):
-        of_layer = _sum(widths[i], SIZES[i], BLOCK) / DIVISORS[i]
+        sums = tl.zeros((BLOCK,), tl.float32)  # in a fixed order
+        for first in range(0, SIZES[i], BLOCK):
+            at = first + tl.arange(0, BLOCK)
+            sums += tl.load(widths[i] + at, mask=at < SIZES[i], other=0.0)
+        of_layer = tl.sum(sums, axis=0) / DIVISORS[i]
         _add(totals + 5 + i, of_layer)
         width += of_layer
     kappa, width_weight = tl.load(now + KAPPA), tl.load(now + KAPPA + 1)

@@ -18,9 +18,14 @@ __all__ = ["backward", "forward", "relu_backward", "relu_forward"]
 PRECISION = "float32"
 
 
-def _images(tensors: Sequence[Tensor | None]) -> list[Tensor]:
-    """Returns those that there are, as [N, C, H, W]."""
-    return [t.view(*t.shape, *[1] * (4 - t.dim())) for t in tensors if t is not None]
+def _image(tensor: Tensor) -> Tensor:
+    """Returns a tensor as [N, C, H, W]."""
+    return tensor.view(*tensor.shape, *[1] * (4 - tensor.dim()))
+
+
+def _packed(lower: Tensor, upper: Tensor, nominal: Tensor | None) -> Tensor:
+    z = None if nominal is None else _image(nominal)
+    return pack(_image(lower), _image(upper), z, PRECISION)
 
 
 def forward(
@@ -37,17 +42,13 @@ def forward(
     if not bounds[0].numel():
         width.zero_()
         return outputs
-    streams = pack(*_images([lower, upper]), _image(nominal), PRECISION)
-    copy, _ = weights.pack_weight(_images([weight])[0].contiguous(), PRECISION)
-    targets = tuple(_images(bounds[: len(streams)]))
+    streams = _packed(lower, upper, nominal)
+    copy, _ = weights.pack_weight(_image(weight), PRECISION)
+    targets = tuple(map(_image, bounds[: len(streams)]))
     bias = None if bias is None else bias.contiguous()
     _, partials = conv2d.forward(streams, copy, bias, shape, PRECISION, relu=False, bounds=targets)
     torch.sum(partials, 0, out=width)
     return outputs
-
-
-def _image(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else _images([tensor])[0]
 
 
 def backward(
@@ -63,7 +64,7 @@ def backward(
     """
     of_lower, of_upper, of_nominal, of_weight, of_bias = outputs
     lower, upper, nominal, weight, lower_out, upper_out = saved
-    assert lower is not None and weight is not None
+    assert lower is not None and upper is not None and weight is not None
     if not lower.numel():
         of_weight.zero_()
         of_bias.zero_()
@@ -72,15 +73,18 @@ def backward(
     zeros = lower.new_zeros(()).expand(size)
     given = [zeros if each is None else _image(each) for each in gradients[:3]]
     width = None
-    if gradients[3] is not None and lower_out is not None:  # torch.compile gives zeros for None
-        width = (gradients[3].reshape(1), *_images([lower_out, upper_out]))
+    # torch.compile gives zeros for a gradient that is None
+    if gradients[3] is not None and lower_out is not None and upper_out is not None:
+        width = (gradients[3], _image(lower_out), _image(upper_out))
     gradient = pack_gradient(*given[:2], None if nominal is None else given[2], PRECISION, width)
-    copy, transposed = weights.pack_weight(_images([weight])[0].contiguous(), PRECISION)
+    copy, transposed = weights.pack_weight(_image(weight), PRECISION)
     if of_lower.numel():
         wanted = [of_lower, of_upper] if nominal is None else [of_lower, of_upper, of_nominal]
-        conv2d.input_gradient(gradient, transposed, shape, PRECISION, bounds=tuple(_images(wanted)))
+        conv2d.input_gradient(
+            gradient, transposed, shape, PRECISION, bounds=tuple(map(_image, wanted))
+        )
     if of_weight.numel():
-        streams = pack(*_images([lower, upper]), _image(nominal), PRECISION)
+        streams = _packed(lower, upper, nominal)
         sums, bias_sums = conv2d.weight_gradient(gradient, streams, copy, shape, PRECISION)
         of_weight.copy_(weights.sum_partials(sums).view(of_weight.shape))
         of_bias.copy_(weights.sum_partials(bias_sums))

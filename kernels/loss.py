@@ -456,34 +456,14 @@ def loss(
         relu: whether x comes out of a ReLU; its gradient is that before it, then.
         out: where the results go, as an earlier call with such arguments returned them, or None.
         tiling: how the work is cut; None: `default_tiling`.
-
-    Raises:
-        ValueError: an argument of another shape, dtype, layout or device, or not among the allowed.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
-    dtype, dropped = PRECISIONS[precision].dtype, PRECISIONS[precision].dropped
-    if x.dim() != 3 or len(x) != 3 or x.numel() == 0:
-        raise ValueError(f"x must be [3, N, F] with N and F above 0, got {list(x.shape)}")
-    if weight.dim() != 2 or len(weight) == 0:
-        raise ValueError(f"weight must be [C, F] with C above 0, got {list(weight.shape)}")
     (_, batch, features), classes = x.shape, len(weight)
-    _check("x", x, x.shape, dtype, x.device)
-    _check("weight", weight, (classes, features), dtype, x.device)
-    if bias is not None:
-        _check("bias", bias, (classes,), torch.float32, x.device)
-    _check("y", y, (batch,), torch.int64, x.device)
-    _check("scalars", scalars, (2,), torch.float32, x.device)
-    for name, value in (("divisor", divisor), ("input_divisor", input_divisor)):
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} must be above 0, got {value}")
-
     examples, block, slices, parts, warps = tiling or default_tiling(batch, classes, features)
     tiles, blocks = triton.cdiv(batch, examples), triton.cdiv(features, block)
     shapes = {"CLASSES": classes, "ROWS": triton.next_power_of_2(classes), "EXAMPLES": examples}
     wide = {**shapes, "FEATURES": features, "BLOCK": block, "num_warps": warps}
     wide["maxnreg"] = _REGISTERS
-    activation = {"RELU": relu, "DROPPED": dropped}
+    activation = {"RELU": relu, "DROPPED": PRECISIONS[precision].dropped}
     scale, input_scale = 8 / divisor, None if input_divisor is None else 8 / input_divisor
 
     if slices:
@@ -525,15 +505,3 @@ def loss(
         OWN_TILES=own_tiles,
     )
     return out
-
-
-def _check(
-    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> None:
-    if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
-        raise ValueError(
-            f"{name} must be {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}"
-        )
-    if tensor.device != device or not tensor.is_contiguous():
-        layout = "contiguous" if tensor.is_contiguous() else f"strides {tensor.stride()}"
-        raise ValueError(f"{name} must be contiguous on {device}, got {layout} on {tensor.device}")

@@ -74,8 +74,6 @@ def pack(lower: Tensor, upper: Tensor, nominal: Tensor | None, precision: str) -
 
     float32 tensors of any strides. Equals, before rounding,
     `torch.stack([(lower + upper) / 2, (upper - lower) / 2, nominal]).permute(0, 1, 3, 4, 2)`.
-
-    Raises TypeError or ValueError where they are not float32 of one shape.
     """
     return _pack([lower, upper, nominal], [], None, precision)
 
@@ -95,8 +93,6 @@ def pack_gradient(
     width: (grad, lower, upper), the gradient [1] of `width = ((upper - lower) ** 2).sum()` and the
     bounds, where that counts too: then `4 * grad * (upper - lower)` is added to the second stream,
     and 0 where the bounds are equal, infinite ones too.
-
-    Raises TypeError or ValueError where they are not float32 of one shape.
     """
     grad_width, *bounds = width or (None,)
     return _pack([grad_lower, grad_upper, grad_nominal], bounds, grad_width, precision, True)
@@ -111,16 +107,7 @@ def _pack(
 ) -> Tensor:
     box = [tensor for tensor in given if tensor is not None]
     sources = [*box, *bounds]
-    shape = sources[0].shape
-    for tensor in sources:
-        if tensor.dtype != torch.float32:
-            raise TypeError(f"lower, upper and nominal must be float32, got {tensor.dtype}")
-        if tensor.dim() != 4 or tensor.shape != shape:
-            raise ValueError(
-                f"lower, upper and nominal must be [N, C, H, W] of one shape, got {list(shape)} "
-                f"and {list(tensor.shape)}"
-            )
-    images, channels, height, width = shape
+    images, channels, height, width = sources[0].shape
     stored = PRECISIONS[precision]
     streams = sources[0].new_empty(len(box), images, height, width, channels, dtype=stored.dtype)
     grid, sizes, strides, tile = _arranged(sources)
@@ -200,53 +187,17 @@ def _unpack_kernel(
         _store(targets[2], strides[2], n, row, x, c, z, inside)
 
 
-def unpack(
-    streams: Tensor, memory_format: torch.memory_format = torch.contiguous_format
-) -> tuple[Tensor, ...]:
+def unpack(streams: Tensor, gradient: bool = False) -> tuple[Tensor, ...]:
     """Returns lower, upper and, of 3 streams, nominal [N, C, H, W] float32 of [S, N, H, W, C].
 
     Equals `(m - r, m + r, z)` of `m, r, z = streams.float().permute(0, 1, 4, 2, 3)`.
 
-    memory_format: of the results, torch.contiguous_format or torch.channels_last.
-
-    Raises ValueError for streams of another shape, and another memory format.
+    gradient: returns the gradient of lower, upper and nominal from that of what `pack` made of
+    them instead, `((m - r) / 2, (m + r) / 2, z)`.
     """
-    return _unpack(streams, memory_format)
-
-
-def unpack_gradient(
-    streams: Tensor, memory_format: torch.memory_format = torch.contiguous_format
-) -> tuple[Tensor, ...]:
-    """Returns the gradient of lower, upper and nominal from that of what `pack` made of them.
-
-    Equals `((m - r) / 2, (m + r) / 2, z)`; arguments, results and errors are those of `unpack`.
-    """
-    return _unpack(streams, memory_format, True)
-
-
-def _unpack(
-    streams: Tensor, memory_format: torch.memory_format, gradient: bool = False
-) -> tuple[Tensor, ...]:
-    if streams.dim() != 5 or len(streams) not in (2, 3) or not streams.is_contiguous():
-        raise ValueError(
-            "streams must be [S, N, H, W, C] with S 2 or 3, contiguous, got "
-            f"{list(streams.shape)} with strides {streams.stride()}"
-        )
-    if memory_format not in (torch.contiguous_format, torch.channels_last):
-        raise ValueError(
-            "memory_format must be torch.contiguous_format or torch.channels_last, got "
-            f"{memory_format}"
-        )
     _, images, height, width, channels = streams.shape
-    targets = tuple(
-        torch.empty(
-            (images, channels, height, width),
-            dtype=torch.float32,
-            device=streams.device,
-            memory_format=memory_format,
-        )
-        for _ in streams
-    )
+    size = (images, channels, height, width)
+    targets = tuple(streams.new_empty(size, dtype=torch.float32) for _ in streams)
     grid, sizes, strides, tile = _arranged(targets)
     _unpack_kernel[grid](
         streams,

@@ -82,13 +82,7 @@ def pack_weight(weight: Tensor, precision: str) -> tuple[Tensor, Tensor]:
 
     They are [Cout, KH, KW, Cin] and [KH, KW, Cin, Cout] in the precision's dtype and equal
     `rounded(weight).permute(0, 2, 3, 1)` and `rounded(weight).permute(2, 3, 1, 0)`.
-
-    Raises TypeError or ValueError where weight is none of that shape and dtype.
     """
-    if weight.dtype != torch.float32:
-        raise TypeError(f"weight must be float32, got {weight.dtype}")
-    if weight.dim() != 4:
-        raise ValueError(f"weight must be [Cout, Cin, KH, KW], got {list(weight.shape)}")
     stored = PRECISIONS[precision]
     outputs, channels, *kernel = weight.shape
     taps = math.prod(kernel)
@@ -122,16 +116,7 @@ def sum_partials(partials: Tensor) -> Tensor:
 
     Equals `partials.sum(0).permute(0, 3, 1, 2)`, summed from the first split on. A bias has
     [Cout] and [splits, Cout].
-
-    Raises TypeError or ValueError where partials is none of that shape, or not contiguous float32.
     """
-    if partials.dtype != torch.float32:
-        raise TypeError(f"partials must be float32, got {partials.dtype}")
-    if partials.dim() not in (2, 5) or not partials.is_contiguous() or len(partials) < 1:
-        raise ValueError(
-            "partials must be [splits, Cout, KH, KW, Cin] or [splits, Cout], contiguous, got "
-            f"{list(partials.shape)} with strides {partials.stride()}"
-        )
     if partials.dim() == 2:
         outputs, channels, taps = 1, partials.shape[1], 1
         total = torch.empty_like(partials[0])

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+pytest.importorskip("triton")
 from cibp_fast.fusion.network import planned
 from cibp_fast.fusion.tracing import trace
+from cibp_fast.kernels.precision import PRECISIONS
 from cibp_fast.training import datasets
 from cibp_fast.training.batches import pixel_table
 from cibp_fast.training.gpu_step import TrainStep
 
 
 def stored(x: Tensor, precision: str) -> Tensor:
-    """float32 x as the precision stores it."""
-    if precision == "bf16":
-        return x.to(torch.bfloat16)
-    if precision == "float32":
-        return x
-    bits = x.view(torch.int32)
-    nearest = (bits + 0xFFF + ((bits >> 13) & 1)) & -0x2000
-    return torch.where(x == x, nearest.view(torch.float32), x)
+    """float32 x as the precision stores it, rounded to nearest even by float64 arithmetic."""
+    bits = 24 - PRECISIONS[precision].dropped
+    mantissa, exponent = torch.frexp(x.double())
+    rounded = torch.ldexp((mantissa * 2.0**bits).round() / 2.0**bits, exponent)
+    return torch.where(x.isfinite(), rounded, x).to(PRECISIONS[precision].dtype)
 
 
 def split(channels: int, height: int, width: int) -> datasets.Split:

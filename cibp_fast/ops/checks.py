@@ -44,17 +44,23 @@ def network_failure(
 
     stages: of `cibp_fast.ops.network.Stage`. biases: of each but pooling, whether it has one.
     """
-    return failure_reason(
-        ("network", precision, batch, *biases, *(stage.numbers() for stage in stages)),
-        tiled(stages, batch, precision),
-        device,
-        partial(network_errors, stages, biases, batch, precision, device),
-    )
+    check = partial(network_errors, stages, biases, batch, precision, device)
+    return stages_failure(("network",), stages, biases, batch, precision, device, check)
 
 
-def tiled(stages: Sequence[Any], batch: int, precision: str) -> list[tuple[Shape, str]]:
-    """Returns the convolutions of a network, and their precision, whose tiles it depends on."""
-    return [(shape_of(stage, batch), precision) for stage in stages if not stage.pool]
+def stages_failure(
+    of: tuple[Any, ...],
+    stages: Sequence[Any],
+    biases: Sequence[bool],
+    batch: int,
+    precision: str,
+    device: torch.device,
+    check: Callable[[], Errors],
+) -> str:
+    """Returns what `failure_reason` does, of what runs the stages of a network."""
+    shapes = [shape_of(stage, batch) for stage in stages if not stage.pool]
+    of = (*of, precision, batch, *biases, *(stage.numbers() for stage in stages))
+    return failure_reason(of, shapes, precision, device, check)
 
 
 def layer_failure(shape: Shape, nominal: bool, bias: bool, device: torch.device) -> str:
@@ -63,19 +69,22 @@ def layer_failure(shape: Shape, nominal: bool, bias: bool, device: torch.device)
 
     shape: its geometry.
     """
-    convolutions = [(shape, layers.PRECISION)]
     check = partial(layer_errors, shape, device, nominal, bias)
-    return failure_reason(("layer", nominal, bias, *shape), convolutions, device, check)
+    return failure_reason(
+        ("layer", nominal, bias, *shape), [shape], layers.PRECISION, device, check
+    )
 
 
 def relu_failure(nominal: bool, device: torch.device) -> str:
     """Returns the same of ReLU."""
-    return failure_reason(("relu", nominal), [], device, partial(relu_errors, device, nominal))
+    check = partial(relu_errors, device, nominal)
+    return failure_reason(("relu", nominal), [], layers.PRECISION, device, check)
 
 
 def failure_reason(
     of: tuple[Any, ...],
-    tiled: Sequence[tuple[Shape, str]],
+    shapes: Sequence[Shape],
+    precision: str,
     device: torch.device,
     check: Callable[[], Errors],
 ) -> str:
@@ -83,31 +92,29 @@ def failure_reason(
 
     Checks it where that was not done yet, which is not possible while a graph is captured.
 
-    of: what names it among all that is checked. tiled: the convolutions, and their precisions,
-    whose tiles it depends on.
+    of: what names it among all that is checked. shapes: the convolutions whose tiles it depends on.
     """
-    known = _known()
+    known, stored = _known(), PRECISIONS[precision]
     with torch.cuda.device_of(torch.empty(0, device=device)):  # where Triton compiles and launches
-        key = _key(of, tiled, device)
-        if key not in known:
-            if capturing():
-                return (
-                    "its kernels were not checked before a graph was captured: run it once before"
-                )
-            why = _run(check)
-            # all of them, not only up to the first
-            if why not in ("", NO_MEMORY) and any(
-                [use_default_tiles(shape, PRECISIONS[precision]) for shape, precision in tiled]
-            ):
-                _warn(f"tuned tiles are not used, but the rule's: {why} (of {of})")
-                return failure_reason(of, tiled, device, check)
-            if why:
-                _warn(f"PyTorch runs what Triton's kernels should: {why} (of {of})")
-            if why == NO_MEMORY:  # there may be some the next time
-                return why
+        tiles = [tuple(tiles_for(k, shape, stored)) for shape in shapes for k in KERNELS]
+        key = " ".join(map(str, (*_where(device), *of, tiles)))
+        if key in known:
+            return known[key]
+        if capturing():
+            return "its kernels were not checked before a graph was captured: run it once before"
+        why = _run(check)
+        # all of them, not only up to the first
+        if why not in ("", NO_MEMORY) and any(
+            [use_default_tiles(shape, stored) for shape in shapes]
+        ):
+            _warn(f"tuned tiles are not used, but the rule's: {why} (of {of})")
+            return failure_reason(of, shapes, precision, device, check)
+        if why:
+            _warn(f"PyTorch runs what Triton's kernels should: {why} (of {of})")
+        if why != NO_MEMORY:  # there may be some the next time
             known[key] = why
             _keep(known)
-    return known[key]
+        return why
 
 
 def _warn(message: str) -> None:
@@ -128,15 +135,6 @@ def _run(check: Callable[[], Errors]) -> str:
         if not off <= allowed:
             return f"{name} is wrong on this GPU, by {off:.1e} relative to float64"
     return ""
-
-
-def _key(of: tuple[Any, ...], tiled: Sequence[tuple[Shape, str]], device: torch.device) -> str:
-    tiles = [
-        tuple(tiles_for(kernel, shape, PRECISIONS[precision]))
-        for shape, precision in tiled
-        for kernel in KERNELS
-    ]
-    return " ".join(map(str, (*_where(device), *of, tiles)))
 
 
 def _where(device: torch.device) -> tuple[Any, ...]:

@@ -263,7 +263,7 @@ def backward(
         head = None
     if wants_input:
         gradient = gradient.view(streams[0].shape)
-        for out, each in zip(inputs_out, pack.unpack_gradient(gradient), strict=True):
+        for out, each in zip(inputs_out, pack.unpack(gradient, gradient=True), strict=True):
             out.copy_(each)
 
 

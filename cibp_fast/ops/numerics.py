@@ -75,30 +75,23 @@ def affine(
     x: Tensor, shape: Shape, weight: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
     """Returns a convolution of the streams x; average pooling where there is no weight."""
-    if weight is None:
-        kernel = (shape.kernel_height, shape.kernel_width)
-        mean = x.new_full((shape.in_channels, 1, *kernel), 1 / prod(kernel))
-        return torch.stack([_convolved(each, mean, shape, shape.in_channels) for each in x])
-    m, r, z = (
-        _convolved(each, w, shape)
-        for each, w in zip(x, (weight, weight.abs(), weight), strict=True)
-    )
-    if bias is not None:
-        m, z = (each + bias.view(-1, 1, 1) for each in (m, z))
-    return torch.stack([m, r, z])
-
-
-def _convolved(x: Tensor, weight: Tensor, shape: Shape, groups: int = 1) -> Tensor:
-    """F.conv2d of x [N, C, H, W], with the padding that the shape has in front and needs behind."""
+    channels, kernel = shape.in_channels, (shape.kernel_height, shape.kernel_width)
+    mean = x.new_full((channels, 1, *kernel), 1 / prod(kernel))
+    weights = [mean] * 3 if weight is None else [weight, weight.abs(), weight]
     ends = [
         (out - 1) * step + dilation * (size - 1) + 1 - begin - given
         for out, step, dilation, size, begin, given in zip(
-            (shape.out_height, shape.out_width), shape.stride, shape.dilation, weight.shape[2:],
+            (shape.out_height, shape.out_width), shape.stride, shape.dilation, kernel,
             shape.padding, (shape.in_height, shape.in_width), strict=True,
         )
     ]  # fmt: skip
     padded = F.pad(x, (shape.padding[1], ends[1], shape.padding[0], ends[0]))
-    return F.conv2d(padded, weight, None, shape.stride, 0, shape.dilation, groups)
+    groups = channels if weight is None else 1
+    biases = [bias, None, bias]
+    return torch.stack([
+        F.conv2d(each, w, b, shape.stride, 0, shape.dilation, groups)
+        for each, w, b in zip(padded, weights, biases, strict=True)
+    ])  # fmt: skip
 
 
 def activated(x: Tensor) -> Tensor:
@@ -122,6 +115,51 @@ def squares(x: Tensor) -> Tensor:
     return 4 * x[1].square().sum()
 
 
+class Exact:
+    """A network in float64, each stage from what the kernels stored as its input.
+
+    Args:
+        parameters: weights [Cout, Cin, KH, KW] in float64, one a stage but pooling, then as many
+            biases or None.
+        streams: the stored input of each stage, [3, N, H, W, C].
+        x: the first stage's input, [3, N, C, H, W], which gradients can be taken of.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Any],
+        parameters: Sequence[Tensor | None],
+        streams: Sequence[Tensor],
+        x: Tensor,
+    ) -> None:
+        count = len(parameters) // 2
+        given = iter(zip(parameters[:count], parameters[count:], strict=True))
+        self.streams = [exact(each) for each in streams]
+        self.inputs: list[Tensor] = []  # of each stage, behind the ReLU
+        self.outputs: list[Tensor] = []  # in front of it
+        self.relus = [stage.relu for stage in stages[:-1]]
+        for i, (stage, stored) in enumerate(zip(stages, self.streams, strict=True)):
+            if i and self.relus[i - 1]:
+                x = rectified(x, stored)
+            self.inputs.append(stored + (x - x.detach()))
+            weight, bias = (None, None) if stage.pool else next(given)
+            shape = gpu_network.convolution_of(stage, x.shape[1])
+            x = affine(self.inputs[-1], shape, weight, bias)
+            self.outputs.append(x)
+        self.stored = [
+            activated(out.detach()) if relu else out.detach()
+            for out, relu in zip(self.outputs, self.relus, strict=False)
+        ]
+
+    def errors(self, widths: Sequence[Tensor | None], precision: str, what: str = "") -> Errors:
+        """Returns the errors of what each stage but the last stored, and of its sum of squares."""
+        found: Errors = {}
+        for i, (x, width) in enumerate(zip(self.stored, widths, strict=True), 1):
+            error = deviation([self.streams[i], width], [x, None if width is None else squares(x)])
+            found[f"the forward of layer {i}{what}"] = error, TOLERANCES[precision]
+        return found
+
+
 def vjp(
     outputs: Sequence[Tensor | None],
     inputs: Sequence[Tensor | None],
@@ -138,53 +176,6 @@ def vjp(
     options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
     found = iter(torch.autograd.grad(outs, there, grads, **options))
     return [None if each is None else next(found) for each in inputs]
-
-
-def follow(
-    stages: Sequence[Any],
-    weights: Sequence[Tensor | None],
-    biases: Sequence[Tensor | None],
-    streams: Sequence[Tensor],
-    x: Tensor,
-) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Follows x, which was stored as streams[0], through all stages but the last.
-
-    Args:
-        weights: of each stage [Cout, Cin, KH, KW] in float64, None of pooling. biases: likewise.
-        streams: the stored input of each stage, [3, N, H, W, C].
-
-    Returns:
-        what each stage should have stored, but for rounding; the squares of its output, and the
-        last stage's input, which gradients can be taken of.
-    """
-    expected, widths = [], []
-    for i, (stage, weight, bias) in enumerate(zip(stages[:-1], weights, biases, strict=False)):
-        shape = gpu_network.convolution_of(stage, x.shape[1])
-        with torch.no_grad():
-            out = affine(exact(streams[i]), shape, weight, bias)
-            expected.append(activated(out) if stage.relu else out)
-        x = affine(x, shape, weight, bias)
-        if stage.relu:
-            x = rectified(x, exact(streams[i + 1]))
-        widths.append(squares(x))
-    return expected, widths, x
-
-
-def stored_errors(
-    streams: Sequence[Tensor],
-    widths: Sequence[Tensor | None],
-    expected: Sequence[Tensor],
-    precision: str,
-    what: str = "",
-) -> Errors:
-    """Returns the errors of what each stage but the last stored, and of its sum of squares."""
-    return {
-        f"the forward of layer {i}{what}": (
-            deviation([exact(streams[i]), width], [each, None if width is None else squares(each)]),
-            TOLERANCES[precision],
-        )
-        for i, (each, width) in enumerate(zip(expected, widths, strict=True), 1)
-    }
 
 
 # Random numbers
@@ -296,7 +287,6 @@ KINDS = {
     "": range(6),
     " from the logits": range(3),
     " from logits and widths": (0, 1, 2, 5),
-    " from the head": (3, 4),
     " from one of each": (0, 3),
 }
 
@@ -316,44 +306,36 @@ def network_errors(
     weights, offsets = parameters(stages, biases, random, device)
     weights = [rounded_like(weight, precision).float() for weight in weights]
     few = partial(few_bits, random, device, batch)
-    first, last, count = stages[0], stages[-1], len(weights)
-    center, radius = few(*first.input).abs(), (few(*first.input).abs() * 4).round() / 16
-    box = [center - radius, center + radius, few(*first.input)]
+    first, last, count = stages[0].input, stages[-1], len(weights)
+    center, radius = few(*first).abs(), (few(*first).abs() * 4).round() / 16
+    box = [center - radius, center + radius, few(*first)]
     given = [*box, *weights, *offsets]
     leaves = [None if each is None else each.double().requires_grad_() for each in given]
-    exact_weights = by_stage(stages, leaves[3:])
-    exact_biases = by_stage(stages, leaves[3 + count :])
     divisors = [2] * len(stages)  # small ones, so that the gradients of widths are seen
     found: Errors = {}
 
-    def last_layer(x: Tensor) -> tuple[list[Tensor], Tensor]:
-        shape = gpu_network.convolution_of(last, batch)
-        out = affine(x, shape, exact_weights[-1], exact_biases[-1]).flatten(2)
-        m, r, _ = x.flatten(2)
-        return [out[0] - out[1], out[0] + out[1], out[2], m - r, m + r], squares(out)
-
-    def forward(x: Tensor, what: str = "") -> tuple[list[Tensor], list[Tensor], Tensor]:
+    def forward(x: Tensor, what: str = "") -> tuple[tuple[Tensor, ...], list[Tensor]]:
         """Runs and compares it; returns its outputs, and those expected, to be differentiated."""
-        *outputs, saved = gpu_network.forward(
+        outputs = gpu_network.forward(
             *(box[0], box[1], box[2]), stages, weights, offsets, divisors, precision
         )
-        streams = gpu_network.saved_streams(saved, stages, batch, precision)
-        stored, widths, x = follow(stages, exact_weights, exact_biases, streams, x)
-        with torch.no_grad():
-            results, width = last_layer(exact(streams[-1]))
-        counted = list(outputs[5].double() * torch.tensor(divisors, device=device))
-        found.update(stored_errors(streams, counted[:-1], stored, precision, what))
-        error = deviation([*outputs[:5], counted[-1]], [*results, width])
+        streams = gpu_network.saved_streams(outputs[-1], stages, batch, precision)
+        model = Exact(stages, leaves[3:], streams, x)
+        head, out = (each.flatten(2) for each in (model.inputs[-1], model.outputs[-1]))
+        results = [out[0] - out[1], out[0] + out[1], out[2], head[0] - head[1], head[0] + head[1]]
+        widths = torch.stack([squares(each) for each in (*model.inputs[1:], out)])
+        counted = list(2 * outputs[5].double())
+        found.update(model.errors(counted[:-1], precision, what))
+        error = deviation([*outputs[:5], counted[-1]], [*results, widths[-1]])
         found[f"the last layer{what}"] = error, TOLERANCES[precision]
-        results, width = last_layer(x)
-        return outputs, [*results, torch.stack([*widths, width]) / 2], saved
+        return outputs, [*results, widths / 2]
 
     with torch.enable_grad():
         lower, upper, nominal = (each for each in leaves[:3] if each is not None)
         x = torch.stack([(lower + upper) / 2, (upper - lower) / 2, nominal])
         packed = exact(pack.pack(*box, precision))
         found["packing"] = deviation([packed], [x]), TOLERANCES[precision]
-        outputs, results, saved = forward(x)
+        outputs, results = forward(x)
 
     ends = [few(*each.shape[1:]) for each in results[:5]]
     relus = [each.relu or each is last for each in stages]  # whose widths count
@@ -362,8 +344,8 @@ def network_errors(
         gradients = [each if i in wanted else None for i, each in enumerate(ends)]
         into = [center.new_empty(0 if each is None else each.shape) for each in given]
         gpu_network.backward(
-            gradients, (outputs[0], outputs[1]), saved, stages, weights, divisors, precision, True,
-            [each is not None for each in given[3:]], into[:3], into[3:],
+            gradients, (outputs[0], outputs[1]), outputs[-1], stages, weights, divisors, precision,
+            True, [each is not None for each in given[3:]], into[:3], into[3:],
         )  # fmt: skip
         expected = vjp(results, leaves, gradients)
         for i in reversed(range(count)):
@@ -381,12 +363,6 @@ def network_errors(
     return found
 
 
-def by_stage(stages: Sequence[Any], values: Iterable[Any]) -> list[Any]:
-    """Returns a value for each stage, None for pooling."""
-    left = iter(values)
-    return [None if stage.pool else next(left) for stage in stages]
-
-
 # Single layers, as torch sees them
 
 
@@ -400,33 +376,34 @@ def layer_errors(
     random = torch.Generator().manual_seed(0)
     layout = torch.channels_last if shape.channels_last else torch.contiguous_format
     size = (shape.batch, shape.in_channels, shape.in_height, shape.in_width)
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=random).to(device)
-
-    center, radius, z = (normal(*size).to(memory_format=layout) for _ in range(3))
-    kernel = (shape.kernel_height, shape.kernel_width)
-    weight = normal(shape.out_channels, shape.in_channels, *kernel)
+    kernel = (shape.out_channels, shape.in_channels, shape.kernel_height, shape.kernel_width)
+    box = _box(size, nominal, random, device, layout)
+    weight, offset = (torch.randn(n, generator=random).to(device) for n in (kernel, kernel[0]))
     weight.view(-1)[::7] = 0  # whose sign is 0
-    offset = normal(shape.out_channels) if bias else None
-    given = [center - radius.abs(), center + radius.abs(), z if nominal else None, weight, offset]
+    given = [*box, weight, offset if bias else None]
     geometry = (shape.stride, shape.padding, shape.dilation, 1)
     return _op_errors("a layer", ops.conv2d, reference.conv2d, given, geometry, random)
 
 
 def relu_errors(device: torch.device | str, nominal: bool = True) -> Errors:
-    """Returns the errors of ReLU, with a nominal stream or without.
+    """Returns the errors of ReLU, with a nominal stream or without."""
+    random = torch.Generator().manual_seed(0)
+    given = _box((3 * relu.BLOCK + 5,), nominal, random, device)
+    return _op_errors("ReLU", ops.relu, reference.relu, given, (), random)
 
-    Of two sizes: Triton compiles a kernel for multiples of 16 apart.
-    """
-    found: Errors = {}
-    for size in (3 * relu.BLOCK + 5, 3 * relu.BLOCK + 16):
-        random = torch.Generator().manual_seed(0)
-        lower, width, z = (torch.randn(size, generator=random).to(device) for _ in range(3))
-        given = [lower, lower + width.abs(), z if nominal else None]
-        name = f"ReLU of {size} numbers"
-        found |= _op_errors(name, ops.relu, reference.relu, given, (), random)
-    return found
+
+def _box(
+    size: tuple[int, ...],
+    nominal: bool,
+    random: torch.Generator,
+    device: torch.device | str,
+    layout: torch.memory_format = torch.contiguous_format,
+) -> list[Tensor | None]:
+    """Returns random lower and upper, and nominal or None."""
+    center, radius, z = (
+        torch.randn(size, generator=random).to(device, memory_format=layout) for _ in range(3)
+    )
+    return [center - radius.abs(), center + radius.abs(), z if nominal else None]
 
 
 def _op_errors(

@@ -78,8 +78,9 @@ class TrainStep:
                 f"{list(images.shape[1:])}"
             )
         self.stages, self.precision, self.cpp = tuple(stages), precision, cpp
-        self.images, self.labels, self.pixels = images, labels, pixels
-        self.schedule, self.batch_size, self.clip = schedule, batch_size, clip
+        self.images, self.labels = images.contiguous(), labels.contiguous()
+        self.pixels, self.schedule = pixels.contiguous(), schedule.contiguous()
+        self.batch_size, self.clip = batch_size, clip
         self.plan = torch.zeros(len(images), 4, dtype=torch.int32, device=images.device)
         self.at = torch.tensor([step], device=images.device)
         # eps, lr, kappa and width weight of the step to come
@@ -98,8 +99,18 @@ class TrainStep:
         self.has_width = width_weight > 0
         given = iter(parameters)
         self.parameters = [None if stage.pool else next(given) for stage in self.stages]
+        # of each stage [Cout, Cin, KH, KW] and [Cout], where the parameters are
+        pairs = [(None, None) if each is None else each for each in self.parameters]
+        self.weights = [
+            None if weight is None else kernel_of(weight[0], stage)
+            for (weight, _), stage in zip(pairs, self.stages, strict=True)
+        ]
+        self.biases = [None if bias is None else bias[0].detach() for _, bias in pairs]
         with torch.cuda.device_of(images):
-            self.copies = self._packed()
+            self.copies = [
+                (None, None) if weight is None else pack_weight(weight, precision)
+                for weight in self.weights
+            ]
         # partial gradients of weight and bias: kept, so that their addresses stay
         self.partials: list[tuple[Tensor, Tensor] | None] = [None] * len(self.stages)
         self.loss: Loss | None = None
@@ -135,14 +146,14 @@ class TrainStep:
                 "torch.cuda.graph"
             )
         with torch.cuda.device(self.images.device):
-            kept = [t.clone() for t in self._state()]
+            state = [*self._state(), *(t for pair in self.copies for t in pair if t is not None)]
+            kept = [t.clone() for t in state]
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 self.run()
-                for tensor, value in zip(self._state(), kept, strict=True):
+                for tensor, value in zip(state, kept, strict=True):
                     tensor.copy_(value)
-                self._repack()
             torch.cuda.current_stream().wait_stream(stream)
         self.graph, _ = capture(self.run, stream)
 
@@ -158,34 +169,6 @@ class TrainStep:
         tensors = [t for each in self.parameters if each for one in each if one for t in one]
         return [*tensors, self.now, self.totals, self.at]
 
-    def _weights(self) -> list[Tensor | None]:
-        """Returns each stage's weight, [Cout, Cin, KH, KW]."""
-        return [
-            None if each is None or each[0] is None else kernel_of(each[0][0], stage)
-            for each, stage in zip(self.parameters, self.stages, strict=True)
-        ]
-
-    def biases(self) -> list[Tensor | None]:
-        """Returns each stage's bias, [Cout]."""
-        return [
-            None if each is None or each[1] is None else each[1][0].detach()
-            for each in self.parameters
-        ]
-
-    def _packed(self) -> list[tuple[Tensor | None, Tensor | None]]:
-        """Returns the copies of the weights."""
-        return [
-            (None, None) if weight is None else pack_weight(weight, self.precision)
-            for weight in self._weights()
-        ]
-
-    def _repack(self) -> None:
-        """Makes the copies of weights anew, where they are."""
-        for copies, new in zip(self.copies, self._packed(), strict=True):
-            for copy, value in zip(copies, new, strict=True):
-                if copy is not None and value is not None:
-                    copy.copy_(value)
-
     def forward(self) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Returns the stored input of each stage, [3, N, H, W, C], the partial sums of the widths
         of those that count, and the labels.
@@ -196,7 +179,7 @@ class TrainStep:
         )  # fmt: skip
         streams, widths = [x], []
         for stage, weight, bias, (copy, _) in zip(
-            self.stages[:-1], self._weights(), self.biases(), self.copies, strict=False
+            self.stages[:-1], self.weights, self.biases, self.copies, strict=False
         ):
             channels, *size = stage.output
             out = x.new_empty(3, self.batch_size, *size, channels)
@@ -209,14 +192,14 @@ class TrainStep:
 
     def _backward(self, streams: Sequence[Tensor], y: Tensor) -> Loss:
         """Fills the partial gradients; returns the loss."""
-        weights, relus = self._weights(), [False, *(stage.relu for stage in self.stages)]
+        weights, relus = self.weights, [False, *(stage.relu for stage in self.stages)]
         last = len(self.stages) - 1
         copy, _ = self.copies[last]
         assert copy is not None
         found = loss(
             streams[last].view(3, self.batch_size, -1),
             copy.view(len(copy), -1),
-            self.biases()[last],
+            self.biases[last],
             y,
             self.now[SCHEDULED - 1 :],
             precision=self.precision,

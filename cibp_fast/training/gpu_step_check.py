@@ -18,21 +18,18 @@ from torch import Tensor
 
 from cibp_fast import reference
 from cibp_fast.interval import Interval
-from cibp_fast.kernels.adam import Parameter
 from cibp_fast.kernels.precision import rounded_like
-from cibp_fast.ops.checks import failure_reason, tiled
+from cibp_fast.ops.checks import stages_failure
 from cibp_fast.ops.numerics import (
     CHAINED,
     TOLERANCES,
     Errors,
+    Exact,
     deviation,
     exact,
-    follow,
     parameters,
-    rectified,
     relative,
     squares,
-    stored_errors,
 )
 from cibp_fast.training import datasets
 from cibp_fast.training.batches import draw, epoch_batches, epoch_plan
@@ -58,12 +55,12 @@ def failure(
     biases: of each stage but pooling, whether it has one. options: batch_size, clip, width_weight,
     mean and precision of TrainStep.
     """
-    return failure_reason(
-        ("step", *options.items(), *biases, *(stage.numbers() for stage in stages)),
-        tiled(stages, options["batch_size"], options["precision"]),
-        device,
+    of, check = (
+        ("step", *options.items()),
         partial(errors, stages, biases, pixels, device, **options),
     )
+    batch, precision = options["batch_size"], options["precision"]
+    return stages_failure(of, stages, biases, batch, precision, device, check)
 
 
 def errors(
@@ -115,8 +112,12 @@ def _step_errors(step: TrainStep, packed: Tensor, y: Tensor) -> Errors:
     """Takes a step, of the batch that is packed and has labels y, and returns its errors."""
     precision, count, totals = step.precision, int(step.at), step.totals.clone()
     before = [t.clone() for each in step.parameters if each for one in each if one for t in one]
-    weights = [None if copy is None else exact(copy) for copy, _ in step.copies]
-    biases = [None if each is None else each.double() for each in step.biases()]
+    weights = [exact(copy) for copy, _ in step.copies if copy is not None]
+    biases = [
+        None if bias is None else bias.double()
+        for bias, stage in zip(step.biases, step.stages, strict=True)
+        if not stage.pool
+    ]
     lr, kappa, width_weight = step.now[1:].double()
     streams, widths, labels = step.forward()  # has the bits that `run` computes
     step.run()
@@ -125,98 +126,67 @@ def _step_errors(step: TrainStep, packed: Tensor, y: Tensor) -> Errors:
     same = torch.equal(streams[0].cpu(), packed) and torch.equal(labels.cpu(), y)
     found: Errors = {"the batch": (0.0 if same else math.inf, 0.0)}
 
-    # in the order of rows
     pairs = [each for pair in zip(weights, biases, strict=True) for each in pair]
-    leaves = [each.requires_grad_() for each in pairs if each is not None]
-    relus = [stage.relu for stage in step.stages[:-1]]
+    leaves = [each.requires_grad_() for each in pairs if each is not None]  # in the order of rows
     with torch.enable_grad():
-        stored, of_squares, x_last = follow(
-            step.stages, weights, biases, streams, exact(streams[0])
-        )
-        given = exact(streams[-1]).requires_grad_()
-        x = rectified(given, given.detach()) if relus and relus[-1] else 1.0 * given
-        m, r, z = x.flatten(2)
-        bias = biases[-1]
-        last = leaves[-1:] if bias is None else leaves[-2:]
-        weight = last[0].flatten(1)
-        logits = F.linear(z, weight, bias)
-        margins = reference.elided_margins(m - r, m + r, weight, bias, labels)
+        x = exact(streams[0]).requires_grad_()
+        model = Exact(step.stages, [*weights, *biases], streams, x)
+        m, r, _ = model.inputs[-1].flatten(2)
+        out = model.outputs[-1].flatten(2)
+        margins = reference.elided_margins(m - r, m + r, weights[-1].flatten(1), biases[-1], labels)
         worst = reference.elided_worst_logits(margins, labels)
-        losses = [F.cross_entropy(each, labels, reduction="sum") for each in (logits, worst)]
-        width = 4 * F.linear(r, weight.abs()).square().sum()
-        total = (kappa * losses[0] + (1 - kappa) * losses[1]) / step.batch_size
-        total = total + width_weight * width / step.divisors[-1]
-        if relus and relus[-1]:
-            total = total + width_weight * squares(x) / step.divisors[-2]
-        of_given, of_x, *of_last = torch.autograd.grad(total, [given, x, *last])
-        # the loss as a linear function of the last layer's input, whose width it has
-        total = (x_last * of_x).sum()
-        for i, counts in enumerate(relus[:-1]):
-            total = total + counts * width_weight * of_squares[i] / step.divisors[i]
-        hidden = leaves[: len(leaves) - len(last)]
-        of_hidden = torch.autograd.grad(total, hidden) if hidden else ()
+        losses = [F.cross_entropy(each, labels, reduction="sum") for each in (out[2], worst)]
+        every = [squares(model.inputs[i + 1]) / step.divisors[i] for i in step.counted]
+        every.append(squares(out) / step.divisors[-1])
+        nominal, robust = (each / step.batch_size for each in losses)
+        width = torch.stack(every).sum()
+        total = kappa * nominal + (1 - kappa) * robust + width_weight * width
+        of_x, *gradients = torch.autograd.grad(total, [[x, *model.outputs][-2], *leaves])
 
     sums = iter(widths)
-    counted = [next(sums).double().sum() if relu else None for relu in relus]
-    found |= stored_errors(streams, counted, stored, precision)
-    wrong = (logits.argmax(1) != labels).double().sum()
-    error = deviation(loss.terms.double().sum(0), [*losses, width, wrong])
+    counted = [next(sums).double().sum() if stage.relu else None for stage in step.stages[:-1]]
+    found |= model.errors(counted, precision)
+    wrong = (out[2].argmax(1) != labels).double().sum()
+    error = deviation(loss.terms.double().sum(0), [*losses, squares(out), wrong])
     found["the last layer's loss"] = error, TOLERANCES["float32"]
     partials = [_in_torch_order(row.partials).view(row.master.shape) for row in rows]
-    error = deviation(partials[len(hidden) :], of_last)
+    gradients = [each.view(row.master.shape) for each, row in zip(gradients, rows, strict=True)]
+    last = 1 if biases[-1] is None else 2
+    error = deviation(partials[-last:], gradients[-last:])
     found["the last layer's gradients"] = error, TOLERANCES["float32"]
-    error = deviation([exact(loss.grad_x.view(streams[-1].shape))], [of_given])
+    error = deviation([exact(loss.grad_x.view(streams[-1].shape))], [of_x])
     found["the gradients in front of it"] = error, TOLERANCES[precision]
-    error = deviation(partials[: len(hidden)], of_hidden)
+    error = deviation(partials[:-last], gradients[:-last])
     found["the gradients"] = error, CHAINED[precision]
-
-    every = [squares(each) / step.divisors[i] for i, each in enumerate(stored) if relus[i]]
-    every.append(width.detach() / step.divisors[-1])
-    nominal, robust, error_rate = (each.detach() / step.batch_size for each in (*losses, wrong))
-    sum_of_widths = torch.stack(every).sum()
-    loss_ = kappa * nominal + (1 - kappa) * robust + width_weight * sum_of_widths
-    figures = [loss_, nominal, robust, sum_of_widths, error_rate, *every]
+    figures = [total, nominal, robust, width, wrong / step.batch_size, *every]
     found["the figures"] = relative(step.totals - totals, figures), TOLERANCES[precision]
     found["the count"] = abs(int(step.at) - count - 1), 0.0
-    return found | _adam_errors(step, rows, partials, before, count, lr)
 
-
-def _adam_errors(
-    step: TrainStep,
-    rows: Sequence[Parameter],
-    gradients: Sequence[Tensor],
-    before: Sequence[Tensor],
-    count: int,
-    lr: Tensor,
-) -> Errors:
-    """Returns the errors of what Adam made of the gradients.
-
-    before: each parameter, its first and its second moment, before. count: the steps before.
-    """
-    beta1, beta2, eps = 0.9, 0.999, 1e-8
-    firsts, seconds, changes, weights = [], [], [], []
-    for (weight, first, second), gradient, row in zip(
-        zip(*[iter(before)] * 3, strict=True), gradients, rows, strict=True
+    masters = [each.double() for each in before[::3]]
+    adam = torch.optim.Adam(masters, float(lr))
+    for master, first, second, partial_sum in zip(
+        masters, before[1::3], before[2::3], partials, strict=True
     ):
-        firsts.append(beta1 * first.double() + (1 - beta1) * gradient)
-        seconds.append(beta2 * second.double() + (1 - beta2) * gradient.square())
-        root = (row.exp_avg_sq.double() / (1 - beta2 ** (count + 1))).sqrt() + eps
-        changes.append(-lr / (1 - beta1 ** (count + 1)) * row.exp_avg.double() / root)
-        weights.append(row.master.double() - weight.double())
+        master.grad = partial_sum
+        moments = {"exp_avg": first.double(), "exp_avg_sq": second.double()}
+        adam.state[master] = {"step": torch.tensor(float(count)), **moments}
+    adam.step()
+    for name, key in (("first", "exp_avg"), ("second", "exp_avg_sq")):
+        moment = relative(
+            (getattr(row, key) for row in rows), (adam.state[p][key] for p in masters)
+        )
+        found[f"the {name} moments"] = moment, MOMENTS
+    changes = [row.master.double() - b for row, b in zip(rows, before[::3], strict=True)]
+    expected = [master - b for master, b in zip(masters, before[::3], strict=True)]
+    found["the parameters"] = relative(changes, expected), CHANGES
     same = True
     for row in rows:
         if row.forward is not None and row.transposed is not None:
-            stored = rounded_like(row.master, step.precision).view_as(
-                row.transposed.permute(3, 2, 0, 1)
-            )
+            stored = rounded_like(row.master, precision).view_as(row.transposed.permute(3, 2, 0, 1))
             same = same and torch.equal(row.forward, stored.permute(0, 2, 3, 1))
             same = same and torch.equal(row.transposed, stored.permute(2, 3, 1, 0))
-    return {
-        "the first moments": (relative((row.exp_avg for row in rows), firsts), MOMENTS),
-        "the second moments": (relative((row.exp_avg_sq for row in rows), seconds), MOMENTS),
-        "the parameters": (relative(weights, changes), CHANGES),
-        "the weights' copies": (0.0 if same else math.inf, 0.0),
-    }
+    found["the weights' copies"] = (0.0 if same else math.inf), 0.0
+    return found
 
 
 def _in_torch_order(partials: Tensor) -> Tensor:

@@ -100,6 +100,7 @@ def test_failed_launches_name_the_kernel(cuda: ModuleType) -> None:
 @pytest.mark.parametrize(
     ("device", "capability", "why_none", "reason"),
     [
+        ("cuda", (9, 0), "", ""),
         ("cpu", (9, 0), "", "they are for NVIDIA's GPUs, and the tensors are on 'cpu'"),
         ("cuda", (9, 0), "no CUDA driver is installed on this machine", "no CUDA driver"),
         ("cuda", (7, 5), "", "the GPU is of architecture sm_75, and they need sm_80"),
@@ -120,18 +121,12 @@ def test_why_they_cannot_run(
         monkeypatch.setattr(backends, "cuda_kernels", lambda: found)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    dtype = torch.float32
+    if not reason:
+        assert backends.select("cuda", torch.device(device), dtype)[0] == "cuda"
+        reason, dtype = r"no CUDA kernels for torch\.float64, only float32", torch.float64
     with pytest.raises(ValueError, match=f"^backend='cuda' cannot run: {reason}"):
-        backends.select("cuda", torch.device(device), torch.float32)
-
-
-def test_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = SimpleNamespace(devices=lambda: ([(9, 0)], ""))
-    monkeypatch.setattr(backends, "cuda_kernels", lambda: found)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert backends.select("cuda", torch.device("cuda"), torch.float32)[0] == "cuda"
-    with pytest.raises(ValueError, match=r"no CUDA kernels for torch\.float64, only float32"):
-        backends.select("cuda", torch.device("cuda"), torch.float64)
+        backends.select("cuda", torch.device(device), dtype)
 
 
 # A tree of setup.py and empty sources, with compilers that only make their output: what setup.py

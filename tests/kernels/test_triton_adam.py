@@ -72,24 +72,15 @@ def draw_gradients(parameters: list[Parameter]) -> list[Tensor]:
     return gradients
 
 
-@pytest.mark.parametrize(
-    ("precision", "betas", "eps", "weight_decay", "before"),
-    [
-        ("float32", (0.9, 0.999), 1e-8, 0.0, 0),
-        ("tf32", (0.5, 0.99), 1e-3, 0.1, 7),
-        ("bf16", (0.0, 0.0), 1e-8, 0.0, 300_000),
-    ],
-)
-def test_adam_is_torch_s(
-    precision: str, betas: tuple[float, float], eps: float, weight_decay: float, before: int
-) -> None:
+@pytest.mark.parametrize(("precision", "before"), [("float32", 0), ("tf32", 7), ("bf16", 300_000)])
+def test_adam_is_torch_s(precision: str, before: int) -> None:
     ours = parameters(precision)
-    adam = Adam(ours, precision, betas, eps, weight_decay)
+    adam = Adam(ours, precision)
     lr, step = torch.zeros(1), torch.tensor([before])
     optimizers = []
     for dtype in (torch.float32, torch.float64):
         theirs = [our.master.to(dtype, copy=True).requires_grad_() for our in ours]
-        optimizer = torch.optim.Adam(theirs, 1.0, betas, eps, weight_decay)
+        optimizer = torch.optim.Adam(theirs, 1.0)
         for parameter in theirs:
             optimizer.state[parameter] = {
                 "step": torch.tensor(float(before)),
@@ -191,42 +182,19 @@ def test_pack_weight_is_exact(shape: tuple[int, ...], precision: str) -> None:
 
 
 @pytest.mark.parametrize("splits", [1, 4])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (140,)])
 def test_sum_partials_is_exact(shape: tuple[int, ...], splits: int) -> None:
-    outputs, channels, *kernel = shape
-    partials = torch.randn(splits, outputs, *kernel, channels)
+    """Also of a bias."""
+    outputs, *inner = shape
+    partials = torch.randn(splits, outputs, *inner[1:], *inner[:1])
     total = partials[0].clone()
     for split in partials[1:]:
         total += split
-    assert torch.equal(sum_partials(partials), total.permute(0, 3, 1, 2))
+    assert torch.equal(sum_partials(partials), total.permute(0, 3, 1, 2) if inner else total)
 
 
-def test_sum_partials_of_a_bias() -> None:
-    partials = torch.randn(3, 140)
-    assert torch.equal(sum_partials(partials), partials[0] + partials[1] + partials[2])
-
-
-def test_wrong_arguments_are_named() -> None:
+def test_what_is_not_contiguous_is_named() -> None:
     parameter = parameters("float32")[1]
-    with pytest.raises(ValueError, match="parameters must be at least one"):
-        Adam([], "float32")
-    with pytest.raises(ValueError, match=r"betas must be .* got \(0.9, 1.0\)"):
-        Adam([parameter], "float32", betas=(0.9, 1.0))
-    with pytest.raises(ValueError, match="eps must be at least 0, got -1"):
-        Adam([parameter], "float32", eps=-1)
-    with pytest.raises(ValueError, match="weight_decay must be at least 0, got -1"):
-        Adam([parameter], "float32", weight_decay=-1)
-    with pytest.raises(TypeError, match=r"parameters\[0\].forward must be torch.bfloat16 on"):
-        Adam([parameter], "bf16")
-    with pytest.raises(ValueError, match=r"parameters\[0\].exp_avg must be contiguous, of 432 el"):
-        Adam([parameter._replace(exp_avg=parameter.exp_avg[1:])], "float32")
-    with pytest.raises(ValueError, match=r"parameters\[0\].partials must be \[splits, Cout, KH"):
-        Adam([parameter._replace(partials=parameter.partials[0])], "float32")
-    with pytest.raises(TypeError, match=r"weight must be float32, got torch.float64"):
-        pack_weight(torch.zeros(1, 1, 1, 1, dtype=torch.float64), "bf16")
-    with pytest.raises(ValueError, match=r"weight must be \[Cout, Cin, KH, KW\], got \[2, 3\]"):
-        pack_weight(torch.zeros(2, 3), "bf16")
-    with pytest.raises(TypeError, match=r"partials must be float32, got torch.bfloat16"):
-        sum_partials(torch.zeros(2, 3, dtype=torch.bfloat16))
-    with pytest.raises(ValueError, match=r"partials must be .* got \[2, 3, 4\]"):
-        sum_partials(torch.zeros(2, 3, 4))
+    master = parameter.master.to(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match=r"parameters\[0\].master must be contiguous, got \[16, 3"):
+        Adam([parameter._replace(master=master)], "float32")

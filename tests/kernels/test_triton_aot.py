@@ -111,7 +111,7 @@ def batches(precision: str) -> None:
     """Launches those of kernels/batch.py and pack.py, of color images and of 64 channels."""
     images, labels = torch.zeros(64, 3, 32, 32, dtype=torch.uint8), torch.zeros(64).long()
     table, plan = torch.zeros(3, 256), torch.zeros(64, 4, dtype=torch.int32)
-    make_batch(images, labels, plan, table, torch.zeros(1), labels[:1], 50, precision)
+    make_batch(images, labels, plan, table, torch.zeros(1), labels[:1], 50, precision, None)
     box = torch.zeros(50, 64, 16, 16)
     pack.pack(box, box, box, precision)
     pack.unpack(pack.pack_gradient(box, box, box, precision, (torch.zeros(1), box, box)))

@@ -107,14 +107,6 @@ def pooled(relu: bool = True) -> nn.Sequential:
     return nn.Sequential(*convolutions, end, nn.Flatten(), nn.Linear(6 * 2, 4))
 
 
-def network_failure(
-    model: nn.Module, precision: str = "float32", biases: list[bool] | None = None
-) -> str:
-    """Of batches of three."""
-    stages, found = stages_of(model, 2, 9, 7)
-    return checks.network_failure(stages, biases or found, 3, precision, torch.device(DEVICE))
-
-
 def step_errors(model: nn.Module, precision: str) -> numerics.Errors:
     pixels = torch.linspace(-1, 1, 256).repeat(2, 1)
     return gpu_step_check.errors(
@@ -165,59 +157,57 @@ def _first_pixel(result: Any) -> None:
     result.view(-1)[:4].add_(4)
 
 
-def _no_second_split(result: tuple[Tensor, Tensor]) -> None:
-    result[0][-1].zero_()
-
-
 def _a_nan(result: tuple[Tensor, ...]) -> None:
     result[0].view(-1)[-1] = torch.nan
 
 
-# where it is, what is done to what it returns, the check, and what that names
-FAULTS = {
+# a wrong kernel of each kind: where it is, what is done to what it returns, the check, its words
+FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any], str, str]] = {
     "packed": (pack, "pack", _first_pixel, "network", "packing"),
     "packed weight": (gpu_network, "pack_weight", _a_nan, "network", "the forward of layer 1"),
+    "a NaN dropped": (
+        conv2d, "forward", lambda r: r[0].nan_to_num_(), "network",
+        "the forward of layer 1 with NaN",
+    ),
     "pooled": (pool, "forward", lambda r: r.mul_(1.1), "network", "the forward of layer 2"),
     "pooled gradient": (
         pool, "input_gradient", _first_pixel, "network", "the gradient of weight 1",
     ),
     "summed": (gpu_network, "sum_partials", _first_pixel, "network", "the gradient of weight 3"),
-    "width's gradient": (
+    "packed gradient": (
         pack, "pack_gradient", lambda r: r[1].mul_(1.1), "network", "the gradient of weight 3",
-    ),
-    "unpacked gradient": (
-        pack, "unpack_gradient", lambda r: r[0].mul_(1.1), "network", "the gradient of the input",
     ),
     "bounds": (
         layers.conv2d, "forward", lambda r: r[1].mul_(1.1), "convolution", "a layer: forward",
     ),
     "layer's gradient": (
-        layers.conv2d, "weight_gradient", _no_second_split, "linear", "a layer: backward",
+        layers.conv2d, "weight_gradient", lambda r: r[0][-1].zero_(), "linear",
+        "a layer: backward",
     ),
-    "rectified": (layers, "relu_forward", lambda r: r[0].neg_(), "relu", "ReLU of 3077 numbers: f"),
-    "before ReLU": (layers, "relu_backward", _a_nan, "relu", "ReLU of 3077 numbers: backward"),
+    "rectified": (layers, "relu_forward", lambda r: r[0].neg_(), "relu", "ReLU: forward"),
+    "before ReLU": (layers, "relu_backward", _a_nan, "relu", "ReLU: backward"),
     "batch": (gpu_step, "make_batch", lambda r: r[0][0, 0, 0, 0].add_(1), "step", "the batch"),
-    "labels": (
-        gpu_step, "make_batch", lambda r: r[1].copy_(r[1].flip(0)), "step", "the batch",
-    ),
-    "a term": (
+    "loss": (
         gpu_step, "loss", lambda r: r.terms[:, 1].mul_(1.0001), "step", "the last layer's loss",
     ),
-    "weight's gradient": (
-        gpu_step, "loss", lambda r: r.grad_weight[-1, 0].mul_(1.001), "step",
-        "the last layer's gradients",
-    ),
-    "bias' gradient": (
-        gpu_step, "loss", lambda r: r.grad_bias[0].mul_(1.001), "step",
-        "the last layer's gradients",
-    ),
-    "gradient in front": (
+    "its gradient": (
         gpu_step, "loss", lambda r: r.grad_x[1].mul_(1.02), "step",
         "the gradients in front of it",
     ),
-    "hidden gradient": (conv2d, "weight_gradient", _no_second_split, "step", "the gradients"),
-    "hidden widths": (
-        conv2d, "forward", lambda r: r[1].mul_(1.2), "step", "the forward of layer 1",
+    "hidden gradient": (
+        conv2d, "weight_gradient", lambda r: r[0][-1].zero_(), "step", "the gradients",
+    ),
+    "figures": (
+        gpu_step, "add_figures", lambda r: None, "step", "the figures",
+    ),
+    "moments": (
+        Adam, "__call__", lambda r: r.exp_avg_sq.mul_(1.1), "step", "the second moments",
+    ),
+    "parameters": (
+        Adam, "__call__", lambda r: r.master.mul_(1.1), "step", "the parameters",
+    ),
+    "copies": (
+        Adam, "__call__", lambda r: r.transposed.mul_(1.1), "step", "the weights' copies",
     ),
 }  # fmt: skip
 
@@ -226,30 +216,18 @@ FAULTS = {
 def test_faults_are_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the precision of the widest tolerances."""
     module, name, change, check, part = FAULTS[fault]
-    monkeypatch.setattr(module, name, changed(getattr(module, name), change))
+    function = getattr(module, name)
+
+    def wrong(*arguments: Any, **options: Any) -> Any:
+        if name == "add_figures":
+            options["batch"] += 1
+        result = function(*arguments, **options)
+        change(arguments[0].parameters[0] if module is Adam else result)
+        return result
+
+    monkeypatch.setattr(module, name, wrong)
     why = checks._run(lambda: CHECKS[check]("bf16"))
     assert why.startswith(part) and why.endswith("relative to float64")
-
-
-@pytest.mark.parametrize(
-    ("constant", "value", "part"),
-    [
-        ("BETA1", 0.91, "the first moments"),
-        ("BETA2", 0.9991, "the second moments"),
-        ("LOG2_BETA2", -1e-3, "the parameters"),
-        ("DROPPED", 8, "the weights' copies"),
-    ],
-)
-def test_faults_of_adam_are_found(
-    constant: str, value: float, part: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def wrong(self: Adam, *arguments: Any) -> None:
-        self._constants[constant] = value
-        call(self, *arguments)
-
-    call = Adam.__call__
-    monkeypatch.setattr(Adam, "__call__", wrong)
-    assert checks._run(lambda: CHECKS["step"]("bf16")).startswith(f"{part} of step 1 is wrong")
 
 
 def test_a_wrong_network_runs_layer_by_layer(
@@ -273,130 +251,63 @@ def test_a_wrong_network_runs_layer_by_layer(
     assert called
 
 
-# what a fault is in: where it is, the argument that it depends on, with which value; what is named
-WAYS = {
-    "no ReLU behind": (conv2d, "forward", "relu", False, "the forward of layer 3"),
-    "no ReLU in front": (conv2d, "input_gradient", "relu", False, "the gradient of weight 2"),
-    "no gradient of a width": (conv2d, "input_gradient", "width", None, "the gradient of weight 2"),
-    "pooling without that": (
-        *(pool, "input_gradient", "width", None),
+# what a fault is in: where it is, with which arguments and options, and what is named
+WAYS: dict[str, tuple[Any, str, Callable[[Any, Any], bool], str]] = {
+    "no bias": (conv2d, "forward", lambda a, o: a[2] is None, "the forward of layer 1"),
+    "no ReLU behind": (
+        conv2d, "forward", lambda a, o: not o["relu"] and o["bounds"] is None,
+        "the forward of layer 3",
+    ),
+    "a ReLU in front": (
+        conv2d, "input_gradient", lambda a, o: o["relu"], "the gradient of weight 2",
+    ),
+    "no gradient of a width": (
+        pool, "input_gradient", lambda a, o: o["width"] is None,
         "the gradient of weight 1 from the logits",
     ),
-}
+    "a gradient of a head": (
+        conv2d, "input_gradient", lambda a, o: o["head"] is not None, "the gradient of weight 2",
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_network_is_checked_as_it_runs(
-    way: str, auto: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module, name, argument, value, part = WAYS[way]
+def test_a_network_is_checked_as_it_runs(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, name, is_wrong, part = WAYS[way]
     function = getattr(module, name)
 
     def wrong(*arguments: Any, **options: Any) -> Any:
         result = function(*arguments, **options)
-        if options.get(argument) is value and options.get("bounds") is None:
-            (result[0] if isinstance(result, tuple) else result).view(-1)[:4].add_(4)
+        if is_wrong(arguments, options):
+            out = result[0] if isinstance(result, tuple) else result
+            out.view(-1)[:4].add_(4)
         return result
 
     monkeypatch.setattr(module, name, wrong)
-    with pytest.warns(RuntimeWarning, match=f"{part}.* is wrong on this GPU"):
-        assert network_failure(pooled(False))
+    check = "network" if way == "a ReLU in front" else "without ReLU"
+    why = checks._run(lambda: CHECKS[check]("float32"))
+    assert part in why, why
 
 
-def test_a_missing_bias_is_checked(auto: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fault without a bias runs PyTorch for the layers that have none, and their networks."""
-    forward = conv2d.forward
-
-    def wrong(
-        x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any, **options: Any
-    ) -> Any:
-        result = forward(x, weight, bias, *arguments, **options)
-        if bias is None:
-            result[1].mul_(2)
-        return result
-
-    monkeypatch.setattr(conv2d, "forward", wrong)
-    for missing, part in ((0, "the forward of layer 1"), (2, "the last layer")):
-        biases = [i != missing for i in range(3)]
-        with pytest.warns(RuntimeWarning, match=f"{part} is wrong on this GPU"):
-            assert network_failure(pooled(), biases=biases)
-    assert network_failure(pooled(), biases=[True] * 3) == ""
-    x, weight = torch.randn(3, 20, device=DEVICE), torch.randn(6, 20, device=DEVICE)
-    with pytest.warns(RuntimeWarning, match="a layer: forward is wrong on this GPU"):
-        found = ops.linear(x, x + 1, x, weight, None, width=True)
-    torch.testing.assert_close(found[3], 3 * weight.abs().sum(1).square().sum())
-    auto.clear()
-    ops.linear(x, x, x, weight, weight[:, 0])
-    assert list(auto.values()) == [""]
-
-
-def test_backward_from_the_logits_alone_is_checked(
-    auto: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pack_gradient = pack.pack_gradient
-
-    def wrong(lower: Tensor, upper: Tensor, nominal: Any, precision: str, width: Any = None) -> Any:
-        wrong = width is None and nominal is not None  # which a head's gradient is without
-        return pack_gradient(lower, upper, nominal, precision, width).mul_(2 if wrong else 1)
-
-    monkeypatch.setattr(pack, "pack_gradient", wrong)
-    with pytest.warns(RuntimeWarning, match="the gradient of weight 3 from the logits is wrong"):
-        assert network_failure(pooled(), "bf16")
-
-
-def test_relu_is_checked_in_multiples_of_16(
-    auto: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    function = layers.relu_backward
-
-    def wrong(gradients: Any, *arguments: Any) -> Any:
-        outputs = function(gradients, *arguments)
-        if gradients[0].numel() % 16 == 0:
-            outputs[0].mul_(2)
-        return outputs
-
-    monkeypatch.setattr(layers, "relu_backward", wrong)
-    with pytest.warns(RuntimeWarning, match="ReLU of 3088 numbers: backward.* is wrong"):
-        assert checks.relu_failure(True, torch.device(DEVICE))
-
-
-def _pass_through(gm: Tensor, gr: Tensor, gz: Tensor, m: Tensor, r: Tensor, z: Tensor) -> None:
-    gm[(m == 0) & (r == 0)] += 1
-
-
-def _pass_nominal(gm: Tensor, gr: Tensor, gz: Tensor, m: Tensor, r: Tensor, z: Tensor) -> None:
-    gz[z == 0] += 1
-
-
-@pytest.mark.parametrize("fault", [_pass_through, _pass_nominal])
+@pytest.mark.parametrize("stream", ["bounds", "nominal"])
 def test_units_that_are_not_active_are_checked(
-    fault: Callable[..., None], auto: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    stream: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     function = conv2d.input_gradient
 
     def wrong(*arguments: Any, **options: Any) -> Tensor:
         result = function(*arguments, **options)
         if options.get("relu"):
-            fault(*result, *options["x"])
+            m, r, z = options["x"]
+            if stream == "bounds":
+                result[0][(m == 0) & (r == 0)] += 1
+            else:
+                result[2][z == 0] += 1
         return result
 
     monkeypatch.setattr(conv2d, "input_gradient", wrong)
-    with pytest.warns(RuntimeWarning, match="the gradient of weight [12] is wrong on this GPU"):
-        assert network_failure(pooled(), "bf16")
-
-
-def test_what_drops_a_nan_is_found(auto: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = conv2d.forward
-
-    def wrong(*arguments: Any, **options: Any) -> Any:
-        out, widths = forward(*arguments, **options)
-        return out.nan_to_num_(), widths
-
-    monkeypatch.setattr(conv2d, "forward", wrong)
-    with pytest.warns(
-        RuntimeWarning, match="the forward of layer 1 with NaN is wrong on this GPU, by nan"
-    ):
-        assert network_failure(pooled(), "bf16")
+    why = checks._run(lambda: CHECKS["network"]("bf16"))
+    assert why.startswith("the gradient of weight 2 is wrong on this GPU")
 
 
 @pytest.mark.parametrize("size", [10, 10**6])
@@ -410,53 +321,27 @@ def test_a_single_wrong_number_is_found(size: int) -> None:
     assert numerics.deviation([found], [exact]) != numerics.deviation([found], [exact])  # NaN
 
 
-def test_the_last_layer_is_checked_with_a_head(
-    auto: dict[str, str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("absent", ["bias", "nominal"])
+def test_layers_are_checked_with_what_they_have(
+    absent: str, auto: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    function = conv2d.input_gradient
+    """A fault without a bias, or with two streams, runs PyTorch for such layers only."""
+    forward = layers.conv2d.forward
 
-    def wrong(*arguments: Any, **options: Any) -> Tensor:
-        if options["head"] is not None and options["relu"]:
-            options["head"] = None
-        return function(*arguments, **options)
-
-    monkeypatch.setattr(conv2d, "input_gradient", wrong)
-    why = "the gradient of weight 2 is wrong on this GPU"
-    with pytest.warns(RuntimeWarning, match=why):
-        assert network_failure(pooled(), "float32")
-
-
-def test_layers_are_checked_with_as_many_streams_as_they_have(
-    auto: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A fault with two runs PyTorch for two only."""
-    x, weight = torch.randn(3, 20, device=DEVICE), torch.randn(6, 20, device=DEVICE)
-    forward, relu = layers.conv2d.forward, layers.relu_forward
-
-    def wrong_forward(given: Tensor, *arguments: Any, **options: Any) -> Any:
-        result = forward(given, *arguments, **options)
-        if len(given) == 2:
+    def wrong(given: Tensor, weight: Tensor, bias: Any, *more: Any, **options: Any) -> Any:
+        result = forward(given, weight, bias, *more, **options)
+        if bias is None or len(given) == 2:
             options["bounds"][0].add_(1)
         return result
 
-    def wrong_relu(bounds: Any, outputs: Any) -> Any:
-        relu(bounds, outputs)
-        if bounds[2] is None:
-            outputs[0].add_(1)
-        return outputs
-
-    monkeypatch.setattr(layers.conv2d, "forward", wrong_forward)
-    monkeypatch.setattr(layers, "relu_forward", wrong_relu)
-    device, numbers = torch.device(DEVICE), LINEAR
-    with pytest.warns(RuntimeWarning, match="PyTorch runs what Triton's kernels should"):
-        assert checks.layer_failure(numbers, False, False, device) and checks.relu_failure(
-            False, device
-        )
-        found = ops.linear(x, x, None, weight, None)[0], ops.relu(x, x, None)[0]
-    torch.testing.assert_close(found, (x @ weight.t(), x.relu()))
-    ops.linear(x, x, x, weight, None)
-    ops.relu(x, x, x)
-    assert [bool(why) for why in auto.values()] == [True, True, False, False]
+    monkeypatch.setattr(layers.conv2d, "forward", wrong)
+    x, weight, bias = (torch.randn(*size, device=DEVICE) for size in ((3, 20), (6, 20), (6,)))
+    given = (x, x, x, weight, None) if absent == "bias" else (x, x, None, weight, bias)
+    with pytest.warns(RuntimeWarning, match="a layer: forward is wrong on this GPU"):
+        found = ops.linear(*given)[0]
+    torch.testing.assert_close(found, nn.functional.linear(x, weight, given[4]))
+    ops.linear(x, x, x, weight, bias)
+    assert [bool(why) for why in auto.values()] == [True, False]
 
 
 def test_wrong_tuned_tiles_are_left_for_the_rule(
@@ -496,9 +381,7 @@ def test_a_wrong_relu_runs_in_torch(auto: dict[str, str], monkeypatch: pytest.Mo
     x = torch.randn(3, 4, device=DEVICE)
     monkeypatch.setattr(layers, "relu_forward", changed(layers.relu_forward, _a_nan))
     assert torch.equal(ops.relu(x, x, x)[0], x.relu())
-    assert list(auto.values()) == [
-        "ReLU of 3077 numbers: forward is wrong on this GPU, by nan relative to float64"
-    ]
+    assert list(auto.values()) == ["ReLU: forward is wrong on this GPU, by nan relative to float64"]
 
 
 def test_a_capture_is_no_time_to_check(
@@ -510,29 +393,28 @@ def test_a_capture_is_no_time_to_check(
     assert not auto
 
 
-@pytest.mark.parametrize(
-    ("error", "why"),
-    [
-        (torch.OutOfMemoryError("of 80 GiB"), "there is no memory to check its kernels"),
-        (RuntimeError("no cubin"), "its kernels do not run here (RuntimeError: no cubin)"),
-    ],
-)
-def test_a_check_that_cannot_run(error: Exception, why: str) -> None:
-    def check() -> numerics.Errors:
-        raise error
+def test_a_check_that_cannot_run(auto: dict[str, str]) -> None:
+    """A lack of memory is not kept."""
 
-    assert checks._run(check) == why
+    def check(error: Exception) -> Callable[[], numerics.Errors]:
+        def run() -> numerics.Errors:
+            raise error
 
-
-def test_a_lack_of_memory_is_not_kept(auto: dict[str, str]) -> None:
-    def check() -> numerics.Errors:
-        raise torch.OutOfMemoryError("of 80 GiB")
+        return run
 
     device = torch.device(DEVICE)
+    none = check(torch.OutOfMemoryError("of 80 GiB"))
     with pytest.warns(RuntimeWarning, match="PyTorch runs what Triton's kernels should: there is"):
-        assert checks.failure_reason(("this",), [], device, check) == checks.NO_MEMORY
+        assert checks.failure_reason(("this",), [], "float32", device, none) == checks.NO_MEMORY
     assert not auto
-    assert checks.failure_reason(("this",), [], device, lambda: {"it": (0.0, 1e-5)}) == ""
+    assert (
+        checks.failure_reason(("this",), [], "float32", device, lambda: {"it": (0.0, 1e-5)}) == ""
+    )
+    broken = check(RuntimeError("no cubin"))
+    why = "its kernels do not run here (RuntimeError: no cubin)"
+    with pytest.warns(RuntimeWarning, match="PyTorch runs what Triton's kernels should: its ker"):
+        assert checks.failure_reason(("that",), [], "float32", device, broken) == why
+    assert list(auto.values()) == ["", why]
 
 
 def test_info_says_what_was_checked(auto: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -544,23 +426,22 @@ def test_info_says_what_was_checked(auto: dict[str, str], monkeypatch: pytest.Mo
     row = "checks on cuda:0"
     assert dict(environment._checked())[row] == "0 passed"
     device = torch.device(DEVICE)
-    assert checks.failure_reason(("this",), [], device, lambda: {"it": (0.0, 1e-5)}) == ""
+    assert (
+        checks.failure_reason(("this",), [], "float32", device, lambda: {"it": (0.0, 1e-5)}) == ""
+    )
     with pytest.warns(RuntimeWarning, match="PyTorch runs"):
-        checks.failure_reason(("that",), [], device, lambda: {"it": (1.0, 1e-5)})
+        checks.failure_reason(("that",), [], "float32", device, lambda: {"it": (1.0, 1e-5)})
     assert dict(environment._checked())[row] == (
         "1 passed; when last checked these failed: it is wrong on this GPU, by 1.0e+00 relative to "
         "float64 (of that [])"
     )
     auto.clear()  # another process, in which it passes
-    assert checks.failure_reason(("that",), [], device, lambda: {"it": (0.0, 1e-5)}) == ""
+    assert (
+        checks.failure_reason(("that",), [], "float32", device, lambda: {"it": (0.0, 1e-5)}) == ""
+    )
     assert checks.summary(gpu) == "2 passed"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "another GPU")
     assert checks.summary(gpu) == "0 passed"
-
-
-def test_another_default_device_changes_nothing(auto: dict[str, str]) -> None:
-    with torch.device("meta"):
-        assert checks.relu_failure(True, torch.device(DEVICE)) == ""
 
 
 @pytest.mark.parametrize(

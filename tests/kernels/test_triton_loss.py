@@ -185,24 +185,19 @@ def test_options(
     check(given, tiling)
 
 
-@pytest.mark.parametrize("kappa", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("width_weight", [0.0, 2.0])
-def test_scalars(kappa: float, width_weight: float) -> None:
-    check(replace(case((5, 4, 9)), kappa=kappa, width_weight=width_weight))
+@pytest.mark.parametrize("kappa", [0.0, 1.0])
+def test_scalars(kappa: float) -> None:
+    check(replace(case((5, 4, 9)), kappa=kappa, width_weight=2 * kappa))
 
 
-def test_large_logits() -> None:
-    """No overflow of the exponential, and no logarithm of 0."""
-    given = case((4, 3, 5))
-    check(replace(given, weight=300 * given.weight, width_weight=0.0))
-
-
-def test_confident_logits() -> None:
-    """Gradients of probabilities that are 1 but for what float32 can tell from it."""
-    given = case((4, 3, 5))
-    bias = torch.zeros(3)
-    bias[1] = 17
-    check(replace(given, bias=bias, y=torch.ones(4, dtype=torch.int64), width_weight=0.0))
+def test_large_and_confident_logits() -> None:
+    """No overflow of the exponential, and no logarithm of 0; and gradients of probabilities that
+    are 1 but for what float32 can tell from it.
+    """
+    given = replace(case((4, 3, 5)), width_weight=0.0)
+    check(replace(given, weight=300 * given.weight))
+    bias = torch.tensor([0.0, 17.0, 0.0])
+    check(replace(given, bias=bias, y=torch.ones(4, dtype=torch.int64)))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
@@ -243,22 +238,19 @@ def test_nan_and_infinity(where: str, value: float, tiling: Tiling) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN:RuntimeWarning")
-def test_nan_stays_in_its_example() -> None:
-    given = case((9, 4, 9))
-    given.x[:, 3, 2] = math.nan
-    gradient = given.run().grad_x
-    assert gradient[:, 3].isnan().any()
-    assert gradient[:, [n for n in range(9) if n != 3]].isfinite().all()
-
-
 @pytest.mark.parametrize("tiling", [TILINGS[0], TILINGS[3]], ids=str)
-@pytest.mark.parametrize("label", [-1, 4, 2**40])
-def test_labels_out_of_range(label: int, tiling: Tiling) -> None:
-    """NaN for that example, and the same as ever for the others."""
+@pytest.mark.parametrize("label", [-1, 4, 2**40, None])
+def test_nan_and_labels_out_of_range_stay_in_their_example(
+    label: int | None, tiling: Tiling
+) -> None:
+    """NaN for that example, and the same as ever for the others. None: its inputs are NaN."""
     given = case((7, 4, 9))
-    y = given.y.clone()
-    y[2] = label
-    wrong, right = replace(given, y=y).run(tiling), given.run(tiling)
+    x, y = given.x.clone(), given.y.clone()
+    if label is None:
+        x[:, 2] = math.nan
+    else:
+        y[2] = label
+    wrong, right = replace(given, x=x, y=y).run(tiling), given.run(tiling)
     assert wrong.terms.sum(0)[:2].isnan().all() and wrong.grad_weight.sum(0).isnan().all()
     others = [0, 1, 3, 4, 5, 6]
     rest = replace(given, x=given.x[:, others].contiguous(), y=y[others]).run(tiling)
@@ -273,22 +265,3 @@ def test_repeats_are_bitwise_equal(tiling: Tiling | None) -> None:
     first, second = given.run(tiling), given.run(tiling)
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
-
-
-def test_bad_arguments() -> None:
-    given = case((5, 4, 9))
-    for wrong, message in (
-        (dict(precision="fp8"), "precision must be one of float32, tf32, bf16; got 'fp8'"),
-        (dict(precision="bf16"), r"x must be torch.bfloat16 \[3, 5, 9\], got torch.float32"),
-        (dict(x=given.x[:2]), r"x must be \[3, N, F\] with N and F above 0, got \[2, 5, 9\]"),
-        (dict(x=given.x[:, :0]), r"x must be \[3, N, F\] with N and F above 0, got \[3, 0, 9\]"),
-        (dict(weight=given.weight[:, :3]), r"weight must be torch.float32 \[4, 9\], got"),
-        (dict(weight=given.weight[:0]), r"weight must be \[C, F\] with C above 0, got \[0, 9\]"),
-        (dict(weight=given.weight.T.contiguous().T), r"weight must be contiguous on .*, got str"),
-        (dict(bias=given.bias.double()), r"bias must be torch.float32 \[4\], got torch.float64"),
-        (dict(y=given.y.int()), r"y must be torch.int64 \[5\], got torch.int32 \[5\]"),
-        (dict(divisor=0.0), "divisor must be above 0, got 0.0"),
-        (dict(input_divisor=math.nan), "input_divisor must be above 0, got nan"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            replace(given, **wrong).run()

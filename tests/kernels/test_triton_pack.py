@@ -13,10 +13,10 @@ from tritons import DEVICE, PRECISIONS
 
 from cibp_fast import Interval
 from cibp_fast.kernels.batch import make_batch
-from cibp_fast.kernels.pack import _arranged, pack, pack_gradient, unpack, unpack_gradient
+from cibp_fast.kernels.pack import _arranged, pack, pack_gradient, unpack
 from cibp_fast.models import Normalize
 from cibp_fast.training import datasets
-from cibp_fast.training.batches import CROP_PADDING, epoch_batches, epoch_plan, pixel_table
+from cibp_fast.training.batches import draw, epoch_batches, epoch_plan, pixel_table
 
 
 def split(examples: int, *shape: int) -> datasets.Split:
@@ -49,121 +49,57 @@ def packed(lower: Tensor, upper: Tensor, nominal: Tensor | None, precision: str)
     return stored(torch.stack(streams).permute(0, 1, 3, 4, 2).contiguous(), precision)
 
 
-def plan(examples: int, seed: int, epoch: int, augmentation: str) -> Tensor:
-    """Of what datasets.batches draws."""
-    random = np.random.default_rng((seed, epoch))
-    order = torch.from_numpy(random.permutation(examples))
-    if augmentation == "none":
-        return epoch_plan(order)
-    corners = random.integers(2 * CROP_PADDING + 1, size=(2, examples))
-    flip = torch.from_numpy(random.random(examples) < 0.5)
-    return epoch_plan(order, tuple(torch.from_numpy(corners)), flip)
-
-
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(
-    ("examples", "prepare", "augmentation", "eps", "clip", "batch_size", "world_size"),
+    ("examples", "prepare", "augmentation", "eps", "clip", "batch_size"),
     [
-        (GRAY, nn.Identity(), "none", [0.1], (0.0, 1.0), 5, 1),
-        (GRAY, nn.Identity(), "crop-flip", [0.4], None, 23, 1),
-        (COLOR, nn.Identity(), "crop-flip", [0.01, 0.1, 0.3], (-0.1, 1.2), 4, 2),
-        (COLOR, NORMALIZE, "crop-flip", [8 / 255], None, 6, 1),
+        (GRAY, nn.Identity(), "none", 0.1, (0.0, 1.0), 5),
+        (GRAY, nn.Identity(), "crop-flip", 0.4, None, 23),
+        (COLOR, NORMALIZE, "crop-flip", 8 / 255, (-2.0, 2.15), 6),
     ],
 )
 def test_batch_is_that_of_data(
     examples: datasets.Split,
     prepare: Callable[[Tensor], Tensor],
     augmentation: str,
-    eps: list[float],
+    eps: float,
     clip: tuple[float, float] | None,
     batch_size: int,
-    world_size: int,
     precision: str,
 ) -> None:
     pixels = pixel_table(prepare, examples.images.shape[1]).to(DEVICE)
     here = examples.to(DEVICE)
-    device_plan = torch.empty(len(examples), 4, dtype=torch.int32)
+    plan = torch.empty(len(examples), 4, dtype=torch.int32)
     step = torch.zeros(1, dtype=torch.int64)
     for epoch in (1, 2):
-        device_plan.copy_(plan(len(examples), 3, epoch, augmentation))
-        ranks = [
-            epoch_batches(
-                examples,
-                batch_size,
-                seed=3,
-                epoch=epoch,
-                augmentation=augmentation,
-                rank=rank,
-                world_size=world_size,
-            )
-            for rank in range(world_size)
-        ]
-        for batches in zip(*ranks, strict=True):
-            for rank, (x, labels) in enumerate(batches):
-                radius = eps[0] if len(eps) == 1 else torch.tensor(eps, device="cpu")
-                box = Interval.ball(prepare(x), radius, clip)
-                streams, y = make_batch(
-                    here.images,
-                    here.labels,
-                    device_plan,
-                    pixels,
-                    torch.tensor(eps),
-                    step,
-                    batch_size,
-                    precision,
-                    clip,
-                    rank,
-                    world_size,
-                )
-                assert streams.is_contiguous()
-                assert equal(streams, packed(box.lower, box.upper, box.nominal, precision))
-                assert equal(y, labels)
+        drawn = {"seed": 3, "epoch": epoch, "augmentation": augmentation}
+        plan.copy_(epoch_plan(*draw(len(examples), **drawn)))
+        for x, labels in epoch_batches(examples, batch_size, **drawn):
+            box = Interval.ball(prepare(x), eps, clip)
+            given = (here.images, here.labels, plan, pixels, torch.tensor([eps]), step)
+            streams, y = make_batch(*given, batch_size, precision, clip)
+            assert streams.is_contiguous()
+            assert equal(streams, packed(box.lower, box.upper, box.nominal, precision))
+            assert equal(y, labels)
             step += 1
     assert step == 2 * (len(examples) // batch_size)
 
 
 @pytest.mark.parametrize("clip", [None, (0.0, 1.0)])
 def test_nan_in_the_radius_or_the_pixels_stays(clip: tuple[float, float] | None) -> None:
-    here = COLOR.to(DEVICE)
-    pixels = pixel_table(nn.Identity(), 3).to(DEVICE)
-    pixels[1] = torch.nan
-    arguments = (here.images, here.labels, plan(13, 0, 0, "none").to(DEVICE), pixels)
+    here, plan = COLOR.to(DEVICE), epoch_plan(torch.arange(13, device="cpu")).to(DEVICE)
     step = torch.zeros(1, dtype=torch.int64)
-    eps = torch.tensor([0.1, 0.1, torch.nan])
-    streams, _ = make_batch(*arguments, eps, step, 2, "bf16", clip)
-    m, r, z = streams.isnan().flatten(1, 3)
-    assert m.all(0).tolist() == r.all(0).tolist() == [False, True, True]
-    assert m.any(0).tolist() == r.any(0).tolist() == [False, True, True]
-    assert z.all(0).tolist() == z.any(0).tolist() == [False, True, False]
-
-
-def test_wrong_batch_arguments_are_named() -> None:
-    here = GRAY.to(DEVICE)
-    good = {
-        "images": here.images,
-        "labels": here.labels,
-        "plan": plan(23, 0, 0, "none").to(DEVICE),
-        "pixels": pixel_table(nn.Identity(), 1).to(DEVICE),
-        "eps": torch.zeros(1),
-        "step": torch.zeros(1, dtype=torch.int64),
-        "batch_size": 4,
-        "precision": "bf16",
-    }
-    for name, value, error, message in (
-        ("images", here.images.float(), TypeError, "images must be torch.uint8, got torch.float32"),
-        ("images", here.images[0], ValueError, "images must be [E, C, H, W], contiguous, got [1,"),
-        ("labels", here.labels[1:], ValueError, "labels must be [23], contiguous, got [22] with"),
-        ("plan", good["plan"].T, ValueError, "plan must be [23, 4], contiguous, got [4, 23] with"),
-        ("pixels", torch.zeros(3, 256), ValueError, "pixels must be [1, 256], contiguous, got [3"),
-        ("eps", torch.zeros(2), ValueError, "eps must be [1] or [1], contiguous, got [2] with"),
-        ("step", torch.zeros(1), TypeError, "step must be torch.int64, got torch.float32"),
-        ("batch_size", 24, ValueError, "batch_size must be from 1 to 23, got 24"),
-        ("world_size", 3, ValueError, "batch_size 4, got rank 0 and world_size 3"),
-        ("rank", 1, ValueError, "batch_size 4, got rank 1 and world_size 1"),
-    ):
-        with pytest.raises(error) as raised:
-            make_batch(**{**good, name: value})
-        assert message in str(raised.value)
+    for lost in ("radius", "pixels"):
+        pixels, eps = pixel_table(nn.Identity(), 3).to(DEVICE), torch.tensor([0.1])
+        if lost == "radius":
+            eps.fill_(torch.nan)
+        else:
+            pixels[1] = torch.nan
+        streams, _ = make_batch(here.images, here.labels, plan, pixels, eps, step, 2, "bf16", clip)
+        nan = streams.isnan().flatten(1, 3)
+        whole = [lost == "radius", True, lost == "radius"]
+        expected = torch.tensor([whole, whole, [False, lost == "pixels", False]])
+        assert torch.equal(nan.all(1), expected) and torch.equal(nan.any(1), expected)
 
 
 SHAPES = [(2, 1, 5, 7), (3, 3, 4, 6), (2, 70, 3, 5), (5, 130, 1, 1), (1, 16, 1, 9), (0, 3, 4, 4)]
@@ -226,25 +162,19 @@ def test_pack_of_large_bounds_and_nan() -> None:
     assert pack(lower, upper, nominal, "bf16").isnan().sum() == 6
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("count", [2, 3])
-def test_unpack(
-    count: int, shape: tuple[int, ...], precision: str, memory_format: torch.memory_format
-) -> None:
+def test_unpack(count: int, shape: tuple[int, ...], precision: str) -> None:
     n, c, h, w = shape
     streams = stored(torch.randn(count, n, h, w, c), precision)
     m, r, *z = streams.float().permute(0, 1, 4, 2, 3)
-    for function, expected in (
-        (unpack, (m - r, m + r, *z)),
-        (unpack_gradient, (0.5 * m - 0.5 * r, 0.5 * m + 0.5 * r, *z)),
+    for gradient, expected in (
+        (False, (m - r, m + r, *z)),
+        (True, (0.5 * m - 0.5 * r, 0.5 * m + 0.5 * r, *z)),
     ):
-        tensors = function(streams, memory_format)
-        assert len(tensors) == count
-        for actual, other in zip(tensors, expected, strict=True):
-            assert actual.is_contiguous(memory_format=memory_format)
-            assert equal(actual, other)
+        for actual, other in zip(unpack(streams, gradient), expected, strict=True):
+            assert actual.is_contiguous() and equal(actual, other)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -276,7 +206,7 @@ def test_gradients_are_autograd_s(
     middle = torch.stack([(low + high) / 2, (high - low) / 2, *nominal]).permute(0, 1, 3, 4, 2)
     grad = torch.randn(middle.shape)
     for actual, other in zip(
-        unpack_gradient(grad), torch.autograd.grad(middle, tensors, grad), strict=True
+        unpack(grad, gradient=True), torch.autograd.grad(middle, tensors, grad), strict=True
     ):
         assert equal(actual, other)
 
@@ -291,17 +221,3 @@ def test_programs_have_long_rows_of_pixels() -> None:
     ):
         grid, (_, columns, _), *_ = _arranged(tensors)
         assert grid[0] == rows and rows * columns == 50 * 16 * 8
-
-
-def test_wrong_tensors_are_named() -> None:
-    box = torch.zeros(2, 3, 4, 5)
-    with pytest.raises(TypeError, match=r"nominal must be float32, got torch.float64"):
-        pack(box, box, box.double(), "bf16")
-    with pytest.raises(ValueError, match=r"one shape, got \[2, 3, 4, 5\] and \[2, 3, 4, 1\]"):
-        pack(box, box[..., :1], None, "bf16")
-    with pytest.raises(ValueError, match=r"must be \[N, C, H, W\] of one shape, got \[3, 4, 5\]"):
-        pack_gradient(box[0], box[0], None, "bf16")
-    with pytest.raises(ValueError, match=r"S 2 or 3, contiguous, got \[2, 3, 4, 5\]"):
-        unpack(box)
-    with pytest.raises(ValueError, match=r"memory_format must be .* got torch.preserve_format"):
-        unpack_gradient(torch.zeros(2, 2, 3, 4, 5), torch.preserve_format)

@@ -1,94 +1,44 @@
-"""A step of kernels/step.py against the loop that torch and the CPU's kernels make."""
+"""A step of training on a GPU's kernels alone: the loop's numbers, its capture, and runs of it."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from digits import SHORT, toy_dataset
 from fusions import small
 from gpu_steps import split, train_step
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
-from tritons import DEVICE
+from tritons import DEVICE, large_tiles
 
 import cibp_fast as cf
-from cibp_fast import Interval, models
-from cibp_fast.training import datasets
-from cibp_fast.training import gpu_step as step_module
-from cibp_fast.training.batches import draw, epoch_batches, epoch_plan
+from cibp_fast import models
+from cibp_fast.kernels.adam import Adam
+from cibp_fast.ops import backends, checks
+from cibp_fast.training import datasets, gpu_step, loop, runs
+from cibp_fast.training.batches import draw, epoch_plan
+from cibp_fast.training.config import Config, preset
 from cibp_fast.training.gpu_step import TrainStep
 
-STEPS = 3
+interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="looks into the interpreter")
+OPTIONS: dict[str, Any] = {"batch_size": 4, "clip": None, "width_weight": 0.3, "mean": True}
 
 
-NETS = {
-    "small": (lambda: small(torch.float32), (2, 9, 7)),
-    "pooled, without ReLU before the end": (
-        lambda: nn.Sequential(
-            *(nn.Conv2d(2, 5, 3, bias=False), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(5, 6, 2)),
-            *(nn.Flatten(), nn.Linear(6 * 2, 4)),
-        ),
-        (2, 9, 7),
-    ),
-    "two layers": (
-        lambda: nn.Sequential(nn.Conv2d(2, 3, 4, 2), nn.ReLU(), nn.Flatten(), nn.Linear(18, 4)),
-        (2, 9, 7),
-    ),
-}
+@pytest.fixture(autouse=True)
+def _large_tiles() -> Iterator[None]:
+    with large_tiles():
+        yield
 
 
-@pytest.mark.parametrize("mean", [True, False])
-@pytest.mark.parametrize("name", NETS)
-def test_steps(name: str, mean: bool) -> None:
-    make, shape = NETS[name]
-    model, examples = make().to(DEVICE), split(*shape)
-    prepare = models.Normalize([0.3, 0.4], [0.5, 2.0])
-    table = torch.tensor([[0.1, 1e-3, 1.0], [0.2, 2e-3, 0.6], [0.3, 1e-3, 0.25]])
-    clip, width_weight = (-1.0, 2.0), 0.3
-
-    reference = copy.deepcopy(model)
-    optimizer = torch.optim.Adam(reference.parameters(), lr=1.0)
-    totals = 0
-    batches = epoch_batches(examples, 4, seed=5, epoch=1, augmentation="crop-flip")
-    again = epoch_batches(examples, 4, seed=5, epoch=2, augmentation="crop-flip")
-    for at, (pixels, y) in zip(range(STEPS), [*batches, *again], strict=False):
-        eps, lr, kappa = table[at].tolist()
-        optimizer.param_groups[0]["lr"] = lr
-        x = prepare(pixels)
-        out = cf.bounds(
-            reference, x, Interval.ball(x, eps, clip), reduction="mean" if mean else "sum"
-        )
-        terms = cf.losses.terms(out, y)
-        loss = terms.total(kappa, width_weight)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        error = (out.logits.argmax(1) != y).float().mean()
-        figures = torch.stack([loss, *terms, error, *out.widths]).detach().double()
-        totals = totals + figures
-
-    step = train_step(
-        model, datasets.Split(examples.images.to(DEVICE), examples.labels.to(DEVICE)), prepare,
-        table.to(DEVICE), batch_size=4, clip=clip, width_weight=width_weight, mean=mean,
-        precision="float32",
-    )  # fmt: skip
-    for at in range(STEPS):
-        if at in (0, 2):
-            step.load(epoch_plan(*draw(10, seed=5, epoch=1 + at // 2, augmentation="crop-flip")))
-        step.replay()
-    assert step.at.item() == STEPS
-    torch.testing.assert_close(step.totals.cpu(), totals, rtol=2e-5, atol=1e-7)
-    for (key, found), expected in zip(
-        model.named_parameters(), reference.parameters(), strict=True
-    ):
-        # Adam's first steps are as large for tiny gradients, whose sign rounding may decide
-        off = (found.cpu() - expected).abs()
-        assert (off > 1e-5).float().mean() < 0.01, (key, off.max())
+# Steps
 
 
 @pytest.fixture
@@ -101,36 +51,28 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("Stream", "current_stream"):
             monkeypatch.setattr(torch.cuda, name, lambda: stream)
         monkeypatch.setattr(
-            step_module, "capture", lambda run, stream: (SimpleNamespace(replay=run), None)
+            gpu_step, "capture", lambda run, stream: (SimpleNamespace(replay=run), None)
         )
 
 
 def test_capturing_changes_nothing(cuda: None) -> None:
-    examples = split(2, 9, 7)
-    examples = datasets.Split(examples.images.to(DEVICE), examples.labels.to(DEVICE))
+    examples = split(2, 9, 7).to(DEVICE)
     table = torch.tensor([[0.1, 1e-2, 1.0], [0.2, 2e-2, 0.6]]).to(DEVICE)
-    plan = epoch_plan(*draw(10, seed=5, epoch=1, augmentation="none"))
-    models_, steps = [small(torch.float32).to(DEVICE)], []
+    models_, states = [small(torch.float32).to(DEVICE)], []
     models_.append(copy.deepcopy(models_[0]))
     for model, captured in zip(models_, (False, True), strict=True):
-        step = train_step(
-            model, examples, nn.Identity(), table, batch_size=4, clip=None, width_weight=0.3,
-            mean=True, precision="float32",
-        )  # fmt: skip
-        step.load(plan)
+        step = train_step(model, examples, nn.Identity(), table, **OPTIONS, precision="float32")
+        step.load(epoch_plan(*draw(10, seed=5, epoch=1, augmentation="none")))
         if captured:
-            kept = [each.clone() for each in step._state()]
-            copies = [[c.clone() for c in each] for each in step.copies if each]
+            state = [*step._state(), *(copy for each in step.copies for copy in each)]
+            kept = [each.clone() for each in state]
             step.capture()
-            assert all(torch.equal(a, b) for a, b in zip(step._state(), kept, strict=True))
-            for each, before in zip(filter(None, step.copies), copies, strict=True):
-                assert all(torch.equal(a, b) for a, b in zip(each, before, strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(state, kept, strict=True))
         for _ in range(2):
             step.replay()
-        steps.append(step)
-    plain, graph = steps
-    assert all(torch.equal(a, b) for a, b in zip(plain._state(), graph._state(), strict=True))
-    assert plain.at.item() == 2
+        states.append(step._state())
+        assert step.at.item() == 2
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
 
 
 class Calls(TorchDispatchMode):
@@ -153,15 +95,17 @@ def addresses(step: TrainStep) -> list[int]:
     return [each.data_ptr() for each in kept if each is not None]
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="launches are replaced in the interpreter")
-@pytest.mark.parametrize("name", NETS)
+@interpreted
+@pytest.mark.parametrize("pooled", [False, True])
 def test_what_is_captured_asks_nothing_of_the_host(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    pooled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the second run on torch only allocates; what is kept stays where it is. Kernels are
     launched on the current device, so that has to be the tensors'.
     """
-    make, shape = NETS[name]
+    layers = [nn.Conv2d(2, 5, 3, bias=False), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(5, 6, 2)]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(6 * 2, 4))
+    model = model if pooled else small(torch.float32)
     inside: list[Tensor] = []
 
     @contextlib.contextmanager
@@ -181,10 +125,8 @@ def test_what_is_captured_asks_nothing_of_the_host(
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     monkeypatch.setattr(GridExecutor, "__call__", launch)
     kept: list[int] = []
-    step = train_step(
-        make(), split(*shape), nn.Identity(), torch.zeros(1, 3), batch_size=4, clip=None,
-        width_weight=1.0, mean=True, precision="bf16",
-    )  # fmt: skip
+    table = torch.zeros(1, 3)
+    step = train_step(model, split(2, 9, 7), nn.Identity(), table, **OPTIONS, precision="bf16")
     step.run()
     kept = addresses(step)
     once = len(launched)
@@ -197,19 +139,164 @@ def test_what_is_captured_asks_nothing_of_the_host(
 
 
 def test_a_capture_inside_another_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_module, "capturing", lambda: True)
-    step = train_step(
-        small(torch.float32).to(DEVICE), split(2, 9, 7), nn.Identity(), torch.zeros(1, 3),
-        batch_size=4, clip=None, width_weight=1.0, mean=True, precision="float32",
-    )  # fmt: skip
+    monkeypatch.setattr(gpu_step, "capturing", lambda: True)
+    model, table = small(torch.float32).to(DEVICE), torch.zeros(1, 3)
+    step = train_step(model, split(2, 9, 7), nn.Identity(), table, **OPTIONS, precision="float32")
     with pytest.raises(RuntimeError, match=r"start it outside of torch\.cuda\.graph"):
         step.capture()
 
 
 def test_a_network_that_flattens_its_input_is_refused() -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(2 * 9 * 7, 4))
+    model, table = nn.Sequential(nn.Flatten(), nn.Linear(2 * 9 * 7, 4)), torch.zeros(1, 3)
     with pytest.raises(ValueError, match=r"the first stage takes \[126, 1, 1\], not images of"):
-        train_step(
-            model, split(2, 9, 7), nn.Identity(), torch.zeros(1, 3), batch_size=4, clip=None,
-            width_weight=1.0, mean=True, precision="float32",
-        )  # fmt: skip
+        train_step(model, split(2, 9, 7), nn.Identity(), table, **OPTIONS, precision="float32")
+
+
+# Runs
+
+
+def _network(in_shape: Sequence[int], padding: str) -> nn.Sequential:
+    """In place of the paper's small network: of its layers, but quick."""
+    convolution = nn.Conv2d(1, 3, 5, stride=4)
+    return nn.Sequential(convolution, nn.ReLU(), nn.Flatten(), nn.Linear(3 * 6 * 6, 10))
+
+
+def _load(name: str, root: object = None, *, verify: bool = True) -> datasets.Dataset:
+    toy = toy_dataset()
+    return datasets.Dataset(name, toy.train[:17], toy.test[:10])
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "load", _load)
+    monkeypatch.setitem(models.NETS, "small", _network)
+
+
+def _config(method: str = "cibp", **changes: object) -> Config:
+    schedule = {"steps": 5, "batch_size": 8, "lr_decay_at": (4,), "eps_ramp": (0, 4)}
+    return preset(
+        f"mnist5k-small-0.1-{method}", **SHORT | schedule | {"kappa_ramp": (1, 5)} | changes
+    )
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps that Triton's kernels were called for."""
+    done: list[int] = []
+    replay = TrainStep.replay
+
+    def noted(self: TrainStep) -> None:
+        done.append(int(self.at))
+        replay(self)
+
+    monkeypatch.setattr(TrainStep, "replay", noted)
+    return done
+
+
+@interpreted
+@pytest.mark.parametrize(("method", "reduction"), [("ibp", "mean"), ("cibp", "sum")])
+def test_the_numbers_are_those_of_the_other_loop(
+    tmp_path: Path, replays: list[int], method: str, reduction: str
+) -> None:
+    config = _config(method, augmentation="crop-flip", width_reduction=reduction)
+    expected = loop.train(config, tmp_path / "cpu", backend="cpu")
+    assert not replays
+    found = loop.train(config, tmp_path / "triton", backend="triton")
+    assert replays == [0, 1, 2, 3, 4]
+    for a, b in zip(
+        *(runs.read_metrics(tmp_path / each) for each in ("triton", "cpu")), strict=True
+    ):
+        for key in ("loss", "nominal", "robust", "width", "train_error"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4), key
+        assert a["widths"] == pytest.approx(b["widths"], rel=1e-4)
+    assert found["verified_error"] == expected["verified_error"]
+    weights = (list(runs.read_model(tmp_path / each).parameters()) for each in ("triton", "cpu"))
+    for a, b in zip(*weights, strict=True):
+        assert (a - b).abs().max() < 1e-4
+
+
+@interpreted
+def test_a_stopped_run_goes_on_bitwise(
+    tmp_path: Path, replays: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _config()
+    expected = loop.train(config, tmp_path / "whole", backend="triton")
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 0.0)
+    replays.clear()
+    replay = TrainStep.replay
+
+    def stopped(self: TrainStep) -> None:
+        if int(self.at) == 3:
+            raise KeyboardInterrupt
+        replay(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainStep, "replay", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(config, tmp_path / "parts", backend="triton")
+    found = loop.train(config, tmp_path / "parts", backend="triton")
+    assert replays == [0, 1, 2, 3, 4]
+    times = ("seconds", "train_seconds")
+    assert {k: v for k, v in found.items() if k not in times} == {
+        k: v for k, v in expected.items() if k not in times
+    }
+    whole, parts = (
+        list(runs.read_model(tmp_path / each).parameters()) for each in ("whole", "parts")
+    )
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+@interpreted
+def test_what_the_step_cannot_do_the_loop_does(tmp_path: Path, replays: list[int]) -> None:
+    options = {"steps": 1, "eps_ramp": (0, 1), "kappa_ramp": (0, 1), "lr_decay_at": (1,)}
+    cf.train(_config(elide=False, **options), tmp_path, backend="triton")
+    assert not replays
+
+
+@interpreted
+@pytest.mark.parametrize("wrong", [False, True])
+def test_auto_trains_by_steps_that_were_checked(
+    tmp_path: Path,
+    replays: list[int],
+    wrong: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As on a GPU: "auto" chooses Triton."""
+    select = backends.select
+    monkeypatch.setattr(
+        backends, "select", lambda name, *of: select("triton" if name == "auto" else name, *of)
+    )
+    known: dict[str, str] = {}
+    monkeypatch.setattr(checks, "_known", lambda: known)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    if wrong:
+        update = Adam.__call__
+        monkeypatch.setattr(Adam, "__call__", lambda self, lr, at: update(self, 2 * lr, at))
+    short = {"steps": 2, "eps_ramp": (0, 1), "kappa_ramp": (0, 1), "lr_decay_at": (1,)}
+    loop.train(_config(**short), tmp_path / "run")
+    warned = capsys.readouterr().err.count(
+        "A step is not one CUDA graph of Triton's kernels: the parameters of step 1 is wrong"
+    )
+    # the check takes its steps by `run`
+    assert (replays, warned) == (([], 1) if wrong else ([0, 1], 0))
+
+
+@interpreted
+def test_a_backend_that_cannot_run_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="backend='triton' cannot run: on the CPU Triton's"):
+        cf.train(_config(), tmp_path / "run", backend="triton")
+    with pytest.raises(ValueError, match="precision 'fast' cannot run here: asked for"):
+        cf.train(_config(precision="fast"), tmp_path / "run", backend="torch")
+    assert not (tmp_path / "run").exists()
+
+
+@interpreted
+def test_precisions_need_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="precision 'bf16' is for a GPU; on the CPU take 'fast'"):
+        cf.train(_config(precision="bf16"), tmp_path)
