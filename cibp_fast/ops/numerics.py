@@ -386,10 +386,17 @@ def layer_errors(
 
 
 def relu_errors(device: torch.device | str, nominal: bool = True) -> Errors:
-    """Returns the errors of ReLU, with a nominal stream or without."""
+    """Returns the errors of ReLU, with a nominal stream or without.
+
+    Of two sizes: Triton compiles a kernel for multiples of 16 apart.
+    """
     random = torch.Generator().manual_seed(0)
-    given = _box((3 * relu.BLOCK + 5,), nominal, random, device)
-    return _op_errors("ReLU", ops.relu, reference.relu, given, (), random)
+    found: Errors = {}
+    for size in (3 * relu.BLOCK + 5, 3 * relu.BLOCK + 16):
+        given = _box((size,), nominal, random, device)
+        name = f"ReLU of {size} numbers"
+        found |= _op_errors(name, ops.relu, reference.relu, given, (), random)
+    return found
 
 
 def _box(

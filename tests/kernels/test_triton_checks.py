@@ -184,8 +184,8 @@ FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any], str, str]] = {
         layers.conv2d, "weight_gradient", lambda r: r[0][-1].zero_(), "linear",
         "a layer: backward",
     ),
-    "rectified": (layers, "relu_forward", lambda r: r[0].neg_(), "relu", "ReLU: forward"),
-    "before ReLU": (layers, "relu_backward", _a_nan, "relu", "ReLU: backward"),
+    "rectified": (layers, "relu_forward", lambda r: r[0].neg_(), "relu", "ReLU of 3077 numbers: forward"),
+    "before ReLU": (layers, "relu_backward", _a_nan, "relu", "ReLU of 3077 numbers: backward"),
     "batch": (gpu_step, "make_batch", lambda r: r[0][0, 0, 0, 0].add_(1), "step", "the batch"),
     "loss": (
         gpu_step, "loss", lambda r: r.terms[:, 1].mul_(1.0001), "step", "the last layer's loss",
@@ -381,7 +381,9 @@ def test_a_wrong_relu_runs_in_torch(auto: dict[str, str], monkeypatch: pytest.Mo
     x = torch.randn(3, 4, device=DEVICE)
     monkeypatch.setattr(layers, "relu_forward", changed(layers.relu_forward, _a_nan))
     assert torch.equal(ops.relu(x, x, x)[0], x.relu())
-    assert list(auto.values()) == ["ReLU: forward is wrong on this GPU, by nan relative to float64"]
+    assert list(auto.values()) == [
+        "ReLU of 3077 numbers: forward is wrong on this GPU, by nan relative to float64"
+    ]
 
 
 def test_a_capture_is_no_time_to_check(
