@@ -5,12 +5,12 @@ What takes seconds to import is imported by the command that needs it: help is t
 
 from __future__ import annotations
 
-import difflib
 import io
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, Union
@@ -39,7 +39,7 @@ MOST_THREADS = 1024  # beyond it the system may refuse to start them, which ends
 
 
 def _word(metavar: str, read: Callable[[str], Any]) -> PrimitiveConstructorSpec[Any]:
-    """Returns what makes an option of one word."""
+    """Returns what makes an option of one word; tyro's own of `int | None` takes the word None."""
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar=metavar,
@@ -49,30 +49,22 @@ def _word(metavar: str, read: Callable[[str], Any]) -> PrimitiveConstructorSpec[
     )
 
 
-def _whole(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"must be a whole number, not {text!r}") from None
-
-
-N, DIR = _word("N", _whole), _word("DIR", Path)
+N, DIR = _word("N", int), _word("DIR", Path)
 
 
 def _changes(hints: Mapping[str, str]) -> Any:
-    """Returns the type of options that change these fields of the Config, as a dict of texts.
+    """Returns the type of options that change these fields of the Config, a dict of those given.
 
     hints: what the help says of each field's default.
     """
     options: dict[str, Any] = {}
     for name, hint in hints.items():
         option = Config.model_fields[name]
-        about: dict[str, Any] = {"help": option.description, "help_behavior_hint": hint}
-        if option.annotation is bool:
-            options[name] = Annotated[bool, arg(**about)]
-        else:
-            metavar = "|".join(choices(name)) or "VALUE"
-            options[name] = Annotated[str, arg(metavar=metavar, **about)]
+        about = arg(help=option.description, help_behavior_hint=hint)
+        word = _word("|".join(choices(name)) or "VALUE", partial(parse, name))
+        options[name] = (
+            Annotated[bool, about] if option.annotation is bool else Annotated[Any, word, about]
+        )
     return OmitArgPrefixes[TypedDict("Changes", options, total=False)]  # type: ignore
 
 
@@ -82,13 +74,6 @@ if TYPE_CHECKING:
 else:
     Recipe = _changes({name: f"[{as_text(value)}]" for name, value in preset(DEFAULT_PRESET)})
     Changes = _changes(dict.fromkeys(("eps", "eval_batch_size"), "(default: the run's)"))
-
-
-def _values(texts: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields' values. Raises ValueError as `parse`."""
-    return {
-        name: parse(name, text) if isinstance(text, str) else text for name, text in texts.items()
-    }
 
 
 @dataclass(kw_only=True)
@@ -157,14 +142,13 @@ class Quickstart(Command):
         names = [f"mnist5k-small-0.1-{method}" for method in ("ibp", "cibp")]
         configs = {self.output / name: preset(name, seed=self.seed) for name in names}
         there = [run_dir for run_dir, config in configs.items() if _is_of(run_dir, config)]
-        finished = [run_dir for run_dir in there if (run_dir / "result.json").exists()]
+        finished = all((run_dir / "result.json").exists() for run_dir in configs)
         results = {}
         for run_dir, config in configs.items():
             label = plotting.METHOD_LABELS[config.method]
             print(f"Training the small network with {label}, {config.steps} steps:", flush=True)
-            anew = run_dir not in there or len(finished) == len(configs)
-            with _stopped("the same command goes on"):
-                results[label] = loop.train(config, run_dir, overwrite=anew)
+            anew = run_dir not in there or (finished and len(there) == len(configs))
+            results[label] = loop.train(config, run_dir, overwrite=anew)
         picture = self.output / "quickstart.png"
         plotting.plot(list(configs), picture)
         print(f"\n{_table(results)}")
@@ -209,7 +193,7 @@ class Train(OnData):
 
     def run(self) -> None:
         epochs = {} if self.epochs is None else {"epochs": self.epochs}
-        config = preset(self.preset, **_values(self.recipe), **epochs)
+        config = preset(self.preset, **self.recipe, **epochs)
         if self.seeds < 1:
             raise ValueError(f"seeds must be 1 or more, not {self.seeds}")
         configs = [config.replace(seed=config.seed + index) for index in range(self.seeds)]
@@ -219,19 +203,18 @@ class Train(OnData):
         if self.run_dir is not None:
             parts = [f"seed{config.seed}" for config in configs] if self.seeds > 1 else [""]
             run_dirs = [self.run_dir / part for part in parts]
-        again = "the same command" + (" without --overwrite" if self.overwrite else "")
-        results = {}
-        for config, run_dir in zip(configs, run_dirs, strict=True):
-            with _stopped(f"{again} goes on"):
-                results[f"{config.name} seed {config.seed}"] = loop.train(
-                    config,
-                    run_dir,
-                    data_root=self.data_root,
-                    verify_data=not self.unverified_data,
-                    device=self.device,
-                    backend=self.backend,
-                    overwrite=self.overwrite,
-                )
+        results = {
+            f"{config.name} seed {config.seed}": loop.train(
+                config,
+                run_dir,
+                data_root=self.data_root,
+                verify_data=not self.unverified_data,
+                device=self.device,
+                backend=self.backend,
+                overwrite=self.overwrite,
+            )
+            for config, run_dir in zip(configs, run_dirs, strict=True)
+        }
         if not loop.world(self.device).first:
             return
         print(f"\n{_table(results)}\n")
@@ -263,7 +246,7 @@ class OnRuns(OnData):
         errors = []
         run_dirs = runs.of_seeds(self.run_dir)
         for run_dir in run_dirs:
-            config = runs.read_config(run_dir).replace(**_values(self.changes) | changes)
+            config = runs.read_config(run_dir).replace(**self.changes | changes)
             found = self._found(config, run_dir)
             count, total = int(found.sum()), len(found)
             errors.append({f"{kind}_error": count / total})
@@ -337,7 +320,7 @@ class Attack(OnRuns):
 
     steps: Annotated[int, N] = 200
     restarts: Annotated[int, N] = 10
-    step_size: Annotated[str, arg(metavar="S")] = "0.01"
+    step_size: Annotated[Any, _word("S", partial(parse, "pgd_step_size"))] = 0.01
     seed: Annotated[int, N] = 0
 
     def run(self) -> None:
@@ -346,7 +329,7 @@ class Attack(OnRuns):
             f"PGD error ({self.steps} steps, {self.restarts} restarts)",
             pgd_steps=self.steps,
             pgd_restarts=self.restarts,
-            pgd_step_size=parse("pgd_step_size", self.step_size),
+            pgd_step_size=self.step_size,
             seed=self.seed,
         )
 
@@ -395,9 +378,7 @@ class Plot(Command):
         print(f"wrote {self.output}")
 
 
-COMMANDS: dict[str, type[Command]] = {
-    each.__name__.lower(): each for each in (Info, Quickstart, Train, Certify, Attack, Plot)
-}
+COMMANDS = (Info, Quickstart, Train, Certify, Attack, Plot)
 
 ABOUT = f"""Train and certify provably robust networks with interval bounds.
 
@@ -413,19 +394,18 @@ examples:
 
 def run(words: Sequence[str]) -> None:
     """Runs the command that the words say. Raises ValueError with one line about bad ones."""
-    name, *options = words or [""]
-    if name in ("-h", "--help"):
-        every = [
-            Annotated[kind, subcommand(each, description=(kind.__doc__ or "").partition("\n")[0])]
-            for each, kind in COMMANDS.items()
-        ]
-        _parsed(Union[tuple(every)], [name], "cibp-fast", ABOUT)  # noqa: UP007
-    if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f": did you mean {close[0]!r}?" if close else "."
-        problem = f"{name!r} is no command{hint}" if name else "A command is missing."
-        raise ValueError(f"{problem} There are {', '.join(COMMANDS)} (see cibp-fast --help)")
-    command: Command = _parsed(COMMANDS[name], options, f"cibp-fast {name}")
+    kinds = [Annotated[kind, subcommand(kind.__name__.lower())] for kind in COMMANDS]
+    commands: Any = Union[tuple(kinds)]  # noqa: UP007
+    printed = io.StringIO()
+    try:
+        with redirect_stderr(printed):
+            command = tyro.cli(commands, args=words, prog="cibp-fast", description=ABOUT)
+    except SystemExit as exit:
+        if not exit.code:
+            raise  # after help
+        _, _, problem = printed.getvalue().partition("\n")  # of a box, with a title
+        plain = re.sub(r"\x1b\[[\d;]*m|[─│╭╮╰╯]|-{5,}", " ", problem)
+        raise ValueError(" ".join(plain.split())) from None
     if command.threads is not None:
         if not 1 <= command.threads <= MOST_THREADS:
             raise ValueError(f"threads must be from 1 to {MOST_THREADS}, not {command.threads}")
@@ -433,34 +413,6 @@ def run(words: Sequence[str]) -> None:
 
         torch.set_num_threads(command.threads)
     command.run()
-
-
-def _parsed(kind: Any, words: Sequence[str], program: str, about: str | None = None) -> Any:
-    """Returns the object that tyro makes of the words.
-
-    Raises ValueError with the first paragraph of the box that tyro would print, as one line.
-    """
-    printed = io.StringIO()
-    try:
-        with redirect_stderr(printed):
-            return tyro.cli(kind, args=words, prog=program, description=about)
-    except SystemExit as exit:
-        if not exit.code:
-            raise  # after help
-    text = re.sub(r"\x1b\[[\d;]*m", "", printed.getvalue())  # of colours
-    _, problem, *_ = [part for part in re.split("[─╭╮╰╯]+|-{5,}", text) if part.strip(" │\n")]
-    raise ValueError(f"{' '.join(problem.replace('│', ' ').split())} (see {program} --help)")
-
-
-@contextmanager
-def _stopped(how: str) -> Iterator[None]:
-    """Adds to the message of a training that was stopped how it goes on."""
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        if stop.args:
-            raise KeyboardInterrupt(f"{stop}: {how}") from None
-        raise
 
 
 def _is_of(run_dir: Path, config: Config) -> bool:

@@ -144,7 +144,7 @@ def _trained(training: _Training, run_dir: Path) -> dict[str, Any]:
         raise KeyboardInterrupt(
             f"stopped in the final evaluation, with the trained network in {run_dir}"
         ) from None
-    return {
+    result = {
         "dataset": config.dataset,
         "model": config.net,
         "method": config.method,
@@ -152,14 +152,15 @@ def _trained(training: _Training, run_dir: Path) -> dict[str, Any]:
         **errors,
         "eps": config.eps,
         "eps_space": config.eps_space,
-        "eps_pixel": _as_json(config.eps_pixel),
-        "clip": _as_json(config.clip),
+        "eps_pixel": config.eps_pixel,
+        "clip": config.clip,
         "precision": config.precision,
         "sound": False,
         "semantics": None,
         "seconds": round(training.seconds, 3),
         "train_seconds": round(train_seconds, 3),
     }
+    return runs.as_json(result)
 
 
 class _Training:
@@ -258,7 +259,7 @@ class _Training:
                         self.model, self.dataset.test, config, processes, attack=False
                     )
                 record["seconds"] = round(self.seconds, 3)
-                records.append(_finite_or_none(record))
+                records.append(runs.as_json(record))
                 processes.of_first(lambda: runs.write_metrics(run_dir, records))
                 progress.report(records[-1])
                 if not math.isfinite(means[0]):
@@ -327,17 +328,3 @@ class _StopSignals:
         if self.received and not self.patient:
             raise KeyboardInterrupt("stopped at once, with the last saved state kept")
         self.received = True
-
-
-def _as_json(value: Any) -> Any:
-    """A tuple as JSON gives it back."""
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _finite_or_none(value: Any) -> Any:
-    """NaN and infinity as None, which JSON can say, inside dicts and lists."""
-    if isinstance(value, dict):
-        return {key: _finite_or_none(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite_or_none(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -474,7 +474,7 @@ def test_a_checkpoint_comes_back(tmp_path):
     runs.write_checkpoint(tmp_path, CHECKPOINT)
     assert sorted(_contents(tmp_path)) == ["state", "state/checkpoint.safetensors"]
     found = runs.read_checkpoint(tmp_path)
-    for name in runs.FACTS:
+    for name in runs.Facts.__annotations__:
         assert getattr(found, name) == getattr(CHECKPOINT, name)
     torch.testing.assert_close(found.totals, CHECKPOINT.totals, rtol=0, atol=0, equal_nan=True)
     for kind in ("model", "optimizer"):
