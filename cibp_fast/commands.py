@@ -404,8 +404,8 @@ def run(words: Sequence[str]) -> None:
         if not exit.code:
             raise  # after help
         _, _, problem = printed.getvalue().partition("\n")  # of a box, with a title
-        plain = re.sub(r"\x1b\[[\d;]*m|[─│╭╮╰╯]|-{5,}", " ", problem)
-        raise ValueError(" ".join(plain.split())) from None
+        plain = re.sub(r"\x1b\[[\d;]*m", "", problem)  # of colours
+        raise ValueError(" ".join(re.sub("[─│╭╮╰╯]|-{5,}", " ", plain).split())) from None
     if command.threads is not None:
         if not 1 <= command.threads <= MOST_THREADS:
             raise ValueError(f"threads must be from 1 to {MOST_THREADS}, not {command.threads}")
