@@ -15,6 +15,7 @@ import pytest
 import torch
 from commands import error_line
 from digits import SHORT, load_toy
+from digits import TOY_PRESET as PRESET
 
 from cibp_fast import __version__, attacks, certificates, cli, commands
 from cibp_fast.certificates import Certificate
@@ -22,7 +23,6 @@ from cibp_fast.training import datasets, evaluation, loop, runs
 from cibp_fast.training.config import Config, as_text, preset
 from cibp_fast.training.step import Objective
 
-PRESET = "mnist5k-small-0.001-cibp"
 SHORT_TRAIN = ["train", "--preset", PRESET]  # and SHORT in its command-line form
 for name, value in SHORT.items():
     SHORT_TRAIN += [f"--{name.replace('_', '-')}", as_text(value)]
@@ -34,20 +34,10 @@ def _toy_data(monkeypatch):
     monkeypatch.setattr(datasets, "load", load_toy)
 
 
-@pytest.fixture(scope="module")
-def run_dir(tmp_path_factory):
-    """A finished toy run."""
-    path = tmp_path_factory.mktemp("runs") / "toy"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, "load", load_toy)
-        loop.train(preset(PRESET, **SHORT), path)
-    return path
-
-
 @pytest.fixture
-def damaged(run_dir, tmp_path):
+def damaged(toy_run, tmp_path):
     """A copy of the finished run, to be changed."""
-    return Path(shutil.copytree(run_dir, tmp_path / "damaged"))
+    return Path(shutil.copytree(toy_run, tmp_path / "damaged"))
 
 
 def test_train_certify_attack_and_plot(tmp_path, capsys):
@@ -194,9 +184,9 @@ def test_help_and_version_answer_at_once_without_torch():
         assert answer in printed and printed.endswith("[]\n")
 
 
-def test_a_plot_needs_no_torch(run_dir, tmp_path):
+def test_a_plot_needs_no_torch(toy_run, tmp_path):
     pytest.importorskip("matplotlib")
-    printed = _imported(RUN, "plot", run_dir, "-o", tmp_path / "curves.png")
+    printed = _imported(RUN, "plot", toy_run, "-o", tmp_path / "curves.png")
     assert printed.endswith("0\n['matplotlib', 'numpy']\n")
 
 
@@ -313,9 +303,9 @@ def test_options_replace_the_preset(trained):
         ("trian", "Unrecognized options: trian Available subcommands: info, quickstart, train"),
     ],
 )
-def test_bad_input_is_one_line(capsys, monkeypatch, tmp_path, run_dir, words, problem):
+def test_bad_input_is_one_line(capsys, monkeypatch, tmp_path, toy_run, words, problem):
     monkeypatch.chdir(tmp_path)
-    arguments = [str(run_dir) if word == "RUN" else word for word in words.split(" ") if word]
+    arguments = [str(toy_run) if word == "RUN" else word for word in words.split(" ") if word]
     assert problem in error_line(capsys, *arguments)
     assert list(tmp_path.iterdir()) == []  # nothing written, half or whole
 
@@ -339,13 +329,13 @@ def test_bad_options_are_one_line_everywhere(capsys, monkeypatch, encoding, term
         assert not {"│", "─", "|", "+"} & set(line) and "---" not in line
 
 
-def test_unwritable_folder(capsys, tmp_path, run_dir):
+def test_unwritable_folder(capsys, tmp_path, toy_run):
     (tmp_path / "file").write_text("in the way")
     below = str(tmp_path / "file" / "run")
     words = error_line(capsys, *SHORT_TRAIN, "--run-dir", below)
     assert f"cannot make the folder {below}: Not a directory" in words
     pytest.importorskip("matplotlib")
-    words = error_line(capsys, "plot", str(run_dir), "-o", f"{below}/curves.png")
+    words = error_line(capsys, "plot", str(toy_run), "-o", f"{below}/curves.png")
     assert f"cannot make the folder {below}: Not a directory" in words
 
 
@@ -410,13 +400,13 @@ def test_bounds_that_the_attack_refutes_are_one_line(capsys, tmp_path, monkeypat
     ],
 )
 def test_a_gpu_without_memory_is_one_line(
-    capsys, run_dir, tmp_path, monkeypatch, where, command, words
+    capsys, toy_run, tmp_path, monkeypatch, where, command, words
 ):
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ...")
 
     monkeypatch.setattr(*where, full)
-    options = [command, str(run_dir), "--eval-batch-size", "7"]
+    options = [command, str(toy_run), "--eval-batch-size", "7"]
     if command == "train":
         options = [*SHORT_TRAIN, "--run-dir", str(tmp_path)]
     setting = words.split()[-1].partition("=")[0]
@@ -424,13 +414,13 @@ def test_a_gpu_without_memory_is_one_line(
     assert error_line(capsys, *options).endswith(line)
 
 
-def test_a_finished_run_is_shown_and_not_trained_again(capsys, run_dir):
-    before = {path: path.read_bytes() for path in run_dir.iterdir()}
-    assert cli.main([*SHORT_TRAIN, "--run-dir", str(run_dir)]) == 0
+def test_a_finished_run_is_shown_and_not_trained_again(capsys, toy_run):
+    before = {path: path.read_bytes() for path in toy_run.iterdir()}
+    assert cli.main([*SHORT_TRAIN, "--run-dir", str(toy_run)]) == 0
     printed = capsys.readouterr().out
     assert "has finished already" in printed and "epoch" not in printed
-    assert f"{100 * runs.read_result(run_dir)['verified_error']:.1f} %" in printed
-    assert {path: path.read_bytes() for path in run_dir.iterdir()} == before
+    assert f"{100 * runs.read_result(toy_run)['verified_error']:.1f} %" in printed
+    assert {path: path.read_bytes() for path in toy_run.iterdir()} == before
 
 
 def test_a_run_goes_on_after_ctrl_c_unless_overwritten(capsys, tmp_path, monkeypatch):
@@ -460,13 +450,13 @@ def test_a_run_goes_on_after_ctrl_c_unless_overwritten(capsys, tmp_path, monkeyp
     assert runs.read_config(tmp_path).seed == runs.read_result(tmp_path)["seed"] == 0
 
 
-def test_a_warning_is_one_line(capsys, monkeypatch, run_dir):
+def test_a_warning_is_one_line(capsys, monkeypatch, toy_run):
     def warn(*args, **kwargs):
         warnings.warn("the file is\n not the official one", stacklevel=2)
         return load_toy(*args, **kwargs)
 
     monkeypatch.setattr(datasets, "load", warn)
-    assert cli.main(["certify", str(run_dir)]) == 0
+    assert cli.main(["certify", str(toy_run)]) == 0
     assert capsys.readouterr().err == "cibp-fast: warning: the file is not the official one\n"
 
 

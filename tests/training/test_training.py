@@ -7,8 +7,7 @@ import platform
 
 import pytest
 import torch
-import torch.nn.functional as F
-from digits import SHORT, load_toy, toy_dataset
+from digits import SHORT, TOY_PRESET, colour, load_toy, toy_dataset
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cibp_fast as cf
@@ -26,24 +25,10 @@ def _toy_data(monkeypatch):
     monkeypatch.setattr(datasets, "load", load_toy)
 
 
-PRESET = "mnist5k-small-0.001-cibp"
-
-
 def _without_times(records):
     return [
         {key: value for key, value in record.items() if "seconds" not in key} for record in records
     ]
-
-
-@pytest.fixture(scope="module")
-def run_dir(tmp_path_factory):
-    """A finished toy run."""
-    path = tmp_path_factory.mktemp("runs") / "toy"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets, "load", load_toy)
-        torch.set_num_threads(1)
-        loop.train(preset(PRESET, **SHORT), path)
-    return path
 
 
 @pytest.mark.parametrize("method", ["nominal", "ibp", "cibp"])
@@ -80,8 +65,8 @@ def test_a_run_folder(tmp_path, method, capsys):
     assert wrong.double().mean().item() == result["test_error"]
 
 
-def test_the_fields_of_a_result(run_dir):
-    text = (run_dir / "result.json").read_text()
+def test_the_fields_of_a_result(toy_run):
+    text = (toy_run / "result.json").read_text()
     assert platform.node() not in text
     result = json.loads(text)
     measured = {
@@ -118,16 +103,16 @@ def test_the_fields_of_a_result(run_dir):
     assert result["hardware"]["processes"] == result["hardware"]["threads"] == 1
 
 
-def test_repeats_bitwise_and_leaves_the_global_random_state_alone(run_dir, tmp_path, monkeypatch):
+def test_repeats_bitwise_and_leaves_the_global_random_state_alone(toy_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(77)
     state = torch.get_rng_state()
-    configs = [preset(PRESET, **SHORT, seed=seed) for seed in (0, 1)]
+    configs = [preset(TOY_PRESET, **SHORT, seed=seed) for seed in (0, 1)]
     for config in configs:
         loop.train(config)
     assert torch.equal(torch.get_rng_state(), state)
 
-    folders = [run_dir, *(tmp_path / "runs" / config.folder for config in configs)]
+    folders = [toy_run, *(tmp_path / "runs" / config.folder for config in configs)]
     weights = [(folder / "model.safetensors").read_bytes() for folder in folders]
     metrics = [_without_times(runs.read_metrics(folder)) for folder in folders]
     results = [_without_times([runs.read_result(folder)]) for folder in folders]
@@ -135,7 +120,7 @@ def test_repeats_bitwise_and_leaves_the_global_random_state_alone(run_dir, tmp_p
         assert first == second != other
 
 
-def test_the_steps_are_the_papers(run_dir):
+def test_the_steps_are_the_papers(toy_run):
     """The loop against the recipe written out with autograd: same batches, same weights."""
     torch.manual_seed(0)
     model = cf.models.small((1, 28, 28))
@@ -155,11 +140,11 @@ def test_the_steps_are_the_papers(run_dir):
             optimizer.step()
             step += 1
     x = toy_dataset().test.pixels()
-    torch.testing.assert_close(runs.read_model(run_dir)(x), model(x), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(runs.read_model(toy_run)(x), model(x), rtol=1e-3, atol=1e-3)
 
 
 def test_nan_is_never_right_and_never_verified():
-    config = preset(PRESET, **SHORT)
+    config = preset(TOY_PRESET, **SHORT)
     model = runs.build_model(config)
     with torch.no_grad():
         model[-1].bias[3] = torch.nan
@@ -181,7 +166,7 @@ def test_nan_for_some_examples_is_counted_for_those_alone():
         spoilt = right(point).argmax(1) == 3
         return right(x) + torch.where(spoilt, torch.nan, 0.0)[:, None]
 
-    config = preset(PRESET, **SHORT)
+    config = preset(TOY_PRESET, **SHORT)
     for model, share in ((right, 0.0), (nan_for_class_3, 0.1)):
         errors = evaluation.evaluate(model, test, config)
         assert [errors[f"{kind}_error"] for kind in ("test", "pgd", "verified")] == [share] * 3
@@ -192,7 +177,7 @@ def test_nan_for_some_examples_is_counted_for_those_alone():
 def test_an_attack_on_a_verified_example_is_an_error_after_the_result_is_saved(
     tmp_path, monkeypatch
 ):
-    config = preset(PRESET, **SHORT | {"lr": 0.0})
+    config = preset(TOY_PRESET, **SHORT | {"lr": 0.0})
 
     def everything(model, x, y, *args, **kwargs):
         shape = (len(x), 10)
@@ -233,13 +218,13 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     tmp_path, changes, options, message
 ):
     with pytest.raises(ValueError, match=message):
-        loop.train(preset(PRESET, **SHORT | changes), tmp_path / "run", **options)
+        loop.train(preset(TOY_PRESET, **SHORT | changes), tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_cannot_take_the_run_is_refused_before_training(tmp_path, monkeypatch):
-    config = preset(PRESET, **SHORT)
-    runs.claim(tmp_path, preset(PRESET, **SHORT | {"lr": 0.5}))
+    config = preset(TOY_PRESET, **SHORT)
+    runs.claim(tmp_path, preset(TOY_PRESET, **SHORT | {"lr": 0.5}))
     monkeypatch.setattr(Objective, "forward", lambda *args: pytest.fail("training started"))
     with pytest.raises(FileExistsError, match=r"another config .lr 0.5 there, 0.001 now"):
         loop.train(config, tmp_path)
@@ -255,14 +240,8 @@ def test_progress_bar_on_a_terminal(tmp_path, monkeypatch, capsys):
     assert captured.out.count("\n") == 1 and "12/12" in captured.err
 
 
-def _colour_dataset(name, root=None, *, verify=True):
-    """The toy digits as colour images of CIFAR-10's shape."""
-    grey = toy_dataset()
-
-    def split(part):
-        return datasets.Split(F.pad(part.images, [2] * 4).repeat(1, 3, 1, 1), part.labels)
-
-    return datasets.Dataset(name, split(grey.train), split(grey.test))
+def _colour_dataset(*arguments, **options):
+    return colour(toy_dataset())
 
 
 @pytest.mark.parametrize("space", ["pixel", "normalized"])
@@ -277,7 +256,7 @@ def test_normalised_data_sets(tmp_path, monkeypatch, capsys, space):
     assert result["test_error"] <= result["pgd_error"] <= result["verified_error"]
     assert len(runs.read_metrics(tmp_path)[-1]["widths"]) == 4
     model = runs.read_model(tmp_path)
-    pixels = _colour_dataset("cifar10").test.pixels()
+    pixels = _colour_dataset().test.pixels()
     mean, std = (
         torch.tensor(values)[:, None, None] for values in datasets.CHANNEL_STATS["cifar10"]
     )
@@ -299,7 +278,7 @@ def test_normalised_data_sets(tmp_path, monkeypatch, capsys, space):
 
 def test_the_two_spaces_are_the_same_box_up_to_scale():
     """A pixel eps over std is the normalised eps: with equal stds both give one certificate."""
-    x, y = _colour_dataset("").test.pixels(), toy_dataset().test.labels
+    x, y = _colour_dataset().test.pixels(), toy_dataset().test.labels
     mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
     net, normalize = cf.models.small((3, 32, 32)), cf.models.Normalize(mean, std)
     inside = cf.certify(torch.nn.Sequential(normalize, net), x, y, 0.001, None, sound=False)
