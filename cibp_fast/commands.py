@@ -432,20 +432,14 @@ def _table(results: Mapping[str, dict[str, Any]]) -> str:
     attack = f"PGD ({first['pgd_steps']} steps)"
     rows = [f"{'':{indent}}  {'test error':>12}  {attack:>16}  {'verified':>10}  {'time':>8}"]
     for name, result in results.items():
-        test, attacked, verified = (
-            100 * result[f"{kind}_error"] for kind in ("test", "pgd", "verified")
-        )
-        rows.append(
-            f"{name:{indent}}  {test:10.1f} %  {attacked:14.1f} %  {verified:8.1f} %  "
-            f"{result['seconds']:6.0f} s"
-        )
+        errors = (result[f"{kind}_error"] for kind in ("test", "pgd", "verified"))
+        cells = [f"{100 * e:{size}.1f} %" for e, size in zip(errors, (10, 14, 8), strict=True)]
+        rows.append("  ".join([f"{name:{indent}}", *cells, f"{result['seconds']:6.0f} s"]))
     return "\n".join(rows)
 
 
 def _spread(results: Sequence[Mapping[str, Any]], *kinds: str) -> str:
     """Returns mean and standard deviation (of the sample) of the errors over the seeds."""
-    texts = []
-    for kind in kinds:
-        errors = [100 * result[f"{kind}_error"] for result in results]
-        texts.append(f"{kind} {fmean(errors):.2f} +- {stdev(errors):.2f} %")
+    errors = {kind: [100 * result[f"{kind}_error"] for result in results] for kind in kinds}
+    texts = [f"{kind} {fmean(of):.2f} +- {stdev(of):.2f} %" for kind, of in errors.items()]
     return f"mean and standard deviation of {len(results)} seeds: {', '.join(texts)}"
