@@ -143,15 +143,6 @@ def test_the_steps_are_the_papers(toy_run):
     torch.testing.assert_close(runs.read_model(toy_run)(x), model(x), rtol=1e-3, atol=1e-3)
 
 
-def test_nan_is_never_right_and_never_verified():
-    config = preset(TOY_PRESET, **SHORT)
-    model = runs.build_model(config)
-    with torch.no_grad():
-        model[-1].bias[3] = torch.nan
-    errors = evaluation.evaluate(model, toy_dataset().test, config)
-    assert errors["test_error"] == errors["pgd_error"] == errors["verified_error"] == 1
-
-
 def test_nan_for_some_examples_is_counted_for_those_alone():
     test = toy_dataset().test
     patterns = torch.stack([test.images[test.labels == digit][0] for digit in range(10)])
