@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,8 +30,6 @@ from cibp_fast.training.config import (
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
     from cibp_fast.training.datasets import Split
 
 DEFAULT_PRESET = "mnist5k-small-0.1-cibp"
@@ -136,12 +134,16 @@ class Quickstart(Command):
     seed: Annotated[int, N] = 0
 
     def run(self) -> None:
-        from cibp_fast.training import loop, plotting
+        from cibp_fast.training import loop, plotting, runs
 
         plotting.require_matplotlib()  # now, not after the training
         names = [f"mnist5k-small-0.1-{method}" for method in ("ibp", "cibp")]
         configs = {self.output / name: preset(name, seed=self.seed) for name in names}
-        there = [run_dir for run_dir, config in configs.items() if _is_of(run_dir, config)]
+        there = []  # of the same config
+        for run_dir, config in configs.items():
+            with suppress(OSError, ValueError):  # none, or a damaged one
+                if runs.read_config(run_dir) == config:
+                    there.append(run_dir)
         finished = all((run_dir / "result.json").exists() for run_dir in configs)
         results = {}
         for run_dir, config in configs.items():
@@ -242,50 +244,37 @@ class OnRuns(OnData):
         changes: of the run's Config, besides the user's.
         """
         from cibp_fast.training import runs
+        from cibp_fast.training.evaluation import evaluate
 
         errors = []
         run_dirs = runs.of_seeds(self.run_dir)
         for run_dir in run_dirs:
             config = runs.read_config(run_dir).replace(**self.changes | changes)
-            found = self._found(config, run_dir)
-            count, total = int(found.sum()), len(found)
-            errors.append({f"{kind}_error": count / total})
+            split = self._examples(config)
+            model = runs.read_model(run_dir).to(split.images.device)
+            errors.append(evaluate(model, split, config, attack=kind == "pgd"))
+            error, total = errors[-1][f"{kind}_error"], len(split)
+            count = f"{round(error * total)} of {total} held-out examples"
             space = " (normalised)" if config.eps_space == "normalized" else ""
             print(
                 f"{run_dir.name + ': ' if len(run_dirs) > 1 else ''}{name} at eps {config.eps:.4g}"
-                f"{space}: {100 * count / total:.2f} % ({count} of {total} held-out examples)"
+                f"{space}: {100 * error:.2f} % ({count})"
             )
         if len(errors) > 1:
             print(_spread(errors, kind))
 
-    def _found(self, config: Config, run_dir: Path) -> Tensor:
-        """Returns which held-out examples count as errors, [N] bool."""
-        import torch
-
-        from cibp_fast._graphs import reuse_graphs
-        from cibp_fast.training import datasets, runs
+    def _examples(self, config: Config) -> Split:
+        from cibp_fast.training import datasets
         from cibp_fast.training.distributed import available
-        from cibp_fast.training.progress import bar
 
         device, verify = available(self.device), not self.unverified_data
-        model = runs.read_model(run_dir).to(device)
         split = datasets.load(config.dataset, self.data_root, verify=verify).test
         count = len(split) if self.examples is None else self.examples
         if not 1 <= count <= len(split):
             raise ValueError(
                 f"examples must be from 1 to the {len(split)} of the test set, not {count}"
             )
-        split, size = split[:count].to(device), config.eval_batch_size
-        with reuse_graphs():
-            parts = [
-                self.errors(config, model, split[first : first + size], first)
-                for first in bar(range(0, count, size), type(self).__name__.lower(), "batch")
-            ]
-        return torch.cat(parts)
-
-    def errors(self, config: Config, model: nn.Module, part: Split, first: int) -> Tensor:
-        """Returns which of a batch count, [B] bool; first: the number of its first example."""
-        raise NotImplementedError
+        return split[:count].to(device)
 
 
 @dataclass(kw_only=True)
@@ -297,11 +286,6 @@ class Certify(OnRuns):
         print(
             "sound: false (these bounds are computed in rounded arithmetic and are not yet a proof)"
         )
-
-    def errors(self, config: Config, model: nn.Module, part: Split, first: int) -> Tensor:
-        from cibp_fast.training.evaluation import certificate, inputs
-
-        return ~certificate(model, inputs(config, part), part.labels, config).verified
 
 
 @dataclass(kw_only=True)
@@ -329,15 +313,10 @@ class Attack(OnRuns):
             f"PGD error ({self.steps} steps, {self.restarts} restarts)",
             pgd_steps=self.steps,
             pgd_restarts=self.restarts,
+            pgd_verified_restarts=self.restarts,
             pgd_step_size=self.step_size,
             seed=self.seed,
         )
-
-    def errors(self, config: Config, model: nn.Module, part: Split, first: int) -> Tensor:
-        from cibp_fast.training.evaluation import broken, inputs
-
-        x = inputs(config, part)
-        return broken(model, x, part.labels, config, config.pgd_restarts, first)
 
 
 @dataclass(kw_only=True)
@@ -413,16 +392,6 @@ def run(words: Sequence[str]) -> None:
 
         torch.set_num_threads(command.threads)
     command.run()
-
-
-def _is_of(run_dir: Path, config: Config) -> bool:
-    """Returns whether the folder holds a run of this config, finished or not."""
-    from cibp_fast.training import runs
-
-    try:
-        return runs.read_config(run_dir) == config
-    except (OSError, ValueError):  # none, or a damaged one
-        return False
 
 
 def _table(results: Mapping[str, dict[str, Any]]) -> str:

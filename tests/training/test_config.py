@@ -183,12 +183,10 @@ def test_json_round_trip():
     [
         ("mnist5k-smal-0.1-cibp", "did you mean 'mnist5k-small-0.1-cibp'"),
         ("mnsit-small-0.1-ibp", "did you mean 'mnist-small-0.1-ibp'"),
-        ("mnist-small-0.4-cbip", "did you mean 'mnist-small-0.4-cibp'"),
         ("mnist-small-0.1-ibp-normalized-gowal", "dataset-net-eps-method.-gowal..-normalized."),
         ("mnist-small-0.1-ibp-madry", "-gowal for the recipe of Gowal et al."),
         ("mnist5k-small-0.1-trades", "method nominal, ibp or cibp"),
         ("mnist5k-small-8/256-cibp", "eps as 0.1, 8/255 or 8of255"),
-        ("mnist5k-small--0.1-cibp", "eps as 0.1, 8/255 or 8of255"),
         ("", r"unknown preset ''\. A preset is"),
     ],
 )

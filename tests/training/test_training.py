@@ -165,26 +165,6 @@ def test_nan_for_some_examples_is_counted_for_those_alone():
     assert torch.equal(~found.verified, test.labels == 3)
 
 
-def test_an_attack_on_a_verified_example_is_an_error_after_the_result_is_saved(
-    tmp_path, monkeypatch
-):
-    config = preset(TOY_PRESET, **SHORT | {"lr": 0.0})
-
-    def everything(model, x, y, *args, **kwargs):
-        shape = (len(x), 10)
-        return cf.certificates.Certificate(
-            torch.ones_like(y, dtype=torch.bool), torch.ones(len(x)), torch.ones(shape), y, False
-        )
-
-    monkeypatch.setattr(evaluation, "certify", everything)
-    with pytest.raises(FloatingPointError, match=r"the bounds verify \d+ of 40 .*result.json"):
-        loop.train(config, tmp_path)
-    result = runs.read_result(tmp_path)
-    assert result["contradictions"] == round(40 * result["pgd_error"]) > 0
-    assert result["verified_error"] == 0
-    runs.read_model(tmp_path)
-
-
 def test_divergence_stops_with_the_metrics_kept(tmp_path):
     config = preset("mnist5k-small-0.001-ibp", **SHORT | {"lr": 1e18})
     with pytest.raises(FloatingPointError, match="training diverged: the loss of epoch 1 is nan"):
@@ -211,17 +191,6 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=message):
         loop.train(preset(TOY_PRESET, **SHORT | changes), tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()
-
-
-def test_a_folder_that_cannot_take_the_run_is_refused_before_training(tmp_path, monkeypatch):
-    config = preset(TOY_PRESET, **SHORT)
-    runs.claim(tmp_path, preset(TOY_PRESET, **SHORT | {"lr": 0.5}))
-    monkeypatch.setattr(Objective, "forward", lambda *args: pytest.fail("training started"))
-    with pytest.raises(FileExistsError, match=r"another config .lr 0.5 there, 0.001 now"):
-        loop.train(config, tmp_path)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="cannot make the folder"):
-        loop.train(config, tmp_path / "file" / "run")
 
 
 def test_progress_bar_on_a_terminal(tmp_path, monkeypatch, capsys):
