@@ -337,7 +337,8 @@ def _reading(path: Path, problem: str = "") -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, NotADirectoryError):
-        missing = f"{path.parent} is not a complete run: {path.name} is missing"
+        what = "run folder" if path.name == "config.json" else "complete run"
+        missing = f"{path.parent} is not a {what}: {path.name} is missing"
         raise FileNotFoundError(missing) from None
     except OSError as error:
         raise OSError(f"cannot read {path}: {error.strerror or error}") from error

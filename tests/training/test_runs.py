@@ -396,7 +396,7 @@ READERS = {
 def test_a_folder_that_is_no_run_is_named(tmp_path):
     for file in ("config.json", "metrics.jsonl"):
         for folder in (tmp_path, tmp_path / "nowhere"):
-            message = f"{folder} is not a complete run: {file} is missing"
+            message = rf"{folder} is not a (run folder|complete run): {file} is missing"
             with pytest.raises(FileNotFoundError, match=message):
                 READERS[file](folder)
     runs.claim(tmp_path, CONFIG)
