@@ -32,7 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             commands.run(words)
         except KeyboardInterrupt as interrupt:
-            _say(f"\ncibp-fast: {str(interrupt) or 'interrupted'}")
+            again = "the same command" + " without --overwrite" * ("--overwrite" in words)
+            goes_on = f": {again} goes on" if interrupt.args else ""  # after a training has saved
+            _say(f"\ncibp-fast: {str(interrupt) or 'interrupted'}{goes_on}")
             return 130
         except Exception as error:
             if not isinstance(error, USER_ERRORS) and not _of_memory(error):

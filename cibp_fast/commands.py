@@ -5,12 +5,12 @@ What takes seconds to import is imported by the command that needs it: help is t
 
 from __future__ import annotations
 
-import difflib
 import io
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, Union
@@ -30,8 +30,6 @@ from cibp_fast.training.config import (
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
     from cibp_fast.training.datasets import Split
 
 DEFAULT_PRESET = "mnist5k-small-0.1-cibp"
@@ -39,7 +37,7 @@ MOST_THREADS = 1024  # beyond it the system may refuse to start them, which ends
 
 
 def _word(metavar: str, read: Callable[[str], Any]) -> PrimitiveConstructorSpec[Any]:
-    """Returns what makes an option of one word."""
+    """Returns what makes an option of one word; tyro's own of `int | None` takes the word None."""
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar=metavar,
@@ -49,30 +47,22 @@ def _word(metavar: str, read: Callable[[str], Any]) -> PrimitiveConstructorSpec[
     )
 
 
-def _whole(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"must be a whole number, not {text!r}") from None
-
-
-N, DIR = _word("N", _whole), _word("DIR", Path)
+N, DIR = _word("N", int), _word("DIR", Path)
 
 
 def _changes(hints: Mapping[str, str]) -> Any:
-    """Returns the type of options that change these fields of the Config, as a dict of texts.
+    """Returns the type of options that change these fields of the Config, a dict of those given.
 
     hints: what the help says of each field's default.
     """
     options: dict[str, Any] = {}
     for name, hint in hints.items():
         option = Config.model_fields[name]
-        about: dict[str, Any] = {"help": option.description, "help_behavior_hint": hint}
-        if option.annotation is bool:
-            options[name] = Annotated[bool, arg(**about)]
-        else:
-            metavar = "|".join(choices(name)) or "VALUE"
-            options[name] = Annotated[str, arg(metavar=metavar, **about)]
+        about = arg(help=option.description, help_behavior_hint=hint)
+        word = _word("|".join(choices(name)) or "VALUE", partial(parse, name))
+        options[name] = (
+            Annotated[bool, about] if option.annotation is bool else Annotated[Any, word, about]
+        )
     return OmitArgPrefixes[TypedDict("Changes", options, total=False)]  # type: ignore
 
 
@@ -82,13 +72,6 @@ if TYPE_CHECKING:
 else:
     Recipe = _changes({name: f"[{as_text(value)}]" for name, value in preset(DEFAULT_PRESET)})
     Changes = _changes(dict.fromkeys(("eps", "eval_batch_size"), "(default: the run's)"))
-
-
-def _values(texts: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields' values. Raises ValueError as `parse`."""
-    return {
-        name: parse(name, text) if isinstance(text, str) else text for name, text in texts.items()
-    }
 
 
 @dataclass(kw_only=True)
@@ -151,20 +134,23 @@ class Quickstart(Command):
     seed: Annotated[int, N] = 0
 
     def run(self) -> None:
-        from cibp_fast.training import loop, plotting
+        from cibp_fast.training import loop, plotting, runs
 
         plotting.require_matplotlib()  # now, not after the training
         names = [f"mnist5k-small-0.1-{method}" for method in ("ibp", "cibp")]
         configs = {self.output / name: preset(name, seed=self.seed) for name in names}
-        there = [run_dir for run_dir, config in configs.items() if _is_of(run_dir, config)]
-        finished = [run_dir for run_dir in there if (run_dir / "result.json").exists()]
+        there = []  # of the same config
+        for run_dir, config in configs.items():
+            with suppress(OSError, ValueError):  # none, or a damaged one
+                if runs.read_config(run_dir) == config:
+                    there.append(run_dir)
+        finished = all((run_dir / "result.json").exists() for run_dir in configs)
         results = {}
         for run_dir, config in configs.items():
             label = plotting.METHOD_LABELS[config.method]
             print(f"Training the small network with {label}, {config.steps} steps:", flush=True)
-            anew = run_dir not in there or len(finished) == len(configs)
-            with _stopped("the same command goes on"):
-                results[label] = loop.train(config, run_dir, overwrite=anew)
+            anew = run_dir not in there or (finished and len(there) == len(configs))
+            results[label] = loop.train(config, run_dir, overwrite=anew)
         picture = self.output / "quickstart.png"
         plotting.plot(list(configs), picture)
         print(f"\n{_table(results)}")
@@ -209,7 +195,7 @@ class Train(OnData):
 
     def run(self) -> None:
         epochs = {} if self.epochs is None else {"epochs": self.epochs}
-        config = preset(self.preset, **_values(self.recipe), **epochs)
+        config = preset(self.preset, **self.recipe, **epochs)
         if self.seeds < 1:
             raise ValueError(f"seeds must be 1 or more, not {self.seeds}")
         configs = [config.replace(seed=config.seed + index) for index in range(self.seeds)]
@@ -219,19 +205,18 @@ class Train(OnData):
         if self.run_dir is not None:
             parts = [f"seed{config.seed}" for config in configs] if self.seeds > 1 else [""]
             run_dirs = [self.run_dir / part for part in parts]
-        again = "the same command" + (" without --overwrite" if self.overwrite else "")
-        results = {}
-        for config, run_dir in zip(configs, run_dirs, strict=True):
-            with _stopped(f"{again} goes on"):
-                results[f"{config.name} seed {config.seed}"] = loop.train(
-                    config,
-                    run_dir,
-                    data_root=self.data_root,
-                    verify_data=not self.unverified_data,
-                    device=self.device,
-                    backend=self.backend,
-                    overwrite=self.overwrite,
-                )
+        results = {
+            f"{config.name} seed {config.seed}": loop.train(
+                config,
+                run_dir,
+                data_root=self.data_root,
+                verify_data=not self.unverified_data,
+                device=self.device,
+                backend=self.backend,
+                overwrite=self.overwrite,
+            )
+            for config, run_dir in zip(configs, run_dirs, strict=True)
+        }
         if not loop.world(self.device).first:
             return
         print(f"\n{_table(results)}\n")
@@ -259,50 +244,37 @@ class OnRuns(OnData):
         changes: of the run's Config, besides the user's.
         """
         from cibp_fast.training import runs
+        from cibp_fast.training.evaluation import evaluate
 
         errors = []
         run_dirs = runs.of_seeds(self.run_dir)
         for run_dir in run_dirs:
-            config = runs.read_config(run_dir).replace(**_values(self.changes) | changes)
-            found = self._found(config, run_dir)
-            count, total = int(found.sum()), len(found)
-            errors.append({f"{kind}_error": count / total})
+            config = runs.read_config(run_dir).replace(**self.changes | changes)
+            split = self._examples(config)
+            model = runs.read_model(run_dir).to(split.images.device)
+            errors.append(evaluate(model, split, config, attack=kind == "pgd"))
+            error, total = errors[-1][f"{kind}_error"], len(split)
+            count = f"{round(error * total)} of {total} held-out examples"
             space = " (normalised)" if config.eps_space == "normalized" else ""
             print(
                 f"{run_dir.name + ': ' if len(run_dirs) > 1 else ''}{name} at eps {config.eps:.4g}"
-                f"{space}: {100 * count / total:.2f} % ({count} of {total} held-out examples)"
+                f"{space}: {100 * error:.2f} % ({count})"
             )
         if len(errors) > 1:
             print(_spread(errors, kind))
 
-    def _found(self, config: Config, run_dir: Path) -> Tensor:
-        """Returns which held-out examples count as errors, [N] bool."""
-        import torch
-
-        from cibp_fast._graphs import reuse_graphs
-        from cibp_fast.training import datasets, runs
+    def _examples(self, config: Config) -> Split:
+        from cibp_fast.training import datasets
         from cibp_fast.training.distributed import available
-        from cibp_fast.training.progress import bar
 
         device, verify = available(self.device), not self.unverified_data
-        model = runs.read_model(run_dir).to(device)
         split = datasets.load(config.dataset, self.data_root, verify=verify).test
         count = len(split) if self.examples is None else self.examples
         if not 1 <= count <= len(split):
             raise ValueError(
                 f"examples must be from 1 to the {len(split)} of the test set, not {count}"
             )
-        split, size = split[:count].to(device), config.eval_batch_size
-        with reuse_graphs():
-            parts = [
-                self.errors(config, model, split[first : first + size], first)
-                for first in bar(range(0, count, size), type(self).__name__.lower(), "batch")
-            ]
-        return torch.cat(parts)
-
-    def errors(self, config: Config, model: nn.Module, part: Split, first: int) -> Tensor:
-        """Returns which of a batch count, [B] bool; first: the number of its first example."""
-        raise NotImplementedError
+        return split[:count].to(device)
 
 
 @dataclass(kw_only=True)
@@ -314,11 +286,6 @@ class Certify(OnRuns):
         print(
             "sound: false (these bounds are computed in rounded arithmetic and are not yet a proof)"
         )
-
-    def errors(self, config: Config, model: nn.Module, part: Split, first: int) -> Tensor:
-        from cibp_fast.training.evaluation import certificate, inputs
-
-        return ~certificate(model, inputs(config, part), part.labels, config).verified
 
 
 @dataclass(kw_only=True)
@@ -337,7 +304,7 @@ class Attack(OnRuns):
 
     steps: Annotated[int, N] = 200
     restarts: Annotated[int, N] = 10
-    step_size: Annotated[str, arg(metavar="S")] = "0.01"
+    step_size: Annotated[Any, _word("S", partial(parse, "pgd_step_size"))] = 0.01
     seed: Annotated[int, N] = 0
 
     def run(self) -> None:
@@ -346,15 +313,10 @@ class Attack(OnRuns):
             f"PGD error ({self.steps} steps, {self.restarts} restarts)",
             pgd_steps=self.steps,
             pgd_restarts=self.restarts,
-            pgd_step_size=parse("pgd_step_size", self.step_size),
+            pgd_verified_restarts=self.restarts,
+            pgd_step_size=self.step_size,
             seed=self.seed,
         )
-
-    def errors(self, config: Config, model: nn.Module, part: Split, first: int) -> Tensor:
-        from cibp_fast.training.evaluation import broken, inputs
-
-        x = inputs(config, part)
-        return broken(model, x, part.labels, config, config.pgd_restarts, first)
 
 
 @dataclass(kw_only=True)
@@ -395,9 +357,7 @@ class Plot(Command):
         print(f"wrote {self.output}")
 
 
-COMMANDS: dict[str, type[Command]] = {
-    each.__name__.lower(): each for each in (Info, Quickstart, Train, Certify, Attack, Plot)
-}
+COMMANDS = (Info, Quickstart, Train, Certify, Attack, Plot)
 
 ABOUT = f"""Train and certify provably robust networks with interval bounds.
 
@@ -413,19 +373,18 @@ examples:
 
 def run(words: Sequence[str]) -> None:
     """Runs the command that the words say. Raises ValueError with one line about bad ones."""
-    name, *options = words or [""]
-    if name in ("-h", "--help"):
-        every = [
-            Annotated[kind, subcommand(each, description=(kind.__doc__ or "").partition("\n")[0])]
-            for each, kind in COMMANDS.items()
-        ]
-        _parsed(Union[tuple(every)], [name], "cibp-fast", ABOUT)  # noqa: UP007
-    if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f": did you mean {close[0]!r}?" if close else "."
-        problem = f"{name!r} is no command{hint}" if name else "A command is missing."
-        raise ValueError(f"{problem} There are {', '.join(COMMANDS)} (see cibp-fast --help)")
-    command: Command = _parsed(COMMANDS[name], options, f"cibp-fast {name}")
+    kinds = [Annotated[kind, subcommand(kind.__name__.lower())] for kind in COMMANDS]
+    commands: Any = Union[tuple(kinds)]  # noqa: UP007
+    printed = io.StringIO()
+    try:
+        with redirect_stderr(printed):
+            command = tyro.cli(commands, args=words, prog="cibp-fast", description=ABOUT)
+    except SystemExit as exit:
+        if not exit.code:
+            raise  # after help
+        _, _, problem = printed.getvalue().partition("\n")  # of a box, with a title
+        plain = re.sub(r"\x1b\[[\d;]*m", "", problem)  # of colours
+        raise ValueError(" ".join(re.sub("[─│╭╮╰╯]|-{5,}", " ", plain).split())) from None
     if command.threads is not None:
         if not 1 <= command.threads <= MOST_THREADS:
             raise ValueError(f"threads must be from 1 to {MOST_THREADS}, not {command.threads}")
@@ -435,44 +394,6 @@ def run(words: Sequence[str]) -> None:
     command.run()
 
 
-def _parsed(kind: Any, words: Sequence[str], program: str, about: str | None = None) -> Any:
-    """Returns the object that tyro makes of the words.
-
-    Raises ValueError with the first paragraph of the box that tyro would print, as one line.
-    """
-    printed = io.StringIO()
-    try:
-        with redirect_stderr(printed):
-            return tyro.cli(kind, args=words, prog=program, description=about)
-    except SystemExit as exit:
-        if not exit.code:
-            raise  # after help
-    text = re.sub(r"\x1b\[[\d;]*m", "", printed.getvalue())  # of colours
-    _, problem, *_ = [part for part in re.split("[─╭╮╰╯]+|-{5,}", text) if part.strip(" │\n")]
-    raise ValueError(f"{' '.join(problem.replace('│', ' ').split())} (see {program} --help)")
-
-
-@contextmanager
-def _stopped(how: str) -> Iterator[None]:
-    """Adds to the message of a training that was stopped how it goes on."""
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        if stop.args:
-            raise KeyboardInterrupt(f"{stop}: {how}") from None
-        raise
-
-
-def _is_of(run_dir: Path, config: Config) -> bool:
-    """Returns whether the folder holds a run of this config, finished or not."""
-    from cibp_fast.training import runs
-
-    try:
-        return runs.read_config(run_dir) == config
-    except (OSError, ValueError):  # none, or a damaged one
-        return False
-
-
 def _table(results: Mapping[str, dict[str, Any]]) -> str:
     """Returns test, PGD and verified error of each result, a row each, aligned."""
     first = next(iter(results.values()))
@@ -480,20 +401,14 @@ def _table(results: Mapping[str, dict[str, Any]]) -> str:
     attack = f"PGD ({first['pgd_steps']} steps)"
     rows = [f"{'':{indent}}  {'test error':>12}  {attack:>16}  {'verified':>10}  {'time':>8}"]
     for name, result in results.items():
-        test, attacked, verified = (
-            100 * result[f"{kind}_error"] for kind in ("test", "pgd", "verified")
-        )
-        rows.append(
-            f"{name:{indent}}  {test:10.1f} %  {attacked:14.1f} %  {verified:8.1f} %  "
-            f"{result['seconds']:6.0f} s"
-        )
+        errors = (result[f"{kind}_error"] for kind in ("test", "pgd", "verified"))
+        cells = [f"{100 * e:{size}.1f} %" for e, size in zip(errors, (10, 14, 8), strict=True)]
+        rows.append("  ".join([f"{name:{indent}}", *cells, f"{result['seconds']:6.0f} s"]))
     return "\n".join(rows)
 
 
 def _spread(results: Sequence[Mapping[str, Any]], *kinds: str) -> str:
     """Returns mean and standard deviation (of the sample) of the errors over the seeds."""
-    texts = []
-    for kind in kinds:
-        errors = [100 * result[f"{kind}_error"] for result in results]
-        texts.append(f"{kind} {fmean(errors):.2f} +- {stdev(errors):.2f} %")
+    errors = {kind: [100 * result[f"{kind}_error"] for result in results] for kind in kinds}
+    texts = [f"{kind} {fmean(of):.2f} +- {stdev(of):.2f} %" for kind, of in errors.items()]
     return f"mean and standard deviation of {len(results)} seeds: {', '.join(texts)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 import hypothesis
@@ -42,6 +43,21 @@ def _reproducible() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def toy_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the toy digits, to be copied by those who change it."""
+    from digits import SHORT, TOY_PRESET, load_toy
+
+    from cibp_fast.training import config, datasets, loop
+
+    torch.set_num_threads(1)
+    run_dir = tmp_path_factory.mktemp("runs") / "toy"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets, "load", load_toy)
+        loop.train(config.preset(TOY_PRESET, **SHORT), run_dir)
+    return run_dir
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,13 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
+from collections.abc import Iterable
+from contextlib import suppress
+from itertools import product
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import from_json
 
 from cibp_fast.training.presets import recipe, scaled
 from cibp_fast.training.schedules import LinearRamp, StepDecay
@@ -26,46 +29,13 @@ Net = Literal["small", "medium", "large"]
 Method = Literal["nominal", "ibp", "cibp"]
 NORMALIZED = ("cifar10", "svhn")  # data sets with a mean and a standard deviation
 
-
-class Form(NamedTuple):
-    """How the command line and messages write a field: words for it, and what reads its text."""
-
-    words: str
-    read: Callable[[str], Any]
-
-
-def fraction(text: str) -> float | None:
-    """Returns the number that `8/255` or `8of255` says; None for any other text."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(?:/|of)255", text)
-    return float(match[1]) / 255 if match else None
-
-
-def _number(text: str) -> float:
-    value = fraction(text)
-    return float(text) if value is None else value
-
-
-def _tuple(of: Callable[[str], Any], none: tuple[()] | None = None) -> Callable[[str], Any]:
-    return lambda text: none if text == "none" else tuple(map(of, text.split(",")))
-
-
 LARGEST = 2**63 - 1  # that torch takes as a whole number
-WHOLE, NUMBER = Form("a whole number", int), Form("a finite number", _number)
-Whole = Annotated[int, Field(ge=0, le=LARGEST), WHOLE]
-Count = Annotated[int, Field(ge=1, le=LARGEST), WHOLE]
-Number = Annotated[float, Field(ge=0, le=LARGEST), NUMBER]
-Share = Annotated[float, Field(ge=0, le=1), NUMBER]
-Size = Annotated[
-    Annotated[float, Field(gt=0, le=LARGEST)] | None,
-    Form("a finite number or none", lambda text: None if text == "none" else _number(text)),
-]
-Ramp = Annotated[tuple[int, int], Form("2 whole numbers (a,b)", _tuple(int))]
-Steps = Annotated[
-    tuple[int, ...], Form("any number of whole numbers (a,b,...) or none", _tuple(int, none=()))
-]
-Clip = Annotated[
-    tuple[float, float] | None, Form("2 finite numbers (a,b) or none", _tuple(_number))
-]
+Whole = Annotated[int, Field(ge=0, le=LARGEST)]
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
+Number = Annotated[float, Field(ge=0, le=LARGEST)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Bound = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
+Ramp = Annotated[tuple[Whole, ...], Field(min_length=2, max_length=2)]
 
 
 class Config(BaseModel):
@@ -99,7 +69,7 @@ class Config(BaseModel):
     """what eps measures: pixels of [0, 1], or these normalised by channel (as in the paper)"""
     eps_train_ratio: Number = 1.0
     """final training radius, as a multiple of eps (nominal: no effect)"""
-    clip: Clip = (0.0, 1.0)
+    clip: Annotated[tuple[Bound, ...], Field(min_length=2, max_length=2)] | None = (0.0, 1.0)
     """data range that the box is clipped to: low,high or none"""
 
     steps: Count
@@ -110,7 +80,7 @@ class Config(BaseModel):
     """of training images: none, or pad by 4, crop and flip at random"""
     lr: Number = 1e-3
     """Adam's learning rate"""
-    lr_decay_at: Steps = ()
+    lr_decay_at: tuple[Whole, ...] = ()
     """steps at which the learning rate decays, as a,b,... or none"""
     lr_decay_factor: Share = 0.1
     """what the learning rate is multiplied by at each of them"""
@@ -144,61 +114,50 @@ class Config(BaseModel):
     """its random starts, besides the example itself"""
     pgd_verified_restarts: Whole = 0
     """its random starts for examples that the bounds verify, where it can only prove them wrong"""
-    pgd_step_size: Size = 0.01
+    pgd_step_size: Annotated[float, Field(gt=0, le=LARGEST)] | None = 0.01
     """its step size, in the units of eps_space; none: 2.5 eps / steps"""
 
     def __init__(self, **values: Any) -> None:
-        given = {}
         for name, value in values.items():
             if isinstance(value, list):  # of JSON
-                value = tuple(value)
-            number = fraction(value) if isinstance(value, str) else None
-            given[name] = value if number is None else number
+                values[name] = tuple(value)
+            elif isinstance(value, str):
+                values[name] = _of_255(value)
         try:
-            super().__init__(**given)
-        except ValidationError as error:  # whose own text is a page
-            raise ValueError(_first_problem(error, values)) from None
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ValueError(one_line(error, tuple(Config.model_fields))) from None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
-        if self.clip is not None and not -(2**63) < self.clip[0] < self.clip[1] < 2**63:
-            raise ValueError(
-                f"clip must be low,high with low < high, both below 2**63 in size, or none, "
-                f"not {self.clip}"
-            )
+        def require(name: str, holds: bool, allowed: str) -> None:
+            if not holds:
+                raise ValueError(f"{name} must be {allowed}, not {as_text(getattr(self, name))}")
+
+        require(
+            "clip",
+            self.clip is None or self.clip[0] < self.clip[1],
+            "low,high with low < high, or none",
+        )
         if self.eps_space == "normalized":
-            if self.dataset not in NORMALIZED:
-                raise ValueError(
-                    f"eps_space must be pixel for {self.dataset}, not normalized: only "
-                    f"{_listed(NORMALIZED, 'and')} are normalised"
-                )
-            if self.clip is not None:
-                raise ValueError(f"clip must be none for eps_space normalized, not {self.clip}")
-        if (self.width_weight > 0) != (self.method == "cibp"):
-            allowed = "above 0" if self.method == "cibp" else "0"
-            raise ValueError(
-                f"width_weight must be {allowed} for method {self.method}, not {self.width_weight}"
+            only = f"(only {_listed(NORMALIZED, 'and')} are normalised)"
+            require("eps_space", self.dataset in NORMALIZED, f"pixel for {self.dataset} {only}")
+            require("clip", self.clip is None, "none for eps_space normalized")
+        weight = "above 0" if self.method == "cibp" else "0"
+        weighs = (self.width_weight > 0) == (self.method == "cibp")
+        require("width_weight", weighs, f"{weight} for method {self.method}")
+        robust = self.method != "nominal"
+        require("kappa_end", robust or self.kappa_end == 1, "1 for method nominal (no robust loss)")
+        exact = self.precision == "float32"
+        require("precision", exact or robust, "float32 for method nominal")
+        require("precision", exact or self.width == "post", f"float32 for width {self.width}")
+        for name, (first, last) in (("eps_ramp", self.eps_ramp), ("kappa_ramp", self.kappa_ramp)):
+            require(
+                name, first <= last <= self.steps, f"a,b with 0 <= a <= b <= {self.steps} steps"
             )
-        if self.precision != "float32" and (self.method == "nominal" or self.width != "post"):
-            what = "method nominal" if self.method == "nominal" else f"width {self.width}"
-            raise ValueError(f"precision must be float32 for {what}, not {self.precision}")
-        if self.method == "nominal" and self.kappa_end != 1:
-            raise ValueError(
-                f"kappa_end must be 1 for method nominal (no robust loss), not {self.kappa_end}"
-            )
-        for name, schedule in (
-            ("eps_ramp", self.eps_schedule),
-            ("kappa_ramp", self.kappa_schedule),
-            ("lr_decay_at", self.lr_schedule),
-        ):
-            at = getattr(self, name)
-            text = ",".join(map(str, at))
-            try:
-                schedule()
-            except ValueError as error:
-                raise ValueError(f"{name} cannot be {text}: {error}") from None
-            if max(at, default=0) > self.steps:
-                raise ValueError(f"{name} must be within steps 0 to {self.steps}, not {text}")
+        decays = self.lr_decay_at
+        increasing = decays == tuple(sorted(set(decays))) and max(decays, default=0) <= self.steps
+        require("lr_decay_at", increasing, f"increasing steps from 0 to {self.steps}, or none")
         return self
 
     def replace(self, **changes: Any) -> Config:
@@ -250,11 +209,13 @@ class Config(BaseModel):
 
     def eps_schedule(self) -> LinearRamp:
         """Training eps at a step."""
-        return LinearRamp(*self.eps_ramp, 0.0, self.eps * self.eps_train_ratio)
+        start, end = self.eps_ramp
+        return LinearRamp(start, end, 0.0, self.eps * self.eps_train_ratio)
 
     def kappa_schedule(self) -> LinearRamp:
         """Weight of the nominal loss at a step."""
-        return LinearRamp(*self.kappa_ramp, 1.0, self.kappa_end)
+        start, end = self.kappa_ramp
+        return LinearRamp(start, end, 1.0, self.kappa_end)
 
     def lr_schedule(self) -> StepDecay:
         """Learning rate at a step."""
@@ -265,22 +226,15 @@ class Config(BaseModel):
         return json.dumps({"format": FORMAT} | dict(self), indent=2, allow_nan=False) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Config:
-        """Returns the Config of a JSON text.
-
-        Raises ValueError where it is none, naming an unknown or missing field, or where a newer
-        cibp_fast wrote it.
-        """
-        values = parse_json(text)
+    def from_json(cls, text: str | bytes) -> Config:
+        """Returns the Config of a JSON text. Raises ValueError for no, a bad or a newer one."""
+        values = from_json(text)
         if not isinstance(values, dict):
-            raise ValueError(f"a config must be a JSON object, not {type(values).__name__}")
+            raise ValueError(f"a config must be a JSON object, not {values!r}")
         format = values.pop("format", FORMAT)
-        if type(format) is not int or format < 1:
-            raise ValueError(f"format must be a whole number from 1 to {FORMAT}, not {format!r}")
-        if format > FORMAT:
+        if type(format) is not int or not 1 <= format <= FORMAT:
             raise ValueError(
-                f"it has format {format}, and this cibp_fast reads up to {FORMAT}: "
-                "a newer one wrote it"
+                f"format must be from 1 to {FORMAT}, not {format!r}: a newer cibp_fast wrote it?"
             )
         return cls(**values)
 
@@ -306,12 +260,13 @@ def preset(name: str, **overrides: Any) -> Config:
     match = re.fullmatch(_GRAMMAR, name)
     if match is None:
         eps = next(iter(re.findall(rf"-({_EPS})(?=-|$)", name)), "0.1")
-        close = difflib.get_close_matches(name, preset_names(eps), n=1)
-        raise ValueError(f"unknown preset {name!r}{_did_you_mean(close)} {PRESET_GRAMMAR}")
+        names = product(get_args(Dataset), get_args(Net), [eps], get_args(Method))
+        close = _did_you_mean(name, map("-".join, names))
+        raise ValueError(f"unknown preset {name!r}{close} {PRESET_GRAMMAR}")
     dataset, net, eps, method, gowal, normalized = match.groups()
     if gowal and dataset == "mnist5k":
         raise ValueError(f"there is no preset {name!r}: mnist5k has one recipe, without -gowal")
-    of_name = (dataset, net, method, _number(eps))
+    of_name = (dataset, net, method, float(_number(eps)))
     fields = recipe(*of_name, gowal=bool(gowal), normalized=bool(normalized))
     if "epochs" in overrides:
         epochs = overrides.pop("epochs")
@@ -337,57 +292,19 @@ def epoch_steps(fields: dict[str, Any]) -> int:
 
 
 def parse(name: str, text: str) -> Any:
-    """Returns the value of the field from its command-line form.
+    """Returns the field's value from its command-line form, which `as_text` writes.
 
-    Tuples are `a,b`, None is `none`, and a number may be `8/255` or `8of255`. Raises ValueError
-    naming the field and what it takes.
+    Tuples are `a,b`, None and an empty tuple are `none`, and a number may be `8/255` or `8of255`.
+    What it cannot read stays text: Config refuses it.
     """
-    form = _form(name)
-    try:
-        return form.read(text)
-    except ValueError:
-        raise ValueError(f"{name} must be {form.words}, not {text!r}") from None
-
-
-def parse_json(text: str | bytes) -> Any:
-    """What the JSON text says. Raises ValueError, saying so, where it is none."""
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"is no JSON: {error}") from error
-    except RecursionError:
-        raise ValueError("is no JSON that can be read: it is nested too deeply") from None
-
-
-def choices(name: str) -> tuple[str, ...]:
-    """Returns what the field can be, where it is one of some words; else nothing."""
-    kind = Config.model_fields[name].annotation
-    return get_args(kind) if get_origin(kind) is Literal else ()
-
-
-def _form(name: str) -> Form:
-    forms = [each for each in Config.model_fields[name].metadata if isinstance(each, Form)]
-    return forms[0] if forms else Form(_listed(choices(name) or ("true", "false")), str)
-
-
-def _first_problem(error: ValidationError, values: dict[str, Any]) -> str:
-    """Returns one line about the first thing that pydantic found wrong; unknown names go first."""
-    problems = error.errors(include_url=False)
-    problem = min(problems, key=lambda each: each["type"] != "extra_forbidden")
-    if problem["type"] == "value_error":
-        return str(problem["ctx"]["error"])
-    name = str(problem["loc"][0])
-    if problem["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(name, Config.model_fields, n=1)
-        return f"unknown config field {name!r}{_did_you_mean(close)}"
-    if name not in values:
-        return f"config field {name!r} is missing"
-    allowed = _form(name).words
-    for limit, words in (("ge", "{} or more"), ("le", "{} or less"), ("gt", "above {}")):
-        if limit in problem.get("ctx", {}):
-            number = problem["ctx"][limit]
-            allowed = words.format(int(number) if number == int(number) else number)
-    return f"{name} must be {allowed}, not {values[name]!r}"
+    if choices(name):
+        return text
+    is_tuple = get_origin(Config.model_fields[name].annotation) is tuple
+    if text == "none":
+        return () if is_tuple else None
+    if is_tuple or "," in text:
+        return tuple(map(_number, text.split(",")))
+    return _number(text)
 
 
 def as_text(value: Any) -> str:
@@ -397,22 +314,50 @@ def as_text(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def _listed(options: Sequence[str], word: str = "or") -> str:
-    return options[0] if len(options) == 1 else f"{', '.join(options[:-1])} {word} {options[-1]}"
+def _number(text: str) -> int | float | str:
+    for read in (int, float):
+        with suppress(ValueError):
+            return read(text)
+    return _of_255(text)
 
 
-def _did_you_mean(close: list[str]) -> str:
+def _of_255(text: str) -> float | str:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(?:/|of)255", text)
+    return float(match[1]) / 255 if match else text
+
+
+def choices(name: str) -> tuple[str, ...]:
+    """Returns what the field can be, where it is one of some words; else nothing."""
+    kind = Config.model_fields[name].annotation
+    return get_args(kind) if get_origin(kind) is Literal else ()
+
+
+def one_line(error: ValidationError, names: tuple[str, ...] = ()) -> str:
+    """Returns one line about the first thing that pydantic found wrong; unknown names go first.
+
+    names: all that are known.
+    """
+    problems = error.errors(include_url=False)
+    problem = min(problems, key=lambda each: each["type"] != "extra_forbidden")
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    name, message = str((*problem["loc"], "it")[0]), problem["msg"]
+    if problem["type"] == "extra_forbidden":
+        return f"unknown field {name!r}{_did_you_mean(name, names)}"
+    if problem["type"] == "missing":
+        return f"{name!r} is missing"
+    if message.startswith("Input"):
+        message += f", not {problem['input']!r}"
+    return re.sub(r"^\w+ should", f"{name} must", message)
+
+
+def _listed(options: tuple[str, ...], word: str = "or") -> str:
+    return f"{', '.join(options[:-1])} {word} {options[-1]}"
+
+
+def _did_you_mean(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1)
     return f": did you mean {close[0]!r}?" if close else "."
-
-
-def preset_names(eps: str) -> list[str]:
-    """Returns the names of all presets with this eps, without endings."""
-    return [
-        f"{dataset}-{net}-{eps}-{method}"
-        for dataset in get_args(Dataset)
-        for net in get_args(Net)
-        for method in get_args(Method)
-    ]
 
 
 _EPS = r"\d+(?:\.\d+)?(?:(?:/|of)255)?"

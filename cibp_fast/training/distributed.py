@@ -71,9 +71,8 @@ class World:
             error = failure
         errors: list[Exception | None] = [None] * self.size
         dist.all_gather_object(errors, error)
-        for error in errors:
-            if error is not None:
-                raise error
+        for error in filter(None, errors):
+            raise error
         return result
 
     def of_first(self, function: Callable[[], Result]) -> Result:
@@ -129,10 +128,11 @@ def _averaged(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
 
 
 def available(name: str | torch.device) -> torch.device:
+    """Returns the device. Raises ValueError where it is not there for this process."""
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device must be cpu or cuda, not {name!r}") from None
+        device = torch.device("meta")  # as unknown
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be cpu or cuda, not {str(name)!r}")
     if device.type == "cpu":
@@ -144,9 +144,8 @@ def available(name: str | torch.device) -> torch.device:
         raise ValueError(
             f"device must be cuda under torchrun, not {str(name)!r}: each process has its own"
         )
-    wanted = (
-        int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.index is None else device.index + 1
-    )
+    every = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    wanted = every if device.index is None else device.index + 1
     if wanted > gpus:
         raise ValueError(f"device {str(name)!r} needs {wanted} GPUs here, and torch finds {gpus}")
     return device

@@ -7,8 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -66,10 +65,6 @@ def train(
             )
         )
         _check(config, dataset, processes, backend)
-        environment = {
-            "versions": versions(),
-            "hardware": hardware(processes.device, processes.size),
-        }
         training = _Training(config, dataset, processes, backend)
 
         def open_run() -> tuple[dict[str, Any] | None, runs.Checkpoint | None]:
@@ -85,7 +80,7 @@ def train(
         if result is None:
             if checkpoint is not None:
                 training.restore(checkpoint, run_dir / runs.CHECKPOINT)
-            result = finished = _trained(training, run_dir) | environment
+            result = finished = _trained(training, run_dir)
             processes.of_first(lambda: runs.write_result(run_dir, finished))
         elif processes.first:
             print(f"The run in {run_dir} has finished already.", flush=True)
@@ -144,7 +139,7 @@ def _trained(training: _Training, run_dir: Path) -> dict[str, Any]:
         raise KeyboardInterrupt(
             f"stopped in the final evaluation, with the trained network in {run_dir}"
         ) from None
-    return {
+    result = {
         "dataset": config.dataset,
         "model": config.net,
         "method": config.method,
@@ -152,14 +147,17 @@ def _trained(training: _Training, run_dir: Path) -> dict[str, Any]:
         **errors,
         "eps": config.eps,
         "eps_space": config.eps_space,
-        "eps_pixel": _as_json(config.eps_pixel),
-        "clip": _as_json(config.clip),
+        "eps_pixel": config.eps_pixel,
+        "clip": config.clip,
         "precision": config.precision,
         "sound": False,
         "semantics": None,
         "seconds": round(training.seconds, 3),
         "train_seconds": round(train_seconds, 3),
+        "versions": versions(),
+        "hardware": hardware(processes.device, processes.size),
     }
+    return runs.as_json(result)
 
 
 class _Training:
@@ -214,18 +212,16 @@ class _Training:
         if self.done >= self.epoch_steps:
             earlier = processes.of_first(lambda: runs.read_metrics(run_dir))
             records = [record for record in earlier if record["step"] <= self.done]
-            begun = (
-                self.done
-                if self.done == config.steps
-                else self.done // self.epoch_steps * self.epoch_steps
-            )
+            begun = self.done
+            if self.done < config.steps:
+                begun -= self.done % self.epoch_steps
             if not records or records[-1]["step"] != begun:
                 raise ValueError(
                     f"{run_dir / 'metrics.jsonl'} lacks the epoch that ends at step {begun}"
                 )
         with (
             Progress(config, self.epoch_steps, self.done, shown=processes.first) as progress,
-            _StopSignals(patient=processes.size > 1).noted() as signals,
+            _StopSignals(patient=processes.size > 1) as signals,
         ):
             while self.done < config.steps:
                 epoch = self.done // self.epoch_steps + 1
@@ -258,7 +254,7 @@ class _Training:
                         self.model, self.dataset.test, config, processes, attack=False
                     )
                 record["seconds"] = round(self.seconds, 3)
-                records.append(_finite_or_none(record))
+                records.append(runs.as_json(record))
                 processes.of_first(lambda: runs.write_metrics(run_dir, records))
                 progress.report(records[-1])
                 if not math.isfinite(means[0]):
@@ -302,7 +298,7 @@ class _Training:
 
 
 class _StopSignals:
-    """Notes SIGINT and SIGTERM inside `noted`, for a stop between two steps.
+    """Notes SIGINT and SIGTERM inside a block, for a stop between two steps.
 
     A second one raises KeyboardInterrupt at once, unless patient: several processes must save
     together, and torchrun adds a SIGTERM where it gets a second Ctrl-C while it waits for them.
@@ -311,33 +307,17 @@ class _StopSignals:
     def __init__(self, patient: bool) -> None:
         self.patient, self.received = patient, False
 
-    @contextmanager
-    def noted(self) -> Iterator[_StopSignals]:
-        previous = {}
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python forbids it
-            for number in (signal.SIGINT, signal.SIGTERM):
-                previous[number] = signal.signal(number, self._note)
-        try:
-            yield self
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+    def __enter__(self) -> _StopSignals:
+        in_main = threading.current_thread() is threading.main_thread()  # elsewhere it is forbidden
+        numbers = (signal.SIGINT, signal.SIGTERM) if in_main else ()
+        self.previous = {number: signal.signal(number, self._note) for number in numbers}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received and not self.patient:
             raise KeyboardInterrupt("stopped at once, with the last saved state kept")
         self.received = True
-
-
-def _as_json(value: Any) -> Any:
-    """A tuple as JSON gives it back."""
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _finite_or_none(value: Any) -> Any:
-    """NaN and infinity as None, which JSON can say, inside dicts and lists."""
-    if isinstance(value, dict):
-        return {key: _finite_or_none(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite_or_none(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -57,9 +57,7 @@ class Progress(tqdm):
         if not self.disable:
             self.set_postfix_str(errors)
             return
-        loss, width = (
-            math.nan if record[key] is None else record[key] for key in ("loss", "width")
-        )
+        loss, width = (math.nan if record[k] is None else record[k] for k in ("loss", "width"))
         print(
             f"epoch {record['epoch']:4d}/{self.epochs}  step {record['step']:6d}  "
             f"eps {record['eps']:.4f}  kappa {record['kappa']:.3f}  lr {record['lr']:<7.2g}  "

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -18,9 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import lock_descriptor
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from pydantic_core import from_json, to_json
 from safetensors import SafetensorError, safe_open
+from typing_extensions import TypedDict  # pydantic takes typing's from Python 3.12 on
 
-from cibp_fast.training.config import Config, parse_json
+from cibp_fast.training.config import Config, Count, Number, Share, Whole, one_line
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -31,32 +33,30 @@ CHECKPOINT = f"{STATE}/checkpoint.safetensors"
 # finished run, and if it goes on it is from a checkpoint that has its metrics, or from the start.
 FILES = ("result.json", "model.safetensors", CHECKPOINT, "metrics.jsonl", "config.json")
 
-# The numbers that readers of a record of metrics.jsonl and of result.json rely on: (least, most).
-METRICS: dict[str, tuple[float, float]] = {
-    "epoch": (1, 10**9),
-    "step": (1, 2**63),
-    "width": (0, sys.float_info.max),
-    "test_error": (0, 1),
-    "verified_error": (0, 1),
-}
-RESULT: dict[str, tuple[float, float]] = {
-    "test_error": (0, 1),
-    "pgd_error": (0, 1),
-    "verified_error": (0, 1),
-    "examples": (1, 2**63),
-    "contradictions": (0, 2**63),
-    "pgd_steps": (0, 2**63),
-    "seconds": (0, sys.float_info.max),
-}
-NULLABLE = ("width", "test_error", "verified_error")  # in metrics.jsonl: not computed, or NaN
-# The same for the metadata of the checkpoint.
-FACTS: dict[str, tuple[float, float]] = {
-    "step": (1, 2**63),
-    "seconds": (0, sys.float_info.max),
-    "threads": (1, 2**31),
-    "processes": (1, 2**31),
-}
-WHOLE = ("epoch", "step", "threads", "processes", "examples", "contradictions", "pgd_steps")
+
+def _adapter(**fields: Any) -> TypeAdapter[dict[str, Any]]:
+    """Returns what reads a JSON object with these fields, on which readers rely, and others."""
+    config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+    return TypeAdapter(with_config(config)(TypedDict("Record", fields)))  # type: ignore
+
+
+ERRORS = {"test_error": Share, "verified_error": Share}
+# A record of metrics.jsonl. None: not computed, or NaN.
+METRICS = _adapter(
+    epoch=Count,
+    step=Count,
+    width=Number | None,
+    **{name: share | None for name, share in ERRORS.items()},
+)
+RESULT = _adapter(
+    **ERRORS,
+    pgd_error=Share,
+    examples=Count,
+    contradictions=Whole,
+    pgd_steps=Whole,
+    seconds=Number,
+)
+FACTS = {"step": Count, "seconds": Number, "threads": Count, "processes": Count}  # of a checkpoint
 
 
 @dataclass(frozen=True)
@@ -99,11 +99,9 @@ def claim(run_dir: Path, config: Config, overwrite: bool = False) -> None:
                 "choose another, or replace that run with overwrite (--overwrite)"
             )
         return
-    try:
+    with _naming("replace the run in", run_dir):
         for path in present:
             path.unlink()
-    except OSError as error:
-        raise OSError(f"cannot replace the run in {run_dir}: {_reason(error)}") from error
     write_atomic(run_dir / "config.json", config.to_json().encode())
 
 
@@ -117,13 +115,11 @@ def locked(run_dir: Path) -> Iterator[None]:
     """
     make_folder(run_dir)
     with ExitStack() as stack:
-        try:
+        with _naming("lock the folder", run_dir):
             folder = os.open(run_dir, os.O_RDONLY)
             stack.callback(os.close, folder)
             # the folder itself: no file of the lock's is left, and a read-only folder will do
             free = lock_descriptor(folder, blocking=False)
-        except OSError as error:
-            raise OSError(f"cannot lock the folder {run_dir}: {_reason(error)}") from error
         if not free:
             raise BlockingIOError(f"another process is training in {run_dir}")
         for path in (run_dir / file for file in FILES):
@@ -139,10 +135,8 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 def make_folder(path: Path) -> None:
     """Makes the folder where it is not there yet. Raises OSError naming it where that fails."""
-    try:
+    with _naming("make the folder", path):
         path.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        raise OSError(f"cannot make the folder {path}: {_reason(error)}") from error
 
 
 def of_seeds(path: Path) -> list[Path]:
@@ -165,17 +159,21 @@ def write_atomic(path: Path, content: bytes) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync(path.parent)
-    except (OSError, ValueError) as error:
-        raise OSError(f"cannot write {path}: {_reason(error)}") from error
+        with _naming("write", path):
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            _sync(path.parent)
     finally:
         with suppress(OSError, ValueError):  # renamed already, or never made
             temporary.unlink()
+
+
+def as_json(record: dict[str, Any]) -> dict[str, Any]:
+    """Returns the record as JSON gives it back: NaN and infinity as None, tuples as lists."""
+    return from_json(to_json(record, inf_nan_mode="null"))
 
 
 def write_metrics(run_dir: Path, records: list[dict[str, Any]]) -> None:
@@ -186,9 +184,8 @@ def write_metrics(run_dir: Path, records: list[dict[str, Any]]) -> None:
 
 def write_result(run_dir: Path, result: dict[str, Any]) -> None:
     """Writes result.json."""
-    write_atomic(
-        run_dir / "result.json", (json.dumps(result, indent=2, allow_nan=False) + "\n").encode()
-    )
+    content = json.dumps(result, indent=2, allow_nan=False) + "\n"
+    write_atomic(run_dir / "result.json", content.encode())
 
 
 def write_model(run_dir: Path, model: nn.Module) -> None:
@@ -212,22 +209,17 @@ def write_checkpoint(run_dir: Path, checkpoint: Checkpoint) -> None:
 
 
 def read_checkpoint(run_dir: Path) -> Checkpoint | None:
-    """The unfinished run's last checkpoint, None where it has none yet.
+    """Returns the unfinished run's last checkpoint, None where it has none yet.
 
     Raises OSError where it cannot be read, ValueError where it is damaged.
     """
     path = run_dir / CHECKPOINT
     if not path.exists():
         return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            facts = _record((file.metadata() or {}).get("checkpoint", "{}"), FACTS)
-            # Cloned: a tensor of safetensors is a part of the file, which will be replaced.
-            tensors = {name: file.get_tensor(name).clone() for name in ["totals", *file.keys()]}
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    except OSError as error:
-        raise OSError(f"cannot read {path}: {_reason(error)}") from error
+    with _reading(path, " is damaged"), safe_open(path, framework="pt") as file:
+        facts = _adapter(**FACTS).validate_json((file.metadata() or {}).get("checkpoint", "{}"))
+        # Cloned: a tensor of safetensors is a part of the file, which will be replaced.
+        tensors = {name: file.get_tensor(name).clone() for name in ["totals", *file.keys()]}
 
     def part(kind: str) -> dict[str, Tensor]:
         return {name.removeprefix(kind): tensors[name] for name in tensors if name.startswith(kind)}
@@ -242,64 +234,54 @@ def read_checkpoint(run_dir: Path) -> Checkpoint | None:
 
 def remove_checkpoint(run_dir: Path) -> None:
     """Removes the checkpoint of a run that has finished. Raises OSError where it cannot."""
-    try:
-        (run_dir / CHECKPOINT).unlink(missing_ok=True)
-    except OSError as error:
-        raise OSError(f"cannot remove {run_dir / CHECKPOINT}: {_reason(error)}") from error
+    path = run_dir / CHECKPOINT
+    with _naming("remove", path):
+        path.unlink(missing_ok=True)
 
 
 def read_config(run_dir: Path) -> Config:
-    """The run's Config.
+    """Returns the run's Config.
 
     Raises FileNotFoundError where there is no run, OSError where its config cannot be read,
     ValueError where it is damaged.
     """
-    content = _read(run_dir, "config.json")
-    try:
-        return Config.from_json(content.decode())
-    except ValueError as error:
-        raise ValueError(f"{run_dir / 'config.json'}: {error}") from error
+    path = run_dir / "config.json"
+    with _reading(path):
+        return Config.from_json(path.read_bytes())
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The run's records, one an epoch. Raises OSError or ValueError as `read_config`."""
+    """Returns the run's records, one an epoch. Raises OSError or ValueError as `read_config`."""
+    path = run_dir / "metrics.jsonl"
+    with _reading(path):
+        lines = path.read_bytes().splitlines()
     records = []
-    for number, line in enumerate(_read(run_dir, "metrics.jsonl").splitlines(), start=1):
-        try:
-            records.append(_record(line, METRICS, NULLABLE))
-        except ValueError as error:
-            raise ValueError(f"{run_dir / 'metrics.jsonl'}, line {number}: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        with _reading(path, f", line {number}"):
+            records.append(METRICS.validate_json(line))
     return records
 
 
 def read_result(run_dir: Path) -> dict[str, Any] | None:
-    """The run's result, None where it has not finished; ValueError where the file is damaged."""
-    try:
-        return _record(_read(run_dir, "result.json"), RESULT)
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise ValueError(f"{run_dir / 'result.json'}: {error}") from error
+    """Returns the run's result, None where it has not finished. Raises as `read_config`."""
+    path = run_dir / "result.json"
+    with suppress(FileNotFoundError), _reading(path):
+        return RESULT.validate_json(path.read_bytes())
+    return None
 
 
 def read_model(run_dir: Path) -> nn.Sequential:
-    """The run's trained network. Raises OSError or ValueError as `read_config`."""
+    """Returns the run's trained network. Raises OSError or ValueError as `read_config`."""
     import safetensors.torch
 
-    model = build_model(read_config(run_dir))
+    model, path = build_model(read_config(run_dir)), run_dir / "model.safetensors"
     own = model.state_dict()
-    content = _read(run_dir, "model.safetensors")
-    try:
-        state = safetensors.torch.load(content)
+    with _reading(path, " does not hold this run's network"):
+        state = safetensors.torch.load(path.read_bytes())
         for name, value in state.items():
             if name in own and value.dtype != own[name].dtype:
                 raise ValueError(f"{name} must be {own[name].dtype}, not {value.dtype}")
         model.load_state_dict(state)
-    except (SafetensorError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"{run_dir / 'model.safetensors'} does not hold this run's network: "
-            f"{' '.join(str(error).splitlines()[:2])}"
-        ) from error
     return model
 
 
@@ -336,14 +318,34 @@ def to_input(config: Config) -> nn.Module:
     return nn.Identity()
 
 
-def _read(run_dir: Path, file: str) -> bytes:
+@contextmanager
+def _naming(action: str, path: Path) -> Iterator[None]:
+    """Raises OSError that names the path where the system refuses the action."""
     try:
-        return (run_dir / file).read_bytes()
+        yield
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL byte
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"cannot {action} {path}: {reason}") from error
+
+
+@contextmanager
+def _reading(path: Path, problem: str = "") -> Iterator[None]:
+    """Raises errors that name the path: OSError where it cannot be read, ValueError of its content.
+
+    problem: what is wrong with the content, or where.
+    """
+    try:
+        yield
     except (FileNotFoundError, NotADirectoryError):
-        what = "is not a run folder" if file == "config.json" else "is not a complete run"
-        raise FileNotFoundError(f"{run_dir} {what}: {file} is missing") from None
-    except (OSError, ValueError) as error:
-        raise OSError(f"cannot read {run_dir / file}: {_reason(error)}") from error
+        what = "run folder" if path.name == "config.json" else "complete run"
+        missing = f"{path.parent} is not a {what}: {path.name} is missing"
+        raise FileNotFoundError(missing) from None
+    except OSError as error:
+        raise OSError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValidationError as error:
+        raise ValueError(f"{path}{problem}: {one_line(error)}") from None
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{path}{problem}: {' '.join(str(error).splitlines()[:2])}") from error
 
 
 def _sync(folder: Path) -> None:
@@ -354,27 +356,3 @@ def _sync(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _record(
-    content: bytes | str, numbers: dict[str, tuple[float, float]], nullable: tuple[str, ...] = ()
-) -> dict[str, Any]:
-    """The JSON object in `content`; ValueError unless it has these numbers, each in its range."""
-    record = parse_json(content)
-    if not isinstance(record, dict):
-        raise ValueError(f"must be a JSON object, not {type(record).__name__}")
-    for name, (least, most) in numbers.items():
-        if name not in record:
-            raise ValueError(f"{name!r} is missing")
-        value = record[name]
-        if value is None and name in nullable:
-            continue
-        kinds, kind = ((int,), "whole number") if name in WHOLE else ((int, float), "number")
-        if type(value) not in kinds or not least <= value <= most:
-            raise ValueError(f"{name!r} must be a {kind} from {least:g} to {most:g}, not {value!r}")
-    return record
-
-
-def _reason(error: OSError | ValueError) -> str:
-    """What went wrong, without the path; a path with a NUL byte raises ValueError."""
-    return getattr(error, "strerror", None) or str(error)

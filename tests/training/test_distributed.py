@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from digits import SHORT, toy_dataset
+from digits import SHORT, colour, toy_dataset
 from torch import Tensor
 
 import cibp_fast
@@ -38,16 +38,7 @@ STOP_STEP = 8  # in the middle of the second epoch
 
 
 def _load(name: str, *arguments: Any, **options: Any) -> datasets.Dataset:
-    """The toy digits; as CIFAR-10 in the middle of colour images [N, 3, 32, 32]."""
-    digits = toy_dataset()
-    if name == "mnist5k":
-        return digits
-
-    def colour(split: datasets.Split) -> datasets.Split:
-        images = torch.nn.functional.pad(split.images, [2] * 4).repeat(1, 3, 1, 1)
-        return datasets.Split(images, split.labels)
-
-    return datasets.Dataset(name, colour(digits.train), colour(digits.test))
+    return toy_dataset() if name == "mnist5k" else colour(toy_dataset())
 
 
 def _gradients(processes: World) -> list[Tensor]:

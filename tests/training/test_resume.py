@@ -195,14 +195,10 @@ def _numbers(events: list[str], start: str) -> list[int]:
 
 
 def test_an_uninterrupted_run(uninterrupted):
+    files = ["config.json", "metrics.jsonl", "model.safetensors", "result.json"]
     for augmentation, checkpoints in (("none", 3), ("crop-flip", 7 + 3)):
         contents, events = uninterrupted[augmentation]
-        assert sorted(contents) == [
-            "config.json",
-            "metrics.jsonl",
-            "model.safetensors",
-            "result.json",
-        ]
+        assert sorted(contents) == files
         assert [record["step"] for record in contents["metrics.jsonl"]] == [3, 6, 7]
         assert len(_numbers(events, "half of checkpoint")) == checkpoints
     none, crop_flip = (uninterrupted[augmentation][0] for augmentation in SETTINGS)
@@ -233,13 +229,18 @@ def test_killed_at_a_random_point(tmp_path, uninterrupted, augmentation, twice, 
     assert _contents(tmp_path) == contents
 
 
+@pytest.mark.parametrize("fails_by", ["kill", "full disk"])
 @pytest.mark.parametrize("file", ["config", "metrics", "checkpoint", "model", "result"])
-def test_killed_in_the_middle_of_a_file(tmp_path, uninterrupted, file):
+def test_stopped_in_the_middle_of_a_file(tmp_path, uninterrupted, file, fails_by):
     """The last time that the file is written."""
     contents, events = uninterrupted["none"]
     point = _numbers(events, f"half of {file}")[-1]
-    assert _Session(tmp_path, "none", point).run()[0] == "killed"
-    assert len([*tmp_path.rglob(".*.tmp")]) == 1  # half of it
+    outcome, _ = _Session(tmp_path, "none", point, fails_by).run()
+    if fails_by == "kill":
+        assert outcome == "killed" and len([*tmp_path.rglob(".*.tmp")]) == 1  # half of it
+    else:
+        assert outcome.startswith(f"OSError: cannot write {tmp_path}") and f"/{file}." in outcome
+        assert outcome.endswith(": No space left on device") and not [*tmp_path.rglob(".*.tmp")]
     assert _Session(tmp_path, "none").run()[0] == "finished"
     assert _contents(tmp_path) == contents
 
@@ -292,29 +293,15 @@ def test_a_second_signal_stops_at_once(tmp_path, uninterrupted):
     assert _contents(tmp_path) == uninterrupted["none"][0]
 
 
-@pytest.mark.parametrize("file", ["config", "metrics", "checkpoint", "model", "result"])
-def test_a_full_disk(tmp_path, uninterrupted, file):
-    contents, events = uninterrupted["none"]
-    point = _numbers(events, f"half of {file}")[-1]
-    outcome, _ = _Session(tmp_path, "none", point, "full disk").run()
-    assert outcome.startswith(f"OSError: cannot write {tmp_path}")
-    assert outcome.endswith(": No space left on device") and f"/{file}." in outcome
-    assert not [*tmp_path.rglob(".*.tmp")]
-    assert _Session(tmp_path, "none").run()[0] == "finished"
-    assert _contents(tmp_path) == contents
-
-
-def test_the_checkpoint_of_another_network_is_refused(tmp_path, monkeypatch):
+@pytest.fixture
+def stopped(tmp_path, monkeypatch):
+    """The folder of a run that was stopped after its first epoch."""
     monkeypatch.setattr(datasets, "load", _load)
-    weights = {"0.weight": torch.zeros(1)}
-    foreign = runs.Checkpoint(3, 1.0, 1, 1, torch.zeros(1), weights, {})
-    runs.claim(tmp_path, _config("none"))
-    runs.write_checkpoint(tmp_path, foreign)
-    contents = _contents(tmp_path)
-    path = tmp_path / "state" / "checkpoint.safetensors"
-    with pytest.raises(ValueError, match=f"{path} does not fit this run's network: .*issing key"):
-        loop.train(_config("none"), tmp_path)
-    assert _contents(tmp_path) == contents
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", lambda *args, **kwargs: signal.raise_signal(2) or {})
+        with pytest.raises(KeyboardInterrupt, match="stopped after step 3 "):
+            loop.train(_config("none"), tmp_path)
+    return tmp_path
 
 
 def _without(values, key):
@@ -324,6 +311,7 @@ def _without(values, key):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda c: {"model": {"0.weight": torch.zeros(1)}}, ".*issing key"),
         (lambda c: {"optimizer": c.optimizer | {"0.exp_avg": torch.zeros(3)}}, "0.exp_avg must be"),
         (lambda c: {"optimizer": _without(c.optimizer, "0.exp_avg_sq")}, "exp_avg_sq"),
         (lambda c: {"optimizer": {}}, "0"),
@@ -331,38 +319,19 @@ def _without(values, key):
         (lambda c: {"step": 10**6}, "its step 1000000 is beyond"),
     ],
 )
-def test_a_checkpoint_that_does_not_fit_the_run_is_refused(tmp_path, monkeypatch, change, message):
-    monkeypatch.setattr(datasets, "load", _load)
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Progress, "update", lambda self: signal.raise_signal(signal.SIGINT))
-        with pytest.raises(KeyboardInterrupt, match="stopped after step 1 "):
-            loop.train(_config("none"), tmp_path)
-    checkpoint = runs.read_checkpoint(tmp_path)
-    runs.write_checkpoint(tmp_path, dataclasses.replace(checkpoint, **change(checkpoint)))
-    contents = _contents(tmp_path)
-    with pytest.raises(ValueError, match=f"does not fit this run's network: .*{message}"):
-        loop.train(_config("none"), tmp_path)
-    assert _contents(tmp_path) == contents
+def test_a_checkpoint_that_does_not_fit_the_run_is_refused(stopped, change, message):
+    checkpoint, path = runs.read_checkpoint(stopped), stopped / runs.CHECKPOINT
+    runs.write_checkpoint(stopped, dataclasses.replace(checkpoint, **change(checkpoint)))
+    contents = _contents(stopped)
+    with pytest.raises(ValueError, match=f"{path} does not fit this run's network: .*{message}"):
+        loop.train(_config("none"), stopped)
+    assert _contents(stopped) == contents
 
 
-def test_metrics_that_lack_an_epoch_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "load", _load)
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "evaluate", lambda *args, **kwargs: signal.raise_signal(2) or {})
-        with pytest.raises(KeyboardInterrupt, match="stopped after step"):
-            loop.train(_config("none"), tmp_path)
-    (tmp_path / "metrics.jsonl").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"metrics.jsonl lacks the epoch that ends at step \d+"):
-        loop.train(_config("none"), tmp_path)
-
-
-def test_a_finished_run_is_not_trained_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "load", _load)
-    result = loop.train(_config("none"), tmp_path)
-    contents = _contents(tmp_path)
-    monkeypatch.setattr(loop, "_trained", lambda *arguments: pytest.fail("trained again"))
-    assert loop.train(_config("none"), tmp_path) == result
-    assert _contents(tmp_path) == contents
+def test_metrics_that_lack_an_epoch_are_refused(stopped):
+    (stopped / "metrics.jsonl").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"metrics.jsonl lacks the epoch that ends at step 3"):
+        loop.train(_config("none"), stopped)
 
 
 FIXTURES = Path(__file__).parent / "fixtures"
