@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+import machine
 import timing
 from baselines import GPU_CONTENDERS
 
@@ -84,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
     for name in options.parts or ():
         if not any(part[0].startswith(name) for part in parts):
             raise ValueError(f"no part's name begins with {name!r}; they are {NAMES}")
-    timing.device_of(options.device)
+    machine.device_of(options.device)
     # what few parts there are may take the time of all
     nine = min(9, sum(share for _, share, _ in parts))
     end = time.monotonic() + 60 * options.minutes

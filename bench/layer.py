@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
+import machine
 import timing
 import torch
 from baselines import TOLERANCES, two_passes
@@ -45,20 +46,19 @@ class Layer:
     """A layer, and the box and nominal point that it sees in its network."""
 
     name: str
-    module: nn.Conv2d | nn.Linear
+    module: Any
     streams: tuple[Tensor, ...]  # lower, upper, nominal
     first: bool  # whose streams need no gradient
 
     @cached_property
-    def size(self) -> torch.Size:
-        """That of the outputs."""
-        return self.module(self.streams[0]).shape
-
-    @property
     def affine(self) -> Affine:
-        weight, inputs = self.module.weight, self.streams[0].numel()
-        sizes = inputs, self.size.numel(), weight[0].numel(), weight.numel() + len(weight)
+        weight, inputs, outputs = self.module.weight, self.streams[0], self.outputs
+        sizes = inputs.numel(), outputs.numel(), weight[0].numel(), weight.numel() + len(weight)
         return Affine(*sizes, self.first)
+
+    @cached_property
+    def outputs(self) -> Tensor:
+        return self.module(self.streams[0]).detach()
 
 
 def layers(model: str, dataset: str) -> list[Layer]:
@@ -102,10 +102,7 @@ def naive_bf16(module: Any, *streams: Tensor) -> Sequence[Tensor]:
         return naive(module, *streams)
 
 
-CONTENDERS: dict[str, tuple[Apply, str]] = {  # name: function, precision
-    "fused": (fused, "float32"),
-    "naive": (naive, "float32"),
-}
+CONTENDERS = {"fused": (fused, "float32"), "naive": (naive, "float32")}  # function, precision
 GPU_CONTENDERS: dict[str, tuple[Apply, str]] = {
     "fused": (partial(fused, backend="triton"), "float32"),
     "naive": (naive, "float32"),
@@ -146,7 +143,7 @@ class Exact:
     """The results in float64, which those of a contender are compared with."""
 
     def __init__(self, layer: Layer, training: bool, device: torch.device) -> None:
-        self.cotangents = [torch.randn(size) for size in (*[layer.size] * 3, ())]
+        self.cotangents = [torch.randn(size) for size in (*[layer.outputs.shape] * 3, ())]
 
         def convert(x: Any) -> Any:
             return in_format("nchw", x).to(device, torch.float64)
@@ -174,7 +171,7 @@ def kernels(layer: Layer, training: bool, precision: str, device: torch.device) 
     module, x = layer.module, layer.streams[0]
     ones = [1] * (4 - x.dim())  # a linear layer is a 1x1 convolution of 1x1 images
     geometry = [] if ones else [module.stride, module.padding, module.dilation]
-    sizes = *x.shape, *ones, *layer.size[1:], *ones, *module.weight.shape[2:], *ones
+    sizes = *x.shape, *ones, *layer.outputs.shape[1:], *ones, *module.weight.shape[2:], *ones
     case = numerics.Case(Shape(*sizes, *geometry), precision, device)
     names = ["forward", "weight_gradient", "input_gradient"]
     names = names[: (2 if layer.first else 3) if training else 1]
@@ -190,25 +187,25 @@ def kernels(layer: Layer, training: bool, precision: str, device: torch.device) 
                     weights.sum_partials(partials)
 
     facts = {"precision": precision, "error": f"{error:.2e}", "tolerance": tolerance}
-    return timing.captured(run, device), facts
+    return machine.captured(run, device), facts
 
 
 def rows(
     layer: Layer, training: bool, options: argparse.Namespace, limits: Mapping[str, float]
 ) -> list[Row]:
     """Times all contenders."""
-    device, on_gpu = timing.device_of(options.device), options.device != "cpu"
+    device, on_gpu = machine.device_of(options.device), options.device != "cpu"
     exact = Exact(layer, training, device)
 
     def made(name: str, memory_format: str) -> tuple[Call, Row]:
         apply, precision = (GPU_CONTENDERS if on_gpu else CONTENDERS)[name]
-        timing.set_tf32(precision)
+        machine.set_tf32(precision)
 
         def convert(x: Any) -> Any:
             return in_format(memory_format, x).to(device)
 
         step = call(apply, layer, training, convert, exact.cotangents)
-        step = timing.captured(step, device)
+        step = machine.captured(step, device)
         tolerance = TOLERANCES[precision] if on_gpu else CPU_TOLERANCE
         return step, {"precision": precision, **exact.check(step(), tolerance)}
 
@@ -223,9 +220,9 @@ def rows(
 
     numbers = layer.affine.numbers(training)
     with torch.set_grad_enabled(training):
-        found = timing.compared(
+        found = timing.interleaved(
             makers,
-            timing.timer(device, options.clock, timing.cold_cache(device)),
+            timing.timer(device, machine.cold_cache(device)),
             options.rounds,
             baseline="naive_tf32" if on_gpu else "naive",
             ours="fused",
@@ -238,7 +235,7 @@ def rows(
 
 
 def run(options: argparse.Namespace) -> None:
-    limits, where = timing.prepared(options)
+    limits, where = machine.prepared(options)
     print("ratio: the time of the two-pass layer over its own")
     found: list[Row] = []
     for model in options.models:
@@ -248,7 +245,7 @@ def run(options: argparse.Namespace) -> None:
                     own = rows(layer, training, options, limits)
                     kind = own[0]["pass"]
                     print(f"\n{model} {dataset}, batch {own[0]['batch']}: {layer.name}, {kind}")
-                    timing.show(own, timing.COLUMNS)
+                    timing.show(own)
                     base = {"model": model, "dataset": dataset}
                     found += [{**base, **row, **where} for row in own]
                     timing.write(options.output, found)  # kept if the next one is interrupted
@@ -263,7 +260,6 @@ script = timing.Script(
     datasets=list(DATASETS),
     device="cpu",
     rounds=15,
-    clock="wall",
     output=None,
 )
 

@@ -199,10 +199,8 @@ class Exact(NamedTuple):
                 width = width + reference.width(lower, upper)
         margins = reference.elided_margins(lower, upper, last.weight, last.bias, y)
         lower, upper, logits, _ = affine_reference(last, lower, upper, nominal)
-        worst, width = (
-            reference.elided_worst_logits(margins, y),
-            width + reference.width(lower, upper),
-        )
+        worst = reference.elided_worst_logits(margins, y)
+        width = width + reference.width(lower, upper)
         loss = reference.constrained_ibp_loss(logits, worst, y, width, KAPPA, WIDTH_WEIGHT)
         gradients = torch.autograd.grad(loss, list(model.parameters()))
         return Exact(loss.detach(), list(gradients))
@@ -220,10 +218,8 @@ class Exact(NamedTuple):
         """Returns the errors for a row; raises AssertionError where they are too large."""
         loss, gradient = self.errors(step)
         if not (loss <= tolerance and gradient <= tolerance):  # so that NaN is wrong
-            raise AssertionError(
-                f"wrong: loss off by {loss:.1e}, a gradient by {gradient:.1e}, "
-                f"more than {tolerance:g}"
-            )
+            off = f"loss off by {loss:.1e}, a gradient by {gradient:.1e}"
+            raise AssertionError(f"wrong: {off}, more than {tolerance:g}")
         errors = {"loss_error": f"{loss:.2e}", "gradient_error": f"{gradient:.2e}"}
         return {**errors, "tolerance": tolerance}
 
