@@ -13,7 +13,7 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import machine
@@ -22,13 +22,12 @@ import torch
 from baselines import TOLERANCES, two_passes
 from problems import (
     DATASETS,
-    EPS,
     NETWORKS,
     PRECISIONS,
     Affine,
+    Problem,
     affine_reference,
     in_format,
-    network,
     relative_error,
 )
 from timing import Call, Row
@@ -48,34 +47,27 @@ class Layer:
     name: str
     module: Any
     streams: tuple[Tensor, ...]  # lower, upper, nominal
-    first: bool  # whose streams need no gradient
-
-    @cached_property
-    def affine(self) -> Affine:
-        weight, inputs, outputs = self.module.weight, self.streams[0], self.outputs
-        sizes = inputs.numel(), outputs.numel(), weight[0].numel(), weight.numel() + len(weight)
-        return Affine(*sizes, self.first)
-
-    @cached_property
-    def outputs(self) -> Tensor:
-        return self.module(self.streams[0]).detach()
+    affine: Affine
+    size: torch.Size  # of the outputs
 
 
 def layers(model: str, dataset: str) -> list[Layer]:
     """Returns the network's convolutions and linear layers, in order."""
     shape, batch = DATASETS[dataset]
+    problem = Problem(model, dataset, batch, clip=True)
     x = torch.rand(batch, *shape)
-    streams: tuple[Tensor, ...] = (x - EPS).clamp(min=0), (x + EPS).clamp(max=1), x
+    streams: tuple[Tensor, ...] = *problem.ball.streams(x), x
+    counts = iter(problem.affine())
     found: list[Layer] = []
-    for module in network(model, dataset).requires_grad_(False):
+    for module in problem.network().requires_grad_(False):
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             outputs, inputs = module.weight.shape[:2]
             label = f"{len(found) + 1} fc {inputs}->{outputs}"
             if isinstance(module, nn.Conv2d):
                 (height, width), (stride, _) = module.kernel_size, module.stride
                 label = f"{len(found) + 1} conv {inputs}->{outputs} {height}x{width} s{stride}"
-            found.append(Layer(label, module, streams, not found))
-            streams = tuple(fused(module, *streams)[:3])
+            before, streams = streams, tuple(fused(module, *streams)[:3])
+            found.append(Layer(label, module, before, next(counts), streams[0].shape))
         else:
             streams = tuple(module(stream) for stream in streams)
     return found
@@ -128,7 +120,7 @@ def call(
     module, streams = convert(layer.module), [convert(x) for x in layer.streams]
     if not training:
         return partial(apply, module, *streams)
-    wanted = [*([] if layer.first else streams), module.weight, module.bias]
+    wanted = [*([] if layer.affine.first else streams), module.weight, module.bias]
     wanted = [x.requires_grad_() for x in wanted]
     cotangents = [convert(x) for x in cotangents]
 
@@ -143,13 +135,16 @@ class Exact:
     """The results in float64, which those of a contender are compared with."""
 
     def __init__(self, layer: Layer, training: bool, device: torch.device) -> None:
-        self.cotangents = [torch.randn(size) for size in (*[layer.outputs.shape] * 3, ())]
+        self.cotangents = [torch.randn(size) for size in (*[layer.size] * 3, ())]
 
         def convert(x: Any) -> Any:
             return in_format("nchw", x).to(device, torch.float64)
 
         self.expected = call(affine_reference, layer, training, convert, self.cotangents)()
-        self.names = [*OUTPUTS, *(f"gradient of {x}" for x in INPUTS[3 if layer.first else 0 :])]
+        self.names = [
+            *OUTPUTS,
+            *(f"gradient of {x}" for x in INPUTS[3 if layer.affine.first else 0 :]),
+        ]
 
     def check(self, found: Sequence[Tensor], tolerance: float) -> Row:
         """Returns the largest error for a row; raises AssertionError where it is too large."""
@@ -171,10 +166,10 @@ def kernels(layer: Layer, training: bool, precision: str, device: torch.device) 
     module, x = layer.module, layer.streams[0]
     ones = [1] * (4 - x.dim())  # a linear layer is a 1x1 convolution of 1x1 images
     geometry = [] if ones else [module.stride, module.padding, module.dilation]
-    sizes = *x.shape, *ones, *layer.outputs.shape[1:], *ones, *module.weight.shape[2:], *ones
+    sizes = *x.shape, *ones, *layer.size[1:], *ones, *module.weight.shape[2:], *ones
     case = numerics.Case(Shape(*sizes, *geometry), precision, device)
     names = ["forward", "weight_gradient", "input_gradient"]
-    names = names[: (2 if layer.first else 3) if training else 1]
+    names = names[: (2 if layer.affine.first else 3) if training else 1]
     error = float(torch.tensor([case.error(name) for name in names]).max())  # NaN where one is
     tolerance = numerics.TOLERANCES[precision]
     assert error <= tolerance, f"wrong by {error:.1e}"
