@@ -202,16 +202,16 @@ def _without_pad(model: nn.Sequential) -> nn.Sequential:
 class TorchStep:
     """A step of torch's autograd, on a network of its own in a memory format.
 
-    `call` is what is timed. stream: where a contender that is a CUDA graph is captured, or None.
+    `call` is what is timed.
     """
 
     def __init__(
         self,
         problem: Problem,
         contender: Contender,
-        memory_format: str = "nchw",
-        device: torch.device = CPU,
-        stream: torch.cuda.Stream | None = None,
+        memory_format: str,
+        device: torch.device,
+        stream: torch.cuda.Stream | None,
     ) -> None:
         assert contender.build is not None
         self.precision = contender.precision
@@ -357,6 +357,7 @@ class Contender:
         device: torch.device = CPU,
         stream: torch.cuda.Stream | None = None,
     ) -> TorchStep | OwnStep:
+        """Makes its step; stream: where one that is a CUDA graph is captured, or None."""
         if self.build is None:
             return OwnStep(problem, self.precision, device, self.backend)
         return TorchStep(problem, self, memory_format, device, stream)

@@ -84,12 +84,9 @@ class Watch:
         return call
 
     def epoch_batches(self, *arguments: Any, **options: Any) -> Iterator[Any]:
-        following = self.counted("data", epoch_batches(*arguments, **options).__next__)
-        while True:
-            try:
-                batch = following()
-            except StopIteration:
-                return
+        batches = epoch_batches(*arguments, **options)
+        following = self.counted("data", lambda: next(batches, None))
+        while (batch := following()) is not None:
             self.step_began = perf_counter()
             yield batch
 

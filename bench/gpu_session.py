@@ -38,9 +38,10 @@ OTHERS = [name for name in GPU_CONTENDERS if name not in (*COMPILED, *CUDA)]
 COMPARED = ["train_step_tf32", "naive_tf32"]
 
 
-def _of_networks(
-    name: str, minutes: float, script: str, *words: str
-) -> list[tuple[str, float, list[str]]]:
+Part = tuple[str, float, list[str]]
+
+
+def _of_networks(name: str, minutes: float, script: str, *words: str) -> list[Part]:
     return [
         (f"{name}_{network}", minutes, [script, *which, *words])
         for network, which in NETWORKS.items()
@@ -48,7 +49,7 @@ def _of_networks(
 
 
 # name of the table, the most minutes of nine, and the script with its options
-PARTS: list[tuple[str, float, list[str]]] = [
+PARTS: list[Part] = [
     *_of_networks("gpu_first", 0.8, "step", "--contenders", *FIRST),
     ("gpu_numerics", 2.0, ["numerics"]),
     *_of_networks("gpu_step", 0.8, "step", "--contenders", *OTHERS),

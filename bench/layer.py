@@ -186,9 +186,13 @@ def kernels(layer: Layer, training: bool, precision: str, device: torch.device) 
 
 
 def rows(
-    layer: Layer, training: bool, options: argparse.Namespace, limits: Mapping[str, float]
+    base: Row,
+    layer: Layer,
+    training: bool,
+    options: argparse.Namespace,
+    limits: Mapping[str, float],
 ) -> list[Row]:
-    """Times all contenders."""
+    """Times all contenders. base: what each row begins with."""
     device, on_gpu = machine.device_of(options.device), options.device != "cpu"
     exact = Exact(layer, training, device)
 
@@ -204,11 +208,10 @@ def rows(
         tolerance = TOLERANCES[precision] if on_gpu else CPU_TOLERANCE
         return step, {"precision": precision, **exact.check(step(), tolerance)}
 
-    makers: dict[timing.Key, Callable[[], tuple[Call, Row]]] = {}
-    if on_gpu:
-        for precision in PRECISIONS:
-            make = partial(kernels, layer, training, precision, device)
-            makers[f"kernels_{precision}", "nhwc"] = make
+    makers: dict[timing.Key, Callable[[], tuple[Call, Row]]] = {
+        (f"kernels_{each}", "nhwc"): partial(kernels, layer, training, each, device)
+        for each in (PRECISIONS if on_gpu else ())
+    }
     for name in GPU_CONTENDERS if on_gpu else CONTENDERS:
         for each in ("nchw", "nhwc") if isinstance(layer.module, nn.Conv2d) else ("nchw",):
             makers[name, each] = partial(made, name, each)
@@ -225,25 +228,24 @@ def rows(
             moved={each: size * numbers for each, size in PRECISIONS.items()},
             limits=limits,
         )
-    base = {"layer": layer.name, "pass": "training" if training else "forward"}
+    base = base | {"layer": layer.name, "pass": "training" if training else "forward"}
     return [{**base, "batch": len(layer.streams[0]), **row} for row in found]
 
 
 def run(options: argparse.Namespace) -> None:
     limits, where = machine.prepared(options)
     print("ratio: the time of the two-pass layer over its own")
-    found: list[Row] = []
-    for model in options.models:
-        for dataset in options.datasets:
-            for layer in layers(model, dataset):
-                for training in (False, True):
-                    own = rows(layer, training, options, limits)
-                    kind = own[0]["pass"]
-                    print(f"\n{model} {dataset}, batch {own[0]['batch']}: {layer.name}, {kind}")
-                    timing.show(own)
-                    base = {"model": model, "dataset": dataset}
-                    found += [{**base, **row, **where} for row in own]
-                    timing.write(options.output, found)  # kept if the next one is interrupted
+    cases = (
+        (
+            f"{model} {dataset}: {layer.name}, {'training' if training else 'forward'}",
+            partial(rows, {"model": model, "dataset": dataset}, layer, training, options, limits),
+        )
+        for model in options.models
+        for dataset in options.datasets
+        for layer in layers(model, dataset)
+        for training in (False, True)
+    )
+    timing.collect(cases, where, options.output)
 
 
 script = timing.Script(

@@ -49,15 +49,10 @@ def network(name: str, dataset: str) -> nn.Sequential:
     if name in (PLAIN, POOLED):
         pool = 2 if name == POOLED else 1
         pixels = ((height - 2) // pool - 2) * ((width - 2) // pool - 2)
-        model = nn.Sequential(
-            nn.Conv2d(channels, channels, 3),
-            nn.ReLU(),
-            *([nn.AvgPool2d(pool)] if name == POOLED else []),
-            nn.Conv2d(channels, channels, 3),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(channels * pixels, 10),
-        )
+        first, second = (nn.Conv2d(channels, channels, 3) for _ in range(2))
+        between = [nn.ReLU(), nn.AvgPool2d(pool)] if name == POOLED else [nn.ReLU()]
+        last = nn.Linear(channels * pixels, 10)
+        model = nn.Sequential(first, *between, second, nn.ReLU(), nn.Flatten(), last)
     else:
         kind, padding = NETWORKS[name]
         model = cf.models.NETS[kind]((channels, height, width), padding=padding)

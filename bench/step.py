@@ -155,17 +155,16 @@ def run(options: argparse.Namespace) -> None:
     networks = [(m, d, DATASETS[d][1]) for m in options.models for d in options.datasets]
     if options.channels:
         networks = [(PLAIN, f"{count}x{SIDE}x{SIDE}", 100) for count in options.channels]
-    found: list[Row] = []
-    for model, dataset, usual in networks:
-        for batch in options.batch or [usual]:
-            for load in options.load:
-                problem = Problem(model, dataset, batch, options.clip)
-                beside = f", beside {load} busy processes a core" if load else ""
-                print(f"\n{model} {dataset}, batch {batch}{beside}", flush=True)
-                own = rows(problem, load, options, limits)
-                timing.show(own)
-                found += [{**row, **where} for row in own]
-                timing.write(options.output, found)  # kept if the next one is interrupted
+    cases = (
+        (
+            f"{model} {dataset}, batch {batch}, beside {load} busy processes a core",
+            partial(rows, Problem(model, dataset, batch, options.clip), load, options, limits),
+        )
+        for model, dataset, usual in networks
+        for batch in options.batch or [usual]
+        for load in options.load
+    )
+    timing.collect(cases, where, options.output)
 
 
 script = timing.Script(

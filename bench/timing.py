@@ -13,7 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -309,6 +309,22 @@ def show(rows: Sequence[Row], columns: Mapping[str, str] = COLUMNS) -> None:
         if row.get("note"):
             print(f"  {cell(next(iter(columns.values())), row)} not timed: {row['note']}")
     print(end="", flush=True)
+
+
+def collect(
+    cases: Iterable[tuple[str, Callable[[], list[Row]]]], where: Row, output: Path | None
+) -> None:
+    """Measures cases, each a title and what returns its rows; prints and writes them.
+
+    where: is added to each row.
+    """
+    found: list[Row] = []
+    for title, rows in cases:
+        print(f"\n{title}", flush=True)
+        own = rows()
+        show(own)
+        found += [row | where for row in own]
+        write(output, found)  # kept if the next one is interrupted
 
 
 def write(path: Path | None, rows: Sequence[Row]) -> None:
