@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -181,6 +183,34 @@ def test_what_is_tuned_is_used(table: Path, capsys: pytest.CaptureFixture[str]) 
             assert used(other) == rule(other)
     out = capsys.readouterr().out
     assert "us with TileConfig(block_m=64, " in out and "3 of 3 kernels tuned, 0 were" in out
+
+
+def test_two_at_once_lose_nothing(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = tiles.read
+
+    def slowly(path: Path) -> list[Any]:
+        entries = read(path)
+        time.sleep(0.02)  # time for the other to read the same
+        return entries
+
+    monkeypatch.setattr(tiles, "read", slowly)
+    entries = [{"kernel": name, "shape": i} for i in range(5) for name in ("one", "other")]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda entry: tune.update(table, entry), entries))
+    assert sorted(map(str, read(table))) == sorted(map(str, entries))
+
+
+def test_an_interrupt_keeps_what_is_done(table: Path) -> None:
+    jobs = [Job("forward", "bf16", LAYER), Job("forward", "bf16", WIDE)]
+
+    def interrupted(shape: Shape, precision: str) -> Given:
+        if shape == WIDE:
+            raise KeyboardInterrupt
+        return bench_of(shape, precision)
+
+    with pytest.raises(KeyboardInterrupt):
+        tune.tune(jobs, interrupted, WHERE, table, "a GPU")
+    assert used(jobs[0]) != rule(jobs[0]) and used(jobs[1]) == rule(jobs[1])
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": 1, "entries": []}'])
