@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -283,6 +284,7 @@ def test_compiled_kernels_are_tuned(
 def test_the_bench_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without one: what it asks of torch.cuda is made up, the kernels are interpreted."""
     calls: list[str] = []
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)  # the interpreter takes one thread at a time
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: calls.append("sleep"))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append("synchronize"))
