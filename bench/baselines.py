@@ -7,15 +7,16 @@ activations and logits (`losses.Terms`). All share the network's parameters.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import timing
 import torch
 import torch.nn.functional as F
+from machine import captured, set_tf32
 from problems import CPU, EPS, KAPPA, WIDTH_WEIGHT, Ball, Problem, in_format
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -49,51 +50,37 @@ def layers(model: nn.Sequential, ball: Ball) -> Step:
 # Baselines
 
 
-def two_passes(layer: nn.Module, lower: Tensor, upper: Tensor) -> Streams:
+def two_passes(layer: Any, lower: Tensor, upper: Tensor) -> Streams:
     """Center through W, radius through |W|."""
     center, radius = (upper + lower) / 2, (upper - lower) / 2
-    center = layer(center)
-    radius = product(layer, radius, weight_of(layer).abs(), None)
+    center, radius = layer(center), product(layer, radius, layer.weight.abs(), None)
     return center - radius, center + radius
 
 
-def four_products(layer: nn.Module, lower: Tensor, upper: Tensor) -> Streams:
+def four_products(layer: Any, lower: Tensor, upper: Tensor) -> Streams:
     """Both bounds through the positive and the negative part of W, as the paper's authors do."""
-    weight = weight_of(layer)
-    positive, negative = weight.clamp(min=0), weight.clamp(max=0)
-    bias = layer.bias
-    assert isinstance(bias, Tensor)
+    positive, negative = layer.weight.clamp(min=0), layer.weight.clamp(max=0)
     return (
-        product(layer, lower, positive, bias) + product(layer, upper, negative, None),
-        product(layer, upper, positive, bias) + product(layer, lower, negative, None),
+        product(layer, lower, positive, layer.bias) + product(layer, upper, negative, None),
+        product(layer, upper, positive, layer.bias) + product(layer, lower, negative, None),
     )
 
 
-def weight_of(layer: nn.Module) -> Tensor:
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight
-
-
-def product(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def product(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The layer's convolution or matrix product with other weights."""
     if isinstance(layer, nn.Conv2d):
-        assert not isinstance(layer.padding, str)
-        return F.conv2d(x, weight, bias, layer.stride, layer.padding)
+        return F.conv2d(x, weight, bias, layer.stride, layer.padding)  # type: ignore[arg-type]
     return F.linear(x, weight, bias)
 
 
-def eager(
-    affine: Callable[[nn.Module, Tensor, Tensor], Streams], model: nn.Sequential, ball: Ball
-) -> Step:
+def naive(model: nn.Sequential, ball: Ball, affine: Any = two_passes) -> Step:
     """The step as one writes it in PyTorch: `affine` for the bounds, the layer for the nominal."""
-    modules = list(model)
-    last = modules[-1]
+    *hidden, last = model
 
     def step(x: Tensor, y: Tensor) -> Terms:
         lower, upper = ball.streams(x)
         nominal, width = x, x.new_zeros(())
-        for module in modules[:-1]:
+        for module in hidden:
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 lower, upper = affine(module, lower, upper)
             else:
@@ -104,13 +91,13 @@ def eager(
         features = lower, upper
         lower, upper = affine(last, lower, upper)
         width = width + (upper - lower).square().mean()
-        worst = worst_logits((lower + upper) / 2, features, weight_of(last), y)
+        worst = worst_logits((lower + upper) / 2, features, last.weight, y)
         return Terms(cross_entropy(last(nominal), y), cross_entropy(worst, y), width)
 
     return step
 
 
-def worst_logits(center: Tensor, features: Streams, weight: Tensor, y: Tensor) -> Tensor:
+def worst_logits(center: Tensor, features: Streams, weight: Any, y: Tensor) -> Tensor:
     """Upper bounds of z_j - z_y, [N, classes], through the last layer; its inputs are the features.
 
     `|W_i - W_j|` once for all pairs of classes: for each example it would be much larger.
@@ -124,14 +111,9 @@ def worst_logits(center: Tensor, features: Streams, weight: Tensor, y: Tensor) -
     return torch.where(F.one_hot(y, classes).bool(), 0.0, worst)
 
 
-def naive(model: nn.Sequential, ball: Ball) -> Step:
-    """Two passes in eager mode."""
-    return eager(two_passes, model, ball)
-
-
 def four(model: nn.Sequential, ball: Ball) -> Step:
     """Four products in eager mode."""
-    return eager(four_products, model, ball)
+    return naive(model, ball, four_products)
 
 
 def compiled(model: nn.Sequential, ball: Ball, mode: str | None = None) -> Step:
@@ -162,16 +144,12 @@ def naive_bf16(model: nn.Sequential, ball: Ball) -> Step:
 
 
 def auto_lirpa(model: nn.Sequential, ball: Ball) -> Step:
-    """auto_LiRPA's IBP: its own nominal pass, hidden bounds, logits, and margins by its C matrix.
-
-    It cannot trace `nn.ZeroPad2d`: see :func:`_without_pad`.
-    """
+    """auto_LiRPA's IBP: its own nominal pass, hidden bounds, logits, margins by its C matrix."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what it imports
         import auto_LiRPA
         from auto_LiRPA.bound_ops import BoundRelu
 
-    inner = _without_pad(model)
     net: Any = None
 
     def step(x: Tensor, y: Tensor) -> Terms:
@@ -179,7 +157,7 @@ def auto_lirpa(model: nn.Sequential, ball: Ball) -> Step:
         if net is None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of its tracing
-                net = auto_LiRPA.BoundedModule(inner, torch.zeros_like(x))
+                net = auto_LiRPA.BoundedModule(_without_pad(model), torch.zeros_like(x))
         lower, upper = ball.streams(x)
         box = auto_LiRPA.PerturbationLpNorm(norm=torch.inf, x_L=lower, x_U=upper)
         logits = net(auto_LiRPA.BoundedTensor(x, box))
@@ -203,22 +181,18 @@ class _From(nn.Module):
 
 
 def _without_pad(model: nn.Sequential) -> nn.Sequential:
-    """The same function with the same parameters, without the `nn.ZeroPad2d` of SAME padding.
+    """The same without the `nn.ZeroPad2d` of SAME padding, which auto_LiRPA cannot trace.
 
     A zero row after the image, at stride 2, is what two rows on either side give without the first
     row of the result: at 28 pixels 15 % more products in that layer, 1 to 2 % in the network.
     """
-    modules: list[nn.Module] = []
-    for before, module in zip([None, *model], model, strict=False):
-        if isinstance(before, nn.ZeroPad2d):
-            assert isinstance(module, nn.Conv2d)
-            assert (before.padding, module.stride) == ((0, 1, 0, 1), (2, 2)), "see the docstring"
-            kernel: Any = module.kernel_size
-            padded = nn.Conv2d(module.in_channels, module.out_channels, kernel, 2, padding=2)
-            padded.weight, padded.bias = module.weight, module.bias
-            modules += [padded, _From()]
-        elif not isinstance(module, nn.ZeroPad2d):
-            modules.append(module)
+    modules: list[Any] = list(model)
+    for i, module in enumerate(modules):
+        if isinstance(module, nn.ZeroPad2d):
+            wide = copy.copy(modules[i + 1])  # of the same parameters
+            assert (module.padding, wide.stride) == ((0, 1, 0, 1), (2, 2)), "see the docstring"
+            wide.padding = (2, 2)
+            modules[i : i + 2] = [wide, _From()]
     return nn.Sequential(*modules)
 
 
@@ -228,16 +202,16 @@ def _without_pad(model: nn.Sequential) -> nn.Sequential:
 class TorchStep:
     """A step of torch's autograd, on a network of its own in a memory format.
 
-    `call` is what is timed. stream: where a contender that is a CUDA graph is captured, or None.
+    `call` is what is timed.
     """
 
     def __init__(
         self,
         problem: Problem,
         contender: Contender,
-        memory_format: str = "nchw",
-        device: torch.device = CPU,
-        stream: torch.cuda.Stream | None = None,
+        memory_format: str,
+        device: torch.device,
+        stream: torch.cuda.Stream | None,
     ) -> None:
         assert contender.build is not None
         self.precision = contender.precision
@@ -253,10 +227,10 @@ class TorchStep:
             )
         self.call: Callable[[], Tensor] = self._step
         if contender.graph:
-            self.call = timing.captured(self._step, device, stream)
+            self.call = captured(self._step, device, stream)
 
     def _step(self) -> Tensor:
-        timing.set_tf32(self.precision)
+        set_tf32(self.precision)
         for parameter in self.model.parameters():
             parameter.grad = None
         loss = self.terms(*self.batch).total(KAPPA, WIDTH_WEIGHT)
@@ -383,6 +357,7 @@ class Contender:
         device: torch.device = CPU,
         stream: torch.cuda.Stream | None = None,
     ) -> TorchStep | OwnStep:
+        """Makes its step; stream: where one that is a CUDA graph is captured, or None."""
         if self.build is None:
             return OwnStep(problem, self.precision, device, self.backend)
         return TorchStep(problem, self, memory_format, device, stream)
@@ -405,8 +380,8 @@ CONTENDERS = {
 TOLERANCES = {"float32": 1e-3, "tf32": 0.25 / 8, "bf16": 0.25}
 
 
-def _on_gpu(build: Any, precision: str, formats: tuple[str, ...] = BOTH) -> Contender:
-    return Contender(build, formats, TOLERANCES[precision], precision, adam=True)
+def _on_gpu(build: Any, precision: str, formats: tuple[str, ...] = BOTH, **more: Any) -> Contender:
+    return Contender(build, formats, TOLERANCES[precision], precision, adam=True, **more)
 
 
 def _ours(precision: str) -> dict[str, Contender]:
@@ -414,30 +389,26 @@ def _ours(precision: str) -> dict[str, Contender]:
     with CUDA C++ kernels, and `cf.fuse` with torch's Adam, in one CUDA graph and in eager mode.
     """
     name = "" if precision == "float32" else f"_{precision}"
-    own = _on_gpu(None, precision, ONE)
-    whole = _on_gpu(partial(fused, precision=precision, backend="triton"), precision, ONE)
+    whole = partial(fused, precision=precision, backend="triton")
     return {
-        f"train_step{name}": own,
-        f"fused_graph{name}": replace(whole, graph=True),
-        f"fused{name}": whole,
-        f"train_step_cuda{name}": replace(own, backend="cuda"),
+        f"train_step{name}": _on_gpu(None, precision, ONE),
+        f"fused_graph{name}": _on_gpu(whole, precision, ONE, graph=True),
+        f"fused{name}": _on_gpu(whole, precision, ONE),
+        f"train_step_cuda{name}": _on_gpu(None, precision, ONE, backend="cuda"),
     }
-
-
-def _theirs(name: str, build: Any, precision: str) -> dict[str, Contender]:
-    """In eager mode, and as a CUDA graph."""
-    contender = _on_gpu(build, precision)
-    return {name: contender, f"{name}_graph": replace(contender, graph=True)}
 
 
 # What matters most first, as time may run out. The graphs of "compile_max" are torch's own.
 GPU_CONTENDERS = {
     **_ours("tf32"),
-    **_theirs("naive_tf32", naive, "tf32"),
+    "naive_tf32": _on_gpu(naive, "tf32"),
+    "naive_tf32_graph": _on_gpu(naive, "tf32", graph=True),
     **_ours("bf16"),
     **_ours("float32"),
-    **_theirs("naive", naive, "float32"),
-    **_theirs("naive_bf16", naive_bf16, "bf16"),
+    "naive": _on_gpu(naive, "float32"),
+    "naive_graph": _on_gpu(naive, "float32", graph=True),
+    "naive_bf16": _on_gpu(naive_bf16, "bf16"),
+    "naive_bf16_graph": _on_gpu(naive_bf16, "bf16", graph=True),
     "auto_lirpa": _on_gpu(auto_lirpa, "tf32", ONE),
     "compile": _on_gpu(compiled, "tf32"),
     "compile_max": _on_gpu(compiled_with_graphs, "tf32"),

@@ -21,19 +21,19 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
+from time import perf_counter
 from typing import Any
 from unittest.mock import patch
 
+import machine
 import timing
 import torch
-from timing import CLOCKS, Row, number
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from timing import Row, number
 
 import cibp_fast as cf
 from cibp_fast.training import datasets, loop, runs
-from cibp_fast.training import step as step_module
+from cibp_fast.training import step as steps
 from cibp_fast.training.config import Config, preset
-from cibp_fast.training.schedules import LinearRamp
 
 PARTS = ("step", "data", "writing", "other")
 COLUMNS = {
@@ -51,31 +51,6 @@ COLUMNS = {
 }
 
 
-def first_steps(name: str, steps: int, **changes: Any) -> Config:
-    """Returns the preset's config of its first steps: the same schedules up to there.
-
-    Raises ValueError for more steps than it has.
-    """
-    config = preset(name, **changes)
-    if steps > config.steps:
-        raise ValueError(f"steps must be at most the {config.steps} of {config.name}, not {steps}")
-
-    def cut(ramp: tuple[int, int]) -> tuple[int, int]:
-        return min(ramp[0], steps), min(ramp[1], steps)
-
-    first = {
-        "steps": steps,
-        "eps_ramp": cut(config.eps_ramp),
-        "eps_train_ratio": LinearRamp(*config.eps_ramp, 0.0, config.eps_train_ratio)(steps),
-        "kappa_ramp": cut(config.kappa_ramp),
-        "kappa_end": config.kappa_schedule()(steps),
-        "lr_decay_at": tuple(at for at in config.lr_decay_at if at <= steps),
-        "pgd_steps": 0,  # of the evaluation in the end
-        "pgd_restarts": 0,
-    }
-    return preset(name, **changes | first)
-
-
 def random_images(name: str, train: int, test: int) -> datasets.Dataset:
     """Makes images like a data set's."""
     random = torch.Generator().manual_seed(0)
@@ -91,80 +66,87 @@ def random_images(name: str, train: int, test: int) -> datasets.Dataset:
 class Watch:
     """Adds up the seconds of the loop's parts, epoch by epoch."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.clock = clock
+    def __init__(self) -> None:
         self.parts = dict.fromkeys((*PARTS, "evaluation"), 0.0)
         self.epochs: list[dict[str, float]] = []
-        self.epoch_began = self.step_began = clock()
+        self.epoch_began = self.step_began = perf_counter()
 
     def counted(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """Returns the function, its calls counted as that part."""
 
         def call(*arguments: Any, **options: Any) -> Any:
-            begin = self.clock()
+            begin = perf_counter()
             try:
                 return function(*arguments, **options)
             finally:
-                self.parts[part] += self.clock() - begin
+                self.parts[part] += perf_counter() - begin
 
         return call
 
-    def batches(self, *arguments: Any, **options: Any) -> Iterator[Any]:
-        following = self.counted("data", epoch_batches(*arguments, **options).__next__)
-        while True:
-            try:
-                batch = following()
-            except StopIteration:
-                return
-            self.step_began = self.clock()
+    def epoch_batches(self, *arguments: Any, **options: Any) -> Iterator[Any]:
+        batches = epoch_batches(*arguments, **options)
+        following = self.counted("data", lambda: next(batches, None))
+        while (batch := following()) is not None:
+            self.step_began = perf_counter()
             yield batch
-
-    def step_ends(self, *_: Any) -> None:
-        self.parts["step"] += self.clock() - self.step_began
 
     def write_metrics(self, *arguments: Any) -> None:
         """Ends an epoch: what is written here counts for the next one."""
-        now = self.clock()
+        now = perf_counter()
         self.parts["other"] = now - self.epoch_began - sum(self.parts.values())
         self.epochs.append(self.parts)
         self.epoch_began, self.parts = now, dict.fromkeys(self.parts, 0.0)
         self.counted("writing", write_metrics)(*arguments)
 
 
-epoch_batches, write_metrics = step_module.epoch_batches, runs.write_metrics
+epoch_batches, write_metrics = steps.epoch_batches, runs.write_metrics
 
 
-def trained(config: Config, images: datasets.Dataset, options: argparse.Namespace) -> Watch:
-    """Trains on a device; all clocks have run."""
-    watch = Watch(CLOCKS[options.clock])
-    device = timing.device_of(options.device).type
-    hook = register_optimizer_step_post_hook(watch.step_ends)
+def trained(config: Config, images: datasets.Dataset, on: str) -> Watch:
+    """Trains on a device, one of --device; all clocks have run."""
+    watch, adam_step = Watch(), steps.Adam.step
+
+    def step_ends(adam: steps.Adam, lr: float) -> None:
+        adam_step(adam, lr)
+        watch.parts["step"] += perf_counter() - watch.step_began
+
     with (
         tempfile.TemporaryDirectory() as folder,
         redirect_stdout(io.StringIO()),  # a line an epoch
         patch.object(datasets, "load", lambda *_, **__: images),
-        patch.object(step_module, "epoch_batches", watch.batches),
+        patch.object(steps, "epoch_batches", watch.epoch_batches),
+        patch.object(steps.Adam, "step", step_ends),
         patch.object(loop, "evaluate", watch.counted("evaluation", loop.evaluate)),
         patch.object(runs, "write_metrics", watch.write_metrics),
         patch.object(runs, "write_checkpoint", watch.counted("writing", runs.write_checkpoint)),
     ):
-        try:
-            backend = "auto" if options.device == "cpu" else "triton"
-            cf.train(config, run_dir=folder, device=device, backend=backend)
-        finally:
-            hook.remove()
+        backend = "auto" if on == "cpu" else "triton"
+        cf.train(config, run_dir=folder, device=machine.device_of(on).type, backend=backend)
     return watch
 
 
 def row(name: str, options: argparse.Namespace) -> Row:
     """Trains a preset, and returns its row."""
     config = preset(name, precision=options.precision)
-    examples = datasets.SIZES[config.dataset][0]
-    steps = options.steps or examples // config.batch_size
-    changes = {"precision": options.precision, "eval_every": 1}
-    first = first_steps(name, options.epochs * steps, **changes)
+    steps = options.steps or datasets.SIZES[config.dataset][0] // config.batch_size
+    last = options.epochs * steps
+
+    def cut(ramp: tuple[int, int]) -> tuple[int, int]:
+        return min(ramp[0], last), min(ramp[1], last)
+
+    short = preset(
+        name,
+        precision=options.precision,
+        steps=last,
+        eps_ramp=cut(config.eps_ramp),
+        kappa_ramp=cut(config.kappa_ramp),
+        lr_decay_at=tuple(at for at in config.lr_decay_at if at <= last),
+        eval_every=1,
+        pgd_steps=0,  # of the evaluation in the end
+        pgd_restarts=0,
+    )
     images = random_images(config.dataset, steps * config.batch_size, options.examples)
-    begun, *epochs = trained(first, images, options).epochs
+    begun, *epochs = trained(short, images, options.device).epochs
 
     def without_evaluation(epoch: dict[str, float]) -> float:
         return sum(epoch.values()) - epoch["evaluation"]
@@ -185,16 +167,15 @@ def row(name: str, options: argparse.Namespace) -> Row:
         low, median, high = timing.quartiles(outside)
         found |= {"outside": median, "outside_q1": low, "outside_q3": high}
         found |= {part: sum(each[part] for each in epochs) / sum(seconds) for part in PARTS}
-    batches = {"batch": config.batch_size, "epoch_steps": steps, "epochs": len(epochs)}
-    return {**batches, **timing.rounded(found), "clock": options.clock}
+    counts = {"batch": config.batch_size, "epoch_steps": steps, "epochs": len(epochs)}
+    return {**counts, **timing.rounded(found)}
 
 
 def run(options: argparse.Namespace) -> None:
-    timing.device_of(options.device)
+    machine.device_of(options.device)
     for name in options.presets:
         preset(name, precision=options.precision)  # raises for a bad one
-    where = timing.conditions(options)
-    print(timing.about(where), flush=True)
+    where = machine.conditions(options)
     found: list[Row] = []
     for name in options.presets:
         base = {"preset": name, "precision": options.precision}
@@ -213,7 +194,6 @@ script = timing.Script(
     run,
     presets=["cifar10-small-8of255-cibp"],
     device="cpu",
-    clock="wall",
     output=None,
 )
 script.option("--precision", "float32", "float32, fast, tf32 or bf16", metavar="NAME")

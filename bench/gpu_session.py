@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+import machine
 import timing
 from baselines import GPU_CONTENDERS
 
@@ -37,9 +38,10 @@ OTHERS = [name for name in GPU_CONTENDERS if name not in (*COMPILED, *CUDA)]
 COMPARED = ["train_step_tf32", "naive_tf32"]
 
 
-def _of_networks(
-    name: str, minutes: float, script: str, *words: str
-) -> list[tuple[str, float, list[str]]]:
+Part = tuple[str, float, list[str]]
+
+
+def _of_networks(name: str, minutes: float, script: str, *words: str) -> list[Part]:
     return [
         (f"{name}_{network}", minutes, [script, *which, *words])
         for network, which in NETWORKS.items()
@@ -47,7 +49,7 @@ def _of_networks(
 
 
 # name of the table, the most minutes of nine, and the script with its options
-PARTS: list[tuple[str, float, list[str]]] = [
+PARTS: list[Part] = [
     *_of_networks("gpu_first", 0.8, "step", "--contenders", *FIRST),
     ("gpu_numerics", 2.0, ["numerics"]),
     *_of_networks("gpu_step", 0.8, "step", "--contenders", *OTHERS),
@@ -84,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
     for name in options.parts or ():
         if not any(part[0].startswith(name) for part in parts):
             raise ValueError(f"no part's name begins with {name!r}; they are {NAMES}")
-    timing.device_of(options.device)
+    machine.device_of(options.device)
     # what few parts there are may take the time of all
     nine = min(9, sum(share for _, share, _ in parts))
     end = time.monotonic() + 60 * options.minutes

@@ -13,21 +13,21 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
+import machine
 import timing
 import torch
 from baselines import TOLERANCES, two_passes
 from problems import (
     DATASETS,
-    EPS,
     NETWORKS,
     PRECISIONS,
     Affine,
+    Problem,
     affine_reference,
     in_format,
-    network,
     relative_error,
 )
 from timing import Call, Row
@@ -45,37 +45,29 @@ class Layer:
     """A layer, and the box and nominal point that it sees in its network."""
 
     name: str
-    module: nn.Conv2d | nn.Linear
+    module: Any
     streams: tuple[Tensor, ...]  # lower, upper, nominal
-    first: bool  # whose streams need no gradient
-
-    @cached_property
-    def size(self) -> torch.Size:
-        """That of the outputs."""
-        return self.module(self.streams[0]).shape
-
-    @property
-    def affine(self) -> Affine:
-        weight, inputs = self.module.weight, self.streams[0].numel()
-        sizes = inputs, self.size.numel(), weight[0].numel(), weight.numel() + len(weight)
-        return Affine(*sizes, self.first)
+    affine: Affine
+    size: torch.Size  # of the outputs
 
 
 def layers(model: str, dataset: str) -> list[Layer]:
     """Returns the network's convolutions and linear layers, in order."""
     shape, batch = DATASETS[dataset]
+    problem = Problem(model, dataset, batch, clip=True)
     x = torch.rand(batch, *shape)
-    streams: tuple[Tensor, ...] = (x - EPS).clamp(min=0), (x + EPS).clamp(max=1), x
+    streams: tuple[Tensor, ...] = *problem.ball.streams(x), x
+    counts = iter(problem.affine())
     found: list[Layer] = []
-    for module in network(model, dataset).requires_grad_(False):
+    for module in problem.network().requires_grad_(False):
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             outputs, inputs = module.weight.shape[:2]
             label = f"{len(found) + 1} fc {inputs}->{outputs}"
             if isinstance(module, nn.Conv2d):
                 (height, width), (stride, _) = module.kernel_size, module.stride
                 label = f"{len(found) + 1} conv {inputs}->{outputs} {height}x{width} s{stride}"
-            found.append(Layer(label, module, streams, not found))
-            streams = tuple(fused(module, *streams)[:3])
+            before, streams = streams, tuple(fused(module, *streams)[:3])
+            found.append(Layer(label, module, before, next(counts), streams[0].shape))
         else:
             streams = tuple(module(stream) for stream in streams)
     return found
@@ -102,10 +94,7 @@ def naive_bf16(module: Any, *streams: Tensor) -> Sequence[Tensor]:
         return naive(module, *streams)
 
 
-CONTENDERS: dict[str, tuple[Apply, str]] = {  # name: function, precision
-    "fused": (fused, "float32"),
-    "naive": (naive, "float32"),
-}
+CONTENDERS = {"fused": (fused, "float32"), "naive": (naive, "float32")}  # function, precision
 GPU_CONTENDERS: dict[str, tuple[Apply, str]] = {
     "fused": (partial(fused, backend="triton"), "float32"),
     "naive": (naive, "float32"),
@@ -131,7 +120,7 @@ def call(
     module, streams = convert(layer.module), [convert(x) for x in layer.streams]
     if not training:
         return partial(apply, module, *streams)
-    wanted = [*([] if layer.first else streams), module.weight, module.bias]
+    wanted = [*([] if layer.affine.first else streams), module.weight, module.bias]
     wanted = [x.requires_grad_() for x in wanted]
     cotangents = [convert(x) for x in cotangents]
 
@@ -152,7 +141,10 @@ class Exact:
             return in_format("nchw", x).to(device, torch.float64)
 
         self.expected = call(affine_reference, layer, training, convert, self.cotangents)()
-        self.names = [*OUTPUTS, *(f"gradient of {x}" for x in INPUTS[3 if layer.first else 0 :])]
+        self.names = [
+            *OUTPUTS,
+            *(f"gradient of {x}" for x in INPUTS[3 if layer.affine.first else 0 :]),
+        ]
 
     def check(self, found: Sequence[Tensor], tolerance: float) -> Row:
         """Returns the largest error for a row; raises AssertionError where it is too large."""
@@ -177,7 +169,7 @@ def kernels(layer: Layer, training: bool, precision: str, device: torch.device) 
     sizes = *x.shape, *ones, *layer.size[1:], *ones, *module.weight.shape[2:], *ones
     case = numerics.Case(Shape(*sizes, *geometry), precision, device)
     names = ["forward", "weight_gradient", "input_gradient"]
-    names = names[: (2 if layer.first else 3) if training else 1]
+    names = names[: (2 if layer.affine.first else 3) if training else 1]
     error = float(torch.tensor([case.error(name) for name in names]).max())  # NaN where one is
     tolerance = numerics.TOLERANCES[precision]
     assert error <= tolerance, f"wrong by {error:.1e}"
@@ -190,42 +182,45 @@ def kernels(layer: Layer, training: bool, precision: str, device: torch.device) 
                     weights.sum_partials(partials)
 
     facts = {"precision": precision, "error": f"{error:.2e}", "tolerance": tolerance}
-    return timing.captured(run, device), facts
+    return machine.captured(run, device), facts
 
 
 def rows(
-    layer: Layer, training: bool, options: argparse.Namespace, limits: Mapping[str, float]
+    base: Row,
+    layer: Layer,
+    training: bool,
+    options: argparse.Namespace,
+    limits: Mapping[str, float],
 ) -> list[Row]:
-    """Times all contenders."""
-    device, on_gpu = timing.device_of(options.device), options.device != "cpu"
+    """Times all contenders. base: what each row begins with."""
+    device, on_gpu = machine.device_of(options.device), options.device != "cpu"
     exact = Exact(layer, training, device)
 
     def made(name: str, memory_format: str) -> tuple[Call, Row]:
         apply, precision = (GPU_CONTENDERS if on_gpu else CONTENDERS)[name]
-        timing.set_tf32(precision)
+        machine.set_tf32(precision)
 
         def convert(x: Any) -> Any:
             return in_format(memory_format, x).to(device)
 
         step = call(apply, layer, training, convert, exact.cotangents)
-        step = timing.captured(step, device)
+        step = machine.captured(step, device)
         tolerance = TOLERANCES[precision] if on_gpu else CPU_TOLERANCE
         return step, {"precision": precision, **exact.check(step(), tolerance)}
 
-    makers: dict[timing.Key, Callable[[], tuple[Call, Row]]] = {}
-    if on_gpu:
-        for precision in PRECISIONS:
-            make = partial(kernels, layer, training, precision, device)
-            makers[f"kernels_{precision}", "nhwc"] = make
+    makers: dict[timing.Key, Callable[[], tuple[Call, Row]]] = {
+        (f"kernels_{each}", "nhwc"): partial(kernels, layer, training, each, device)
+        for each in (PRECISIONS if on_gpu else ())
+    }
     for name in GPU_CONTENDERS if on_gpu else CONTENDERS:
         for each in ("nchw", "nhwc") if isinstance(layer.module, nn.Conv2d) else ("nchw",):
             makers[name, each] = partial(made, name, each)
 
     numbers = layer.affine.numbers(training)
     with torch.set_grad_enabled(training):
-        found = timing.compared(
+        found = timing.interleaved(
             makers,
-            timing.timer(device, options.clock, timing.cold_cache(device)),
+            timing.timer(device, machine.cold_cache(device)),
             options.rounds,
             baseline="naive_tf32" if on_gpu else "naive",
             ours="fused",
@@ -233,25 +228,24 @@ def rows(
             moved={each: size * numbers for each, size in PRECISIONS.items()},
             limits=limits,
         )
-    base = {"layer": layer.name, "pass": "training" if training else "forward"}
+    base = base | {"layer": layer.name, "pass": "training" if training else "forward"}
     return [{**base, "batch": len(layer.streams[0]), **row} for row in found]
 
 
 def run(options: argparse.Namespace) -> None:
-    limits, where = timing.prepared(options)
+    limits, where = machine.prepared(options)
     print("ratio: the time of the two-pass layer over its own")
-    found: list[Row] = []
-    for model in options.models:
-        for dataset in options.datasets:
-            for layer in layers(model, dataset):
-                for training in (False, True):
-                    own = rows(layer, training, options, limits)
-                    kind = own[0]["pass"]
-                    print(f"\n{model} {dataset}, batch {own[0]['batch']}: {layer.name}, {kind}")
-                    timing.show(own, timing.COLUMNS)
-                    base = {"model": model, "dataset": dataset}
-                    found += [{**base, **row, **where} for row in own]
-                    timing.write(options.output, found)  # kept if the next one is interrupted
+    cases = (
+        (
+            f"{model} {dataset}: {layer.name}, {'training' if training else 'forward'}",
+            partial(rows, {"model": model, "dataset": dataset}, layer, training, options, limits),
+        )
+        for model in options.models
+        for dataset in options.datasets
+        for layer in layers(model, dataset)
+        for training in (False, True)
+    )
+    timing.collect(cases, where, options.output)
 
 
 script = timing.Script(
@@ -263,7 +257,6 @@ script = timing.Script(
     datasets=list(DATASETS),
     device="cpu",
     rounds=15,
-    clock="wall",
     output=None,
 )
 

@@ -49,15 +49,10 @@ def network(name: str, dataset: str) -> nn.Sequential:
     if name in (PLAIN, POOLED):
         pool = 2 if name == POOLED else 1
         pixels = ((height - 2) // pool - 2) * ((width - 2) // pool - 2)
-        model = nn.Sequential(
-            nn.Conv2d(channels, channels, 3),
-            nn.ReLU(),
-            *([nn.AvgPool2d(pool)] if name == POOLED else []),
-            nn.Conv2d(channels, channels, 3),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(channels * pixels, 10),
-        )
+        first, second = (nn.Conv2d(channels, channels, 3) for _ in range(2))
+        between = [nn.ReLU(), nn.AvgPool2d(pool)] if name == POOLED else [nn.ReLU()]
+        last = nn.Linear(channels * pixels, 10)
+        model = nn.Sequential(first, *between, second, nn.ReLU(), nn.Flatten(), last)
     else:
         kind, padding = NETWORKS[name]
         model = cf.models.NETS[kind]((channels, height, width), padding=padding)
@@ -199,10 +194,8 @@ class Exact(NamedTuple):
                 width = width + reference.width(lower, upper)
         margins = reference.elided_margins(lower, upper, last.weight, last.bias, y)
         lower, upper, logits, _ = affine_reference(last, lower, upper, nominal)
-        worst, width = (
-            reference.elided_worst_logits(margins, y),
-            width + reference.width(lower, upper),
-        )
+        worst = reference.elided_worst_logits(margins, y)
+        width = width + reference.width(lower, upper)
         loss = reference.constrained_ibp_loss(logits, worst, y, width, KAPPA, WIDTH_WEIGHT)
         gradients = torch.autograd.grad(loss, list(model.parameters()))
         return Exact(loss.detach(), list(gradients))
@@ -220,10 +213,8 @@ class Exact(NamedTuple):
         """Returns the errors for a row; raises AssertionError where they are too large."""
         loss, gradient = self.errors(step)
         if not (loss <= tolerance and gradient <= tolerance):  # so that NaN is wrong
-            raise AssertionError(
-                f"wrong: loss off by {loss:.1e}, a gradient by {gradient:.1e}, "
-                f"more than {tolerance:g}"
-            )
+            off = f"loss off by {loss:.1e}, a gradient by {gradient:.1e}"
+            raise AssertionError(f"wrong: {off}, more than {tolerance:g}")
         errors = {"loss_error": f"{loss:.2e}", "gradient_error": f"{gradient:.2e}"}
         return {**errors, "tolerance": tolerance}
 

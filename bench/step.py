@@ -16,7 +16,6 @@ import ctypes
 import gc
 import math
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -24,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import machine
 import timing
 import torch
 from baselines import CONTENDERS, GPU_CONTENDERS
@@ -40,18 +40,18 @@ def made(
     problem: Problem, name: str, memory_format: str, exact: Exact, options: argparse.Namespace
 ) -> tuple[Call, Row]:
     """Returns a contender's step, checked, and what is known of it."""
-    device = timing.device_of(options.device)
+    device = machine.device_of(options.device)
     contender = contenders(options.device)[name]
-    stream = timing.capture_stream(device)
-    before = timing.memory(device)
+    stream = machine.capture_stream(device)
+    before = machine.memory(device)
     step = contender.step(problem, memory_format, device, stream)
     facts: Row = {"precision": contender.precision, **exact.check(step, contender.tolerance)}
     facts["saved_bytes"] = step.saved_bytes()
     if device.type == "cuda":
-        facts["peak_bytes"] = timing.peak_memory(step.call, device) - before
+        facts["peak_bytes"] = machine.peak_memory(step.call, device) - before
     elif options.rss:
         of = problem, name, memory_format, torch.get_num_threads()
-        facts["peak_bytes"] = timing.in_child(peak_growth, *of)
+        facts["peak_bytes"] = machine.in_child(peak_growth, *of)
     return step.call, facts
 
 
@@ -75,19 +75,20 @@ def peak_growth(problem: Problem, name: str, memory_format: str, threads: int) -
     del kept  # they push out the larger ones
     ctypes.CDLL(None).malloc_trim(0)
     reset_peak()
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     step.call()
-    return _resident("VmHWM") - before
+    return resident("VmHWM") - before
 
 
 def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def _resident(name: str) -> int:
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return 1024 * int(found[1])
+def resident(name: str) -> int:
+    """Returns the bytes of one of the kernel's counts of this process's memory."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (kilobytes,) = (line.split()[1] for line in lines if line.startswith(f"{name}:"))
+    return 1024 * int(kilobytes)
 
 
 @contextlib.contextmanager
@@ -106,8 +107,8 @@ def busy(processes: int) -> Iterator[None]:
 def rows(
     problem: Problem, load: int, options: argparse.Namespace, limits: Mapping[str, float]
 ) -> list[Row]:
-    """Times all contenders beside `load` busy processes a core; limits: of `timing.ceilings`."""
-    device, on_gpu = timing.device_of(options.device), options.device != "cpu"
+    """Times all contenders beside `load` busy processes a core; limits: of `machine.ceilings`."""
+    device, on_gpu = machine.device_of(options.device), options.device != "cpu"
     torch.compiler.reset()  # or compilations of earlier problems count towards its limit
     exact = Exact.of(problem, device)
     makers = {
@@ -117,9 +118,9 @@ def rows(
     }
 
     with busy(load * (os.cpu_count() or 1)):
-        found = timing.compared(
+        found = timing.interleaved(
             makers,
-            timing.timer(device, options.clock),
+            timing.timer(device),
             options.rounds,
             baseline="naive_tf32" if on_gpu else "naive",
             ours="train_step_tf32" if on_gpu else "fused",
@@ -149,22 +150,21 @@ def run(options: argparse.Namespace) -> None:
             reset_peak()
         except OSError as error:
             raise ValueError(f"rss needs Linux's /proc/self/clear_refs: {error}") from error
-    limits, where = timing.prepared(options)
+    limits, where = machine.prepared(options)
     print("ratio: the time of the two-pass eager step over its own")
     networks = [(m, d, DATASETS[d][1]) for m in options.models for d in options.datasets]
     if options.channels:
         networks = [(PLAIN, f"{count}x{SIDE}x{SIDE}", 100) for count in options.channels]
-    found: list[Row] = []
-    for model, dataset, usual in networks:
-        for batch in options.batch or [usual]:
-            for load in options.load:
-                problem = Problem(model, dataset, batch, options.clip)
-                beside = f", beside {load} busy processes a core" if load else ""
-                print(f"\n{model} {dataset}, batch {batch}{beside}", flush=True)
-                own = rows(problem, load, options, limits)
-                timing.show(own, timing.COLUMNS)
-                found += [{**row, **where} for row in own]
-                timing.write(options.output, found)  # kept if the next one is interrupted
+    cases = (
+        (
+            f"{model} {dataset}, batch {batch}, beside {load} busy processes a core",
+            partial(rows, Problem(model, dataset, batch, options.clip), load, options, limits),
+        )
+        for model, dataset, usual in networks
+        for batch in options.batch or [usual]
+        for load in options.load
+    )
+    timing.collect(cases, where, options.output)
 
 
 script = timing.Script(
@@ -176,42 +176,25 @@ script = timing.Script(
     datasets=list(DATASETS),
     device="cpu",
     rounds=15,
-    clock="wall",
     output=None,
 )
 several: dict[str, Any] = {"type": timing.number(1), "nargs": "+"}
 script.option("--batch", None, "batch sizes (default: 50 for cifar10, else 100)", **several)
-script.option(
-    "--channels",
-    None,
+channels = (
     "instead of --models and --datasets: two convolutions 3x3 of N channels and a linear layer, on "
-    f"random images of N channels, {SIDE}x{SIDE}",
-    **several,
+    f"random images of N channels, {SIDE}x{SIDE}"
 )
-script.option(
-    "--contenders",
-    None,
-    f"of {', '.join(CONTENDERS)}; on a GPU of {', '.join(GPU_CONTENDERS)} (default: all)",
-    nargs="+",
-    choices=sorted({*CONTENDERS, *GPU_CONTENDERS}),
-    metavar="NAME",
-)
-script.option(
-    "--load", [0], "busy processes a core, beside the steps", type=timing.number(0), nargs="+"
-)
-script.option(
-    "--ready",
-    math.inf,
-    "after N seconds make no further contender of a network, and time the others",
-    type=timing.number(0, kind=float),
-)
+script.option("--channels", None, channels, **several)
+which = f"of {', '.join(CONTENDERS)}; on a GPU of {', '.join(GPU_CONTENDERS)} (default: all)"
+allowed = {"choices": sorted({*CONTENDERS, *GPU_CONTENDERS}), "nargs": "+", "metavar": "NAME"}
+script.option("--contenders", None, which, **allowed)
+beside = "busy processes a core, beside the steps"
+script.option("--load", [0], beside, type=timing.number(0), nargs="+")
+ready = "after N seconds make no further contender of a network, and time the others"
+script.option("--ready", math.inf, ready, type=timing.number(0, kind=float))
 script.option("--clip", False, "boxes cut to [0, 1], not exact balls", action="store_true")
-script.option(
-    "--rss",
-    False,
-    "also a step's peak memory, of each contender in a process of its own (Linux)",
-    action="store_true",
-)
+rss = "also a step's peak memory, of each contender in a process of its own (Linux)"
+script.option("--rss", False, rss, action="store_true")
 
 if __name__ == "__main__":
     sys.exit(script.main())

@@ -11,7 +11,6 @@ measured yet.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import math
 import os
 import sys
@@ -23,8 +22,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+import machine
 import timing
 import torch
+from filelock import FileLock
 from problems import DATASETS, NETWORKS, PRECISIONS
 from timing import names, number
 
@@ -32,16 +33,16 @@ import cibp_fast as cf
 from cibp_fast._version import __version__
 from cibp_fast.fusion.network import planned
 from cibp_fast.fusion.tracing import trace
-from cibp_fast.kernels import operands, tiles, weights
-from cibp_fast.kernels import precision as precisions
+from cibp_fast.kernels import operands, precision, tiles, weights
 from cibp_fast.kernels.shape import Shape
 from cibp_fast.kernels.tiles import KERNELS, TileConfig, Where
 from cibp_fast.ops import numerics
 from cibp_fast.ops.gpu_network import shape_of
+from cibp_fast.training.runs import write_atomic
 
 MARGIN = 0.03  # of the rule's time: tiles that gain less are not written
 SIZES = (16, 32, 64, 128, 256)
-ROUNDS = 5  # of timing before the slower half is left out
+ROUNDS = 5  # of timing new tiles
 FINAL_ROUNDS = 25  # in which the fastest and the rule's are compared
 LEADERS = 2  # how many the search goes on from
 STEPS = 4  # how often it does at most
@@ -60,88 +61,51 @@ class Job(NamedTuple):
 
 def rule(job: Job) -> TileConfig:
     """Returns the tiles that are taken where nothing was measured."""
-    return tiles.rule(job.kernel, job.shape, precisions.PRECISIONS[job.precision])
-
-
-class Result(NamedTuple):
-    """Times are in microseconds, NaN where the rule's tiles cannot be used, or none can."""
-
-    default: TileConfig  # the rule's
-    default_us: float
-    best: TileConfig
-    best_us: float
-    tried: int
-    why_not: str  # why the rule's tiles cannot be used
-
-    @property
-    def gained(self) -> bool:
-        return self.best != self.default
-
-    def __str__(self) -> str:
-        tried = f"{self.tried} tried, the rule's {self.default_us:.1f} us, {self.best_us:.1f} us"
-        if self.gained:
-            return f"{tried} with " + ", ".join(f"{k} {v}" for k, v in self.best._asdict().items())
-        why = " ".join(self.why_not.split())
-        return f"{tried} with none: {why[:100]}" if why else f"{tried}: the rule's stay"
+    return tiles.rule(job.kernel, job.shape, precision.PRECISIONS[job.precision])
 
 
 # The search
 
 
-def search(job: Job, bench: Any) -> Result:
-    """Returns the fastest tiles for a kernel: the rule's unless others gain more than MARGIN.
+def search(job: Job, bench: Any) -> tuple[TileConfig, float, float]:
+    """Returns the fastest tiles: the rule's unless others gain more than MARGIN; their time, and
+    that of the rule's, in microseconds, NaN where they are wrong or cannot run.
 
     bench: of the job's shape and precision, as `GpuBench`.
     """
     kernel, _, shape = job
     default = rule(job)
-    timed = partial(bench.time, kernel)
-    known: dict[TileConfig, str] = {}
-
-    def usable(candidates: Sequence[TileConfig]) -> list[TileConfig]:
-        new = [each for each in dict.fromkeys(candidates) if each not in known]
-        known.update(zip(new, bench.check(kernel, new), strict=True))
-        return [each for each in new if not known[each]]
-
-    field = usable([default, *all_sizes(kernel, shape, default)])
-    for _ in range(STEPS):
-        field = fastest(field, LEADERS, timed)
-        new = usable([step for each in field for step in neighbours(kernel, shape, each)])
+    known: set[TileConfig] = set()
+    us: dict[TileConfig, float] = {}  # of those that are right
+    new: Sequence[TileConfig] = [default, *all_sizes(kernel, shape, default)]
+    for _ in range(STEPS + 1):
+        new = [each for each in dict.fromkeys(new) if each not in known]
         if not new:
             break
-        field += new
-    why_not = known[default]
-    best = next(iter(fastest(field, 1, timed)), default)
-    finalists = [each for each in dict.fromkeys((default, best)) if not known[each]]
-    us = {each: median(seen) for each, seen in rounds(finalists, FINAL_ROUNDS, timed).items()}
-    default_us, best_us = us.get(default, math.nan), us.get(best, math.nan)
-    if best_us > (1 - MARGIN) * default_us:
-        best, best_us = default, default_us
-    return Result(default, default_us, best, best_us, len(known), why_not)
+        known.update(new)
+        failures = bench.check(kernel, new)
+        if new[0] == default and failures[0]:
+            print(f"  the rule's tiles cannot be used: {failures[0]}")
+        right = [each for each, why in zip(new, failures, strict=True) if not why]
+        us |= timed(right, ROUNDS, kernel, bench)
+        leaders = sorted(us, key=us.__getitem__)[:LEADERS]
+        new = [step for each in leaders for step in neighbours(kernel, shape, each)]
+    best = min(us, key=us.__getitem__, default=default)
+    us = timed([each for each in {default, best} if each in us], FINAL_ROUNDS, kernel, bench)
+    if us.get(best, math.nan) > (1 - MARGIN) * us.get(default, math.nan):
+        best = default
+    return best, us.get(best, math.nan), us.get(default, math.nan)
 
 
-def fastest(
-    field: list[TileConfig], count: int, timed: Callable[[TileConfig], float]
-) -> list[TileConfig]:
-    """Returns so many of them by their medians: the slower half leaves every few rounds."""
+def timed(
+    field: Sequence[TileConfig], rounds: int, kernel: str, bench: Any
+) -> dict[TileConfig, float]:
+    """Returns the median time of each, taken in turn: what slows the GPU for a while slows all."""
     seen: dict[TileConfig, list[float]] = {each: [] for each in field}
-    while len(field) > count:
-        for each, more in rounds(field, ROUNDS, timed).items():
-            seen[each] += more
-        field = sorted(field, key=lambda each: median(seen[each]))
-        field = field[: max(count, len(field) // 2)]
-    return field
-
-
-def rounds(
-    field: Sequence[TileConfig], count: int, timed: Callable[[TileConfig], float]
-) -> dict[TileConfig, list[float]]:
-    """Times each, in turn: what slows the GPU down for a while slows all."""
-    seen: dict[TileConfig, list[float]] = {each: [] for each in field}
-    for _ in range(count):
+    for _ in range(rounds):
         for each in field:
-            seen[each].append(timed(each))
-    return seen
+            seen[each].append(bench.time(kernel, each))
+    return {each: median(times) for each, times in seen.items()}
 
 
 # Candidates
@@ -160,29 +124,23 @@ def all_sizes(kernel: str, shape: Shape, default: TileConfig) -> list[TileConfig
     """Returns tiles of every size that fits, else like the rule's."""
     pixels, channels, summed = extents(kernel, shape)
     found = []
-    for size in [(p, c) for p in SIZES for c in SIZES]:
+    for m, n in [(m, n) for m in SIZES for n in SIZES]:
         splits = default.split_k
         if kernel != "input_gradient":
-            count = -(-pixels // size[0]) * -(-channels // size[1])
-            splits = tiles.split(count, summed, 4 * default.block_k)
-        first = kernel != "weight_gradient" and size[1] >= 64
-        candidate = default._replace(
-            block_m=size[0], block_n=size[1], split_k=splits, weight_first=first
-        )
-        if fits(kernel, shape, candidate):
-            found.append(candidate)
-    return found
+            splits = tiles.split(-(-pixels // m) * -(-channels // n), summed, 4 * default.block_k)
+        first = kernel != "weight_gradient" and n >= 64
+        found.append(default._replace(block_m=m, block_n=n, split_k=splits, weight_first=first))
+    return [each for each in found if fits(kernel, shape, each)]
 
 
 def neighbours(kernel: str, shape: Shape, of: TileConfig) -> Iterator[TileConfig]:
     """Gives those that are a step away in one field, and fit."""
     for name, value in of._asdict().items():
+        steps = [value // 2, value * 2]
         if isinstance(value, bool):
             steps = [not value]
         elif name == "num_stages":
             steps = [value - 1, value + 1]
-        else:
-            steps = [value // 2, value * 2]
         for step in steps:
             candidate = of._replace(**{name: step})
             if fits(kernel, shape, candidate):
@@ -213,22 +171,25 @@ class GpuBench:
     """A shape's kernels in one precision, on random numbers."""
 
     def __init__(self, shape: Shape, precision: str, device: torch.device) -> None:
-        self.device, self.flushed = device, timing.cold_cache(device)
+        self.device, self.flushed = device, machine.cold_cache(device)
         self.case = numerics.Case(shape, precision, device)
 
     def check(self, kernel: str, candidates: Sequence[TileConfig]) -> list[str]:
         """Says why each must not be used; empty: it may. They are compiled in threads."""
-        launch, begin = (
-            partial(self.case.launch, kernel),
-            partial(torch.cuda.set_device, self.device),
-        )
+        begin = partial(torch.cuda.set_device, self.device)
         with ThreadPoolExecutor(os.cpu_count(), initializer=begin) as pool:
-            found = list(pool.map(partial(failure, launch), candidates))
+            found = list(pool.map(partial(failure, self.case.launch, kernel), candidates))
         torch.cuda.synchronize(self.device)  # raises if a kernel broke the GPU's context
         return [
-            why or checked(self.case, kernel, each)
+            why or failure(self.right, kernel, each)
             for each, why in zip(candidates, found, strict=True)
         ]
+
+    def right(self, kernel: str, candidate: TileConfig) -> None:
+        """Raises AssertionError where the results are wrong."""
+        error = self.case.error(kernel, candidate)
+        wrong = not error <= numerics.TOLERANCES[self.case.precision]  # so that NaN is wrong
+        assert not wrong, f"wrong, by {error:.1e} relative to float64"
 
     def time(self, kernel: str, candidate: TileConfig) -> float:
         """Returns the microseconds of a run on a cold cache.
@@ -242,26 +203,17 @@ class GpuBench:
                 weights.sum_partials(results[0])
 
         torch.cuda._sleep(1_000_000)  # until the host has launched everything
-        return 1e6 * timing.timer(self.device, flush=self.flushed)(call, 1)
+        return 1e6 * timing.timer(self.device, self.flushed)(call, 1)
 
 
-def checked(case: numerics.Case, kernel: str, candidate: TileConfig) -> str:
-    """Says why its results are wrong; empty: they are right."""
+def failure(
+    function: Callable[[str, TileConfig], object], kernel: str, candidate: TileConfig
+) -> str:
+    """Calls it; says why that failed, empty: it did not."""
     try:
-        error = case.error(kernel, candidate)
-    except torch.OutOfMemoryError:
-        return "there is no memory to check it"
-    if not error <= numerics.TOLERANCES[case.precision]:
-        return f"it is wrong, by {error:.1e} relative to float64"
-    return ""
-
-
-def failure(launch: Callable[[TileConfig], object], candidate: TileConfig) -> str:
-    """Compiles and runs it; says why that failed."""
-    try:
-        launch(candidate)
+        function(kernel, candidate)
     except Exception as error:  # whatever a compiler or driver raises
-        return f"{type(error).__name__}: {error}"
+        return timing.line(error)
     return ""
 
 
@@ -287,41 +239,34 @@ def tune(
     where: Where,
     output: Path,
     gpu: str,
-    *,
     limit: float = math.inf,
-    again: bool = False,
 ) -> None:
     """Searches for tiles, for as long as `limit` seconds are not over, and prints what was found.
 
-    Each search's result is written before the next one begins. Unless `again`, what the table has
-    an entry for is left out, if this version of cibp_fast measured it.
+    Each search's result is written before the next one begins. What the table has an entry for is
+    left out, if this version of cibp_fast measured it.
     """
     end = time.monotonic() + limit
-    bench, measured = None, None
     known = {tiles.key(each) for each in update(output) if each.get(VERSION) == __version__}
-    done, gained, skipped = 0, 0, 0
-    for job in jobs:
-        if not again and tiles.key(tiles.entry_for(where, *job)) in known:
-            skipped += 1
-            continue
+    new = [job for job in jobs if tiles.key(tiles.entry_for(where, *job)) not in known]
+    bench, measured, done = None, None, 0
+    for job in new:
         if time.monotonic() > end:
             break
-        if bench is None or measured != (job.shape, job.precision):
+        if measured != (job.shape, job.precision):
             bench = None  # frees its memory for the next one
             measured = (job.shape, job.precision)
             bench = bench_of(*measured)
-        result = search(job, bench)
-        done, gained = done + 1, gained + result.gained
-        shape = ", ".join(map(str, job.shape))
-        print(f"  {job.kernel}, {job.precision}, ({shape}): {result}", flush=True)
-        if result.gained or not result.why_not:
-            found = {"tiles": result.best._asdict(), "us": _rounded(result.best_us)}
-            found |= {"default_us": _rounded(result.default_us), "gpu": gpu, VERSION: __version__}
-            update(output, tiles.entry_for(where, *job) | found)
-    print(
-        f"{done} of {len(jobs)} kernels tuned, {gained} of them with other tiles than the rule's; "
-        f"{skipped} others are in the table already (--again measures them anew)"
-    )
+        best, us, default_us = search(job, bench)
+        done += 1
+        times = f"the rule's tiles {default_us:.1f} us, {us:.1f} us with {best}"
+        print(f"  {job.kernel}, {job.precision}, {tuple(job.shape)}: {times}", flush=True)
+        if not math.isnan(us):
+            rule_us = None if math.isnan(default_us) else round(default_us, 2)
+            found = {"tiles": best._asdict(), "us": round(us, 2), "default_us": rule_us}
+            entry = {**tiles.entry_for(where, *job), **found, "gpu": gpu, VERSION: __version__}
+            update(output, entry)
+    print(f"{done} of {len(jobs)} kernels tuned, {len(jobs) - len(new)} were in the table already")
 
 
 def update(path: Path, *added: dict[str, Any]) -> list[dict[str, Any]]:
@@ -329,25 +274,20 @@ def update(path: Path, *added: dict[str, Any]) -> list[dict[str, Any]]:
     and returns all of its entries. Another process that updates it waits meanwhile.
     """
     timing.check_output(path)
-    with path.with_name(f".{path.name}.lock").open("ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(path.with_name(f".{path.name}.lock")):
         try:
             entries = [each for each in tiles.read(path) if isinstance(each, dict)]
         except FileNotFoundError:
             entries = []
         keys = {tiles.key(each) for each in added}
         entries = [each for each in entries if tiles.key(each) not in keys] + list(added)
-        timing.write_atomic(path, tiles.text(entries).encode())
+        write_atomic(path, tiles.text(entries).encode())
     return entries
 
 
-def _rounded(us: float) -> float | None:
-    return None if math.isnan(us) else round(us, 2)
-
-
 def run(options: argparse.Namespace) -> None:
-    timing.device_of("cuda")
-    if precisions.INTERPRETED:
+    machine.device_of("cuda")
+    if precision.INTERPRETED:
         raise ValueError("TRITON_INTERPRET=1 is set: tune times compiled kernels")
     where = tiles.current()
     assert where is not None
@@ -358,10 +298,9 @@ def run(options: argparse.Namespace) -> None:
         Job(kernel, precision, shape)
         for precision in options.precision
         for shape in layers(options.models, options.datasets, options.batch_size)
-        for kernel in options.kernel
+        for kernel in KERNELS
     ]
-    again = {"limit": options.limit, "again": options.again}
-    tune(jobs, partial(GpuBench, device=device), where, output, gpu, **again)
+    tune(jobs, partial(GpuBench, device=device), where, output, gpu, options.limit)
 
 
 script = timing.Script(
@@ -373,13 +312,11 @@ script = timing.Script(
     datasets=list(DATASETS),
 )
 script.option("--precision", ["float32"], **names(PRECISIONS, "precisions"))
-script.option("--kernel", list(KERNELS), **names(KERNELS, "kernels"))
 script.option("--batch-size", None, "default: 50 for cifar10, else 100", type=number(1))
 table = "another table, which keeps its other entries"
 script.option("--output", None, table, type=Path, metavar="FILE")
 limit = "begin with no further kernel after N seconds"
 script.option("--limit", math.inf, limit, type=number(0, kind=float))
-script.option("--again", False, "measure what is in the table already, too", action="store_true")
 
 if __name__ == "__main__":
     sys.exit(script.main())

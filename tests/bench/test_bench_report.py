@@ -36,7 +36,6 @@ def best(file: str, contender: str, model: str = "small") -> dict[str, str]:
         row
         for row in report.read(file)
         if (row["contender"], row["model"], row["dataset"]) == (contender, model, "mnist")
-        and row["optimizer"] == "none"
     ]
     return dict(min(rows, key=lambda row: float(row["ms"])))
 
@@ -58,17 +57,15 @@ def test_a_processor_has_its_own_table(results: Path) -> None:
     text = "\n".join(report.steps())
     old, new = text.split("avx512 kernels, with AVX512_BF16.**")
     row, fused = cells(old.splitlines(), "small mnist 100"), best("step", "fused")
-    share = float(fused["effective_gflops"]) / float(fused["peak_gflops"])
-    assert (
-        row["effective GFLOP/s (to peak)"]
-        == f"{float(fused['effective_gflops']):.0f} ({share:.2f})"
-    )
+    speed = float(fused["effective_gflops"])
+    expected = f"{speed:.0f} ({speed / float(fused['peak_gflops']):.2f})"
+    assert row["effective GFLOP/s (to peak)"] == expected
     peak = int(best("step", "naive")["peak_bytes"]) / 2**20
     assert row['peak MiB, `"fast"`, two-pass'].endswith(f", {peak:.1f}")
     assert "`step.csv`" in old and "`step_avx512.csv`" in new
     (results / "step_avx512.csv").unlink()
-    assert sum(line.startswith("| network") for line in report.steps()) == 1
-    assert len(report.performance()) > 5
+    with pytest.raises(ValueError, match=r"there are no rows of .*step_avx512\.csv"):
+        report.steps()
 
 
 def test_who_was_not_timed_has_a_note(results: Path) -> None:
@@ -86,42 +83,32 @@ def test_who_was_not_timed_has_a_note(results: Path) -> None:
         report.steps()
 
 
-@pytest.mark.parametrize(
-    ("isa", "recorded", "text"),
-    [
+def test_what_bf16_was_measured_on() -> None:
+    for isa, recorded, text in (
         ("avx2", "", "without AVX512_BF16"),
         ("avx512", "", "AVX512_BF16 unknown"),
-        ("avx512", "True", "with AVX512_BF16"),
         ("avx512", "False", "without AVX512_BF16"),
         ("avx2", "True", "with AVX512_BF16"),  # kernels that were asked for
         ("portable", "unknown", "AVX512_BF16 unknown"),
-    ],
-)
-def test_what_bf16_was_measured_on(isa: str, recorded: str, text: str) -> None:
-    assert report.bf16_units({"isa": isa, "avx512_bf16": recorded}) == text
+    ):
+        row = {"isa": isa, "avx512_bf16": recorded}
+        assert report.processor(row) == f"{isa} kernels, {text}"
 
 
 def test_the_other_blocks_have_the_tables_figures() -> None:
     row = cells(report.batches(), "small mnist")
-    (one,) = (
-        each
-        for each in report.read("batch")
-        if (each["model"], each["dataset"], each["batch"]) == ("small", "mnist", "1")
-        and each["optimizer"] == "none"
-    )
-    assert row["1"] == f"{float(one['ms_per_gflop']):.1f}"
+    one = best("batch", "fused")
+    assert one["batch"] == "1" and row["1"] == f"{float(one['ms_per_gflop']):.1f}"
     naive = [
         float(each["ms_per_gflop"])
         for each in report.read("channels")
         if each["contender"] == "naive" and each["dataset"].startswith("16x")
-        if each["optimizer"] == "none"
     ]
     assert cells(report.channels(), "two-pass eager")["16"] == report.digits(min(naive))
     (loop,) = report.read("epochs")
     shares = cells(report.loop(), f"`{loop['preset']}`")
     assert shares["together"] == f"{100 * (1 - float(loop['step'])):.2f} %"
     assert len([line for line in report.load() if line.startswith("| small")]) == 12
-    assert "within the noise of the seeds" in "\n".join(report.precisions())
     layers = cells(report.layers(), "small mnist 100")["forward"]
     whole, least, _, most = layers.replace("(", "").replace(")", "").split()
     assert float(least) <= float(whole) <= float(most)
@@ -133,7 +120,6 @@ def test_every_block_is_made_and_an_old_one_is_seen(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    pytest.importorskip("matplotlib")
     for file in report.FILES:
         (tmp_path / file).parent.mkdir(exist_ok=True)
         shutil.copy(report.ROOT / file, tmp_path / file)
@@ -146,7 +132,7 @@ def test_every_block_is_made_and_an_old_one_is_seen(
     table = tmp_path / "bench" / "results" / "step_avx512.csv"
     table.write_text(table.read_text().replace("with AVX512", "").replace(",True,", ",False,"))
     assert report.script.main(["--check"]) == 2
-    old = "out of date: README.md, bench/README.md, bench/results/step.png; "
+    old = "out of date: README.md, bench/README.md; "
     assert old in capsys.readouterr().err
     assert report.script.main([]) == 0 and report.script.main(["--check"]) == 0
 
