@@ -15,10 +15,10 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, Union
 
-import tyro
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg, subcommand
 from tyro.constructors import PrimitiveConstructorSpec
 
+from cibp_fast.training import missing
 from cibp_fast.training.config import (
     PRESET_GRAMMAR,
     Config,
@@ -28,6 +28,11 @@ from cibp_fast.training.config import (
     parse,
     preset,
 )
+
+try:
+    import tyro
+except ImportError as error:
+    raise missing(error) from None
 
 if TYPE_CHECKING:
     from cibp_fast.training.datasets import Split

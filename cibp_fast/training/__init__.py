@@ -1,13 +1,13 @@
 """Training of robust networks: configurations, data sets, the loop, runs, evaluation and plots.
 
-Raises ImportError where a package of the extra `train` is missing, naming it and the extra.
+The step on a GPU needs torch and Triton alone; the rest the packages of the extra `train`.
 """
 
-from importlib.util import find_spec
 
-for _package in ("filelock", "pydantic", "tqdm", "tyro"):
-    if find_spec(_package) is None:
-        raise ImportError(
-            f"cibp_fast's training and command line need the package {_package}, which is not "
-            "installed: pip install 'cibp-fast[train]'"
-        )
+def missing(error: ImportError) -> ImportError:
+    """Returns the error of a package that is not installed, with the extra that brings it."""
+    package = (error.name or "").partition(".")[0]
+    return ImportError(
+        f"cibp_fast's training and command line need the package {package}, which is not "
+        "installed: pip install 'cibp-fast[train]'"
+    )

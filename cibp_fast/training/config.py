@@ -15,11 +15,15 @@ from contextlib import suppress
 from itertools import product
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import from_json
-
+from cibp_fast.training import missing
 from cibp_fast.training.presets import recipe, scaled
 from cibp_fast.training.schedules import LinearRamp, StepDecay
+
+try:
+    from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+    from pydantic_core import from_json
+except ImportError as error:
+    raise missing(error) from None
 
 FORMAT = 1  # of config.json; raised when an older cibp_fast would misread a newer run
 

@@ -6,9 +6,13 @@ import math
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
-from tqdm import tqdm
-
+from cibp_fast.training import missing
 from cibp_fast.training.config import Config
+
+try:
+    from tqdm import tqdm
+except ImportError as error:
+    raise missing(error) from None
 
 Item = TypeVar("Item")
 

@@ -16,13 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import lock_descriptor
-from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
-from pydantic_core import from_json, to_json
 from safetensors import SafetensorError, safe_open
 from typing_extensions import TypedDict  # pydantic takes typing's from Python 3.12 on
 
+from cibp_fast.training import missing
 from cibp_fast.training.config import Config, Count, Number, Share, Whole, one_line
+
+try:
+    from filelock import lock_descriptor
+    from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+    from pydantic_core import from_json, to_json
+except ImportError as error:
+    raise missing(error) from None
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

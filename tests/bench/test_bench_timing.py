@@ -17,6 +17,7 @@ import machine
 import pytest
 import timing
 import torch
+from processes import python
 from torch.utils._python_dispatch import TorchDispatchMode
 
 BENCH = Path(__file__).parents[2] / "bench"
@@ -264,3 +265,17 @@ def test_a_table_is_printed_aligned(capsys: pytest.CaptureFixture[str]) -> None:
     timing.show(rows, {"who": "{name}", "time": "{ms:.1f}", "empty": "{other}"})
     printed = capsys.readouterr().out
     assert printed == "  who    time\n  one     1.0\n  three  10.0\n  b not timed: no\n"
+
+
+@pytest.mark.parametrize("name", ["step", "layer", "numerics", "tune", "gpu_session"])
+def test_a_gpu_s_scripts_need_no_library_of_training(name: str) -> None:
+    """The machine with the GPU may have torch and Triton alone."""
+    code = f"""
+import sys
+for package in ("pydantic", "tqdm", "tyro", "matplotlib"):  # torch brings filelock
+    sys.modules[package] = None
+sys.path.insert(0, {str(BENCH)!r})
+import {name}
+import cibp_fast.training.gpu_step, cibp_fast.training.gpu_step_check
+"""
+    python(code)

@@ -184,7 +184,9 @@ FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any], str, str]] = {
         layers.conv2d, "weight_gradient", lambda r: r[0][-1].zero_(), "linear",
         "a layer: backward",
     ),
-    "rectified": (layers, "relu_forward", lambda r: r[0].neg_(), "relu", "ReLU of 3077 numbers: forward"),
+    "rectified": (
+        layers, "relu_forward", lambda r: r[0].neg_(), "relu", "ReLU of 3077 numbers: forward",
+    ),
     "before ReLU": (layers, "relu_backward", _a_nan, "relu", "ReLU of 3077 numbers: backward"),
     "batch": (gpu_step, "make_batch", lambda r: r[0][0, 0, 0, 0].add_(1), "step", "the batch"),
     "loss": (
