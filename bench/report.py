@@ -19,7 +19,7 @@ from typing import Any
 
 import timing
 
-from cibp_fast.training.runs import write_atomic
+from cibp_fast.training.files import write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"

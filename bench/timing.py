@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from problems import DATASETS, NETWORKS
 
-from cibp_fast.training.runs import write_atomic
+from cibp_fast.training.files import write_atomic
 
 # What a user can cause: each message names the thing. Anything else is a bug, with a traceback.
 USER_ERRORS = (

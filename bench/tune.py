@@ -38,7 +38,7 @@ from cibp_fast.kernels.shape import Shape
 from cibp_fast.kernels.tiles import KERNELS, TileConfig, Where
 from cibp_fast.ops import numerics
 from cibp_fast.ops.gpu_network import shape_of
-from cibp_fast.training.runs import write_atomic
+from cibp_fast.training.files import write_atomic
 
 MARGIN = 0.03  # of the rule's time: tiles that gain less are not written
 SIZES = (16, 32, 64, 128, 256)

@@ -21,6 +21,7 @@ import numpy as np
 
 from cibp_fast.training import runs
 from cibp_fast.training.config import Config, in_255ths
+from cibp_fast.training.files import make_folder, write_atomic
 from cibp_fast.training.schedules import LinearRamp, StepDecay
 
 METHOD_LABELS = {"nominal": "nominal", "ibp": "IBP", "cibp": "constrained IBP"}
@@ -164,8 +165,8 @@ def _checked(output: str | Path) -> Path:
 def _save(figure: Any, output: Path) -> None:
     content = BytesIO()
     figure.savefig(content, format=output.suffix[1:].lower(), dpi=150)
-    runs.make_folder(output.parent)
-    runs.write_atomic(output, content.getvalue())
+    make_folder(output.parent)
+    write_atomic(output, content.getvalue())
 
 
 # Runs, their groups and their names

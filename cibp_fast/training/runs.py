@@ -21,6 +21,7 @@ from typing_extensions import TypedDict  # pydantic takes typing's from Python 3
 
 from cibp_fast.training import missing
 from cibp_fast.training.config import Config, Count, Number, Share, Whole, one_line
+from cibp_fast.training.files import make_folder, naming, write_atomic
 
 try:
     from filelock import lock_descriptor
@@ -104,7 +105,7 @@ def claim(run_dir: Path, config: Config, overwrite: bool = False) -> None:
                 "choose another, or replace that run with overwrite (--overwrite)"
             )
         return
-    with _naming("replace the run in", run_dir):
+    with naming("replace the run in", run_dir):
         for path in present:
             path.unlink()
     write_atomic(run_dir / "config.json", config.to_json().encode())
@@ -120,7 +121,7 @@ def locked(run_dir: Path) -> Iterator[None]:
     """
     make_folder(run_dir)
     with ExitStack() as stack:
-        with _naming("lock the folder", run_dir):
+        with naming("lock the folder", run_dir):
             folder = os.open(run_dir, os.O_RDONLY)
             stack.callback(os.close, folder)
             # the folder itself: no file of the lock's is left, and a read-only folder will do
@@ -138,12 +139,6 @@ def locked(run_dir: Path) -> Iterator[None]:
                 (run_dir / STATE).rmdir()
 
 
-def make_folder(path: Path) -> None:
-    """Makes the folder where it is not there yet. Raises OSError naming it where that fails."""
-    with _naming("make the folder", path):
-        path.mkdir(parents=True, exist_ok=True)
-
-
 def of_seeds(path: Path) -> list[Path]:
     """Returns the run folders below a folder that `train --seeds` wrote, by seed.
 
@@ -154,26 +149,6 @@ def of_seeds(path: Path) -> list[Path]:
         if found:
             return sorted(found, key=lambda each: (len(each.name), each.name))
     return [path]
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Writes all of the file or nothing: what was there is whole until the new content is.
-
-    What was written before is on the disk before what is written after, even if the power fails.
-    Raises OSError naming the path.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with _naming("write", path):
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            _sync(path.parent)
-    finally:
-        with suppress(OSError, ValueError):  # renamed already, or never made
-            temporary.unlink()
 
 
 def as_json(record: dict[str, Any]) -> dict[str, Any]:
@@ -240,7 +215,7 @@ def read_checkpoint(run_dir: Path) -> Checkpoint | None:
 def remove_checkpoint(run_dir: Path) -> None:
     """Removes the checkpoint of a run that has finished. Raises OSError where it cannot."""
     path = run_dir / CHECKPOINT
-    with _naming("remove", path):
+    with naming("remove", path):
         path.unlink(missing_ok=True)
 
 
@@ -324,16 +299,6 @@ def to_input(config: Config) -> nn.Module:
 
 
 @contextmanager
-def _naming(action: str, path: Path) -> Iterator[None]:
-    """Raises OSError that names the path where the system refuses the action."""
-    try:
-        yield
-    except (OSError, ValueError) as error:  # ValueError: a path with a NUL byte
-        reason = getattr(error, "strerror", None) or error
-        raise OSError(f"cannot {action} {path}: {reason}") from error
-
-
-@contextmanager
 def _reading(path: Path, problem: str = "") -> Iterator[None]:
     """Raises errors that name the path: OSError where it cannot be read, ValueError of its content.
 
@@ -351,13 +316,3 @@ def _reading(path: Path, problem: str = "") -> Iterator[None]:
         raise ValueError(f"{path}{problem}: {one_line(error)}") from None
     except (SafetensorError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path}{problem}: {' '.join(str(error).splitlines()[:2])}") from error
-
-
-def _sync(folder: Path) -> None:
-    """Makes the folder's list of files last; a few file systems cannot be asked to."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

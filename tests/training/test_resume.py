@@ -30,7 +30,7 @@ from digits import SHORT, toy_dataset
 from torch import nn
 
 from cibp_fast import models
-from cibp_fast.training import datasets, evaluation, loop, runs, step
+from cibp_fast.training import datasets, evaluation, files, loop, runs, step
 from cibp_fast.training.config import Config, preset
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -46,7 +46,7 @@ def _server():
     os.chdir(root)
 
 
-MODULES = {module.__file__: module.__name__ for module in (runs, loop, step, evaluation)}
+MODULES = {module.__file__: module.__name__ for module in (runs, files, loop, step, evaluation)}
 
 # Epochs of 3, 3 and 1 steps. What they are trained with, and seconds between checkpoints: with none
 # there is one after every step, with plenty one after every epoch.
@@ -213,7 +213,7 @@ def test_an_uninterrupted_run(uninterrupted):
         "cibp_fast.training.loop",
         "cibp_fast.training.evaluation",
         "cibp_fast.training.runs",
-        "cibp_fast.training.runs.write_atomic",
+        "cibp_fast.training.files.write_atomic",
         "half of ",
     ],
 )

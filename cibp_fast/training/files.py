@@ -1,0 +1,54 @@
+"""Folders and files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+def make_folder(path: Path) -> None:
+    """Makes the folder where it is not there yet. Raises OSError naming it where that fails."""
+    with naming("make the folder", path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Writes all of the file or nothing: what was there is whole until the new content is.
+
+    What was written before is on the disk before what is written after, even if the power fails.
+    Raises OSError naming the path.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with naming("write", path):
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            sync(path.parent)
+    finally:
+        with suppress(OSError, ValueError):  # renamed already, or never made
+            temporary.unlink()
+
+
+@contextmanager
+def naming(action: str, path: Path) -> Iterator[None]:
+    """Raises OSError that names the path where the system refuses the action."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL byte
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"cannot {action} {path}: {reason}") from error
+
+
+def sync(folder: Path) -> None:
+    """Makes the folder's list of files last; a few file systems cannot be asked to."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
