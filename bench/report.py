@@ -219,9 +219,9 @@ def performance() -> list[str]:
         body.append([*cells, mebibytes(first, "saved_bytes")])
     names = [CONTENDERS[each] for each in HEADLINE]
     return [
-        "A training step of `cf.fuse` (nominal and interval pass, constrained IBP loss, backward "
-        "pass) in milliseconds, and how many times as long the others take (below 1: less long), "
-        "each in the better of NCHW and channels_last. On two processors: "
+        "A training step: nominal and interval pass, constrained IBP loss, backward pass. The ms "
+        "column is the time of `cf.fuse`; the others are factors of it (below 1 is faster), each "
+        "in its faster memory layout. Before and after the slash are two processors: "
         f"{' / '.join(processor(rows[0]) for rows, _ in tables)}.",
         "",
         *table(["network, data, batch", "ms", *names, 'saved MiB, `"fast"`, two-pass'], body),

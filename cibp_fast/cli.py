@@ -6,7 +6,6 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from importlib import import_module
 from typing import Any
 
 from cibp_fast._version import __version__
@@ -27,7 +26,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
-            import_module("cibp_fast.training")  # says which extra a missing package is of
             from cibp_fast import commands
 
             commands.run(words)

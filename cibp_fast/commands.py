@@ -15,9 +15,6 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, Union
 
-from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg, subcommand
-from tyro.constructors import PrimitiveConstructorSpec
-
 from cibp_fast.training import missing
 from cibp_fast.training.config import (
     PRESET_GRAMMAR,
@@ -31,6 +28,8 @@ from cibp_fast.training.config import (
 
 try:
     import tyro
+    from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg, subcommand
+    from tyro.constructors import PrimitiveConstructorSpec
 except ImportError as error:
     raise missing(error) from None
 
