@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from compilers import ROOT
 
 import cibp_fast as cf
 from cibp_fast import Interval
@@ -66,3 +68,6 @@ def test_a_batch_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     options = {"steps": 5, "pgd_steps": 1, "pgd_restarts": 0, "pgd_step_size": None}
     loop.train(preset("mnist5k-small-0.1-cibp", **options), tmp_path)
     assert len(calls) == 5 and len(files.names) <= 10, sorted(files.names)
+    text = (ROOT / "README.md").read_text().partition("From a batch's pixels to its loss")[2]
+    named = re.findall(r"`([\w/]+\.py)`", text.partition("\n\n")[0])
+    assert len(named) == 7 and set(named) <= files.names
