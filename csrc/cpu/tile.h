@@ -157,8 +157,11 @@ struct Operand {
 // vectors[v]
 //
 // The weight gradient is that of FIRST = 0 plus sign(W) times that of FIRST = 1.
-template <class T, int FIRST, int STREAMS, int VECTORS>
-[[gnu::noinline]] void outer_tile(
+//
+// ONE_ROW: rows is 1. Without the loop over rows the sums stay in registers; where the compiler is
+// left to see that, it does so in some builds only.
+template <class T, int FIRST, int STREAMS, int VECTORS, bool ONE_ROW>
+[[gnu::noinline]] void outer_rows(
     const Operand<T>& vectors,  // data: the first of VECTORS * kLanes channels
     const Operand<T>& scalars,  // data: the first pixel
     const int64_t* offsets,     // [kTileRows] relative to a pixel of scalars
@@ -179,6 +182,7 @@ template <class T, int FIRST, int STREAMS, int VECTORS>
   const int64_t x_pixel = scalars.pixel_stride, x_second = 2 * scalars.stream_stride;
   const int64_t g_row = vectors.row_stride - columns * g_pixel,
                 x_row = scalars.row_stride - columns * x_pixel;
+  if (ONE_ROW) rows = 1;
   for (; rows > 0; --rows) {
     for (int64_t column = columns; column > 0; --column) {
 #pragma GCC unroll 2
@@ -212,6 +216,14 @@ template <class T, int FIRST, int STREAMS, int VECTORS>
       T* const sum = sums + j * N + v * L;
       store<T>(sum, load(sum) + acc[j][v]);
     }
+}
+
+template <class T, int FIRST, int STREAMS, int VECTORS>
+inline void outer_tile(const Operand<T>& vectors, const Operand<T>& scalars, const int64_t* offsets,
+                       int64_t rows, int64_t columns, T* sums) {
+  const auto add = rows == 1 ? outer_rows<T, FIRST, STREAMS, VECTORS, true>
+                             : outer_rows<T, FIRST, STREAMS, VECTORS, false>;
+  add(vectors, scalars, offsets, rows, columns, sums);
 }
 
 // torch.sign: 0 at 0, NaN at NaN.
