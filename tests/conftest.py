@@ -45,6 +45,21 @@ def _reproducible() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The user's table of tiles, on a GPU that there is not."""
+    from tritons import WHERE, forget_tiles
+
+    from cibp_fast.kernels import tiles
+
+    monkeypatch.delenv("CIBP_FAST_TUNED", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tiles, "current", lambda: WHERE)
+    forget_tiles()
+    yield tmp_path / "cache" / "cibp_fast" / "tuned.json"
+    forget_tiles()
+
+
 @pytest.fixture(scope="session")
 def toy_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of the toy digits, to be copied by those who change it."""

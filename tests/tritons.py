@@ -10,15 +10,22 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from cibp_fast.kernels import conv2d, pool, weights
+from cibp_fast.kernels import conv2d, pool, tiles, weights
 from cibp_fast.kernels.precision import Precision
 from cibp_fast.kernels.shape import Shape
-from cibp_fast.kernels.tiles import TileConfig, tiles_for
+from cibp_fast.kernels.tiles import TileConfig, Where, tiles_for
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("TRITON_INTERPRET=1 is not set", allow_module_level=True)
 PRECISIONS = ("float32", "tf32", "bf16")
+WHERE = Where("sm_90", 132, "3.6")  # of a GPU that there is not
+
+
+def forget_tiles() -> None:
+    """Clears what a new process does not know."""
+    tiles._tiles_for.cache_clear()
+    tiles._table.cache_clear()
 
 
 @contextlib.contextmanager
@@ -39,17 +46,17 @@ def large_tiles() -> Iterator[None]:
 
 def _large(kernel: str, shape: Shape, precision: Precision) -> TileConfig:
     """As many splits as there would be, up to 2."""
-    tiles = tiles_for(kernel, shape, precision)
-    tiles = tiles._replace(split_k=min(tiles.split_k, 2))
+    found = tiles_for(kernel, shape, precision)
+    found = found._replace(split_k=min(found.split_k, 2))
     if kernel == "weight_gradient":
         channels, products = _power(shape.out_channels), _power(shape.products)
-        return tiles._replace(block_m=products, block_n=channels, block_k=max(tiles.block_k, 64))
+        return found._replace(block_m=products, block_n=channels, block_k=max(found.block_k, 64))
     if kernel == "forward":
         pixels, channels, depth = shape.out_pixels, shape.out_channels, shape.products
     else:
         pixels = shape.batch * shape.in_height * shape.in_width
         channels, depth = shape.in_channels, shape.out_channels
-    return tiles._replace(block_m=_power(pixels), block_n=_power(channels), block_k=_power(depth))
+    return found._replace(block_m=_power(pixels), block_n=_power(channels), block_k=_power(depth))
 
 
 def _power(size: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,36 +14,17 @@ from typing import Any
 import pytest
 import torch
 import tune
-from tritons import DEVICE
+from tritons import DEVICE, WHERE, forget_tiles
 from tune import Job, rule
 
 from cibp_fast.kernels import conv2d, tiles
 from cibp_fast.kernels.precision import PRECISIONS
 from cibp_fast.kernels.shape import Shape
-from cibp_fast.kernels.tiles import TileConfig, Where, tiles_for
+from cibp_fast.kernels.tiles import TileConfig, tiles_for
 
-WHERE = Where("sm_90", 132, "3.6")
 LAYER = Shape(100, 16, 13, 13, 32, 10, 10, 4, 4)
 TINY = Shape(2, 3, 7, 7, 20, 3, 3, 3, 3, (2, 2))
 WIDE = Shape(50, 64, 32, 32, 64, 32, 32, 3, 3, (1, 1), (1, 1))
-
-
-@pytest.fixture
-def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The user's table, on a GPU that there is not."""
-    path = tmp_path / "cache" / "cibp_fast" / "tuned.json"
-    monkeypatch.delenv("CIBP_FAST_TUNED", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(tiles, "current", lambda: WHERE)
-    forget()
-    yield path
-    forget()
-
-
-def forget() -> None:
-    """What a new process does not know."""
-    tiles._tiles_for.cache_clear()
-    tiles._table.cache_clear()
 
 
 def used(job: Job) -> TileConfig:
@@ -170,7 +151,7 @@ def bench_of(shape: Shape, precision: str) -> Given:
 def test_what_is_tuned_is_used(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
     jobs = [Job(kernel, "bf16", LAYER) for kernel in tiles.KERNELS]
     assert [used(job) for job in jobs] == [rule(job) for job in jobs]
-    forget()
+    forget_tiles()
     tune.tune(jobs, bench_of, WHERE, table, "a GPU")
     assert tiles.text(tiles.read(table)) == table.read_text()
     for job, entry in zip(jobs, tiles.read(table), strict=True):

@@ -3,41 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tritons import DEVICE
+from tritons import DEVICE, WHERE, forget_tiles
 
 from cibp_fast.kernels import tiles
 from cibp_fast.kernels.precision import PRECISIONS
 from cibp_fast.kernels.shape import Shape
-from cibp_fast.kernels.tiles import TileConfig, Where, tiles_for
+from cibp_fast.kernels.tiles import TileConfig, tiles_for
 
-WHERE = Where("sm_90", 132, "3.6")
 LAYER = Shape(100, 16, 13, 13, 32, 10, 10, 4, 4)
 Job = tuple[str, str, Shape]  # kernel, precision
 FORWARD: Job = ("forward", "bf16", LAYER)
 WEIGHT: Job = ("weight_gradient", "tf32", LAYER)
-
-
-@pytest.fixture
-def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The user's table, on a GPU that there is not."""
-    path = tmp_path / "cache" / "cibp_fast" / "tuned.json"
-    monkeypatch.delenv("CIBP_FAST_TUNED", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(tiles, "current", lambda: WHERE)
-    forget()
-    yield path
-    forget()
-
-
-def forget() -> None:
-    """What a new process does not know."""
-    tiles._tiles_for.cache_clear()
-    tiles._table.cache_clear()
 
 
 def rule(job: Job) -> TileConfig:
@@ -65,7 +45,7 @@ def test_another_gpu_takes_the_rule(
 ) -> None:
     write(table, of(FORWARD, TileConfig(16, 16, 16)))
     assert used(FORWARD) == TileConfig(16, 16, 16) != rule(FORWARD)
-    forget()
+    forget_tiles()
     monkeypatch.setattr(tiles, "current", lambda: WHERE._replace(**changed))
     assert used(FORWARD) == rule(FORWARD)
 
@@ -76,11 +56,11 @@ def test_tables_are_read_once_and_not_in_the_interpreter(
     before = used(FORWARD)
     write(table, of(FORWARD, TileConfig(16, 16, 16)))
     assert used(FORWARD) == before  # a step keeps its tiles
-    forget()
+    forget_tiles()
     assert used(FORWARD) != before
     monkeypatch.undo()
     monkeypatch.setenv("CIBP_FAST_TUNED", str(table))
-    forget()
+    forget_tiles()
     if DEVICE == "cpu":
         assert tiles.current() is None
         assert used(FORWARD) == before
@@ -95,7 +75,7 @@ def test_the_user_s_table_comes_before_the_shipped_one(
     write(table, of(FORWARD, rule(FORWARD)))
     assert used(FORWARD) == rule(FORWARD) and used(WEIGHT) == TileConfig(32, 32, 32)
     monkeypatch.setenv("CIBP_FAST_TUNED", str(shipped))
-    forget()
+    forget_tiles()
     assert used(FORWARD) == TileConfig(32, 32, 32)
 
 
