@@ -37,13 +37,13 @@ BETA1 = 0.9  # of Adam
 def fused(
     model: nn.Sequential, ball: Ball, precision: str = "float32", backend: str = "auto"
 ) -> Step:
-    """The whole network as one op."""
+    """Computes the whole network as one op."""
     net = cf.fuse(model, precision, backend)
     return lambda x, y: terms(net.bounds(x, ball.interval(x)), y)
 
 
 def layers(model: nn.Sequential, ball: Ball) -> Step:
-    """cf.bounds: a fused op for each layer."""
+    """Computes each layer by a fused op: cf.bounds."""
     return lambda x, y: terms(cf.bounds(model, x, ball.interval(x)), y)
 
 
@@ -51,14 +51,14 @@ def layers(model: nn.Sequential, ball: Ball) -> Step:
 
 
 def two_passes(layer: Any, lower: Tensor, upper: Tensor) -> Streams:
-    """Center through W, radius through |W|."""
+    """Sends the center through W and the radius through |W|."""
     center, radius = (upper + lower) / 2, (upper - lower) / 2
     center, radius = layer(center), product(layer, radius, layer.weight.abs(), None)
     return center - radius, center + radius
 
 
 def four_products(layer: Any, lower: Tensor, upper: Tensor) -> Streams:
-    """Both bounds through the positive and the negative part of W, as the paper's authors do."""
+    """Sends both bounds through the parts of W above and below 0, as the paper's authors do."""
     positive, negative = layer.weight.clamp(min=0), layer.weight.clamp(max=0)
     return (
         product(layer, lower, positive, layer.bias) + product(layer, upper, negative, None),
@@ -67,14 +67,14 @@ def four_products(layer: Any, lower: Tensor, upper: Tensor) -> Streams:
 
 
 def product(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The layer's convolution or matrix product with other weights."""
+    """Computes the layer's convolution or matrix product with other weights."""
     if isinstance(layer, nn.Conv2d):
         return F.conv2d(x, weight, bias, layer.stride, layer.padding)  # type: ignore[arg-type]
     return F.linear(x, weight, bias)
 
 
 def naive(model: nn.Sequential, ball: Ball, affine: Any = two_passes) -> Step:
-    """The step as one writes it in PyTorch: `affine` for the bounds, the layer for the nominal."""
+    """Computes the step as one writes it in PyTorch: bounds by `affine`, nominal by the layer."""
     *hidden, last = model
 
     def step(x: Tensor, y: Tensor) -> Terms:
@@ -98,7 +98,7 @@ def naive(model: nn.Sequential, ball: Ball, affine: Any = two_passes) -> Step:
 
 
 def worst_logits(center: Tensor, features: Streams, weight: Any, y: Tensor) -> Tensor:
-    """Upper bounds of z_j - z_y, [N, classes], through the last layer; its inputs are the features.
+    """Bounds z_j - z_y from above, [N, classes], through the last layer and its inputs' box.
 
     `|W_i - W_j|` once for all pairs of classes: for each example it would be much larger.
     """
@@ -112,17 +112,17 @@ def worst_logits(center: Tensor, features: Streams, weight: Any, y: Tensor) -> T
 
 
 def four(model: nn.Sequential, ball: Ball) -> Step:
-    """Four products in eager mode."""
+    """Runs four products in eager mode."""
     return naive(model, ball, four_products)
 
 
 def compiled(model: nn.Sequential, ball: Ball, mode: str | None = None) -> Step:
-    """torch.compile of the two passes; fullgraph, so that nothing runs in eager mode unseen."""
+    """Compiles the two passes; fullgraph, so that nothing runs in eager mode unseen."""
     return torch.compile(naive(model, ball), fullgraph=True, dynamic=False, mode=mode)
 
 
 def compiled_with_graphs(model: nn.Sequential, ball: Ball) -> Step:
-    """The same with everything autotuned, under CUDA graphs of torch's own."""
+    """Compiles the same with everything autotuned, under CUDA graphs of torch's own."""
     inner = compiled(model, ball, "max-autotune")
 
     def step(x: Tensor, y: Tensor) -> Terms:
@@ -133,7 +133,7 @@ def compiled_with_graphs(model: nn.Sequential, ball: Ball) -> Step:
 
 
 def naive_bf16(model: nn.Sequential, ball: Ball) -> Step:
-    """The two passes under bfloat16 autocast."""
+    """Runs the two passes under bfloat16 autocast."""
     inner = naive(model, ball)
 
     def step(x: Tensor, y: Tensor) -> Terms:
@@ -144,7 +144,7 @@ def naive_bf16(model: nn.Sequential, ball: Ball) -> Step:
 
 
 def auto_lirpa(model: nn.Sequential, ball: Ball) -> Step:
-    """auto_LiRPA's IBP: its own nominal pass, hidden bounds, logits, margins by its C matrix."""
+    """Runs auto_LiRPA's IBP: a nominal pass, hidden bounds, logits, margins by its C matrix."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what it imports
         import auto_LiRPA
@@ -181,7 +181,7 @@ class _From(nn.Module):
 
 
 def _without_pad(model: nn.Sequential) -> nn.Sequential:
-    """The same without the `nn.ZeroPad2d` of SAME padding, which auto_LiRPA cannot trace.
+    """Replaces the `nn.ZeroPad2d` of SAME padding, which auto_LiRPA cannot trace.
 
     A zero row after the image, at stride 2, is what two rows on either side give without the first
     row of the result: at 28 pixels 15 % more products in that layer, 1 to 2 % in the network.
@@ -200,7 +200,7 @@ def _without_pad(model: nn.Sequential) -> nn.Sequential:
 
 
 class TorchStep:
-    """A step of torch's autograd, on a network of its own in a memory format.
+    """Runs a step of torch's autograd, on a network of its own in a memory format.
 
     `call` is what is timed.
     """
@@ -264,7 +264,7 @@ class TorchStep:
 
 
 class OwnStep:
-    """The step of training/gpu_step.py, which also makes the batch and its boxes from bytes.
+    """Runs the step of training/gpu_step.py, which also makes the batch and its boxes from bytes.
 
     backend: "triton" or "cuda". rate: of Adam. lost: a value of a pixel, 0 to 255, that the network
     sees as NaN. Raises ValueError where that cannot run.
@@ -315,7 +315,7 @@ class OwnStep:
         self.call = self.made.replay
 
     def results(self) -> tuple[Tensor, list[Tensor | None]]:
-        """The gradients are what Adam's first step puts into its first moments."""
+        """Reads the gradients from what Adam's first step puts into its first moments."""
         for partials in self.made.partials:
             for each in partials or ():
                 each.fill_(torch.nan)
@@ -335,7 +335,7 @@ class OwnStep:
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to compute the step, and how it is timed."""
+    """Names a way to compute the step, and how it is timed."""
 
     build: Callable[[nn.Sequential, Ball], Step] | None  # None: the step of training/gpu_step.py
     formats: tuple[str, ...]  # memory formats that it is timed in
@@ -385,8 +385,10 @@ def _on_gpu(build: Any, precision: str, formats: tuple[str, ...] = BOTH, **more:
 
 
 def _ours(precision: str) -> dict[str, Contender]:
-    """Both sides of the question whether a step of our own is worth it: the step, with Triton's and
-    with CUDA C++ kernels, and `cf.fuse` with torch's Adam, in one CUDA graph and in eager mode.
+    """Returns both sides of the question whether a step of our own is worth it.
+
+    The step has Triton's and CUDA C++ kernels; `cf.fuse` with torch's Adam runs in one CUDA graph
+    and in eager mode.
     """
     name = "" if precision == "float32" else f"_{precision}"
     whole = partial(fused, precision=precision, backend="triton")

@@ -42,7 +42,7 @@ INPUTS = ("lower", "upper", "nominal", "weight", "bias")
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer, and the box and nominal point that it sees in its network."""
+    """Holds a layer, and the box and nominal point that it sees in its network."""
 
     name: str
     module: Any
@@ -74,7 +74,7 @@ def layers(model: str, dataset: str) -> list[Layer]:
 
 
 def fused(module: Any, *streams: Tensor, backend: str = "auto") -> Sequence[Any]:
-    """The layer as one op."""
+    """Computes the layer as one op."""
     given: tuple[Any, ...] = (*streams, module.weight, module.bias)
     if isinstance(module, nn.Linear):
         return ops.linear(*given, width=True, backend=backend)
@@ -83,13 +83,13 @@ def fused(module: Any, *streams: Tensor, backend: str = "auto") -> Sequence[Any]
 
 
 def naive(module: Any, lower: Tensor, upper: Tensor, nominal: Tensor) -> Sequence[Tensor]:
-    """The two-pass interval layer and the nominal one, as one writes them."""
+    """Computes the two-pass interval layer and the nominal one, as one writes them."""
     lower, upper = two_passes(module, lower, upper)
     return lower, upper, module(nominal), ((upper - lower) ** 2).sum()
 
 
 def naive_bf16(module: Any, *streams: Tensor) -> Sequence[Tensor]:
-    """The two-pass layer under bfloat16 autocast."""
+    """Runs the two-pass layer under bfloat16 autocast."""
     with torch.autocast(streams[0].device.type, dtype=torch.bfloat16):
         return naive(module, *streams)
 
@@ -132,7 +132,7 @@ def call(
 
 
 class Exact:
-    """The results in float64, which those of a contender are compared with."""
+    """Computes the results in float64, which those of a contender are compared with."""
 
     def __init__(self, layer: Layer, training: bool, device: torch.device) -> None:
         self.cotangents = [torch.randn(size) for size in (*[layer.size] * 3, ())]

@@ -97,7 +97,7 @@ def checks(group: Group, device: torch.device) -> Iterator[tuple[str, Callable[[
 
 
 def step(problem: Problem, precision: str, backend: str, device: torch.device) -> Found:
-    """See the module's docstring."""
+    """Finds a step's errors; see the module's docstring."""
     make = partial(OwnStep, problem, precision, device, backend)
     loss, gradient = Exact.of(problem, device).errors(make())
 

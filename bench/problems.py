@@ -80,7 +80,7 @@ def relative_error(found: Tensor | None, expected: Tensor) -> float:
 
 
 class Affine(NamedTuple):
-    """A convolution or linear layer of three streams: center, radius and nominal."""
+    """Applies a convolution or linear layer to three streams: center, radius and nominal."""
 
     inputs: int  # numbers of a stream
     outputs: int
@@ -106,7 +106,7 @@ class Affine(NamedTuple):
 
 
 class Ball(NamedTuple):
-    """The box around each example; unclipped, it is exactly `x +- eps`."""
+    """Makes the box around each example; unclipped, it is exactly `x +- eps`."""
 
     eps: float
     clip: bool
@@ -121,7 +121,7 @@ class Ball(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """One training step: what all contenders get copies of."""
+    """Holds one training step: what all contenders get copies of."""
 
     model: str
     dataset: str
@@ -169,7 +169,7 @@ class Problem:
 
 
 class Exact(NamedTuple):
-    """The step in float64."""
+    """Computes the step in float64."""
 
     loss: Tensor
     gradients: list[Tensor]

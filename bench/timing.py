@@ -76,7 +76,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of several benchmarks
 
 
 class Script(argparse.ArgumentParser):
-    """A script of bench/: what it runs, and its options.
+    """Describes a script of bench/: what it runs, and its options.
 
     Those of OPTIONS that are given a default, --threads, and what `option` adds. An error is one
     line, and the help ends with an example.

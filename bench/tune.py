@@ -52,7 +52,7 @@ WAVES = 8  # the most programs for each that can run at a time
 
 
 class Job(NamedTuple):
-    """A kernel to find tiles for."""
+    """Names a kernel to find tiles for."""
 
     kernel: str  # of tiles.KERNELS
     precision: str
@@ -168,7 +168,7 @@ def fits(kernel: str, shape: Shape, candidate: TileConfig) -> bool:
 
 
 class GpuBench:
-    """A shape's kernels in one precision, on random numbers."""
+    """Runs a shape's kernels in one precision, on random numbers."""
 
     def __init__(self, shape: Shape, precision: str, device: torch.device) -> None:
         self.device, self.flushed = device, machine.cold_cache(device)

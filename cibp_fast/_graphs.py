@@ -25,7 +25,7 @@ def capturing() -> bool:
 
 
 class Graphed:
-    """A function of tensors, on a GPU replayed from the third call with tensors of a shape on.
+    """Calls a function of tensors; a GPU replays it from the third call of a shape on.
 
     The first call sets up what the function uses: kernels are compiled, libraries get workspaces.
     The second one must not wait for the GPU, as a capture must not, but fails without harm. A
@@ -98,7 +98,7 @@ def _reason(error: Exception) -> str:
 
 
 class _Graph:
-    """A function of tensors that are always the same: others are copied to them.
+    """Replays a function of tensors that are always the same: others are copied to them.
 
     Kernels may be compiled for addresses as these, so that the rehearsal has them too.
     """

@@ -26,7 +26,7 @@ STRONGEST, ALL = -1, -2
 
 @dataclass(frozen=True)
 class Attack:
-    """What PGD found for N examples.
+    """Holds what PGD found for N examples.
 
     adversarial: [N, ...], a misclassified point of the box where one was found, else x.
     found: [N] bool.

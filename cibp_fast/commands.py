@@ -80,7 +80,7 @@ else:
 
 @dataclass(kw_only=True)
 class Command:
-    """What all commands take.
+    """Holds what all commands take.
 
     Attributes:
         threads: processor threads
@@ -94,7 +94,7 @@ class Command:
 
 @dataclass(kw_only=True)
 class OnData(Command):
-    """What the commands take that read a data set.
+    """Holds what the commands take that read a data set.
 
     Attributes:
         device: cpu or cuda
@@ -231,7 +231,7 @@ class Train(OnData):
 
 @dataclass(kw_only=True)
 class OnRuns(OnData):
-    """What the commands take that look at trained networks.
+    """Holds what the commands take that look at trained networks.
 
     Attributes:
         run_dir: folder that `cibp-fast train` wrote; after --seeds, a run's or that of all

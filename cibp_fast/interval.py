@@ -45,7 +45,7 @@ _WRITES = {"__setitem__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__i
 
 
 class UnsupportedOpError(TypeError, AttributeError):
-    """Raised for an operation that has no interval rule.
+    """Says that an operation has no interval rule.
 
     It is an AttributeError too, so that `hasattr` answers for missing methods.
     """

@@ -26,7 +26,7 @@ _SMALL = 2**18  # so many take less time than a kernel for each class
 
 
 class Bounds:
-    """What a model does to a box.
+    """Holds what a model does to a box.
 
     Attributes:
         logits: [N, classes], the model at the nominal point.

@@ -103,7 +103,7 @@ def _adam_kernel(
 
 
 class Parameter(NamedTuple):
-    """A weight, or a bias, and what belongs to it: contiguous, on one device.
+    """Holds a weight, or a bias, and what belongs to it: contiguous, on one device.
 
     The shapes of a bias are [Cout], and [splits, Cout] of its partials; it has no copies.
     """
@@ -117,7 +117,7 @@ class Parameter(NamedTuple):
 
 
 class Adam:
-    """torch.optim.Adam's step of all parameters, from partial gradients, in place.
+    """Takes torch.optim.Adam's step of all parameters, from partial gradients, in place.
 
     For each parameter it equals, with grad = partials.sum(0) in torch's layout,
 

@@ -25,7 +25,7 @@ TERMS = 4  # what is summed: both cross-entropies, the logits' squared widths, w
 
 
 class Tiling(NamedTuple):
-    """How the work is cut; the results differ by rounding only."""
+    """Says how the work is cut; the results differ by rounding only."""
 
     examples: int  # of a tile, a power of two, as is `features`
     features: int
@@ -282,7 +282,7 @@ def _one_launch(
     RELU: tl.constexpr,
     DROPPED: tl.constexpr,
 ):
-    """Grid [tiles of examples, parts of the features]: each part sums the logits for itself."""
+    """Runs on a grid [tiles of examples, parts of the features]; each sums all logits itself."""
     n, rows, known = _examples(y, batch, CLASSES, EXAMPLES, tl.program_id(0))
     # fmt: off
     nominal, radius, worst = _sums(
@@ -316,7 +316,7 @@ def _slice_launch(
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,  # of a slice
 ):
-    """Grid [tiles of examples, slices of the features]."""
+    """Runs on a grid [tiles of examples, slices of the features]."""
     n, rows, _ = _examples(y, batch, CLASSES, EXAMPLES, tl.program_id(0))
     begin = tl.program_id(1) * BLOCKS * BLOCK
     nominal, radius, worst = _sums(
@@ -346,7 +346,7 @@ def _slope_launch(
     EXAMPLES: tl.constexpr,
     SLICES: tl.constexpr,
 ):
-    """Grid [tiles of examples]."""
+    """Runs on a grid [tiles of examples]."""
     n, rows, known = _examples(y, batch, CLASSES, EXAMPLES, tl.program_id(0))
     j = _classes(ROWS)
     inside = (j < CLASSES) & (n < batch)
@@ -389,7 +389,7 @@ def _gradient_launch(
     RELU: tl.constexpr,
     DROPPED: tl.constexpr,
 ):
-    """Grid [parts of the examples, blocks of features]."""
+    """Runs on a grid [parts of the examples, blocks of features]."""
     f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, None, :]
     j = _classes(ROWS)
     gradient = tl.zeros((ROWS, 1, BLOCK), tl.float32)

@@ -12,7 +12,7 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 
 
 class Precision(NamedTuple):
-    """How streams, gradients and the compute copies of weights are stored, and multiplied.
+    """Says how streams, gradients and the compute copies of weights are stored, and multiplied.
 
     Sums, master weights and whatever is summed over a batch are float32 in all of them.
     """

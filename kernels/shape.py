@@ -11,7 +11,7 @@ CONSTANTS = (
 
 
 class Shape(NamedTuple):
-    """A convolution, or an average pooling (groups = in_channels).
+    """Describes a convolution, or an average pooling (groups = in_channels).
 
     Padding is with zeros: before the input as given, after it as needed. A linear layer is a 1x1
     convolution of 1x1 images. csrc/cpu/shape.h has the same fields.
@@ -38,7 +38,7 @@ class Shape(NamedTuple):
 
     @property
     def output(self) -> tuple[int, int, int, int]:
-        """The output's shape, [N, C, H, W]."""
+        """Gives the output's shape, [N, C, H, W]."""
         return self.batch, self.out_channels, self.out_height, self.out_width
 
     @property

@@ -24,7 +24,7 @@ from .shape import Shape
 
 
 class TileConfig(NamedTuple):
-    """How a kernel is cut into programs."""
+    """Says how a kernel is cut into programs."""
 
     block_m: int  # pixels; of a weight gradient products of a channel
     block_n: int  # channels
@@ -134,8 +134,10 @@ KEYS = ("architecture", "multiprocessors", "triton", "kernel", "precision", "sha
 
 
 class Where(NamedTuple):
-    """The GPU and compiler of an entry. Not the GPU's name: H100 and H200 take the same tiles, and
-    what they have to fill is the multiprocessors, of which one name may have several counts.
+    """Names the GPU and compiler of an entry.
+
+    It has no name of the GPU: H100 and H200 take the same tiles. What tiles must fill is the
+    multiprocessors, and GPUs of one name may differ in how many they have.
     """
 
     architecture: str  # as "sm_90"

@@ -30,7 +30,7 @@ CPU_PRECISIONS = PRECISIONS[:2]
 
 
 class FusedNetwork(nn.Module):
-    """A model whose bounds are one op; made by `fuse`.
+    """Computes a model's bounds as one op; made by `fuse`.
 
     Parameters, buffers and submodules are the model's own, under the same names.
     """
@@ -201,7 +201,7 @@ class FusedNetwork(nn.Module):
 
 
 class Plan(NamedTuple):
-    """What the calls of a network need for examples of one shape, made once."""
+    """Holds what the calls of a network need for examples of one shape, made once."""
 
     stages: tuple[Stage, ...]
     numbers: tuple[int, ...]

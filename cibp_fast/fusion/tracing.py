@@ -66,7 +66,7 @@ _SUPPORTED = (
 
 
 class Layer(NamedTuple):
-    """A layer of the model, or the layer that a function in its forward equals."""
+    """Names a layer of the model, or the layer that a function in its forward equals."""
 
     name: str
     module: Any
@@ -121,7 +121,7 @@ def _elsewhere(what: Any) -> str:
 
 @dataclass
 class Affine:
-    """A convolution or linear layer, and the layers that go with it."""
+    """Holds a convolution or linear layer, and the layers that go with it."""
 
     layer: Layer
     before: list[Layer]  # pooling, padding and flattening, in order
@@ -134,7 +134,7 @@ class Affine:
 
 
 class Guard(NamedTuple):
-    """That `read(module) == seen`, as it was at the tracing."""
+    """Asks whether `read(module) == seen`, as it was at the tracing."""
 
     read: Callable[[nn.Module], Any]
     module: nn.Module
@@ -143,7 +143,7 @@ class Guard(NamedTuple):
 
 @dataclass
 class Program:
-    """The layers of a model, as it was traced."""
+    """Holds the layers of a model, as it was traced."""
 
     normalize: Layer | None = None
     affine: list[Affine] = field(default_factory=list)
@@ -249,7 +249,7 @@ def _read(value: Any) -> Any:
 
 
 class _Same:
-    """Equal to another that holds the same object."""
+    """Equals another that holds the same object."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -411,7 +411,7 @@ class _InPlace(TorchDispatchMode):
 
 
 class _Attributes:
-    """All attributes of a model's modules, to be compared and put back."""
+    """Holds all attributes of a model's modules, to be compared and put back."""
 
     def __init__(self, model: nn.Module) -> None:
         self._kept: list[tuple[str, MutableMapping[str, Any], dict[str, Any]]] = []

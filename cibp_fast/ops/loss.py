@@ -15,7 +15,7 @@ __all__ = ["Head", "cross_entropies", "label_error", "takes"]
 
 
 class Head(NamedTuple):
-    """A linear layer and the box that it was given."""
+    """Holds a linear layer and the box that it was given."""
 
     lower: Tensor  # [..., in_features]
     upper: Tensor  # as lower

@@ -25,7 +25,7 @@ __all__ = ["Stage", "network"]
 
 
 class Stage(NamedTuple):
-    """An affine layer as a convolution, and whether ReLU follows (NetworkLayer in network.h).
+    """Describes an affine layer as a convolution, and whether ReLU follows (network.h).
 
     A linear layer's kernel covers its input. Average pooling is one, channel by channel, without
     weight and bias.
@@ -208,7 +208,7 @@ library.define(
 
 
 class _Plan(NamedTuple):
-    """What the calls of a network need besides its tensors, made once."""
+    """Holds what the calls of a network need besides its tensors, made once."""
 
     stages: tuple[Stage, ...]
     layers: tuple[int, ...]  # the stage of each weight: all but pooling

@@ -116,7 +116,7 @@ def squares(x: Tensor) -> Tensor:
 
 
 class Exact:
-    """A network in float64, each stage from what the kernels stored as its input.
+    """Computes a network in float64, each stage from what the kernels stored as its input.
 
     Args:
         parameters: weights [Cout, Cin, KH, KW] in float64, one a stage but pooling, then as many
@@ -213,8 +213,9 @@ def parameters(
 
 
 class Case:
-    """A convolution of random numbers between two ReLUs, whose kernels run as in a network, and
-    their results in float64.
+    """Holds a convolution of random numbers between two ReLUs, and its results in float64.
+
+    Its kernels run as in a network.
     """
 
     def __init__(self, shape: Shape, precision: str, device: torch.device | str) -> None:
@@ -257,7 +258,7 @@ class Case:
 
     @cached_property
     def expected(self) -> dict[str, list[Tensor]]:
-        """The results of each kernel."""
+        """Computes the results of each kernel."""
         leaves = [exact(self.x), exact(self.weight), self.bias.double()]
         with torch.enable_grad():
             x, weight, bias = (each.requires_grad_() for each in leaves)

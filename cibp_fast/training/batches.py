@@ -80,7 +80,7 @@ def epoch_batches(
 
 
 class Draw(NamedTuple):
-    """What is random in an epoch, by place in its order; the last two None: no augmentation."""
+    """Holds what is random in an epoch, in its order; the last two None: no augmentation."""
 
     order: Tensor  # [E] int64, the examples
     corners: Tensor | None  # [2, E] int64, top and left of the crops of the padded images

@@ -43,7 +43,7 @@ Ramp = Annotated[tuple[Whole, ...], Field(min_length=2, max_length=2)]
 
 
 class Config(BaseModel):
-    """Everything that decides a run's numbers, together with the machine and its number of threads.
+    """Holds all that decides a run's numbers, besides the machine and its number of threads.
 
     Every field is checked, and is an option of `cibp-fast train` under the same name. Raises
     ValueError naming the field, its value and what is allowed.
@@ -174,7 +174,7 @@ class Config(BaseModel):
 
     @property
     def name(self) -> str:
-        """`{dataset}-{net}-{eps}-{method}[-normalized]`, as in the presets."""
+        """Names it as a preset: `{dataset}-{net}-{eps}-{method}[-normalized]`."""
         count = in_255ths(self.eps)
         eps = f"{self.eps:g}" if count is None else f"{count}of255"
         space = "-normalized" if self.eps_space == "normalized" else ""
@@ -182,7 +182,7 @@ class Config(BaseModel):
 
     @property
     def folder(self) -> str:
-        """Name of the default run folder: the name, what differs from the preset, the seed.
+        """Names the default run folder: the name, what differs from the preset, the seed.
 
         The differences are their hash where they are long.
         """
@@ -203,7 +203,7 @@ class Config(BaseModel):
 
     @property
     def eps_pixel(self) -> float | tuple[float, ...]:
-        """eps in pixels of [0, 1]; one for each channel where eps_space is normalized."""
+        """Gives eps in pixels of [0, 1]; one for each channel where eps_space is normalized."""
         if self.eps_space == "pixel":
             return self.eps
         from cibp_fast.training.datasets import CHANNEL_STATS
@@ -212,17 +212,17 @@ class Config(BaseModel):
         return tuple(self.eps * scale for scale in std)
 
     def eps_schedule(self) -> LinearRamp:
-        """Training eps at a step."""
+        """Gives the training eps at a step."""
         start, end = self.eps_ramp
         return LinearRamp(start, end, 0.0, self.eps * self.eps_train_ratio)
 
     def kappa_schedule(self) -> LinearRamp:
-        """Weight of the nominal loss at a step."""
+        """Gives the weight of the nominal loss at a step."""
         start, end = self.kappa_ramp
         return LinearRamp(start, end, 1.0, self.kappa_end)
 
     def lr_schedule(self) -> StepDecay:
-        """Learning rate at a step."""
+        """Gives the learning rate at a step."""
         return StepDecay(self.lr, self.lr_decay_at, self.lr_decay_factor)
 
     def to_json(self) -> str:

@@ -57,7 +57,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set's training and held-out examples."""
+    """Holds a data set's training and held-out examples."""
 
     name: str
     train: Split
@@ -70,7 +70,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set's facts, its official files, and what reads them."""
+    """Describes a data set: its facts, its official files, and what reads them."""
 
     shape: tuple[int, int, int]  # channels, height, width
     sizes: tuple[int, int]  # number of training and of test examples

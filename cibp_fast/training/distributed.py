@@ -34,7 +34,7 @@ class World:
         return self.rank == 0
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """The module, with gradients averaged over the processes in its backward pass."""
+        """Returns the module, whose backward pass averages gradients over the processes."""
         if self.size == 1:
             return module
         wrapped = nn.parallel.DistributedDataParallel(module)
@@ -43,13 +43,13 @@ class World:
         return wrapped
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum of the processes' tensors, in place."""
+        """Sums the processes' tensors, in place."""
         if self.size > 1:
             dist.all_reduce(value)
         return value
 
     def gather(self, value: Tensor) -> Tensor:
-        """The processes' tensors of one shape, [size, *shape], in the order of their ranks."""
+        """Returns the processes' tensors of one shape, [size, *shape], in the order of ranks."""
         if self.size == 1:
             return value[None]
         values = [torch.empty_like(value) for _ in range(self.size)]
@@ -57,7 +57,7 @@ class World:
         return torch.stack(values)
 
     def together(self, function: Callable[[], Result]) -> Result:
-        """What the function returns in this process.
+        """Returns what the function returns in this process.
 
         Where it raises an Exception in some of the processes, that of the first of them is raised
         in all, so that none waits for one that has failed.
@@ -76,7 +76,7 @@ class World:
         return result
 
     def of_first(self, function: Callable[[], Result]) -> Result:
-        """What the function (its result picklable) returns or raises in the first process.
+        """Returns or raises what the function (its result picklable) does in the first process.
 
         The others do not call it.
         """
@@ -92,7 +92,7 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 
 def world(device: str | torch.device = "cpu") -> World:
-    """The World of this process: that of torchrun where it was started by it, else one alone.
+    """Returns the World of this process: that of torchrun where it started it, else one alone.
 
     Under torchrun the processes talk by gloo on a CPU and by nccl on GPUs, where `device="cuda"`
     means the GPU of the process's local rank. Raises ValueError for a device that is not there, and
@@ -114,7 +114,7 @@ def world(device: str | torch.device = "cpu") -> World:
 
 
 def _averaged(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """DistributedDataParallel's reduction, one gradient at a time.
+    """Averages as DistributedDataParallel does, one gradient at a time.
 
     The order in which gloo and nccl add depends on where in a message a number is, and
     DistributedDataParallel packs its messages anew after its first step: a run that goes on would

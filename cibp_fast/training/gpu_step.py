@@ -28,7 +28,7 @@ Moments = tuple[Tensor, Tensor, Tensor]  # a parameter, exp_avg, exp_avg_sq
 
 
 class TrainStep:
-    """Constrained IBP and Adam on batches of a data set: `run` is one step.
+    """Trains by constrained IBP and Adam on batches of a data set: `run` is one step.
 
     It equals, on `x, y` of `epoch_batches` and `x = prepare(x)`,
 

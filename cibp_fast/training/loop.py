@@ -161,7 +161,7 @@ def _trained(training: _Training, run_dir: Path) -> dict[str, Any]:
 
 
 class _Training:
-    """The state of a run between two steps."""
+    """Holds the state of a run between two steps."""
 
     def __init__(
         self, config: Config, dataset: datasets.Dataset, processes: World, backend: str = "auto"
@@ -176,7 +176,7 @@ class _Training:
 
     @property
     def seconds(self) -> float:
-        """That the run has taken, earlier sessions included."""
+        """Returns the seconds that the run has taken, earlier sessions included."""
         return time.perf_counter() - self.started
 
     def restore(self, checkpoint: runs.Checkpoint, path: Path) -> None:

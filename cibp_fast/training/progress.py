@@ -35,7 +35,7 @@ def describe(config: Config, epoch_steps: int) -> str:
 
 
 class Progress(tqdm):
-    """A training's progress: `update` after each step, `report` after each epoch.
+    """Shows a training's progress: `update` after each step, `report` after each epoch.
 
     It is a bar on a terminal, else one line an epoch.
     """

@@ -67,7 +67,7 @@ FACTS = {"step": Count, "seconds": Number, "threads": Count, "processes": Count}
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A run after `step` steps. There is no random state: each step's follows from its number."""
+    """Holds a run after `step` steps; no random state, since a step's follows from its number."""
 
     step: int
     seconds: float  # that the run has taken so far
@@ -266,7 +266,7 @@ def read_model(run_dir: Path) -> nn.Sequential:
 
 
 def build_model(config: Config) -> nn.Sequential:
-    """The config's network with fresh weights, from torch's global random state.
+    """Builds the config's network with fresh weights, from torch's global random state.
 
     It takes what `to_input` makes of pixels: in eps_space pixel a network for CIFAR-10 or SVHN
     begins by normalising them.
@@ -284,9 +284,9 @@ def build_model(config: Config) -> nn.Sequential:
 
 
 def to_input(config: Config) -> nn.Module:
-    """What makes the network's input of pixels [N, C, H, W] in [0, 1]: nothing, or normalisation.
+    """Returns the module from pixels [N, C, H, W] in [0, 1] to the network's input.
 
-    The input is the space that eps measures.
+    It normalises, or does nothing: its output is in the space that eps measures.
     """
     from torch import nn
 

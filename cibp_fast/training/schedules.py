@@ -12,7 +12,7 @@ from typing import ClassVar
 
 @dataclass(frozen=True)
 class LinearRamp:
-    """`from_value` up to step `start`, linear in between, `to_value` from step `end` on.
+    """Stays `from_value` up to step `start`, goes linearly to `to_value` at step `end`, and stays.
 
     start == end is a jump: `to_value` from that step on.
     """
@@ -43,7 +43,7 @@ class LinearRamp:
         return self.from_value + fraction * (self.to_value - self.from_value)
 
     def points(self, steps: int) -> list[tuple[int, float]]:
-        """The graph's corners (step, value) from step 0 to step `steps`, in order.
+        """Returns the graph's corners (step, value) from step 0 to step `steps`, in order.
 
         A jump has two at its step, the value before it first. Raises ValueError for steps below 0.
         """
@@ -55,7 +55,7 @@ class LinearRamp:
 
 @dataclass(frozen=True)
 class StepDecay:
-    """`value`, multiplied by `factor` once at each of the steps in `at` (from that step on)."""
+    """Starts at `value`, and multiplies by `factor` at each step in `at` (from that step on)."""
 
     drawstyle: ClassVar[str] = "steps-post"  # each value holds up to the next point
 
@@ -77,7 +77,7 @@ class StepDecay:
         return self.value * self.factor ** sum(step >= decay for decay in self.at)
 
     def points(self, steps: int) -> list[tuple[int, float]]:
-        """Where the value changes (step, new value), and steps 0 and `steps`, in order.
+        """Returns where the value changes (step, new value), and steps 0 and `steps`, in order.
 
         Raises ValueError for steps below 0.
         """
@@ -85,7 +85,7 @@ class StepDecay:
 
 
 def _corners(steps: int, inner: tuple[int, ...]) -> list[int]:
-    """0, those of `inner` up to steps, and steps: increasing, each once."""
+    """Returns 0, those of `inner` up to steps, and steps: increasing, each once."""
     if steps < 0:
         raise ValueError(f"steps must be 0 or more, not {steps}")
     return sorted({0, *(step for step in inner if step <= steps), steps})

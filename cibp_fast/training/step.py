@@ -28,7 +28,7 @@ LOGGED = ("loss", "nominal", "robust", "width", "train_error")  # then come the 
 
 
 class Objective(nn.Module):
-    """The config's loss of a batch, as one module, which DistributedDataParallel can wrap."""
+    """Computes the config's loss of a batch: a module, which DistributedDataParallel can wrap."""
 
     fused: FusedNetwork | None
 
@@ -69,7 +69,7 @@ class Objective(nn.Module):
 
 
 class Adam:
-    """torch.optim.Adam by the fused kernel alone: an Optimizer imports torch's compiler, 3 s."""
+    """Equals torch.optim.Adam by the fused kernel: an Optimizer imports torch's compiler, 3 s."""
 
     def __init__(self, model: nn.Module) -> None:
         self.parameters: list[Tensor] = list(model.parameters())
@@ -109,7 +109,7 @@ class Adam:
 
 
 class Step:
-    """One step of training by torch, and all that it changes.
+    """Takes one step of training by torch; holds all that it changes.
 
     The loop calls `load` for each epoch and then the step itself for each batch.
 
@@ -168,7 +168,7 @@ class Step:
 
 
 class CapturedStep:
-    """The same step by Triton's kernels, on a GPU a CUDA graph; it shares all with `step`."""
+    """Takes the same step by Triton's kernels, on a GPU a CUDA graph; it shares all with `step`."""
 
     def __init__(self, step: Step, train_step: Any) -> None:
         self.step, self.train_step = step, train_step
