@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cibp_fast._compiler import constant
 from cibp_fast.kernels.shape import Shape
 from cibp_fast.ops import backends
 from cibp_fast.ops.arithmetic import own_arithmetic
@@ -25,6 +24,7 @@ from cibp_fast.ops.library import (
     as_streams,
     check_streams,
     empty,
+    failure,
     forward_outputs,
     layout,
     library,
@@ -124,21 +124,10 @@ def _chosen(
         # not dynamo's symbols: tiles depend on them
         sizes = (*map(operator.index, shape[:9]), *shape[9:])
         streams = nominal is not None, bias is not None
-        return "torch" if _failure(sizes, *streams, lower.device) else name
+        return "torch" if failure("affine", sizes, *streams, lower.device) else name
     if obstacle and backend != "auto":
         raise ValueError(f"backend={backend!r} cannot run: {obstacle}")
     return "torch" if obstacle else name
-
-
-@constant  # it runs kernels of its own, while dynamo traces
-def _failure(shape: tuple[Any, ...], nominal: bool, bias: bool, device: torch.device) -> str:
-    """Returns why Triton's kernels must not be used for this layer; empty: they may.
-
-    shape: the values of a Shape, which dynamo cannot hand on.
-    """
-    from cibp_fast.ops import checks
-
-    return checks.layer_failure(Shape(*shape), nominal, bias, device)
 
 
 class _Affine(torch.autograd.Function):

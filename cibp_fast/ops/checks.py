@@ -63,16 +63,15 @@ def stages_failure(
     return failure_reason(of, shapes, precision, device, check)
 
 
-def layer_failure(shape: Shape, nominal: bool, bias: bool, device: torch.device) -> str:
+def affine_failure(sizes: tuple[Any, ...], nominal: bool, bias: bool, device: torch.device) -> str:
     """Returns the same of an affine layer as `cibp_fast.ops` runs it, with a nominal stream and a
     bias or without.
 
-    shape: its geometry.
+    sizes: the values of its Shape, which dynamo cannot hand on.
     """
+    shape, of = Shape(*sizes), ("layer", nominal, bias, *sizes)
     check = partial(layer_errors, shape, device, nominal, bias)
-    return failure_reason(
-        ("layer", nominal, bias, *shape), [shape], layers.PRECISION, device, check
-    )
+    return failure_reason(of, [shape], layers.PRECISION, device, check)
 
 
 def relu_failure(nominal: bool, device: torch.device) -> str:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cibp_fast._compiler import constant
+
 Streams = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # lower, upper, nominal, width
 
 library = torch.library.Library("cibp_fast", "DEF")
@@ -63,6 +65,14 @@ def forward_outputs(
         empty(lower, None if nominal is None else shape),
         lower.new_empty(()),
     )
+
+
+@constant  # it runs kernels of its own, while dynamo traces
+def failure(layer: str, *arguments: Any) -> str:
+    """Returns what `ops.checks` says of "relu" or "affine" layers of these arguments."""
+    checks = importlib.import_module("cibp_fast.ops.checks")  # late, since it needs Triton
+    why: str = getattr(checks, f"{layer}_failure")(*arguments)
+    return why
 
 
 def triton_layers() -> ModuleType:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cibp_fast._compiler import constant
 from cibp_fast.ops import backends
 from cibp_fast.ops.library import (
     BACKEND,
@@ -16,6 +15,7 @@ from cibp_fast.ops.library import (
     as_streams,
     check_streams,
     empty,
+    failure,
     forward_outputs,
     layout,
     library,
@@ -53,7 +53,11 @@ def relu(
     check_streams("relu", {"lower": lower, "upper": upper, "nominal": nominal})
     asked = backends.asked(backend)
     backend, _ = backends.select_layer(asked, lower.device, lower.dtype)
-    if asked == "auto" and backend == "triton" and _failure(nominal is not None, lower.device):
+    if (
+        asked == "auto"
+        and backend == "triton"
+        and failure("relu", nominal is not None, lower.device)
+    ):
         backend = "torch"
     if backend == "torch":
         from cibp_fast import reference
@@ -61,14 +65,6 @@ def relu(
         out = reference.relu(lower, upper, nominal)
         return out[0], out[1], out[2], out[3] if width else None
     return as_streams(_Relu.apply(lower, upper, nominal, width, backend), nominal, width)
-
-
-@constant
-def _failure(nominal: bool, device: torch.device) -> str:
-    """Returns why Triton's kernels must not be used for ReLU; empty: they may."""
-    from cibp_fast.ops import checks
-
-    return checks.relu_failure(nominal, device)
 
 
 class _Relu(torch.autograd.Function):
