@@ -92,7 +92,7 @@ def mark_dead(ctx: Any, width: bool, result: Sequence[Tensor], nominal: Tensor |
     ctx.mark_non_differentiable(*dead)
 
 
-def as_streams(result: Sequence[Tensor], nominal: Tensor | None, width: bool) -> Streams:
+def as_streams(result: Sequence[Any], nominal: Tensor | None, width: bool) -> Streams:
     """Returns an op's result with None for what does not exist or is not wanted."""
     return (
         result[0],

@@ -62,8 +62,7 @@ def relu(
     if backend == "torch":
         from cibp_fast import reference
 
-        out = reference.relu(lower, upper, nominal)
-        return out[0], out[1], out[2], out[3] if width else None
+        return as_streams(reference.relu(lower, upper, nominal), nominal, width)
     return as_streams(_Relu.apply(lower, upper, nominal, width, backend), nominal, width)
 
 
