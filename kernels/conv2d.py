@@ -337,7 +337,7 @@ def forward(
     encoding of the package's docstring.
 
     Args:
-        x: [S, N, H, W, C], as the precision, of `streams.PRECISIONS`, stores it.
+        x: [S, N, H, W, C], as the precision, of PRECISIONS, stores it.
         weight: [out_channels, kernel_height, kernel_width, in_channels], as well.
         bias: [out_channels] float32 or None.
         out: where the result goes, or None.

@@ -23,7 +23,7 @@ from cibp_fast.ops.library import (
     Streams,
     as_streams,
     check_streams,
-    empty,
+    empty_streams,
     failure,
     forward_outputs,
     layout,
@@ -242,11 +242,8 @@ def _gradients(
     lower: Tensor, nominal: Tensor | None, weight: Tensor, wants_input: bool, wants_weight: bool
 ) -> tuple[Tensor, ...]:
     """Returns the gradients of lower, upper, nominal, weight and bias, uninitialised."""
-    shape = lower.shape if wants_input else None
     return (
-        empty(lower, shape),
-        empty(lower, shape),
-        empty(lower, None if nominal is None else shape),
+        *empty_streams(lower, nominal, lower.shape if wants_input else None),
         lower.new_empty(weight.shape if wants_weight else 0),
         lower.new_empty(weight.shape[0] if wants_weight else 0),
     )

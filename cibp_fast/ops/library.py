@@ -55,16 +55,19 @@ def empty(like: Tensor, shape: Sequence[int] | None) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout(like))
 
 
+def empty_streams(
+    lower: Tensor, nominal: Tensor | None, shape: Sequence[int] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns lower, upper and nominal of this shape, uninitialised; see `empty`."""
+    of_nominal = None if nominal is None else shape
+    return empty(lower, shape), empty(lower, shape), empty(lower, of_nominal)
+
+
 def forward_outputs(
     lower: Tensor, nominal: Tensor | None, shape: Sequence[int]
 ) -> tuple[Tensor, ...]:
     """Returns lower', upper', nominal' of this shape, and the width, uninitialised."""
-    return (
-        empty(lower, shape),
-        empty(lower, shape),
-        empty(lower, None if nominal is None else shape),
-        lower.new_empty(()),
-    )
+    return *empty_streams(lower, nominal, shape), lower.new_empty(())
 
 
 @constant  # it runs kernels of its own, while dynamo traces

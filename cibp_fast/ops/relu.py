@@ -14,7 +14,7 @@ from cibp_fast.ops.library import (
     Streams,
     as_streams,
     check_streams,
-    empty,
+    empty_streams,
     failure,
     forward_outputs,
     layout,
@@ -119,18 +119,12 @@ def _relu_forward_kernel(lower, upper, nominal, backend="cpu"):  # type: ignore[
     return outputs
 
 
-def _gradients(lower_out: Tensor, nominal_out: Tensor | None) -> tuple[Tensor, ...]:
-    shape = lower_out.shape
-    of_nominal = None if nominal_out is None else shape
-    return empty(lower_out, shape), empty(lower_out, shape), empty(lower_out, of_nominal)
-
-
 @torch.library.register_fake("cibp_fast::relu_backward", lib=library)
 def _relu_backward_fake(  # type: ignore[no-untyped-def]
     grad_lower, grad_upper, grad_nominal, grad_width, lower_out, upper_out, nominal_out=None,
     backend="cpu",
 ):  # fmt: skip
-    return _gradients(lower_out, nominal_out)
+    return empty_streams(lower_out, nominal_out, lower_out.shape)
 
 
 @on_its_gpu("relu_backward")
@@ -139,7 +133,7 @@ def _relu_backward_kernel(  # type: ignore[no-untyped-def]
     grad_lower, grad_upper, grad_nominal, grad_width, lower_out, upper_out, nominal_out=None,
     backend="cpu",
 ):  # fmt: skip
-    outputs = _gradients(lower_out, nominal_out)
+    outputs = empty_streams(lower_out, nominal_out, lower_out.shape)
     gradients = [
         torch.zeros_like(lower_out) if g is None else g.contiguous(memory_format=layout(lower_out))
         for g in (grad_lower, grad_upper, grad_nominal)
