@@ -71,10 +71,10 @@ def forward_outputs(
 
 
 @constant  # it runs kernels of its own, while dynamo traces
-def failure(layer: str, *arguments: Any) -> str:
-    """Returns what `ops.checks` says of "relu" or "affine" layers of these arguments."""
+def failure(kind: str, *arguments: Any) -> str:
+    """Returns what `ops.checks` says of a "network", "affine" or "relu" of these arguments."""
     checks = importlib.import_module("cibp_fast.ops.checks")  # late, since it needs Triton
-    why: str = getattr(checks, f"{layer}_failure")(*arguments)
+    why: str = getattr(checks, f"{kind}_failure")(*arguments)
     return why
 
 
