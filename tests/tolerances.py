@@ -71,12 +71,9 @@ class Case:
         return outputs if self.width else (*outputs[:3], None)
 
     def reference_backward(self, cotangents: Tensors) -> Tensors:
-        """Returns gradients in the inputs from those in the outputs (None: unused)."""
-        zeros = torch.zeros_like(self.reference()[0])
-        lower, upper, *others = cotangents
-        grads = (zeros if lower is None else lower, zeros if upper is None else upper, *others)
-        backward = getattr(reference, f"{self.op}_backward")
-        return backward(*grads, *self.inputs[:4], self.bias is not None, *self.geometry)
+        """Returns autograd's gradients in the inputs from those in the outputs (None: unused)."""
+        leaves = leaves_of(self)
+        return gradients(leaves.inputs, leaves.reference(), cotangents)
 
 
 def gamma(n: int, dtype: torch.dtype) -> float:
