@@ -148,25 +148,6 @@ def test_batches_are_made_where_the_examples_are(device, augmentation):
             assert torch.equal(other_x.cpu(), x) and torch.equal(other_y.cpu(), y)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"batch_size": 0}, "batch_size must be from 1 to the 33 training examples, not 0"),
-        ({"batch_size": 34}, "batch_size must be from 1 to the 33 training examples, not 34"),
-        ({"augmentation": "flip"}, "augmentation must be one of none, crop-flip, not 'flip'"),
-        ({"first": -1}, "first must be from 0 to the 5 batches of an epoch, not -1"),
-        ({"first": 6}, "first must be from 0 to the 5 batches of an epoch, not 6"),
-        ({"world_size": 4}, "batch_size must be divisible by world_size: 6 is not by 4"),
-        ({"world_size": 0}, "world_size must be at least 1, not 0"),
-        ({"rank": 1}, "rank must be from 0 to 0, not 1"),
-        ({"rank": -1, "world_size": 2}, "rank must be from 0 to 1, not -1"),
-    ],
-)
-def test_bad_options_of_batches(options, message):
-    with pytest.raises(ValueError, match=message):
-        _all(_pictures(33), **{"batch_size": 6, **options})
-
-
 def test_crops_one_by_one_are_those_at_once():
     padded = torch.randint(0, 256, (20, 3, 13, 15), dtype=torch.uint8)
     top, left = torch.randint(0, 9, (2, 20))
