@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -48,61 +47,6 @@ def test_certificate_under_autocast(dtype: torch.dtype) -> None:
         sure = cf.certify(net, x, y, 0.0009, sound=False)
     assert not found.verified.item() and sure.verified.item()
     assert found.margin.item() == pytest.approx(0.002 - 2 * 0.0015, abs=1e-6)
-
-
-def results(x: Tensor, y: Tensor, backend: str) -> dict[str, Tensor]:
-    """What bounds, margins, losses and gradients are, layer by layer and fused."""
-    found: dict[str, Tensor] = {}
-    for name in ("bounds", "fuse"):
-        net = small_net()
-        box = Interval.ball(x, 0.02)
-        run = cf.fuse(net, backend=backend).bounds if name == "fuse" else None
-        out = run(x, box) if run else cf.bounds(net, x, box, backend=backend)
-        loss = cf.losses.constrained_ibp_loss(out, y, kappa=0.4, width_weight=1.0)
-        loss.backward()
-        parts = {"logits": out.logits, "lower": out.box.lower, "upper": out.box.upper}
-        parts |= {"margins": out.margins(y), "widths": out.widths, "loss": loss}
-        parts |= {"worst": out.worst_logits(y), "loose": out.worst_logits(y, elide=False)}
-        parts |= {f"d {key}": p.grad for key, p in net.named_parameters() if p.grad is not None}
-        found |= {f"{name} {key}": value.detach() for key, value in parts.items()}
-    return found
-
-
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_bounds_and_losses_under_autocast(backend: str, dtype: torch.dtype) -> None:
-    expected = results(*images(), backend)
-    with autocast(dtype):
-        found = results(*images(), backend)
-    assert expected.keys() == found.keys() and len(found) == 28
-    for name, value in expected.items():
-        if not name.partition(" ")[2].startswith("d "):  # autograd's own products follow torch
-            assert torch.equal(found[name], value), name
-        torch.testing.assert_close(found[name], value, rtol=0.02, atol=1e-3, msg=name)
-
-
-LAYERS: dict[str, Callable[[Any], Any]] = {
-    "linear": lambda box, **kw: cf.functional.interval_linear(
-        box.flatten(1), torch.linspace(-1, 1, 72).view(2, 36), **kw
-    ),
-    "conv2d": lambda box, **kw: cf.functional.interval_conv2d(
-        box, torch.linspace(-1, 1, 27).view(3, 1, 3, 3), **kw
-    ),
-    "conv1d": lambda box, **kw: cf.functional.interval_conv1d(
-        box.flatten(2), torch.linspace(-1, 1, 10).view(2, 1, 5), **kw
-    ),
-}
-
-
-@pytest.mark.parametrize("backend", ["auto", "cpu", "torch"])
-@pytest.mark.parametrize("layer", LAYERS)
-def test_layers_under_autocast(layer: str, backend: str) -> None:
-    x, _ = images()
-    expected = LAYERS[layer](Interval.ball(x, 0.1), backend=backend)
-    with autocast():
-        found = LAYERS[layer](Interval.ball(x, 0.1), backend=backend)
-    for name in ("lower", "upper", "nominal"):
-        assert torch.equal(getattr(found, name), getattr(expected, name))
 
 
 def copies(box: Interval) -> list[Interval]:

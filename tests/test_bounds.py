@@ -247,11 +247,3 @@ def test_bad_input() -> None:
     ):
         with pytest.raises(error, match=message):
             cf.bounds(*arguments)
-    for backend, dtype, message in (
-        ("gpu", torch.float32, "backend must be one of"),
-        ("cuda", torch.float32, "backend='cuda' runs whole networks"),
-        ("cpu", torch.bfloat16, r"cannot run: no kernels for torch\.bfloat16"),
-    ):
-        z = x.to(dtype)
-        with pytest.raises(ValueError, match=message):
-            cf.bounds(network().to(dtype), z, cf.Interval.ball(z, 0.1), backend=backend)

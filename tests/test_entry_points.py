@@ -92,6 +92,16 @@ ENTRIES: dict[str, Entry] = {
             Interval.ball(x, 0.1), torch.linspace(-1, 1, 54, dtype=x.dtype).view(3, 2, 3, 3)
         )
     ),
+    **{
+        f"interval_conv1d by {backend}": lambda x, y, backend=backend: streams(
+            cf.functional.interval_conv1d(
+                Interval.ball(x, 0.1).flatten(2),
+                torch.linspace(-1, 1, 20, dtype=x.dtype).view(2, 2, 5),
+                backend=backend,
+            )
+        )
+        for backend in ("auto", "torch")
+    },
     "IntervalConv2d": lambda x, y: streams(
         convolution(cf.IntervalConv2d(2, 3, 3, dtype=x.dtype))(Interval.ball(x, 0.1, None))
     ),

@@ -12,11 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from boxes import prepared, random_box
-from torch import Tensor, nn
+from boxes import random_box
 from torch.utils import _pytree
 
-import cibp_fast as cf
 from cibp_fast import Interval, UnsupportedOpError
 
 STALE = pytest.raises(RuntimeError, match="modified in place")
@@ -287,23 +285,3 @@ def test_pytree() -> None:
         assert len(_pytree.tree_leaves(box)) == 2 + (box.nominal is not None)
         found = torch.vmap(lambda row: (2 * row).upper)(box)
         torch.testing.assert_close(found, 2 * lower + 2)
-
-
-def test_gradients_reach_every_stream() -> None:
-    box = random_box(2, 3, 6, 6)
-    net = prepared(nn.Sequential(nn.Conv2d(3, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(32, 2)))
-
-    def ends(lower: Tensor, upper: Tensor, nominal: Tensor) -> tuple[Tensor, ...]:
-        out = net(Interval(lower, upper, nominal, validate=False))
-        return out.lower, out.upper, out.nominal
-
-    streams = [s.clone().requires_grad_() for s in (box.lower, box.upper, box.nominal)]
-    assert torch.autograd.gradcheck(ends, streams, fast_mode=True)
-
-
-def test_public_names() -> None:
-    assert cf.Interval is Interval
-    assert callable(cf.bounds) and cf.functional.interval_conv2d is not None
-    assert "bounds" in dir(cf)
-    with pytest.raises(AttributeError, match="nothing"):
-        _ = cf.nothing

@@ -152,12 +152,6 @@ def test_margins_are_of_the_values_when_the_pass_ran() -> None:
         lower.copy_(box.lower)
 
 
-def test_inference_mode() -> None:
-    with torch.inference_mode():
-        x = torch.rand(5, 6)
-        assert cf.bounds(net(), x, Interval.ball(x, 0.1)).margins(torch.arange(5) % 3).dim() == 2
-
-
 @BACKENDS
 def test_memory_of_margins_is_linear(backend: str) -> None:
     """Never all differences of weights at once, 300 x 300 x 64 or 200 x 300 x 64, which take 30
