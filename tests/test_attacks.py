@@ -59,12 +59,6 @@ def test_adversarial_examples_are_misclassified_points_of_the_certified_box(clip
     assert not (certificate.verified & attack.found).any()
 
 
-def test_x_is_a_start_and_counts_without_any_step():
-    x, y = torch.full((2, 4), 0.5), torch.tensor([0, 1])
-    attack = pgd(_Difference(0.6), x, y, 0.3, steps=0, restarts=0)
-    assert attack.found.tolist() == [False, True]
-
-
 def test_random_starts_reach_what_the_gradient_does_not_show():
     class Pocket(nn.Module):
         """Flat, so without a gradient, but for a side of the box where class 1 wins."""
@@ -134,13 +128,6 @@ def test_logits_that_do_not_depend_on_x(trained):
     with nullcontext() if trained else pytest.warns(RuntimeWarning, match="no gradient by x"):
         attack = pgd(lambda x: constant[:1].expand(len(x), 2), x, y, 0.1, steps=2, restarts=1)
     assert attack.found.tolist() == [False, True]
-
-
-def test_a_plain_function_is_a_model():
-    x, y = 0.4 + 0.2 * torch.rand(4, 3), torch.tensor([0, 1, 0, 1])
-    model = _Difference(0.5)
-    attack, expected = (pgd(f, x, y, 0.1, steps=5, restarts=1) for f in (model.forward, model))
-    assert torch.equal(attack.adversarial, expected.adversarial) and attack.found.any()
 
 
 def test_several_steps_of_a_padded_batch_end_where_single_steps_do(monkeypatch):

@@ -24,6 +24,7 @@ SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "inference_mode": torch.inference_mode,
     "no_grad": torch.no_grad,
     "default dtype float64": lambda: default_dtype(torch.float64),
+    "products in tf32": lambda: matmul_precision("high"),
     "products in bfloat16": lambda: matmul_precision("medium"),
 }
 

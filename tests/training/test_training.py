@@ -234,17 +234,6 @@ def test_normalised_data_sets(tmp_path, monkeypatch, capsys, space):
     assert result["eps_space"] == space
 
 
-def test_the_two_spaces_are_the_same_box_up_to_scale():
-    """A pixel eps over std is the normalised eps: with equal stds both give one certificate."""
-    x, y = _colour_dataset().test.pixels(), toy_dataset().test.labels
-    mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
-    net, normalize = cf.models.small((3, 32, 32)), cf.models.Normalize(mean, std)
-    inside = cf.certify(torch.nn.Sequential(normalize, net), x, y, 0.001, None, sound=False)
-    outside = cf.certify(net, normalize(x), y, 0.004, None, sound=False)
-    # float32: they divide by std before and after the radius is taken
-    torch.testing.assert_close(inside.margin, outside.margin, rtol=1e-4, atol=1e-4)
-
-
 def test_evaluation_does_not_depend_on_the_batch_that_processes_share(monkeypatch):
     """Three processes' counts add up to one's; PGD's random starts are the batch's own."""
     options = SHORT | {"eval_batch_size": 7, "pgd_step_size": 0.3}
