@@ -121,12 +121,6 @@ def test_names_methods_axes_and_final_errors(tmp_path, figure_of):
     assert "Training provably robust networks: mnist5k, small network, eps = 0.1" in texts
 
 
-def test_labels_are_as_short_as_they_can_be(tmp_path, figure_of):
-    a, b = _run(tmp_path / "a"), _run(tmp_path / "b", net="medium")
-    for other, names in ((b, ["a", "b"]), (_run(tmp_path / "far" / "a"), ["a", "far/a"])):
-        assert [group.label for group in plotting._load([a, other])] == names
-
-
 @pytest.mark.parametrize(
     ("names", "label"),
     [
@@ -144,18 +138,21 @@ def test_a_group_of_seeds_has_the_name_without_the_seed(tmp_path, names, label):
     assert group.label == label
 
 
-def test_runs_that_have_not_finished_are_labelled_so(tmp_path):
-    two = [_run(tmp_path / str(i), seed=i, finished=i == 0) for i in range(2)]
-    two, one = plotting._load([*two, _run(tmp_path / "ibp", "ibp", finished=False)])
-    assert two.label == "constrained IBP (2 seeds, 1 unfinished)"
-    assert one.label == "IBP (unfinished)"
+def test_labels_are_as_short_as_they_can_be(tmp_path):
+    """They say which runs have not finished; a folder that is named twice is drawn once."""
 
+    def labels(*run_dirs):
+        return [group.label for group in plotting._load(run_dirs)]
 
-def test_a_folder_that_is_named_twice_is_drawn_once(tmp_path):
-    a, b = _run(tmp_path / "a"), _run(tmp_path / "b", "ibp")
-    first, second = plotting._load([a, b, tmp_path / "." / "a"])
-    assert [first.label, second.label] == ["constrained IBP", "IBP"]
-    assert [run.folder for run in first.runs] == [a]
+    a, b, far = (
+        _run(tmp_path / name, **more)
+        for name, more in (("a", {}), ("b", {"net": "medium"}), ("far/a", {}))
+    )
+    assert labels(a, b) == ["a", "b"] and labels(a, far) == ["a", "far/a"]
+    ibp = _run(tmp_path / "ibp", "ibp", finished=False)
+    assert labels(a, ibp, tmp_path / "." / "a") == ["constrained IBP", "IBP (unfinished)"]
+    other = _run(tmp_path / "1", seed=1, finished=False)
+    assert labels(a, other, ibp) == ["constrained IBP (2 seeds, 1 unfinished)", "IBP (unfinished)"]
 
 
 @pytest.mark.parametrize(
