@@ -146,17 +146,6 @@ def test_several_steps_of_a_padded_batch_end_where_single_steps_do(monkeypatch):
         torch.testing.assert_close(other.adversarial, found[0].adversarial, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("count", "batch_size", "size"),
-    [
-        *((500, 500, 500), (251, 500, 500), (250, 500, 250), (63, 500, 125), (62, 500, 62)),
-        *((1, 500, 62), (1, 32, 32), (3, 7, 7), (1, 1, 1)),
-    ],
-)
-def test_sizes_of_graphs(count, batch_size, size):
-    assert attacks._size(count, batch_size) == size
-
-
 def test_a_batch_that_shrinks_has_few_sizes(monkeypatch):
     sizes = []
     monkeypatch.setattr(attacks, "_burst", lambda point: 2)

@@ -42,26 +42,20 @@ class Linear:
 
     def radius(self, y: Tensor) -> Tensor:
         """The least radius for another class than y [DRAWN]; infinite if there is none."""
-        radii = torch.full((DRAWN,), torch.inf, dtype=torch.float64)
-        for k in range(DRAWN):
-            x = self.pixels[k].double()
-            for j in range(2 + k % 5):
-                if j != y[k]:
-                    slope = (self.weight[k, j] - self.weight[k, y[k]]).double()
-                    gap = -(slope @ x) - (self.bias[k, j] - self.bias[k, y[k]]).double()
-                    radii[k] = min(radii[k], self._reach(slope, x, gap.item()))
-        return radii
+        k, x = torch.arange(DRAWN), self.pixels.double()[:, None]
+        slope = (self.weight - self.weight[k, y][:, None]).double()
+        gap = -(slope * x).sum(2) - (self.bias - self.bias[k, y][:, None]).double().squeeze(2)
+        room = torch.where(slope > 0, self.most - x, x)  # in which a pixel may help a class
 
-    def _reach(self, slope: Tensor, x: Tensor, gap: float) -> float:
-        """The least t at which changes of up to t, within the range, add gap to slope @ x."""
-        room, order = torch.where(slope > 0, self.most - x, x).sort()
-        slope, spent, t = slope.abs()[order], 0.0, 0.0
-        for i in range(len(room)):  # up to room[i] the pixels from i on may still change
-            rate = slope[i:].sum().item()
-            if spent + rate * (room[i].item() - t) >= gap:
-                return t + (gap - spent) / rate
-            spent, t = spent + rate * (room[i].item() - t), room[i].item()
-        return torch.inf
+        def won(t: Tensor) -> Tensor:  # by changes of up to t [DRAWN, 6]
+            return (slope.abs() * room.clamp(max=t[..., None])).sum(2) >= gap
+
+        low, high = torch.zeros_like(gap), torch.full_like(gap, self.most)
+        reachable = won(high).scatter(1, y[:, None], False)
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = low.where(won(middle), middle), middle.where(won(middle), high)
+        return high.where(reachable, torch.inf).amin(1)
 
 
 class ReLU:

@@ -312,14 +312,6 @@ def test_bad_options_are_one_line_everywhere(capsys, monkeypatch, encoding, term
         assert not {"│", "─", "|", "+"} & set(line) and "---" not in line
 
 
-def test_a_picture_that_cannot_be_written(capsys, tmp_path, toy_run):
-    pytest.importorskip("matplotlib")
-    (tmp_path / "file").write_text("in the way")
-    below = str(tmp_path / "file" / "run")
-    words = error_line(capsys, "plot", str(toy_run), "-o", f"{below}/curves.png")
-    assert f"cannot make the folder {below}: Not a directory" in words
-
-
 def _set_config(run_dir, **changes):
     config = runs.read_config(run_dir).replace(**changes)
     (run_dir / "config.json").write_text(config.to_json())
@@ -347,16 +339,6 @@ def test_a_damaged_run_is_one_line_and_kept(capsys, damaged, damage, command, wo
     }
     assert words in error_line(capsys, *options.get(command, [command, str(damaged)]))
     assert {path: path.read_bytes() for path in damaged.iterdir()} == before
-
-
-def test_a_network_with_nan_is_never_verified(capsys, damaged):
-    model = runs.read_model(damaged)
-    with torch.no_grad():
-        model[0].bias[0] = torch.nan
-    runs.write_model(damaged, model)
-    assert cli.main(["certify", str(damaged)]) == 0
-    assert cli.main(["attack", str(damaged), *PGD]) == 0
-    assert capsys.readouterr().out.count("100.00 % (40 of 40") == 2
 
 
 def test_bounds_that_the_attack_refutes_are_one_line_and_the_result_is_saved(
@@ -445,15 +427,6 @@ def test_a_warning_is_one_line(capsys, monkeypatch, toy_run):
     assert capsys.readouterr().err == "cibp-fast: warning: the file is not the official one\n"
 
 
-def test_the_default_folder_says_what_is_trained(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    options = ["--preset", PRESET, "--eps", "0.25", "--batch-size", "80", "--steps", "3"]
-    assert cli.main(["train", *options, "--pgd-steps", "1", "--seeds", "2"]) == 0
-    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
-    changes = "batch_size=80-pgd_steps=1-steps=3"
-    assert names == [f"mnist5k-small-0.25-cibp-{changes}-seed{seed}" for seed in (0, 1)]
-
-
 def test_seeds(capsys, tmp_path):
     options = [*SHORT_TRAIN, "--run-dir", str(tmp_path / "runs")]
     assert cli.main([*options, "--seeds", "2", "--seed", "3"]) == 0
@@ -481,16 +454,6 @@ def test_seeds(capsys, tmp_path):
     picture = tmp_path / "curves.svg"
     assert cli.main(["plot", both, "-o", str(picture)]) == 0
     assert "(2 seeds)" in picture.read_text()
-
-
-def test_missing_data_says_where_to_put_it(capsys, monkeypatch, tmp_path):
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
-    options = ["train", "--preset", "mnist-small-0.4-cibp"]
-    assert "--data-root" in error_line(capsys, *options, "--data-root", "elsewhere")
-    monkeypatch.setenv("CIBP_FAST_DATA", "somewhere")
-    assert "somewhere" in error_line(capsys, *options)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_interrupt(capsys, monkeypatch):
