@@ -286,10 +286,9 @@ def _grouped(loaded: list[_Run]) -> list[list[_Run]]:
 
     The same seed twice is no sample of seeds: all runs of such a config stay apart.
     """
-    recipes: dict[tuple[Any, ...], list[_Run]] = {}
+    recipes: dict[Config, list[_Run]] = {}
     for run in loaded:
-        recipe = vars(run.config) | {"seed": None}
-        recipes.setdefault(tuple(recipe.values()), []).append(run)
+        recipes.setdefault(run.config.replace(seed=0), []).append(run)
     groups = []
     for members in recipes.values():
         distinct = len({run.config.seed for run in members}) == len(members)
