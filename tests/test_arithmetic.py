@@ -69,20 +69,6 @@ class Casts(nn.Module):
             return self.net(x)
 
 
-def test_autocast_around_functions_in_a_model_is_refused() -> None:
-    """Those of cf.functional take tensors too, in half precision then."""
-    (x, y), weight = images(), torch.rand(3, 36)
-
-    def model(t: Any) -> Any:
-        t = t.flatten(1)
-        with autocast():
-            out = cf.functional.interval_linear(t, weight)
-        return out if isinstance(out, Interval) else out.float()
-
-    with pytest.raises(RuntimeError, match=r"^linear: autocast was switched on after the Interval"):
-        cf.certify(model, x, y % 3, 1e-5, sound=False)
-
-
 @pytest.mark.parametrize("outside", [False, True])
 def test_autocast_inside_a_model_is_refused(outside: bool) -> None:
     """Else the box excludes `model(x)`."""

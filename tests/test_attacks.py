@@ -185,7 +185,7 @@ def test_no_gradient_is_computed_in_vain(way):
 
 
 @pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad])
-def test_leaves_gradients_modes_and_inputs_alone(context):
+def test_attack_and_certificate_leave_gradients_modes_and_inputs_alone(context):
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     model[1].eval()
     model[3].weight.grad = torch.ones_like(model[3].weight)
@@ -194,6 +194,7 @@ def test_leaves_gradients_modes_and_inputs_alone(context):
     kept = x.clone()
     with context():
         attack = pgd(model, x, y, 0.1, steps=2, restarts=1)
+        cf.certify(model, x, y, 0.1, sound=False)
     assert not attack.adversarial.requires_grad
     assert [module.training for module in model] == [True, False, True, True]
     assert torch.equal(model[3].weight.grad, torch.ones_like(model[3].weight))

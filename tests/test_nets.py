@@ -135,3 +135,8 @@ def test_one_nan_is_never_verified(name: str, dtype: torch.dtype, nominal: bool)
     assert certificate.verified.tolist() == [True, False, True, True]
     assert certificate.margins[1].isnan().any() and not certificate.margins[[0, 2, 3]].isnan().any()
     assert certificate.predicted[1] == (-1 if nominal else y[1])
+    out = cf.bounds(net, x, Interval.ball(x, 1e-6))
+    for elide in {out.elided, False}:
+        worst = out.worst_logits(y, elide)
+        assert worst[1].isnan().any() and not worst[[0, 2, 3]].isnan().any()
+    assert out.width.isnan() or name == LEAVES[-1]

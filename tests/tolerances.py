@@ -247,12 +247,12 @@ def compare(
 
 
 def box(
-    shape: Sequence[int], dtype: torch.dtype, nominal: bool = True
+    shape: Sequence[int], dtype: torch.dtype, nominal: bool = True, radius: float = 1.0
 ) -> tuple[Tensor, Tensor, Any]:
     """Returns lower, upper, nominal: a random box, a fifth of it of zero radius, a point in it."""
     center = torch.randn(shape, dtype=dtype)
-    radius = torch.rand(shape, dtype=dtype) * (torch.rand(shape) > 0.2)
-    lower, upper = center - radius, center + radius
+    spread = radius * torch.rand(shape, dtype=dtype) * (torch.rand(shape) > 0.2)
+    lower, upper = center - spread, center + spread
     share = torch.rand(shape, dtype=dtype)
     return lower, upper, lower + share * (upper - lower) if nominal else None
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import sys
 
 import numpy as np
 import pytest
@@ -412,10 +411,3 @@ def test_a_damaged_run_is_named(tmp_path, file, content):
     with pytest.raises(ValueError, match=f"a/{file}"):
         plotting.plot([run_dir], tmp_path / "curves.png")
     assert not (tmp_path / "curves.png").exists()
-
-
-def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for function, subject in ((plotting.plot, [tmp_path]), (schedules, None)):
-        with pytest.raises(ImportError, match=r"pip install 'cibp-fast\[plot\]'"):
-            function(subject, tmp_path / "curves.png")
