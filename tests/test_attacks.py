@@ -315,26 +315,15 @@ def test_a_dead_point_does_not_stop_it():
     assert attack.found.all()
 
 
-@pytest.mark.parametrize(
-    "context",
-    [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)],
-    ids=["no_grad", "inference_mode", "autocast"],
-)
-def test_finds_the_same_in_any_context(context):
+def test_an_interval_in_place_of_eps():
     model, x = models.small((1, 28, 28)), torch.rand(6, 1, 28, 28)
-    y = model(x).argmax(1)
+    y, ball = model(x).argmax(1), cf.Interval.ball(x, 0.3)
+    box = cf.Interval(ball.lower.clone().requires_grad_(), ball.upper)
     options = {"steps": 8, "restarts": 1, "step_size": 0.1}
-    expected = pgd(model, x, y, 0.3, **options)
-    assert expected.found.any()
-    with context():
-        attack = pgd(model, x, y, 0.3, **options)
-        ball = cf.Interval.ball(x, 0.3)
-        grown = cf.Interval(ball.lower.clone().requires_grad_(), ball.upper)
-        given = pgd(model, x.clone(), y.clone(), grown, **options)
-    for each in (attack, given):
-        assert torch.equal(each.found, expected.found)
-        torch.testing.assert_close(each.adversarial, expected.adversarial)
-        assert not each.adversarial.requires_grad
+    expected, found = pgd(model, x, y, 0.3, **options), pgd(model, x, y, box, **options)
+    assert expected.found.any() and torch.equal(found.found, expected.found)
+    assert torch.equal(found.adversarial, expected.adversarial)
+    assert not found.adversarial.requires_grad
 
 
 def recorded(x: Tensor, eps: float | Tensor | cf.Interval, **options) -> Tensor:
@@ -417,35 +406,6 @@ def test_warns_where_the_steps_do_not_cross_the_box(eps, options, warns):
         message = str(caught[0].message)
         assert caught[0].category is RuntimeWarning and caught[0].filename == __file__
         assert "do not cross the box" in message and "step_size=None" in message
-
-
-@pytest.mark.parametrize("clip", [(0.0, 1.0), (0.2, 0.9), None])
-@pytest.mark.parametrize(
-    "eps",
-    [0.1, torch.tensor([0.1, 0.0, 0.3]), torch.linspace(0, 0.3, 48).view(4, 3, 2, 2)],
-    ids=["number", "channels", "elements"],
-)
-def test_its_box_is_that_of_the_certificate(eps, clip):
-    x, y = 0.2 + 0.7 * torch.rand(4, 3, 2, 2), torch.zeros(4, dtype=torch.int64)
-    seen = []
-
-    def model(x):
-        if isinstance(x, cf.Interval):
-            seen.append(x)
-        return nn.functional.linear(x.flatten(1), torch.eye(2, 12))
-
-    cf.certify(model, x, y, eps, clip, sound=False)
-    for sign, side in ((1, seen[0].upper), (-1, seen[0].lower)):
-        total = side.flatten(1).sum(1) * sign
-
-        def reaches(x, sign=sign, total=total):
-            """Class 1 where every pixel is at its side of the box."""
-            score = x.flatten(1).sum(1) * sign - total + 1e-5
-            return torch.stack([-score, score], 1)
-
-        options = {"step_size": torch.inf, "restarts": 0, "batch_size": 4}
-        attack = pgd(reaches, x, y, eps, clip=clip, **options)
-        assert torch.equal(attack.adversarial, side) and attack.found.all()
 
 
 def test_the_first_start_is_the_nearest_point_of_an_interval():

@@ -94,6 +94,10 @@ def test_every_preset_is_a_config(dataset, suffix):
             config = preset(name)
             assert config.name == name.replace("-gowal", "")
             assert Config.from_json(config.to_json()) == config
+            config = config.replace(
+                clip=None, lr_decay_at=(), pgd_step_size=None, lr=1, elide=False
+            )
+            assert Config.from_json(config.to_json()) == config and type(config.lr) is float
             continue
         with pytest.raises(ValueError, match=message):
             preset(name)
@@ -167,13 +171,6 @@ def test_the_largest_seed_is_one_that_torch_and_numpy_take():
     seed = preset("mnist5k-small-0.1-cibp", seed=2**63 - 1).seed
     assert torch.Generator().manual_seed(seed).initial_seed() == seed
     np.random.default_rng((seed, 1)).permutation(3)
-
-
-def test_json_round_trip():
-    for changes in ({"clip": None, "lr_decay_at": (), "seed": 7}, {"pgd_step_size": None, "lr": 1}):
-        config = preset("mnist5k-medium-8of255-cibp", **changes, elide=False)
-        assert Config.from_json(config.to_json()) == config
-        assert type(config.lr) is float
 
 
 @pytest.mark.parametrize(

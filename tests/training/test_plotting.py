@@ -14,7 +14,7 @@ from cibp_fast.training.config import preset
 
 pytest.importorskip("matplotlib")
 from matplotlib.collections import LineCollection
-from matplotlib.colors import rgb_to_hsv, to_hex, to_rgb
+from matplotlib.colors import rgb_to_hsv, to_rgb
 from matplotlib.text import Text
 
 
@@ -180,16 +180,6 @@ def test_sums_of_widths_of_another_kind_are_left_out(tmp_path, figure_of, overri
     assert [axes.get_title() for axes in figure.axes] == [ERRORS, "a", "b"]
     _, *below = figure.axes
     assert not below[0].get_shared_y_axes().joined(*below)
-
-
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1,)])
-def test_a_method_has_its_colour(tmp_path, figure_of, order):
-    methods = ("nominal", "ibp", "cibp")
-    run_dirs = [_run(tmp_path / methods[i], methods[i], epochs=1) for i in order]
-    lines = _panel(figure_of(run_dirs), ERRORS).lines[: 6 * len(order) : 6]
-    expected = [plotting.METHOD_COLOURS[methods[i]].lower() for i in order]
-    assert [to_hex(line.get_color()) for line in lines] == expected
-    assert len({*expected}) == len(order)
 
 
 def test_runs_of_a_method_on_the_same_axes_are_shades_of_its_colour(tmp_path, figure_of):

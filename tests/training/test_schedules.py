@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import pytest
@@ -33,8 +32,3 @@ def test_by_hand():
 def test_bad_input(make, message):
     with pytest.raises(ValueError, match=message):
         make()
-
-
-def test_schedules_are_immutable():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        StepDecay(1.0).value = 2.0  # type: ignore[misc]
