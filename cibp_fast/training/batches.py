@@ -54,7 +54,7 @@ def epoch_batches(
             crop = _crop_one_by_one if images.device.type == "cpu" else _crop_at_once
             padded, (top, left) = F.pad(images, [CROP_PADDING] * 4), corners[:, here]
             images = crop(padded, top, left, flip[here])
-        yield to_pixels(images), split.labels[chosen]
+        yield images.to(torch.float32) / 255, split.labels[chosen]  # as Split.pixels
 
 
 class Draw(NamedTuple):
