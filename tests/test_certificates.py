@@ -134,19 +134,9 @@ def test_bad_semantics(semantics, message):
         cf.certify(nn.Linear(3, 2), X, Y, 0.1, sound=False, semantics=semantics)
 
 
-def net():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 4))
-
-
-def examples():
-    generator = torch.Generator().manual_seed(0)
-    return torch.rand(5, 2, 4, 4, generator=generator), torch.tensor([0, 1, 2, 3, 0])
-
-
 def test_boxes_in_place_of_eps():
     """An Interval is the box itself; its nominal point is not read."""
-    model, (x, y) = net(), examples()
+    model, x, y = models.small((1, 28, 28)), torch.rand(5, 1, 28, 28), torch.arange(5)
     expected = cf.certify(model, x, y, 0.02, sound=False)
     found = cf.certify(model, x, y, cf.Interval.ball(x, 0.02), sound=False, batch_size=2)
     torch.testing.assert_close(found.margins, expected.margins)

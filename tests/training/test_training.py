@@ -7,7 +7,7 @@ import platform
 
 import pytest
 import torch
-from digits import SHORT, TOY_PRESET, colour, load_toy, toy_dataset
+from digits import SHORT, TOY_PRESET, colour, load_toy, toy_dataset, without_times
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cibp_fast as cf
@@ -23,12 +23,6 @@ from cibp_fast.training.step import Objective
 @pytest.fixture(autouse=True)
 def _toy_data(monkeypatch):
     monkeypatch.setattr(datasets, "load", load_toy)
-
-
-def _without_times(records):
-    return [
-        {key: value for key, value in record.items() if "seconds" not in key} for record in records
-    ]
 
 
 @pytest.mark.parametrize("method", ["nominal", "ibp", "cibp"])
@@ -114,9 +108,10 @@ def test_repeats_bitwise_and_leaves_the_global_random_state_alone(toy_run, tmp_p
 
     folders = [toy_run, *(tmp_path / "runs" / config.folder for config in configs)]
     weights = [(folder / "model.safetensors").read_bytes() for folder in folders]
-    metrics = [_without_times(runs.read_metrics(folder)) for folder in folders]
-    results = [_without_times([runs.read_result(folder)]) for folder in folders]
-    for first, second, other in (weights, metrics, results):
+    metrics = [without_times(folder) for folder in folders]
+    errors = [[runs.read_result(f)[f"{k}_error"] for k in ("test", "pgd")] for f in folders]
+    assert errors[0] == errors[1]
+    for first, second, other in (weights, metrics):
         assert first == second != other
 
 
