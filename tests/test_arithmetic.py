@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -34,6 +35,74 @@ def small_net() -> nn.Sequential:
 def images() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     return torch.rand(6, 1, 6, 6, generator=generator), torch.tensor([0, 1, 2, 3, 0, 1])
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_certificate_under_autocast(dtype: torch.dtype) -> None:
+    net = nn.Linear(2, 2, bias=False)
+    net.weight.data = torch.eye(2)
+    x, y = torch.tensor([[0.503, 0.501]]), torch.tensor([0])
+    assert net(torch.tensor([[0.5017, 0.5023]])).argmax() == 1  # within 0.0015 of x
+    with autocast(dtype):
+        found = cf.certify(net, x, y, 0.0015, sound=False)
+        sure = cf.certify(net, x, y, 0.0009, sound=False)
+    assert not found.verified.item() and sure.verified.item()
+    assert found.margin.item() == pytest.approx(0.002 - 2 * 0.0015, abs=1e-6)
+
+
+def results(x: Tensor, y: Tensor, backend: str) -> dict[str, Tensor]:
+    """What bounds, margins, losses and gradients are, layer by layer and fused."""
+    found: dict[str, Tensor] = {}
+    for name in ("bounds", "fuse"):
+        net = small_net()
+        box = Interval.ball(x, 0.02)
+        run = cf.fuse(net, backend=backend).bounds if name == "fuse" else None
+        out = run(x, box) if run else cf.bounds(net, x, box, backend=backend)
+        loss = cf.losses.constrained_ibp_loss(out, y, kappa=0.4, width_weight=1.0)
+        loss.backward()
+        parts = {"logits": out.logits, "lower": out.box.lower, "upper": out.box.upper}
+        parts |= {"margins": out.margins(y), "widths": out.widths, "loss": loss}
+        parts |= {"worst": out.worst_logits(y), "loose": out.worst_logits(y, elide=False)}
+        parts |= {f"d {key}": p.grad for key, p in net.named_parameters() if p.grad is not None}
+        found |= {f"{name} {key}": value.detach() for key, value in parts.items()}
+    return found
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_bounds_and_losses_under_autocast(backend: str, dtype: torch.dtype) -> None:
+    expected = results(*images(), backend)
+    with autocast(dtype):
+        found = results(*images(), backend)
+    assert expected.keys() == found.keys() and len(found) == 28
+    for name, value in expected.items():
+        if not name.partition(" ")[2].startswith("d "):  # autograd's own products follow torch
+            assert torch.equal(found[name], value), name
+        torch.testing.assert_close(found[name], value, rtol=0.02, atol=1e-3, msg=name)
+
+
+LAYERS: dict[str, Callable[[Any], Any]] = {
+    "linear": lambda box, **kw: cf.functional.interval_linear(
+        box.flatten(1), torch.linspace(-1, 1, 72).view(2, 36), **kw
+    ),
+    "conv2d": lambda box, **kw: cf.functional.interval_conv2d(
+        box, torch.linspace(-1, 1, 27).view(3, 1, 3, 3), **kw
+    ),
+    "conv1d": lambda box, **kw: cf.functional.interval_conv1d(
+        box.flatten(2), torch.linspace(-1, 1, 10).view(2, 1, 5), **kw
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu", "torch"])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layers_under_autocast(layer: str, backend: str) -> None:
+    x, _ = images()
+    expected = LAYERS[layer](Interval.ball(x, 0.1), backend=backend)
+    with autocast():
+        found = LAYERS[layer](Interval.ball(x, 0.1), backend=backend)
+    for name in ("lower", "upper", "nominal"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
 
 
 def copies(box: Interval) -> list[Interval]:
@@ -67,6 +136,20 @@ class Casts(nn.Module):
     def forward(self, x: Any) -> Any:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.enabled):
             return self.net(x)
+
+
+def test_autocast_around_functions_in_a_model_is_refused() -> None:
+    """Those of cf.functional take tensors too, in half precision then."""
+    (x, y), weight = images(), torch.rand(3, 36)
+
+    def model(t: Any) -> Any:
+        t = t.flatten(1)
+        with autocast():
+            out = cf.functional.interval_linear(t, weight)
+        return out if isinstance(out, Interval) else out.float()
+
+    with pytest.raises(RuntimeError, match=r"^linear: autocast was switched on after the Interval"):
+        cf.certify(model, x, y % 3, 1e-5, sound=False)
 
 
 @pytest.mark.parametrize("outside", [False, True])
@@ -116,6 +199,25 @@ def test_certify_refuses_half_precision(dtype: torch.dtype) -> None:
     assert cf.certify(Inside(), x, y, 0.01, sound=False, allow_half=True).margins.shape == (6, 36)
     with pytest.raises(NotImplementedError):
         cf.certify(net, x.to(dtype), y, 0.01, allow_half=True)
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_float32_products_are_of_float32(precision: str) -> None:
+    """`set_float32_matmul_precision` lets the CPU multiply in bfloat16 or tf32, too."""
+    torch.manual_seed(0)
+    net = nn.Linear(512, 64)
+    x = torch.rand(100, 512)
+    box = Interval.ball(x, 0.1)
+    y = torch.arange(100) % 64
+    expected = cf.bounds(net, x, box, backend="torch")
+    with matmul_precision(precision):
+        seen = net(x)
+        found = cf.bounds(net, x, box, backend="torch")
+        assert torch.equal(found.box.lower, expected.box.lower)
+        assert torch.equal(found.logits, expected.logits)
+        assert torch.equal(found.margins(y), expected.margins(y))
+        assert torch.equal(net(x), seen)  # the user's setting is back
+        assert torch.get_float32_matmul_precision() == precision
 
 
 def test_products_follow_a_more_general_setting_again() -> None:

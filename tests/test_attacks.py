@@ -59,6 +59,12 @@ def test_adversarial_examples_are_misclassified_points_of_the_certified_box(clip
     assert not (certificate.verified & attack.found).any()
 
 
+def test_x_is_a_start_and_counts_without_any_step():
+    x, y = torch.full((2, 4), 0.5), torch.tensor([0, 1])
+    attack = pgd(_Difference(0.6), x, y, 0.3, steps=0, restarts=0)
+    assert attack.found.tolist() == [False, True]
+
+
 def test_random_starts_reach_what_the_gradient_does_not_show():
     class Pocket(nn.Module):
         """Flat, so without a gradient, but for a side of the box where class 1 wins."""
@@ -130,6 +136,13 @@ def test_logits_that_do_not_depend_on_x(trained):
     assert attack.found.tolist() == [False, True]
 
 
+def test_a_plain_function_is_a_model():
+    x, y = 0.4 + 0.2 * torch.rand(4, 3), torch.tensor([0, 1, 0, 1])
+    model = _Difference(0.5)
+    attack, expected = (pgd(f, x, y, 0.1, steps=5, restarts=1) for f in (model.forward, model))
+    assert torch.equal(attack.adversarial, expected.adversarial) and attack.found.any()
+
+
 def test_several_steps_of_a_padded_batch_end_where_single_steps_do(monkeypatch):
     """Where they differ in rounding only: a gradient that is nearly 0 might change its sign."""
     model = models.small((1, 28, 28)).double()
@@ -144,6 +157,17 @@ def test_several_steps_of_a_padded_batch_end_where_single_steps_do(monkeypatch):
     for other in found[1:]:
         assert torch.equal(other.found, found[0].found)
         torch.testing.assert_close(other.adversarial, found[0].adversarial, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size", "size"),
+    [
+        *((500, 500, 500), (251, 500, 500), (250, 500, 250), (63, 500, 125), (62, 500, 62)),
+        *((1, 500, 62), (1, 32, 32), (3, 7, 7), (1, 1, 1)),
+    ],
+)
+def test_sizes_of_graphs(count, batch_size, size):
+    assert attacks._size(count, batch_size) == size
 
 
 def test_a_batch_that_shrinks_has_few_sizes(monkeypatch):
@@ -185,7 +209,7 @@ def test_no_gradient_is_computed_in_vain(way):
 
 
 @pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad])
-def test_attack_and_certificate_leave_gradients_modes_and_inputs_alone(context):
+def test_leaves_gradients_modes_and_inputs_alone(context):
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     model[1].eval()
     model[3].weight.grad = torch.ones_like(model[3].weight)
@@ -194,7 +218,6 @@ def test_attack_and_certificate_leave_gradients_modes_and_inputs_alone(context):
     kept = x.clone()
     with context():
         attack = pgd(model, x, y, 0.1, steps=2, restarts=1)
-        cf.certify(model, x, y, 0.1, sound=False)
     assert not attack.adversarial.requires_grad
     assert [module.training for module in model] == [True, False, True, True]
     assert torch.equal(model[3].weight.grad, torch.ones_like(model[3].weight))
@@ -315,15 +338,23 @@ def test_a_dead_point_does_not_stop_it():
     assert attack.found.all()
 
 
-def test_an_interval_in_place_of_eps():
+@pytest.mark.parametrize(
+    "context",
+    [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)],
+    ids=["no_grad", "inference_mode", "autocast"],
+)
+def test_finds_the_same_in_any_context(context):
     model, x = models.small((1, 28, 28)), torch.rand(6, 1, 28, 28)
-    y, ball = model(x).argmax(1), cf.Interval.ball(x, 0.3)
-    box = cf.Interval(ball.lower.clone().requires_grad_(), ball.upper)
+    y = model(x).argmax(1)
     options = {"steps": 8, "restarts": 1, "step_size": 0.1}
-    expected, found = pgd(model, x, y, 0.3, **options), pgd(model, x, y, box, **options)
-    assert expected.found.any() and torch.equal(found.found, expected.found)
-    assert torch.equal(found.adversarial, expected.adversarial)
-    assert not found.adversarial.requires_grad
+    expected = pgd(model, x, y, 0.3, **options)
+    assert expected.found.any()
+    with context():
+        attack = pgd(model, x, y, 0.3, **options)
+        given = pgd(model, x.clone(), y.clone(), cf.Interval.ball(x, 0.3), **options)
+    for each in (attack, given):
+        assert torch.equal(each.found, expected.found)
+        torch.testing.assert_close(each.adversarial, expected.adversarial)
 
 
 def recorded(x: Tensor, eps: float | Tensor | cf.Interval, **options) -> Tensor:
@@ -406,6 +437,51 @@ def test_warns_where_the_steps_do_not_cross_the_box(eps, options, warns):
         message = str(caught[0].message)
         assert caught[0].category is RuntimeWarning and caught[0].filename == __file__
         assert "do not cross the box" in message and "step_size=None" in message
+
+
+@pytest.mark.parametrize("clip", [(0.0, 1.0), (0.2, 0.9), None])
+@pytest.mark.parametrize(
+    "eps",
+    [0.1, torch.tensor([0.1, 0.0, 0.3]), torch.linspace(0, 0.3, 48).view(4, 3, 2, 2)],
+    ids=["number", "channels", "elements"],
+)
+def test_its_box_is_that_of_the_certificate(eps, clip):
+    x, y = 0.2 + 0.7 * torch.rand(4, 3, 2, 2), torch.zeros(4, dtype=torch.int64)
+    seen = []
+
+    def model(x):
+        if isinstance(x, cf.Interval):
+            seen.append(x)
+        return nn.functional.linear(x.flatten(1), torch.eye(2, 12))
+
+    cf.certify(model, x, y, eps, clip, sound=False)
+    for sign, side in ((1, seen[0].upper), (-1, seen[0].lower)):
+        total = side.flatten(1).sum(1) * sign
+
+        def reaches(x, sign=sign, total=total):
+            """Class 1 where every pixel is at its side of the box."""
+            score = x.flatten(1).sum(1) * sign - total + 1e-5
+            return torch.stack([-score, score], 1)
+
+        options = {"step_size": torch.inf, "restarts": 0, "batch_size": 4}
+        attack = pgd(reaches, x, y, eps, clip=clip, **options)
+        assert torch.equal(attack.adversarial, side) and attack.found.all()
+
+
+def test_an_interval_in_place_of_eps():
+    model, x = models.small((1, 28, 28)), 0.2 + 0.7 * torch.rand(6, 1, 28, 28)
+    y = model(x).argmax(1)
+    options = {"steps": 10, "restarts": 1}
+    expected = pgd(model, x, y, 0.1, clip=None, step_size=0.025, **options)
+    box = cf.Interval.ball(x, 0.1, None)
+    attack = pgd(model, x, y, box, step_size=0.025, **options)
+    assert expected.found.any() and torch.equal(attack.found, expected.found)
+    assert torch.equal(attack.adversarial, expected.adversarial)
+    grown = cf.Interval(box.lower.requires_grad_(), box.upper)
+    with torch.no_grad():
+        again = pgd(model, x, y, grown, step_size=0.025, **options)
+    assert torch.equal(again.adversarial, expected.adversarial)
+    assert not again.adversarial.requires_grad
 
 
 def test_the_first_start_is_the_nearest_point_of_an_interval():

@@ -72,9 +72,61 @@ def test_nan_or_inf_in_any_parameter_is_never_verified(layer, kind, bad):
     assert not cf.certify(model, x, y, 0.1, sound=False).verified.any()
 
 
+class _NaNAfter(nn.Module):
+    """A layer whose output has a NaN in every example's first unit, Tensor or Interval."""
+
+    def forward(self, x):
+        return x + torch.tensor([torch.nan] + [0.0] * (x.shape[-1] - 1))
+
+
+@pytest.mark.parametrize("position", range(6))
+def test_nan_injected_after_any_layer_is_never_verified(position):
+    layers = [nn.Flatten(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)]
+    with torch.no_grad():
+        layers[-1].bias[1] = 1e6
+    x, y = torch.rand(4, 2, 4), torch.ones(4, dtype=torch.int64)
+    assert cf.certify(nn.Sequential(*layers), x, y, 0.1, sound=False).verified.all()
+    layers.insert(position + 1, _NaNAfter())
+    result = cf.certify(nn.Sequential(*layers), x, y, 0.1, sound=False)
+    assert not result.verified.any()
+    assert (result.predicted == -1).all()
+
+
 def test_predict_knows_no_class_for_nan():
     logits = torch.tensor([[1.0, 2.0], [torch.nan, 2.0], [1.0, torch.nan]])
     assert certificates.predict(logits).tolist() == [1, -1, -1]
+
+
+def test_evaluation_mode_inside_and_the_own_modes_after():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    model[2].eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x, y = torch.rand(3, 4), torch.zeros(3, dtype=torch.int64)
+    cf.certify(model, x, y, 0.1, sound=False)
+    assert [module.training for module in model] == [True, True, False, True]
+    model.train()
+    cf.certify(model, x, y, 0.1, sound=False)
+    assert model[2].training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_plain_function_is_a_model():
+    weight, bias = torch.tensor([[1.0, 0.0], [-1.0, 1.0]]), torch.tensor([0.5, 0.0])
+
+    def function(x):
+        return torch.nn.functional.linear(x, weight, bias)
+
+    x, y = torch.rand(5, 2), torch.tensor([0, 1, 0, 1, 0])
+    result = cf.certify(function, x, y, 0.1, sound=False)
+    expected = cf.certify(_linear(weight.tolist(), bias.tolist()), x, y, 0.1, sound=False)
+    assert torch.equal(result.margins, expected.margins)
+
+
+def test_no_example():
+    model = _linear([[1.0], [0.0]], [0.0, 0.05])
+    x, y = torch.rand(0, 1), torch.zeros(0, dtype=torch.int64)
+    result = cf.certify(model, x, y, 0.1, sound=False)
+    assert result.verified.shape == (0,) and result.margins.shape == (0, 2)
 
 
 def test_sound_is_refused_until_it_exists():
@@ -134,12 +186,41 @@ def test_bad_semantics(semantics, message):
         cf.certify(nn.Linear(3, 2), X, Y, 0.1, sound=False, semantics=semantics)
 
 
+def test_unsupported_layer_is_named():
+    model = nn.Sequential(nn.Linear(2, 2), nn.GELU(), nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="gelu"):
+        cf.certify(model, torch.rand(1, 2), torch.tensor([0]), 0.1, sound=False)
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 4))
+
+
+def examples():
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(5, 2, 4, 4, generator=generator), torch.tensor([0, 1, 2, 3, 0])
+
+
 def test_boxes_in_place_of_eps():
     """An Interval is the box itself; its nominal point is not read."""
-    model, x, y = models.small((1, 28, 28)), torch.rand(5, 1, 28, 28), torch.arange(5)
+    model, (x, y) = net(), examples()
     expected = cf.certify(model, x, y, 0.02, sound=False)
     found = cf.certify(model, x, y, cf.Interval.ball(x, 0.02), sound=False, batch_size=2)
     torch.testing.assert_close(found.margins, expected.margins)
     box = cf.Interval((x - 0.05).clamp(min=0.0), x)  # to one side only
     partial = cf.certify(model, x, y, box, clip=None, sound=False)
     assert torch.equal(partial.margins, cf.bounds(model, x, box).margins(y).detach())
+
+
+def test_radius_per_example_and_clip_per_channel():
+    """The margins of each example are those of its own radius, and no point beyond clip counts."""
+    model, (x, y) = net(), examples()
+    eps = torch.linspace(0.01, 0.05, len(x)).view(-1, *[1] * (x.dim() - 1))
+    found = cf.certify(model, x, y, eps, sound=False)
+    for i in range(len(x)):
+        alone = cf.certify(model, x[i : i + 1], y[i : i + 1], eps[i].item(), sound=False)
+        torch.testing.assert_close(found.margins[i], alone.margins[0], rtol=1e-5, atol=1e-6)
+    channels = x.shape[1]
+    clipped = cf.certify(model, x, y, 0.3, clip=([0.0] * channels, [1.0] * channels), sound=False)
+    torch.testing.assert_close(clipped.margins, cf.certify(model, x, y, 0.3, sound=False).margins)

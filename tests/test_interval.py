@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from boxes import random_box
+from boxes import prepared, random_box
+from torch import Tensor, nn
 from torch.utils import _pytree
 
+import cibp_fast as cf
 from cibp_fast import Interval, UnsupportedOpError
 
 STALE = pytest.raises(RuntimeError, match="modified in place")
@@ -193,23 +195,35 @@ def test_in_place_on_views_is_never_silent() -> None:
 
 COPIES = {
     "index": lambda box: box[torch.tensor([0, 1])],
+    "list": lambda box: box[[1, 0]],
     "mask": lambda box: box[torch.tensor([True, False])],
+    "mask of elements": lambda box: box[box.lower > 0],
+    "index of a column": lambda box: box[:, torch.tensor([0])],
     "permute, reshape": lambda box: box.permute(1, 0).reshape(6),
+    "transpose, flatten": lambda box: box.t().flatten(),
     "contiguous": lambda box: box.t().contiguous(),
     "float": lambda box: box.float(),
+    "to": lambda box: box.to(torch.bfloat16),
     "to a copy": lambda box: box.to(torch.float64, copy=True),
     "clone": lambda box: box.clone(),
 }
 VIEWS = {
     "number": lambda box: box[0],
     "slice": lambda box: box[:, 1:],
+    "none": lambda box: box[None],
     "permute": lambda box: box.permute(1, 0),
+    "reshape": lambda box: box.reshape(6),
     "view": lambda box: box.view(3, 2),
+    "flatten": lambda box: box.flatten(),
     "contiguous": lambda box: box.contiguous(),
+    "double": lambda box: box.double(),
     "to": lambda box: box.to(torch.float64),
+    "cpu": lambda box: box.cpu(),
     "detach": lambda box: box.detach(),
     "expand": lambda box: box[None].expand(2, 2, 3),
     "chunk": lambda box: box.chunk(3, 1)[1],
+    "unbind": lambda box: box.unbind()[1],
+    "split": lambda box: box.split([1, 2], 1)[1],
     "iterate": lambda box: list(box)[1],
     "view of a view": lambda box: box.t()[1:].unsqueeze(0),
 }
@@ -273,3 +287,23 @@ def test_pytree() -> None:
         assert len(_pytree.tree_leaves(box)) == 2 + (box.nominal is not None)
         found = torch.vmap(lambda row: (2 * row).upper)(box)
         torch.testing.assert_close(found, 2 * lower + 2)
+
+
+def test_gradients_reach_every_stream() -> None:
+    box = random_box(2, 3, 6, 6)
+    net = prepared(nn.Sequential(nn.Conv2d(3, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(32, 2)))
+
+    def ends(lower: Tensor, upper: Tensor, nominal: Tensor) -> tuple[Tensor, ...]:
+        out = net(Interval(lower, upper, nominal, validate=False))
+        return out.lower, out.upper, out.nominal
+
+    streams = [s.clone().requires_grad_() for s in (box.lower, box.upper, box.nominal)]
+    assert torch.autograd.gradcheck(ends, streams, fast_mode=True)
+
+
+def test_public_names() -> None:
+    assert cf.Interval is Interval
+    assert callable(cf.bounds) and cf.functional.interval_conv2d is not None
+    assert "bounds" in dir(cf)
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = cf.nothing

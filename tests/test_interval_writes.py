@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -92,6 +93,18 @@ def test_methods_that_write(name: str) -> None:
             assert torch.equal(tensor, kept.to(dtype))
 
 
+def test_what_is_known_to_write() -> None:
+    known = ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift"]
+    assert {f"__i{name}__" for name in known} <= {*AUGMENTED}
+    tensor = torch.ones(3, 3).double()
+    for name in ("add_", "sub_", "mul_", "pow_", "copy_", "index_put_", "masked_fill_", "lerp_"):
+        assert name in METHODS
+        with pytest.raises(RuntimeError, match=f"^{name}: {REFUSED}"):
+            for arguments in attempts(random_box(3, 3)):
+                with suppress(TypeError):
+                    getattr(tensor, name)(*arguments)
+
+
 @pytest.mark.parametrize(
     "write",
     {
@@ -99,11 +112,13 @@ def test_methods_that_write(name: str) -> None:
         "items of a mask": lambda t, box: operator.setitem(t, t > 0, box),
         "at a box": lambda t, box: operator.setitem(t, box, 1.0),
         "out of arithmetic": lambda t, box: torch.add(t, box, out=t),
+        "out of boxes": lambda t, box: torch.sum(box, 1, out=t),
         "out is a box": lambda t, box: torch.add(t, t, out=box),
         "function": lambda t, box: torch.index_put_(t, (torch.tensor([0]),), box[:1]),
         "foreach": lambda t, box: torch._foreach_add_([t], [box]),
         "overload": lambda t, box: torch.ops.aten.add_.Tensor(t, box),
         "packet": lambda t, box: torch.ops.aten.add_(t, box),
+        "alpha": lambda t, box: t.add_(box, alpha=2),
         "by name": lambda t, box: t.add_(other=box),
     }.values(),
 )
@@ -122,6 +137,7 @@ def test_other_writes(write) -> None:
         "out": lambda array, box: np.add(array, box, out=array),
         "setitem": lambda array, box: operator.setitem(array, slice(None), box),
         "copyto": lambda array, box: np.copyto(array, box),
+        "numpy view": lambda array, box: operator.isub(array[:1], box[:1]),
     }.items(),
     ids=lambda item: item[0],
 )
@@ -133,12 +149,17 @@ def test_numpy_arrays(write) -> None:
 
 
 def test_boxes_change_in_place_by_tensors() -> None:
-    change = torch.tensor([0.5, -2.0, 1.0]).double()
-    for name in ("add", "sub", "mul", "truediv"):
-        box = random_box(2, 3)
-        expected = getattr(operator, name)(box.clone(), change)
-        assert getattr(operator, f"i{name}")(box, change) is box
-        assert torch.equal(box.lower, expected.lower) and torch.equal(box.upper, expected.upper)
+    box, change = random_box(2, 3), torch.tensor([0.5, -2.0, 1.0]).double()
+    same, lower, upper = box, box.lower.clone(), box.upper.clone()
+    box -= change
+    box *= change
+    assert box is same
+    scaled = torch.stack([(lower - change) * change, (upper - change) * change])
+    torch.testing.assert_close(same.lower, scaled.amin(0))
+    torch.testing.assert_close(same.upper, scaled.amax(0))
+    box /= change
+    box += random_box(2, 3)
+    assert box is same
     with pytest.raises(TypeError):
         box **= 2
 
@@ -149,21 +170,28 @@ def test_boxes_change_in_place_by_tensors() -> None:
         "data": lambda t, box: setattr(t, "data", box),
         "grad": lambda t, box: setattr(t, "grad", box),
         "index": lambda t, box: t[box],
+        "index of one": lambda t, box: t[box[0, 0]],
+        "empty index": lambda t, box: t[box[:0]],
         "index beside another": lambda t, box: t[torch.tensor(0), box],
         "index of a box": lambda t, box: box[box],
+        "index in a tuple": lambda t, box: box[0, box],
         "where": lambda t, box: torch.where(t > 0, t, box),
+        "where as a method": lambda t, box: t.where(t > 0, box),
         "maximum": lambda t, box: torch.maximum(t, box),
         "equal": lambda t, box: torch.equal(t, box),
         "allclose": lambda t, box: torch.allclose(t, box),
         "==": lambda t, box: t == box,
         "in a list": lambda t, box: t in [box],
         "in a tensor": lambda t, box: box in t,
+        "max of two": lambda t, box: max(box, t),
+        "sorted": lambda t, box: sorted([box, random_box(2, 3)]),
         "any": lambda t, box: any([box]),
         "**": lambda t, box: t**box,
         "@": lambda t, box: t @ box,
         "full": lambda t, box: torch.full((2,), box),
         "like": lambda t, box: torch.zeros_like(box),
         "numpy **": lambda t, box: np.ones(3) ** box,
+        "numpy index": lambda t, box: np.ones((2, 3))[box],
         "numpy where": lambda t, box: np.where(np.ones((2, 3)) > 0, 1.0, box),
         "numpy ==": lambda t, box: np.ones((2, 3)) == box,
     }.values(),
@@ -189,9 +217,13 @@ def test_sums_of_boxes() -> None:
         "new_tensor": torch.ones(1).new_tensor,
         "of a list": lambda box: torch.tensor([box, box]),
         "of pieces": lambda box: torch.tensor(list(box)),
+        "of one": lambda box: torch.tensor(box[0, 0]),
+        "of none": lambda box: torch.tensor(box[:0]),
         "from_dlpack": torch.from_dlpack,
         "np.array": np.array,
         "np.asarray": lambda box: np.asarray(box, dtype=np.float32),
+        "np.array of a list": lambda box: np.array([box, box]),
+        "np.array of one": lambda box: np.array(box[0, 0]),
         "np.stack": lambda box: np.stack([box, box]),
     }.values(),
 )
