@@ -1,4 +1,4 @@
-"""cf.bounds: logits, box and widths of a whole network, and its errors, against the reference."""
+"""cf.bounds: logits, box and widths of a whole network, and its errors, against plain PyTorch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cibp_fast as cf
-from cibp_fast import reference
 
 CLASSES = 4
 
@@ -25,24 +24,34 @@ def inputs(batch: int = 5) -> tuple[Tensor, cf.Interval, Tensor]:
     return x, cf.Interval.ball(x, 0.1), torch.randint(CLASSES, (batch,))
 
 
-def referenced(model: nn.Sequential, lower: Tensor, upper: Tensor) -> dict[str, list]:
-    """The reference's bounds behind every layer: lower and upper of each kind, and of both."""
-    ends: dict[str, list] = {"affine": [], "activation": [], "all": []}
+def handwritten(model: nn.Sequential, lower: Tensor, upper: Tensor) -> dict[str, list]:
+    """The bounds behind every layer: {"affine": [...], "activation": [...]} of (lower, upper)."""
+    ends: dict[str, list] = {"affine": [], "activation": []}
     for layer in model:
-        kind = "activation" if isinstance(layer, nn.ReLU) else "affine"
-        if isinstance(layer, nn.Flatten):
-            lower, upper = lower.flatten(1), upper.flatten(1)
-            continue
-        if isinstance(layer, nn.Conv2d):
-            out = reference.conv2d(lower, upper, None, layer.weight, layer.bias, layer.stride)
-        elif isinstance(layer, nn.Linear):
-            out = reference.linear(lower, upper, None, layer.weight, layer.bias)
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            conv = isinstance(layer, nn.Conv2d)
+            apply, options = (F.conv2d, (layer.stride,)) if conv else (F.linear, ())
+            center = apply((lower + upper) / 2, layer.weight, layer.bias, *options)
+            radius = apply((upper - lower) / 2, layer.weight.abs(), None, *options)
+            lower, upper = center - radius, center + radius
+            ends["affine"].append((lower, upper))
         else:
-            out = reference.relu(lower, upper, None)
-        lower, upper = out[:2]
-        ends[kind].append((lower, upper))
-        ends["all"].append((lower, upper))
-    return ends | {"pre": ends["affine"], "post": [*ends["activation"], (lower, upper)]}
+            lower, upper = layer(lower.clone()), layer(upper.clone())  # one is in place
+            if isinstance(layer, nn.ReLU):
+                ends["activation"].append((lower, upper))
+    return ends
+
+
+def handwritten_widths(ends: dict[str, list], width: str, reduction: str) -> Tensor:
+    affine, activation = ends["affine"], ends["activation"]
+    pairs = zip(affine, activation, strict=False)
+    order = {
+        "post": [*activation, affine[-1]],
+        "pre": affine,
+        "all": [end for pair in pairs for end in pair] + [affine[-1]],
+    }[width]
+    squares = [(upper - lower).square().flatten(1) for lower, upper in order]
+    return torch.stack([s.mean() if reduction == "mean" else s.sum(1).mean() for s in squares])
 
 
 @pytest.mark.parametrize("width", ["post", "pre", "all"])
@@ -57,9 +66,9 @@ def test_values_and_gradients(width: str, reduction: str, batch: int) -> None:
     if (width, reduction) == ("post", "mean"):
         assert torch.equal(cf.bounds(model, leaves[0], free).widths, out.widths)
     assert len(out.widths) == {"post": 4, "pre": 4, "all": 7}[width]
-    ends = referenced(model, leaves[1], leaves[2])
+    ends = handwritten(model, leaves[1], leaves[2])
     logits, (lower, upper) = model(leaves[0]), ends["affine"][-1]
-    widths = torch.stack([reference.width(*end, reduction) for end in ends[width]])
+    widths = handwritten_widths(ends, width, reduction)
     for got, want in (
         *((out.logits, logits), (out.box.lower, lower), (out.box.upper, upper)),
         *((out.widths, widths), (out.width, widths.sum())),
@@ -70,9 +79,9 @@ def test_values_and_gradients(width: str, reduction: str, batch: int) -> None:
         terms = [F.cross_entropy(z, y) for z in (logits, elided, worst)]
         return terms[0] + 0.3 * terms[1] + 0.2 * terms[2] + 0.1 * width
 
-    last, own = model[-1], F.one_hot(y, CLASSES).bool()
-    margins = reference.elided_margins(*ends["activation"][-1], last.weight, last.bias, y)
-    elided = reference.elided_worst_logits(margins, y)
+    (low, up), last, own = ends["activation"][-1], model[-1], F.one_hot(y, CLASSES).bool()
+    w, b = last.weight - last.weight[y, None], last.bias - last.bias[y, None]
+    elided = (w * (low + up)[:, None] / 2 + w.abs() * (up - low)[:, None] / 2).sum(2) + b
     losses = (
         loss(out.logits, out.worst_logits(y), out.worst_logits(y, elide=False), out.width),
         loss(logits, elided, torch.where(own, lower, upper), widths.sum()),
@@ -181,6 +190,26 @@ def test_the_logits_come_last() -> None:
     torch.testing.assert_close(out.margins(y), alone.margins(y))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("where", [0, 2, 5, 7, "input"])
+def test_nan_is_never_verified(where: int | str, dtype: torch.dtype) -> None:
+    """A NaN weight anywhere, or one in the box of an example, leaves no margin above 0.
+
+    test_nets has a NaN behind each kind of layer.
+    """
+    model, (x, box, y) = network().to(dtype), inputs()
+    x, box = x.to(dtype), box.to(dtype)
+    with torch.no_grad():
+        model[-1].bias += 100 * F.one_hot(y[0], CLASSES)  # else verified with ease
+    assert (cf.bounds(model, x, cf.Interval.ball(x, 1e-4)).margins(y)[0] > 0).all()
+    with torch.no_grad():
+        (box.upper[0] if where == "input" else model[where].weight).fill_(torch.nan)
+    out = cf.bounds(model, x, box)
+    for margins in (out.margins(y), -out.worst_logits(y), -out.worst_logits(y, elide=False)):
+        assert margins[0].isnan().sum() >= CLASSES - 1
+    assert out.width.isnan() and out.box.lower[0].isnan().all()
+
+
 def test_empty_batch() -> None:
     x, box, y = inputs(0)
     out = cf.bounds(network(), x, box)
@@ -218,3 +247,11 @@ def test_bad_input() -> None:
     ):
         with pytest.raises(error, match=message):
             cf.bounds(*arguments)
+    for backend, dtype, message in (
+        ("gpu", torch.float32, "backend must be one of"),
+        ("cuda", torch.float32, "backend='cuda' runs whole networks"),
+        ("cpu", torch.bfloat16, r"cannot run: no kernels for torch\.bfloat16"),
+    ):
+        z = x.to(dtype)
+        with pytest.raises(ValueError, match=message):
+            cf.bounds(network().to(dtype), z, cf.Interval.ball(z, 0.1), backend=backend)

@@ -315,9 +315,13 @@ def test_capture_goes_back_to_the_stream_it_came_from(cuda):
 
 
 def test_a_gpu_without_memory_says_what_to_do():
-    words = r"^certify with batch_size=7: CUDA out of memory; take a smaller batch_size$"
-    running = certificates.running("certify", nn.Linear(2, 2), torch.rand(1, 2), 7)
-    with pytest.raises(torch.OutOfMemoryError, match=words), running:
+    with (
+        pytest.raises(
+            torch.OutOfMemoryError,
+            match=r"^certify with batch_size=7: CUDA out of memory; take a smaller batch_size$",
+        ),
+        certificates.running("certify", nn.Linear(2, 2), torch.rand(1, 2), 7),
+    ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ...")
 
 
@@ -347,6 +351,18 @@ def _network():
         *(nn.Conv2d(1, 4, 5, stride=3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()),
         nn.Linear(4 * 8 * 8, 10),
     ).double()
+
+
+def test_certify_with_graphs(gpu):
+    model = _network()
+    x = torch.rand(29, 1, 28, 28).double()
+    y = model.eval()(x).argmax(1)
+    expected = cf.certify(model, x, y, 0.002, sound=False, batch_size=29)
+    found = cf.certify(model, x, y, 0.002, sound=False, batch_size=4)
+    assert StandIn.captures == 1  # not of the last batch, of one example
+    assert expected.verified.any() and not expected.verified.all()
+    assert torch.equal(found.verified, expected.verified)
+    torch.testing.assert_close(found.margins, expected.margins, rtol=0, atol=1e-12)
 
 
 def test_labels_that_are_no_classes_are_refused_in_replays_too(gpu):

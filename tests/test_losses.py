@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 import cibp_fast as cf
 from cibp_fast import losses
@@ -46,6 +47,22 @@ def test_losses_by_hand(out: cf.Bounds, elide: bool) -> None:
     assert torch.equal(losses.constrained_ibp_loss(out, Y, width_weight=0.0, **factors), ibp)
     for given in (out, out.logits):
         assert losses.nominal_loss(given, Y).item() == pytest.approx(nominal)
+
+
+def test_the_robust_term_bounds_the_loss_of_every_point(model: nn.Sequential) -> None:
+    x = torch.rand(5, 4, dtype=torch.float64)
+    out = cf.bounds(model, x, cf.Interval.ball(x, 0.1))
+    elided, plain = (losses.terms(out, Y, elide=elide).robust for elide in (True, False))
+    assert elided <= plain + 1e-12
+    for _ in range(50):
+        point = (x + 0.1 * (2 * torch.rand_like(x) - 1)).clamp(0, 1)
+        assert cross_entropy(model(point), Y) <= elided + 1e-12
+
+
+def test_every_term_reaches_the_parameters(model: nn.Sequential, out: cf.Bounds) -> None:
+    for term in losses.terms(out, Y):
+        (gradient,) = torch.autograd.grad(term, model[0].weight, retain_graph=True)
+        assert gradient.isfinite().all() and gradient.abs().sum() > 0
 
 
 @pytest.mark.parametrize("kappa", [0.1, 0.9])

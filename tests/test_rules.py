@@ -49,13 +49,11 @@ IMAGES = (2, 3, 7, 6)
 OTHERS = {
     "avg_pool1d": (lambda: nn.AvgPool1d(3, 2, 1), (2, 3, 7)),
     "avg_pool2d": (lambda: nn.AvgPool2d(3, 2, 1, True, False), IMAGES),
-    "avg_pool1d of less": (lambda: nn.AvgPool1d(2, 1, 0, True, False), (2, 3, 7)),
     "avg_pool2d with a divisor": (lambda: nn.AvgPool2d(3, divisor_override=5), IMAGES),
     "adaptive_avg_pool1d": (lambda: nn.AdaptiveAvgPool1d(2), (2, 3, 7)),
     "adaptive_avg_pool2d": (lambda: nn.AdaptiveAvgPool2d((2, None)), IMAGES),
     "max_pool1d": (lambda: nn.MaxPool1d(3, 2, 1), (2, 3, 7)),
-    "max_pool1d dilated": (lambda: nn.MaxPool1d(2, 1, dilation=2, ceil_mode=True), (2, 3, 7)),
-    "max_pool2d": (lambda: nn.MaxPool2d((3, 2), 2, 1, 2, ceil_mode=True), IMAGES),
+    "max_pool2d": (lambda: nn.MaxPool2d(3, 2, 1, 2), IMAGES),
     "adaptive_max_pool1d": (lambda: nn.AdaptiveMaxPool1d(2), (2, 3, 7)),
     "adaptive_max_pool2d": (lambda: nn.AdaptiveMaxPool2d(2), IMAGES),
     "flatten": (nn.Flatten, IMAGES),
@@ -72,9 +70,12 @@ MODULES = {**AFFINE, **{k: (v, IMAGES) for k, v in ACTIVATIONS.items()}, **OTHER
 
 FUNCTIONS = {
     "torch.relu": torch.relu,
+    "torch.relu_": torch.relu_,
     "F.relu in place": lambda x: F.relu(x, inplace=True),
     "F.relu by keyword": lambda x: F.relu(input=x),
+    "method relu_": lambda x: x.relu_(),
     "F.sigmoid": F.sigmoid,
+    "F.elu_": lambda x: F.elu_(x, 0.4),
     "clamp": lambda x: x.clamp(-0.4, 0.3),
     "clamp by a tensor": lambda x: torch.clamp(
         x, min=torch.tensor([[-0.1], [0.2], [0.0]]).double()
@@ -82,6 +83,7 @@ FUNCTIONS = {
     "clamp_min": lambda x: x.clamp_min(0.1),
     "clamp_max": lambda x: torch.clamp_max(x, 0.1),
     "tanh_": lambda x: x.tanh_(),
+    "sigmoid_": lambda x: torch.sigmoid_(x),
     "threshold_": lambda x: F.threshold_(x, 0.2, -0.7),
     "dropout1d": lambda x: F.dropout1d(x, training=False),
     "dropout3d": lambda x: F.dropout3d(x[None, None], training=False),
@@ -89,6 +91,7 @@ FUNCTIONS = {
     "clamp_": lambda x: x.clamp_(max=0.1),
     "reshape": lambda x: x.reshape(x.size(0), -1),
     "view": lambda x: x.view(x.shape[0], 3, -1),
+    "torch.flatten": lambda x: torch.flatten(x, 1),
     "permute": lambda x: x.permute(0, 2, 1),
     "transpose": lambda x: torch.transpose(x, 1, 2),
     "squeeze": lambda x: x.unsqueeze(1).squeeze(1),
@@ -100,6 +103,7 @@ FUNCTIONS = {
     "stack": lambda x: torch.stack([x, -x], dim=1),
     "pad": lambda x: F.pad(x, (1, 2), value=0.3),
     "mean": lambda x: x.mean([1, 2]),
+    "torch.mean": lambda x: torch.mean(x, dim=1, keepdim=True),
     "sum": lambda x: x.sum(-1),
     "sum of all": lambda x: x.sum(),
     "flip": lambda x: x.flip(1),
@@ -112,6 +116,7 @@ FUNCTIONS = {
     "concat": lambda x: torch.concat((x, -x)),
     "concatenate along an axis": lambda x: torch.concatenate([x, -x], axis=1),
     "cat along an axis": lambda x: torch.cat([x, -x], axis=-1),
+    "stack of names": lambda x: torch.stack(tensors=[x, -x], dim=2),
     "sum in another dtype": lambda x: x.float().sum(1, dtype=torch.float64),
     "chunk": lambda x: x.chunk(2, dim=2)[1],
     "split": lambda x: torch.split(x, [1, 2], dim=1)[1],
@@ -122,10 +127,13 @@ FUNCTIONS = {
     "float": lambda x: x.float().double(),
     "to": lambda x: x.to(torch.float64).to("cpu"),
     "neg": lambda x: -x,
+    "torch.neg": torch.neg,
     "+ number": lambda x: x + 0.7,
+    "number +": lambda x: 0.7 + x,
     "- number": lambda x: x - 0.7,
     "number -": lambda x: 0.7 - x,
     "+ tensor": lambda x: x + torch.linspace(-1, 1, 4).double(),
+    "tensor +": lambda x: torch.linspace(-1, 1, 4).double() + x,
     "- tensor": lambda x: x - torch.linspace(-1, 1, 4).double(),
     "tensor -": lambda x: torch.linspace(-1, 1, 4).double() - x,
     "* number": lambda x: x * -1.7,
@@ -141,10 +149,13 @@ FUNCTIONS = {
     "x - x": lambda x: x - 0.5 * x,
     "torch.add": lambda x: torch.add(x, x, alpha=-0.5),
     "torch.sub": lambda x: torch.sub(x, torch.ones(4).double(), alpha=2),
+    "torch.mul": lambda x: torch.mul(x, -2),
+    "torch.div": lambda x: torch.div(x, -2),
     "add_": lambda x: x.add_(0.3),
     "mul_": lambda x: x.mul_(-0.3),
     "sub_": lambda x: x.sub_(torch.linspace(-1, 1, 4).double(), alpha=2),
     "div_": lambda x: x.div_(-0.3),
+    "neg_": lambda x: x.neg_(),
     "* mask": lambda x: x * torch.tensor([True, False, True, False]),
     "* zero": lambda x: x * 0,
 }
@@ -367,6 +378,17 @@ def test_sequences_as_hyperparameters(form: str) -> None:
         got = call(x)
         torch.testing.assert_close(got.nominal, want)
         assert (got.lower <= got.upper).all()
+
+
+def test_adaptive_sizes_with_none() -> None:
+    x = random_box(2, 4, 9, 8)
+    modules = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+    for size in ([9, None], (None, 2), [np.int64(3), None]):
+        for pool in (
+            *(partial(p, output_size=size) for p in ADAPTIVE),
+            *(m(size) for m in modules),
+        ):
+            torch.testing.assert_close(pool(x).nominal, pool(x.nominal))
 
 
 def test_arrays_as_hyperparameters() -> None:
