@@ -74,7 +74,7 @@ def product(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
 
 
 def naive(model: nn.Sequential, ball: Ball, affine: Any = two_passes) -> Step:
-    """Computes the step as one writes it in PyTorch: bounds by `affine`, nominal by the layer."""
+    """Computes the step as one writes it in eager PyTorch: bounds by `affine`."""
     *hidden, last = model
 
     def step(x: Tensor, y: Tensor) -> Terms:
@@ -111,22 +111,16 @@ def worst_logits(center: Tensor, features: Streams, weight: Any, y: Tensor) -> T
     return torch.where(F.one_hot(y, classes).bool(), 0.0, worst)
 
 
-def four(model: nn.Sequential, ball: Ball) -> Step:
-    """Runs four products in eager mode."""
-    return naive(model, ball, four_products)
-
-
 def compiled(model: nn.Sequential, ball: Ball, mode: str | None = None) -> Step:
-    """Compiles the two passes; fullgraph, so that nothing runs in eager mode unseen."""
-    return torch.compile(naive(model, ball), fullgraph=True, dynamic=False, mode=mode)
+    """Compiles the two passes; fullgraph, so that nothing runs in eager mode unseen.
 
-
-def compiled_with_graphs(model: nn.Sequential, ball: Ball) -> Step:
-    """Compiles the same with everything autotuned, under CUDA graphs of torch's own."""
-    inner = compiled(model, ball, "max-autotune")
+    Under "max-autotune" it has CUDA graphs of torch's own.
+    """
+    inner = torch.compile(naive(model, ball), fullgraph=True, dynamic=False, mode=mode)
 
     def step(x: Tensor, y: Tensor) -> Terms:
-        torch.compiler.cudagraph_mark_step_begin()
+        if mode is not None:
+            torch.compiler.cudagraph_mark_step_begin()
         return inner(x, y)
 
     return step
@@ -285,18 +279,18 @@ class OwnStep:
         self.model = problem.network().to(device)
         found = cf.fuse(self.model, precision, backend)._triton_stages(to_pixels(images))
         assert not isinstance(found, str), found
-        self.stages, weights, biases, self.precision = found
+        stages, *parameters, _ = found
         self.moments = {
-            id(p): (torch.zeros_like(p), torch.zeros_like(p)) for p in self.model.parameters()
+            p: (torch.zeros_like(p), torch.zeros_like(p)) for p in self.model.parameters()
         }
         pixels = pixel_table(nn.Identity(), images.shape[1])
         if lost is not None:
             pixels[:, lost] = torch.nan
         self.made = TrainStep(
-            self.stages,
+            stages,
             [
-                tuple(None if p is None else (p.data, *self.moments[id(p)]) for p in pair)
-                for pair in zip(weights, biases, strict=True)
+                tuple(None if p is None else (p.data, *self.moments[p]) for p in pair)
+                for pair in zip(*parameters, strict=True)
             ],
             images,
             labels,
@@ -324,13 +318,14 @@ class OwnStep:
                 each.zero_()
         self.made.totals.zero_()
         self.call()
-        first = [self.moments[id(parameter)][0] for parameter in self.model.parameters()]
-        return self.made.totals[0].clone(), [each / (1 - BETA1) for each in first]
+        gradients = [first / (1 - BETA1) for first, _ in self.moments.values()]
+        return self.made.totals[0].clone(), gradients
 
     def saved_bytes(self) -> int:
         from cibp_fast.ops import gpu_network  # not without Triton
 
-        return gpu_network.saved_bytes(self.stages, self.made.batch_size, self.precision)
+        made = self.made
+        return gpu_network.saved_bytes(made.stages, made.batch_size, made.precision)
 
 
 @dataclass(frozen=True)
@@ -369,7 +364,7 @@ CONTENDERS = {
     "fast": Contender(partial(fused, precision="fast"), ONE, 1e-2),
     "layers": Contender(layers, BOTH, 1e-4),
     "naive": Contender(naive, BOTH, 1e-3),
-    "four": Contender(four, BOTH, 1e-3),
+    "four": Contender(partial(naive, affine=four_products), BOTH, 1e-3),
     "compile": Contender(compiled, BOTH, 1e-3),
     "auto_lirpa": Contender(auto_lirpa, ONE, 1e-3),
     "naive_bf16": Contender(naive_bf16, ONE, 0.25),  # ten times slower without AVX512_BF16
@@ -413,5 +408,5 @@ GPU_CONTENDERS = {
     "naive_bf16_graph": _on_gpu(naive_bf16, "bf16", graph=True),
     "auto_lirpa": _on_gpu(auto_lirpa, "tf32", ONE),
     "compile": _on_gpu(compiled, "tf32"),
-    "compile_max": _on_gpu(compiled_with_graphs, "tf32"),
+    "compile_max": _on_gpu(partial(compiled, mode="max-autotune"), "tf32"),
 }

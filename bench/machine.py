@@ -7,11 +7,9 @@ import datetime
 import importlib.metadata
 import multiprocessing
 import os
-import platform
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +18,7 @@ from timing import Call, Row, timer
 from torch import Tensor
 
 from cibp_fast._graphs import capture
-from cibp_fast._version import __version__
+from cibp_fast.environment import versions
 from cibp_fast.ops import backends
 
 Result = TypeVar("Result")
@@ -71,7 +69,6 @@ def capture_stream(device: torch.device) -> torch.cuda.Stream | None:
         with torch.cuda.stream(each):
             x = torch.ones(64, 64, device=device, requires_grad=True)
             torch.addmm(x[0], x, x).sum().backward()
-    torch.cuda.synchronize(device)
     return stream
 
 
@@ -107,24 +104,20 @@ def cold_cache(device: torch.device) -> Tensor | None:
     return torch.empty(size, dtype=torch.uint8, device=device)
 
 
-def memory(device: torch.device) -> int:
-    """Returns the bytes of tensors, workspaces of torch's products among them (`capture_stream`),
-    and of what graphs keep in pools of their own; not what CUDA and its libraries take themselves.
+def memory(device: torch.device, call: Call | None = None) -> int:
+    """Returns the bytes of tensors, and of what graphs keep in pools of their own.
+
+    call: then it is the peak during the call. Not among them is what CUDA and its libraries take
+    themselves. 0 on the CPU.
     """
-    return 0 if device.type == "cpu" else torch.cuda.memory_allocated(device) + _pools()
-
-
-def peak_memory(call: Call, device: torch.device) -> int:
-    """Returns `memory` of a GPU at its peak, during a call."""
-    torch.cuda.synchronize()
+    if device.type == "cpu":
+        return 0
+    torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated(device) + _pools()
-
-
-def _pools() -> int:
-    return sum(
+    if call is not None:
+        call()
+        torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) + sum(
         segment["total_size"] - segment["allocated_size"]
         for segment in torch.cuda.memory_snapshot()
         if tuple(segment["segment_pool_id"]) != (0, 0)
@@ -135,40 +128,32 @@ def _pools() -> int:
 
 
 def prepared(options: argparse.Namespace) -> tuple[dict[str, float], Row]:
-    """Returns `ceilings` and `conditions`, and prints them; from now on cuDNN chooses by trying."""
+    """Returns `peaks` and `conditions`, and prints them; from now on cuDNN chooses by trying."""
     torch.backends.cudnn.benchmark = True
-    limits, where = ceilings(options.device), conditions(options)
-    speeds = ", ".join(f"{name} {speed:.4g}" for name, speed in limits.items())
-    print(f"at most, in GFLOP/s (copy: GB/s): {speeds}")
-    return limits, where
+    found, where = peaks(options.device), conditions(options)
+    print("at most, in GFLOP/s:", ", ".join(f"{name} {peak:.4g}" for name, peak in found.items()))
+    return found, where
 
 
-def ceilings(name: str, size: int = 8192) -> dict[str, float]:
-    """Measures what a device can reach: GFLOP/s by precision and, on a GPU, GB/s of a copy.
+def peaks(name: str, size: int = 8192) -> dict[str, float]:
+    """Measures the GFLOP/s that a device can reach, by precision.
 
-    On the CPU it is multiply-adds between registers on all threads; on a GPU torch.mm of random
-    matrices [size, size], and a copy of 16 size^2 bytes, those read and written counted, each
-    the best of ten. Raises ValueError where no CPU kernels are built.
+    On the CPU they are multiply-adds between registers on all threads; on a GPU torch.mm of random
+    matrices [size, size], the best of ten. Raises ValueError where no CPU kernels are built.
     """
     if name == "cpu":
         if not backends.available_isas():
             raise ValueError("the peak of the CPU needs its kernels, and none are built here")
         return {"float32": backends.kernels().peak_flops_float32(torch.get_num_threads(), 5) / 1e9}
-    device = device_of(name)
+    device, found = device_of(name), {}
     size = size if device.type == "cuda" else 64
-
-    def best(call: Call) -> float:
-        return min(timer(device)(call, 1) for _ in range(13))  # the first ones warm up
-
-    source = torch.rand(4 * size, size, device=device)
-    copy = partial(torch.empty_like(source).copy_, source)
-    found = {"copy": 2 * source.nbytes / best(copy) / 1e9}
     for precision in PRECISIONS:
         set_tf32(precision)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
         product = partial(torch.mm, a, b, out=torch.empty_like(a))
-        found[precision] = 2 * size**3 / best(product) / 1e9
+        best = min(timer(device)(product, 1) for _ in range(13))  # the first ones warm up
+        found[precision] = 2 * size**3 / best / 1e9
     return found
 
 
@@ -182,26 +167,14 @@ def conditions(options: argparse.Namespace) -> Row:
         "threads": torch.get_num_threads(),
         "isa": backends.in_use(torch.device("cpu"), torch.float32)[0].removeprefix("CPU "),
         "cpu": f"{backends.processor()}, {os.cpu_count()} logical cores",
-        "avx512_bf16": has_cpu_flag("avx512_bf16"),
+        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
     }
     if options.device != "cpu":
-        found["gpu"] = "interpreter"
-        if options.device == "cuda":
-            found["gpu"] = torch.cuda.get_device_name()
+        on_gpu = options.device == "cuda"
+        found["gpu"] = torch.cuda.get_device_name() if on_gpu else "interpreter"
         found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
         found["triton"] = importlib.metadata.version("triton")
-    found |= {"python": platform.python_version(), "torch": torch.__version__}
-    found["cibp_fast"] = __version__
+    found |= versions()
     print(", ".join(f"{name} {value}" for name, value in found.items()), flush=True)
     today = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
     return found | {"date": today, "command": options.command}
-
-
-def has_cpu_flag(name: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> bool | str:
-    """Returns whether the kernel lists that feature of the processor; "unknown" where it cannot."""
-    try:
-        lines = cpuinfo.read_text().splitlines()
-    except OSError:
-        return "unknown"
-    flags = [line.partition(":")[2].split() for line in lines if line.startswith("flags")]
-    return name in flags[0] if flags else "unknown"

@@ -31,7 +31,9 @@ from timing import Row
 from torch import Tensor
 
 import cibp_fast as cf
-from cibp_fast.ops import backends
+from cibp_fast.kernels.tiles import KERNELS
+from cibp_fast.ops import backends, cuda, numerics
+from cibp_fast.ops.gpu_network import shape_of
 from cibp_fast.training.datasets import to_pixels
 
 PROBLEMS = (  # the slowest first
@@ -59,9 +61,8 @@ class Group(NamedTuple):
 
     def measured(self, device: str) -> list[Row]:
         """Returns its rows with what was found; a failed check has a note."""
-        on = machine.device_of(device)
         rows = []
-        for of, check in checks(self, on):
+        for of, check in self.checks(machine.device_of(device)):
             try:
                 found = check()
             except Exception as error:  # whatever a compiler or driver raises
@@ -73,33 +74,30 @@ class Group(NamedTuple):
                 rows.append(self.row(of, name, note, **error))
         return rows
 
-
-def checks(group: Group, device: torch.device) -> Iterator[tuple[str, Callable[[], Found]]]:
-    """Gives the step, whose kernels other benchmarks then find compiled, and the convolutions."""
-    from cibp_fast.ops import cuda
-    from cibp_fast.ops.gpu_network import shape_of  # not without Triton
-
-    problem, backend, precision = group
-    yield "step", partial(step, problem, precision, backend, device)
-    x = to_pixels(problem.images()[0]).to(device)
-    found = cf.fuse(problem.network().to(device), "float32", "triton")._triton_stages(x)
-    assert not isinstance(found, str), found
-    shapes = (shape_of(stage, problem.batch) for stage in found[0] if not stage.pool)
-    for shape in dict.fromkeys(shapes):
-        check = partial(convolution, shape, precision, device)
-        if backend == "cuda":
-            few = shape.in_channels <= cuda.FEW
-            if not few and not (cuda._is_hopper(device) and cuda._is_halo(shape, precision)):
-                continue
-            kernels = ("forward", "weight_gradient") if few else ("forward",)
-            check = partial(cuda_convolution, shape, precision, device, kernels)
-        yield str(tuple(shape)), check
+    def checks(self, device: torch.device) -> Iterator[tuple[str, Callable[[], Found]]]:
+        """Gives the step, whose kernels other benchmarks then find compiled, and convolutions."""
+        problem, backend, precision = self
+        yield "step", partial(step, problem, precision, backend, device)
+        x = to_pixels(problem.images()[0]).to(device)
+        found = cf.fuse(problem.network().to(device), "float32", "triton")._triton_stages(x)
+        assert not isinstance(found, str), found
+        shapes = (shape_of(stage, problem.batch) for stage in found[0] if not stage.pool)
+        for shape in dict.fromkeys(shapes):
+            case, kernels = numerics.Case, KERNELS
+            if backend == "cuda":
+                case, kernels = CudaCase, ("forward", "weight_gradient")
+                if shape.in_channels > cuda.FEW:
+                    kernels = ("forward",)
+                    if not (cuda._is_hopper(device) and cuda._is_halo(shape, precision)):
+                        continue
+            check = partial(convolution, case, shape, precision, device, kernels)
+            yield str(tuple(shape)), check
 
 
 def step(problem: Problem, precision: str, backend: str, device: torch.device) -> Found:
     """Finds a step's errors; see the module's docstring."""
     make = partial(OwnStep, problem, precision, device, backend)
-    loss, gradient = Exact.of(problem, device).errors(make())
+    errors = Exact.of(problem, device).errors(make())
 
     one, two = (make(rate=1e-3) for _ in range(2))
     for each in (one, two, one, two):
@@ -111,40 +109,30 @@ def step(problem: Problem, precision: str, backend: str, device: torch.device) -
     with_nan.call()
     tensors = [with_nan.made.totals[:1], *with_nan.model.parameters()]
     dropped = sum(not each.isnan().any() for each in tensors)
-    tolerance = TOLERANCES[precision]
-    found = {"loss": (loss, tolerance), "gradients": (gradient, tolerance)}
+    found = {name: (error, TOLERANCES[precision]) for name, error in errors.items()}
     return {**found, "two runs": (differ, 0.0), "NaN": (dropped, 0.0)}
 
 
-def convolution(shape: Any, precision: str, device: torch.device) -> Found:
-    """Returns the errors of Triton's kernels."""
-    from cibp_fast.ops import numerics
-
-    errors = numerics.errors(shape, precision, device)
-    return {name: (error, numerics.TOLERANCES[precision]) for name, error in errors.items()}
+def convolution(case: Any, shape: Any, precision: str, device: Any, kernels: Any) -> Found:
+    """Returns the errors of a convolution's kernels on random numbers."""
+    made = case(shape, precision, device)
+    return {name: (made.error(name), numerics.TOLERANCES[precision]) for name in kernels}
 
 
-def cuda_convolution(
-    shape: Any, precision: str, device: torch.device, kernels: tuple[str, ...]
-) -> Found:
-    """Returns the errors of the kernels in CUDA C++."""
-    from cibp_fast.ops import cuda, numerics
+class CudaCase(numerics.Case):
+    """Runs the kernels in CUDA C++."""
 
-    class Case(numerics.Case):
-        def launch(self, kernel: str, tiles: Any = None) -> tuple[Tensor, ...]:
-            weight = self.weight.float().permute(0, 3, 1, 2).contiguous()
-            if kernel == "weight_gradient":
-                of = (self.gradient, self.x, weight)
-                found = cuda.weight_gradient(*of, shape, precision)
-            else:
-                out, of = torch.full_like(self.gradient, torch.nan), (self.x, weight, self.bias)
-                widths = cuda.convolution(*of, shape, precision, relu=True, out=out)
-                found = None if widths is None else (out, widths)
-            assert found is not None, "no kernel in CUDA C++ takes it"
-            return found
-
-    case = Case(shape, precision, device)
-    return {name: (case.error(name), numerics.TOLERANCES[precision]) for name in kernels}
+    def launch(self, kernel: str, tiles: Any = None) -> tuple[Tensor, ...]:
+        weight = self.weight.float().permute(0, 3, 1, 2).contiguous()
+        if kernel == "weight_gradient":
+            of = (self.gradient, self.x, weight)
+            found = cuda.weight_gradient(*of, self.shape, self.precision)
+        else:
+            out, of = torch.full_like(self.gradient, torch.nan), (self.x, weight, self.bias)
+            widths = cuda.convolution(*of, self.shape, self.precision, relu=True, out=out)
+            found = None if widths is None else (out, widths)
+        assert found is not None, "no kernel in CUDA C++ takes it"
+        return found
 
 
 def run(options: argparse.Namespace) -> None:
@@ -161,11 +149,9 @@ def run(options: argparse.Namespace) -> None:
         except ValueError as error:
             why_not = f": {error}"
             print(f"  {backend}: not measured{why_not}")
-        for problem in PROBLEMS:
-            for precision in PRECISIONS:
-                group = Group(problem, backend, precision)
-                table[group] = [group.row("all", "all", f"not measured{why_not}")]
-                todo += [] if why_not else [group]
+        groups = [Group(each, backend, precision) for each in PROBLEMS for precision in PRECISIONS]
+        todo += [] if why_not else groups
+        table |= {each: [each.row("all", "all", f"not measured{why_not}")] for each in groups}
 
     def write() -> None:
         timing.write(options.output, [row | where for rows in table.values() for row in rows])
@@ -180,11 +166,9 @@ def run(options: argparse.Namespace) -> None:
                 table[group] = future.result()
             except Exception as error:  # the process ended without a result
                 table[group] = [group.row("all", "all", timing.line(error))]
-            for row in table[group]:
-                if row["note"]:
-                    print(
-                        "  {network}, {backend}, {precision}, {of}, {check}: {note}".format_map(row)
-                    )
+            failures = [row for row in table[group] if row["note"]]
+            for row in failures:
+                print("  {network}, {backend}, {precision}, {of}, {check}: {note}".format_map(row))
             write()
     rows = [row for group in todo for row in table[group]]
     failed = sum(bool(row["note"]) for row in rows)

@@ -348,7 +348,6 @@ def gpu() -> list[str]:
         "us": ("ms", "{:,.1f}", 1e3),
         "over `train_step_tf32`": ("fused_ratio",),
         "share of a matrix product's speed": ("effective_to_peak",),
-        "of a copy's": ("copy_share",),
         "saved MiB": ("saved_bytes", *MIB),
         "peak MiB": ("peak_bytes", *MIB),
     }

@@ -4,8 +4,8 @@ A step is the nominal and the interval forward pass, the constrained IBP loss wi
 and the widths after the activations, and the backward pass to all parameters; on a GPU with Adam.
 The contenders run in turn, each with its own copy of one network, in each memory format of theirs.
 Each is checked against float64 first: one that is wrong, or cannot run, is reported and not timed.
-"ratio" is the time of the two-pass eager step, in the better format, over a contender's own, round
-by round. GFLOP/s count direct products, the same for all. bench/README.md says who computes what.
+"ratio" is a contender's time over that of ours ("fused", on a GPU "train_step_tf32"), round by
+round. GFLOP/s count direct products, the same for all. bench/README.md says who computes what.
 """
 
 from __future__ import annotations
@@ -24,16 +24,21 @@ from pathlib import Path
 from typing import Any
 
 import machine
+import problems
 import timing
 import torch
-from baselines import CONTENDERS, GPU_CONTENDERS
-from problems import DATASETS, PLAIN, PRECISIONS, Exact, Problem
+from baselines import CONTENDERS, GPU_CONTENDERS, Contender
+from problems import DATASETS, PLAIN, Exact, Problem
 from timing import Call, Row
 
 from cibp_fast.ops import backends
 
 SIDE = 16  # of the images of --channels
 BUSY = "import os\nwhile os.getppid() == {}: pass"  # ends with this process, however it ends
+
+
+def contenders(device: str) -> Mapping[str, Contender]:
+    return CONTENDERS if device == "cpu" else GPU_CONTENDERS
 
 
 def made(
@@ -45,18 +50,17 @@ def made(
     stream = machine.capture_stream(device)
     before = machine.memory(device)
     step = contender.step(problem, memory_format, device, stream)
-    facts: Row = {"precision": contender.precision, **exact.check(step, contender.tolerance)}
-    facts["saved_bytes"] = step.saved_bytes()
+    errors = exact.errors(step)
+    problems.check(errors, contender.tolerance)
+    facts: Row = {"precision": contender.precision, "saved_bytes": step.saved_bytes()}
+    facts |= {f"{each}_error": f"{error:.2e}" for each, error in errors.items()}
+    facts["tolerance"] = contender.tolerance
     if device.type == "cuda":
-        facts["peak_bytes"] = machine.peak_memory(step.call, device) - before
+        facts["peak_bytes"] = machine.memory(device, step.call) - before
     elif options.rss:
         of = problem, name, memory_format, torch.get_num_threads()
         facts["peak_bytes"] = machine.in_child(peak_growth, *of)
     return step.call, facts
-
-
-def contenders(device: str) -> Mapping[str, Any]:
-    return CONTENDERS if device == "cpu" else GPU_CONTENDERS
 
 
 def peak_growth(problem: Problem, name: str, memory_format: str, threads: int) -> int:
@@ -105,9 +109,9 @@ def busy(processes: int) -> Iterator[None]:
 
 
 def rows(
-    problem: Problem, load: int, options: argparse.Namespace, limits: Mapping[str, float]
+    problem: Problem, load: int, options: argparse.Namespace, peaks: Mapping[str, float]
 ) -> list[Row]:
-    """Times all contenders beside `load` busy processes a core; limits: of `machine.ceilings`."""
+    """Times all contenders beside `load` busy processes a core."""
     device, on_gpu = machine.device_of(options.device), options.device != "cpu"
     torch.compiler.reset()  # or compilations of earlier problems count towards its limit
     exact = Exact.of(problem, device)
@@ -116,33 +120,26 @@ def rows(
         for name in options.contenders
         for each in contenders(options.device)[name].formats
     }
-
     with busy(load * (os.cpu_count() or 1)):
         found = timing.interleaved(
             makers,
             timing.timer(device),
             options.rounds,
-            baseline="naive_tf32" if on_gpu else "naive",
             ours="train_step_tf32" if on_gpu else "fused",
-            flops=problem.flops(),
-            moved={each: problem.bytes(each) for each in PRECISIONS},
-            limits=limits,
             least=0.01 if on_gpu else 0.002,
             ready=options.ready,
         )
     base = {"model": problem.model, "dataset": problem.dataset, "batch": problem.batch}
     base |= {"clip": problem.clip, "load": load}
-    return [{**base, "optimizer": "adam" if on_gpu else "none", **row} for row in found]
+    return [{**base, **timing.speed(row, problem.flops(), peaks)} for row in found]
 
 
 def run(options: argparse.Namespace) -> None:
     allowed = contenders(options.device)
     options.contenders = options.contenders or list(allowed)
-    for name in options.contenders:
-        if name not in allowed:
-            raise ValueError(
-                f"on device {options.device} contenders are {', '.join(allowed)}, not {name}"
-            )
+    if wrong := [name for name in options.contenders if name not in allowed]:
+        names = ", ".join(allowed)
+        raise ValueError(f"on device {options.device} contenders are {names}, not {wrong[0]}")
     if options.rss:
         if options.device != "cpu":
             raise ValueError("rss is of a CPU's step; a GPU's table holds the peak memory anyway")
@@ -150,15 +147,16 @@ def run(options: argparse.Namespace) -> None:
             reset_peak()
         except OSError as error:
             raise ValueError(f"rss needs Linux's /proc/self/clear_refs: {error}") from error
-    limits, where = machine.prepared(options)
-    print("ratio: the time of the two-pass eager step over its own")
+    peaks, where = machine.prepared(options)
+    ours = "the step of cibp-fast train in tf32" if options.device != "cpu" else "cf.fuse"
+    print(f"ratio: the time over that of {ours}")
     networks = [(m, d, DATASETS[d][1]) for m in options.models for d in options.datasets]
     if options.channels:
         networks = [(PLAIN, f"{count}x{SIDE}x{SIDE}", 100) for count in options.channels]
     cases = (
         (
             f"{model} {dataset}, batch {batch}, beside {load} busy processes a core",
-            partial(rows, Problem(model, dataset, batch, options.clip), load, options, limits),
+            partial(rows, Problem(model, dataset, batch, options.clip), load, options, peaks),
         )
         for model, dataset, usual in networks
         for batch in options.batch or [usual]
@@ -186,8 +184,7 @@ channels = (
 )
 script.option("--channels", None, channels, **several)
 which = f"of {', '.join(CONTENDERS)}; on a GPU of {', '.join(GPU_CONTENDERS)} (default: all)"
-allowed = {"choices": sorted({*CONTENDERS, *GPU_CONTENDERS}), "nargs": "+", "metavar": "NAME"}
-script.option("--contenders", None, which, **allowed)
+script.option("--contenders", None, which, nargs="+", metavar="NAME")
 beside = "busy processes a core, beside the steps"
 script.option("--load", [0], beside, type=timing.number(0), nargs="+")
 ready = "after N seconds make no further contender of a network, and time the others"

@@ -23,7 +23,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 def test_the_table_of_the_epochs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     presets = ["cifar10-small-8of255-cibp", "mnist-small-0.4-nominal"]
     output = tmp_path / "new" / "epochs.csv"
-    words = ["--steps", "2", "--epochs", "3", "--examples", "20", "--threads", "1", "--presets"]
+    words = ["--steps", "2", "--epochs", "3", "--threads", "1", "--presets"]
     assert epochs.script.main([*words, *presets, "--output", str(output)]) == 0
     rows = rows_of(output)
     assert [row["preset"] for row in rows] == presets
@@ -32,15 +32,11 @@ def test_the_table_of_the_epochs(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert (row["batch"], row["epoch_steps"], row["epochs"]) == (str(batch), "2", "2")
         shares = [float(row[part]) for part in epochs.PARTS]
         assert sum(shares) == pytest.approx(1, abs=1e-4) and all(0 < share < 1 for share in shares)
-        assert 0 < float(row["outside_q1"]) <= float(row["outside"]) <= float(row["outside_q3"]) < 1
-        epoch, first = float(row["epoch_s"]), float(row["first_epoch_s"])
+        epoch = float(row["epoch_s"])
         assert float(row["examples_per_s"]) == pytest.approx(2 * batch / epoch, rel=1e-2)
-        whole = float(row["all_epochs"])
-        assert whole == pytest.approx(preset(row["preset"]).steps / 2, rel=1e-3)
-        assert float(row["all_s"]) == pytest.approx(first + (whole - 1) * epoch, rel=1e-2)
-        assert float(row["evaluation_ms_per_example"]) > 0
+        assert float(row["first_epoch_s"]) > 0
     printed = capsys.readouterr().out
-    assert printed.count("epochs: ") == 2 and "loss" not in printed
+    assert printed.count("first epoch") == 2 and "loss" not in printed
 
 
 def _tiny(in_shape: tuple[int, ...], padding: str) -> nn.Sequential:
@@ -55,7 +51,7 @@ def test_the_table_of_the_epochs_on_a_gpu(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(epochs, "preset", partial(preset, batch_size=2))
     output = tmp_path / "epochs.csv"
     words = ["--device", "interpreter", "--precision", "tf32", "--steps", "2", "--epochs", "3"]
-    words += ["--examples", "4", "--output", str(output), "--presets"]
+    words += ["--output", str(output), "--presets"]
     with tritons.large_tiles():
         code = epochs.script.main([*words, "mnist-small-0.4-cibp", "cifar10-small-8of255-cibp"])
     assert code == 0
