@@ -205,7 +205,6 @@ class TorchStep:
         contender: Contender,
         memory_format: str,
         device: torch.device,
-        stream: torch.cuda.Stream | None,
     ) -> None:
         assert contender.build is not None
         self.precision = contender.precision
@@ -221,7 +220,7 @@ class TorchStep:
             )
         self.call: Callable[[], Tensor] = self._step
         if contender.graph:
-            self.call = captured(self._step, device, stream)
+            self.call = captured(self._step, device)
 
     def _step(self) -> Tensor:
         set_tf32(self.precision)
@@ -346,16 +345,11 @@ class Contender:
     backend: str = "triton"  # of the step of training/gpu_step.py
 
     def step(
-        self,
-        problem: Problem,
-        memory_format: str = "nchw",
-        device: torch.device = CPU,
-        stream: torch.cuda.Stream | None = None,
+        self, problem: Problem, memory_format: str = "nchw", device: torch.device = CPU
     ) -> TorchStep | OwnStep:
-        """Makes its step; stream: where one that is a CUDA graph is captured, or None."""
         if self.build is None:
             return OwnStep(problem, self.precision, device, self.backend)
-        return TorchStep(problem, self, memory_format, device, stream)
+        return TorchStep(problem, self, memory_format, device)
 
 
 ONE, BOTH = ("nchw",), ("nchw", "nhwc")

@@ -3,8 +3,7 @@
 That one is two passes, with W for the center and with W.abs() for the radius, one for the nominal,
 and the width. "forward" runs without autograd, "training" with the gradients to weight, bias and,
 but for a network's first layer, the streams. All are checked against float64 before they are timed.
-On a GPU each is a CUDA graph, replayed with a cold L2 cache: "fused" is the op, in float32,
-"kernels" its kernels alone, on streams that lie as they want them, with the ReLU and its gradient.
+On a GPU each is a CUDA graph, replayed with a cold L2 cache; tune.py times the kernels alone there.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from baselines import TOLERANCES, two_passes
 from problems import (
     DATASETS,
     NETWORKS,
-    PRECISIONS,
     Problem,
     affine_reference,
     in_format,
@@ -140,37 +138,6 @@ def reference(layer: Layer, training: bool, device: torch.device) -> dict[str, T
     return dict(zip(names, found, strict=False))
 
 
-def checked(errors: Mapping[str, float], tolerance: float) -> Row:
-    """Returns the largest error for a row; raises AssertionError where it is too large."""
-    problems.check(errors, tolerance)
-    return {"error": f"{max(errors.values()):.2e}", "tolerance": tolerance}
-
-
-def kernels(layer: Layer, training: bool, precision: str, device: torch.device) -> tuple[Call, Row]:
-    """Returns those of the layer on random numbers, checked against float64."""
-    from cibp_fast.kernels import weights
-    from cibp_fast.kernels.shape import Shape
-    from cibp_fast.ops import numerics
-
-    module, x = layer.module, layer.streams[0]
-    ones = [1] * (4 - x.dim())  # a linear layer is a 1x1 convolution of 1x1 images
-    geometry = [] if ones else [module.stride, module.padding, module.dilation]
-    sizes = *x.shape, *ones, *layer.outputs().shape[1:], *ones, *module.weight.shape[2:], *ones
-    case = numerics.Case(Shape(*sizes, *geometry), precision, device)
-    names = ["forward", "weight_gradient", "input_gradient"]
-    names = names[: (2 if layer.first else 3) if training else 1]
-    facts = checked({name: case.error(name) for name in names}, numerics.TOLERANCES[precision])
-
-    def run() -> None:
-        for name in names:
-            results = case.launch(name)
-            if name == "weight_gradient":
-                for partials in results:
-                    weights.sum_partials(partials)
-
-    return machine.captured(run, device), {"precision": precision, **facts}
-
-
 def rows(
     layer: Layer, training: bool, options: argparse.Namespace, peaks: Mapping[str, float]
 ) -> list[Row]:
@@ -184,17 +151,14 @@ def rows(
         machine.set_tf32(precision)
         step = call(apply, layer, training, lambda x: in_format(memory_format, x).to(device))
         step = machine.captured(step, device)
-        errors = map(relative_error, step(), expected.values())
-        errors = dict(zip(expected, errors, strict=True))
-        return step, {"precision": precision, **checked(errors, tolerance)}
+        found = zip(expected.items(), step(), strict=True)
+        errors = {name: relative_error(result, right) for (name, right), result in found}
+        problems.check(errors, tolerance)
+        error = f"{max(errors.values()):.2e}"
+        return step, {"precision": precision, "error": error, "tolerance": tolerance}
 
-    makers: dict[timing.Key, Callable[[], tuple[Call, Row]]] = {
-        (f"kernels_{each}", "nhwc"): partial(kernels, layer, training, each, device)
-        for each in (PRECISIONS if on_gpu else ())
-    }
-    for name in contenders:
-        for each in ("nchw", "nhwc") if isinstance(layer.module, nn.Conv2d) else ("nchw",):
-            makers[name, each] = partial(made, name, each)
+    formats = ("nchw", "nhwc") if isinstance(layer.module, nn.Conv2d) else ("nchw",)
+    makers = {(name, each): partial(made, name, each) for name in contenders for each in formats}
     with torch.set_grad_enabled(training):
         timer = timing.timer(device, machine.cold_cache(device))
         found = timing.interleaved(makers, timer, options.rounds, ours="fused")

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from problems import PRECISIONS
-from timing import Call, Row, timer
+from timing import Row, timer
 from torch import Tensor
 
 from cibp_fast._graphs import capture
@@ -54,34 +54,14 @@ def set_tf32(precision: str) -> None:
     torch.backends.cudnn.allow_tf32 = precision != "float32"
 
 
-def capture_stream(device: torch.device) -> torch.cuda.Stream | None:
-    """Returns a stream for `captured`, with workspaces for torch's products; None on the CPU.
-
-    torch keeps workspaces for each stream that products run on, forward and, in autograd's thread,
-    backward. They are made here, for this stream and the current one, before `memory` is read: so
-    that they are nobody's, whoever multiplies first. Graphs share no stream, since torch drops its
-    workspaces with the first of them.
-    """
-    if device.type == "cpu":
-        return None
-    stream = torch.cuda.Stream(device)
-    for each in (torch.cuda.current_stream(device), stream):
-        with torch.cuda.stream(each):
-            x = torch.ones(64, 64, device=device, requires_grad=True)
-            torch.addmm(x[0], x, x).sum().backward()
-    return stream
-
-
-def captured(
-    function: Callable[[], Result], device: torch.device, stream: torch.cuda.Stream | None = None
-) -> Callable[[], Result]:
+def captured(function: Callable[[], Result], device: torch.device) -> Callable[[], Result]:
     """Returns the function as a CUDA graph: a call is a replay, and returns what the capture did.
 
-    stream: of the capture, or a new one. On the CPU it is the function itself.
+    On the CPU it is the function itself.
     """
     if device.type == "cpu":
         return function
-    stream = stream or torch.cuda.Stream(device)
+    stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):  # compiles, chooses algorithms, and makes the optimizer's state
@@ -104,24 +84,19 @@ def cold_cache(device: torch.device) -> Tensor | None:
     return torch.empty(size, dtype=torch.uint8, device=device)
 
 
-def memory(device: torch.device, call: Call | None = None) -> int:
-    """Returns the bytes of tensors, and of what graphs keep in pools of their own.
+def memory(device: torch.device, call: Callable[[], object] = lambda: None) -> int:
+    """Returns the most bytes that torch holds of a GPU's memory during a call.
 
-    call: then it is the peak during the call. Not among them is what CUDA and its libraries take
-    themselves. 0 on the CPU.
+    Graphs' pools and the workspaces of torch's products are among them, and what is left of the
+    segments of up to 20 MiB that it takes memory in. 0 on the CPU.
     """
     if device.type == "cpu":
         return 0
     torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
-    if call is not None:
-        call()
-        torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) + sum(
-        segment["total_size"] - segment["allocated_size"]
-        for segment in torch.cuda.memory_snapshot()
-        if tuple(segment["segment_pool_id"]) != (0, 0)
-    )
+    call()
+    return torch.cuda.max_memory_reserved(device)
 
 
 # Conditions

@@ -1,10 +1,10 @@
-"""Checks the kernels of a GPU against float64, on the GPU itself.
+"""Checks the kernels of a GPU against float64, on the GPU itself, in networks of the paper.
 
-- The convolutions and linear layers of the networks, forward and both gradients; of the CUDA C++
-  kernels those that they take.
-- Whole steps of training/gpu_step.py, which are all kernels, by both backends: the errors of loss
-  and gradients, how many tensors two runs of two steps do not agree on bitwise, and how many (loss
-  and parameters) a NaN in the images does not reach.
+- step: two steps of training/gpu_step.py, by Triton's kernels or with those of CUDA C++, layer by
+  layer, as `cibp-fast train` checks them before it uses them (training/gpu_step_check.py);
+- network: the network as `cf.fuse` runs it, forward and backward (ops/numerics.py);
+- repeats: how many tensors two runs of two steps do not agree on bitwise, and how many (loss and
+  parameters) a NaN in the images does not reach.
 
 The checks of a network by one backend in one precision run in a process of their own, several at a
 time: compiling takes most of the time, and a kernel that breaks the GPU's context breaks that group
@@ -25,15 +25,14 @@ from typing import Any, NamedTuple
 import machine
 import timing
 import torch
-from baselines import TOLERANCES, OwnStep
-from problems import POOLED, PRECISIONS, Exact, Problem
+from baselines import OwnStep
+from problems import POOLED, PRECISIONS, WIDTH_WEIGHT, Problem
 from timing import Row
-from torch import Tensor
+from torch import nn
 
 import cibp_fast as cf
-from cibp_fast.kernels.tiles import KERNELS
-from cibp_fast.ops import backends, cuda, numerics
-from cibp_fast.ops.gpu_network import shape_of
+from cibp_fast.ops import backends
+from cibp_fast.training.batches import pixel_table
 from cibp_fast.training.datasets import to_pixels
 
 PROBLEMS = (  # the slowest first
@@ -75,64 +74,40 @@ class Group(NamedTuple):
         return rows
 
     def checks(self, device: torch.device) -> Iterator[tuple[str, Callable[[], Found]]]:
-        """Gives the step, whose kernels other benchmarks then find compiled, and convolutions."""
+        from cibp_fast.ops import numerics  # not without Triton
+        from cibp_fast.training import gpu_step_check
+
         problem, backend, precision = self
-        yield "step", partial(step, problem, precision, backend, device)
-        x = to_pixels(problem.images()[0]).to(device)
-        found = cf.fuse(problem.network().to(device), "float32", "triton")._triton_stages(x)
+        images, _ = problem.images()
+        network = cf.fuse(problem.network().to(device), precision, backend)
+        found = network._triton_stages(to_pixels(images).to(device))
         assert not isinstance(found, str), found
-        shapes = (shape_of(stage, problem.batch) for stage in found[0] if not stage.pool)
-        for shape in dict.fromkeys(shapes):
-            case, kernels = numerics.Case, KERNELS
-            if backend == "cuda":
-                case, kernels = CudaCase, ("forward", "weight_gradient")
-                if shape.in_channels > cuda.FEW:
-                    kernels = ("forward",)
-                    if not (cuda._is_hopper(device) and cuda._is_halo(shape, precision)):
-                        continue
-            check = partial(convolution, case, shape, precision, device, kernels)
-            yield str(tuple(shape)), check
+        stages, _, biases, _ = found
+        given = stages, [bias is not None for bias in biases]
+        step = {"precision": precision, "batch_size": problem.batch, "cpp": backend == "cuda"}
+        step |= {"clip": (0.0, 1.0) if problem.clip else None}
+        step |= {"width_weight": WIDTH_WEIGHT, "mean": True}
+        pixels = pixel_table(nn.Identity(), images.shape[1])
+        yield "step", partial(gpu_step_check.errors, *given, pixels, device, **step)
+        if backend == "triton":
+            of = problem.batch, precision, device
+            yield "network", partial(numerics.network_errors, *given, *of)
+        yield "repeats", partial(repeats, problem, precision, backend, device)
 
 
-def step(problem: Problem, precision: str, backend: str, device: torch.device) -> Found:
-    """Finds a step's errors; see the module's docstring."""
-    make = partial(OwnStep, problem, precision, device, backend)
-    errors = Exact.of(problem, device).errors(make())
-
-    one, two = (make(rate=1e-3) for _ in range(2))
+def repeats(problem: Problem, precision: str, backend: str, device: torch.device) -> Found:
+    """Counts the tensors that two runs do not agree on, and those that NaN does not reach."""
+    make = partial(OwnStep, problem, precision, device, backend, rate=1e-3)
+    one, two = make(), make()
     for each in (one, two, one, two):
         each.call()
     pairs = zip(one.made._state(), two.made._state(), strict=True)
     differ = sum(not torch.equal(a, b) for a, b in pairs)
-
-    with_nan = make(rate=1e-3, lost=int(problem.images()[0].flatten()[0]))
+    with_nan = make(lost=int(problem.images()[0].flatten()[0]))
     with_nan.call()
     tensors = [with_nan.made.totals[:1], *with_nan.model.parameters()]
     dropped = sum(not each.isnan().any() for each in tensors)
-    found = {name: (error, TOLERANCES[precision]) for name, error in errors.items()}
-    return {**found, "two runs": (differ, 0.0), "NaN": (dropped, 0.0)}
-
-
-def convolution(case: Any, shape: Any, precision: str, device: Any, kernels: Any) -> Found:
-    """Returns the errors of a convolution's kernels on random numbers."""
-    made = case(shape, precision, device)
-    return {name: (made.error(name), numerics.TOLERANCES[precision]) for name in kernels}
-
-
-class CudaCase(numerics.Case):
-    """Runs the kernels in CUDA C++."""
-
-    def launch(self, kernel: str, tiles: Any = None) -> tuple[Tensor, ...]:
-        weight = self.weight.float().permute(0, 3, 1, 2).contiguous()
-        if kernel == "weight_gradient":
-            of = (self.gradient, self.x, weight)
-            found = cuda.weight_gradient(*of, self.shape, self.precision)
-        else:
-            out, of = torch.full_like(self.gradient, torch.nan), (self.x, weight, self.bias)
-            widths = cuda.convolution(*of, self.shape, self.precision, relu=True, out=out)
-            found = None if widths is None else (out, widths)
-        assert found is not None, "no kernel in CUDA C++ takes it"
-        return found
+    return {"two runs": (differ, 0.0), "NaN": (dropped, 0.0)}
 
 
 def run(options: argparse.Namespace) -> None:

@@ -47,9 +47,8 @@ def made(
     """Returns a contender's step, checked, and what is known of it."""
     device = machine.device_of(options.device)
     contender = contenders(options.device)[name]
-    stream = machine.capture_stream(device)
     before = machine.memory(device)
-    step = contender.step(problem, memory_format, device, stream)
+    step = contender.step(problem, memory_format, device)
     errors = exact.errors(step)
     problems.check(errors, contender.tolerance)
     facts: Row = {"precision": contender.precision, "saved_bytes": step.saved_bytes()}
