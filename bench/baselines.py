@@ -1,6 +1,6 @@
 """The ways to compute one training step that are timed against each other, and their steps.
 
-Each way maps a network and the box to a function of a batch, `x [N, C, H, W]` and labels `y [N]`,
+Each way maps a network and a problem, whose boxes it takes, to a function of a batch, `x` and `y`,
 that returns the terms of the constrained IBP loss with elided margins and the widths of the
 activations and logits (`losses.Terms`). All share the network's parameters.
 """
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from machine import captured, set_tf32
-from problems import CPU, EPS, KAPPA, WIDTH_WEIGHT, Ball, Problem, in_format
+from problems import CPU, EPS, KAPPA, WIDTH_WEIGHT, Problem, in_format
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -35,16 +35,16 @@ BETA1 = 0.9  # of Adam
 
 
 def fused(
-    model: nn.Sequential, ball: Ball, precision: str = "float32", backend: str = "auto"
+    model: nn.Sequential, problem: Problem, precision: str = "float32", backend: str = "auto"
 ) -> Step:
     """Computes the whole network as one op."""
     net = cf.fuse(model, precision, backend)
-    return lambda x, y: terms(net.bounds(x, ball.interval(x)), y)
+    return lambda x, y: terms(net.bounds(x, problem.box(x)), y)
 
 
-def layers(model: nn.Sequential, ball: Ball) -> Step:
+def layers(model: nn.Sequential, problem: Problem) -> Step:
     """Computes each layer by a fused op: cf.bounds."""
-    return lambda x, y: terms(cf.bounds(model, x, ball.interval(x)), y)
+    return lambda x, y: terms(cf.bounds(model, x, problem.box(x)), y)
 
 
 # Baselines
@@ -73,12 +73,12 @@ def product(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
     return F.linear(x, weight, bias)
 
 
-def naive(model: nn.Sequential, ball: Ball, affine: Any = two_passes) -> Step:
+def naive(model: nn.Sequential, problem: Problem, affine: Any = two_passes) -> Step:
     """Computes the step as one writes it in eager PyTorch: bounds by `affine`."""
     *hidden, last = model
 
     def step(x: Tensor, y: Tensor) -> Terms:
-        lower, upper = ball.streams(x)
+        lower, upper = problem.streams(x)
         nominal, width = x, x.new_zeros(())
         for module in hidden:
             if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -111,12 +111,12 @@ def worst_logits(center: Tensor, features: Streams, weight: Any, y: Tensor) -> T
     return torch.where(F.one_hot(y, classes).bool(), 0.0, worst)
 
 
-def compiled(model: nn.Sequential, ball: Ball, mode: str | None = None) -> Step:
+def compiled(model: nn.Sequential, problem: Problem, mode: str | None = None) -> Step:
     """Compiles the two passes; fullgraph, so that nothing runs in eager mode unseen.
 
     Under "max-autotune" it has CUDA graphs of torch's own.
     """
-    inner = torch.compile(naive(model, ball), fullgraph=True, dynamic=False, mode=mode)
+    inner = torch.compile(naive(model, problem), fullgraph=True, dynamic=False, mode=mode)
 
     def step(x: Tensor, y: Tensor) -> Terms:
         if mode is not None:
@@ -126,9 +126,9 @@ def compiled(model: nn.Sequential, ball: Ball, mode: str | None = None) -> Step:
     return step
 
 
-def naive_bf16(model: nn.Sequential, ball: Ball) -> Step:
+def naive_bf16(model: nn.Sequential, problem: Problem) -> Step:
     """Runs the two passes under bfloat16 autocast."""
-    inner = naive(model, ball)
+    inner = naive(model, problem)
 
     def step(x: Tensor, y: Tensor) -> Terms:
         with torch.autocast(x.device.type, dtype=torch.bfloat16):
@@ -137,7 +137,7 @@ def naive_bf16(model: nn.Sequential, ball: Ball) -> Step:
     return step
 
 
-def auto_lirpa(model: nn.Sequential, ball: Ball) -> Step:
+def auto_lirpa(model: nn.Sequential, problem: Problem) -> Step:
     """Runs auto_LiRPA's IBP: a nominal pass, hidden bounds, logits, margins by its C matrix."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what it imports
@@ -152,7 +152,7 @@ def auto_lirpa(model: nn.Sequential, ball: Ball) -> Step:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of its tracing
                 net = auto_LiRPA.BoundedModule(_without_pad(model), torch.zeros_like(x))
-        lower, upper = ball.streams(x)
+        lower, upper = problem.streams(x)
         box = auto_LiRPA.PerturbationLpNorm(norm=torch.inf, x_L=lower, x_U=upper)
         logits = net(auto_LiRPA.BoundedTensor(x, box))
         one_hot = torch.eye(logits.shape[1], device=x.device)
@@ -211,7 +211,7 @@ class TorchStep:
         self.model = in_format(memory_format, problem.network().to(device))
         x, y = problem.data()
         self.batch = in_format(memory_format, x.to(device)), y.to(device)
-        self.terms = contender.build(self.model, problem.ball)
+        self.terms = contender.build(self.model, problem)
         self.optimizer = None
         if contender.adam:
             # At rate 0 it does the same work, and every timed step is the one that was checked.
@@ -296,7 +296,7 @@ class OwnStep:
             pixels.to(device),
             torch.tensor([[EPS, rate, KAPPA]], device=device),
             batch_size=problem.batch,
-            clip=(0.0, 1.0) if problem.clip else None,
+            clip=problem.bounds,
             width_weight=WIDTH_WEIGHT,
             mean=True,
             precision=precision,
@@ -331,7 +331,7 @@ class OwnStep:
 class Contender:
     """Names a way to compute the step, and how it is timed."""
 
-    build: Callable[[nn.Sequential, Ball], Step] | None  # None: the step of training/gpu_step.py
+    build: Callable[[nn.Sequential, Problem], Step] | None  # None: the step of training/gpu_step.py
     formats: tuple[str, ...]  # memory formats that it is timed in
     # The most that its loss and the gradient of any parameter may be off, relative in the 2-norm.
     # Seen in float32: ours 2e-6, the others' 4e-5 at batch 100, growing with the batch that their

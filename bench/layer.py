@@ -53,7 +53,7 @@ def layers(model: str, dataset: str) -> list[Layer]:
     """Returns the network's convolutions and linear layers, in order."""
     problem = Problem(model, dataset, DATASETS[dataset][1], clip=True)
     x, _ = problem.data()
-    streams: tuple[Tensor, ...] = *problem.ball.streams(x), x
+    streams: tuple[Tensor, ...] = *problem.streams(x), x
     found: list[Layer] = []
     for module in problem.network().requires_grad_(False):
         if isinstance(module, (nn.Conv2d, nn.Linear)):

@@ -36,11 +36,11 @@ from cibp_fast.training.batches import pixel_table
 from cibp_fast.training.datasets import to_pixels
 
 PROBLEMS = (  # the slowest first
-    Problem("large-same", "cifar10", 50, clip=False),
-    Problem("large", "cifar10", 50, clip=False),
-    Problem("medium", "cifar10", 50, clip=False),
-    Problem("small", "cifar10", 50, clip=False),
-    Problem("small", "mnist", 100, clip=False),
+    Problem("large-same", "cifar10", 50),
+    Problem("large", "cifar10", 50),
+    Problem("medium", "cifar10", 50),
+    Problem("small", "cifar10", 50),
+    Problem("small", "mnist", 100),
     Problem(POOLED, "5x14x14", 16, clip=True),
 )
 Found = dict[str, tuple[float, float]]  # check: error, tolerance
@@ -85,8 +85,7 @@ class Group(NamedTuple):
         stages, _, biases, _ = found
         given = stages, [bias is not None for bias in biases]
         step = {"precision": precision, "batch_size": problem.batch, "cpp": backend == "cuda"}
-        step |= {"clip": (0.0, 1.0) if problem.clip else None}
-        step |= {"width_weight": WIDTH_WEIGHT, "mean": True}
+        step |= {"clip": problem.bounds, "width_weight": WIDTH_WEIGHT, "mean": True}
         pixels = pixel_table(nn.Identity(), images.shape[1])
         yield "step", partial(gpu_step_check.errors, *given, pixels, device, **step)
         if backend == "triton":

@@ -101,32 +101,29 @@ def flops(module: nn.Module, x: Tensor, training: bool = True) -> int:
     return 3 * counter.get_total_flops()
 
 
-class Ball(NamedTuple):
-    """Makes the box around each example; unclipped, it is exactly `x +- eps`."""
-
-    eps: float
-    clip: bool
-
-    def interval(self, x: Tensor) -> cf.Interval:
-        return cf.Interval.ball(x, self.eps, clip=(0.0, 1.0) if self.clip else None)
-
-    def streams(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        lower, upper = x - self.eps, x + self.eps
-        return (lower.clamp(min=0), upper.clamp(max=1)) if self.clip else (lower, upper)
-
-
 @dataclass(frozen=True)
 class Problem:
-    """Holds one training step: what all contenders get copies of."""
+    """Holds one training step: what all contenders get copies of.
+
+    The box around each example is exactly `x +- EPS`, or cut to [0, 1].
+    """
 
     model: str
     dataset: str
     batch: int
-    clip: bool
+    clip: bool = False
 
     @property
-    def ball(self) -> Ball:
-        return Ball(EPS, self.clip)
+    def bounds(self) -> tuple[float, float] | None:
+        return (0.0, 1.0) if self.clip else None
+
+    def box(self, x: Tensor) -> cf.Interval:
+        return cf.Interval.ball(x, EPS, clip=self.bounds)
+
+    def streams(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the same as torch's own tensors: lower and upper."""
+        lower, upper = x - EPS, x + EPS
+        return (lower.clamp(min=0), upper.clamp(max=1)) if self.clip else (lower, upper)
 
     def network(self) -> nn.Sequential:
         return network(self.model, self.dataset)
@@ -156,7 +153,7 @@ class Exact(NamedTuple):
     @staticmethod
     def of(problem: Problem, device: torch.device = CPU) -> Exact:
         x, y = (each.to(device) for each in problem.data())
-        streams: Any = *problem.ball.streams(x.double()), x.double()  # lower, upper, nominal
+        streams: Any = *problem.streams(x.double()), x.double()  # lower, upper, nominal
         model = problem.network().double().to(device)
         *hidden, last = model
         assert isinstance(last, nn.Linear)

@@ -129,8 +129,7 @@ def rows(
             ready=options.ready,
         )
     base = {"model": problem.model, "dataset": problem.dataset, "batch": problem.batch}
-    base |= {"clip": problem.clip, "load": load}
-    return [{**base, **timing.speed(row, problem.flops(), peaks)} for row in found]
+    return [{**base, "load": load, **timing.speed(row, problem.flops(), peaks)} for row in found]
 
 
 def run(options: argparse.Namespace) -> None:
@@ -155,7 +154,7 @@ def run(options: argparse.Namespace) -> None:
     cases = (
         (
             f"{model} {dataset}, batch {batch}, beside {load} busy processes a core",
-            partial(rows, Problem(model, dataset, batch, options.clip), load, options, peaks),
+            partial(rows, Problem(model, dataset, batch), load, options, peaks),
         )
         for model, dataset, usual in networks
         for batch in options.batch or [usual]
@@ -188,7 +187,6 @@ beside = "busy processes a core, beside the steps"
 script.option("--load", [0], beside, type=timing.number(0), nargs="+")
 ready = "after N seconds make no further contender of a network, and time the others"
 script.option("--ready", math.inf, ready, type=timing.number(0, kind=float))
-script.option("--clip", False, "boxes cut to [0, 1], not exact balls", action="store_true")
 rss = "also a step's peak memory, of each contender in a process of its own (Linux)"
 script.option("--rss", False, rss, action="store_true")
 

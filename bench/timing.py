@@ -284,10 +284,9 @@ def show(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
     timed = [row for row in rows if not row.get("note")]
     table = [[title, *(cell(form, row) for row in timed)] for title, form in columns.items()]
     table = [column for column in table if any(column[1:])]
-    widths = [max(map(len, column)) for column in table]
-    for first, *others in zip(*table, strict=True):
-        cells = (f"{text:>{width}}" for text, width in zip(others, widths[1:], strict=True))
-        print(f"  {first:<{widths[0]}}  {'  '.join(cells)}".rstrip())
+    table = [[text.ljust(max(map(len, column))) for text in column] for column in table]
+    for cells in zip(*table, strict=True):
+        print(f"  {'  '.join(cells)}".rstrip())
     for row in rows:
         if row.get("note"):
             print(f"  {cell(next(iter(columns.values())), row)} not timed: {row['note']}")

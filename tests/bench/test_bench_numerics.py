@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:invalid value encountered"),  # of a step with NaN
 ]
 PROBLEM = Problem(PLAIN, "2x9x8", 3, clip=True)
-WIDE = Problem(PLAIN, "64x7x7", 1, clip=False)  # that the convolution by halos takes
+WIDE = Problem(PLAIN, "64x7x7", 1)  # that the convolution by halos takes
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ import step
 import timing
 import torch
 from baselines import CONTENDERS, GPU_CONTENDERS, OwnStep
-from problems import CPU, PLAIN, Ball, Exact, Problem
+from problems import CPU, PLAIN, Exact, Problem
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -28,9 +28,9 @@ from cibp_fast.ops import backends
 INTERPRETER = importlib.util.find_spec("triton") is not None and not torch.cuda.is_available()
 of_a_gpu = pytest.mark.skipif(not INTERPRETER, reason="of Triton's interpreter")
 PROBLEMS = [
-    Problem("small", "mnist", 3, clip=False),
+    Problem("small", "mnist", 3),
     Problem("small", "cifar10", 2, clip=True),
-    Problem("large-same", "mnist", 1, clip=False),  # with nn.ZeroPad2d
+    Problem("large-same", "mnist", 1),  # with nn.ZeroPad2d
 ]
 TINY = Problem(PLAIN, "2x9x8", 3, clip=True)
 ON_CPU = [
@@ -117,8 +117,8 @@ def test_a_term_that_is_off_by_a_hundredth_is_found(
 ) -> None:
     """And such a contender is reported, and not timed."""
 
-    def build(model: nn.Sequential, ball: Ball) -> baselines.Step:
-        right = baselines.naive(model, ball)
+    def build(model: nn.Sequential, _: Problem) -> baselines.Step:
+        right = baselines.naive(model, TINY)
 
         def terms(x: torch.Tensor, y: torch.Tensor) -> Terms:
             found = right(x, y)
@@ -137,9 +137,9 @@ def test_a_term_that_is_off_by_a_hundredth_is_found(
 
 def test_a_network_of_the_benchmark_exercises_all_of_the_step() -> None:
     """Each ReLU sees active, dead and undecided units, and each term of the loss counts."""
-    problem = Problem("large-same", "mnist", 2, clip=False)
+    problem = Problem("large-same", "mnist", 2)
     model, (x, y) = problem.network(), problem.data()
-    lower, upper = problem.ball.streams(x)
+    lower, upper = problem.streams(x)
     with torch.no_grad():
         for module in model:
             if isinstance(module, torch.nn.ReLU):
@@ -149,28 +149,29 @@ def test_a_network_of_the_benchmark_exercises_all_of_the_step() -> None:
                 lower, upper = baselines.two_passes(module, lower, upper)
             else:
                 lower, upper = module(lower), module(upper)
-        terms = baselines.naive(model, problem.ball)(x, y)
+        terms = baselines.naive(model, problem)(x, y)
     assert all(0.3 < term < 30 for term in terms)
 
 
 def test_torch_of_a_gpu_gets_nothing_from_the_host() -> None:
     """A capture forbids it: a tensor on the CPU, a number that the host waits for."""
     with FakeTensorMode(), torch.no_grad():
-        model = Problem("large-same", "cifar10", 2, clip=True).network()
+        problem = Problem("large-same", "cifar10", 2, clip=True)
+        model = problem.network()
         for module in model:
             for name, parameter in module.named_parameters():
                 like = torch.empty(parameter.shape, device="cuda:0")
                 module._parameters[name] = nn.Parameter(like)
         x = torch.empty(2, 3, 32, 32, device="cuda:0")
         y = torch.zeros(2, dtype=torch.int64, device="cuda:0")
-        terms = baselines.naive(model, Ball(0.1, clip=True))(x, y)
+        terms = baselines.naive(model, problem)(x, y)
         assert terms.total(0.5, 1.0).device == torch.device("cuda:0")
 
 
 def test_flops_of_the_small_network_by_hand() -> None:
     conv1, conv2 = 16 * 13 * 13 * 16, 32 * 10 * 10 * 16 * 16  # outputs x products of an output
     others = conv2 + 3200 * 100 + 100 * 10
-    assert Problem("small", "mnist", 5, clip=False).flops() == 2 * 5 * (6 * conv1 + 9 * others)
+    assert Problem("small", "mnist", 5).flops() == 2 * 5 * (6 * conv1 + 9 * others)
 
 
 @of_a_gpu
@@ -214,7 +215,7 @@ def test_the_table_of_the_step(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert row["command"].startswith("python bench/step.py --models small --datasets mnist ")
         ms, gflop = float(row["ms"]), float(row["gflop"])
         assert 0 < float(row["ms_q1"]) <= ms <= float(row["ms_q3"])
-        problem = Problem("small", "mnist", int(row["batch"]), False)
+        problem = Problem("small", "mnist", int(row["batch"]))
         assert gflop == pytest.approx(problem.flops() / 1e9, rel=1e-3)
         assert float(row["effective_gflops"]) == pytest.approx(1e3 * gflop / ms, rel=1e-3)
         flag = "avx512_bf16" in Path("/proc/cpuinfo").read_text().split()
@@ -230,7 +231,7 @@ def test_the_peak_memory_of_a_step_in_a_child() -> None:
         step.reset_peak()
     except OSError:
         pytest.skip("no /proc/self/clear_refs")
-    problem = Problem("small", "mnist", 100, clip=False)
+    problem = Problem("small", "mnist", 100)
     options = argparse.Namespace(device="cpu", rss=True)
     _, facts = step.made(problem, "fused", "nchw", Exact.of(problem), options)
     assert 0.9 * facts["saved_bytes"] < facts["peak_bytes"] < 10 * facts["saved_bytes"]
@@ -253,7 +254,7 @@ def test_the_table_of_channel_counts(tmp_path: Path) -> None:
 def test_the_rows_of_a_step_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """One has no memory: the rest goes on."""
 
-    def hungry(model: nn.Sequential, ball: Ball) -> baselines.Step:
+    def hungry(model: nn.Sequential, _: Problem) -> baselines.Step:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     compiled = replace(GPU_CONTENDERS["compile"], build=hungry)

@@ -222,7 +222,7 @@ def test_a_table_is_printed_aligned(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"name": "one", "ms": 1.0}, {"name": "three", "ms": 10.0}, {"name": "b", "note": "no"}]
     timing.show(rows, {"who": "{name}", "time": "{ms:.1f}", "empty": "{other}"})
     printed = capsys.readouterr().out
-    assert printed == "  who    time\n  one     1.0\n  three  10.0\n  b not timed: no\n"
+    assert printed == "  who    time\n  one    1.0\n  three  10.0\n  b not timed: no\n"
 
 
 @pytest.mark.parametrize("name", ["step", "layer", "numerics", "tune", "gpu_session"])
