@@ -126,15 +126,18 @@ def compiled(model: nn.Sequential, problem: Problem, mode: str | None = None) ->
     return step
 
 
+def autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs a function, whose last argument is a tensor, under bfloat16 autocast."""
+
+    def run(*given: Any) -> Any:
+        with torch.autocast(given[-1].device.type, dtype=torch.bfloat16):
+            return function(*given)
+
+    return run
+
+
 def naive_bf16(model: nn.Sequential, problem: Problem) -> Step:
-    """Runs the two passes under bfloat16 autocast."""
-    inner = naive(model, problem)
-
-    def step(x: Tensor, y: Tensor) -> Terms:
-        with torch.autocast(x.device.type, dtype=torch.bfloat16):
-            return inner(x, y)
-
-    return step
+    return autocast(naive(model, problem))
 
 
 def auto_lirpa(model: nn.Sequential, problem: Problem) -> Step:

@@ -18,7 +18,7 @@ import machine
 import problems
 import timing
 import torch
-from baselines import TOLERANCES, two_passes
+from baselines import TOLERANCES, autocast, two_passes
 from problems import (
     DATASETS,
     NETWORKS,
@@ -84,12 +84,6 @@ def naive(module: Any, lower: Tensor, upper: Tensor, nominal: Tensor) -> Sequenc
     return lower, upper, module(nominal), ((upper - lower) ** 2).sum()
 
 
-def naive_bf16(module: Any, *streams: Tensor) -> Sequence[Tensor]:
-    """Runs the two-pass layer under bfloat16 autocast."""
-    with torch.autocast(streams[0].device.type, dtype=torch.bfloat16):
-        return naive(module, *streams)
-
-
 # Function, precision, and the most that an output or gradient may be off, relative in the 2-norm:
 # float32 rounds each of up to 25,000 terms of a sum by 6e-8.
 CONTENDERS = {"fused": (fused, "float32", 1e-4), "naive": (naive, "float32", 1e-4)}
@@ -99,7 +93,7 @@ GPU_CONTENDERS: dict[str, tuple[Apply, str, float]] = {
         ("fused", partial(fused, backend="triton"), "float32"),
         ("naive", naive, "float32"),
         ("naive_tf32", naive, "tf32"),
-        ("naive_bf16", naive_bf16, "bf16"),
+        ("naive_bf16", autocast(naive), "bf16"),
     )
 }
 

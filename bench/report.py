@@ -13,7 +13,7 @@ import json
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,6 @@ CONTENDERS = {
 HEADLINE = ("fast", "naive", "compile", "auto_lirpa", "naive_bf16")
 
 NETWORK = ("model", "dataset", "batch")
-MIB = ("{:.1f}", 1 / 2**20)  # of `cell`
 IN_MIB = 'MiB, `"fast"`, two-pass'  # of `mebibytes`
 Row = Mapping[str, str]
 
@@ -108,10 +107,10 @@ def conditions(rows: Sequence[Row]) -> str:
     )
 
 
-def cell(row: Row, key: str, form: str = "{:.2f}", scale: float = 1) -> str:
+def cell(row: Row, key: str, form: Callable[[float], str] = "{:.2f}".format) -> str:
     if row[key] == "":
         return "not timed" if row["note"] else "-"
-    return form.format(scale * float(row[key]))
+    return form(float(row[key]))
 
 
 def digits(value: float) -> str:
@@ -119,12 +118,12 @@ def digits(value: float) -> str:
     return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
 
-def time(row: Row) -> str:
-    return digits(float(row["ms"])) if row["ms"] else "not timed"
+def mib(size: float) -> str:
+    return f"{size / 2**20:.1f}"
 
 
 def mebibytes(own: Mapping[str, Row], key: str) -> str:
-    return ", ".join(cell(own[each], key, *MIB) for each in ("fused", "fast", "naive"))
+    return ", ".join(cell(own[each], key, mib) for each in ("fused", "fast", "naive"))
 
 
 def processor(row: Row) -> str:
@@ -203,7 +202,7 @@ def performance() -> list[str]:
     body = []
     for name, first in tables[0][1].items():
         each = [results[name] for _, results in tables if name in results]
-        cells = [name, " / ".join(time(own["fused"]) for own in each)]
+        cells = [name, " / ".join(cell(own["fused"], "ms", digits) for own in each)]
         for other in HEADLINE:
             cells.append(" / ".join(cell(own[other], "fused_ratio") for own in each))
         body.append([*cells, mebibytes(first, "saved_bytes")])
@@ -232,11 +231,13 @@ def steps() -> list[str]:
         rows, results = step_table(file)
         body = []
         for which, own in results.items():
-            speed = cell(own["fused"], "effective_gflops", "{:.0f}")
-            share = cell(own["fused"], "effective_to_peak", "({:.2f})")
+            speed = cell(own["fused"], "effective_gflops", "{:.0f}".format)
+            share = cell(own["fused"], "effective_to_peak", "({:.2f})".format)
             ratios = (cell(own[each], "fused_ratio") for each in others)
             memory = (mebibytes(own, key) for key in ("saved_bytes", "peak_bytes"))
-            body.append([which, time(own["fused"]), f"{speed} {share}", *ratios, *memory])
+            body.append(
+                [which, cell(own["fused"], "ms", digits), f"{speed} {share}", *ratios, *memory]
+            )
         notes = sorted({f"`{row['contender']}`: {row['note']}" for row in rows if row["note"]})
         *made, last = block(f"**{rows[0]['cpu']}, {processor(rows[0])}.**", head, body, rows, file)
         peak = f"Peak {float(rows[0]['peak_gflops']):.0f} GFLOP/s. "
@@ -250,7 +251,7 @@ def batches() -> list[str]:
     found: dict[str, dict[int, str]] = {}
     for row in rows:
         own = found.setdefault(f"{row['model']} {row['dataset']}", {})
-        own[int(row["batch"])] = cell(row, "ms_per_gflop", "{:.1f}")
+        own[int(row["batch"])] = cell(row, "ms_per_gflop", "{:.1f}".format)
     body = ([name, *(own.get(size, "") for size in sizes)] for name, own in found.items())
     about = "Milliseconds a GFLOP (of direct products) of the step of `cf.fuse`, by batch size:"
     return block(about, ["network", *(f"{size:,}" for size in sizes)], body, rows, "batch")
@@ -260,7 +261,7 @@ def channels() -> list[str]:
     rows = read("channels")
     found = sorted(by(rows, "dataset").items(), key=lambda item: int(item[0][1].split("x")[0]))
     body = (
-        [CONTENDERS[name], *(digits(float(own[name]["ms_per_gflop"])) for _, own in found)]
+        [CONTENDERS[name], *(cell(own[name], "ms_per_gflop", digits) for _, own in found)]
         for name in ("fused", "fast", "naive")
     )
     about = (
@@ -276,7 +277,8 @@ def load() -> list[str]:
     rows = read("load")
 
     def spread(row: Row) -> str:
-        return f"{time(row)} ({' to '.join(digits(float(row[f'ms_{q}'])) for q in ('q1', 'q3'))})"
+        low, high = (cell(row, f"ms_{quartile}", digits) for quartile in ("q1", "q3"))
+        return f"{cell(row, 'ms', digits)} ({low} to {high})"
 
     body = (
         [*key, spread(own["fused"]), spread(own["naive"]), cell(own["naive"], "fused_ratio")]
@@ -345,11 +347,11 @@ def gpu() -> list[str]:
         text = f"{passed} of {len(checks)} checks of the kernels against float64 passed"
         lines += [f"{text}, {skipped} were not made.", ""]
     columns: dict[str, tuple[Any, ...]] = {
-        "us": ("ms", "{:,.1f}", 1e3),
+        "us": ("ms", lambda ms: f"{1e3 * ms:,.1f}"),
         "over `train_step_tf32`": ("fused_ratio",),
         "share of a matrix product's speed": ("effective_to_peak",),
-        "saved MiB": ("saved_bytes", *MIB),
-        "peak MiB": ("peak_bytes", *MIB),
+        "saved MiB": ("saved_bytes", mib),
+        "peak MiB": ("peak_bytes", mib),
     }
     body = [
         [name, f"`{contender}`", *(cell(row, *each) for each in columns.values())]

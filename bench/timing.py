@@ -189,7 +189,7 @@ def interleaved(
     reference = [seconds for (contender, _), seconds in times.items() if contender == ours]
     reference = min(reference, key=statistics.median, default=[])
     for key, own in times.items():
-        q1, median, q3 = (1e3 * seconds for seconds in quartiles(own))
+        q1, median, q3 = statistics.quantiles([1e3 * t for t in own], n=4, method="inclusive")
         rows[key] |= rounded({"ms": median, "ms_q1": q1, "ms_q3": q3})
         if reference:  # none where it was not timed
             ratios = [mine / theirs for mine, theirs in zip(own, reference, strict=True)]
@@ -226,12 +226,6 @@ def timer(device: torch.device, flush: torch.Tensor | None = None) -> Timer:
         return statistics.median(start.elapsed_time(end) for start, end in events) / row / 1e3
 
     return by_host if device.type == "cpu" else by_gpu
-
-
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Returns first quartile, median and third quartile of at least two values."""
-    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
-    return q1, median, q3
 
 
 def speed(row: Row, flops: int, peaks: Mapping[str, float]) -> Row:
