@@ -137,6 +137,7 @@ def autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def naive_bf16(model: nn.Sequential, problem: Problem) -> Step:
+    """Runs the two passes under bfloat16 autocast."""
     return autocast(naive(model, problem))
 
 
