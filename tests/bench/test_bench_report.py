@@ -83,6 +83,18 @@ def test_who_was_not_timed_has_a_note(results: Path) -> None:
         report.steps()
 
 
+def test_what_bf16_was_measured_on() -> None:
+    for isa, recorded, text in (
+        ("avx2", "", "without AVX512_BF16"),
+        ("avx512", "", "AVX512_BF16 unknown"),
+        ("avx512", "False", "without AVX512_BF16"),
+        ("avx2", "True", "with AVX512_BF16"),  # kernels that were asked for
+        ("portable", "unknown", "AVX512_BF16 unknown"),
+    ):
+        row = {"isa": isa, "avx512_bf16": recorded}
+        assert report.processor(row) == f"{isa} kernels, {text}"
+
+
 def test_the_other_blocks_have_the_tables_figures() -> None:
     row = cells(report.batches(), "small mnist")
     one = best("batch", "fused")
@@ -149,8 +161,8 @@ def test_nothing_was_measured_on_a_gpu(empty: Path) -> None:
 
 
 def test_the_tables_of_a_gpu(empty: Path) -> None:
-    base = {"model": "small", "dataset": "mnist", "batch": 100}
-    own = {"ms": 0.04, "fused_ratio": 1, "effective_to_peak": 0.1}
+    base = {"model": "small", "dataset": "mnist", "batch": 100, "optimizer": "adam"}
+    own = {"ms": 0.04, "fused_ratio": 1, "effective_to_peak": 0.1, "copy_share": 0.25}
     steps = [
         {**base, "contender": "train_step_tf32", **own, "saved_bytes": 2**20},
         {**base, "contender": "fused_graph_tf32", "ms": 0.05, "fused_ratio": 1.25},
@@ -164,7 +176,9 @@ def test_the_tables_of_a_gpu(empty: Path) -> None:
     lines = report.gpu()
     assert lines[0] == "1 of 3 checks of the kernels against float64 passed, 1 were not made."
     rows = [line for line in lines if line.startswith("| small mnist 100 | ")]
-    assert rows[0].startswith("| small mnist 100 | `train_step_tf32` | 40.0 | 1.00 | 0.10 | 1.0 ")
+    assert rows[0].startswith(
+        "| small mnist 100 | `train_step_tf32` | 40.0 | 1.00 | 0.10 | 0.25 | 1.0"
+    )
     assert rows[1].startswith("| small mnist 100 | `fused_graph_tf32` | 50.0 | 1.25 |")
     assert rows[2].startswith("| small mnist 100 | `naive_tf32` | 1,000.0 | 25.00 |")
     assert rows[3].startswith("| small mnist 100 | `auto_lirpa` | not timed |")
