@@ -1,6 +1,7 @@
 """Times epochs of `cibp_fast.train` itself, on random images: they cost what a data set's cost.
 
-"epoch_s" is the median of all epochs but the first, in which all is compiled, without evaluation.
+"epoch_s" is the median of all epochs but the first, in which all is compiled, without evaluation:
+that is timed by itself, after each epoch, without PGD.
 On the CPU clocks are between the parts, and these are their shares of the time:
 
 - step: from the batch to the optimizer's end, with what the loss module computes for the log;
@@ -43,23 +44,27 @@ COLUMNS = {
     "epoch": "{epoch_s:.3f} s",
     "examples/s": "{examples_per_s:.0f}",
     **{part: f"{{{part}:.2%}}" for part in PARTS},
+    "evaluation": "{evaluation_ms_per_example:.3f} ms an example",
 }
 
 
-def random_images(name: str, count: int) -> datasets.Dataset:
-    """Makes images like a data set's; the same to train with and to evaluate."""
+def random_images(name: str, train: int, test: int) -> datasets.Dataset:
+    """Makes images like a data set's."""
     random = torch.Generator().manual_seed(0)
-    size = count, *datasets.INPUT_SHAPES[name]
-    images = torch.randint(0, 256, size, dtype=torch.uint8, generator=random)
-    split = datasets.Split(images, torch.randint(0, 10, (count,), generator=random))
-    return datasets.Dataset(name, split, split)
+
+    def split(count: int) -> datasets.Split:
+        size = count, *datasets.INPUT_SHAPES[name]
+        images = torch.randint(0, 256, size, dtype=torch.uint8, generator=random)
+        return datasets.Split(images, torch.randint(0, 10, (count,), generator=random))
+
+    return datasets.Dataset(name, split(train), split(test))
 
 
 class Watch:
     """Adds up the seconds of the loop's parts, epoch by epoch."""
 
     def __init__(self) -> None:
-        self.parts = dict.fromkeys(PARTS, 0.0)
+        self.parts = dict.fromkeys((*PARTS, "evaluation"), 0.0)
         self.epochs: list[dict[str, float]] = []
         self.epoch_began = self.step_began = perf_counter()
 
@@ -107,7 +112,7 @@ def trained(config: Config, images: datasets.Dataset, on: str) -> list[dict[str,
         patch.object(datasets, "load", lambda *_, **__: images),
         patch.object(steps, "epoch_batches", watch.epoch_batches),
         patch.object(steps.Adam, "step", lambda *given: watch.adam_step(*given)),
-        patch.object(loop, "evaluate", lambda *_, **__: {"contradictions": 0}),
+        patch.object(loop, "evaluate", watch.counted("evaluation", loop.evaluate)),
         patch.object(runs, "write_metrics", watch.write_metrics),
         patch.object(runs, "write_checkpoint", watch.counted("writing", runs.write_checkpoint)),
     ):
@@ -120,13 +125,22 @@ def measured(name: str, options: argparse.Namespace) -> Row:
     """Trains a preset, and returns what its epochs took."""
     config = preset(name, precision=options.precision)
     steps = options.steps or datasets.SIZES[config.dataset][0] // config.batch_size
-    config = preset(name, precision=options.precision, steps=options.epochs * steps)
-    images = random_images(config.dataset, steps * config.batch_size)
+    config = preset(
+        name,
+        precision=options.precision,
+        steps=options.epochs * steps,
+        eval_every=1,
+        pgd_steps=0,  # of the evaluation in the end
+        pgd_restarts=0,
+    )
+    images = random_images(config.dataset, steps * config.batch_size, options.examples)
     epochs = trained(config, images, options.device)
-    first, *seconds = (sum(epoch.values()) for epoch in epochs)
+    first, *seconds = (sum(epoch[part] for part in PARTS) for epoch in epochs)
+    evaluation = statistics.median(epoch["evaluation"] for epoch in epochs[1:])
     median = statistics.median(seconds)
     found = {"first_epoch_s": first, "epoch_s": median}
     found["examples_per_s"] = steps * config.batch_size / median
+    found["evaluation_ms_per_example"] = 1e3 * evaluation / options.examples
     if options.device == "cpu":
         found |= {part: sum(each[part] for each in epochs[1:]) / sum(seconds) for part in PARTS}
     counts = {"batch": config.batch_size, "epoch_steps": steps, "epochs": len(seconds)}
@@ -161,6 +175,7 @@ script = timing.Script(
 script.option("--precision", "float32", "float32, fast, tf32 or bf16", metavar="NAME")
 script.option("--steps", None, "of an epoch (default: the whole data set)", type=number(1))
 script.option("--epochs", 5, "to train", type=number(3))
+script.option("--examples", 1000, "evaluated after each epoch", type=number(1))
 
 if __name__ == "__main__":
     sys.exit(script.main())

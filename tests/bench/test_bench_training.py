@@ -23,7 +23,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 def test_the_table_of_the_epochs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     presets = ["cifar10-small-8of255-cibp", "mnist-small-0.4-nominal"]
     output = tmp_path / "new" / "epochs.csv"
-    words = ["--steps", "2", "--epochs", "3", "--threads", "1", "--presets"]
+    words = ["--steps", "2", "--epochs", "3", "--examples", "20", "--threads", "1", "--presets"]
     assert epochs.script.main([*words, *presets, "--output", str(output)]) == 0
     rows = rows_of(output)
     assert [row["preset"] for row in rows] == presets
@@ -35,6 +35,7 @@ def test_the_table_of_the_epochs(tmp_path: Path, capsys: pytest.CaptureFixture[s
         epoch = float(row["epoch_s"])
         assert float(row["examples_per_s"]) == pytest.approx(2 * batch / epoch, rel=1e-2)
         assert float(row["first_epoch_s"]) > 0
+        assert float(row["evaluation_ms_per_example"]) > 0
     printed = capsys.readouterr().out
     assert printed.count("first epoch") == 2 and "loss" not in printed
 
@@ -51,7 +52,7 @@ def test_the_table_of_the_epochs_on_a_gpu(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(epochs, "preset", partial(preset, batch_size=2))
     output = tmp_path / "epochs.csv"
     words = ["--device", "interpreter", "--precision", "tf32", "--steps", "2", "--epochs", "3"]
-    words += ["--output", str(output), "--presets"]
+    words += ["--examples", "4", "--output", str(output), "--presets"]
     with tritons.large_tiles():
         code = epochs.script.main([*words, "mnist-small-0.4-cibp", "cifar10-small-8of255-cibp"])
     assert code == 0
