@@ -2,6 +2,8 @@
 
 - step: two steps of training/gpu_step.py, by Triton's kernels or with those of CUDA C++, layer by
   layer, as `cibp-fast train` checks them before it uses them (training/gpu_step_check.py);
+- reference: the loss and the gradients of that whole step, against the step in float64 that the
+  benchmarks are checked against (cibp_fast/reference.py);
 - network: the network as `cf.fuse` runs it, forward and backward (ops/numerics.py);
 - repeats: how many tensors two runs of two steps do not agree on bitwise, and how many (loss and
   parameters) a NaN in the images does not reach.
@@ -25,8 +27,8 @@ from typing import Any, NamedTuple
 import machine
 import timing
 import torch
-from baselines import OwnStep
-from problems import POOLED, PRECISIONS, WIDTH_WEIGHT, Problem
+from baselines import TOLERANCES, OwnStep
+from problems import POOLED, PRECISIONS, WIDTH_WEIGHT, Exact, Problem
 from timing import Row
 from torch import nn
 
@@ -88,10 +90,17 @@ class Group(NamedTuple):
         step |= {"clip": problem.bounds, "width_weight": WIDTH_WEIGHT, "mean": True}
         pixels = pixel_table(nn.Identity(), images.shape[1])
         yield "step", partial(gpu_step_check.errors, *given, pixels, device, **step)
+        yield "reference", partial(whole, problem, precision, backend, device)
         if backend == "triton":
             of = problem.batch, precision, device
             yield "network", partial(numerics.network_errors, *given, *of)
         yield "repeats", partial(repeats, problem, precision, backend, device)
+
+
+def whole(problem: Problem, precision: str, backend: str, device: torch.device) -> Found:
+    """Returns the errors of a whole step's loss and of its worst gradient."""
+    errors = Exact.of(problem, device).errors(OwnStep(problem, precision, device, backend))
+    return {name: (error, TOLERANCES[precision]) for name, error in errors.items()}
 
 
 def repeats(problem: Problem, precision: str, backend: str, device: torch.device) -> Found:

@@ -25,6 +25,27 @@ pytestmark = [
 ]
 PROBLEM = Problem(PLAIN, "2x9x8", 3, clip=True)
 WIDE = Problem(PLAIN, "64x7x7", 1)  # that the convolution by halos takes
+FORWARD = ("the forward of layer 1", "the forward of layer 2")
+CHECKS = [
+    *(
+        ("step", f"{name} of step {at}")
+        for at in (1, 2)
+        for name in (
+            *("the batch", *FORWARD, "the last layer's loss", "the last layer's gradients"),
+            *("the gradients in front of it", "the gradients", "the figures", "the count"),
+            *("the first moments", "the second moments", "the parameters", "the weights' copies"),
+        )
+    ),
+    *(("reference", name) for name in ("loss", "gradient")),
+    *(("network", name) for name in ("packing", *FORWARD, "the last layer")),
+    *(
+        ("network", f"the gradient of {of}{cotangents}")
+        for cotangents in ("", " from the logits", " from logits and widths", " from one of each")
+        for of in ("weight 3", "weight 2", "weight 1", "the input")
+    ),
+    *(("network", f"{name} with NaN") for name in (*FORWARD, "the last layer")),
+    *(("repeats", name) for name in ("two runs", "NaN")),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +67,12 @@ def test_wrong_kernels_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row["note"] for row in rows] == [*notes, illegal, *notes]
 
 
-def test_a_step_that_drops_nan_or_does_not_repeat_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_is_wrong_drops_nan_or_does_not_repeat_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = numerics.whole(PROBLEM, "bf16", "triton", CPU)
+    assert list(whole) == ["loss", "gradient"]
+    assert all(0 < error <= tolerance for error, tolerance in whole.values())
     right = {"two runs": (0.0, 0.0), "NaN": (0.0, 0.0)}
     assert numerics.repeats(PROBLEM, "bf16", "triton", CPU) == right
     replay, noise = TrainStep.replay, iter(range(100))
@@ -58,6 +84,8 @@ def test_a_step_that_drops_nan_or_does_not_repeat_is_found(monkeypatch: pytest.M
     monkeypatch.setattr(TrainStep, "replay", other)
     found = numerics.repeats(PROBLEM, "bf16", "triton", CPU)
     assert found == {"two runs": (1.0, 0.0), "NaN": (1.0, 0.0)}
+    (loss, tolerance), gradient = numerics.whole(PROBLEM, "bf16", "triton", CPU).values()
+    assert loss > tolerance and gradient == whole["gradient"]
 
 
 def test_the_table_of_the_numerics(
@@ -73,7 +101,7 @@ def test_the_table_of_the_numerics(
     assert "cuda: not measured: backend='cuda' cannot run: they are for NVIDIA's GPUs" in out
     *triton, last = csv.DictReader(output.open())
     assert f"{len(triton)} of {len(triton)} checks passed" in out
-    assert {row["of"] for row in triton} == {"step", "network", "repeats"}
+    assert [(row["of"], row["check"]) for row in triton] == CHECKS
     assert all(float(row["error"]) <= float(row["tolerance"]) for row in triton)
     assert last["note"].startswith("not measured: backend='cuda' cannot run") and not last["error"]
 
@@ -90,7 +118,7 @@ def test_the_table_of_the_numerics(
 def test_the_cuda_kernels_are_checked(
     host_cuda: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those by halos, and of few channels; and they are found where they are wrong."""
+    """Those of few channels, and by halos, on one architecture; and found where they are wrong."""
     launched, launch, convolution, factor = set(), cuda._launch, cuda.convolution, 1.0
 
     def spy(name: str, *arguments: Any) -> None:
@@ -116,3 +144,7 @@ def test_the_cuda_kernels_are_checked(
         for group in groups:
             wrong = {row["check"] for row in group.measured("interpreter") if row["note"]}
             assert "the forward of layer 1 of step 1" in wrong
+        launched.clear()
+        monkeypatch.setattr(cuda, "_is_hopper", lambda device: False)
+        assert {row["note"] for row in groups[1].measured("interpreter")} == {""}
+        assert not launched
