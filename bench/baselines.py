@@ -209,6 +209,7 @@ class TorchStep:
         contender: Contender,
         memory_format: str,
         device: torch.device,
+        stream: torch.cuda.Stream | None,
     ) -> None:
         assert contender.build is not None
         self.precision = contender.precision
@@ -224,7 +225,7 @@ class TorchStep:
             )
         self.call: Callable[[], Tensor] = self._step
         if contender.graph:
-            self.call = captured(self._step, device)
+            self.call = captured(self._step, device, stream)
 
     def _step(self) -> Tensor:
         set_tf32(self.precision)
@@ -349,11 +350,16 @@ class Contender:
     backend: str = "triton"  # of the step of training/gpu_step.py
 
     def step(
-        self, problem: Problem, memory_format: str = "nchw", device: torch.device = CPU
+        self,
+        problem: Problem,
+        memory_format: str = "nchw",
+        device: torch.device = CPU,
+        stream: torch.cuda.Stream | None = None,
     ) -> TorchStep | OwnStep:
+        """Makes its step; stream: where one that is a CUDA graph is captured, or None."""
         if self.build is None:
             return OwnStep(problem, self.precision, device, self.backend)
-        return TorchStep(problem, self, memory_format, device)
+        return TorchStep(problem, self, memory_format, device, stream)
 
 
 ONE, BOTH = ("nchw",), ("nchw", "nhwc")

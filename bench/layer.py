@@ -22,6 +22,7 @@ from baselines import TOLERANCES, autocast, two_passes
 from problems import (
     DATASETS,
     NETWORKS,
+    PRECISIONS,
     Problem,
     affine_reference,
     in_format,
@@ -133,9 +134,9 @@ def reference(layer: Layer, training: bool, device: torch.device) -> dict[str, T
 
 
 def rows(
-    layer: Layer, training: bool, options: argparse.Namespace, peaks: Mapping[str, float]
+    layer: Layer, training: bool, options: argparse.Namespace, limits: Mapping[str, float]
 ) -> list[Row]:
-    """Times all contenders."""
+    """Times all contenders; limits: of `machine.ceilings`."""
     device, on_gpu = machine.device_of(options.device), options.device != "cpu"
     contenders = GPU_CONTENDERS if on_gpu else CONTENDERS
     expected = reference(layer, training, device)
@@ -158,17 +159,19 @@ def rows(
         found = timing.interleaved(makers, timer, options.rounds, ours="fused")
     x = layer.streams[0].clone().requires_grad_(not layer.first)
     flops = problems.flops(layer.module, x, training)
+    numbers = problems.numbers(layer.module, x, training)
+    moved = {each: size * numbers for each, size in PRECISIONS.items()}
     base = {"layer": layer.name, "pass": "training" if training else "forward", "batch": len(x)}
-    return [{**base, **timing.speed(row, flops, peaks)} for row in found]
+    return [{**base, **timing.speed(row, flops, moved, limits)} for row in found]
 
 
 def run(options: argparse.Namespace) -> None:
-    peaks, where = machine.prepared(options)
-    print("ratio: the time over that of our op")
+    limits, where = machine.prepared(options)
+    print("ratio: the time over that of our op (below 1 is faster)")
 
     def measured(model: str, dataset: str, layer: Layer, training: bool) -> list[Row]:
         network = {"model": model, "dataset": dataset}
-        return [network | row for row in rows(layer, training, options, peaks)]
+        return [network | row for row in rows(layer, training, options, limits)]
 
     cases = (
         (

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from problems import PRECISIONS
-from timing import Row, timer
+from timing import Call, Row, timer
 from torch import Tensor
 
 from cibp_fast._graphs import capture
@@ -54,14 +54,35 @@ def set_tf32(precision: str) -> None:
     torch.backends.cudnn.allow_tf32 = precision != "float32"
 
 
-def captured(function: Callable[[], Result], device: torch.device) -> Callable[[], Result]:
+def capture_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """Returns a stream for `captured`, with workspaces for torch's products; None on the CPU.
+
+    torch keeps workspaces for each stream that products run on, forward and, in autograd's thread,
+    backward. They are made here, for this stream and the current one, before `memory` is read: so
+    that they are nobody's, whoever multiplies first. Graphs share no stream, since torch drops its
+    workspaces with the first of them.
+    """
+    if device.type == "cpu":
+        return None
+    stream = torch.cuda.Stream(device)
+    for each in (torch.cuda.current_stream(device), stream):
+        with torch.cuda.stream(each):
+            x = torch.ones(64, 64, device=device, requires_grad=True)
+            torch.addmm(x[0], x, x).sum().backward()
+    torch.cuda.synchronize(device)
+    return stream
+
+
+def captured(
+    function: Callable[[], Result], device: torch.device, stream: torch.cuda.Stream | None = None
+) -> Callable[[], Result]:
     """Returns the function as a CUDA graph: a call is a replay, and returns what the capture did.
 
-    On the CPU it is the function itself.
+    stream: of the capture, or a new one. On the CPU it is the function itself.
     """
     if device.type == "cpu":
         return function
-    stream = torch.cuda.Stream(device)
+    stream = stream or torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):  # compiles, chooses algorithms, and makes the optimizer's state
@@ -84,51 +105,68 @@ def cold_cache(device: torch.device) -> Tensor | None:
     return torch.empty(size, dtype=torch.uint8, device=device)
 
 
-def memory(device: torch.device, call: Callable[[], object] = lambda: None) -> int:
-    """Returns the most bytes that torch holds of a GPU's memory during a call.
-
-    Graphs' pools and the workspaces of torch's products are among them, and what is left of the
-    segments of up to 20 MiB that it takes memory in. 0 on the CPU.
+def memory(device: torch.device) -> int:
+    """Returns the bytes of tensors, workspaces of torch's products among them (`capture_stream`),
+    and of what graphs keep in pools of their own; not what CUDA and its libraries take themselves.
     """
-    if device.type == "cpu":
-        return 0
-    torch.cuda.synchronize(device)
-    torch.cuda.empty_cache()
+    return 0 if device.type == "cpu" else torch.cuda.memory_allocated(device) + _pools()
+
+
+def peak_memory(call: Call, device: torch.device) -> int:
+    """Returns `memory` of a GPU at its peak, during a call."""
+    torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats(device)
     call()
-    return torch.cuda.max_memory_reserved(device)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated(device) + _pools()
+
+
+def _pools() -> int:
+    return sum(
+        segment["total_size"] - segment["allocated_size"]
+        for segment in torch.cuda.memory_snapshot()
+        if tuple(segment["segment_pool_id"]) != (0, 0)
+    )
 
 
 # Conditions
 
 
 def prepared(options: argparse.Namespace) -> tuple[dict[str, float], Row]:
-    """Returns `peaks` and `conditions`, and prints them; from now on cuDNN chooses by trying."""
+    """Returns `ceilings` and `conditions`, and prints them; from now on cuDNN chooses by trying."""
     torch.backends.cudnn.benchmark = True
-    found, where = peaks(options.device), conditions(options)
-    print("at most, in GFLOP/s:", ", ".join(f"{name} {peak:.4g}" for name, peak in found.items()))
-    return found, where
+    limits, where = ceilings(options.device), conditions(options)
+    speeds = ", ".join(f"{name} {speed:.4g}" for name, speed in limits.items())
+    print(f"at most, in GFLOP/s (copy: GB/s): {speeds}")
+    return limits, where
 
 
-def peaks(name: str, size: int = 8192) -> dict[str, float]:
-    """Measures the GFLOP/s that a device can reach, by precision.
+def ceilings(name: str, size: int = 8192) -> dict[str, float]:
+    """Measures what a device can reach: GFLOP/s by precision and, on a GPU, GB/s of a copy.
 
-    On the CPU they are multiply-adds between registers on all threads; on a GPU torch.mm of random
-    matrices [size, size], the best of ten. Raises ValueError where no CPU kernels are built.
+    On the CPU it is multiply-adds between registers on all threads; on a GPU torch.mm of random
+    matrices [size, size], and a copy of 16 size^2 bytes, those read and written counted, each
+    the best of ten. Raises ValueError where no CPU kernels are built.
     """
     if name == "cpu":
         if not backends.available_isas():
             raise ValueError("the peak of the CPU needs its kernels, and none are built here")
         return {"float32": backends.kernels().peak_flops_float32(torch.get_num_threads(), 5) / 1e9}
-    device, found = device_of(name), {}
+    device = device_of(name)
     size = size if device.type == "cuda" else 64
+
+    def best(call: Call) -> float:
+        return min(timer(device)(call, 1) for _ in range(13))  # the first ones warm up
+
+    source = torch.rand(4 * size, size, device=device)
+    copy = partial(torch.empty_like(source).copy_, source)
+    found = {"copy": 2 * source.nbytes / best(copy) / 1e9}
     for precision in PRECISIONS:
         set_tf32(precision)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
         product = partial(torch.mm, a, b, out=torch.empty_like(a))
-        best = min(timer(device)(product, 1) for _ in range(13))  # the first ones warm up
-        found[precision] = 2 * size**3 / best / 1e9
+        found[precision] = 2 * size**3 / best(product) / 1e9
     return found
 
 

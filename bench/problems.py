@@ -24,7 +24,7 @@ NETWORKS = {  # name: network, padding
 DATASETS = {"mnist": ((1, 28, 28), 100), "cifar10": ((3, 32, 32), 50)}  # input shape, batch
 PLAIN = "plain"  # two 3x3 convolutions of as many channels as their input has, and linear
 POOLED = "pooled"  # the same with average pooling between them
-PRECISIONS = ("float32", "tf32", "bf16")  # of a GPU
+PRECISIONS = {"float32": 4, "tf32": 4, "bf16": 2}  # of a GPU, and bytes of a stored number
 EPS = 0.1  # radius of the box, in pixels
 KAPPA, WIDTH_WEIGHT = 0.5, 1.0
 CPU = torch.device("cpu")
@@ -101,6 +101,19 @@ def flops(module: nn.Module, x: Tensor, training: bool = True) -> int:
     return 3 * counter.get_total_flops()
 
 
+def numbers(layer: nn.Module, x: Tensor, training: bool = True) -> int:
+    """Counts the fewest numbers that an affine layer of three streams reads and writes.
+
+    x, training: of `flops`. Forward inputs, outputs and weights; in training the same again for the
+    gradient by weight; and for that by input the gradients of both, the inputs and the weights.
+    """
+    inputs, outputs = x.numel(), copy.deepcopy(layer).to("meta")(x.to("meta")).numel()
+    forward = 3 * (inputs + outputs) + sum(each.numel() for each in layer.parameters())
+    if not training:
+        return forward
+    return 2 * forward + (forward + 3 * inputs if x.requires_grad else 0)
+
+
 @dataclass(frozen=True)
 class Problem:
     """Holds one training step: what all contenders get copies of.
@@ -142,6 +155,15 @@ class Problem:
 
     def flops(self) -> int:
         return flops(self.network(), self.data()[0])
+
+    def bytes(self, precision: str) -> int:
+        """Counts the fewest, as the precision stores numbers, and 28 a parameter for Adam."""
+        model, x, found = self.network().to("meta"), self.data()[0].to("meta"), 0
+        for module in model:
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                found += PRECISIONS[precision] * numbers(module, x)
+            x = module(x)  # needs a gradient, but before the first layer
+        return found + 28 * sum(each.numel() for each in model.parameters())
 
 
 class Exact(NamedTuple):

@@ -228,17 +228,23 @@ def timer(device: torch.device, flush: torch.Tensor | None = None) -> Timer:
     return by_host if device.type == "cpu" else by_gpu
 
 
-def speed(row: Row, flops: int, peaks: Mapping[str, float]) -> Row:
-    """Returns the row with its speed, and its share of what the machine can reach.
+def speed(row: Row, flops: int, moved: Mapping[str, int], limits: Mapping[str, float]) -> Row:
+    """Returns the row with its speed, and its shares of what the machine can reach.
 
-    peaks: GFLOP/s by precision, of `machine.peaks`.
+    moved: bytes by precision, compared with a copy where that was measured. limits: of
+    `machine.ceilings`.
     """
     if "ms" not in row:
         return row
-    gflop, peak = flops / 1e9, peaks[row["precision"]]
+    gflop, peak = flops / 1e9, limits[row["precision"]]
     found = {"gflop": gflop, "effective_gflops": 1e3 * gflop / row["ms"], "peak_gflops": peak}
     found["effective_to_peak"] = found["effective_gflops"] / peak
-    return row | rounded({**found, "ms_per_gflop": row["ms"] / gflop})
+    found["ms_per_gflop"] = row["ms"] / gflop
+    if copy := limits.get("copy"):
+        mbytes = moved[row["precision"]] / 1e6
+        found |= {"mbytes": mbytes, "copy_gbytes_per_s": copy}
+        found["copy_share"] = mbytes / row["ms"] / copy
+    return row | rounded(found)
 
 
 def rounded(values: Mapping[str, float], digits: int = 5) -> Row:
@@ -255,6 +261,7 @@ COLUMNS = {  # of contenders
     "ratio": "{fused_ratio:.2f}",
     "GFLOP/s": "{effective_gflops:.1f}",
     "to peak": "{effective_to_peak:.2f}",
+    "to copy": "{copy_share:.2f}",
     "saved bytes": "{saved_bytes:,}",
     "peak bytes": "{peak_bytes:,}",
     "gradient's error": "{gradient_error}",

@@ -18,7 +18,7 @@ import step
 import timing
 import torch
 from baselines import CONTENDERS, GPU_CONTENDERS, OwnStep
-from problems import CPU, PLAIN, Exact, Problem
+from problems import CPU, PLAIN, PRECISIONS, Exact, Problem
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -43,7 +43,7 @@ ON_GPU = [
     for name, contender in GPU_CONTENDERS.items()
     if name.startswith(("train_step", "fused")) and contender.backend == "triton"
 ]
-PEAKS = {"float32": 500.0, "tf32": 2000.0, "bf16": 4000.0}
+LIMITS = {"copy": 100.0, "float32": 500.0, "tf32": 2000.0, "bf16": 4000.0}
 
 
 @pytest.fixture(autouse=True)
@@ -109,11 +109,16 @@ def test_adam_is_in_the_graph_of_fuse() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "factor"),
-    [("nominal", 1.01), ("robust", 1.01), ("width", 1.01), ("width", torch.nan)],
+    ("wrong", "factor", "off"),
+    [
+        ("nominal", 1.01, "loss is off by "),
+        ("robust", 1.01, "loss is off by "),
+        ("width", 1.01, "gradient is off by "),  # a small part of the loss, here
+        ("width", torch.nan, "loss is off by nan, gradient is off by nan, "),
+    ],
 )
 def test_a_term_that_is_off_by_a_hundredth_is_found(
-    wrong: str, factor: float, tiny: Exact, monkeypatch: pytest.MonkeyPatch
+    wrong: str, factor: float, off: str, tiny: Exact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And such a contender is reported, and not timed."""
 
@@ -129,10 +134,10 @@ def test_a_term_that_is_off_by_a_hundredth_is_found(
     monkeypatch.setitem(CONTENDERS, "four", replace(CONTENDERS["four"], build=build))
     names = ["fused", "four"]
     options = argparse.Namespace(device="cpu", rounds=2, ready=1e9, rss=False, contenders=names)
-    right, *others = step.rows(TINY, 0, options, PEAKS)
+    right, *others = step.rows(TINY, 0, "none", options, LIMITS)
     assert "note" not in right and right["ms"] > 0
     for row in others:
-        assert row["note"].startswith("wrong: ") and "ms" not in row
+        assert row["note"].startswith(f"wrong: {off}") and "ms" not in row
 
 
 def test_a_network_of_the_benchmark_exercises_all_of_the_step() -> None:
@@ -168,10 +173,19 @@ def test_torch_of_a_gpu_gets_nothing_from_the_host() -> None:
         assert terms.total(0.5, 1.0).device == torch.device("cuda:0")
 
 
-def test_flops_of_the_small_network_by_hand() -> None:
+def test_flops_and_bytes_of_the_small_network_by_hand() -> None:
+    problem = Problem("small", "mnist", 5)
     conv1, conv2 = 16 * 13 * 13 * 16, 32 * 10 * 10 * 16 * 16  # outputs x products of an output
     others = conv2 + 3200 * 100 + 100 * 10
-    assert Problem("small", "mnist", 5).flops() == 2 * 5 * (6 * conv1 + 9 * others)
+    assert problem.flops() == 2 * 5 * (6 * conv1 + 9 * others)
+    weights = [16 * 16 + 16, 32 * 16 * 16 + 32, 3200 * 100 + 100, 100 * 10 + 10]
+    units = [28 * 28, 16 * 13 * 13, 3200, 100, 10]
+    numbers = 0
+    for i, weight in enumerate(weights):
+        inputs, outputs = 3 * 5 * units[i], 3 * 5 * units[i + 1]
+        numbers += 2 * (inputs + outputs + weight) + (2 * inputs + outputs + weight if i else 0)
+    for precision, element in PRECISIONS.items():
+        assert problem.bytes(precision) == element * numbers + 28 * sum(weights)
 
 
 @of_a_gpu
@@ -211,7 +225,7 @@ def test_the_table_of_the_step(tmp_path: Path, capsys: pytest.CaptureFixture[str
     contenders = [("fused", "nchw"), ("naive", "nchw"), ("naive", "nhwc")]
     assert keys == [(b, load, *each) for b in "12" for load in "01" for each in contenders]
     for row in rows:
-        assert all(row.values()) and row["threads"] == "1"
+        assert all(row.values()) and row["optimizer"] == "none" and row["threads"] == "1"
         assert row["command"].startswith("python bench/step.py --models small --datasets mnist ")
         ms, gflop = float(row["ms"]), float(row["gflop"])
         assert 0 < float(row["ms_q1"]) <= ms <= float(row["ms_q3"])
@@ -226,6 +240,35 @@ def test_the_table_of_the_step(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "beside 1 busy processes a core" in capsys.readouterr().out
 
 
+def test_steps_with_adam_and_of_clipped_boxes(tmp_path: Path) -> None:
+    output = tmp_path / "step.csv"
+    options = "--models small --datasets mnist --contenders fused naive --rounds 2 --batch 1"
+    words = [*options.split(), "--adam", "--clip", "--output", str(output)]
+    assert step.script.main(words) == 0
+    rows = list(csv.DictReader(output.open()))
+    assert [row["optimizer"] for row in rows] == ["none"] * 3 + ["adam"] * 3
+    assert {row["clip"] for row in rows} == {"True"} and all(float(row["ms"]) > 0 for row in rows)
+    assert [row["fused_ratio"] for row in rows[::3]] == ["1.0", "1.0"]
+
+
+def test_a_contender_gets_its_stream_before_memory_is_read(
+    tiny: Exact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[object] = []
+
+    def made(*arguments: object) -> None:
+        done.append(arguments[-1])
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(step.machine, "capture_stream", lambda _: done.append("made") or "stream")
+    monkeypatch.setattr(step.machine, "memory", lambda device: done.append("memory"))
+    monkeypatch.setattr(baselines.Contender, "step", made)
+    options = argparse.Namespace(device="interpreter")
+    with pytest.raises(RuntimeError, match="enough"):
+        step.made(TINY, GPU_CONTENDERS["naive_tf32_graph"], "nchw", tiny, options)
+    assert done == ["made", "memory", "stream"]
+
+
 def test_the_peak_memory_of_a_step_in_a_child() -> None:
     try:
         step.reset_peak()
@@ -233,7 +276,7 @@ def test_the_peak_memory_of_a_step_in_a_child() -> None:
         pytest.skip("no /proc/self/clear_refs")
     problem = Problem("small", "mnist", 100)
     options = argparse.Namespace(device="cpu", rss=True)
-    _, facts = step.made(problem, "fused", "nchw", Exact.of(problem), options)
+    _, facts = step.made(problem, CONTENDERS["fused"], "nchw", Exact.of(problem), options)
     assert 0.9 * facts["saved_bytes"] < facts["peak_bytes"] < 10 * facts["saved_bytes"]
 
 
@@ -261,7 +304,7 @@ def test_the_rows_of_a_step_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(GPU_CONTENDERS, "compile", compiled)
     names = ["train_step_tf32", "fused_graph_tf32", "compile", "naive_tf32", "train_step_cuda_tf32"]
     given = {"device": "interpreter", "rounds": 2, "ready": 1e9, "rss": False}
-    rows = step.rows(TINY, 0, argparse.Namespace(contenders=names, **given), PEAKS)
+    rows = step.rows(TINY, 0, "adam", argparse.Namespace(contenders=names, **given), LIMITS)
     notes = {row["contender"]: row["note"] for row in rows if "note" in row}
     assert notes == {
         "compile": "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB",
@@ -271,7 +314,9 @@ def test_the_rows_of_a_step_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     timed = [row for row in rows if "note" not in row]
     assert [row["contender"] for row in timed] == [*names[:2], *["naive_tf32"] * 2]
     for row in timed:
-        assert row["fused_ratio"] > 0 and row["peak_gflops"] == PEAKS["tf32"]
+        assert row["optimizer"] == "adam" and row["fused_ratio"] > 0
+        assert row["peak_gflops"] == LIMITS["tf32"] and row["copy_share"] > 0
+        assert row["mbytes"] == pytest.approx(TINY.bytes("tf32") / 1e6, rel=1e-3)
     assert timed[0]["fused_ratio"] == 1
 
 
@@ -293,7 +338,7 @@ def test_a_wrong_layer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(layer, "CONTENDERS", {"naive": (wrong, "float32", 1e-4)})
     options = argparse.Namespace(device="cpu", rounds=2)
-    for row in layer.rows(layer.layers("small", "mnist")[0], False, options, PEAKS):
+    for row in layer.rows(layer.layers("small", "mnist")[0], False, options, LIMITS):
         assert row["note"].startswith("wrong: nominal is off by ") and "ms" not in row
 
 
@@ -308,7 +353,7 @@ def test_the_rows_of_a_layer_on_a_gpu(kind: str, monkeypatch: pytest.MonkeyPatch
     streams = (x - 0.1, x + 0.1, x)
     one = layer.Layer("1", module.requires_grad_(False), streams, first=False)
     options = argparse.Namespace(device="interpreter", rounds=2)
-    rows = layer.rows(one, True, options, PEAKS)
+    rows = layer.rows(one, True, options, LIMITS)
     formats = ("nchw", "nhwc") if kind == "conv" else ("nchw",)
     assert [(row["contender"], row["format"]) for row in rows] == [
         (name, each) for name in layer.GPU_CONTENDERS for each in formats
@@ -320,3 +365,6 @@ def test_the_rows_of_a_layer_on_a_gpu(kind: str, monkeypatch: pytest.MonkeyPatch
         assert float(row["error"]) <= row["tolerance"] and row["ms"] > 0 and row["fused_ratio"] > 0
         outputs, products = module(x).numel(), module.weight[0].numel()
         assert row["gflop"] == pytest.approx(3 * 2 * outputs * products * 3 / 1e9, rel=1e-3)
+        weights = products * len(module.weight) + len(module.weight)
+        numbers = 3 * (3 * x.numel() + 3 * outputs + weights) + 3 * x.numel()
+        assert row["mbytes"] == pytest.approx(PRECISIONS[row["precision"]] * numbers / 1e6, 1e-3)

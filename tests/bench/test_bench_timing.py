@@ -8,7 +8,7 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +18,7 @@ import pytest
 import timing
 import torch
 from processes import python
+from torch.utils._python_dispatch import TorchDispatchMode
 
 BENCH = Path(__file__).parents[2] / "bench"
 SCRIPTS = ("step", "layer", "epochs", "numerics", "tune", "gpu_session", "report")
@@ -136,14 +137,18 @@ def test_no_contender_is_made_when_time_is_over() -> None:
     assert row["note"] == "TimeoutError: no time was left to make it in 0 s"
 
 
-def test_speed_by_hand() -> None:
-    row = {"precision": "float32", "ms": 2.0}
-    assert timing.speed(row, 2 * 10**9, {"float32": 4e3}) == {
-        **row,
-        **{"gflop": 2.0, "effective_gflops": 1000.0, "peak_gflops": 4000.0},
-        **{"effective_to_peak": 0.25, "ms_per_gflop": 1.0},
+def test_figures_by_hand() -> None:
+    seconds = iter([0.1, 0.1, 0.1, 0.001, 0.1, 0.002, 0.1, 0.003])  # two to begin, one in two idle
+    makers: Any = {("a", "nchw"): lambda: (lambda: None, {"precision": "float32"})}
+    (row,) = timing.interleaved(makers, lambda call, count: next(seconds), 3, ours="a")
+    assert timing.speed(row, 2 * 10**9, {"float32": 10**7}, {"float32": 4e3, "copy": 100.0}) == {
+        **{"contender": "a", "format": "nchw", "precision": "float32", "rounds": 3},
+        **{"ms": 2.0, "ms_q1": 1.5, "ms_q3": 2.5, "fused_ratio": 1.0, "gflop": 2.0},
+        **{"effective_gflops": 1000.0, "peak_gflops": 4000.0, "effective_to_peak": 0.25},
+        **{"ms_per_gflop": 1.0, "mbytes": 10.0, "copy_gbytes_per_s": 100.0, "copy_share": 0.05},
     }
-    assert timing.speed({"note": "not timed"}, 1, {}) == {"note": "not timed"}
+    assert "copy_share" not in timing.speed(row, 1, {}, {"float32": 4e3})  # of a CPU
+    assert timing.speed({"note": "not timed"}, 1, {}, {}) == {"note": "not timed"}
 
 
 # A GPU's clock, graphs and memory, which are made up here
@@ -189,13 +194,51 @@ def test_a_graph_is_warmed_up_captured_and_replayed(monkeypatch: pytest.MonkeyPa
         return SimpleNamespace(replay=lambda: done.append("replay")), function()
 
     waiting = SimpleNamespace(wait_stream=lambda other: None)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: waiting)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: waiting)
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
     monkeypatch.setattr(machine, "capture", capture)
-    call = machine.captured(lambda: done.append("run") or "result", CUDA)  # type: ignore
+    call = machine.captured(lambda: done.append("run") or "result", CUDA, waiting)  # type: ignore
     assert done == ["run", "run", "run", "capture", "run"]
     assert [call(), call()] == ["result", "result"] and done[5:] == ["replay", "replay"]
+
+
+def test_the_memory_of_graphs_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    segments = [
+        {"segment_pool_id": (0, 0), "total_size": 1000, "allocated_size": 1},
+        {"segment_pool_id": (0, 1), "total_size": 500, "allocated_size": 100},
+    ]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 101)
+    assert machine.memory(CUDA) == 501
+
+
+def test_workspaces_are_made_on_both_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before they could count: forward and backward."""
+    current, done = ["mine"], []
+
+    @contextlib.contextmanager
+    def stream(which: str) -> Iterator[None]:
+        before, current[0] = current[0], which
+        yield
+        current[0] = before
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, op: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            done.append((current[0], op.overloadpacket))
+            return op(*args, **kwargs or {})
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: "new")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "mine")
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    with Seen():
+        assert machine.capture_stream(torch.device("meta")) == "new"
+    for each in ("mine", "new"):
+        products = [op for on, op in done if on == each]
+        assert products.count(torch.ops.aten.addmm) == 1  # forward
+        assert products.count(torch.ops.aten.mm) == 2  # backward
 
 
 # Tables
