@@ -24,7 +24,7 @@ help:
 	@echo 'make test         lint, and the tests against the installed package'
 	@echo 'make lint         ruff, mypy, clang-format, and which module may import which'
 	@echo 'make format       let ruff and clang-format rewrite the sources'
-	@echo 'make sanitize     the kernels without Python, under ASan and UBSan'
+	@echo 'make sanitize     the C++ kernels under ASan, UBSan and TSan'
 	@echo 'make bench        time steps, layers, epochs, a busy machine; renew the tables'
 	@echo 'make clean        remove .venv and everything built'
 

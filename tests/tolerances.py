@@ -358,10 +358,10 @@ def arrange(x: Tensor, layout: str) -> Tensor:
         return x.transpose(-1, -2).contiguous().transpose(-1, -2)
     if layout == "channels_last":
         return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
-    if layout == "sliced":  # every second element; those between are NaN and must not be read
+    if layout == "sliced":  # every second element, up to the end of the memory; others are NaN
         wide = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), torch.nan)
-        wide[..., ::2] = x
-        return wide[..., ::2]
+        wide[..., 1::2] = x
+        return wide[..., 1::2]
     return x[:1].expand(x.shape)  # stride 0
 
 

@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -99,11 +100,12 @@ def chains(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...]]:
         return [layer] * draw(st.integers(0, 1))
 
     torch.manual_seed(draw(st.integers(0, 2**16)))
-    channels = draw(st.integers(1, 18))
-    shape = (draw(st.sampled_from([1, 2, 5])), channels, *draw(pairs(4, 9)))
+    channels, convolutions = draw(st.integers(1, 18)), draw(st.integers(0, 3))
+    batches = [1, 2, 5] if convolutions else [1, 2, 5, 130]
+    shape = (draw(st.sampled_from(batches)), channels, *draw(pairs(4, 9)))
     layers: list[nn.Module] = []
     image = torch.zeros(shape).double()
-    for _ in range(draw(st.integers(0, 3))):
+    for _ in range(convolutions):
         kernel, stride, dilation = draw(pairs(1, 3)), draw(pairs(1, 2)), draw(pairs(1, 2))
         outputs, padding = draw(st.integers(1, 34)), draw(pairs(0, 2))
         block = [
@@ -131,11 +133,36 @@ def chains(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...]]:
     return prepared(nn.Sequential(*layers, nn.Linear(features, 4, bias=bias()))), shape
 
 
-@given(chains())
+# dtype, precision, and how far a value may be off: "fast" saves bfloat16 of float32
+KINDS = {
+    "float64": (F64, "float32", 1e-12),
+    "float64, fast": (F64, "fast", 1e-12),
+    "float32": (F32, "float32", 1e-4),
+    "fast": (F32, "fast", 2e-2),
+}
+
+
+@given(chains(), st.sampled_from(sorted(KINDS)), st.booleans(), st.integers(1, 4))
 @settings(max_examples=60)
-def test_random_chains(isa: str, case: tuple[nn.Module, tuple[int, ...]]) -> None:
-    model, shape = case
-    check(model, *shape)
+def test_random_chains(
+    isa: str, case: tuple[nn.Module, tuple[int, ...]], kind: str, ball: bool, threads: int
+) -> None:
+    """Against cf.bounds in float64; nothing may be read that was not written."""
+    (model, shape), (dtype, precision, tolerance) = case, KINDS[kind]
+    streams = [stream.to(dtype) for stream in inputs(*shape)]
+
+    def both(dtype: torch.dtype, precision: str) -> tuple[Results, Results]:
+        net, (x, *bounds) = copy.deepcopy(model).to(dtype), (s.to(dtype) for s in streams)
+        if ball:
+            return of_box(cf.fuse(net, precision), x, Interval.ball(x, 0.1, None))
+        return passes(net, x, *bounds, precision=precision)
+
+    with poisoned_memory(), mock.patch.object(backends, "threads", lambda: threads):
+        found, expected = both(dtype, precision)
+    if dtype == F32:
+        model.float()
+        expected = both(F64, "float32")[1]
+    compare({name: each.double() for name, each in found.items()}, expected, tolerance)
 
 
 def fast_net(kernel: int, stride: int, padding: int, channels: int = 20) -> nn.Module:
@@ -149,7 +176,8 @@ FAST = [(2, 1, 0), (3, 1, 0), (3, 1, 1), (4, 1, 0), (4, 1, 2), (3, 2, 1), (4, 2,
 
 @pytest.mark.parametrize(("kernel", "stride", "padding"), FAST)
 def test_fast_equals_cf_bounds_in_float64(isa: str, kernel: int, stride: int, padding: int) -> None:
-    check(fast_net(kernel, stride, padding), 2, 2, 32, 28, precision="fast")
+    with mock.patch.object(backends, "threads", lambda: 3):
+        check(fast_net(kernel, stride, padding), 2, 2, 32, 28, precision="fast")
 
 
 def test_fast_in_groups_of_examples(isa: str) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+<<<<<<< HEAD
 import subprocess
 import sys
 from collections.abc import Callable
+=======
+>>>>>>> sanit
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,8 +16,8 @@ from typing import Any
 import cuda_host
 import pytest
 import torch
-from compilers import compiler
 from gpu_steps import stored
+from sanitizers import ASAN, run_tests, runtime
 from tolerances import gamma
 from torch import Tensor
 
@@ -24,7 +27,6 @@ from cibp_fast.ops.numerics import activated, affine, exact
 
 HOST = (0, 0)
 DROPPED = {"tf32": 13, "bf16": 16}
-SANITIZERS = ("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 MODULE = "CIBP_TEST_CUDA_MODULE"  # set where these tests run under sanitizers
 
 
@@ -331,22 +333,6 @@ def test_under_sanitizers(tmp_path: Path) -> None:
     """All of the above again, with the kernels under ASan and UBSan."""
     if MODULE in os.environ:
         pytest.skip("runs already")
-    runtimes = []
-    for library in ("libasan.so", "libstdc++.so"):  # exceptions need the latter from the start
-        command = [*compiler(), f"-print-file-name={library}"]
-        runtimes.append(subprocess.run(command, capture_output=True, text=True).stdout.strip())
-        if not Path(runtimes[-1]).is_absolute():
-            pytest.skip(f"no {library}")
-    environment = {
-        **os.environ,
-        MODULE: str(cuda_host.build(tmp_path, SANITIZERS)),
-        "LD_PRELOAD": " ".join(runtimes),
-        "ASAN_OPTIONS": "detect_leaks=0",
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        "OMP_NUM_THREADS": "1",
-    }
-    tests = [sys.executable, "-m", "pytest", "-qs", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(
-        tests, cwd=tmp_path, env=environment, capture_output=True, text=True, errors="replace"
-    )
-    assert result.returncode == 0, f"{result.stderr[:3000]}\n{result.stdout[-3000:]}"
+    runtime(ASAN)
+    module = str(cuda_host.build(tmp_path, ASAN))
+    run_tests(["kernels/test_cuda_kernels.py"], tmp_path, ASAN, **{MODULE: module})

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ from tolerances import (
 from torch import Tensor
 
 from cibp_fast import ops
+from cibp_fast.ops import backends
 
 PLAIN: tuple = ((1, 1), (0, 0), (1, 1), 1)  # stride, padding, dilation, groups
 OPS = pytest.mark.parametrize("op", ["conv2d", "linear"])
@@ -42,12 +44,23 @@ OPS = pytest.mark.parametrize("op", ["conv2d", "linear"])
 @OPS
 @DTYPES
 @settings(max_examples=120)
-@given(data=st.data(), used=subsets(OUTPUTS), wanted=subsets(INPUTS))
+@given(
+    data=st.data(),
+    used=subsets(OUTPUTS),
+    wanted=subsets(INPUTS),
+    threads=st.sampled_from([1, 3]),
+)
 def test_grid(
-    isa: str, dtype: torch.dtype, op: str, data: st.DataObject, used: Any, wanted: Any
+    isa: str,
+    dtype: torch.dtype,
+    op: str,
+    data: st.DataObject,
+    used: Any,
+    wanted: Any,
+    threads: int,
 ) -> None:
     calls = convolutions if op == "conv2d" else linear_layers
-    with poisoned_memory():
+    with poisoned_memory(), mock.patch.object(backends, "threads", lambda: threads):
         check(data.draw(calls(dtype)), used=used, wanted=wanted)
 
 

@@ -7,6 +7,8 @@ order; its gradient 2 g (u - l) three times, and once more where it is added.
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,20 +18,27 @@ from tolerances import LAYOUTS, arrange, box, check_registration, poisoned_memor
 from torch import Tensor
 
 from cibp_fast import ops
+from cibp_fast.ops import backends
 
 SIZES = st.one_of(st.integers(0, 70), st.sampled_from([8191, 8192, 8193, 20000]))
 
 
 @DTYPES
 @settings(max_examples=60)
-@given(size=SIZES, nominal=st.booleans(), layout=st.sampled_from(LAYOUTS), seed=st.integers(0, 99))
+@given(
+    size=SIZES,
+    nominal=st.booleans(),
+    layout=st.sampled_from(LAYOUTS),
+    seed=st.integers(0, 99),
+    threads=st.sampled_from([1, 3]),
+)
 def test_grid(
-    isa: str, dtype: torch.dtype, size: int, nominal: bool, layout: str, seed: int
+    isa: str, dtype: torch.dtype, size: int, nominal: bool, layout: str, seed: int, threads: int
 ) -> None:
     torch.manual_seed(seed)
     streams = [arrange(x, layout) for x in box((2, size), dtype)][: 3 if nominal else 2]
     weights = [torch.randn(2, size, dtype=dtype) for _ in streams]
-    with poisoned_memory():
+    with poisoned_memory(), mock.patch.object(backends, "threads", lambda: threads):
         out, grads = relu_gradients(streams, [*weights, 0.0], "cpu")
         got, got_grads = relu_gradients(streams, [*weights, 0.3], "cpu")
     exact, exact_grads = relu_gradients(streams, [*weights, 0.0])
