@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 import os
-<<<<<<< HEAD
-import subprocess
-import sys
-from collections.abc import Callable
-=======
->>>>>>> sanit
 from pathlib import Path
 from types import ModuleType
 from typing import Any
