@@ -143,6 +143,7 @@ def test_kernels_under_address_sanitizer(
     assert " passed" in run_tests(tests, tmp_path, ASAN, CIBP_FAST_ISA="portable")
 
 
+@pytest.mark.slow
 def test_kernels_under_thread_sanitizer(bindings: str, tmp_path: Path) -> None:
     """Without OpenMP: TSan cannot see its barriers, and the kernels' own threads do the same work.
 
