@@ -23,8 +23,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[:1] == ["--version"]:
         print(f"cibp-fast {__version__}")
         return 0
+    shown: set[str] = set()  # what two batches warn of is said once
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        line = f"cibp-fast: warning: {' '.join(str(message).split())}"
+        if line not in shown:
+            _say(line)
+        shown.add(line)
+
     with warnings.catch_warnings():
-        warnings.showwarning = _show_warning
+        warnings.showwarning = show
         try:
             from cibp_fast import commands
 
@@ -45,10 +53,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _of_memory(error: Exception) -> bool:
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(error, torch.OutOfMemoryError)  # of a GPU
-
-
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    _say(f"cibp-fast: warning: {' '.join(str(message).split())}")
 
 
 def _say(line: str) -> None:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, Union
@@ -21,10 +23,13 @@ from cibp_fast.training.config import (
     Config,
     as_text,
     choices,
+    counted,
+    did_you_mean,
     epoch_steps,
     parse,
     preset,
 )
+from cibp_fast.training.files import make_folder
 
 try:
     import tyro
@@ -37,6 +42,7 @@ if TYPE_CHECKING:
     from cibp_fast.training.datasets import Split
 
 DEFAULT_PRESET = "mnist5k-small-0.1-cibp"
+MOST_SEEDS = 1000
 MOST_THREADS = 1024  # beyond it the system may refuse to start them, which ends the process
 
 
@@ -51,7 +57,14 @@ def _word(metavar: str, read: Callable[[str], Any]) -> PrimitiveConstructorSpec[
     )
 
 
-N, DIR = _word("N", int), _word("DIR", Path)
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"must be a whole number, not {text!r}") from None
+
+
+N, DIR = _word("N", _whole), _word("DIR", Path)
 
 
 def _changes(hints: Mapping[str, str]) -> Any:
@@ -70,12 +83,13 @@ def _changes(hints: Mapping[str, str]) -> Any:
     return OmitArgPrefixes[TypedDict("Changes", options, total=False)]  # type: ignore
 
 
+CHANGES = ("eps", "eval_batch_size")  # of a run's Config, for an evaluation
 if TYPE_CHECKING:
     Recipe = dict[str, Any]
     Changes = dict[str, Any]
 else:
     Recipe = _changes({name: f"[{as_text(value)}]" for name, value in preset(DEFAULT_PRESET)})
-    Changes = _changes(dict.fromkeys(("eps", "eval_batch_size"), "(default: the run's)"))
+    Changes = _changes(dict.fromkeys(CHANGES, "(default: the run's)"))
 
 
 @dataclass(kw_only=True)
@@ -91,6 +105,27 @@ class Command:
     def run(self) -> None:
         raise NotImplementedError
 
+    @classmethod
+    def names(cls) -> list[str]:
+        """Returns the names of the options, as in Python."""
+        within: Mapping[str, Any] = {"recipe": Config.model_fields, "changes": CHANGES}
+        return [name for each in fields(cls) for name in within.get(each.name, [each.name])]
+
+    @classmethod
+    def spelled(cls, message: str) -> str:
+        """Returns the message about Python's arguments with this command's options instead."""
+        options = {name: name for name in cls.names()}
+        for name in cls.names():  # PGD's, which `attack` has without the prefix
+            options.setdefault(name.removeprefix("pgd_"), name)
+            options.setdefault(f"pgd_{name}", name)
+
+        def option(found: re.Match[str]) -> str:
+            value = "" if found[2] is None else f" {found[2]}".replace("None", "none")
+            return f"{_option(options[found[1]])}{value}"
+
+        words = "|".join(options)
+        return re.sub(rf"(?<!\S)({words})(?:(?= must )|='?([^\s'(),;:]+)'?)", option, message)
+
 
 @dataclass(kw_only=True)
 class OnData(Command):
@@ -98,7 +133,7 @@ class OnData(Command):
 
     Attributes:
         device: cpu or cuda
-        data_root: folder of the data sets
+        data_root: folder of the data sets; mnist5k needs none, and warns of one
         unverified_data: only warn of data files that are not the official ones
     """
 
@@ -143,6 +178,7 @@ class Quickstart(Command):
         plotting.require_matplotlib()  # now, not after the training
         names = [f"mnist5k-small-0.1-{method}" for method in ("ibp", "cibp")]
         configs = {self.output / name: preset(name, seed=self.seed) for name in names}
+        make_folder(self.output)
         there = []  # of the same config
         for run_dir, config in configs.items():
             with suppress(OSError, ValueError):  # none, or a damaged one
@@ -152,7 +188,8 @@ class Quickstart(Command):
         results = {}
         for run_dir, config in configs.items():
             label = plotting.METHOD_LABELS[config.method]
-            print(f"Training the small network with {label}, {config.steps} steps:", flush=True)
+            steps = counted(config.steps, "step")
+            print(f"Training the small network with {label}, {steps}:", flush=True)
             anew = run_dir not in there or (finished and len(there) == len(configs))
             results[label] = loop.train(config, run_dir, overwrite=anew)
         picture = self.output / "quickstart.png"
@@ -200,8 +237,8 @@ class Train(OnData):
     def run(self) -> None:
         epochs = {} if self.epochs is None else {"epochs": self.epochs}
         config = preset(self.preset, **self.recipe, **epochs)
-        if self.seeds < 1:
-            raise ValueError(f"seeds must be 1 or more, not {self.seeds}")
+        if not 1 <= self.seeds <= MOST_SEEDS:
+            raise ValueError(f"seeds must be from 1 to {MOST_SEEDS}, not {self.seeds}")
         configs = [config.replace(seed=config.seed + index) for index in range(self.seeds)]
         from cibp_fast.training import loop
 
@@ -314,7 +351,7 @@ class Attack(OnRuns):
     def run(self) -> None:
         self.report(
             "pgd",
-            f"PGD error ({self.steps} steps, {self.restarts} restarts)",
+            f"PGD error ({counted(self.steps, 'step')}, {counted(self.restarts, 'restart')})",
             pgd_steps=self.steps,
             pgd_restarts=self.restarts,
             pgd_verified_restarts=self.restarts,
@@ -361,7 +398,9 @@ class Plot(Command):
         print(f"wrote {self.output}")
 
 
-COMMANDS = (Info, Quickstart, Train, Certify, Attack, Plot)
+COMMANDS: dict[str, type[Command]] = {
+    kind.__name__.lower(): kind for kind in (Info, Quickstart, Train, Certify, Attack, Plot)
+}
 
 ABOUT = f"""Train and certify provably robust networks with interval bounds.
 
@@ -377,32 +416,68 @@ examples:
 
 def run(words: Sequence[str]) -> None:
     """Runs the command that the words say. Raises ValueError with one line about bad ones."""
-    kinds = [Annotated[kind, subcommand(kind.__name__.lower())] for kind in COMMANDS]
-    commands: Any = Union[tuple(kinds)]  # noqa: UP007
+    command = _parsed(words)
+    show = warnings.showwarning
+
+    def spelled(message: Warning | str, *rest: Any, **more: Any) -> None:
+        show(command.spelled(str(message)), *rest, **more)
+
+    warnings.showwarning = spelled
+    try:
+        if command.threads is not None:
+            if not 1 <= command.threads <= MOST_THREADS:
+                raise ValueError(f"threads must be from 1 to {MOST_THREADS}, not {command.threads}")
+            import torch
+
+            torch.set_num_threads(command.threads)
+        command.run()
+    except (ValueError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        error.args = (command.spelled(str(error)),)
+        raise
+
+
+def _parsed(words: Sequence[str]) -> Command:
+    """Returns the command that the words say. Raises ValueError as `run`; exits after help."""
+    name, *rest = words or [""]
+    if name in ("-h", "--help"):
+        kinds = [Annotated[kind, subcommand(each)] for each, kind in COMMANDS.items()]
+        tyro.cli(Union[tuple(kinds)], args=words, prog="cibp-fast", description=ABOUT)  # type: ignore  # noqa: UP007
+    if name not in COMMANDS:
+        what = f"unknown command {name!r}{did_you_mean(name, COMMANDS)}" if words else "No command."
+        raise ValueError(f"{what} The commands are {', '.join(COMMANDS)}; see cibp-fast --help")
+    for before, word in pairwise(words):
+        if not word or re.fullmatch("--[^=]+=", word):
+            empty = word[:-1] or (before if before.startswith("-") else name)
+            raise ValueError(f"{empty} takes no empty word")
+    kind, prog = COMMANDS[name], f"cibp-fast {name}"
     printed = io.StringIO()
     try:
         with redirect_stderr(printed):
-            command = tyro.cli(commands, args=words, prog="cibp-fast", description=ABOUT)
+            return tyro.cli(kind, args=rest, prog=prog)
     except SystemExit as exit:
         if not exit.code:
             raise  # after help
         _, _, problem = printed.getvalue().partition("\n")  # of a box, with a title
         plain = re.sub(r"\x1b\[[\d;]*m", "", problem)  # of colours
-        raise ValueError(" ".join(re.sub("[─│╭╮╰╯]|-{5,}", " ", plain).split())) from None
-    if command.threads is not None:
-        if not 1 <= command.threads <= MOST_THREADS:
-            raise ValueError(f"threads must be from 1 to {MOST_THREADS}, not {command.threads}")
-        import torch
+        plain = " ".join(re.sub("[─│╭╮╰╯]|-{5,}", " ", plain).split())
+        plain = re.sub(" (Argument helptext|Perhaps you|Arguments similar|For full).*", "", plain)
+        plain = re.sub(r"^Error parsing (\S+):", r"\1", plain)
+        plain = re.sub(r"^Missing value for argument '(\S+)'.*", r"\1 needs a value", plain)
+        if unknown := re.match(r"Unrecognized options: ([^ ,]*)", plain):
+            options = map(_option, kind.names())
+            plain = f"{name} does not take {unknown[1]}{did_you_mean(unknown[1], options)}"
+        raise ValueError(f"{plain.rstrip('.')}; see {prog} --help") from None
 
-        torch.set_num_threads(command.threads)
-    command.run()
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _table(results: Mapping[str, dict[str, Any]]) -> str:
     """Returns test, PGD and verified error of each result, a row each, aligned."""
     first = next(iter(results.values()))
     indent = max(len(name) for name in results)
-    attack = f"PGD ({first['pgd_steps']} steps)"
+    attack = f"PGD ({counted(first['pgd_steps'], 'step')})"
     rows = [f"{'':{indent}}  {'test error':>12}  {attack:>16}  {'verified':>10}  {'time':>8}"]
     for name, result in results.items():
         errors = (result[f"{kind}_error"] for kind in ("test", "pgd", "verified"))

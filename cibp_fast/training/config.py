@@ -49,6 +49,10 @@ Clip = Annotated[
 ]
 
 
+class NewerError(ValueError):
+    """Says that a newer cibp_fast wrote it."""
+
+
 class Config(BaseModel):
     """Holds all that decides a run's numbers, besides the machine and its number of threads.
 
@@ -247,7 +251,8 @@ class Config(BaseModel):
             raise ValueError(f"a config must be a JSON object, not {values!r}")
         format = values.pop("format", FORMAT)
         if type(format) is not int or not 1 <= format <= FORMAT:
-            raise ValueError(
+            newer = type(format) is int and format > FORMAT
+            raise (NewerError if newer else ValueError)(
                 f"format must be from 1 to {FORMAT}, not {format!r}: a newer cibp_fast wrote it?"
             )
         return cls(**values)
@@ -348,6 +353,11 @@ def _number(text: str) -> int | float | str:
 def _of_255(text: str) -> float | str:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(?:/|of)255", text)
     return float(match[1]) / 255 if match else text
+
+
+def counted(count: int, noun: str) -> str:
+    """Returns the number and the noun: 1 step, 2 steps."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def choices(name: str) -> tuple[str, ...]:

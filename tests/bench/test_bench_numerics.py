@@ -86,7 +86,10 @@ def test_the_table_of_the_numerics(
     assert numerics.script.main(words) == 0
     out = capsys.readouterr().out
     assert "13 of 13 checks passed" in out
-    assert "cuda: not measured: backend='cuda' cannot run: they are for NVIDIA's GPUs" in out
+    assert (
+        "cuda: not measured: backend='cuda' cannot run: the CUDA kernels are for NVIDIA's GPUs"
+        in out
+    )
     *triton, last = csv.DictReader(output.open())
     checks = [*STEP, *("forward", "input_gradient", "weight_gradient") * 3]
     assert [row["check"] for row in triton] == checks

@@ -307,14 +307,23 @@ def test_a_checkpoint_that_does_not_fit_the_run_is_refused(stopped, change, mess
     checkpoint, path = runs.read_checkpoint(stopped), stopped / runs.CHECKPOINT
     runs.write_checkpoint(stopped, dataclasses.replace(checkpoint, **change(checkpoint)))
     contents = _contents(stopped)
-    with pytest.raises(ValueError, match=f"{path} does not fit this run's network: .*{message}"):
+    with pytest.raises(
+        ValueError, match=f"{path} does not fit this run's network .*{message}.*: start"
+    ):
         loop.train(_config("none"), stopped)
     assert _contents(stopped) == contents
 
 
 def test_metrics_that_lack_an_epoch_are_refused(stopped):
     (stopped / "metrics.jsonl").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"metrics.jsonl lacks the epoch that ends at step 3"):
+    with pytest.raises(
+        ValueError, match=r"metrics.jsonl lacks the epoch that ends at step 3: start"
+    ):
+        loop.train(_config("none"), stopped)
+    (stopped / "metrics.jsonl").unlink()
+    with pytest.raises(
+        ValueError, match=r"metrics.jsonl lacks the epoch that ends at step 3: start"
+    ):
         loop.train(_config("none"), stopped)
 
 
