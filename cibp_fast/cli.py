@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -34,8 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = show
         try:
-            from cibp_fast import commands
-
+            # pydantic's own import would end in a page about a Ctrl-C
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+            try:
+                from cibp_fast import commands
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             commands.run(words)
         except KeyboardInterrupt as interrupt:
             again = "the same command" + " without --overwrite" * ("--overwrite" in words)

@@ -548,6 +548,24 @@ def test_interrupt(capsys, monkeypatch):
     assert capsys.readouterr().err == "\ncibp-fast: interrupted\n"
 
 
+def test_an_interrupt_during_the_imports_is_one_line():
+    """It comes in the middle of those of pydantic, whose own would print a page."""
+    code = """
+import signal, sys
+from cibp_fast.cli import main
+
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith("pydantic_core"):
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting())
+sys.stderr = sys.stdout
+print(main(["info"]))
+"""
+    assert python(code) == "\ncibp-fast: interrupted\n130\n"
+
+
 def test_python_dash_m_has_no_traceback(tmp_path):
     command = [sys.executable, "-m", "cibp_fast", "certify", str(tmp_path / "nowhere")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

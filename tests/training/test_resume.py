@@ -229,6 +229,22 @@ def test_killed_at_a_random_point(tmp_path, uninterrupted, augmentation, twice, 
     assert _contents(tmp_path) == contents
 
 
+@pytest.mark.parametrize("augmentation", SETTINGS)
+def test_killed_from_outside_again_and_again(tmp_path, uninterrupted, augmentation):
+    chosen, kills, patience = random.Random(augmentation), 0, 0.05
+    while True:
+        process, receiving = _Session(tmp_path, augmentation).start()
+        receiving.recv()
+        process.join(chosen.uniform(0, patience))
+        process.kill()
+        process.join()
+        if process.exitcode == 0:
+            break
+        kills, patience = kills + 1, 1.3 * patience  # it must end on a slow machine too
+    assert kills >= 2
+    assert _contents(tmp_path) == uninterrupted[augmentation][0]
+
+
 @pytest.mark.parametrize("fails_by", ["kill", "full disk"])
 @pytest.mark.parametrize("file", ["config", "metrics", "checkpoint", "model", "result"])
 def test_stopped_in_the_middle_of_a_file(tmp_path, uninterrupted, file, fails_by):
