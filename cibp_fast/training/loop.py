@@ -51,7 +51,8 @@ def train(
     then goes on. Torch's global random state is left as it was.
 
     Raises ValueError where the config does not fit the data, FileExistsError where the folder holds
-    a run of another config and not overwrite, BlockingIOError where another process trains in it,
+    a run of another config and not overwrite, or other files, FileNotFoundError where it holds a
+    run that has lost a file, BlockingIOError where another process trains in it,
     OSError where it cannot be written (all before training starts, the last one whenever it
     happens), and FloatingPointError where the loss is no longer finite (the metrics are kept) or
     the attack breaks an example that the bounds verify (the result is kept).
@@ -70,7 +71,13 @@ def train(
         def open_run() -> tuple[dict[str, Any] | None, runs.Checkpoint | None]:
             stack.enter_context(runs.locked(run_dir))
             runs.claim(run_dir, config, overwrite)
-            return runs.read_progress(run_dir)
+            result, checkpoint = runs.read_progress(run_dir)
+            if result is checkpoint is None and runs.read_epochs(run_dir):
+                print(
+                    f"The run in {run_dir} has no {runs.CHECKPOINT}: it starts anew.",
+                    file=sys.stderr,
+                )
+            return result, checkpoint
 
         # Last: what fails before leaves nothing behind.
         result, checkpoint = processes.of_first(open_run)

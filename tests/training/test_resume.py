@@ -330,6 +330,15 @@ def test_a_checkpoint_that_does_not_fit_the_run_is_refused(stopped, change, mess
     assert _contents(stopped) == contents
 
 
+def test_one_epoch_without_a_checkpoint_starts_anew_and_says_so(stopped, capsys):
+    """It may have been killed before the first checkpoint was written."""
+    shutil.rmtree(stopped / runs.STATE)
+    loop.train(_config("none"), stopped)
+    assert f"{stopped} has no {runs.CHECKPOINT}: it starts anew" in capsys.readouterr().err
+    loop.train(_config("none"), stopped)
+    assert "anew" not in capsys.readouterr().err
+
+
 def test_metrics_that_lack_an_epoch_are_refused(stopped):
     (stopped / "metrics.jsonl").write_bytes(b"")
     with pytest.raises(
