@@ -6,7 +6,8 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
 
 from cibp_fast._version import __version__
@@ -24,13 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[:1] == ["--version"]:
         print(f"cibp-fast {__version__}")
         return 0
-    shown: set[str] = set()  # what two batches warn of is said once
+    spelled: Callable[[str], str] = str
+    warn = cache(_say)  # once, where two batches have the same to say
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        line = f"cibp-fast: warning: {' '.join(str(message).split())}"
-        if line not in shown:
-            _say(line)
-        shown.add(line)
+        warn(f"cibp-fast: warning: {' '.join(spelled(str(message)).split())}")
 
     with warnings.catch_warnings():
         warnings.showwarning = show
@@ -41,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 from cibp_fast import commands
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            spelled = partial(commands.spelled, words[:1] == ["attack"])
             commands.run(words)
         except KeyboardInterrupt as interrupt:
             again = "the same command" + " without --overwrite" * ("--overwrite" in words)
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Exception as error:
             if not isinstance(error, USER_ERRORS) and not _of_memory(error):
                 raise
-            _say(f"cibp-fast: error: {' '.join(str(error).split())}")
+            _say(f"cibp-fast: error: {' '.join(spelled(str(error)).split())}")
             return 2
     return 0
 

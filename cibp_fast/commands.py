@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import io
 import re
-import warnings
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, Union
@@ -57,14 +56,7 @@ def _word(metavar: str, read: Callable[[str], Any]) -> PrimitiveConstructorSpec[
     )
 
 
-def _whole(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"must be a whole number, not {text!r}") from None
-
-
-N, DIR = _word("N", _whole), _word("DIR", Path)
+N, DIR = _word("N", int), _word("DIR", Path)
 
 
 def _changes(hints: Mapping[str, str]) -> Any:
@@ -83,13 +75,12 @@ def _changes(hints: Mapping[str, str]) -> Any:
     return OmitArgPrefixes[TypedDict("Changes", options, total=False)]  # type: ignore
 
 
-CHANGES = ("eps", "eval_batch_size")  # of a run's Config, for an evaluation
 if TYPE_CHECKING:
     Recipe = dict[str, Any]
     Changes = dict[str, Any]
 else:
     Recipe = _changes({name: f"[{as_text(value)}]" for name, value in preset(DEFAULT_PRESET)})
-    Changes = _changes(dict.fromkeys(CHANGES, "(default: the run's)"))
+    Changes = _changes(dict.fromkeys(("eps", "eval_batch_size"), "(default: the run's)"))
 
 
 @dataclass(kw_only=True)
@@ -104,27 +95,6 @@ class Command:
 
     def run(self) -> None:
         raise NotImplementedError
-
-    @classmethod
-    def names(cls) -> list[str]:
-        """Returns the names of the options, as in Python."""
-        within: Mapping[str, Any] = {"recipe": Config.model_fields, "changes": CHANGES}
-        return [name for each in fields(cls) for name in within.get(each.name, [each.name])]
-
-    @classmethod
-    def spelled(cls, message: str) -> str:
-        """Returns the message about Python's arguments with this command's options instead."""
-        options = {name: name for name in cls.names()}
-        for name in cls.names():  # PGD's, which `attack` has without the prefix
-            options.setdefault(name.removeprefix("pgd_"), name)
-            options.setdefault(f"pgd_{name}", name)
-
-        def option(found: re.Match[str]) -> str:
-            value = "" if found[2] is None else f" {found[2]}".replace("None", "none")
-            return f"{_option(options[found[1]])}{value}"
-
-        words = "|".join(options)
-        return re.sub(rf"(?<!\S)({words})(?:(?= must )|='?([^\s'(),;:]+)'?)", option, message)
 
 
 @dataclass(kw_only=True)
@@ -414,63 +384,71 @@ examples:
   cibp-fast --version"""
 
 
+def spelled(attack: bool, message: str) -> str:
+    """Returns the message with options in place of Python's arguments.
+
+    `x must` at the beginning becomes `--x must`, and `x=1` anywhere `--x 1`.
+
+    attack: of the command `attack`, where PGD's have no prefix; in training its warning gets one.
+    """
+
+    def option(found: re.Match[str]) -> str:
+        name = re.sub(
+            "^(pgd_)?(?=step_size)", "pgd_", found[1] or found[2]
+        )  # of the warning in training
+        name = name.removeprefix("pgd_") if attack else name
+        return f"--{name.replace('_', '-')} {(found[3] or '').replace('None', 'none')}".rstrip()
+
+    return re.sub(r"(?:^(\w+)(?= must )|(?<!\S)(\w+)='?([^\s'(),;:]+)'?)", option, message)
+
+
+# What tyro says, and in its place:
+PLAIN = {
+    " (Argument helptext|For full helptext).*": "",
+    r"^Error parsing (\S+): invalid literal for int.*10:": r"\1 must be a whole number, not",
+    r"^Error parsing (\S+):": r"\1",
+    r"^Missing value for argument '(\S+)'.*": r"\1 needs a value",
+    r"^Unrecognized options: ([^ ,]+).* (?:meant|similar to \S+): (--[\w-]+).*": (
+        r"COMMAND does not take \1: did you mean \2?"
+    ),
+    r"^Unrecognized options: ([^ ,]+).*": r"COMMAND does not take \1",
+}
+
+
 def run(words: Sequence[str]) -> None:
     """Runs the command that the words say. Raises ValueError with one line about bad ones."""
-    command = _parsed(words)
-    show = warnings.showwarning
-
-    def spelled(message: Warning | str, *rest: Any, **more: Any) -> None:
-        show(command.spelled(str(message)), *rest, **more)
-
-    warnings.showwarning = spelled
-    try:
-        if command.threads is not None:
-            if not 1 <= command.threads <= MOST_THREADS:
-                raise ValueError(f"threads must be from 1 to {MOST_THREADS}, not {command.threads}")
-            import torch
-
-            torch.set_num_threads(command.threads)
-        command.run()
-    except (ValueError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        error.args = (command.spelled(str(error)),)
-        raise
-
-
-def _parsed(words: Sequence[str]) -> Command:
-    """Returns the command that the words say. Raises ValueError as `run`; exits after help."""
-    name, *rest = words or [""]
-    if name in ("-h", "--help"):
-        kinds = [Annotated[kind, subcommand(each)] for each, kind in COMMANDS.items()]
-        tyro.cli(Union[tuple(kinds)], args=words, prog="cibp-fast", description=ABOUT)  # type: ignore  # noqa: UP007
-    if name not in COMMANDS:
+    name = words[0] if words else ""
+    if name not in (*COMMANDS, "-h", "--help"):
         what = f"unknown command {name!r}{did_you_mean(name, COMMANDS)}" if words else "No command."
         raise ValueError(f"{what} The commands are {', '.join(COMMANDS)}; see cibp-fast --help")
-    for before, word in pairwise(words):
-        if not word or re.fullmatch("--[^=]+=", word):
-            empty = word[:-1] or (before if before.startswith("-") else name)
-            raise ValueError(f"{empty} takes no empty word")
-    kind, prog = COMMANDS[name], f"cibp-fast {name}"
+    if any(re.fullmatch("(--[^=]+=)?", word) for word in words):
+        raise ValueError(f"a word is empty: cibp-fast {shlex.join(words)}")
+    kinds = [Annotated[kind, subcommand(each)] for each, kind in COMMANDS.items()]
+    every: Any = Union[tuple(kinds)]  # noqa: UP007
     printed = io.StringIO()
     try:
         with redirect_stderr(printed):
-            return tyro.cli(kind, args=rest, prog=prog)
+            command: Any = (
+                tyro.cli(COMMANDS[name], args=words[1:], prog=f"cibp-fast {name}")
+                if name in COMMANDS
+                else tyro.cli(every, args=words, prog="cibp-fast", description=ABOUT)
+            )
     except SystemExit as exit:
         if not exit.code:
             raise  # after help
         _, _, problem = printed.getvalue().partition("\n")  # of a box, with a title
         plain = re.sub(r"\x1b\[[\d;]*m", "", problem)  # of colours
         plain = " ".join(re.sub("[─│╭╮╰╯]|-{5,}", " ", plain).split())
-        plain = re.sub(" (Argument helptext|Perhaps you|Arguments similar|For full).*", "", plain)
-        plain = re.sub(r"^Error parsing (\S+):", r"\1", plain)
-        plain = re.sub(r"^Missing value for argument '(\S+)'.*", r"\1 needs a value", plain)
-        if unknown := re.match(r"Unrecognized options: ([^ ,]*)", plain):
-            options = map(_option, kind.names())
-            plain = f"{name} does not take {unknown[1]}{did_you_mean(unknown[1], options)}"
-        raise ValueError(f"{plain.rstrip('.')}; see {prog} --help") from None
+        for pattern, text in PLAIN.items():
+            plain = re.sub(pattern, text.replace("COMMAND", name), plain)
+        raise ValueError(f"{plain.rstrip('.')}; see cibp-fast {name} --help") from None
+    if command.threads is not None:
+        if not 1 <= command.threads <= MOST_THREADS:
+            raise ValueError(f"threads must be from 1 to {MOST_THREADS}, not {command.threads}")
+        import torch
 
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+        torch.set_num_threads(command.threads)
+    command.run()
 
 
 def _table(results: Mapping[str, dict[str, Any]]) -> str:

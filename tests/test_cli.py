@@ -264,7 +264,7 @@ def test_options_replace_the_preset(trained):
         ("train --lr-decay-at x", "--lr-decay-at must be steps a,b,..., or none, not x"),
         (
             "train --method ibp",
-            "--width-weight must be 0 for method ibp, not the 1.0 of the preset",
+            "--width-weight must be 0 for method ibp, not 1.0 (of the preset): set",
         ),
         ("train --eps", "--eps needs a value; see cibp-fast train --help"),
         ("train --net tiny", "--net must be 'small', 'medium' or 'large', not 'tiny'"),
@@ -286,7 +286,7 @@ def test_options_replace_the_preset(trained):
         ("train --batch-size 99", "--batch-size must be at most the 80 training examples, not 99"),
         (
             "train --stpes 5",
-            "train does not take --stpes: did you mean '--steps'?; see cibp-fast tr",
+            "train does not take --stpes: did you mean --steps?; see cibp-fast tr",
         ),
         ("train foo", "train does not take foo; see cibp-fast train --help"),
         ("train --elide maybe", "train does not take maybe; see cibp-fast train --help"),
@@ -295,9 +295,9 @@ def test_options_replace_the_preset(trained):
         ("quickstart --steps 3", "quickstart does not take --steps"),
         ("quickstart --output A_FILE", "A_FILE: it is a file, not a folder"),
         ("info --device cuda", "info does not take --device; see cibp-fast info --help"),
-        ("certify A_FILE", "A_FILE is a file, not a run folder"),
+        ("certify A_FILE", "A_FILE is not a run folder: config.json is missing"),
         ("certify RUN --seed 3", "certify does not take --seed; see cibp-fast certify --help"),
-        ("certify RUN --data-root=", "--data-root takes no empty word"),
+        ("certify --data-root=", "a word is empty: cibp-fast certify --data-root="),
         ("certify nowhere", "nowhere is not a run folder: config.json is missing"),
         (f"certify {'x' * 300}", f"cannot read {'x' * 300}/config.json: File name too long"),
         ("certify a\0b", "a\0b/config.json is damaged (embedded null byte)"),
@@ -334,7 +334,11 @@ def test_bad_input_is_one_line(capsys, monkeypatch, tmp_path, toy_run, words, pr
 
 @pytest.mark.parametrize(
     ("words", "named"),
-    [(["certify", ""], "certify"), (["quickstart", "--output", ""], "--output"), ([""], "''")],
+    [
+        (["certify", ""], "a word is empty: cibp-fast certify ''"),
+        (["quickstart", "--output", ""], "a word is empty: cibp-fast quickstart --output ''"),
+        ([""], "unknown command ''"),
+    ],
 )
 def test_an_empty_word_is_not_the_current_folder(capsys, monkeypatch, toy_run, words, named):
     monkeypatch.chdir(toy_run)
@@ -345,7 +349,7 @@ def test_a_run_is_not_written_among_other_files(capsys, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     for overwrite in ([], ["--overwrite"]):
         line = error_line(capsys, *SHORT_TRAIN, "--run-dir", str(tmp_path), *overwrite)
-        assert f"the folder {tmp_path} holds notes.txt but no run" in line
+        assert f"{tmp_path} holds notes.txt but no run" in line
     assert [each.name for each in tmp_path.iterdir()] == ["notes.txt"]
 
 
@@ -358,7 +362,7 @@ def test_bad_options_are_one_line_everywhere(capsys, monkeypatch, encoding, term
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stdout", stdout)
     for words, problem in (
-        (["train", "--stpes", "5"], "train does not take --stpes: did you mean '--steps'?; see"),
+        (["train", "--stpes", "5"], "train does not take --stpes: did you mean --steps?; see"),
         (["train", "--threads", "x"], "--threads must be a whole number, not 'x'; see"),
         (["train", "--backend", "x"], "invalid choice 'x' for argument '--backend'. Expected one"),
         (["plot", "a"], "Missing from cibp-fast plot: -o FILE, --output FILE .png, .pdf or .svg"),
@@ -391,7 +395,7 @@ def _set_config(run_dir, **changes):
         (
             lambda run: (run / "metrics.jsonl").unlink(),
             "train",
-            "run whose metrics.jsonl is missing",
+            "a finished run: metrics.jsonl is missing",
         ),
         (
             lambda run: (run / "config.json").write_text("{"),
@@ -403,8 +407,8 @@ def _set_config(run_dir, **changes):
         (lambda run: _set_config(run, net="medium"), "attack", "does not hold this run's network"),
         (lambda run: (run / "result.json").write_text("{}"), "train", "'test_error' is missing"),
         (lambda run: (run / "model.safetensors").unlink(), "train", "safetensors is missing"),
-        (_stop, "attack", "not finished, model.safetensors is missing: where it was stopped, the"),
-        (_stop, "train", "checkpoint.safetensors is missing, and the run cannot go on without it"),
+        (_stop, "attack", "not finished: model.safetensors is missing; where it was stopped, the"),
+        (_stop, "train", "checkpoint.safetensors of a stopped run is missing: start anew"),
         (lambda run: _set_config(run, lr=0.5), "train", "another config (lr 0.5 there, 0.001 now)"),
     ],
 )

@@ -44,13 +44,8 @@ Share = Annotated[float, Field(ge=0, le=1, title="a number from 0 to 1")]
 Bound = Annotated[float, Field(ge=-GREATEST, le=GREATEST)]
 Pair = Field(min_length=2, max_length=2)
 Ramp = Annotated[tuple[Whole, ...], Pair, Field(title="two steps a,b with 0 <= a <= b")]
-Clip = Annotated[
-    Annotated[tuple[Bound, ...], Pair] | None, Field(title="low,high with low < high, or none")
-]
-
-
-class NewerError(ValueError):
-    """Says that a newer cibp_fast wrote it."""
+Clip = Annotated[tuple[Bound, ...] | None, Pair, Field(title="low,high with low < high, or none")]
+StepSize = Annotated[float | None, Field(gt=0, le=GREATEST, title="a number above 0, or none")]
 
 
 class Config(BaseModel):
@@ -129,10 +124,7 @@ class Config(BaseModel):
     """its random starts, besides the example itself"""
     pgd_verified_restarts: Whole = 0
     """its random starts for examples that the bounds verify, where it can only prove them wrong"""
-    pgd_step_size: Annotated[
-        Annotated[float, Field(gt=0, le=GREATEST)] | None,
-        Field(title="a number above 0, or none"),
-    ] = 0.01
+    pgd_step_size: StepSize = 0.01
     """its step size, in the units of eps_space; none: 2.5 eps / steps"""
 
     def __init__(self, **values: Any) -> None:
@@ -251,8 +243,7 @@ class Config(BaseModel):
             raise ValueError(f"a config must be a JSON object, not {values!r}")
         format = values.pop("format", FORMAT)
         if type(format) is not int or not 1 <= format <= FORMAT:
-            newer = type(format) is int and format > FORMAT
-            raise (NewerError if newer else ValueError)(
+            raise ValueError(
                 f"format must be from 1 to {FORMAT}, not {format!r}: a newer cibp_fast wrote it?"
             )
         return cls(**values)
@@ -300,14 +291,11 @@ def preset(name: str, **overrides: Any) -> Config:
     try:
         return Config(**fields | overrides)
     except ValueError as error:
-        message, other = str(error), ""
-        field = message.partition(" ")[0]
+        field = str(error).partition(" ")[0]
         if not overrides or field in overrides or field not in Config.model_fields:
             raise
-        if "method" in overrides:
-            other = f", as {name.replace(f'-{method}', '-' + overrides['method'])}"
-        message = re.sub(", not (.*)", r", not the \1 of the preset: set it too, or take ", message)
-        raise ValueError(f"{message}another preset{other}") from None
+        hint = "(of the preset): set it too, or take another preset"
+        raise ValueError(f"{error} {hint}") from None
 
 
 def epoch_steps(fields: dict[str, Any]) -> int:
@@ -381,9 +369,8 @@ def one_line(error: ValidationError, values: Mapping[str, Any] | None = None) ->
     if problem["type"] == "missing":
         return f"{name!r} is missing"
     if values is not None:
-        words = _listed(tuple(map(repr, choices(name)))) if choices(name) else "True or False"
-        value = values[name]
-        given = repr(value) if isinstance(value, str) else as_text(value)
+        words = _listed(tuple(map(repr, choices(name))) or ("True", "False"))
+        given = repr(values[name]) if isinstance(values[name], str) else as_text(values[name])
         return f"{name} must be {Config.model_fields[name].title or words}, not {given}"
     if message.startswith("Input"):
         message += f", not {problem['input']!r}"

@@ -20,15 +20,7 @@ from safetensors import SafetensorError, safe_open
 from typing_extensions import TypedDict  # pydantic takes typing's from Python 3.12 on
 
 from cibp_fast.training import missing
-from cibp_fast.training.config import (
-    Config,
-    Count,
-    NewerError,
-    Number,
-    Share,
-    Whole,
-    one_line,
-)
+from cibp_fast.training.config import Config, Count, Number, Share, Whole, one_line
 from cibp_fast.training.files import make_folder, naming, write_atomic
 
 try:
@@ -97,12 +89,9 @@ def claim(run_dir: Path, config: Config, overwrite: bool = False) -> None:
     """
     make_folder(run_dir)
     present = [run_dir / file for file in FILES if (run_dir / file).exists()]
-    with naming("look into", run_dir):
-        others = sorted(each.name for each in run_dir.glob("[!.]*") if each.name != STATE)
+    others = sorted(path.name for path in run_dir.glob("[!.]*") if path.name != STATE)
     if others and not present:
-        raise FileExistsError(
-            f"the folder {run_dir} holds {others[0]} but no run: choose another, new or empty"
-        )
+        raise FileExistsError(f"{run_dir} holds {others[0]} but no run: choose another folder")
     if present and not overwrite:
         if not (run_dir / "config.json").exists():
             raise FileExistsError(
@@ -285,9 +274,7 @@ def read_progress(run_dir: Path) -> tuple[dict[str, Any] | None, Checkpoint | No
     # The first checkpoint may come after the first epoch's record, but not after the second's.
     begun = len(read_epochs(run_dir)) > 1 or (run_dir / "model.safetensors").exists()
     if begun and checkpoint is None:
-        raise FileNotFoundError(
-            f"{run_dir / CHECKPOINT} is missing, and the run cannot go on without it: {ANEW}"
-        )
+        raise FileNotFoundError(f"{run_dir / CHECKPOINT} of a stopped run is missing: {ANEW}")
     return None, checkpoint
 
 
@@ -345,26 +332,18 @@ def _reading(path: Path, problem: str = " is damaged") -> Iterator[None]:
 
     problem: what is wrong with the content, or where.
     """
-    run_dir = path.parent
     try:
         yield
     except (FileNotFoundError, NotADirectoryError):
-        if run_dir.is_file():
-            why = "is a file, not a run folder"
-        elif not (run_dir / "config.json").exists():
-            why = f"is not a run folder: {path.name} is missing"
-        elif (run_dir / "result.json").exists():
-            why = f"is a finished run whose {path.name} is missing: {ANEW}"
-        else:
-            why = (
-                f"is a run that has not finished, {path.name} is missing: where it was stopped, "
-                "the same train command goes on"
-            )
-        raise FileNotFoundError(f"{run_dir} {why}") from None
+        what, hint = "not a run folder", ""
+        if (path.parent / "result.json").exists():
+            what, hint = "a finished run", f"; {ANEW}"
+        elif (path.parent / "config.json").exists():
+            what = "a run that has not finished"
+            hint = "; where it was stopped, the same train command goes on"
+        raise FileNotFoundError(f"{path.parent} is {what}: {path.name} is missing{hint}") from None
     except OSError as error:
         raise OSError(f"cannot read {path}: {error.strerror or error}") from error
-    except NewerError as error:
-        raise ValueError(f"{path}: {error}") from None
     except (SafetensorError, RuntimeError, ValueError) as error:  # a ValidationError is one
         lines = [one_line(error)] if isinstance(error, ValidationError) else str(error).splitlines()
         raise ValueError(f"{path}{problem} ({' '.join(lines[:2])}): {ANEW}") from error

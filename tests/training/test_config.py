@@ -248,19 +248,19 @@ def test_bad_fields_are_named(overrides, message):
         (
             "mnist5k-small-8/255-cibp",
             {"method": "ibp"},
-            "width_weight must be 0 for method ibp, not the 1.0 of the preset: set it too, or take "
-            "another preset, as mnist5k-small-8/255-ibp",
+            "width_weight must be 0 for method ibp, not 1.0 (of the preset): set it too, or take "
+            "another preset",
         ),
         (
             "mnist5k-small-0.1-ibp",
             {"method": "nominal"},
-            "kappa_end must be 1 for method nominal (no robust loss), not the 0.5 of the preset: "
-            "set it too, or take another preset, as mnist5k-small-0.1-nominal",
+            "kappa_end must be 1 for method nominal (no robust loss), not 0.5 (of the preset): "
+            "set it too, or take another preset",
         ),
         (
             "svhn-small-0.1-ibp",
             {"eps_space": "normalized"},
-            "clip must be none for eps_space normalized, not the 0.0,1.0 of the preset: "
+            "clip must be none for eps_space normalized, not 0.0,1.0 (of the preset): "
             "set it too, or take another preset",
         ),
         (
