@@ -50,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Exception as error:
             if not isinstance(error, USER_ERRORS) and not _of_memory(error):
                 raise
-            _say(f"cibp-fast: error: {' '.join(spelled(str(error)).split())}")
+            text = str(error) if isinstance(error, OSError) else spelled(str(error))
+            _say(f"cibp-fast: error: {' '.join(text.split())}")
             return 2
     return 0
 

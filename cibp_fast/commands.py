@@ -389,17 +389,17 @@ def spelled(attack: bool, message: str) -> str:
 
     `x must` at the beginning becomes `--x must`, and `x=1` anywhere `--x 1`.
 
-    attack: of the command `attack`, where PGD's have no prefix; in training its warning gets one.
+    attack: of the command `attack`, where PGD's have no prefix; its warning in training gets one.
     """
 
     def option(found: re.Match[str]) -> str:
-        name = re.sub(
-            "^(pgd_)?(?=step_size)", "pgd_", found[1] or found[2]
-        )  # of the warning in training
+        name = re.sub("^(pgd_)?(?=step_size)", "pgd_", found[1] or found[2])
         name = name.removeprefix("pgd_") if attack else name
         return f"--{name.replace('_', '-')} {(found[3] or '').replace('None', 'none')}".rstrip()
 
-    return re.sub(r"(?:^(\w+)(?= must )|(?<!\S)(\w+)='?([^\s'(),;:]+)'?)", option, message)
+    return re.sub(
+        r"(?:^(\w+)(?= must )|(?<!\S)(\w+)='?([^\s'(),;:/]+)'?(?=[\s:]|$))", option, message
+    )
 
 
 # What tyro says, and in its place:
@@ -409,9 +409,9 @@ PLAIN = {
     r"^Error parsing (\S+):": r"\1",
     r"^Missing value for argument '(\S+)'.*": r"\1 needs a value",
     r"^Unrecognized options: ([^ ,]+).* (?:meant|similar to \S+): (--[\w-]+).*": (
-        r"COMMAND does not take \1: did you mean \2?"
+        r"COMMAND does not take '\1': did you mean '\2'?"
     ),
-    r"^Unrecognized options: ([^ ,]+).*": r"COMMAND does not take \1",
+    r"^Unrecognized options: ([^ ,]+).*": r"COMMAND does not take '\1'",
 }
 
 

@@ -286,17 +286,19 @@ def test_options_replace_the_preset(trained):
         ("train --batch-size 99", "--batch-size must be at most the 80 training examples, not 99"),
         (
             "train --stpes 5",
-            "train does not take --stpes: did you mean --steps?; see cibp-fast tr",
+            "train does not take '--stpes': did you mean '--steps'?; see cibp-fast tr",
         ),
-        ("train foo", "train does not take foo; see cibp-fast train --help"),
-        ("train --elide maybe", "train does not take maybe; see cibp-fast train --help"),
+        ("train foo", "train does not take 'foo'; see cibp-fast train --help"),
+        ("train --elide maybe", "train does not take 'maybe'; see cibp-fast train --help"),
         ("train --batch-size 16 --run-dir A_FILE", "A_FILE: it is a file, not a folder"),
         ("quickstart --seed -1", "--seed must be a whole number from 0 to 2**63 - 1, not -1"),
-        ("quickstart --steps 3", "quickstart does not take --steps"),
+        ("quickstart --steps 3", "quickstart does not take '--steps'"),
         ("quickstart --output A_FILE", "A_FILE: it is a file, not a folder"),
-        ("info --device cuda", "info does not take --device; see cibp-fast info --help"),
+        ("info --device cuda", "info does not take '--device'; see cibp-fast info --help"),
         ("certify A_FILE", "A_FILE is not a run folder: config.json is missing"),
-        ("certify RUN --seed 3", "certify does not take --seed; see cibp-fast certify --help"),
+        ("certify steps=4", "error: steps=4 is not a run folder: config.json is missing"),
+        ("certify RUN steps=4", "certify does not take 'steps=4'; see cibp-fast certify --help"),
+        ("certify RUN --seed 3", "certify does not take '--seed'; see cibp-fast certify --help"),
         ("certify --data-root=", "a word is empty: cibp-fast certify --data-root="),
         ("certify nowhere", "nowhere is not a run folder: config.json is missing"),
         (f"certify {'x' * 300}", f"cannot read {'x' * 300}/config.json: File name too long"),
@@ -362,7 +364,7 @@ def test_bad_options_are_one_line_everywhere(capsys, monkeypatch, encoding, term
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stdout", stdout)
     for words, problem in (
-        (["train", "--stpes", "5"], "train does not take --stpes: did you mean --steps?; see"),
+        (["train", "--stpes", "5"], "train does not take '--stpes': did you mean '--steps'?; see"),
         (["train", "--threads", "x"], "--threads must be a whole number, not 'x'; see"),
         (["train", "--backend", "x"], "invalid choice 'x' for argument '--backend'. Expected one"),
         (["plot", "a"], "Missing from cibp-fast plot: -o FILE, --output FILE .png, .pdf or .svg"),
@@ -504,14 +506,14 @@ def test_a_run_goes_on_after_ctrl_c_unless_overwritten(capsys, tmp_path, monkeyp
 def test_a_warning_is_one_line(capsys, monkeypatch, toy_run):
     def warn(*args, **kwargs):
         for _ in range(2):
-            warnings.warn("data_root=a/b is\n not (data_root=c) read", stacklevel=2)
+            warnings.warn(
+                "data_root must\n be lr=1e-3: not (lr=1) or lr=2/config.json", stacklevel=2
+            )
         return load_toy(*args, **kwargs)
 
     monkeypatch.setattr(datasets, "load", warn)
     assert cli.main(["certify", str(toy_run)]) == 0
-    assert (
-        capsys.readouterr().err == "cibp-fast: warning: --data-root a/b is not (data_root=c) read\n"
-    )
+    assert capsys.readouterr().err == line
 
 
 def test_seeds(capsys, tmp_path):

@@ -105,7 +105,8 @@ def load(name: str, root: str | Path | None = None, *, verify: bool = True) -> D
     source = DATASETS[name]
     if source.read is None:
         if root is not None:
-            warnings.warn(f"data_root={root} is not read: {name} is in a package", stacklevel=2)
+            problem = f"data_root must be left out for {name}, which is in a package, not {root}"
+            warnings.warn(problem, stacklevel=2)
         return Dataset(name, *_mnist5k())
     root = Path(root or os.environ.get("CIBP_FAST_DATA") or "data")
     splits = []
