@@ -397,9 +397,8 @@ def spelled(attack: bool, message: str) -> str:
         name = name.removeprefix("pgd_") if attack else name
         return f"--{name.replace('_', '-')} {(found[3] or '').replace('None', 'none')}".rstrip()
 
-    return re.sub(
-        r"(?:^(\w+)(?= must )|(?<!\S)(\w+)='?([^\s'(),;:/]+)'?(?=[\s:]|$))", option, message
-    )
+    argument = r"^(\w+)(?= must\s)|(?<!\S)(\w+)='?([^\s'(),;:/]+)'?(?=[\s:]|$)"
+    return re.sub(argument, option, message)
 
 
 # What tyro says, and in its place:

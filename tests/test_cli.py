@@ -513,7 +513,8 @@ def test_a_warning_is_one_line(capsys, monkeypatch, toy_run):
 
     monkeypatch.setattr(datasets, "load", warn)
     assert cli.main(["certify", str(toy_run)]) == 0
-    assert capsys.readouterr().err == line
+    line = "--data-root must be --lr 1e-3: not (lr=1) or lr=2/config.json"
+    assert capsys.readouterr().err == f"cibp-fast: warning: {line}\n"
 
 
 def test_seeds(capsys, tmp_path):
