@@ -178,9 +178,9 @@ def _lengths(
     if steps and (steps * lengths + 4 * spacing < width).any():
         widest = width.max().item()
         warnings.warn(
-            f"{steps} steps of {step_size} do not cross the box, which is {widest:.4g} wide, so "
-            f"that points within reach may be missed: take more steps, a step_size of "
-            f"{widest / steps:.2g} or more, or step_size=None for 2.5 * eps / steps",
+            f"{steps} step{'' if steps == 1 else 's'} of {step_size} cannot cross the box, which "
+            f"is {widest:.4g} wide, so that points within reach may be missed: take more steps, "
+            f"step_size={widest / steps:.2g} or more, or step_size=None for 2.5 * eps / steps",
             RuntimeWarning,
             stacklevel=3,
         )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
 
 from cibp_fast._version import __version__
@@ -23,11 +25,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[:1] == ["--version"]:
         print(f"cibp-fast {__version__}")
         return 0
-    with warnings.catch_warnings():
-        warnings.showwarning = _show_warning
-        try:
-            from cibp_fast import commands
+    spelled: Callable[[str], str] = str
+    warn = cache(_say)  # once, where two batches have the same to say
 
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        warn(f"cibp-fast: warning: {' '.join(spelled(str(message)).split())}")
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        try:
+            # pydantic's own import would end in a page about a Ctrl-C
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+            try:
+                from cibp_fast import commands
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            spelled = partial(commands.spelled, words[:1] == ["attack"])
             commands.run(words)
         except KeyboardInterrupt as interrupt:
             again = "the same command" + " without --overwrite" * ("--overwrite" in words)
@@ -37,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except Exception as error:
             if not isinstance(error, USER_ERRORS) and not _of_memory(error):
                 raise
-            _say(f"cibp-fast: error: {' '.join(str(error).split())}")
+            text = str(error) if isinstance(error, OSError) else spelled(str(error))
+            _say(f"cibp-fast: error: {' '.join(text.split())}")
             return 2
     return 0
 
@@ -45,10 +59,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _of_memory(error: Exception) -> bool:
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(error, torch.OutOfMemoryError)  # of a GPU
-
-
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    _say(f"cibp-fast: warning: {' '.join(str(message).split())}")
 
 
 def _say(line: str) -> None:

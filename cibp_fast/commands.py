@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, field
@@ -21,10 +22,13 @@ from cibp_fast.training.config import (
     Config,
     as_text,
     choices,
+    counted,
+    did_you_mean,
     epoch_steps,
     parse,
     preset,
 )
+from cibp_fast.training.files import make_folder
 
 try:
     import tyro
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
     from cibp_fast.training.datasets import Split
 
 DEFAULT_PRESET = "mnist5k-small-0.1-cibp"
+MOST_SEEDS = 1000
 MOST_THREADS = 1024  # beyond it the system may refuse to start them, which ends the process
 
 
@@ -98,7 +103,7 @@ class OnData(Command):
 
     Attributes:
         device: cpu or cuda
-        data_root: folder of the data sets
+        data_root: folder of the data sets; mnist5k needs none, and warns of one
         unverified_data: only warn of data files that are not the official ones
     """
 
@@ -143,6 +148,7 @@ class Quickstart(Command):
         plotting.require_matplotlib()  # now, not after the training
         names = [f"mnist5k-small-0.1-{method}" for method in ("ibp", "cibp")]
         configs = {self.output / name: preset(name, seed=self.seed) for name in names}
+        make_folder(self.output)
         there = []  # of the same config
         for run_dir, config in configs.items():
             with suppress(OSError, ValueError):  # none, or a damaged one
@@ -152,7 +158,8 @@ class Quickstart(Command):
         results = {}
         for run_dir, config in configs.items():
             label = plotting.METHOD_LABELS[config.method]
-            print(f"Training the small network with {label}, {config.steps} steps:", flush=True)
+            steps = counted(config.steps, "step")
+            print(f"Training the small network with {label}, {steps}:", flush=True)
             anew = run_dir not in there or (finished and len(there) == len(configs))
             results[label] = loop.train(config, run_dir, overwrite=anew)
         picture = self.output / "quickstart.png"
@@ -200,8 +207,8 @@ class Train(OnData):
     def run(self) -> None:
         epochs = {} if self.epochs is None else {"epochs": self.epochs}
         config = preset(self.preset, **self.recipe, **epochs)
-        if self.seeds < 1:
-            raise ValueError(f"seeds must be 1 or more, not {self.seeds}")
+        if not 1 <= self.seeds <= MOST_SEEDS:
+            raise ValueError(f"seeds must be from 1 to {MOST_SEEDS}, not {self.seeds}")
         configs = [config.replace(seed=config.seed + index) for index in range(self.seeds)]
         from cibp_fast.training import loop
 
@@ -314,7 +321,7 @@ class Attack(OnRuns):
     def run(self) -> None:
         self.report(
             "pgd",
-            f"PGD error ({self.steps} steps, {self.restarts} restarts)",
+            f"PGD error ({counted(self.steps, 'step')}, {counted(self.restarts, 'restart')})",
             pgd_steps=self.steps,
             pgd_restarts=self.restarts,
             pgd_verified_restarts=self.restarts,
@@ -361,7 +368,9 @@ class Plot(Command):
         print(f"wrote {self.output}")
 
 
-COMMANDS = (Info, Quickstart, Train, Certify, Attack, Plot)
+COMMANDS: dict[str, type[Command]] = {
+    kind.__name__.lower(): kind for kind in (Info, Quickstart, Train, Certify, Attack, Plot)
+}
 
 ABOUT = f"""Train and certify provably robust networks with interval bounds.
 
@@ -375,20 +384,63 @@ examples:
   cibp-fast --version"""
 
 
+def spelled(attack: bool, message: str) -> str:
+    """Returns the message with options in place of Python's arguments.
+
+    `x must` at the beginning becomes `--x must`, and `x=1` anywhere `--x 1`.
+
+    attack: of the command `attack`, where PGD's have no prefix; its warning in training gets one.
+    """
+
+    def option(found: re.Match[str]) -> str:
+        name = re.sub("^(pgd_)?(?=step_size)", "pgd_", found[1] or found[2])
+        name = name.removeprefix("pgd_") if attack else name
+        return f"--{name.replace('_', '-')} {(found[3] or '').replace('None', 'none')}".rstrip()
+
+    argument = r"^(\w+)(?= must\s)|(?<!\S)(\w+)='?([^\s'(),;:/]+)'?(?=[\s:]|$)"
+    return re.sub(argument, option, message)
+
+
+# What tyro says, and in its place:
+PLAIN = {
+    " (Argument helptext|For full helptext).*": "",
+    r"^Error parsing (\S+): invalid literal for int.*10:": r"\1 must be a whole number, not",
+    r"^Error parsing (\S+):": r"\1",
+    r"^Missing value for argument '(\S+)'.*": r"\1 needs a value",
+    r"^Unrecognized options: ([^ ,]+).* (?:meant|similar to \S+): (--[\w-]+).*": (
+        r"COMMAND does not take '\1': did you mean '\2'?"
+    ),
+    r"^Unrecognized options: ([^ ,]+).*": r"COMMAND does not take '\1'",
+}
+
+
 def run(words: Sequence[str]) -> None:
     """Runs the command that the words say. Raises ValueError with one line about bad ones."""
-    kinds = [Annotated[kind, subcommand(kind.__name__.lower())] for kind in COMMANDS]
-    commands: Any = Union[tuple(kinds)]  # noqa: UP007
+    name = words[0] if words else ""
+    if name not in (*COMMANDS, "-h", "--help"):
+        what = f"unknown command {name!r}{did_you_mean(name, COMMANDS)}" if words else "No command."
+        raise ValueError(f"{what} The commands are {', '.join(COMMANDS)}; see cibp-fast --help")
+    if any(re.fullmatch("(--[^=]+=)?", word) for word in words):
+        raise ValueError(f"a word is empty: cibp-fast {shlex.join(words)}")
+    kinds = [Annotated[kind, subcommand(each)] for each, kind in COMMANDS.items()]
+    every: Any = Union[tuple(kinds)]  # noqa: UP007
     printed = io.StringIO()
     try:
         with redirect_stderr(printed):
-            command = tyro.cli(commands, args=words, prog="cibp-fast", description=ABOUT)
+            command: Any = (
+                tyro.cli(COMMANDS[name], args=words[1:], prog=f"cibp-fast {name}")
+                if name in COMMANDS
+                else tyro.cli(every, args=words, prog="cibp-fast", description=ABOUT)
+            )
     except SystemExit as exit:
         if not exit.code:
             raise  # after help
         _, _, problem = printed.getvalue().partition("\n")  # of a box, with a title
         plain = re.sub(r"\x1b\[[\d;]*m", "", problem)  # of colours
-        raise ValueError(" ".join(re.sub("[─│╭╮╰╯]|-{5,}", " ", plain).split())) from None
+        plain = " ".join(re.sub("[─│╭╮╰╯]|-{5,}", " ", plain).split())
+        for pattern, text in PLAIN.items():
+            plain = re.sub(pattern, text.replace("COMMAND", name), plain)
+        raise ValueError(f"{plain.rstrip('.')}; see cibp-fast {name} --help") from None
     if command.threads is not None:
         if not 1 <= command.threads <= MOST_THREADS:
             raise ValueError(f"threads must be from 1 to {MOST_THREADS}, not {command.threads}")
@@ -402,7 +454,7 @@ def _table(results: Mapping[str, dict[str, Any]]) -> str:
     """Returns test, PGD and verified error of each result, a row each, aligned."""
     first = next(iter(results.values()))
     indent = max(len(name) for name in results)
-    attack = f"PGD ({first['pgd_steps']} steps)"
+    attack = f"PGD ({counted(first['pgd_steps'], 'step')})"
     rows = [f"{'':{indent}}  {'test error':>12}  {attack:>16}  {'verified':>10}  {'time':>8}"]
     for name, result in results.items():
         errors = (result[f"{kind}_error"] for kind in ("test", "pgd", "verified"))

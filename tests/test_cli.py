@@ -69,16 +69,17 @@ def test_train_certify_attack_and_plot(tmp_path, capsys):
         (["certify", run], error, ""),
         (["certify", run], "sound: false", ""),
         (["certify", run, "--eps", "1"], "100.00 % (40 of 40", ""),
-        (["attack", run, *PGD, "--examples", "20"], "PGD error (1 steps, 1 restarts)", ""),
+        (["attack", run, *PGD, "--examples", "20"], "PGD error (1 step, 1 restart)", ""),
         (["attack", run, *PGD, "--eps", "0.4", "--step-size", "none"], "", ""),
-        (["attack", run, *PGD, "--eps", "0.4"], "", "warning: 1 steps of 0.01 do not cross"),
+        (["attack", run, *PGD, "--eps", "0.4"], "", "warning: 1 step of 0.01 cannot cross"),
+        (["attack", run, *PGD, "--eps", "0.4"], "", "more, or --step-size none for 2.5 * eps"),
     ):
         assert cli.main(words) == 0
         captured = capsys.readouterr()
         assert out in captured.out and warning in captured.err
-        assert bool(warning) == bool(captured.err)
+        assert captured.err.count("\n") == bool(warning)
 
-    picture = tmp_path / "pictures" / "curves.png"
+    picture = tmp_path / "curves.png"
     pytest.importorskip("matplotlib")
     assert cli.main(["plot", run, "-o", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -257,40 +258,101 @@ def test_options_replace_the_preset(trained):
     ("words", "problem"),
     [
         ("train --preset mnist5k-smal-0.1-cibp", "did you mean 'mnist5k-small-0.1-cibp'"),
-        ("train --eps 8/256", "eps must be a valid number, not '8/256'"),
-        ("train --eps", "Missing value for argument '--eps'"),
-        ("train --net tiny", "net must be 'small', 'medium' or 'large', not 'tiny'"),
-        ("train --seeds 0", "seeds must be 1 or more, not 0"),
-        (f"train --seed {2**63 - 1} --seeds 2", "seed must be less than or equal to 922337203685"),
-        ("train --threads 0", "threads must be from 1 to 1024, not 0"),
-        ("info --threads 1025", "threads must be from 1 to 1024, not 1025"),
-        ("train --threads two", "Error parsing --threads: invalid literal for int() with base 10"),
+        ("train --eps 8/0", "--eps must be a number from 0 to 1e18, as 0.1 or 8/255, not '8/0'"),
+        ("train --eps-train-ratio -1", "--eps-train-ratio must be a number from 0 to 1e18, not -1"),
+        ("train --clip 0", "--clip must be low,high with low < high, or none, not 0"),
+        ("train --lr-decay-at x", "--lr-decay-at must be steps a,b,..., or none, not x"),
+        (
+            "train --method ibp",
+            "--width-weight must be 0 for method ibp, not 1.0 (of the preset): set",
+        ),
+        ("train --eps", "--eps needs a value; see cibp-fast train --help"),
+        ("train --net tiny", "--net must be 'small', 'medium' or 'large', not 'tiny'"),
+        ("train --seeds 0", "--seeds must be from 1 to 1000, not 0"),
+        (f"train --seeds {10**13}", "--seeds must be from 1 to 1000, not 10000000000000"),
+        (
+            f"train --seed {2**63 - 1} --seeds 2",
+            "--seed must be a whole number from 0 to 2**63 - 1",
+        ),
+        ("train --threads 0", "--threads must be from 1 to 1024, not 0"),
+        ("info --threads 1025", "--threads must be from 1 to 1024, not 1025"),
+        ("train --threads two", "--threads must be a whole number, not 'two'; see cibp"),
         ("train --backend cpp", "invalid choice 'cpp' for argument '--backend'"),
         ("train --batch-size 16 --run-dir /proc/cibp_fast", "make the folder /proc/cibp_fast: "),
-        ("train --stpes 5", "Unrecognized options: --stpes, 5"),
-        ("quickstart --seed -1", "seed must be greater than or equal to 0, not -1"),
+        (
+            "train --batch-size 16 --backend cuda",
+            "--backend cuda cannot run: the CUDA kernels are for NVIDIA's",
+        ),
+        ("train --batch-size 99", "--batch-size must be at most the 80 training examples, not 99"),
+        (
+            "train --stpes 5",
+            "train does not take '--stpes': did you mean '--steps'?; see cibp-fast tr",
+        ),
+        ("train foo", "train does not take 'foo'; see cibp-fast train --help"),
+        ("train --elide maybe", "train does not take 'maybe'; see cibp-fast train --help"),
+        ("train --batch-size 16 --run-dir A_FILE", "A_FILE: it is a file, not a folder"),
+        ("quickstart --seed -1", "--seed must be a whole number from 0 to 2**63 - 1, not -1"),
+        ("quickstart --steps 3", "quickstart does not take '--steps'"),
+        ("quickstart --output A_FILE", "A_FILE: it is a file, not a folder"),
+        ("info --device cuda", "info does not take '--device'; see cibp-fast info --help"),
+        ("certify A_FILE", "A_FILE is not a run folder: config.json is missing"),
+        ("certify steps=4", "error: steps=4 is not a run folder: config.json is missing"),
+        ("certify RUN steps=4", "certify does not take 'steps=4'; see cibp-fast certify --help"),
+        ("certify RUN --seed 3", "certify does not take '--seed'; see cibp-fast certify --help"),
+        ("certify --data-root=", "a word is empty: cibp-fast certify --data-root="),
         ("certify nowhere", "nowhere is not a run folder: config.json is missing"),
         (f"certify {'x' * 300}", f"cannot read {'x' * 300}/config.json: File name too long"),
-        ("certify a\0b", "a\0b/config.json: embedded null byte"),
+        ("certify a\0b", "a\0b/config.json is damaged (embedded null byte)"),
         ("certify", "Missing from cibp-fast certify: RUN_DIR"),
-        ("certify RUN --examples 0", "examples must be from 1 to the 40 of the test set, not 0"),
-        ("certify RUN --examples 41", "examples must be from 1 to the 40 of the test set, not 41"),
-        ("attack RUN --steps -1", "pgd_steps must be greater than or equal to 0, not -1"),
-        ("attack RUN --step-size 0", "pgd_step_size must be greater than 0, not 0"),
+        ("certify RUN --examples 0", "--examples must be from 1 to the 40 of the test set, not 0"),
+        (
+            "certify RUN --examples 41",
+            "--examples must be from 1 to the 40 of the test set, not 41",
+        ),
+        ("attack RUN --seed 1.5", "--seed must be a whole number, not '1.5'; see cibp-fast attack"),
+        ("attack RUN --device x", "--device must be cpu or cuda, not 'x'"),
+        ("attack RUN --steps -1", "--steps must be a whole number from 0 to 2**63 - 1, not -1"),
+        ("attack RUN --step-size 0", "--step-size must be a number above 0, or none, not 0"),
+        ("plot RUN -o missing/a.png", "missing is not a folder: make it, or plot elsewhere"),
         ("plot nowhere -o a.png", "nowhere is not a run folder"),
         ("plot -o a.png", "plot takes either run folders or --preset NAME"),
         ("plot nowhere --preset x -o a.png", "plot takes either run folders or --preset NAME"),
         ("plot --preset x -o a.png", "unknown preset 'x'"),
         ("plot nowhere", "Missing from cibp-fast plot: -o FILE, --output FILE"),
-        ("", "Expected one of {info, quickstart, train, certify, attack, plot}"),
-        ("trian", "Unrecognized options: trian Available subcommands: info, quickstart, train"),
+        ("", "No command. The commands are info, quickstart, train, certify, attack, plot; see"),
+        ("trian", "unknown command 'trian': did you mean 'train'? The commands are info, quick"),
     ],
 )
 def test_bad_input_is_one_line(capsys, monkeypatch, tmp_path, toy_run, words, problem):
+    pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
-    arguments = [str(toy_run) if word == "RUN" else word for word in words.split(" ") if word]
-    assert problem in error_line(capsys, *arguments)
+    stands = {"RUN": str(toy_run), "A_FILE": str(toy_run / "config.json")}
+    arguments = [stands.get(word, word) for word in words.split(" ") if word]
+    line = error_line(capsys, *arguments)
+    assert problem.replace("A_FILE", stands["A_FILE"]) in line
+    assert len(line) < 370 or "unknown preset" in line  # of which it says all
     assert list(tmp_path.iterdir()) == []  # nothing written, half or whole
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["certify", ""], "a word is empty: cibp-fast certify ''"),
+        (["quickstart", "--output", ""], "a word is empty: cibp-fast quickstart --output ''"),
+        ([""], "unknown command ''"),
+    ],
+)
+def test_an_empty_word_is_not_the_current_folder(capsys, monkeypatch, toy_run, words, named):
+    monkeypatch.chdir(toy_run)
+    assert named in error_line(capsys, *words)
+
+
+def test_a_run_is_not_written_among_other_files(capsys, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    for overwrite in ([], ["--overwrite"]):
+        line = error_line(capsys, *SHORT_TRAIN, "--run-dir", str(tmp_path), *overwrite)
+        assert f"{tmp_path} holds notes.txt but no run" in line
+    assert [each.name for each in tmp_path.iterdir()] == ["notes.txt"]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
@@ -302,14 +364,21 @@ def test_bad_options_are_one_line_everywhere(capsys, monkeypatch, encoding, term
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stdout", stdout)
     for words, problem in (
-        (["train", "--stpes", "5"], "Unrecognized options: --stpes, 5"),
-        (["train", "--threads", "x"], "Error parsing --threads: invalid literal for int()"),
+        (["train", "--stpes", "5"], "train does not take '--stpes': did you mean '--steps'?; see"),
+        (["train", "--threads", "x"], "--threads must be a whole number, not 'x'; see"),
+        (["train", "--backend", "x"], "invalid choice 'x' for argument '--backend'. Expected one"),
         (["plot", "a"], "Missing from cibp-fast plot: -o FILE, --output FILE .png, .pdf or .svg"),
     ):
         line = error_line(capsys, *words)
         assert line.startswith(f"cibp-fast: error: {problem}")
-        assert "For full helptext" in line and line.isprintable()
+        assert line.endswith(f"; see cibp-fast {words[0]} --help") and line.isprintable()
         assert not {"│", "─", "|", "+"} & set(line) and "---" not in line
+
+
+def _stop(run_dir):
+    """Makes it a stopped run that has lost its checkpoint."""
+    for name in ("result.json", "model.safetensors"):
+        (run_dir / name).unlink()
 
 
 def _set_config(run_dir, **changes):
@@ -320,12 +389,28 @@ def _set_config(run_dir, **changes):
 @pytest.mark.parametrize(
     ("damage", "command", "words"),
     [
-        (lambda run: (run / "metrics.jsonl").write_text("{"), "plot", "metrics.jsonl, line 1: "),
+        (
+            lambda run: (run / "metrics.jsonl").write_text("{"),
+            "plot",
+            "metrics.jsonl, line 1, is d",
+        ),
+        (
+            lambda run: (run / "metrics.jsonl").unlink(),
+            "train",
+            "a finished run: metrics.jsonl is missing",
+        ),
+        (
+            lambda run: (run / "config.json").write_text("{"),
+            "attack",
+            "config.json is damaged (EOF",
+        ),
         (lambda run: _set_config(run, clip=(0.2, 0.5)), "certify", "outside clip=(0.2, 0.5)"),
         (lambda run: _set_config(run, clip=(0.2, 0.5)), "attack", "outside clip=(0.2, 0.5)"),
         (lambda run: _set_config(run, net="medium"), "attack", "does not hold this run's network"),
         (lambda run: (run / "result.json").write_text("{}"), "train", "'test_error' is missing"),
         (lambda run: (run / "model.safetensors").unlink(), "train", "safetensors is missing"),
+        (_stop, "attack", "not finished: model.safetensors is missing; where it was stopped, the"),
+        (_stop, "train", "checkpoint.safetensors of a stopped run is missing: start anew"),
         (lambda run: _set_config(run, lr=0.5), "train", "another config (lr 0.5 there, 0.001 now)"),
     ],
 )
@@ -376,8 +461,9 @@ def test_a_gpu_without_memory_is_one_line(
     options = [command, str(toy_run), "--eval-batch-size", "7"]
     if command == "train":
         options = [*SHORT_TRAIN, "--run-dir", str(tmp_path)]
-    setting = words.split()[-1].partition("=")[0]
-    line = f"error: {words}: CUDA out of memory; take a smaller {setting}"
+    words = words.replace("eval_batch_size=", "--eval-batch-size ")
+    words = words.replace("batch_size=", "--batch-size ")
+    line = f"error: {words}: CUDA out of memory; take a smaller one"
     assert error_line(capsys, *options).endswith(line)
 
 
@@ -419,12 +505,16 @@ def test_a_run_goes_on_after_ctrl_c_unless_overwritten(capsys, tmp_path, monkeyp
 
 def test_a_warning_is_one_line(capsys, monkeypatch, toy_run):
     def warn(*args, **kwargs):
-        warnings.warn("the file is\n not the official one", stacklevel=2)
+        for _ in range(2):
+            warnings.warn(
+                "data_root must\n be lr=1e-3: not (lr=1) or lr=2/config.json", stacklevel=2
+            )
         return load_toy(*args, **kwargs)
 
     monkeypatch.setattr(datasets, "load", warn)
     assert cli.main(["certify", str(toy_run)]) == 0
-    assert capsys.readouterr().err == "cibp-fast: warning: the file is not the official one\n"
+    line = "--data-root must be --lr 1e-3: not (lr=1) or lr=2/config.json"
+    assert capsys.readouterr().err == f"cibp-fast: warning: {line}\n"
 
 
 def test_seeds(capsys, tmp_path):
@@ -448,7 +538,7 @@ def test_seeds(capsys, tmp_path):
     assert printed.count("sound: false") == 1
     assert cli.main(["attack", both, "--steps", "1", "--restarts", "0", "--eps", "1/255"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("PGD error (1 steps, 0 restarts) at eps 0.003922: ") == 2
+    assert printed.count("PGD error (1 step, 0 restarts) at eps 0.003922: ") == 2
     assert "of 2 seeds: pgd " in printed
     pytest.importorskip("matplotlib")
     picture = tmp_path / "curves.svg"
@@ -463,6 +553,24 @@ def test_interrupt(capsys, monkeypatch):
     monkeypatch.setattr(loop, "train", interrupt)
     assert cli.main(["train"]) == 130
     assert capsys.readouterr().err == "\ncibp-fast: interrupted\n"
+
+
+def test_an_interrupt_during_the_imports_is_one_line():
+    """It comes in the middle of those of pydantic, whose own would print a page."""
+    code = """
+import signal, sys
+from cibp_fast.cli import main
+
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == "datetime":  # which its compiled part imports
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting())
+sys.stderr = sys.stdout
+print(main(["info"]))
+"""
+    assert python(code) == "\ncibp-fast: interrupted\n130\n"
 
 
 def test_python_dash_m_has_no_traceback(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import importlib.util
 import os
@@ -98,6 +99,18 @@ assert cf.attacks.pgd(net, x, y, 0.1, steps=2, restarts=0).found.shape == (2,)
 assert "cibp_fast.reference" not in sys.modules
 """
     run(sys.executable, "-c", code, cwd=tmp_path)
+
+
+def test_the_installed_package_imports_nothing_of_bench() -> None:
+    scripts = {"bench", *(path.stem for path in (ROOT / "bench").glob("*.py"))}
+    files = list(Path(cf.__file__).parent.rglob("*.py"))
+    assert len(files) > 50 and {"layer", "step", "tune"} <= scripts
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [each.name for each in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
+            assert not {name.partition(".")[0] for name in names} & scripts, path
 
 
 def test_names_are_imported_once_and_listed() -> None:

@@ -238,7 +238,7 @@ def _cuda_obstacle(device: torch.device, dtype: torch.dtype) -> str:
 def _cuda_missing(device: torch.device) -> str:
     """Returns why they cannot run on this device; empty: they can."""
     if device.type != "cuda":
-        return f"they are for NVIDIA's GPUs, and the tensors are on {device.type!r}"
+        return f"the CUDA kernels are for NVIDIA's GPUs, and the tensors are on {device.type!r}"
     if why := _no_cuda_devices():
         return why
     if not torch.cuda.is_available():

@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from itertools import product
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -34,12 +34,18 @@ Method = Literal["nominal", "ibp", "cibp"]
 NORMALIZED = ("cifar10", "svhn")  # data sets with a mean and a standard deviation
 
 LARGEST = 2**63 - 1  # that torch takes as a whole number
-Whole = Annotated[int, Field(ge=0, le=LARGEST)]
-Count = Annotated[int, Field(ge=1, le=LARGEST)]
-Number = Annotated[float, Field(ge=0, le=LARGEST)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Bound = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
-Ramp = Annotated[tuple[Whole, ...], Field(min_length=2, max_length=2)]
+GREATEST = 1e18
+
+# Each title completes "must be".
+Whole = Annotated[int, Field(ge=0, le=LARGEST, title="a whole number from 0 to 2**63 - 1")]
+Count = Annotated[int, Field(ge=1, le=LARGEST, title="a whole number from 1 to 2**63 - 1")]
+Number = Annotated[float, Field(ge=0, le=GREATEST, title="a number from 0 to 1e18")]
+Share = Annotated[float, Field(ge=0, le=1, title="a number from 0 to 1")]
+Bound = Annotated[float, Field(ge=-GREATEST, le=GREATEST)]
+Pair = Field(min_length=2, max_length=2)
+Ramp = Annotated[tuple[Whole, ...], Pair, Field(title="two steps a,b with 0 <= a <= b")]
+Clip = Annotated[tuple[Bound, ...] | None, Pair, Field(title="low,high with low < high, or none")]
+StepSize = Annotated[float | None, Field(gt=0, le=GREATEST, title="a number above 0, or none")]
 
 
 class Config(BaseModel):
@@ -67,13 +73,13 @@ class Config(BaseModel):
     """padding of the convolutions"""
     init: Literal["torch", "orthogonal"] = "torch"
     """initial weights: torch's own, or orthogonal"""
-    eps: Number
+    eps: Annotated[Number, Field(title="a number from 0 to 1e18, as 0.1 or 8/255")]
     """radius of the box at evaluation, in the units of eps_space, as 0.1 or 8/255"""
     eps_space: Literal["pixel", "normalized"] = "pixel"
     """what eps measures: pixels of [0, 1], or these normalised by channel (as in the paper)"""
     eps_train_ratio: Number = 1.0
     """final training radius, as a multiple of eps (nominal: no effect)"""
-    clip: Annotated[tuple[Bound, ...], Field(min_length=2, max_length=2)] | None = (0.0, 1.0)
+    clip: Clip = (0.0, 1.0)
     """data range that the box is clipped to: low,high or none"""
 
     steps: Count
@@ -84,7 +90,7 @@ class Config(BaseModel):
     """of training images: none, or pad by 4, crop and flip at random"""
     lr: Number = 1e-3
     """Adam's learning rate"""
-    lr_decay_at: tuple[Whole, ...] = ()
+    lr_decay_at: Annotated[tuple[Whole, ...], Field(title="steps a,b,..., or none")] = ()
     """steps at which the learning rate decays, as a,b,... or none"""
     lr_decay_factor: Share = 0.1
     """what the learning rate is multiplied by at each of them"""
@@ -118,7 +124,7 @@ class Config(BaseModel):
     """its random starts, besides the example itself"""
     pgd_verified_restarts: Whole = 0
     """its random starts for examples that the bounds verify, where it can only prove them wrong"""
-    pgd_step_size: Annotated[float, Field(gt=0, le=LARGEST)] | None = 0.01
+    pgd_step_size: StepSize = 0.01
     """its step size, in the units of eps_space; none: 2.5 eps / steps"""
 
     def __init__(self, **values: Any) -> None:
@@ -130,7 +136,7 @@ class Config(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ValueError(one_line(error, tuple(Config.model_fields))) from None
+            raise ValueError(one_line(error, values)) from None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
@@ -265,7 +271,7 @@ def preset(name: str, **overrides: Any) -> Config:
     if match is None:
         eps = next(iter(re.findall(rf"-({_EPS})(?=-|$)", name)), "0.1")
         names = product(get_args(Dataset), get_args(Net), [eps], get_args(Method))
-        close = _did_you_mean(name, map("-".join, names))
+        close = did_you_mean(name, map("-".join, names))
         raise ValueError(f"unknown preset {name!r}{close} {PRESET_GRAMMAR}")
     dataset, net, eps, method, gowal, normalized = match.groups()
     if gowal and dataset == "mnist5k":
@@ -282,7 +288,14 @@ def preset(name: str, **overrides: Any) -> Config:
     steps = overrides.get("steps")
     if type(steps) is int and steps > 0:
         fields = scaled(fields, steps)
-    return Config(**fields | overrides)
+    try:
+        return Config(**fields | overrides)
+    except ValueError as error:
+        field = str(error).partition(" ")[0]
+        if not overrides or field in overrides or field not in Config.model_fields:
+            raise
+        hint = "(of the preset): set it too, or take another preset"
+        raise ValueError(f"{error} {hint}") from None
 
 
 def epoch_steps(fields: dict[str, Any]) -> int:
@@ -330,16 +343,21 @@ def _of_255(text: str) -> float | str:
     return float(match[1]) / 255 if match else text
 
 
+def counted(count: int, noun: str) -> str:
+    """Returns the number and the noun: 1 step, 2 steps."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def choices(name: str) -> tuple[str, ...]:
     """Returns what the field can be, where it is one of some words; else nothing."""
     kind = Config.model_fields[name].annotation
     return get_args(kind) if get_origin(kind) is Literal else ()
 
 
-def one_line(error: ValidationError, names: tuple[str, ...] = ()) -> str:
+def one_line(error: ValidationError, values: Mapping[str, Any] | None = None) -> str:
     """Returns one line about the first thing that pydantic found wrong; unknown names go first.
 
-    names: all that are known.
+    values: those of a Config, if it is one.
     """
     problems = error.errors(include_url=False)
     problem = min(problems, key=lambda each: each["type"] != "extra_forbidden")
@@ -347,9 +365,13 @@ def one_line(error: ValidationError, names: tuple[str, ...] = ()) -> str:
         return str(problem["ctx"]["error"])
     name, message = str((*problem["loc"], "it")[0]), problem["msg"]
     if problem["type"] == "extra_forbidden":
-        return f"unknown field {name!r}{_did_you_mean(name, names)}"
+        return f"unknown field {name!r}{did_you_mean(name, Config.model_fields)}"
     if problem["type"] == "missing":
         return f"{name!r} is missing"
+    if values is not None:
+        words = _listed(tuple(map(repr, choices(name))) or ("True", "False"))
+        given = repr(values[name]) if isinstance(values[name], str) else as_text(values[name])
+        return f"{name} must be {Config.model_fields[name].title or words}, not {given}"
     if message.startswith("Input"):
         message += f", not {problem['input']!r}"
     return re.sub(r"^\w+ should", f"{name} must", message)
@@ -359,7 +381,7 @@ def _listed(options: tuple[str, ...], word: str = "or") -> str:
     return f"{', '.join(options[:-1])} {word} {options[-1]}"
 
 
-def _did_you_mean(name: str, names: Iterable[str]) -> str:
+def did_you_mean(name: str, names: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1)
     return f": did you mean {close[0]!r}?" if close else "."
 

@@ -91,7 +91,8 @@ def load(name: str, root: str | Path | None = None, *, verify: bool = True) -> D
     """Returns the data set of that name: the official training and test set.
 
     root: the folder of the data files, in torchvision's layout; where None, the environment
-    variable CIBP_FAST_DATA, else the folder data. mnist5k is in a package and reads neither.
+    variable CIBP_FAST_DATA, else the folder data. mnist5k is in a package and reads neither;
+    beside it a root is a UserWarning.
     verify: files must have the official content, packed anyhow. With verify=False, other content
     is a UserWarning; the files' structure is always checked.
 
@@ -103,6 +104,9 @@ def load(name: str, root: str | Path | None = None, *, verify: bool = True) -> D
         raise ValueError(f"unknown data set {name!r}: the data sets are {', '.join(DATASETS)}")
     source = DATASETS[name]
     if source.read is None:
+        if root is not None:
+            problem = f"data_root must be left out for {name}, which is in a package, not {root}"
+            warnings.warn(problem, stacklevel=2)
         return Dataset(name, *_mnist5k())
     root = Path(root or os.environ.get("CIBP_FAST_DATA") or "data")
     splits = []

@@ -47,7 +47,7 @@ def evaluate(
     description = "evaluating" if attack else "evaluating the epoch"
     doing = f"evaluation with eval_batch_size={config.eval_batch_size}"
     prepare = runs.to_input(config).to(split.images.device)
-    with reuse_graphs(), enough_memory(doing, "take a smaller eval_batch_size"):
+    with reuse_graphs(), enough_memory(doing, "take a smaller one"):
         for first in bar(starts, description, "batch", shown=processes.first):
             part = split[first : first + config.eval_batch_size]
             x, y = prepare(part.pixels()), part.labels

@@ -11,6 +11,8 @@ from pathlib import Path
 def make_folder(path: Path) -> None:
     """Makes the folder where it is not there yet. Raises OSError naming it where that fails."""
     with naming("make the folder", path):
+        if path.is_file():
+            raise NotADirectoryError("it is a file, not a folder")
         path.mkdir(parents=True, exist_ok=True)
 
 

@@ -51,7 +51,8 @@ def train(
     then goes on. Torch's global random state is left as it was.
 
     Raises ValueError where the config does not fit the data, FileExistsError where the folder holds
-    a run of another config and not overwrite, BlockingIOError where another process trains in it,
+    a run of another config and not overwrite, or other files, FileNotFoundError where it holds a
+    run that has lost a file, BlockingIOError where another process trains in it,
     OSError where it cannot be written (all before training starts, the last one whenever it
     happens), and FloatingPointError where the loss is no longer finite (the metrics are kept) or
     the attack breaks an example that the bounds verify (the result is kept).
@@ -70,10 +71,13 @@ def train(
         def open_run() -> tuple[dict[str, Any] | None, runs.Checkpoint | None]:
             stack.enter_context(runs.locked(run_dir))
             runs.claim(run_dir, config, overwrite)
-            result = runs.read_result(run_dir)
-            if result is not None:
-                runs.read_model(run_dir)  # raises where it is gone or damaged
-            return result, runs.read_checkpoint(run_dir) if result is None else None
+            result, checkpoint = runs.read_progress(run_dir)
+            if result is checkpoint is None and runs.read_epochs(run_dir):
+                print(
+                    f"The run in {run_dir} has no {runs.CHECKPOINT}: it starts anew.",
+                    file=sys.stderr,
+                )
+            return result, checkpoint
 
         # Last: what fails before leaves nothing behind.
         result, checkpoint = processes.of_first(open_run)
@@ -189,7 +193,8 @@ class _Training:
                 raise ValueError(f"its step {checkpoint.step} is beyond {self.config.steps}")
         except (RuntimeError, ValueError, KeyError) as error:
             raise ValueError(
-                f"{path} does not fit this run's network: {' '.join(str(error).splitlines()[:2])}"
+                f"{path} does not fit this run's network ({' '.join(str(error).splitlines()[:2])}):"
+                f" {runs.ANEW}"
             ) from error
         self.done = checkpoint.step
         same = checkpoint.processes == self.processes.size
@@ -210,14 +215,15 @@ class _Training:
         step = fastest(self.step, self.done)
         records: list[dict[str, Any]] = []
         if self.done >= self.epoch_steps:
-            earlier = processes.of_first(lambda: runs.read_metrics(run_dir))
+            earlier = processes.of_first(lambda: runs.read_epochs(run_dir))
             records = [record for record in earlier if record["step"] <= self.done]
             begun = self.done
             if self.done < config.steps:
                 begun -= self.done % self.epoch_steps
             if not records or records[-1]["step"] != begun:
                 raise ValueError(
-                    f"{run_dir / 'metrics.jsonl'} lacks the epoch that ends at step {begun}"
+                    f"{run_dir / 'metrics.jsonl'} lacks the epoch that ends at step {begun}: "
+                    + runs.ANEW
                 )
         with (
             Progress(config, self.epoch_steps, self.done, shown=processes.first) as progress,

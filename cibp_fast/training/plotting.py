@@ -22,7 +22,7 @@ import numpy as np
 
 from cibp_fast.training import runs
 from cibp_fast.training.config import Config, in_255ths
-from cibp_fast.training.files import make_folder, write_atomic
+from cibp_fast.training.files import write_atomic
 
 METHOD_LABELS = {"nominal": "nominal", "ibp": "IBP", "cibp": "constrained IBP"}
 
@@ -73,7 +73,7 @@ def plot(run_dirs: Sequence[str | Path], output: str | Path) -> None:
         ValueError: no run, runs of different data sets, radii or clipping (they have different
             examples or boxes: plot them apart), or another ending.
         FileNotFoundError: a folder holds no run.
-        OSError: a file cannot be written.
+        OSError: a file cannot be written; its folder must be there.
     """
     output = _checked(output)
     if not run_dirs:
@@ -151,18 +151,19 @@ def shade(colour: str, depth: float) -> str:
 
 
 def _checked(output: str | Path) -> Path:
-    """Returns the picture's path, if matplotlib is there and knows its ending."""
+    """Returns the picture's path, if matplotlib is there and knows its ending, and its folder."""
     require_matplotlib()
     output = Path(output)
     if output.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise ValueError(f"the plot's file must end in .png, .pdf or .svg, not {output.name!r}")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"{output.parent} is not a folder: make it, or plot elsewhere")
     return output
 
 
 def _save(figure: Any, output: Path) -> None:
     content = BytesIO()
     figure.savefig(content, format=output.suffix[1:].lower(), dpi=150)
-    make_folder(output.parent)
     write_atomic(output, content.getvalue())
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from cibp_fast.training import missing
-from cibp_fast.training.config import Config
+from cibp_fast.training.config import Config, counted
 
 try:
     from tqdm import tqdm
@@ -29,7 +29,8 @@ def describe(config: Config, epoch_steps: int) -> str:
     space = "" if config.eps_space == "pixel" else " in normalised pixels"
     clip = "not clipped" if config.clip is None else f"clipped to {list(config.clip)}"
     return (
-        f"{config.name}, seed {config.seed}: {config.steps} steps of {config.batch_size} examples, "
+        f"{config.name}, seed {config.seed}: {counted(config.steps, 'step')} of "
+        f"{counted(config.batch_size, 'example')}, "
         f"{epoch_steps} an epoch; eps {config.eps:.4g}{space} ({of_255} of 255), {clip}"
     )
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 STATE = "state"  # the folder of the checkpoint
 CHECKPOINT = f"{STATE}/checkpoint.safetensors"
+ANEW = "start anew with overwrite (--overwrite), or remove the run"
 # In the order in which overwriting removes them: what remains where that is cut short is no
 # finished run, and if it goes on it is from a checkpoint that has its metrics, or from the start.
 FILES = ("result.json", "model.safetensors", CHECKPOINT, "metrics.jsonl", "config.json")
@@ -82,12 +83,15 @@ def claim(run_dir: Path, config: Config, overwrite: bool = False) -> None:
     """Makes the folder of a new run, or checks that it holds one of this config to go on with.
 
     With overwrite a run that is there is removed, whatever it is. Raises FileExistsError where the
-    folder holds a run of another config, naming what differs, and ValueError where its config.json
-    is damaged or of a newer cibp_fast, with the folder untouched; OSError where it cannot be
-    written.
+    folder holds a run of another config, naming what differs, or no run but other files (hidden
+    ones do not count), and ValueError where its config.json is damaged or of a newer cibp_fast,
+    with the folder untouched; OSError where it cannot be written.
     """
     make_folder(run_dir)
     present = [run_dir / file for file in FILES if (run_dir / file).exists()]
+    others = sorted(path.name for path in run_dir.glob("[!.]*") if path.name != STATE)
+    if others and not present:
+        raise FileExistsError(f"{run_dir} holds {others[0]} but no run: choose another folder")
     if present and not overwrite:
         if not (run_dir / "config.json").exists():
             raise FileExistsError(
@@ -196,7 +200,7 @@ def read_checkpoint(run_dir: Path) -> Checkpoint | None:
     path = run_dir / CHECKPOINT
     if not path.exists():
         return None
-    with _reading(path, " is damaged"), safe_open(path, framework="pt") as file:
+    with _reading(path), safe_open(path, framework="pt") as file:
         facts = _adapter(**FACTS).validate_json((file.metadata() or {}).get("checkpoint", "{}"))
         # Cloned: a tensor of safetensors is a part of the file, which will be replaced.
         tensors = {name: file.get_tensor(name).clone() for name in ["totals", *file.keys()]}
@@ -237,9 +241,14 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         lines = path.read_bytes().splitlines()
     records = []
     for number, line in enumerate(lines, start=1):
-        with _reading(path, f", line {number}"):
+        with _reading(path, f", line {number}, is damaged"):
             records.append(METRICS.validate_json(line))
     return records
+
+
+def read_epochs(run_dir: Path) -> list[dict[str, Any]]:
+    """Returns the records of a run that may not have one yet. Raises as `read_config`."""
+    return read_metrics(run_dir) if (run_dir / "metrics.jsonl").exists() else []
 
 
 def read_result(run_dir: Path) -> dict[str, Any] | None:
@@ -248,6 +257,25 @@ def read_result(run_dir: Path) -> dict[str, Any] | None:
     with suppress(FileNotFoundError), _reading(path):
         return RESULT.validate_json(path.read_bytes())
     return None
+
+
+def read_progress(run_dir: Path) -> tuple[dict[str, Any] | None, Checkpoint | None]:
+    """Returns the result of a run that has finished, else the checkpoint of one that can go on.
+
+    Both are None where there is none yet. Raises as `read_config`, also where a file is gone that
+    such a run must have.
+    """
+    result = read_result(run_dir)
+    if result is not None:
+        read_metrics(run_dir)
+        read_model(run_dir)
+        return result, None
+    checkpoint = read_checkpoint(run_dir)
+    # The first checkpoint may come after the first epoch's record, but not after the second's.
+    begun = len(read_epochs(run_dir)) > 1 or (run_dir / "model.safetensors").exists()
+    if begun and checkpoint is None:
+        raise FileNotFoundError(f"{run_dir / CHECKPOINT} of a stopped run is missing: {ANEW}")
+    return None, checkpoint
 
 
 def read_model(run_dir: Path) -> nn.Sequential:
@@ -299,7 +327,7 @@ def to_input(config: Config) -> nn.Module:
 
 
 @contextmanager
-def _reading(path: Path, problem: str = "") -> Iterator[None]:
+def _reading(path: Path, problem: str = " is damaged") -> Iterator[None]:
     """Raises errors that name the path: OSError where it cannot be read, ValueError of its content.
 
     problem: what is wrong with the content, or where.
@@ -307,12 +335,15 @@ def _reading(path: Path, problem: str = "") -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, NotADirectoryError):
-        what = "run folder" if path.name == "config.json" else "complete run"
-        missing = f"{path.parent} is not a {what}: {path.name} is missing"
-        raise FileNotFoundError(missing) from None
+        what, hint = "not a run folder", ""
+        if (path.parent / "result.json").exists():
+            what, hint = "a finished run", f"; {ANEW}"
+        elif (path.parent / "config.json").exists():
+            what = "a run that has not finished"
+            hint = "; where it was stopped, the same train command goes on"
+        raise FileNotFoundError(f"{path.parent} is {what}: {path.name} is missing{hint}") from None
     except OSError as error:
         raise OSError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValidationError as error:
-        raise ValueError(f"{path}{problem}: {one_line(error)}") from None
-    except (SafetensorError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path}{problem}: {' '.join(str(error).splitlines()[:2])}") from error
+    except (SafetensorError, RuntimeError, ValueError) as error:  # a ValidationError is one
+        lines = [one_line(error)] if isinstance(error, ValidationError) else str(error).splitlines()
+        raise ValueError(f"{path}{problem} ({' '.join(lines[:2])}): {ANEW}") from error

@@ -164,7 +164,7 @@ class Step:
     def memory(self) -> AbstractContextManager[None]:
         """Says what to do where a GPU's memory is too small."""
         doing = f"a step of training with batch_size={self.config.batch_size}"
-        return enough_memory(doing, "take a smaller batch_size")
+        return enough_memory(doing, "take a smaller one")
 
 
 class CapturedStep:

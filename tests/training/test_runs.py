@@ -88,7 +88,7 @@ def _other(run_dir: Path) -> None:
             r"holds a run of another config \(clip None there, \(0.0, 1.0\) now; "
             r"seed 3 there, 0 now\): .*--overwrite",
         ),
-        (_newer, "/config.json: format must be from 1 to 1, not 2: a newer cibp_fast"),
+        (_newer, "/config.json is damaged .format must be from 1 to 1, not 2: a newer cibp_fast"),
     ],
 )
 def test_a_run_of_another_config_or_version_is_refused_and_untouched(
@@ -163,7 +163,7 @@ def test_overwriting_that_is_cut_short_leaves_what_can_go_on(tmp_path, monkeypat
     ("name", "reason"),
     [
         ("file/run", "Not a directory"),
-        ("file", "File exists"),
+        ("file", "it is a file, not a folder"),
         ("dangling", "File exists"),
         ("x" * 300, "File name too long"),
         ("a\0b", "embedded null byte"),
@@ -357,7 +357,7 @@ def test_a_checkpoint_that_cannot_be_written_or_removed_is_named(tmp_path):
     path.rmdir()
     path.parent.rmdir()
     path.parent.write_text("in the way")
-    with pytest.raises(OSError, match=f"cannot make the folder {path.parent}: File exists"):
+    with pytest.raises(OSError, match=f"cannot make the folder {path.parent}: it is a file"):
         runs.write_checkpoint(tmp_path, CHECKPOINT)
 
 
@@ -379,12 +379,54 @@ READERS = {
 def test_a_folder_that_is_no_run_is_named(tmp_path):
     for file in ("config.json", "metrics.jsonl"):
         for folder in (tmp_path, tmp_path / "nowhere"):
-            message = rf"{folder} is not a (run folder|complete run): {file} is missing"
+            message = f"^{folder} is not a run folder: {file} is missing$"
             with pytest.raises(FileNotFoundError, match=message):
                 READERS[file](folder)
     runs.claim(tmp_path, CONFIG)
-    with pytest.raises(FileNotFoundError, match=r"model.safetensors is missing"):
-        runs.read_model(tmp_path)
+    message = f"^{tmp_path} is a run that has not finished: .* the same train command goes on$"
+    for read in (runs.read_model, runs.read_metrics):
+        with pytest.raises(FileNotFoundError, match=message):
+            read(tmp_path)
+    assert runs.read_progress(tmp_path) == (None, None)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "metrics.jsonl"])
+def test_a_finished_run_that_lost_a_file_is_named(tmp_path, file):
+    _finished(tmp_path)
+    result, checkpoint = runs.read_progress(tmp_path)
+    assert result == RESULT and checkpoint is None
+    (tmp_path / file).unlink()
+    message = f"^{tmp_path} is a finished run: {file} is missing; start anew .*--overwrite"
+    with pytest.raises(FileNotFoundError, match=message):
+        runs.read_progress(tmp_path)
+
+
+def test_a_stopped_run_that_lost_its_checkpoint_is_named(tmp_path):
+    """One epoch may be in metrics.jsonl before there is a checkpoint."""
+    _unfinished(tmp_path)
+    assert runs.read_progress(tmp_path)[1].step == 7
+    (tmp_path / runs.CHECKPOINT).unlink()
+    message = f"^{tmp_path / runs.CHECKPOINT} of a stopped run is missing: start anew .*--overwrite"
+    with pytest.raises(FileNotFoundError, match=message):
+        runs.read_progress(tmp_path)
+    runs.write_metrics(tmp_path, METRICS[:1])
+    assert runs.read_progress(tmp_path) == (None, None)
+    runs.write_model(tmp_path, runs.build_model(CONFIG))
+    with pytest.raises(FileNotFoundError, match=message):
+        runs.read_progress(tmp_path)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_of_other_files_is_refused_and_untouched(tmp_path, overwrite):
+    (tmp_path / ".hidden").write_text("")
+    (tmp_path / runs.STATE).mkdir()
+    runs.claim(tmp_path, CONFIG, overwrite)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "notes.txt").write_text("mine")
+    contents = _contents(tmp_path)
+    with pytest.raises(FileExistsError, match=f"{tmp_path} holds notes.txt but no run: choose"):
+        runs.claim(tmp_path, CONFIG, overwrite)
+    assert _contents(tmp_path) == contents
 
 
 def _weights(config: Config, dtype: torch.dtype = torch.float32) -> bytes:
@@ -398,18 +440,26 @@ def _weights(config: Config, dtype: torch.dtype = torch.float32) -> bytes:
         ("config.json", b"[]", "a config must be a JSON object, not"),
         ("config.json", b'{"dataset": "mnist5k"}', "'net' is missing"),
         ("config.json", b"\xff\xfe", "expected value"),
-        ("metrics.jsonl", b"5", "line 1: it must be an object, not 5"),
-        ("metrics.jsonl", b'{"epoch": null}', "line 1: epoch must be a valid integer, not None"),
-        ("metrics.jsonl", json.dumps(METRICS[1]).encode() + b"\n{}", "line 2: 'epoch' is missing"),
+        ("metrics.jsonl", b"5", "line 1, is damaged .it must be an object, not 5"),
+        (
+            "metrics.jsonl",
+            b'{"epoch": null}',
+            "line 1, is damaged .epoch must be a valid integer, not None",
+        ),
+        (
+            "metrics.jsonl",
+            json.dumps(METRICS[1]).encode() + b"\n{}",
+            "line 2, is damaged .'epoch' is missing",
+        ),
         ("result.json", b"{", "EOF while parsing"),
         ("result.json", b'{"test_error": 0.5}', "'verified_error' is missing"),
         ("result.json", b'{"test_error": NaN}', "test_error must be a finite number, not nan"),
         ("result.json", b'{"test_error": 1.5}', "test_error must be less than or equal to 1, not"),
         ("result.json", json.dumps(RESULT | {"seconds": "x"}).encode(), "seconds must be a valid"),
-        ("model.safetensors", b"not safe", "does not hold this run's network: .*header"),
+        ("model.safetensors", b"not safe", "does not hold this run's network .*header"),
         ("model.safetensors", _weights(CONFIG, torch.float64), "must be torch.float32, not torch"),
         ("model.safetensors", _weights(CONFIG.replace(net="medium")), "Missing key"),
-        (runs.CHECKPOINT, b"", "is damaged: .*header"),
+        (runs.CHECKPOINT, b"", "is damaged .*header"),
         (runs.CHECKPOINT, _changed_facts()[:40], "header"),
         (runs.CHECKPOINT, _changed_facts()[:-1], "not fully covered"),
         (runs.CHECKPOINT, _changed_facts() + b"x", "not fully covered"),
@@ -430,7 +480,8 @@ def test_a_damaged_file_is_named_and_kept(tmp_path, file, content, problem):
         READERS[file](tmp_path)
     (tmp_path / file).rmdir()
     (tmp_path / file).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{tmp_path / file}.*{problem}") as caught:
+    message = rf"{tmp_path / file}.*{problem}.*\): start anew with overwrite"
+    with pytest.raises(ValueError, match=message) as caught:
         READERS[file](tmp_path)
     assert "\n" not in str(caught.value)
     assert (tmp_path / file).read_bytes() == content
