@@ -189,8 +189,8 @@ class FusedNetwork(nn.Module):
         if not torch.compiler.is_compiling():
             if any(program.hooks):
                 program = self._program = trace(self._model)  # raises
-            for read, module, seen in program.guards:
-                if read(module) != seen:
+            for read, of, seen in program.guards:
+                if read(of) != seen:
                     program = self._program = trace(self._model)
                     return program
             if program.torch_only:

@@ -135,10 +135,10 @@ class Affine:
 
 
 class Guard(NamedTuple):
-    """Asks whether `read(module) == seen`, as it was at the tracing."""
+    """Asks whether `read(of) == seen`, as it was at the tracing."""
 
-    read: Callable[[nn.Module], Any]
-    module: nn.Module
+    read: Callable[[Any], Any]
+    of: Any
     seen: Any
 
 
@@ -152,7 +152,7 @@ class Program:
     # What it stays right for: all of it, and what a call compares.
     fingerprint: list[tuple[Any, ...]] = field(default_factory=list)
     guards: list[Guard] = field(default_factory=list)
-    hooks: list[Any] = field(default_factory=list)  # dicts of hooks, all empty
+    hooks: list[Any] = field(default_factory=list)  # dicts of hooks, which guards know, all empty
     torch_only: bool = True  # whether guards and hooks say all that the fingerprint does
     plans: dict[tuple[Any, ...], Any] = field(default_factory=dict)  # what network.py makes of it
 
@@ -187,17 +187,23 @@ def _guards(model: nn.Module, program: Program) -> None:
                 )
     for _, module in _tree("", model):
         program.torch_only &= _of_torch(type(module))
-        calls = ("__class__", "__call__", "forward")
+        names = ("__class__", "forward", *_HOOKS)
         if hasattr(module, "_conv_forward"):
-            calls += ("_conv_forward",)  # type: ignore[assignment]
-        read = operator.attrgetter(*calls)
+            names += ("_conv_forward",)
+        read = operator.attrgetter(*names)
         program.guards.append(Guard(read, module, read(module)))
-        if module._modules:
-            # without the order, which the names of a Sequential say
-            children = operator.attrgetter("_modules")
-            program.guards.append(Guard(children, module, dict(module._modules)))
-        program.hooks += _hooks(module)[:4]
+        if type(module) not in _ORIGINAL_CALLS:  # it may call children, even if it has none yet
+            program.guards.append(Guard(_children, module, _children(module)))
+        program.hooks += _hooks(module)[: len(_HOOKS)]
+    call = operator.attrgetter("__call__")
+    program.guards += [Guard(call, kind, _CALL) for kind in {type(m) for _, m in _tree("", model)}]
+    program.guards.append(Guard(_GLOBAL_HOOKS, nn.modules.module, _global_hooks()))
     program.hooks += _global_hooks()
+
+
+def _children(module: nn.Module) -> list[tuple[str, Any]]:
+    """Returns the names and children in the order in which a Sequential calls them."""
+    return list(module._modules.items())
 
 
 def _of_torch(kind: type[nn.Module]) -> bool:
@@ -271,21 +277,21 @@ def _tree(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield from _tree(f"{name}.{key}" if name else key, child)
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = operator.attrgetter(*(f"_global{name}" for name in _HOOKS))
+
+
 def _hooks(module: nn.Module) -> tuple[Any, ...]:
     return (
-        *(module._forward_hooks, module._forward_pre_hooks),
-        *(module._backward_hooks, module._backward_pre_hooks),
+        *[getattr(module, name) for name in _HOOKS],
         "forward" in module.__dict__,
         "_conv_forward" in module.__dict__,
     )
 
 
 def _global_hooks() -> tuple[Any, ...]:
-    every = nn.modules.module
-    return (
-        *(every._global_forward_hooks, every._global_forward_pre_hooks),
-        *(every._global_backward_hooks, every._global_backward_pre_hooks),
-    )
+    hooks: tuple[Any, ...] = _GLOBAL_HOOKS(nn.modules.module)
+    return hooks
 
 
 def _original_calls(kind: type[nn.Module]) -> tuple[Any, ...]:
@@ -305,7 +311,7 @@ _ORIGINAL_CALLS = {
     kind: _original_calls(kind)
     for kind in (
         *(*CONVOLUTIONS, *LINEARS, *_NORMS, *_POOLS, *_DROPOUTS),
-        *(nn.ReLU, nn.Flatten, nn.Identity, nn.ZeroPad2d),
+        *(nn.ReLU, nn.Flatten, nn.Identity, nn.ZeroPad2d, Normalize),
     )
 }
 
@@ -355,6 +361,12 @@ class _Tracer(fx.Tracer):
             or type(module) is Normalize
             or super().is_leaf_module(module, module_qualified_name)
         )
+
+    def create_args_for_root(self, root_fn: Any, *args: Any, **kwargs: Any) -> Any:
+        """Gives the forward its input alone, as a call of the model does: the others have their
+        defaults.
+        """
+        return root_fn, [self.root, self.create_proxy("placeholder", "input", (), {})]
 
     def create_arg(self, a: Any) -> Any:
         plain = isinstance(a, Integral) and not isinstance(a, bool)  # of numpy as well
@@ -520,7 +532,7 @@ def _chain(model: nn.Module, graph: fx.Graph) -> list[Layer]:
         layers.append(layer)
         node = source
     for unused in nodes:
-        if unused not in used and not _is_size(unused) and unused.op != "placeholder":
+        if unused not in used and not _is_size(unused):
             raise _not_in_chain(model, unused)
     return layers[::-1]
 
@@ -575,8 +587,7 @@ def _not_in_chain(model: nn.Module, node: fx.Node) -> ValueError:
         return Layer(name, model.get_submodule(name)).error(
             "its result is not what the next layer takes"
         )
-    kinds = {"get_attr": "parameter or buffer", "placeholder": "argument"}
-    what = kinds.get(node.op, "function")
+    what = "parameter or buffer" if node.op == "get_attr" else "function"
     name = getattr(node.target, "__name__", str(node.target))
     return ValueError(
         f"fuse cannot take the {what} {name} as {type(model).__name__} uses it: {_SUPPORTED}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable
 from enum import Enum
 from functools import partial
@@ -270,6 +271,69 @@ def test_what_a_forward_reads() -> None:
         follows(by_function)
     net.between = torch.tanh
     refuses(by_function, "function tanh")
+
+
+class Optional(Net):
+    """Has arguments that nobody gives; `ask` is how it asks for them."""
+
+    def __init__(self, ask: Callable[..., bool]) -> None:
+        super().__init__()
+        self.ask = ask
+
+    def forward(self, x: Any, mask: Any = None, *more: Any, deep: bool = False, **rest: Any) -> Any:
+        x = self.first(x)
+        return self.rest(x) if self.ask(mask, more, deep, rest) else self.last(x)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda mask, more, deep, rest: mask is not None,
+        lambda mask, more, deep, rest: mask is None,
+        lambda mask, more, deep, rest: deep is False,
+        lambda mask, more, deep, rest: deep,
+        lambda mask, more, deep, rest: more or rest,
+        lambda mask, more, deep, rest: isinstance(mask, type(None)),
+    ],
+)
+def test_arguments_have_their_defaults(ask: Callable[..., bool]) -> None:
+    net = Optional(ask)
+    compare(*of_box(net, *ball()))
+    follows(cf.fuse(net))
+
+
+def test_children_of_containers() -> None:
+    """Also of one that had none, and in another order under the same names."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Sequential(), nn.Linear(5, 3)).double()
+    fused = cf.fuse(model)
+    before = follows(fused)
+    model[1].append(nn.ReLU())
+    assert not torch.equal(before, follows(fused))
+    model[1].append(nn.Sequential())
+    follows(fused)
+    model[1][1].append(nn.Linear(5, 5).double())
+    follows(fused)
+    layers = [nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 4)]
+    model = nn.Sequential(OrderedDict(zip("arbc", layers, strict=True))).double()
+    fused = cf.fuse(model)
+    before, moved = follows(fused), model.b
+    del model.b
+    model.b = moved
+    assert not torch.equal(before, follows(fused))
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "backward", "backward_pre"])
+def test_hooks_in_a_new_dict(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+    fused = cf.fuse(model)
+    setattr(model[1], f"_{kind}_hooks", {})
+    follows(fused)
+    getattr(model[1], f"_{kind}_hooks")[0] = lambda *arguments: None
+    refuses(fused, r"1 \(ReLU\): it has hooks")
+    getattr(model[1], f"_{kind}_hooks").clear()
+    follows(fused)
+    monkeypatch.setattr(EVERY, f"_global_{kind}_hooks", {0: lambda *arguments: None})
+    refuses(fused, "global module hooks")
 
 
 class Way(Enum):

@@ -81,6 +81,11 @@ class Two(nn.Module):
         return self.fc(y)
 
 
+class NoDefault(Two):
+    def forward(self, x: Any, y: Any) -> Any:
+        return self.fc(x)
+
+
 class Defaults(nn.Module):
     """Uses the default of an argument, or does not."""
 
@@ -157,8 +162,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module] | tuple[nn.Module, ...], str]] =
         (CONV, models.Normalize([0.0], [1.0]), nn.Flatten(), FC),
         r"1 \(Normalize\): it must be the first layer",
     ),
-    "another argument": (Two, "the argument y"),
-    "used default": (lambda: Defaults(True), "the (function mul|argument scale)"),
+    "another argument": (lambda: Two(), r"fc \(Linear\): it takes more than its input"),
+    "an argument without default": (lambda: NoDefault(), "missing 1 .* argument: 'y'"),
+    "used default": (lambda: Defaults(True), "the function mul"),
 }
 BODIES: dict[str, tuple[Body, str]] = {
     "view by another size": (lambda m, x: m.fc(x.view(x.size(dim=1), -1)), "function view"),
