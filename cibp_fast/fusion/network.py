@@ -132,9 +132,14 @@ class FusedNetwork(nn.Module):
                 return self._unfused(why_not, x, box, width, reduction)
             engine = f"{backend}-{precision}"
         lower, upper, nominal, ball = _inputs(program, plan, x, box, backend == "cpu")
-        lower, upper, logits, head_lower, head_upper, widths, weight, bias = network(
-            lower, upper, nominal, ball, plan.numbers, weights, biases, reduction == "mean", engine
-        )
+        mean = reduction == "mean"
+        try:
+            lower, upper, logits, head_lower, head_upper, widths, weight, bias = network(
+                lower, upper, nominal, ball, plan.numbers, weights, biases, mean, engine
+            )
+        except RuntimeError:
+            _refuse_freed(program)  # by their names in the model, which the op does not know
+            raise
         if plan.counted is not None:
             widths = widths[plan.counted]
         head = Head(head_lower, head_upper, weight, bias)
@@ -221,8 +226,8 @@ def planned(
                 "cf.bounds neither: call this layer's eval(), or set its p to 0"
             )
     if program.normalize is not None:
-        _tensors(program.normalize, x, "mean", "std")
-    parameters = [_tensors(affine.layer, x, "weight", "bias") for affine in program.affine]
+        _tensors(program.normalize, x, ("mean", "std"))
+    parameters = [_tensors(affine.layer, x, ("weight",), ("bias",)) for affine in program.affine]
     shapes = [None if t is None else t.shape for pair in parameters for t in pair]
     key = x.shape[1:], fast
     plan = None if torch.compiler.is_compiling() else program.plans.get(key)
@@ -239,25 +244,40 @@ def planned(
         )
         if not torch.compiler.is_compiling():
             program.plans[key] = plan
+    if program.in_torch and not torch.compiler.is_compiling():
+        _refuse_freed(program)
     for i, affine in enumerate(program.affine):
         if affine.norm is not None:
-            _tensors(affine.norm, x, "running_mean", "running_var", "weight", "bias")
+            _tensors(affine.norm, x, ("running_mean", "running_var"), ("weight", "bias"))
             parameters[i] = folded(affine.norm, *parameters[i])
     return plan, [weight for weight, _ in parameters], [bias for _, bias in parameters]
 
 
-def _tensors(layer: Layer, x: Tensor, *names: str) -> tuple[Any, ...]:
-    """Returns the layer's tensors of these names, each like x or None."""
+def _tensors(
+    layer: Layer, x: Tensor, names: tuple[str, ...], optional: tuple[str, ...] = ()
+) -> tuple[Any, ...]:
+    """Returns the layer's tensors of these names, each like x; of the optional ones, or None."""
     module, device, dtype = layer.module, x.device, x.dtype
-    tensors = tuple([getattr(module, name) for name in names])
-    for name, tensor in zip(names, tensors, strict=True):
+    tensors = tuple([getattr(module, name) for name in names + optional])
+    for name, tensor in zip(names + optional, tensors, strict=True):
         if tensor is None:
-            continue
+            if name in optional:
+                continue
+            raise layer.misfit(f"its {name} is None")
         if tensor.device != device:
             raise ValueError(f"{layer.name}.{name} is on {tensor.device}, x on {device}")
         if tensor.dtype != dtype:
             raise TypeError(f"{layer.name}.{name} is {tensor.dtype}, x is {dtype}")
     return tensors
+
+
+def _refuse_freed(program: Program) -> None:
+    """Raises RuntimeError where the storage of a layer's tensor was freed, naming it."""
+    for affine in program.affine:
+        for layer in filter(None, (program.normalize, affine.layer, affine.norm)):
+            for name, tensor in (layer.module._parameters | layer.module._buffers).items():
+                if tensor is not None and backends.freed(tensor):
+                    raise RuntimeError(f"{layer.name}.{name} {backends.FREED}")
 
 
 def fuse(model: nn.Module, precision: str = "float32", backend: str = "auto") -> FusedNetwork:

@@ -149,6 +149,7 @@ class Program:
     normalize: Layer | None = None
     affine: list[Affine] = field(default_factory=list)
     dropouts: list[Layer] = field(default_factory=list)
+    in_torch: bool = False  # whether torch computes with some parameters before the op does
     # What it stays right for: all of it, and what a call compares.
     fingerprint: list[tuple[Any, ...]] = field(default_factory=list)
     guards: list[Guard] = field(default_factory=list)
@@ -172,7 +173,7 @@ _HYPERPARAMETERS: dict[type[nn.Module], tuple[str, ...]] = {
 
 
 def _guards(model: nn.Module, program: Program) -> None:
-    """Adds what a call of the program compares.
+    """Adds what a call of the program compares, by functions of C only, which take least time.
 
     Attributes of layers, children of containers and hooks are read without a walk of the tree.
     Where there are classes that are not torch's, whose forwards may read anything, a call compares
@@ -190,20 +191,18 @@ def _guards(model: nn.Module, program: Program) -> None:
         names = ("__class__", "forward", *_HOOKS)
         if hasattr(module, "_conv_forward"):
             names += ("_conv_forward",)
+        if type(module) not in _ORIGINAL_CALLS:  # it may call children, even if it has none yet
+            names += ("_modules.items",)  # equal only of the same dict
+            children = module._modules.items()  # in the order in which a Sequential calls them
+            program.guards.append(Guard(list, children, list(children)))
         read = operator.attrgetter(*names)
         program.guards.append(Guard(read, module, read(module)))
-        if type(module) not in _ORIGINAL_CALLS:  # it may call children, even if it has none yet
-            program.guards.append(Guard(_children, module, _children(module)))
         program.hooks += _hooks(module)[: len(_HOOKS)]
     call = operator.attrgetter("__call__")
     program.guards += [Guard(call, kind, _CALL) for kind in {type(m) for _, m in _tree("", model)}]
-    program.guards.append(Guard(_GLOBAL_HOOKS, nn.modules.module, _global_hooks()))
+    read = operator.attrgetter(*_GLOBAL_HOOKS)
+    program.guards.append(Guard(read, nn.modules.module, _global_hooks()))
     program.hooks += _global_hooks()
-
-
-def _children(module: nn.Module) -> list[tuple[str, Any]]:
-    """Returns the names and children in the order in which a Sequential calls them."""
-    return list(module._modules.items())
 
 
 def _of_torch(kind: type[nn.Module]) -> bool:
@@ -278,7 +277,7 @@ def _tree(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = operator.attrgetter(*(f"_global{name}" for name in _HOOKS))
+_GLOBAL_HOOKS = tuple([f"_global{name}" for name in _HOOKS])
 
 
 def _hooks(module: nn.Module) -> tuple[Any, ...]:
@@ -290,8 +289,7 @@ def _hooks(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _global_hooks() -> tuple[Any, ...]:
-    hooks: tuple[Any, ...] = _GLOBAL_HOOKS(nn.modules.module)
-    return hooks
+    return tuple([getattr(nn.modules.module, name) for name in _GLOBAL_HOOKS])
 
 
 def _original_calls(kind: type[nn.Module]) -> tuple[Any, ...]:
@@ -646,6 +644,7 @@ def _group(layers: list[Layer]) -> Program:
     if last is None or not last.linear or last.relu or last.norm or before:
         end = layers[-1] if layers else Layer("the model", nn.Identity())
         raise end.error("the network must end in Linear")
+    program.in_torch = bool(program.normalize or any(affine.norm for affine in program.affine))
     return program
 
 

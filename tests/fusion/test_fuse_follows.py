@@ -320,6 +320,12 @@ def test_children_of_containers() -> None:
     del model.b
     model.b = moved
     assert not torch.equal(before, follows(fused))
+    before = follows(fused)
+    for children in (list(model.named_children())[::-1], list(model.named_children())):
+        model._modules = OrderedDict([*children[:-1], ("last", nn.Linear(4, 4).double())])
+        follows(fused)
+        model.a = nn.Linear(4, 4).double()
+        follows(fused)
 
 
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "backward", "backward_pre"])

@@ -551,9 +551,15 @@ def test_parameters_elsewhere() -> None:
     model[2].to("meta")
     with pytest.raises(ValueError, match=r"2\.weight is on meta, x on cpu"):
         net.bounds(x, box)
+    model[2].to_empty(device="cpu").register_parameter("weight", None)
+    with pytest.raises(ValueError, match=r"2 \(Conv2d\): its weight is None"):
+        net.bounds(x, box)
     norm = CHAINS["batch norm"]()
     norm[0][1].running_var = norm[0][1].running_var.float()
     with pytest.raises(TypeError, match=r"0\.1\.running_var is torch\.float32"):
+        cf.fuse(norm).bounds(X.double(), Interval.ball(X.double(), 0.1))
+    norm[0][1].running_var = None
+    with pytest.raises(ValueError, match=r"0\.1 \(BatchNorm2d\): its running_var is None"):
         cf.fuse(norm).bounds(X.double(), Interval.ball(X.double(), 0.1))
 
 
