@@ -342,16 +342,28 @@ def _inputs(
         ball = None  # the op gives a ball's center and radius no gradient
     if ball is not None:
         if isinstance(ball, Tensor):
-            radius = ball.to(x.dtype).flatten().expand(channels).contiguous()
+            radius = ball.to(x.dtype).flatten().expand(channels)
         else:
             radius = x.new_full((channels,), ball)
-        if normalize is not None:
-            x, radius = normalize(x), radius / normalize.std.abs().flatten()
-        x = x.reshape(shape)
-        return x, x, x, radius
+        by_channel = True
+        if normalize is not None:  # by the rule of the division, which checks std
+            radius = radius.view(1, channels, 1, 1)
+            radius = (Interval._make(-radius, radius, None) / normalize.std).upper
+            by_channel = radius.shape == (1, channels, 1, 1)
+        if by_channel:
+            x = (x if normalize is None else _normalized(program.normalize, x)).reshape(shape)
+            return x, x, x, radius.flatten().contiguous()
     streams: Any = (box.lower, box.upper, x)
     if normalize is not None:
-        box = normalize(Interval._make(*streams))
+        box = _normalized(program.normalize, Interval._make(*streams))
         streams = box.lower, box.upper, box.nominal
     lower, upper, x = (stream.reshape(shape) for stream in streams)
     return lower, upper, x, None
+
+
+def _normalized(normalize: Any, x: Any) -> Any:
+    """Returns what a Normalize makes of a tensor or Interval, of the same shape."""
+    out = normalize.module(x)
+    if out.shape != x.shape:
+        raise normalize.misfit(f"it makes {list(out.shape)} of {list(x.shape)}")
+    return out

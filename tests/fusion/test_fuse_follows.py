@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable
@@ -326,6 +327,55 @@ def test_children_of_containers() -> None:
         follows(fused)
         model.a = nn.Linear(4, 4).double()
         follows(fused)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("eps", [0.1, [0.1]])
+def test_std_of_any_shape_and_value(channels: int, eps: Any) -> None:
+    """As cf.bounds takes or refuses it, of balls and of other boxes."""
+    normalize = cf.models.Normalize([0.5] * channels, [0.2] * channels).double()
+    net = conv_net(normalize, nn.Conv2d(channels, 3, 3), nn.ReLU(), shape=(channels, 6, 6))
+    fused, x = cf.fuse(net), torch.rand(2, channels, 6, 6).double()
+    eps = eps * channels if isinstance(eps, list) else eps
+
+    def outcome(run: Callable[..., Any], clip: Any) -> Any:
+        try:
+            out = run(x, Interval.ball(x, eps, clip))
+        except ValueError as error:
+            return str(error)
+        return torch.stack([out.box.lower, out.box.upper, out.logits])
+
+    per_pixel = torch.rand(1, 6, 6) + 0.1
+    stds = [
+        *(per_pixel, -per_pixel, per_pixel.expand(channels, 6, 6), per_pixel[:, :1]),
+        *(per_pixel[0], per_pixel[0, 0], per_pixel[0, 0, 0], torch.rand(2, channels, 6, 6) + 0.1),
+        *(
+            torch.rand(channels, 1, 1) - 1.5,
+            torch.rand(1, channels, 1, 1) + 0.1,
+            torch.rand(2, 1, 1, 1),
+        ),
+        *(torch.full((channels, 1, 1), value) for value in (0.0, -0.0, math.nan, math.inf, 1e-310)),
+    ]
+    for name, value in [
+        *(("std", std) for std in stds),
+        ("mean", per_pixel),
+        ("mean", per_pixel[0]),
+    ]:
+        setattr(normalize, name, value.double())
+        for clip in (None, (-9.0, 9.0)):
+            found, expected = outcome(fused.bounds, clip), outcome(partial(cf.bounds, net), clip)
+            assert type(found) is type(expected), (value, found, expected)
+            if isinstance(expected, str):
+                assert found == expected and "truediv: the constant must be finite" in found
+            else:
+                torch.testing.assert_close(found, expected)
+
+
+def test_a_normalization_must_keep_the_shape() -> None:
+    net = nn.Sequential(cf.models.Normalize([0.0], [1.0]), nn.Linear(4, 3)).double()
+    refuses(cf.fuse(net), r"0 \(Normalize\): it makes \[1, 3, 4\] of \[3, 4\]")
+    with pytest.raises(ValueError, match="model must return logits"):
+        cf.bounds(net, *ball())
 
 
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "backward", "backward_pre"])
