@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from cibp_fast.fusion.stages import folded, stages_for
-from cibp_fast.fusion.tracing import Layer, Program, fingerprint, trace
-from cibp_fast.interval import Interval
+from cibp_fast.fusion.tracing import Layer, Program, check_trace, fingerprint, trace
+from cibp_fast.interval import Interval, may_inspect
 from cibp_fast.layerwise import Bounds, bounds, check_arguments
 from cibp_fast.ops import backends
 from cibp_fast.ops.library import failure
@@ -97,7 +97,8 @@ class FusedNetwork(nn.Module):
             TypeError: x or box has the wrong type, or a parameter another dtype than x.
             ValueError: as cf.bounds; and width is not "post", x is of another dtype or on another
                 device than the above, a parameter is elsewhere, a layer does not fit its input,
-                the model has changed to one that `fuse` cannot take, batch norm is in training mode
+                the model has changed to one that `fuse` cannot take or computes something else
+                than was traced, batch norm is in training mode
                 (use cf.bounds) or dropout is (which has no bounds), or the backend or precision
                 that was asked for cannot run there.
         """
@@ -231,7 +232,8 @@ def planned(
     shapes = [None if t is None else t.shape for pair in parameters for t in pair]
     key = x.shape[1:], fast
     plan = None if torch.compiler.is_compiling() else program.plans.get(key)
-    if plan is None or plan.shapes != shapes:
+    new = plan is None or plan.shapes != shapes
+    if plan is None or new:
         stages = stages_for(program, x.shape[1:], parameters, fast)
         counted = [i for i, stage in enumerate(stages[:-1]) if stage.relu]
         every = len(counted) + 1 == len(stages)
@@ -242,14 +244,20 @@ def planned(
             not (stages[0].dense or stages[0].padded),
             shapes,
         )
-        if not torch.compiler.is_compiling():
-            program.plans[key] = plan
     if program.in_torch and not torch.compiler.is_compiling():
         _refuse_freed(program)
     for i, affine in enumerate(program.affine):
         if affine.norm is not None:
             _tensors(affine.norm, x, ("running_mean", "running_var"), ("weight", "bias"))
             parameters[i] = folded(affine.norm, *parameters[i])
+    if new and not torch.compiler.is_compiling():
+        # a forward of torch's own depends on no types, and one of no examples or in a graph
+        # that is being captured shows nothing
+        checked = program.torch_only or (len(x) > 0 and may_inspect(x))
+        if checked and not program.torch_only:
+            check_trace(program, x)
+        if checked:
+            program.plans[key] = plan
     return plan, [weight for weight, _ in parameters], [bias for _, bias in parameters]
 
 
@@ -288,7 +296,9 @@ def fuse(model: nn.Module, precision: str = "float32", backend: str = "auto") ->
     model's forward is traced with torch.fx: a module of any class will do whose forward is a chain
     of layers. It is traced again where submodules, `training` or other attributes of the modules
     have changed, or elements of their lists, tuples, sets and dicts of at most 16; what it does by
-    anything else, such as the values of tensors, is fixed at the tracing.
+    anything else, such as the values of tensors, is fixed at the tracing. The first call with a new
+    shape of examples, but under torch.compile, compares what was traced of a class that is not
+    torch's with the model itself: it runs the model on x and on a box around x, without gradients.
 
     What a trace loses is refused: layers under torch.no_grad, inference_mode or autocast, in a
     torch.autograd.Function, under saved_tensors_hooks or a torch function mode; forwards that set

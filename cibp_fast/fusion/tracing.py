@@ -19,9 +19,10 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cibp_fast._compiler import untraced
-from cibp_fast.interval import RULES
+from cibp_fast.interval import RULES, Interval
 from cibp_fast.models import Normalize
 from cibp_fast.nn import IntervalConv2d, IntervalLinear
+from cibp_fast.ops import backends
 
 # Exact types: a subclass may compute something else.
 CONVOLUTIONS = (nn.Conv2d, IntervalConv2d)
@@ -146,6 +147,8 @@ class Guard(NamedTuple):
 class Program:
     """Holds the layers of a model, as it was traced."""
 
+    model: nn.Module
+    layers: list[Layer]  # in the order of the pass; the same in groups:
     normalize: Layer | None = None
     affine: list[Affine] = field(default_factory=list)
     dropouts: list[Layer] = field(default_factory=list)
@@ -335,10 +338,48 @@ def trace(model: nn.Module) -> Program:
                 "fuse would not run; cf.bounds would"
             )
     seen = fingerprint(model)
-    program = _group(_layers(model))
+    program = _group(model, _layers(model))
     program.fingerprint = seen
     _guards(model, program)
     return program
+
+
+@torch.no_grad()
+def check_trace(program: Program, x: Tensor) -> None:
+    """Raises ValueError where the traced layers compute something else than the model at x.
+
+    So it is where a forward asks whether its input is a tensor or an Interval, which it was not
+    when it was traced. Both run in plain torch, on x and on a box around it.
+    """
+    x = x.detach()
+    for kind, given in (("tensors", x), ("Intervals", Interval._make(x - 1, x + 1, x))):
+        out = given.clone()  # the forward may write into its input
+        with backends.ask("torch"):
+            expected = program.model(given.clone())
+            for layer in program.layers:
+                out = layer.module(out)
+        if not (type(out) is type(expected) and _close(out, expected)):
+            names = ", ".join(layer.name for layer in program.layers)
+            raise _forward_error(
+                program.model,
+                f"on {kind} it computes something else than the layers that it called at the "
+                f"tracing ({names}); does it ask for the type of its input, or catch errors?",
+            )
+
+
+def _close(a: Any, b: Any) -> bool:
+    """Returns whether two results of the same operations on the same numbers are equal.
+
+    A GPU may choose other kernels each time, the one in tf32, whose rounding is 2^-11.
+    """
+    if isinstance(a, Interval):
+        return all(map(_close, (a.lower, a.upper, a.nominal), (b.lower, b.upper, b.nominal)))
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    finite = b[b.isfinite()]
+    off = 4 * torch.finfo(b.dtype).eps ** 0.5
+    scale = off * finite.abs().max().item() if finite.numel() else 0.0
+    return torch.allclose(a, b, rtol=0.0, atol=scale, equal_nan=True)
 
 
 class _Tracer(fx.Tracer):
@@ -593,9 +634,9 @@ def _not_in_chain(model: nn.Module, node: fx.Node) -> ValueError:
     )
 
 
-def _group(layers: list[Layer]) -> Program:
+def _group(model: nn.Module, layers: list[Layer]) -> Program:
     """Groups the layers into affine ones and what goes with each."""
-    program = Program()
+    program = Program(model, layers)
     before: list[Layer] = []  # what the next affine layer will take with it
     directly = False  # whether nothing came since the last affine layer
 
