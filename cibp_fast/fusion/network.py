@@ -298,7 +298,7 @@ def fuse(model: nn.Module, precision: str = "float32", backend: str = "auto") ->
     have changed, or elements of their lists, tuples, sets and dicts of at most 16; what it does by
     anything else, such as the values of tensors, is fixed at the tracing. The first call with a new
     shape of examples, but under torch.compile, compares what was traced of a class that is not
-    torch's with the model itself: it runs the model on x and on a box around x, without gradients.
+    torch's with the model itself, which it runs on up to four of x and on a box around them.
 
     What a trace loses is refused: layers under torch.no_grad, inference_mode or autocast, in a
     torch.autograd.Function, under saved_tensors_hooks or a torch function mode; forwards that set

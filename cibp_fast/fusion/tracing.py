@@ -5,10 +5,12 @@ goes with them.
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -317,8 +319,16 @@ _ORIGINAL_CALLS = {
 }
 
 
+_LOCK = threading.RLock()  # what a tracing changes in nn.Module is the whole process's
+
+
 @untraced  # dynamo cannot trace the tracing
 def trace(model: nn.Module) -> Program:
+    with _LOCK:
+        return _trace(model)
+
+
+def _trace(model: nn.Module) -> Program:
     if any(_global_hooks()):
         raise ValueError(
             "fuse cannot run global module hooks, and there are some (as "
@@ -344,14 +354,17 @@ def trace(model: nn.Module) -> Program:
     return program
 
 
+_COMPARED = 4  # examples: layer by layer in torch they take as long as 50 in a fused call
+
+
 @torch.no_grad()
 def check_trace(program: Program, x: Tensor) -> None:
     """Raises ValueError where the traced layers compute something else than the model at x.
 
     So it is where a forward asks whether its input is a tensor or an Interval, which it was not
-    when it was traced. Both run in plain torch, on x and on a box around it.
+    when it was traced. Both run in plain torch, on some of x and on a box around them.
     """
-    x = x.detach()
+    x = x.detach()[:_COMPARED]
     for kind, given in (("tensors", x), ("Intervals", Interval._make(x - 1, x + 1, x))):
         out = given.clone()  # the forward may write into its input
         with backends.ask("torch"):
@@ -435,6 +448,34 @@ class _Tracer(fx.Tracer):
         if hooks != self._saving and hooks[0].__module__ != "torch.utils.checkpoint":
             return "under torch.autograd.graph.saved_tensors_hooks"
         return ""
+
+
+@contextmanager
+def _patched(tracer: _Tracer) -> Iterator[None]:
+    """Puts methods in place of nn.Module's by which fx traces the calls of this thread alone.
+
+    Those that it would put there itself, for the whole process, it leaves out where it finds its
+    mark.
+    """
+    here, call, attribute = threading.get_ident(), nn.Module.__call__, nn.Module.__getattr__
+    parameters: dict[str, fx.Proxy] = {}
+
+    def traced_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != here:
+            return call(module, *args, **kwargs)
+        return tracer.call_module(module, partial(call, module), args, kwargs)
+
+    def traced_attribute(module: nn.Module, name: str) -> Any:
+        value = attribute(module, name)
+        return tracer.getattr(name, value, parameters) if threading.get_ident() == here else value
+
+    for method in (traced_call, traced_attribute):
+        setattr(method, "__fx_already_patched", True)
+    try:
+        nn.Module.__call__, nn.Module.__getattr__ = traced_call, traced_attribute  # type: ignore
+        yield
+    finally:
+        nn.Module.__call__, nn.Module.__getattr__ = call, attribute  # type: ignore
 
 
 _AUTOCAST = ("cpu", "cuda")  # the devices that fused networks run on
@@ -532,6 +573,7 @@ def _graph(model: nn.Module, gradients: bool) -> fx.Graph:
             stack.enter_context(torch.autocast(device, enabled=False))
         tracer = _Tracer(gradients)
         stack.enter_context(in_place)
+        stack.enter_context(_patched(tracer))
         failure: Exception | None = None
         try:
             graph = tracer.trace(model)

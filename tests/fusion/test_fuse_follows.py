@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from enum import Enum
@@ -448,3 +449,27 @@ def test_frozen_layers() -> None:
     assert net.first.weight.grad is None and net.last.weight.grad is not None
     net.first.requires_grad_(True)
     refuses(fused, r"it changes requires_grad or the hooks of first\.weight")
+
+
+def test_threads() -> None:
+    """Which trace at once, or run models while another traces; nothing of nn.Module stays changed."""
+    methods, errors = (nn.Module.__call__, nn.Module.__getattr__), []
+
+    def run(trace: bool) -> None:
+        model = Net() if trace else small()
+        fused, shape = cf.fuse(model), (3, 4) if trace else (3, 2, 9, 7)
+        for _ in range(60):
+            try:
+                net = cf.fuse(model) if trace else fused
+                x, *streams = inputs(*shape)
+                torch.testing.assert_close(net.bounds(x, Interval(*streams)).logits, model(x))
+            except BaseException as error:
+                errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(trace,)) for trace in (True, True, False)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors, errors[0]
+    assert methods == (nn.Module.__call__, nn.Module.__getattr__)
