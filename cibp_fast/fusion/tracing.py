@@ -219,7 +219,10 @@ def fingerprint(model: nn.Module) -> list[tuple[Any, ...]]:
     return [
         (any(_global_hooks()),),
         *(
-            (name, module, type(module), *_calls(type(module)), _own(module), any(_hooks(module)))
+            (
+                *(name, module, type(module), *_calls(type(module)), _own(module)),
+                *(any(_hooks(module)), _calls_its_class(module)),
+            )
             for name, module in _tree("", model)
         ),
     ]
@@ -272,6 +275,17 @@ class _Same:
 def _calls(kind: type[nn.Module]) -> tuple[Any, ...]:
     """Returns the methods that run where a module of this class is called."""
     return kind.__call__, kind.forward, getattr(kind, "_conv_forward", None)
+
+
+def _calls_its_class(module: nn.Module) -> bool:
+    """Returns whether no method is put in place of its class's; dynamo sees this, but not what is
+    in `__dict__`.
+    """
+    kind: Any = type(module)
+    forward = module.forward == kind.forward.__get__(module)
+    if not hasattr(kind, "_conv_forward"):
+        return forward
+    return forward and module._conv_forward == kind._conv_forward.__get__(module)  # type: ignore
 
 
 def _tree(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
