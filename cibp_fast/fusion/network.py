@@ -294,8 +294,9 @@ def fuse(model: nn.Module, precision: str = "float32", backend: str = "auto") ->
     The result shares the model's parameters and submodules (the same state_dict), and reads them at
     every call: it follows an optimizer, load_state_dict, .to(), and modules that are replaced. The
     model's forward is traced with torch.fx: a module of any class will do whose forward is a chain
-    of layers. It is traced again where submodules, `training` or other attributes of the modules
-    have changed, or elements of their lists, tuples, sets and dicts of at most 16; what it does by
+    of layers. It is traced again where submodules, `training` or other attributes of the modules or
+    attributes and methods of their classes have changed (of those that are not torch's), or
+    elements of their lists, tuples, sets and dicts of at most 16; what it does by
     anything else, such as the values of tensors, is fixed at the tracing. The first call with a new
     shape of examples, but under torch.compile, compares what was traced of a class that is not
     torch's with the model itself, which it runs on up to four of x and on a box around them.

@@ -210,18 +210,19 @@ def _guards(model: nn.Module, program: Program) -> None:
     program.hooks += _global_hooks()
 
 
-def _of_torch(kind: type[nn.Module]) -> bool:
+def _of_torch(kind: type) -> bool:
     return kind.__module__.startswith(("torch.", "cibp_fast."))
 
 
 def fingerprint(model: nn.Module) -> list[tuple[Any, ...]]:
     """Returns the tree of modules and what their forwards see; when it changes, trace again."""
+    compiling = torch.compiler.is_compiling()
     return [
         (any(_global_hooks()),),
         *(
             (
                 *(name, module, type(module), *_calls(type(module)), _own(module)),
-                *(any(_hooks(module)), _calls_its_class(module)),
+                *(any(_hooks(module)), compiling and not _calls_its_class(module)),
             )
             for name, module in _tree("", model)
         ),
@@ -230,16 +231,16 @@ def fingerprint(model: nn.Module) -> list[tuple[Any, ...]]:
 
 def _own(module: nn.Module) -> tuple[Any, ...]:
     """Returns what a traced forward may depend on or set: which parameters are frozen and, of
-    classes that are not torch's, `training` and the attributes that are its own.
+    classes that are not torch's, `training`, the attributes that are its own, and its classes'.
     """
     frozen = [each is None or each.requires_grad for each in module._parameters.values()]
     if _of_torch(type(module)):
         return tuple(frozen)
-    read = [
-        (key, value if isinstance(value, _PLAIN) else _read(value))
-        for key, value in module.__dict__.items()
-        if key not in _OF_MODULES
-    ]
+    own = [item for item in module.__dict__.items() if item[0] not in _OF_MODULES]
+    for kind in type(module).__mro__:
+        if kind is not object and not _of_torch(kind):
+            own += [item for item in vars(kind).items() if not item[0].startswith("__")]
+    read = [(key, value if isinstance(value, _PLAIN) else _read(value)) for key, value in own]
     return *frozen, *read
 
 
@@ -278,8 +279,8 @@ def _calls(kind: type[nn.Module]) -> tuple[Any, ...]:
 
 
 def _calls_its_class(module: nn.Module) -> bool:
-    """Returns whether no method is put in place of its class's; dynamo sees this, but not what is
-    in `__dict__`.
+    """Returns whether no method is put in place of its class's, in a way that dynamo guards: what
+    is in `__dict__` it does not.
     """
     kind: Any = type(module)
     forward = module.forward == kind.forward.__get__(module)

@@ -393,6 +393,49 @@ def test_hooks_in_a_new_dict(kind: str, monkeypatch: pytest.MonkeyPatch) -> None
     refuses(fused, "global module hooks")
 
 
+class Mixin:
+    deep, ways = False, {"relu": False}
+
+    def tail(self, x: Any) -> Any:
+        return self.last(x)  # type: ignore[attr-defined]
+
+
+class ByClass(Mixin, Net):
+    def forward(self, x: Any) -> Any:
+        x = self.first(x)
+        return self.rest(x) if self.deep or self.ways["relu"] else self.tail(x)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda patch: patch.setattr(Mixin, "deep", True),
+        lambda patch: patch.setattr(ByClass, "deep", True, raising=False),
+        lambda patch: patch.setattr(Mixin, "ways", {"relu": True}),
+        lambda patch: patch.setitem(Mixin.ways, "relu", True),
+        lambda patch: patch.setattr(Mixin, "tail", Net.rest),
+        lambda patch: patch.setattr(ByClass, "forward", lambda net, x: net.rest(net.first(x))),
+    ],
+)
+def test_what_a_forward_reads_of_classes(
+    change: Callable[[Any], Any], compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = ByClass()
+    fused, x = cf.fuse(net), torch.linspace(-1, 1, 12).view(3, 4).double()
+
+    def logits(x: Any) -> Any:
+        return fused.bounds(x, Interval(x, x, validate=False)).logits
+
+    run = torch.compile(logits, backend="eager") if compiled else logits
+    before = run(x)
+    torch.testing.assert_close(before, net(x))
+    change(monkeypatch)
+    torch.testing.assert_close(run(x), net(x))
+    assert not torch.equal(run(x), before)
+    torch._dynamo.reset()
+
+
 class Way(Enum):
     RELU, PLAIN = range(2)
 
