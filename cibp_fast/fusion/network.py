@@ -49,10 +49,16 @@ class FusedNetwork(nn.Module):
             raise ValueError(f"precision={precision!r} needs Triton's kernels, not backend='cpu'")
         self.precision, self.backend = precision, backend
         object.__setattr__(self, "_model", model)  # not a submodule: the names stay the model's
+        self._trace()
+
+    def _trace(self) -> Program:
+        """Traces the model, and shares what it has now: some containers replace their dicts."""
+        model = self._model
         self._modules, self._parameters = model._modules, model._parameters
         self._buffers = model._buffers
         self._non_persistent_buffers_set = model._non_persistent_buffers_set
         self._program = trace(model)
+        return self._program
 
     def forward(self, x: Any) -> Any:
         """Runs the model's own forward pass: Tensor -> Tensor, Interval -> Interval."""
@@ -194,15 +200,14 @@ class FusedNetwork(nn.Module):
         program = self._program
         if not torch.compiler.is_compiling():
             if any(program.hooks):
-                program = self._program = trace(self._model)  # raises
+                return self._trace()  # which raises
             for read, of, seen in program.guards:
                 if read(of) != seen:
-                    program = self._program = trace(self._model)
-                    return program
+                    return self._trace()
             if program.torch_only:
                 return program
         if fingerprint(self._model) != program.fingerprint:
-            program = self._program = trace(self._model)
+            program = self._trace()
         return program
 
 

@@ -286,7 +286,7 @@ def _calls_its_class(module: nn.Module) -> bool:
     forward = module.forward == kind.forward.__get__(module)
     if not hasattr(kind, "_conv_forward"):
         return forward
-    return forward and module._conv_forward == kind._conv_forward.__get__(module)  # type: ignore
+    return forward and module._conv_forward == kind._conv_forward.__get__(module)
 
 
 def _tree(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -76,6 +76,7 @@ def test_parameters_and_modules_are_read_at_every_call() -> None:
         lambda: strides((1, 2), (0, 1), 7 * 8 * 5),
         lambda: strides(1, 1, 7 * 10 * 8),
         lambda: model.append(nn.Identity()),
+        lambda: (model.__delitem__(8), model.append(nn.Linear(4, 3).double())),
     ):
         change()
         compare(*of_box(net, x, box))
