@@ -77,12 +77,11 @@ def _refused(name: str) -> Callable[..., Any]:
 class _Ball(NamedTuple):
     """Marks an Interval that is exactly its nominal point +- radius, without a clip.
 
-    Its bounds are computed when someone asks for them.
+    Its bounds are computed when someone asks for them, who may then write into them: the mark goes.
     """
 
     radius: float | Tensor  # a number, or a tensor of one element or one per channel
     version: int  # of the nominal point, when it was so
-    bounds: tuple[int, int] | None = None  # versions of lower and upper, once they are computed
 
 
 class Interval:
@@ -189,6 +188,9 @@ class Interval:
         plain = type(eps) is float and 0 <= eps < math.inf
         radius: Any = eps if plain else ball_radius(x, eps, validate)
         if clip is None:
+            # most quickly seen in the maximum, which is then NaN
+            if validate and may_inspect(x) and x.numel() and x.detach().amax().isnan():
+                refuse_where(x.isnan(), "x is NaN")
             box = cls._exact_ball(x, radius)
             if box is None:
                 box = cls._make(x - radius, x + radius, x)
@@ -228,7 +230,7 @@ class Interval:
         box._ball = _Ball(radius, x._version)
         return box
 
-    def _compute_bounds(self) -> None:
+    def _ball_bounds(self) -> tuple[Tensor, Tensor]:
         """Computes the bounds of an exact ball."""
         ball, x = self._ball, self._nominal
         assert ball is not None and x is not None
@@ -237,10 +239,9 @@ class Interval:
                 "x was modified in place after Interval.ball(x, ...), which computes lower and "
                 "upper when they are first used; make the box of x.clone(), or use it before"
             )
-        with torch.no_grad():
-            self._lower, self._upper = x - ball.radius, x + ball.radius
-        versions = self._lower._version, self._upper._version
-        self._ball = ball._replace(bounds=versions)
+        # ordinary tensors, although the first who asks may be in inference mode
+        with torch.inference_mode(False), torch.no_grad():
+            return x - ball.radius, x + ball.radius
 
     def _ball_radius(self, x: Tensor) -> float | Tensor | None:
         """Returns the radius if this is exactly x +- radius and nobody wants its gradient, or None.
@@ -254,12 +255,6 @@ class Interval:
         self._current()
         if ball.version != x._version or x.requires_grad:
             return None
-        if ball.bounds is not None:
-            lower, upper = self._lower, self._upper
-            if ball.bounds != (lower._version, upper._version):
-                return None
-            if lower.requires_grad or upper.requires_grad:
-                return None
         return ball.radius
 
     @property
@@ -364,11 +359,16 @@ class Interval:
     def __repr__(self) -> str:
         streams = "lower, upper" if self._nominal is None else "lower, upper, nominal"
         head = f"{streams}: {list(self.shape)} {self.dtype} on {self.device}"
-        if self._seen != self._version[0]:
+        ball, x = self._ball, self._nominal
+        if self._seen != self._version[0] or (
+            ball and x is not None and ball.version != x._version
+        ):
             return f"Interval({head}; stale)"
-        if not may_inspect(self._lower) or not self.numel():
+        if not may_inspect(self._like) or not self.numel():
             return f"Interval({head})"
-        low, high, width = self.lower.min().item(), self.upper.max().item(), self.width
+        # a ball stays one
+        lower, upper = self._ball_bounds() if ball else (self.lower, self.upper)
+        low, high, width = lower.min().item(), upper.max().item(), upper - lower
         widths = f"mean {width.mean().item():.4g} max {width.max().item():.4g}"
         return f"Interval({head}; in [{low:.4g}, {high:.4g}], width {widths})"
 
@@ -402,7 +402,8 @@ class Interval:
     def __getattr__(self, name: str) -> Any:
         """Returns a tensor's method: `box.flatten(1)` is `torch.Tensor.flatten(box, 1)`."""
         if name in ("_lower", "_upper"):
-            self._compute_bounds()
+            self._lower, self._upper = self._ball_bounds()
+            self._ball = None
             return self.__dict__[name]
         method = getattr(Tensor, name, None)
         if method not in RULES:
@@ -642,7 +643,7 @@ def refuse_cut(values: Sequence[Any]) -> None:
 def _wants_gradient(value: Any) -> bool:
     """Returns whether a tensor, also inside of an Interval, list or tuple, wants a gradient."""
     if isinstance(value, Interval):
-        if value._ball is not None and value._ball.bounds is None:
+        if value._ball is not None:
             return False  # a ball whose bounds were not asked for has no gradient
         value = (value._lower, value._upper, value._nominal)
     if isinstance(value, list | tuple):

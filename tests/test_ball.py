@@ -57,10 +57,10 @@ def test_fused_networks_take_every_shape_of_eps(shape) -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 2), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2)).double()
     x = torch.rand(3, 3, 3, 3).double()
     box = Interval.ball(x, torch.rand(shape), None)
-    got, want = cf.fuse(net).bounds(x, box), cf.bounds(net, x, Interval(box.lower, box.upper, x))
+    known, got = box._ball_radius(x), cf.fuse(net).bounds(x, box)
+    want = cf.bounds(net, x, Interval(box.lower, box.upper, x))
     torch.testing.assert_close(got.box.lower, want.box.lower)
     torch.testing.assert_close(got.box.upper, want.box.upper)
-    known = box._ball_radius(x)
     assert (known is not None) == (shape in [(), (3,), (3, 1, 1), (1, 3, 1, 1), (1,) * 4])
     assert known is None or known.numel() in (1, 3)
 
@@ -207,3 +207,81 @@ def test_certificates_and_attacks_take_rounded_pixels() -> None:
     found = cf.certify(net, x, y, 0.01, sound=False)
     assert torch.equal(found.predicted, y) and found.verified.any()
     assert not (cf.attacks.pgd(net, x, y, 0.01, steps=3, restarts=1).found & found.verified).any()
+
+
+def ball_net() -> tuple[nn.Module, cf.FusedNetwork, torch.Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 3)).double()
+    return model, cf.fuse(model), torch.rand(2, 1, 6, 6).double()
+
+
+def assert_same_box(got: Interval, want: Interval) -> None:
+    torch.testing.assert_close((got.lower, got.upper), (want.lower, want.upper))
+
+
+@pytest.mark.parametrize("eps", [0.1, [0.1]])
+@pytest.mark.parametrize("first", ["fuse", "cf.bounds", "lower", "repr", "copy"])
+def test_balls_first_used_in_inference_mode(first: str, eps) -> None:
+    """Stay good outside of it: their bounds can be saved for a backward pass."""
+    model, fused, x = ball_net()
+    box = Interval.ball(x, eps, None)
+    with torch.inference_mode():
+        use = {
+            "fuse": lambda: fused.bounds(x, box),
+            "cf.bounds": lambda: cf.bounds(model, x, box),
+            "lower": lambda: box.lower,
+            "repr": lambda: repr(box),
+            "copy": lambda: box + 0.0,
+        }
+        use[first]()
+        inside = fused.bounds(x, box).box
+    fresh = Interval(x - 0.1, x + 0.1)
+    for run in (cf.bounds, lambda model, x, box: fused.bounds(x, box)):
+        got, want = run(model, x, box), run(model, x, fresh)
+        got.width.backward()
+        assert_same_box(got.box, want.box)
+    assert_same_box(inside, want.box)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda box: np.subtract(box.lower.numpy(), 0.5, out=box.lower.numpy()),
+        lambda box: box.lower.data.sub_(0.5),
+        lambda box: box.upper.sub_(0.05),
+        lambda box: box.upper.detach().flatten()[:5].add_(1),
+        lambda box: box.lower.untyped_storage().copy_(box.upper.untyped_storage()),
+    ],
+)
+def test_bounds_written_to_are_those_that_count(write) -> None:
+    """Also in ways that torch does not count."""
+    model, fused, x = ball_net()
+    box = Interval.ball(x, 0.1, None)
+    write(box)
+    got, want = fused.bounds(x, box).box, cf.bounds(model, x, box).box
+    assert_same_box(got, want)
+    plain = fused.bounds(x, Interval.ball(x, 0.1, None)).box
+    assert not torch.allclose(got.upper, plain.upper)
+
+
+def test_repr_of_balls() -> None:
+    """Shows one that is stale as such, and leaves one a ball."""
+    x = torch.full((2, 3), 0.5)
+    box = Interval.ball(x, 0.25, None)
+    assert "in [0.25, 0.75]" in repr(box) and box._ball_radius(x) == 0.25
+    x.add_(1)
+    assert repr(box).endswith("; stale)")
+    with pytest.raises(RuntimeError, match="x was modified in place"):
+        box.lower  # noqa: B018
+
+
+@pytest.mark.parametrize("clip", [None, (0.0, 1.0)])
+def test_nan_is_refused(clip) -> None:
+    x = torch.rand(2, 3)
+    x[1, 2] = math.nan
+    with pytest.raises(ValueError, match=r"x is NaN at 1 of 6 .* \(1, 2\)|x has values in \[nan"):
+        Interval.ball(x, 0.1, clip)
+    assert Interval.ball(x, 0.1, clip, validate=False).lower.isnan().sum() == 1
+    x[1, 2] = math.inf
+    assert Interval.ball(x, 0.1, None).upper.isinf().sum() == 1
+    assert Interval.ball(x[:0], 0.1, clip).shape == (0, 3)

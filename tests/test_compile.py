@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -141,3 +142,29 @@ def test_fused_networks_follow_their_modules() -> None:
     for index, other in ((0, nn.Linear(4, 5).double()), (1, nn.Identity())):
         model[index] = other
         torch.testing.assert_close(compiled(x), model(x))
+    model[0].forward = lambda x: 2 * x  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"0 \(Linear\): it has hooks, or a forward of its own"):
+        compiled(x)
+
+
+@pytest.mark.parametrize("name", ["forward", "_conv_forward"])
+def test_fused_networks_refuse_methods_of_instances(name: str) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 2), nn.ReLU(), nn.Flatten(), nn.Linear(18, 3)).double()
+    net, x = cf.fuse(model), torch.rand(2, 1, 4, 4).double()
+    compiled = torch.compile(lambda x: net.bounds(x, box_of(x)).logits, backend="eager")
+    torch.testing.assert_close(compiled(x), model(x))
+    setattr(model[0], name, partial(getattr(model[0], name)))
+    with pytest.raises(ValueError, match=r"0 \(Conv2d\): it has hooks, or a forward of its own"):
+        compiled(x)
+
+
+def test_fused_networks_follow_the_order_of_modules() -> None:
+    layers = {name: nn.Linear(4, 4) for name in "abc"}
+    model = nn.Sequential(OrderedDict(layers | {"r": nn.ReLU(), "d": nn.Linear(4, 4)})).double()
+    net, x = cf.fuse(model), torch.rand(2, 4).double()
+    compiled = torch.compile(lambda x: net.bounds(x, box_of(x)).logits, backend="eager")
+    torch.testing.assert_close(compiled(x), model(x))
+    moved = model.b
+    del model.b
+    model.b = moved
+    torch.testing.assert_close(compiled(x), model(x))

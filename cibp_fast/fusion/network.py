@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from cibp_fast.fusion.stages import folded, stages_for
-from cibp_fast.fusion.tracing import Layer, Program, fingerprint, trace
-from cibp_fast.interval import Interval
+from cibp_fast.fusion.tracing import Layer, Program, check_trace, fingerprint, trace
+from cibp_fast.interval import Interval, may_inspect
 from cibp_fast.layerwise import Bounds, bounds, check_arguments
 from cibp_fast.ops import backends
 from cibp_fast.ops.library import failure
@@ -49,10 +49,16 @@ class FusedNetwork(nn.Module):
             raise ValueError(f"precision={precision!r} needs Triton's kernels, not backend='cpu'")
         self.precision, self.backend = precision, backend
         object.__setattr__(self, "_model", model)  # not a submodule: the names stay the model's
+        self._trace()
+
+    def _trace(self) -> Program:
+        """Traces the model, and shares what it has now: some containers replace their dicts."""
+        model = self._model
         self._modules, self._parameters = model._modules, model._parameters
         self._buffers = model._buffers
         self._non_persistent_buffers_set = model._non_persistent_buffers_set
         self._program = trace(model)
+        return self._program
 
     def forward(self, x: Any) -> Any:
         """Runs the model's own forward pass: Tensor -> Tensor, Interval -> Interval."""
@@ -97,7 +103,8 @@ class FusedNetwork(nn.Module):
             TypeError: x or box has the wrong type, or a parameter another dtype than x.
             ValueError: as cf.bounds; and width is not "post", x is of another dtype or on another
                 device than the above, a parameter is elsewhere, a layer does not fit its input,
-                the model has changed to one that `fuse` cannot take, batch norm is in training mode
+                the model has changed to one that `fuse` cannot take or computes something else
+                than was traced, batch norm is in training mode
                 (use cf.bounds) or dropout is (which has no bounds), or the backend or precision
                 that was asked for cannot run there.
         """
@@ -132,9 +139,14 @@ class FusedNetwork(nn.Module):
                 return self._unfused(why_not, x, box, width, reduction)
             engine = f"{backend}-{precision}"
         lower, upper, nominal, ball = _inputs(program, plan, x, box, backend == "cpu")
-        lower, upper, logits, head_lower, head_upper, widths, weight, bias = network(
-            lower, upper, nominal, ball, plan.numbers, weights, biases, reduction == "mean", engine
-        )
+        mean = reduction == "mean"
+        try:
+            lower, upper, logits, head_lower, head_upper, widths, weight, bias = network(
+                lower, upper, nominal, ball, plan.numbers, weights, biases, mean, engine
+            )
+        except RuntimeError:
+            _refuse_freed(program)  # by their names in the model, which the op does not know
+            raise
         if plan.counted is not None:
             widths = widths[plan.counted]
         head = Head(head_lower, head_upper, weight, bias)
@@ -188,15 +200,14 @@ class FusedNetwork(nn.Module):
         program = self._program
         if not torch.compiler.is_compiling():
             if any(program.hooks):
-                program = self._program = trace(self._model)  # raises
-            for read, module, seen in program.guards:
-                if read(module) != seen:
-                    program = self._program = trace(self._model)
-                    return program
+                return self._trace()  # which raises
+            for read, of, seen in program.guards:
+                if read(of) != seen:
+                    return self._trace()
             if program.torch_only:
                 return program
         if fingerprint(self._model) != program.fingerprint:
-            program = self._program = trace(self._model)
+            program = self._trace()
         return program
 
 
@@ -221,12 +232,13 @@ def planned(
                 "cf.bounds neither: call this layer's eval(), or set its p to 0"
             )
     if program.normalize is not None:
-        _tensors(program.normalize, x, "mean", "std")
-    parameters = [_tensors(affine.layer, x, "weight", "bias") for affine in program.affine]
+        _tensors(program.normalize, x, ("mean", "std"))
+    parameters = [_tensors(affine.layer, x, ("weight",), ("bias",)) for affine in program.affine]
     shapes = [None if t is None else t.shape for pair in parameters for t in pair]
     key = x.shape[1:], fast
     plan = None if torch.compiler.is_compiling() else program.plans.get(key)
-    if plan is None or plan.shapes != shapes:
+    new = plan is None or plan.shapes != shapes
+    if plan is None or new:
         stages = stages_for(program, x.shape[1:], parameters, fast)
         counted = [i for i, stage in enumerate(stages[:-1]) if stage.relu]
         every = len(counted) + 1 == len(stages)
@@ -237,27 +249,48 @@ def planned(
             not (stages[0].dense or stages[0].padded),
             shapes,
         )
-        if not torch.compiler.is_compiling():
-            program.plans[key] = plan
+    if program.in_torch and not torch.compiler.is_compiling():
+        _refuse_freed(program)
     for i, affine in enumerate(program.affine):
         if affine.norm is not None:
-            _tensors(affine.norm, x, "running_mean", "running_var", "weight", "bias")
+            _tensors(affine.norm, x, ("running_mean", "running_var"), ("weight", "bias"))
             parameters[i] = folded(affine.norm, *parameters[i])
+    if new and not torch.compiler.is_compiling():
+        # a forward of torch's own depends on no types, and one of no examples or in a graph
+        # that is being captured shows nothing
+        checked = program.torch_only or (len(x) > 0 and may_inspect(x))
+        if checked and not program.torch_only:
+            check_trace(program, x)
+        if checked:
+            program.plans[key] = plan
     return plan, [weight for weight, _ in parameters], [bias for _, bias in parameters]
 
 
-def _tensors(layer: Layer, x: Tensor, *names: str) -> tuple[Any, ...]:
-    """Returns the layer's tensors of these names, each like x or None."""
+def _tensors(
+    layer: Layer, x: Tensor, names: tuple[str, ...], optional: tuple[str, ...] = ()
+) -> tuple[Any, ...]:
+    """Returns the layer's tensors of these names, each like x; of the optional ones, or None."""
     module, device, dtype = layer.module, x.device, x.dtype
-    tensors = tuple([getattr(module, name) for name in names])
-    for name, tensor in zip(names, tensors, strict=True):
+    tensors = tuple([getattr(module, name) for name in names + optional])
+    for name, tensor in zip(names + optional, tensors, strict=True):
         if tensor is None:
-            continue
+            if name in optional:
+                continue
+            raise layer.misfit(f"its {name} is None")
         if tensor.device != device:
             raise ValueError(f"{layer.name}.{name} is on {tensor.device}, x on {device}")
         if tensor.dtype != dtype:
             raise TypeError(f"{layer.name}.{name} is {tensor.dtype}, x is {dtype}")
     return tensors
+
+
+def _refuse_freed(program: Program) -> None:
+    """Raises RuntimeError where the storage of a layer's tensor was freed, naming it."""
+    for affine in program.affine:
+        for layer in filter(None, (program.normalize, affine.layer, affine.norm)):
+            for name, tensor in (layer.module._parameters | layer.module._buffers).items():
+                if tensor is not None and backends.freed(tensor):
+                    raise RuntimeError(f"{layer.name}.{name} {backends.FREED}")
 
 
 def fuse(model: nn.Module, precision: str = "float32", backend: str = "auto") -> FusedNetwork:
@@ -266,9 +299,12 @@ def fuse(model: nn.Module, precision: str = "float32", backend: str = "auto") ->
     The result shares the model's parameters and submodules (the same state_dict), and reads them at
     every call: it follows an optimizer, load_state_dict, .to(), and modules that are replaced. The
     model's forward is traced with torch.fx: a module of any class will do whose forward is a chain
-    of layers. It is traced again where submodules, `training` or other attributes of the modules
-    have changed, or elements of their lists, tuples, sets and dicts of at most 16; what it does by
-    anything else, such as the values of tensors, is fixed at the tracing.
+    of layers. It is traced again where submodules, `training` or other attributes of the modules or
+    attributes and methods of their classes have changed (of those that are not torch's), or
+    elements of their lists, tuples, sets and dicts of at most 16; what it does by
+    anything else, such as the values of tensors, is fixed at the tracing. The first call with a new
+    shape of examples, but under torch.compile, compares what was traced of a class that is not
+    torch's with the model itself, which it runs on up to four of x and on a box around them.
 
     What a trace loses is refused: layers under torch.no_grad, inference_mode or autocast, in a
     torch.autograd.Function, under saved_tensors_hooks or a torch function mode; forwards that set
@@ -322,16 +358,28 @@ def _inputs(
         ball = None  # the op gives a ball's center and radius no gradient
     if ball is not None:
         if isinstance(ball, Tensor):
-            radius = ball.to(x.dtype).flatten().expand(channels).contiguous()
+            radius = ball.to(x.dtype).flatten().expand(channels)
         else:
             radius = x.new_full((channels,), ball)
-        if normalize is not None:
-            x, radius = normalize(x), radius / normalize.std.abs().flatten()
-        x = x.reshape(shape)
-        return x, x, x, radius
+        by_channel = True
+        if normalize is not None:  # by the rule of the division, which checks std
+            radius = radius.view(1, channels, 1, 1)
+            radius = (Interval._make(-radius, radius, None) / normalize.std).upper
+            by_channel = radius.shape == (1, channels, 1, 1)
+        if by_channel:
+            x = (x if normalize is None else _normalized(program.normalize, x)).reshape(shape)
+            return x, x, x, radius.flatten().contiguous()
     streams: Any = (box.lower, box.upper, x)
     if normalize is not None:
-        box = normalize(Interval._make(*streams))
+        box = _normalized(program.normalize, Interval._make(*streams))
         streams = box.lower, box.upper, box.nominal
     lower, upper, x = (stream.reshape(shape) for stream in streams)
     return lower, upper, x, None
+
+
+def _normalized(normalize: Any, x: Any) -> Any:
+    """Returns what a Normalize makes of a tensor or Interval, of the same shape."""
+    out = normalize.module(x)
+    if out.shape != x.shape:
+        raise normalize.misfit(f"it makes {list(out.shape)} of {list(x.shape)}")
+    return out

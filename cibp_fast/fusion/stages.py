@@ -157,8 +157,6 @@ def _convolution_stage(
 def folded(norm: Layer, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Returns weight and bias of an affine layer with the batch norm behind it."""
     module = norm.module
-    if module.running_mean is None:
-        raise norm.misfit("it has no running statistics")
     if module.training:
         raise norm.misfit(
             "in training mode it needs the statistics of the batch: use cf.bounds, which takes "

@@ -5,10 +5,12 @@ goes with them.
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -19,9 +21,10 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cibp_fast._compiler import untraced
-from cibp_fast.interval import RULES
+from cibp_fast.interval import RULES, Interval
 from cibp_fast.models import Normalize
 from cibp_fast.nn import IntervalConv2d, IntervalLinear
+from cibp_fast.ops import backends
 
 # Exact types: a subclass may compute something else.
 CONVOLUTIONS = (nn.Conv2d, IntervalConv2d)
@@ -135,10 +138,10 @@ class Affine:
 
 
 class Guard(NamedTuple):
-    """Asks whether `read(module) == seen`, as it was at the tracing."""
+    """Asks whether `read(of) == seen`, as it was at the tracing."""
 
-    read: Callable[[nn.Module], Any]
-    module: nn.Module
+    read: Callable[[Any], Any]
+    of: Any
     seen: Any
 
 
@@ -146,13 +149,16 @@ class Guard(NamedTuple):
 class Program:
     """Holds the layers of a model, as it was traced."""
 
+    model: nn.Module
+    layers: list[Layer]  # in the order of the pass; the same in groups:
     normalize: Layer | None = None
     affine: list[Affine] = field(default_factory=list)
     dropouts: list[Layer] = field(default_factory=list)
+    in_torch: bool = False  # whether torch computes with some parameters before the op does
     # What it stays right for: all of it, and what a call compares.
     fingerprint: list[tuple[Any, ...]] = field(default_factory=list)
     guards: list[Guard] = field(default_factory=list)
-    hooks: list[Any] = field(default_factory=list)  # dicts of hooks, all empty
+    hooks: list[Any] = field(default_factory=list)  # dicts of hooks, which guards know, all empty
     torch_only: bool = True  # whether guards and hooks say all that the fingerprint does
     plans: dict[tuple[Any, ...], Any] = field(default_factory=dict)  # what network.py makes of it
 
@@ -172,7 +178,7 @@ _HYPERPARAMETERS: dict[type[nn.Module], tuple[str, ...]] = {
 
 
 def _guards(model: nn.Module, program: Program) -> None:
-    """Adds what a call of the program compares.
+    """Adds what a call of the program compares, by functions of C only, which take least time.
 
     Attributes of layers, children of containers and hooks are read without a walk of the tree.
     Where there are classes that are not torch's, whose forwards may read anything, a call compares
@@ -187,29 +193,37 @@ def _guards(model: nn.Module, program: Program) -> None:
                 )
     for _, module in _tree("", model):
         program.torch_only &= _of_torch(type(module))
-        calls = ("__class__", "__call__", "forward")
+        names = ("__class__", "forward", *_HOOKS)
         if hasattr(module, "_conv_forward"):
-            calls += ("_conv_forward",)  # type: ignore[assignment]
-        read = operator.attrgetter(*calls)
+            names += ("_conv_forward",)
+        if type(module) not in _ORIGINAL_CALLS:  # it may call children, even if it has none yet
+            names += ("_modules.items",)  # equal only of the same dict
+            children = module._modules.items()  # in the order in which a Sequential calls them
+            program.guards.append(Guard(list, children, list(children)))
+        read = operator.attrgetter(*names)
         program.guards.append(Guard(read, module, read(module)))
-        if module._modules:
-            # without the order, which the names of a Sequential say
-            children = operator.attrgetter("_modules")
-            program.guards.append(Guard(children, module, dict(module._modules)))
-        program.hooks += _hooks(module)[:4]
+        program.hooks += _hooks(module)[: len(_HOOKS)]
+    call = operator.attrgetter("__call__")
+    program.guards += [Guard(call, kind, _CALL) for kind in {type(m) for _, m in _tree("", model)}]
+    read = operator.attrgetter(*_GLOBAL_HOOKS)
+    program.guards.append(Guard(read, nn.modules.module, _global_hooks()))
     program.hooks += _global_hooks()
 
 
-def _of_torch(kind: type[nn.Module]) -> bool:
+def _of_torch(kind: type) -> bool:
     return kind.__module__.startswith(("torch.", "cibp_fast."))
 
 
 def fingerprint(model: nn.Module) -> list[tuple[Any, ...]]:
     """Returns the tree of modules and what their forwards see; when it changes, trace again."""
+    compiling = torch.compiler.is_compiling()
     return [
         (any(_global_hooks()),),
         *(
-            (name, module, type(module), *_calls(type(module)), _own(module), any(_hooks(module)))
+            (
+                *(name, module, type(module), *_calls(type(module)), _own(module)),
+                *(any(_hooks(module)), compiling and not _calls_its_class(module)),
+            )
             for name, module in _tree("", model)
         ),
     ]
@@ -217,16 +231,16 @@ def fingerprint(model: nn.Module) -> list[tuple[Any, ...]]:
 
 def _own(module: nn.Module) -> tuple[Any, ...]:
     """Returns what a traced forward may depend on or set: which parameters are frozen and, of
-    classes that are not torch's, `training` and the attributes that are its own.
+    classes that are not torch's, `training`, the attributes that are its own, and its classes'.
     """
     frozen = [each is None or each.requires_grad for each in module._parameters.values()]
     if _of_torch(type(module)):
         return tuple(frozen)
-    read = [
-        (key, value if isinstance(value, _PLAIN) else _read(value))
-        for key, value in module.__dict__.items()
-        if key not in _OF_MODULES
-    ]
+    own = [item for item in module.__dict__.items() if item[0] not in _OF_MODULES]
+    for kind in type(module).__mro__:
+        if kind is not object and not _of_torch(kind):
+            own += [item for item in vars(kind).items() if not item[0].startswith("__")]
+    read = [(key, value if isinstance(value, _PLAIN) else _read(value)) for key, value in own]
     return *frozen, *read
 
 
@@ -264,6 +278,17 @@ def _calls(kind: type[nn.Module]) -> tuple[Any, ...]:
     return kind.__call__, kind.forward, getattr(kind, "_conv_forward", None)
 
 
+def _calls_its_class(module: nn.Module) -> bool:
+    """Returns whether no method is put in place of its class's, in a way that dynamo guards: what
+    is in `__dict__` it does not.
+    """
+    kind: Any = type(module)
+    forward = module.forward == kind.forward.__get__(module)
+    if not hasattr(kind, "_conv_forward"):
+        return forward
+    return forward and module._conv_forward == kind._conv_forward.__get__(module)
+
+
 def _tree(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     yield name, module
     for key, child in module._modules.items():
@@ -271,21 +296,20 @@ def _tree(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield from _tree(f"{name}.{key}" if name else key, child)
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple([f"_global{name}" for name in _HOOKS])
+
+
 def _hooks(module: nn.Module) -> tuple[Any, ...]:
     return (
-        *(module._forward_hooks, module._forward_pre_hooks),
-        *(module._backward_hooks, module._backward_pre_hooks),
+        *[getattr(module, name) for name in _HOOKS],
         "forward" in module.__dict__,
         "_conv_forward" in module.__dict__,
     )
 
 
 def _global_hooks() -> tuple[Any, ...]:
-    every = nn.modules.module
-    return (
-        *(every._global_forward_hooks, every._global_forward_pre_hooks),
-        *(every._global_backward_hooks, every._global_backward_pre_hooks),
-    )
+    return tuple([getattr(nn.modules.module, name) for name in _GLOBAL_HOOKS])
 
 
 def _original_calls(kind: type[nn.Module]) -> tuple[Any, ...]:
@@ -305,13 +329,21 @@ _ORIGINAL_CALLS = {
     kind: _original_calls(kind)
     for kind in (
         *(*CONVOLUTIONS, *LINEARS, *_NORMS, *_POOLS, *_DROPOUTS),
-        *(nn.ReLU, nn.Flatten, nn.Identity, nn.ZeroPad2d),
+        *(nn.ReLU, nn.Flatten, nn.Identity, nn.ZeroPad2d, Normalize),
     )
 }
 
 
+_LOCK = threading.RLock()  # what a tracing changes in nn.Module is the whole process's
+
+
 @untraced  # dynamo cannot trace the tracing
 def trace(model: nn.Module) -> Program:
+    with _LOCK:
+        return _trace(model)
+
+
+def _trace(model: nn.Module) -> Program:
     if any(_global_hooks()):
         raise ValueError(
             "fuse cannot run global module hooks, and there are some (as "
@@ -331,10 +363,51 @@ def trace(model: nn.Module) -> Program:
                 "fuse would not run; cf.bounds would"
             )
     seen = fingerprint(model)
-    program = _group(_layers(model))
+    program = _group(model, _layers(model))
     program.fingerprint = seen
     _guards(model, program)
     return program
+
+
+_COMPARED = 4  # examples: layer by layer in torch they take as long as 50 in a fused call
+
+
+@torch.no_grad()
+def check_trace(program: Program, x: Tensor) -> None:
+    """Raises ValueError where the traced layers compute something else than the model at x.
+
+    So it is where a forward asks whether its input is a tensor or an Interval, which it was not
+    when it was traced. Both run in plain torch, on some of x and on a box around them.
+    """
+    x = x.detach()[:_COMPARED]
+    for kind, given in (("tensors", x), ("Intervals", Interval._make(x - 1, x + 1, x))):
+        out = given.clone()  # the forward may write into its input
+        with backends.ask("torch"):
+            expected = program.model(given.clone())
+            for layer in program.layers:
+                out = layer.module(out)
+        if not (type(out) is type(expected) and _close(out, expected)):
+            names = ", ".join(layer.name for layer in program.layers)
+            raise _forward_error(
+                program.model,
+                f"on {kind} it computes something else than the layers that it called at the "
+                f"tracing ({names}); does it ask for the type of its input, or catch errors?",
+            )
+
+
+def _close(a: Any, b: Any) -> bool:
+    """Returns whether two results of the same operations on the same numbers are equal.
+
+    A GPU may choose other kernels each time, the one in tf32, whose rounding is 2^-11.
+    """
+    if isinstance(a, Interval):
+        return all(map(_close, (a.lower, a.upper, a.nominal), (b.lower, b.upper, b.nominal)))
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    finite = b[b.isfinite()]
+    off = 4 * torch.finfo(b.dtype).eps ** 0.5
+    scale = off * finite.abs().max().item() if finite.numel() else 0.0
+    return torch.allclose(a, b, rtol=0.0, atol=scale, equal_nan=True)
 
 
 class _Tracer(fx.Tracer):
@@ -355,6 +428,12 @@ class _Tracer(fx.Tracer):
             or type(module) is Normalize
             or super().is_leaf_module(module, module_qualified_name)
         )
+
+    def create_args_for_root(self, root_fn: Any, *args: Any, **kwargs: Any) -> Any:
+        """Gives the forward its input alone, as a call of the model does: the others have their
+        defaults.
+        """
+        return root_fn, [self.root, self.create_proxy("placeholder", "input", (), {})]
 
     def create_arg(self, a: Any) -> Any:
         plain = isinstance(a, Integral) and not isinstance(a, bool)  # of numpy as well
@@ -384,6 +463,34 @@ class _Tracer(fx.Tracer):
         if hooks != self._saving and hooks[0].__module__ != "torch.utils.checkpoint":
             return "under torch.autograd.graph.saved_tensors_hooks"
         return ""
+
+
+@contextmanager
+def _patched(tracer: _Tracer) -> Iterator[None]:
+    """Puts methods in place of nn.Module's by which fx traces the calls of this thread alone.
+
+    Those that it would put there itself, for the whole process, it leaves out where it finds its
+    mark.
+    """
+    here, call, attribute = threading.get_ident(), nn.Module.__call__, nn.Module.__getattr__
+    parameters: dict[str, fx.Proxy] = {}
+
+    def traced_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != here:
+            return call(module, *args, **kwargs)
+        return tracer.call_module(module, partial(call, module), args, kwargs)
+
+    def traced_attribute(module: nn.Module, name: str) -> Any:
+        value = attribute(module, name)
+        return tracer.getattr(name, value, parameters) if threading.get_ident() == here else value
+
+    for method in (traced_call, traced_attribute):
+        setattr(method, "__fx_already_patched", True)
+    try:
+        nn.Module.__call__, nn.Module.__getattr__ = traced_call, traced_attribute  # type: ignore
+        yield
+    finally:
+        nn.Module.__call__, nn.Module.__getattr__ = call, attribute  # type: ignore
 
 
 _AUTOCAST = ("cpu", "cuda")  # the devices that fused networks run on
@@ -481,6 +588,7 @@ def _graph(model: nn.Module, gradients: bool) -> fx.Graph:
             stack.enter_context(torch.autocast(device, enabled=False))
         tracer = _Tracer(gradients)
         stack.enter_context(in_place)
+        stack.enter_context(_patched(tracer))
         failure: Exception | None = None
         try:
             graph = tracer.trace(model)
@@ -520,7 +628,7 @@ def _chain(model: nn.Module, graph: fx.Graph) -> list[Layer]:
         layers.append(layer)
         node = source
     for unused in nodes:
-        if unused not in used and not _is_size(unused) and unused.op != "placeholder":
+        if unused not in used and not _is_size(unused):
             raise _not_in_chain(model, unused)
     return layers[::-1]
 
@@ -575,8 +683,7 @@ def _not_in_chain(model: nn.Module, node: fx.Node) -> ValueError:
         return Layer(name, model.get_submodule(name)).error(
             "its result is not what the next layer takes"
         )
-    kinds = {"get_attr": "parameter or buffer", "placeholder": "argument"}
-    what = kinds.get(node.op, "function")
+    what = "parameter or buffer" if node.op == "get_attr" else "function"
     name = getattr(node.target, "__name__", str(node.target))
     return ValueError(
         f"fuse cannot take the {what} {name} as {type(model).__name__} uses it: {_SUPPORTED}"
@@ -584,9 +691,9 @@ def _not_in_chain(model: nn.Module, node: fx.Node) -> ValueError:
     )
 
 
-def _group(layers: list[Layer]) -> Program:
+def _group(model: nn.Module, layers: list[Layer]) -> Program:
     """Groups the layers into affine ones and what goes with each."""
-    program = Program()
+    program = Program(model, layers)
     before: list[Layer] = []  # what the next affine layer will take with it
     directly = False  # whether nothing came since the last affine layer
 
@@ -635,6 +742,7 @@ def _group(layers: list[Layer]) -> Program:
     if last is None or not last.linear or last.relu or last.norm or before:
         end = layers[-1] if layers else Layer("the model", nn.Identity())
         raise end.error("the network must end in Linear")
+    program.in_torch = bool(program.normalize or any(affine.norm for affine in program.affine))
     return program
 
 

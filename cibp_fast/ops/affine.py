@@ -154,7 +154,7 @@ class _Affine(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        backends.no_double_backward("conv2d" if ctx.geometry else "linear")
+        backends.no_double_backward(_op(ctx.geometry))
         needs = ctx.needs_input_grad
         grads = torch.ops.cibp_fast.affine_backward(
             *(*gradients, *ctx.saved_tensors, ctx.geometry),
@@ -185,12 +185,14 @@ def _forward_fake(lower, upper, nominal, weight, bias, geometry, backend="cpu"):
 @on_its_gpu("affine_forward")
 @torch.library.impl(library, "affine_forward", "CPU")
 def _forward_kernel(lower, upper, nominal, weight, bias, geometry, backend="cpu"):  # type: ignore[no-untyped-def]
+    streams = {"lower": lower, "upper": upper, "nominal": nominal}
+    backends.refuse_freed(_op(geometry), **streams, weight=weight, bias=bias)
     shape = shape_of(lower, weight, geometry)
     outputs = forward_outputs(lower, nominal, shape.output[: lower.dim()])
     if backend == "triton":
         return triton_layers().forward(shape, outputs, lower, upper, nominal, weight, bias)
     bias = None if bias is None else bias.contiguous()
-    backends.kernel(_name("forward", geometry), lower.dtype)(
+    backends.kernel(f"{_op(geometry)}_forward", lower.dtype)(
         _cpu_shape(shape, geometry),
         backends.threads(),
         [_strided(t) for t in (lower, upper, nominal, weight)],
@@ -216,6 +218,9 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     lower, upper, nominal, weight, lower_out, upper_out,
     geometry, wants_input, wants_weight, backend="cpu",
 ):  # fmt: skip
+    streams = {"lower": lower, "upper": upper, "nominal": nominal}
+    saved = {"weight": weight, "lower'": lower_out, "upper'": upper_out}
+    backends.refuse_freed(_op(geometry), **streams, **saved)
     shape = shape_of(lower, weight, geometry)
     outputs = _gradients(lower, nominal, weight, wants_input, wants_weight)
     if grad_width is None:
@@ -228,7 +233,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     grads = [zero if gradient is None else gradient for gradient in (grad_lower, grad_upper)]
     of_nominal = zero if grad_nominal is None else grad_nominal
     grads.append(None if nominal is None else of_nominal)
-    backends.kernel(_name("backward", geometry), lower.dtype)(
+    backends.kernel(f"{_op(geometry)}_backward", lower.dtype)(
         _cpu_shape(shape, geometry),
         backends.threads(),
         [_strided(t) for t in (*grads, lower_out, upper_out, lower, upper, nominal, weight)],
@@ -249,8 +254,8 @@ def _gradients(
     )
 
 
-def _name(direction: str, geometry: Sequence[int]) -> str:
-    return f"{'conv2d' if geometry else 'linear'}_{direction}"
+def _op(geometry: Sequence[int]) -> str:
+    return "conv2d" if geometry else "linear"
 
 
 def _cpu_shape(shape: Shape, geometry: Sequence[int]) -> Any:

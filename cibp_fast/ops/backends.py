@@ -296,6 +296,27 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+FREED = "has no memory: its storage was freed, as FSDP frees parameters between uses"
+
+
+def freed(tensor: torch.Tensor) -> bool:
+    """Returns whether a tensor's storage was freed: a kernel would read near address 0."""
+    return not tensor.untyped_storage().nbytes() and tensor.numel() > 0
+
+
+def refuse_freed(op: str, **tensors: torch.Tensor | Sequence[torch.Tensor | None] | None) -> None:
+    """Raises RuntimeError where a tensor's storage was freed; those of None are absent."""
+    for name, value in tensors.items():
+        if value is None:
+            continue
+        single = isinstance(value, torch.Tensor)
+        for i, tensor in enumerate([value] if single else value):
+            if tensor is None or tensor.untyped_storage().nbytes():
+                continue  # here, since a call of `freed` takes as long as the rest
+            if freed(tensor):
+                raise RuntimeError(f"{op}: {name if single else f'{name}[{i}]'} {FREED}")
+
+
 def no_batched_backward(op: str, gradients: Sequence[torch.Tensor | None]) -> None:
     """Raises RuntimeError where a backward pass is given several of each gradient at once."""
     if torch.compiler.is_compiling():

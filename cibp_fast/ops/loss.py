@@ -108,6 +108,8 @@ def _forward_outputs(logits, lower, upper, weight, bias, y):  # type: ignore[no-
 
 @torch.library.impl(library, "loss_forward", "CPU")
 def _loss_forward_kernel(*inputs):  # type: ignore[no-untyped-def]
+    names = ("logits", "lower", "upper", "weight", "bias", "y")
+    backends.refuse_freed("losses.terms", **dict(zip(names, inputs, strict=True)))
     outputs = _forward_outputs(*inputs)
     _run("loss_forward", inputs[1], inputs[3], inputs[5], inputs, outputs)
     return outputs
@@ -128,6 +130,8 @@ def _backward_outputs(  # type: ignore[no-untyped-def]
 @torch.library.impl(library, "loss_backward", "CPU")
 def _loss_backward_kernel(*arguments):  # type: ignore[no-untyped-def]
     *inputs, _ = arguments
+    names = ("lower", "upper", "weight", "y")
+    backends.refuse_freed("losses.terms", **dict(zip(names, inputs[2:6], strict=True)))
     outputs = _backward_outputs(*arguments)
     _run("loss_backward", inputs[2], inputs[4], inputs[5], inputs, outputs)
     return outputs

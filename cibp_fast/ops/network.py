@@ -298,6 +298,8 @@ def _network_forward_fake(  # type: ignore[no-untyped-def]
 def _network_forward_kernel(  # type: ignore[no-untyped-def]
     lower, upper, nominal, ball_radius, weights, biases, numbers, engine, mean=False
 ):
+    streams = {"lower": lower, "upper": upper, "nominal": nominal}
+    backends.refuse_freed("network", **streams, weights=weights, biases=biases)
     numbers, batch = tuple(numbers), len(nominal)
     stages = stages_of(numbers)
     if not batch:
@@ -346,6 +348,7 @@ def _network_backward_kernel(  # type: ignore[no-untyped-def]
     grad_lower, grad_upper, grad_nominal, head_lower, head_upper, grad_widths, lower_out, upper_out,
     ball_radius, packed, weights, numbers, wants_input, wants_parameters, engine, mean=False,
 ):  # fmt: skip
+    backends.refuse_freed("network", lower=lower_out, upper=upper_out, weights=weights)
     numbers, batch = tuple(numbers), len(lower_out)
     stages = stages_of(numbers)
     inputs, parameters = _backward_outputs(

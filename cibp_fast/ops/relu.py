@@ -103,6 +103,7 @@ def _relu_forward_fake(lower, upper, nominal, backend="cpu"):  # type: ignore[no
 @on_its_gpu("relu_forward")
 @torch.library.impl(library, "relu_forward", "CPU")
 def _relu_forward_kernel(lower, upper, nominal, backend="cpu"):  # type: ignore[no-untyped-def]
+    backends.refuse_freed("relu", lower=lower, upper=upper, nominal=nominal)
     outputs = forward_outputs(lower, nominal, lower.shape)
     order = layout(lower)
     inputs = [
@@ -133,6 +134,7 @@ def _relu_backward_kernel(  # type: ignore[no-untyped-def]
     grad_lower, grad_upper, grad_nominal, grad_width, lower_out, upper_out, nominal_out=None,
     backend="cpu",
 ):  # fmt: skip
+    backends.refuse_freed("relu", **{"lower'": lower_out, "upper'": upper_out})
     outputs = empty_streams(lower_out, nominal_out, lower_out.shape)
     gradients = [
         torch.zeros_like(lower_out) if g is None else g.contiguous(memory_format=layout(lower_out))

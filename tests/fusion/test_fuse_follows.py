@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
+import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from enum import Enum
 from functools import partial
@@ -73,6 +76,7 @@ def test_parameters_and_modules_are_read_at_every_call() -> None:
         lambda: strides((1, 2), (0, 1), 7 * 8 * 5),
         lambda: strides(1, 1, 7 * 10 * 8),
         lambda: model.append(nn.Identity()),
+        lambda: (model.__delitem__(8), model.append(nn.Linear(4, 3).double())),
     ):
         change()
         compare(*of_box(net, x, box))
@@ -272,6 +276,167 @@ def test_what_a_forward_reads() -> None:
     refuses(by_function, "function tanh")
 
 
+class Optional(Net):
+    """Has arguments that nobody gives; `ask` is how it asks for them."""
+
+    def __init__(self, ask: Callable[..., bool]) -> None:
+        super().__init__()
+        self.ask = ask
+
+    def forward(self, x: Any, mask: Any = None, *more: Any, deep: bool = False, **rest: Any) -> Any:
+        x = self.first(x)
+        return self.rest(x) if self.ask(mask, more, deep, rest) else self.last(x)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda mask, more, deep, rest: mask is not None,
+        lambda mask, more, deep, rest: mask is None,
+        lambda mask, more, deep, rest: deep is False,
+        lambda mask, more, deep, rest: deep,
+        lambda mask, more, deep, rest: more or rest,
+        lambda mask, more, deep, rest: isinstance(mask, type(None)),
+    ],
+)
+def test_arguments_have_their_defaults(ask: Callable[..., bool]) -> None:
+    net = Optional(ask)
+    compare(*of_box(net, *ball()))
+    follows(cf.fuse(net))
+
+
+def test_children_of_containers() -> None:
+    """Also of one that had none, and in another order under the same names."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Sequential(), nn.Linear(5, 3)).double()
+    fused = cf.fuse(model)
+    before = follows(fused)
+    model[1].append(nn.ReLU())
+    assert not torch.equal(before, follows(fused))
+    model[1].append(nn.Sequential())
+    follows(fused)
+    model[1][1].append(nn.Linear(5, 5).double())
+    follows(fused)
+    layers = [nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.Linear(4, 4)]
+    model = nn.Sequential(OrderedDict(zip("arbc", layers, strict=True))).double()
+    fused = cf.fuse(model)
+    before, moved = follows(fused), model.b
+    del model.b
+    model.b = moved
+    assert not torch.equal(before, follows(fused))
+    before = follows(fused)
+    for children in (list(model.named_children())[::-1], list(model.named_children())):
+        model._modules = OrderedDict([*children[:-1], ("last", nn.Linear(4, 4).double())])
+        follows(fused)
+        model.a = nn.Linear(4, 4).double()
+        follows(fused)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("eps", [0.1, [0.1]])
+def test_std_of_any_shape_and_value(channels: int, eps: Any) -> None:
+    """As cf.bounds takes or refuses it, of balls and of other boxes."""
+    normalize = cf.models.Normalize([0.5] * channels, [0.2] * channels).double()
+    net = conv_net(normalize, nn.Conv2d(channels, 3, 3), nn.ReLU(), shape=(channels, 6, 6))
+    fused, x = cf.fuse(net), torch.rand(2, channels, 6, 6).double()
+    eps = eps * channels if isinstance(eps, list) else eps
+
+    def outcome(run: Callable[..., Any], clip: Any) -> Any:
+        try:
+            out = run(x, Interval.ball(x, eps, clip))
+        except ValueError as error:
+            return str(error)
+        return torch.stack([out.box.lower, out.box.upper, out.logits])
+
+    per_pixel = torch.rand(1, 6, 6) + 0.1
+    stds = [
+        *(per_pixel, -per_pixel, per_pixel.expand(channels, 6, 6), per_pixel[:, :1]),
+        *(per_pixel[0], per_pixel[0, 0], per_pixel[0, 0, 0], torch.rand(2, channels, 6, 6) + 0.1),
+        *(
+            torch.rand(channels, 1, 1) - 1.5,
+            torch.rand(1, channels, 1, 1) + 0.1,
+            torch.rand(2, 1, 1, 1),
+        ),
+        *(torch.full((channels, 1, 1), value) for value in (0.0, -0.0, math.nan, math.inf, 1e-310)),
+    ]
+    for name, value in [
+        *(("std", std) for std in stds),
+        ("mean", per_pixel),
+        ("mean", per_pixel[0]),
+    ]:
+        setattr(normalize, name, value.double())
+        for clip in (None, (-9.0, 9.0)):
+            found, expected = outcome(fused.bounds, clip), outcome(partial(cf.bounds, net), clip)
+            assert type(found) is type(expected), (value, found, expected)
+            if isinstance(expected, str):
+                assert found == expected and "truediv: the constant must be finite" in found
+            else:
+                torch.testing.assert_close(found, expected)
+
+
+def test_a_normalization_must_keep_the_shape() -> None:
+    net = nn.Sequential(cf.models.Normalize([0.0], [1.0]), nn.Linear(4, 3)).double()
+    refuses(cf.fuse(net), r"0 \(Normalize\): it makes \[1, 3, 4\] of \[3, 4\]")
+    with pytest.raises(ValueError, match="model must return logits"):
+        cf.bounds(net, *ball())
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "backward", "backward_pre"])
+def test_hooks_in_a_new_dict(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+    fused = cf.fuse(model)
+    setattr(model[1], f"_{kind}_hooks", {})
+    follows(fused)
+    getattr(model[1], f"_{kind}_hooks")[0] = lambda *arguments: None
+    refuses(fused, r"1 \(ReLU\): it has hooks")
+    getattr(model[1], f"_{kind}_hooks").clear()
+    follows(fused)
+    monkeypatch.setattr(EVERY, f"_global_{kind}_hooks", {0: lambda *arguments: None})
+    refuses(fused, "global module hooks")
+
+
+class Mixin:
+    deep, ways = False, {"relu": False}
+
+    def tail(self, x: Any) -> Any:
+        return self.last(x)  # type: ignore[attr-defined]
+
+
+class ByClass(Mixin, Net):
+    def forward(self, x: Any) -> Any:
+        x = self.first(x)
+        return self.rest(x) if self.deep or self.ways["relu"] else self.tail(x)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda patch: patch.setattr(Mixin, "deep", True),
+        lambda patch: patch.setattr(ByClass, "deep", True, raising=False),
+        lambda patch: patch.setattr(Mixin, "ways", {"relu": True}),
+        lambda patch: patch.setitem(Mixin.ways, "relu", True),
+        lambda patch: patch.setattr(Mixin, "tail", Net.rest),
+        lambda patch: patch.setattr(ByClass, "forward", lambda net, x: net.rest(net.first(x))),
+    ],
+)
+def test_what_a_forward_reads_of_classes(
+    change: Callable[[Any], Any], compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = ByClass()
+    fused, x = cf.fuse(net), torch.linspace(-1, 1, 12).view(3, 4).double()
+
+    def logits(x: Any) -> Any:
+        return fused.bounds(x, Interval(x, x, validate=False)).logits
+
+    run = torch.compile(logits, backend="eager") if compiled else logits
+    before = run(x)
+    torch.testing.assert_close(before, net(x))
+    change(monkeypatch)
+    torch.testing.assert_close(run(x), net(x))
+    assert not torch.equal(run(x), before)
+    torch._dynamo.reset()
+
+
 class Way(Enum):
     RELU, PLAIN = range(2)
 
@@ -328,3 +493,27 @@ def test_frozen_layers() -> None:
     assert net.first.weight.grad is None and net.last.weight.grad is not None
     net.first.requires_grad_(True)
     refuses(fused, r"it changes requires_grad or the hooks of first\.weight")
+
+
+def test_threads() -> None:
+    """Which trace at once, or run models while others trace; nothing of nn.Module stays changed."""
+    methods, errors = (nn.Module.__call__, nn.Module.__getattr__), []
+
+    def run(trace: bool) -> None:
+        model = Net() if trace else small()
+        x, *streams = inputs(*((3, 4) if trace else (3, 2, 9, 7)))
+        try:
+            fused = cf.fuse(model)
+            for _ in range(100):
+                net = cf.fuse(model) if trace else fused
+                torch.testing.assert_close(net.bounds(x, Interval(*streams)).logits, model(x))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(trace,)) for trace in (True, True, False)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors, errors[0]
+    assert methods == (nn.Module.__call__, nn.Module.__getattr__)

@@ -81,6 +81,11 @@ class Two(nn.Module):
         return self.fc(y)
 
 
+class NoDefault(Two):
+    def forward(self, x: Any, y: Any) -> Any:
+        return self.fc(x)
+
+
 class Defaults(nn.Module):
     """Uses the default of an argument, or does not."""
 
@@ -157,8 +162,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module] | tuple[nn.Module, ...], str]] =
         (CONV, models.Normalize([0.0], [1.0]), nn.Flatten(), FC),
         r"1 \(Normalize\): it must be the first layer",
     ),
-    "another argument": (Two, "the argument y"),
-    "used default": (lambda: Defaults(True), "the (function mul|argument scale)"),
+    "another argument": (lambda: Two(), r"fc \(Linear\): it takes more than its input"),
+    "an argument without default": (lambda: NoDefault(), "missing 1 .* argument: 'y'"),
+    "used default": (lambda: Defaults(True), "the function mul"),
 }
 BODIES: dict[str, tuple[Body, str]] = {
     "view by another size": (lambda m, x: m.fc(x.view(x.size(dim=1), -1)), "function view"),
@@ -368,6 +374,94 @@ def test_what_a_trace_loses(name: str) -> None:
         assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
 
 
+def attempt(x: Any) -> Any:
+    try:
+        len(x)
+    except RuntimeError:  # of a proxy
+        return F.relu(x)
+    return x
+
+
+def widened(x: Any) -> Any:
+    return Interval(x.lower - 9, x.upper + 9, x.nominal) if isinstance(x, Interval) else x
+
+
+ASKS: dict[str, tuple[Body, str]] = {
+    "a tensor": (
+        lambda net, x: (net.last if isinstance(x, Tensor) else net.rest)(net.first(x)),
+        "on tensors",
+    ),
+    "a tensor or Interval": (
+        lambda net, x: (net.last if isinstance(x, Tensor | Interval) else net.rest)(net.first(x)),
+        r"on tensors it computes something else .* \(first, the call of relu, last\)",
+    ),
+    "an Interval": (
+        lambda net, x: (net.last if isinstance(x, Interval) else net.rest)(net.first(x)),
+        "on Intervals it computes something else than the layers",
+    ),
+    "a wider Interval": (through(widened), "on Intervals"),
+    "its class": (
+        lambda net, x: (net.last if type(x) is Tensor else net.rest)(net.first(x)),
+        "on tensors",
+    ),
+    "an attribute": (
+        lambda net, x: (net.rest if hasattr(x, "anything") else net.last)(net.first(x)),
+        "on tensors",
+    ),
+    "fx": (
+        lambda net, x: (net.rest if isinstance(x, torch.fx.Proxy) else net.last)(net.first(x)),
+        "on tensors",
+    ),
+    "an error": (lambda net, x: net.last(attempt(net.first(x))), "on tensors"),
+    "nothing": (lambda net, x: net.rest(net.first(x)), ""),
+}
+
+
+@pytest.mark.parametrize("name", ASKS)
+def test_forwards_that_ask_for_their_input(name: str) -> None:
+    """At the first call that has examples, and at each after it."""
+    body, message = ASKS[name]
+    net = Net(body)
+    fused, (x, *streams) = cf.fuse(net), inputs(3, 4)
+    empty = torch.empty(0, 4).double()
+    assert fused.bounds(empty, Interval(empty, empty)).logits.shape == (0, 3)
+    for _ in range(2):
+        if message:
+            with pytest.raises(ValueError, match=message):
+                fused.bounds(x, Interval(*streams))
+        else:
+            compare(*of_box(fused, x, Interval(*streams)))
+
+
+def test_the_comparison_has_no_effects() -> None:
+    """It runs once for each shape, and changes neither x nor statistics nor random numbers."""
+    calls = []
+
+    def body(net: Net, x: Any) -> Any:
+        calls.append(type(x))
+        return net.last(F.relu(net.norm(net.first(x)), inplace=True))
+
+    net = Net(body)
+    net.norm = nn.BatchNorm1d(5).double()
+    fused, (x, *streams) = cf.fuse(net), inputs(3, 4)
+    before, state = x.clone(), {k: v.clone() for k, v in net.state_dict().items()}
+    random = torch.get_rng_state()
+    calls.clear()
+    with pytest.raises(ValueError, match="in training mode"):
+        fused.bounds(x, Interval(*streams))
+    assert not calls
+    net.eval()
+    fused.bounds(x, Interval(*streams))
+    calls.clear()
+    fused.bounds(x, Interval(*streams))
+    fused.bounds(x[:1], Interval(*(stream[:1] for stream in streams)))
+    assert not calls
+    cf.fuse(net).bounds(x, Interval(*streams))
+    assert calls[-2:] == [Tensor, Interval]
+    assert torch.equal(x, before) and torch.equal(random, torch.get_rng_state())
+    assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
+
+
 TAKEN: dict[str, Callable[[], nn.Module]] = {
     name: partial(Net, body)
     for name, body in {
@@ -545,9 +639,15 @@ def test_parameters_elsewhere() -> None:
     model[2].to("meta")
     with pytest.raises(ValueError, match=r"2\.weight is on meta, x on cpu"):
         net.bounds(x, box)
+    model[2].to_empty(device="cpu").register_parameter("weight", None)
+    with pytest.raises(ValueError, match=r"2 \(Conv2d\): its weight is None"):
+        net.bounds(x, box)
     norm = CHAINS["batch norm"]()
     norm[0][1].running_var = norm[0][1].running_var.float()
     with pytest.raises(TypeError, match=r"0\.1\.running_var is torch\.float32"):
+        cf.fuse(norm).bounds(X.double(), Interval.ball(X.double(), 0.1))
+    norm[0][1].running_var = None
+    with pytest.raises(ValueError, match=r"0\.1 \(BatchNorm2d\): its running_var is None"):
         cf.fuse(norm).bounds(X.double(), Interval.ball(X.double(), 0.1))
 
 
