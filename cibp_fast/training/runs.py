@@ -84,12 +84,13 @@ def claim(run_dir: Path, config: Config, overwrite: bool = False) -> None:
 
     With overwrite a run that is there is removed, whatever it is. Raises FileExistsError where the
     folder holds a run of another config, naming what differs, or no run but other files (hidden
-    ones do not count), and ValueError where its config.json is damaged or of a newer cibp_fast,
-    with the folder untouched; OSError where it cannot be written.
+    ones and logs do not count), and ValueError where its config.json is damaged or of a newer
+    cibp_fast, with the folder untouched; OSError where it cannot be written.
     """
     make_folder(run_dir)
     present = [run_dir / file for file in FILES if (run_dir / file).exists()]
-    others = sorted(path.name for path in run_dir.glob("[!.]*") if path.name != STATE)
+    names = sorted(path.name for path in run_dir.glob("[!.]*") if path.name != STATE)
+    others = [name for name in names if not name.endswith(("log", ".out"))]
     if others and not present:
         raise FileExistsError(f"{run_dir} holds {others[0]} but no run: choose another folder")
     if present and not overwrite:
