@@ -271,8 +271,9 @@ def _tensors(
 ) -> tuple[Any, ...]:
     """Returns the layer's tensors of these names, each like x; of the optional ones, or None."""
     module, device, dtype = layer.module, x.device, x.dtype
-    tensors = tuple([getattr(module, name) for name in names + optional])
-    for name, tensor in zip(names + optional, tensors, strict=True):
+    every = names + optional
+    tensors = tuple([getattr(module, name) for name in every])
+    for name, tensor in zip(every, tensors, strict=True):
         if tensor is None:
             if name in optional:
                 continue
