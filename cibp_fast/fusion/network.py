@@ -26,7 +26,7 @@ from cibp_fast.ops.network import Stage, cpu_engine, network, numbers_of, stages
 __all__ = ["FusedNetwork", "fuse"]
 
 PRECISIONS = ("float32", "fast", "tf32", "bf16")
-CPU_PRECISIONS = PRECISIONS[:2]
+CPU_PRECISIONS = ("float32", "fast", "bf16")
 
 
 class FusedNetwork(nn.Module):
@@ -125,7 +125,9 @@ class FusedNetwork(nn.Module):
         if backend == "cpu":
             if self.precision not in CPU_PRECISIONS:
                 raise ValueError(f"precision={self.precision!r} is for a GPU, and x is on the CPU")
-            engine = cpu_engine()
+            if self.precision == "bf16" and x.dtype != torch.float32:
+                raise ValueError(f"precision='bf16' is for float32 tensors, and x is {x.dtype}")
+            engine = cpu_engine() + (":bf16" if self.precision == "bf16" else "")
         else:
             precision = "tf32" if self.precision == "fast" else self.precision
             if why_not := self._unchecked(plan, biases, x, precision):

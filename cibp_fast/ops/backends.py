@@ -18,7 +18,7 @@ import torch
 from cibp_fast._compiler import constant
 
 # Best first. Each is an extension module of its own, built from the same sources (see setup.py).
-ISAS = ("avx512", "avx2", "portable")
+ISAS = ("avx512bf16", "avx512", "avx2", "portable")
 BACKENDS = ("auto", "cpu", "triton", "cuda", "torch")
 KERNEL_DTYPES = (torch.float32, torch.float64)
 

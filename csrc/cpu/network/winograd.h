@@ -250,7 +250,7 @@ template <class T, int VECTORS>
 #pragma GCC unroll 16
       for (int v = 0; v < VECTORS; ++v) {
         Vec<T> loaded = load((half ? absolute_panel : signed_panel) + v * L);
-        pin<T>(loaded);
+        pin(loaded);
         weight[v] = loaded;
       }
 #pragma GCC unroll 16
