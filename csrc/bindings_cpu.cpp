@@ -301,6 +301,11 @@ PYBIND11_MODULE(CIBP_MODULE, m) {
       .def(py::init<size_t>())
       .def_buffer(&Buffer::view);
   m.attr("vector_bytes") = CIBP_VECTOR_BYTES;
+#ifdef __AVX512BF16__
+  m.attr("bf16_products") = true;
+#else
+  m.attr("bf16_products") = false;  // emulated
+#endif
 #ifdef _OPENMP
   m.attr("openmp") = true;
 #else

@@ -71,7 +71,7 @@ _forced = _Forced()
 
 @contextlib.contextmanager
 def use_isa(isa: str) -> Iterator[None]:
-    """Runs the kernels built for `isa` ("avx512", "avx2" or "portable") inside the block.
+    """Runs the kernels built for `isa` (one of ISAS) inside the block.
 
     It holds for this thread only: other threads go on with the kernels that they run. Raises
     ValueError where `isa` is not among `available_isas`.

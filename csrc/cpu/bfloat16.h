@@ -84,12 +84,6 @@ inline void store_streams(BFloat16* p, int64_t stride, const Vec<float>* streams
 
 // Factors of products: see vec.h.
 
-inline Vec<uint32_t> load(const Pair* p) {
-  Vec<uint32_t> v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-inline void store(Pair* p, Vec<uint32_t> v) { std::memcpy(p, &v, sizeof v); }
 inline Vec<uint32_t> broadcast(Pair x) { return broadcast(x.bits); }
 
 // |v|, of both numbers of each pair.

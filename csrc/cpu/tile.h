@@ -59,8 +59,8 @@ template <class F, int STREAMS, int VECTORS, class Finish>
     const int64_t* pixels,  // [kTilePixels] offsets into source
     int64_t stream_stride,  // from one stream to the next in source
     const Run* runs, int64_t run_count,
-    const F* panel,          // [rows, VECTORS * kLanes]
-    const int64_t* targets,  // [kTilePixels] rows of partial; repeats are fine
+    const F* panel,            // [rows, VECTORS * kLanes]
+    const int64_t* targets,    // [kTilePixels] rows of partial; repeats are fine
     const Number<F>* partial,  // [.., STREAMS, VECTORS * kLanes] or null
     const Finish& finish) {
   using T = Number<F>;
@@ -92,7 +92,8 @@ template <class F, int STREAMS, int VECTORS, class Finish>
         for (int t = 0; t < P; ++t) {
           const Factors<F> value = broadcast(x[t][s * stream_stride]);
 #pragma GCC unroll 16
-          for (int v = 0; v < VECTORS; ++v) acc[s][t][v] = multiply_add(acc[s][t][v], weight[v], value);
+          for (int v = 0; v < VECTORS; ++v)
+            acc[s][t][v] = multiply_add(acc[s][t][v], weight[v], value);
         }
       if constexpr (STREAMS > 1) {
 #pragma GCC unroll 16
@@ -101,7 +102,8 @@ template <class F, int STREAMS, int VECTORS, class Finish>
         for (int t = 0; t < P; ++t) {
           const Factors<F> value = broadcast(x[t][stream_stride]);
 #pragma GCC unroll 16
-          for (int v = 0; v < VECTORS; ++v) acc[1][t][v] = multiply_add(acc[1][t][v], weight[v], value);
+          for (int v = 0; v < VECTORS; ++v)
+            acc[1][t][v] = multiply_add(acc[1][t][v], weight[v], value);
         }
       }
 #pragma GCC unroll 16

@@ -66,15 +66,15 @@ constexpr int kLanes = CIBP_VECTOR_BYTES / static_cast<int>(sizeof(Number<E>));
 // Registers that may hold accumulators: 32 with AVX-512, 16 elsewhere, less a few for operands.
 constexpr int kAccumulators = CIBP_VECTOR_BYTES == 64 ? 24 : 12;
 
-template <class T>
-inline Vec<T> load(const T* p) {
-  Vec<T> v;
+template <class F>
+inline Factors<F> load(const F* p) {
+  Factors<F> v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
 
-template <class T>
-inline void store(T* p, Vec<T> v) {
+template <class F>
+inline void store(F* p, Factors<F> v) {
   std::memcpy(p, &v, sizeof v);
 }
 

@@ -137,7 +137,7 @@ template <class G, class E, class Finish>
 void input_gradient(const Layer<E>& layer, int64_t images, const Number<E>* panels,
                     const G* gradient, int64_t max_pixels, const Finish& finish) {
   using T = Number<E>;
-  if constexpr (std::is_same_v<E, T>)
+  if constexpr (std::is_same_v<G, E>)
     if (layer.winograd.input)
       return winograd_input_gradient(layer, images, panels, gradient, finish);
   T* product = scratch<T>(Slot::kProduct, max_pixels * S * kBlock<T>);
@@ -289,7 +289,7 @@ class Convolutions {
     const int64_t channels = layers_[0].shape.out_channels;
     double* const bias = &bias_sums_[static_cast<size_t>(part * plan_.outputs + layer.bias)];
     double* const radius = &radius_sums_[static_cast<size_t>(part * channels)];
-    if constexpr (std::is_same_v<E, T>)
+    if constexpr (std::is_same_v<G, E>)
       if (layer.winograd.weight)
         winograd_weight_gradient(layer, count, in, gradients, plus, magnitude);
     for (int64_t k = 0; k < count; ++k, in += layer.in.size(), gradients += layer.gradient.size()) {
@@ -354,13 +354,11 @@ class Convolutions {
       const Layer<E>& layer = layers_[i];
       const WeightSums<T> all{plus_ + layer.sums, magnitude_ + layer.sums, plan_.sums, parts_};
       if (T* target = op_.grad_weights[i]) {
-        if (layer.winograd.weight) {
-          if constexpr (std::is_same_v<E, T>)
-            winograd_reduce(layer, op_.weights[i], all, channel, target);
-        } else {
+        if (layer.winograd.weight)
+          winograd_reduce(layer, op_.weights[i], all, channel, target);
+        else
           convolve_reduce(layer, op_.weights[i], all, radius_sums_.data(), op_.ball_radius, channel,
                           target);
-        }
       }
       const int64_t end = std::min<int64_t>(channel + kLanes<T>, layer.shape.out_channels);
       for (int64_t o = channel; op_.grad_biases[i] && o < end; ++o) {

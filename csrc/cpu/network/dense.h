@@ -146,8 +146,7 @@ inline void pair_examples(const Layer<BFloat16>& layer, const FeatureBlock& bloc
     const int64_t example = row / S * 2;
     const BFloat16* const from = in + example * in_size + row % S * stride + block.channel;
     for (int64_t j = 0; j < block.pixels; ++j) {
-      const BFloat16* const pixel =
-          from + layer.in_offsets[static_cast<size_t>(block.pixel + j)];
+      const BFloat16* const pixel = from + layer.in_offsets[static_cast<size_t>(block.pixel + j)];
       for (int64_t c = 0; c < block.channels; c += kLanes<Pair>) {
         const int64_t first = c / kBlock<Pair> * kBlock<Pair>;
         const int64_t width = std::min(kBlock<Pair>, block.channels - first);
@@ -409,26 +408,24 @@ void dense_backward(const Layer<E>& layer, const Number<E>* weight, const std::b
                                    targets, pass > 0, sums);
             continue;
           }
-          multiply<F, S, V>(as_factors<E>(gradient), pixels, pitch / Q, &run, 1, panel, targets,
-                            pass > 0 ? sums : nullptr, [&](int t, int v, Vec<T>* streams) {
-                              const int64_t example = targets[t];
-                              if (head) {
-                                const T* extra = head + example * 2 * depth + at_head + v * L;
-                                streams[0] += load(extra);
-                                streams[1] += load(extra + depth);
-                              }
-                              if (target.previous) {
-                                const F* const x =
-                                    source + (feature * rows + example / Q * V * L) * S + v * L;
-                                Vec<T> forward[S];
-                                for (int k = 0; k < S; ++k)
-                                  forward[k] = numbers_of(x + k * V * L, example);
-                                deactivate<T>(forward, target.scale, target.previous->relu,
-                                              streams);
-                              }
-                              E* to = target.data + example * in_size + offset + v * L;
-                              for (int k = 0; k < S; ++k) store_numbers(to + k * stride, streams[k]);
-                            });
+          multiply<F, S, V>(
+              as_factors<E>(gradient), pixels, pitch / Q, &run, 1, panel, targets,
+              pass > 0 ? sums : nullptr, [&](int t, int v, Vec<T>* streams) {
+                const int64_t example = targets[t];
+                if (head) {
+                  const T* extra = head + example * 2 * depth + at_head + v * L;
+                  streams[0] += load(extra);
+                  streams[1] += load(extra + depth);
+                }
+                if (target.previous) {
+                  const F* const x = source + (feature * rows + example / Q * V * L) * S + v * L;
+                  Vec<T> forward[S];
+                  for (int k = 0; k < S; ++k) forward[k] = numbers_of(x + k * V * L, example);
+                  deactivate<T>(forward, target.scale, target.previous->relu, streams);
+                }
+                E* to = target.data + example * in_size + offset + v * L;
+                for (int k = 0; k < S; ++k) store_numbers(to + k * stride, streams[k]);
+              });
         }
       });
     }
@@ -486,8 +483,10 @@ void dense_bias_gradient(const E* gradient, int64_t pitch, int64_t batch, int64_
   for (int64_t n = 0; n < batch; ++n)
     for (int k = 0; k < S; k += 2)
       for (int64_t o = 0; o < outputs; ++o)
-        sums[static_cast<size_t>(o)] += static_cast<double>(number(gradient[(n * S + k) * pitch + o]));
-  for (int64_t o = 0; o < outputs; ++o) out[o] = static_cast<Number<E>>(sums[static_cast<size_t>(o)]);
+        sums[static_cast<size_t>(o)] +=
+            static_cast<double>(number(gradient[(n * S + k) * pitch + o]));
+  for (int64_t o = 0; o < outputs; ++o)
+    out[o] = static_cast<Number<E>>(sums[static_cast<size_t>(o)]);
 }
 
 }  // namespace cibp

@@ -93,7 +93,8 @@ double convolve_forward(const Layer<E>& layer, const Number<E>* panels, const Nu
       const int64_t rows = s.kernel_height * s.kernel_width * layer.forward.channels;
       Vec<T> squares{};
       convolve_strip<In, STREAMS, V>(
-          layer.forward, strip, g, in, s.out_width, panels + layer.panel + c * rows, product, [&](int64_t pixel, int v, bool counts, const Vec<T>* sums) {
+          layer.forward, strip, g, in, s.out_width, panels + layer.panel + c * rows, product,
+          [&](int64_t pixel, int v, bool counts, const Vec<T>* sums) {
             const int64_t channel = c + v * kLanes<T>;
             Vec<T> streams[S];
             if constexpr (STREAMS == 1) {

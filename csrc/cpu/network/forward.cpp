@@ -180,14 +180,12 @@ void Network<E>::forward(const NetworkForward<Number<E>>& op) const {
       } else {
         E* const in = images_of(i, n, buffer + layer.in_image);
         self(self, i - 1, n, n + images, buffer, in);
-        if (layer.winograd.forward) {
-          if constexpr (std::is_same_v<E, T>)
-            widths[static_cast<size_t>(n * count) + i] =
-                winograd_forward(layer, images, panels, biases[i], in, next, out);
-        } else {
+        if (layer.winograd.forward)
+          widths[static_cast<size_t>(n * count) + i] =
+              winograd_forward(layer, images, panels, biases[i], in, next, out);
+        else
           for (int64_t k = 0; k < images; ++k)
             one(i, n + k, in + k * layer.in.size(), out + k * next.in.size());
-        }
       }
       save(i + 1, n, images, out);
     }
@@ -223,9 +221,7 @@ void Network<E>::forward(const NetworkForward<Number<E>>& op) const {
                               store_streams(out + n * out_size + channel, stride, sums);
                             });
       if (next.rounded)
-        parallel_for(op.threads, batch, [&](int64_t n) {
-          save(i + 1, n, 1, out + n * out_size);
-        });
+        parallel_for(op.threads, batch, [&](int64_t n) { save(i + 1, n, 1, out + n * out_size); });
       in = out;
     } else {
       width = dense_forward(

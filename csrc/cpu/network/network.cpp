@@ -29,8 +29,9 @@ Layer<E> planned_layer(const NetworkLayer& given, bool first, bool ball) {
   const int64_t padded = round_up(s.in_channels, kLanes<E>);
   layer.dense = !layer.pool && is_dense(s);
   layer.rounded = std::is_same_v<E, float> && layer.fast && !first;
-  layer.element = layer.rounded ? sizeof(BFloat16)
-                  : first && !layer.dense ? sizeof(Number<E>) : sizeof(E);
+  layer.element = layer.rounded           ? sizeof(BFloat16)
+                  : first && !layer.dense ? sizeof(Number<E>)
+                                          : sizeof(E);
   if (layer.dense) {
     // A whole batch of single pixels is read at once.
     const bool single = s.in_height * s.in_width == 1;
@@ -78,8 +79,8 @@ void place_panels(NetworkPlan<E>& plan, size_t i, bool backward) {
   // The panel's rows for each output, and its outputs.
   int64_t rows = s.kernel_height * s.kernel_width, outputs = layer.width();
   if (backward ? layer.winograd.input : layer.winograd.forward) {
-    const int64_t in = Winograd(s).phases() * layer.in.pitch;
-    rows = 2 * kProducts * (backward ? layer.width() : in);
+    const int64_t in = Winograd<E>(s).phases() * layer.in.pitch;
+    rows = 2 * kProducts<E> * (backward ? layer.width() : in) / kPaired<E>;
     outputs = backward ? in : layer.width();
   } else {
     rows *= (backward ? layer.backward : layer.forward).channels;
@@ -98,8 +99,8 @@ void place(NetworkPlan<E>& plan, size_t i) {
   if (layer.rounded) plan.in_images += layer.group * layer.in.size();
   layer.sums = plan.sums;
   if (layer.winograd.weight)
-    plan.sums += kProducts * layer.width() *
-                 round_up(Winograd(layer.shape).phases() * layer.in.pitch, kTileRows);
+    plan.sums += kProducts<E> * layer.width() *
+                 round_up(Winograd<E>(layer.shape).phases() * layer.in.pitch, kTileRows);
   else if (!layer.pool)
     plan.sums += layer.sum_size();
   // as many images as the next convolution takes
@@ -128,9 +129,10 @@ Network<E>::Network(const std::vector<NetworkLayer>& layers, bool ball) {
     Layer<E> layer = planned_layer<E>(layers[i], i == 0, ball);
     const Shape& s = layer.shape;
     if (i > 0) {  // the first one's channels fill no vector
-      if (layer.fast && !layer.pool && !layer.dense && kPaired<E> == 1) layer.winograd = winograd_passes(s);
+      const bool fewer = layer.fast || kPaired<E> > 1;
+      if (fewer && !layer.pool && !layer.dense) layer.winograd = winograd_passes<E>(s);
       // Not fewer than of the layer before, which would have to run for fewer, too.
-      const int64_t group = layer.winograd.any() ? Winograd(s).group(layer.in.size()) : 1;
+      const int64_t group = layer.winograd.any() ? Winograd<E>(s).group(layer.in.size()) : 1;
       layer.group = std::min(s.batch, std::max(plan->layers[i - 1].group, group));
     }
     layer.saved = plan->saved_bytes;

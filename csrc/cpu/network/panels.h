@@ -30,9 +30,9 @@ const Number<E>* pack_weights(const NetworkPlan<E>& plan,
     T* panel = panels + (backward ? layer.backward_panel : layer.panel);
     const Plan& plan_of_pass = backward ? layer.backward : layer.forward;
     if (backward ? layer.winograd.input : layer.winograd.forward)
-      with_outputs(Winograd(layer.shape), [&](auto outputs) {
-        pack_winograd<T, kPoints + 1 - outputs>(layer.shape, weight, backward, layer.in.pitch,
-                                                item.block, panel);
+      with_outputs(Winograd<E>(layer.shape), [&](auto outputs) {
+        pack_winograd<E, kPoints<E> + 1 - outputs>(layer.shape, weight, backward, layer.in.pitch,
+                                                   item.block, panel);
       });
     else if (item.layer == 0)
       pack_panel<T>(layer.shape, weight, plan_of_pass, backward, item.block, panel);
