@@ -47,7 +47,24 @@ inline T number(T x) {
   return x;
 }
 
-// v rounded to nearest, ties to even; but NaN stays NaN, and what is above 0 above 0.
+inline Halves upper_halves(Vec<uint32_t> bits) {
+  return __builtin_convertvector(bits >> 16, Halves);
+}
+
+// v rounded to nearest, ties to even; NaN stays NaN, and what is subnormal becomes 0.
+inline Halves nearest(Vec<float> v) {
+#ifdef __AVX512BF16__
+  return (Halves)_mm512_cvtneps_pbh((__m512)v);
+#else
+  Vec<uint32_t> bits;
+  std::memcpy(&bits, &v, sizeof v);
+  const Vec<uint32_t> rounded = bits + 0x7fff + (bits >> 16 & 1),
+                      normal = (bits & 0x7f800000) == 0 ? bits & 0x80000000 : rounded;
+  return upper_halves(v != v ? bits | 0x400000 : normal);
+#endif
+}
+
+// The same, but what is above 0 stays above 0.
 inline Vec<uint32_t> bfloat16_bits(Vec<float> v) {
   Vec<uint32_t> bits;
   std::memcpy(&bits, &v, sizeof v);
@@ -65,7 +82,10 @@ template <class T>
 inline void store_numbers(T* p, Factors<T> v) {
   store<T>(p, v);
 }
-inline void store_numbers(BFloat16* p, Vec<float> v) { store_bits(p, bfloat16_bits(v)); }
+inline void store_numbers(BFloat16* p, Vec<float> v) {
+  const Halves halves = nearest(v);
+  std::memcpy(p, &halves, sizeof halves);
+}
 
 // Stores center, radius and nominal, `stride` apart. In bfloat16 center > radius stays so: where
 // they round to the same, the radius takes the next number below, since the center might have none
@@ -133,7 +153,7 @@ inline Vec<uint32_t> paired(Halves lower, Halves upper) {
          __builtin_convertvector(upper, Vec<uint32_t>) << 16;
 }
 inline Vec<uint32_t> paired(Vec<float> lower, Vec<float> upper) {
-  return bfloat16_bits(lower) | bfloat16_bits(upper) << 16;
+  return paired(nearest(lower), nearest(upper));
 }
 
 // `count` rows of n numbers as rows of pairs, of each two rows; an odd last row gets zeros.

@@ -8,7 +8,7 @@ output.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -143,46 +143,81 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return error.item()
 
 
+def both(
+    model: nn.Module,
+    box: tuple[Tensor, Tensor, Tensor],
+    cotangents: Callable[[Tensor], Tensor],
+    ball: float | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Returns values, then gradients, of the op and of the oracle.
+
+    box: lower, upper, nominal. ball: its radius, where the op is to be told so.
+    """
+    plan, weights, biases = planned(trace(model), box[2])
+    assert plan.takes_balls or ball is None
+    streams = [t.view(len(t), *plan.stages[0].input) for t in box]
+    given = [None if t is None else t.detach().clone() for t in (*weights, *biases, *streams)]
+    leaves = [t for t in given[: len(given) if ball is None else -3] if t is not None]
+    exact = [None if t is None else t.double() for t in given]
+    of_exact = [t for t in exact[: len(given) if ball is None else -3] if t is not None]
+    for leaf in (*leaves, *of_exact):
+        leaf.requires_grad_()
+    count = len(weights)
+    engine = backends.kernels().__name__.rpartition("_")[2] + ":bf16"
+    radius = None if ball is None else torch.full(plan.stages[0].input[:1], ball)
+    *found, _, _ = network(
+        *given[-3:], radius, plan.numbers, given[:count], given[count:-3], True, engine
+    )
+    expected = oracle(plan.stages, exact[:count], exact[count:-3], *exact[-3:])
+    gradients = [cotangents(each) for each in found]
+    found += torch.autograd.grad(found, leaves, gradients)
+    gradients = [gradient.double() for gradient in gradients]
+    return found, expected + list(torch.autograd.grad(expected, of_exact, gradients))
+
+
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize("name", NETS)
 def test_as_float64_that_rounds_the_same(isa: str, name: str, batch: int) -> None:
     """But for numbers that float32's sums, of other last bits, round to the other side."""
     torch.manual_seed(len(name))
-    model, ball = NETS[name]().float(), name.endswith("ball")
+    model = NETS[name]().float()
     x, lower, upper = inputs(batch, 2, 9, 8, dtype=F32)
-    radius = torch.full((2,), 0.1)
-    if ball:
-        lower, upper = x - 0.1, x + 0.1
-    plan, weights, biases = planned(trace(model), x)
-    weights = [t.detach().clone().requires_grad_() for t in weights]
-    biases = [None if t is None else t.detach().clone().requires_grad_() for t in biases]
-    boxes = [t.view(batch, *plan.stages[0].input).requires_grad_(not ball) for t in (lower, upper, x)]
-    use_ball = ball and plan.takes_balls
-    engine = backends.kernels().__name__.rpartition("_")[2] + ":bf16"
-    *found, _, _ = network(
-        *boxes, radius if use_ball else None, plan.numbers, weights, biases, True, engine
-    )
-    exact = [
-        None if t is None else t.detach().double().requires_grad_(t.requires_grad)
-        for t in (*weights, *biases, *boxes)
-    ]
-    count = len(weights)
-    expected = oracle(plan.stages, exact[:count], exact[count:-3], *exact[-3:])
-    gradients = [torch.randn_like(each) / each.numel() for each in found]
-    if name != "one linear layer":
-        for each in gradients[3:5]:
-            each.mul_(10)
-    found += torch.autograd.grad(
-        found, [t for t in (*weights, *biases, *boxes) if t is not None and t.requires_grad],
-        gradients,
-    )
-    expected += torch.autograd.grad(
-        expected, [t for t in exact if t is not None and t.requires_grad],
-        [g.double() for g in gradients],
-    )
+    ball = 0.1 if name.endswith("ball") and planned(trace(model), x)[0].takes_balls else None
+    box = (lower, upper, x) if ball is None else (x - ball, x + ball, x)
+    found, expected = both(model, box, lambda t: torch.randn_like(t) / t.numel() ** 0.5, ball)
     errors = [difference(a, b) for a, b in zip(found, expected, strict=True)]
-    assert max(errors) < 3e-4, errors
+    assert max(errors) < 1e-4, errors
+
+
+WINOGRAD = {"3x3": (3, 1, 1), "3x3, no padding": (3, 1, 0), "4x4 of stride 2": (4, 2, 1)}
+
+
+@pytest.mark.parametrize("name", WINOGRAD)
+def test_winograd_of_numbers_that_need_no_rounding(isa: str, name: str) -> None:
+    """Of values so small and so even that all of Winograd's are exact in bfloat16."""
+    kernel, stride, padding = WINOGRAD[name]
+    size = 16 * stride + (2 if padding == 0 else 0)  # 16 x 16 outputs
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 64, 1), nn.ReLU(), nn.Conv2d(64, 96, kernel, stride, padding)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(96, 3)),
+    )
+    first, _, second, _, _, last = model
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        first.weight.copy_(torch.randint(-1, 2, first.weight.shape))
+        sparse = torch.rand(second.weight.shape) < 0.1
+        second.weight.copy_(4 * torch.randint(-1, 2, sparse.shape) * sparse)
+        last.weight.copy_(2.0 ** torch.randint(-1, 2, last.weight.shape))
+    x = torch.randint(0, 5, (3, 3, size, size)).float()
+    radius = torch.randint(0, 2, x.shape)
+    calls = iter((1.0, 0.5, 2.0, 0.0, 0.0, 0.0))  # no gradient in the widths
+    box = (x - radius, x + radius, x)
+    found, expected = both(model, box, lambda t: torch.full_like(t, next(calls)))
+    assert found[5][1] > 0
+    errors = [difference(a, b) for a, b in zip(found, expected, strict=True)]
+    assert max(errors) < 1e-6, errors
 
 
 def step(net: nn.Module, x: Tensor, box: Interval, y: Tensor, precision: str) -> list[Tensor]:
@@ -199,7 +234,9 @@ def test_gradients_of_a_whole_step(isa: str, name: str, shape: models.Shape) -> 
     model, y = models.NETS[name](shape), torch.randint(10, (16,))
     x = torch.rand(16, *shape)
     found = step(model, x, Interval.ball(x, 0.1), y, "bf16")
-    exact = step(copy.deepcopy(model).double(), x.double(), Interval.ball(x.double(), 0.1), y, "float32")
+    exact = step(
+        copy.deepcopy(model).double(), x.double(), Interval.ball(x.double(), 0.1), y, "float32"
+    )
     assert 1e-4 < max(map(difference, found, exact)) < 1e-2
 
 
@@ -223,10 +260,9 @@ def test_nan_is_lost_nowhere(isa: str, where: str) -> None:
 def test_it_saves_a_quarter_of_float32s_bytes_and_more(isa: str) -> None:
     """Of all but the network's input it is half; two passes of PyTorch save twice as much."""
     model, x = models.medium((3, 32, 32)), torch.rand(4, 3, 32, 32)
-    saved = [
-        cf.fuse(model, precision).bounds(x, Interval.ball(x, 0.1)).box.lower.grad_fn.saved_tensors[3]  # type: ignore[union-attr]
-        for precision in ("float32", "bf16")
-    ]
+    boxes = x, Interval.ball(x, 0.1)
+    outs = [cf.fuse(model, precision).bounds(*boxes) for precision in ("float32", "bf16")]
+    saved = [out.box.lower.grad_fn.saved_tensors[3] for out in outs]  # type: ignore[union-attr]
     assert 0.5 <= saved[1].numel() / saved[0].numel() < 0.55
 
 

@@ -15,6 +15,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <type_traits>
 
 #include "../parallel.h"
@@ -28,7 +29,7 @@ template <class E>
 constexpr int kPoints = kPaired<E> > 1 ? 4 : 6;
 template <class E>
 constexpr int kProducts = kPoints<E> * kPoints<E>;
-constexpr int64_t kTiles = 24;           // transformed at a time: more leave the second-level cache
+inline const int64_t kTiles = getenv("CIBP_TILES") ? atoi(getenv("CIBP_TILES")) : 24;           // transformed at a time: more leave the second-level cache
 constexpr int64_t kGroupSize = 1 << 17;  // elements of the images that are transformed together
 
 // Elements from one product's values of some tiles to the next product's: all products of a tile
@@ -160,7 +161,7 @@ struct Winograd {
   // Examples that give enough tiles to use each transformed weight well, and few enough for their
   // images, of `image_size` elements, to stay near.
   int64_t group(int64_t image_size) const {
-    const int64_t enough = (kTiles + out.tiles() / 2) / out.tiles();
+    const int64_t most = std::max(kTiles, int64_t(getenv("CIBP_WTILES") ? atoi(getenv("CIBP_WTILES")) : 24)); const int64_t enough = (most + out.tiles() / 2) / out.tiles();
     return std::max<int64_t>(1, std::min(enough, kGroupSize / image_size));
   }
 };
@@ -174,6 +175,7 @@ Passes winograd_passes(const Shape& s) {
                         s.dilation_height == 1 && s.dilation_width == 1 && taps >= 2 &&
                         taps <= kPoints<E> / 2 + 1 && s.stride_height <= 2;
   if (!possible) return {};
+  if (const char* e = getenv("CIBP_WINO")) return {e[0]=='1', e[1]=='1', e[2]=='1'};
   const Winograd<E> w(s);
   const int64_t in = w.phases() * s.in_channels, out = s.out_channels;
   const int64_t direct =
@@ -228,37 +230,42 @@ void transform_tiles(const Phase<E>& phase, const Grid& grid, int64_t begin, int
   using T = Number<E>;
   constexpr int64_t together = std::is_same_v<Out, Pair> ? 2 : 1;
   const int64_t plane = plane_size<Out>(ceil_div(end - begin, together), pitch);
-  for (int64_t t = begin; t < end; ++t)
+  for (int64_t t = begin; t < end; t += together)
     for (int k = 0; k < S; ++k)
       for (int64_t c = 0; c < channels; c += kLanes<T>) {
-        Vec<T> tile[kProducts<E>];
-        load_tile<N>(phase, grid.image(t), grid.top(t), grid.left(t),
-                     k * phase.geometry->stream_stride() + c, tile);
-        transform(tile);
+        const int64_t offset = k * phase.geometry->stream_stride() + c;
+        const auto load_transformed = [&](int64_t t, Vec<T>* tile) {
+          load_tile<N>(phase, grid.image(t), grid.top(t), grid.left(t), offset, tile);
+          transform(tile);
+        };
         Out* target = out + ((t - begin) / together * S + k) * pitch + channel + c;
+        Vec<T> tile[kProducts<E>];
+        load_transformed(t, tile);
+        if constexpr (together == 1) {
 #pragma GCC unroll 36
-        for (int i = 0; i < kProducts<E>; ++i) {
-          if constexpr (together == 1)
-            store_numbers(target + i * plane, tile[i]);
-          else if ((t - begin) % 2)
-            store(target + i * plane, load(target + i * plane) | bfloat16_bits(tile[i]) << 16);
-          else
-            store(target + i * plane, bfloat16_bits(tile[i]));
+          for (int i = 0; i < kProducts<E>; ++i) store_numbers(target + i * plane, tile[i]);
+        } else {
+          Vec<T> second[kProducts<E>] = {};
+          if (t + 1 < end) load_transformed(t + 1, second);
+#pragma GCC unroll 16
+          for (int i = 0; i < kProducts<E>; ++i)
+            store(target + i * plane, paired(tile[i], second[i]));
         }
       }
 }
 
 // Calls body(begin, end) for equal shares, of about kTiles, of all tiles of some images.
 template <class Body>
-void for_tiles(const Grid& grid, int64_t images, const Body& body) {
+void for_tiles(const Grid& grid, int64_t images, int64_t share, const Body& body) {
   const int64_t all = images * grid.tiles();
-  const int parts = static_cast<int>(std::max<int64_t>(1, (all + kTiles / 2) / kTiles));
+  const int parts = static_cast<int>(std::max<int64_t>(1, (all + share / 2) / share));
   for (int i = 0; i < parts; ++i) {
     const Part part(all, i, parts);
     body(part.begin, part.end);
   }
 }
-constexpr int64_t kMostTiles = 3 * kTiles / 2;  // of a share
+inline const int64_t kWTiles = getenv("CIBP_WTILES") ? atoi(getenv("CIBP_WTILES")) : 24;
+inline const int64_t kMostTiles = 3 * kTiles / 2, kMostW = 3 * kWTiles / 2;  // of a share
 
 // Sums over the channels, for the tiles t, t + 1, ..: in[tile][stream][k] times signed_panel[k]
 // and, of the radius, absolute_panel[k]; out[tile][stream][VECTORS * kLanes].
@@ -320,25 +327,21 @@ void multiply_tiles(const E* in, int64_t tiles, int64_t depth, const Number<E>* 
   const F* const panel = as_factors<E>(packed);
   const int64_t factors = depth / kPaired<E>;
   constexpr int P = kTilePixels<S>, L = kLanes<T>;
-  const int64_t in_plane = plane_size<E>(tiles, depth), plane = plane_size<T>(tiles, outputs);
-  for (int i = 0; i < kAll; ++i)
-    for_blocks<T>(outputs, [&](int64_t c, auto vectors) {
-      constexpr int V = decltype(vectors)::value;
-      constexpr int64_t N = V * L;
-      const F* weights = panel + c * kAll * 2 * factors + 2 * i * factors * N;
-      for (int64_t t = 0; t < tiles; t += P)
-        multiply_points<F, V>(as_factors<E>(in + i * in_plane), t, tiles, factors, weights,
-                              weights + factors * N, products + i * plane + c * tiles * S);
-    });
+  const int64_t in_plane = plane_size<E>(tiles, depth), plane = plane_size<T>(tiles, kBlock<T>);
   for_blocks<T>(outputs, [&](int64_t c, auto vectors) {
     constexpr int V = decltype(vectors)::value;
     constexpr int64_t N = V * L;
+    const F* weights = panel + c * kAll * 2 * factors;
+    for (int i = 0; i < kAll; ++i, weights += 2 * factors * N)
+      for (int64_t t = 0; t < tiles; t += P)
+        multiply_points<F, V>(as_factors<E>(in + i * in_plane), t, tiles, factors, weights,
+                              weights + factors * N, products + i * plane);
     for (int64_t t = 0; t < tiles; ++t)
       for (int v = 0; v < V; ++v) {
         Vec<T> out[S][M * M];
         for (int k = 0; k < S; ++k) {
           Vec<T> x[kAll];
-          const T* from = products + c * tiles * S + (t * S + k) * N + v * L;
+          const T* from = products + (t * S + k) * N + v * L;
           for (int i = 0; i < kAll; ++i) x[i] = load(from + i * plane);
           transform_output_tile<T, kPoints<E>, M>(x, out[k]);
         }
@@ -445,11 +448,11 @@ double winograd_forward(const Layer<E>& layer, int64_t images, const Number<E>* 
   for (int64_t n = 0; n < images; ++n)
     clear_padding(h, s.out_height, s.out_width, out + n * h.size());
   E* tiles_in = scratch<E>(Slot::kTilesIn, kAll * plane_size<E>(kMostTiles, depth));
-  T* products = scratch<T>(Slot::kTilesOut, kAll * plane_size<T>(kMostTiles, layer.width()));
+  T* products = scratch<T>(Slot::kTilesOut, kAll * plane_size<T>(kMostTiles, kBlock<T>));
   double total = 0;
   with_outputs(w, [&](auto outputs) {
     constexpr int M = outputs;
-    for_tiles(w.out, images, [&](int64_t begin, int64_t end) {
+    for_tiles(w.out, images, kTiles, [&](int64_t begin, int64_t end) {
       transform_inputs(layer, w, in, begin, end, depth, tiles_in);
       Vec<T> squares{};
       multiply_tiles<E, M>(tiles_in, end - begin, depth, panels + layer.panel, layer.width(),
@@ -483,11 +486,11 @@ void winograd_weight_gradient(const Layer<E>& layer, int64_t images, const E* in
   const int64_t depth = w.phases() * layer.in.pitch, width = layer.width();
   const int64_t sum_rows = round_up(depth, R);
   const int64_t pitch = spread_pitch<F>(depth), out_pitch = spread_pitch<F>(width);
-  F* tiles_in = scratch<F>(Slot::kTilesIn, kAll * plane_size<F>(kMostTiles, pitch));
-  F* tiles_out = scratch<F>(Slot::kTilesOut, kAll * plane_size<F>(kMostTiles, out_pitch));
+  F* tiles_in = scratch<F>(Slot::kTilesIn, kAll * plane_size<F>(kMostW, pitch));
+  F* tiles_out = scratch<F>(Slot::kTilesOut, kAll * plane_size<F>(kMostW, out_pitch));
   with_outputs(w, [&](auto outputs) {
     constexpr int M = outputs;
-    for_tiles(w.out, images, [&](int64_t begin, int64_t end) {
+    for_tiles(w.out, images, kWTiles, [&](int64_t begin, int64_t end) {
       const int64_t tiles = ceil_div(end - begin, kPaired<E>);
       transform_inputs(layer, w, in, begin, end, pitch, tiles_in);
       transform_tiles<M>(gradient_phase(layer, gradient), w.out, begin, end, width, 0, out_pitch,
@@ -565,10 +568,10 @@ void winograd_input_gradient(const Layer<E>& layer, int64_t images, const Number
   source.y -= w.taps - 1;
   source.x -= w.taps - 1;
   E* tiles_in = scratch<E>(Slot::kTilesIn, kAll * plane_size<E>(kMostTiles, depth));
-  T* products = scratch<T>(Slot::kTilesOut, kAll * plane_size<T>(kMostTiles, outs));
+  T* products = scratch<T>(Slot::kTilesOut, kAll * plane_size<T>(kMostTiles, kBlock<T>));
   with_outputs(w, [&](auto outputs) {
     constexpr int M = outputs;
-    for_tiles(w.in, images, [&](int64_t begin, int64_t end) {
+    for_tiles(w.in, images, kTiles, [&](int64_t begin, int64_t end) {
       transform_tiles<kPoints<E>>(gradient_phase(layer, gradient), source, begin, end, depth, 0,
                                   depth, transform_input_tile<T, kPoints<E>>, tiles_in);
       multiply_tiles<E, M>(
