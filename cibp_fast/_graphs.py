@@ -53,7 +53,7 @@ class Graphed:
         outputs: tuple[Tensor, ...] = ()
         for left in range(times, 0, -1):
             inputs = (*outputs, *inputs[len(outputs) :])
-            if self._refused or _active.disabled or not on_one_gpu(inputs) or capturing():
+            if self._refused or not on_one_gpu(inputs) or capturing():
                 outputs = self._function(*inputs)
             elif key not in self._graphs:
                 outputs = self._function(*inputs)
@@ -180,7 +180,6 @@ def on_one_gpu(tensors: tuple[Tensor, ...]) -> bool:
 
 class _Active(threading.local):
     reused: dict[Hashable, Graphed] | None = None
-    disabled = False
 
 
 _active = _Active()
@@ -198,16 +197,6 @@ def reuse_graphs() -> Iterator[None]:
         yield
     finally:
         _active.reused = previous
-
-
-@contextmanager
-def graphs_disabled() -> Iterator[None]:
-    """Has every `Graphed` called as it is inside the block, for comparisons."""
-    previous, _active.disabled = _active.disabled, True
-    try:
-        yield
-    finally:
-        _active.disabled = previous
 
 
 def graphed(function: Function, model: object, *numbers: float) -> Graphed:

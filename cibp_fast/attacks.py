@@ -103,7 +103,12 @@ def pgd(
         )
     with torch.inference_mode(False), torch.enable_grad():
         x = x.detach().clone()  # an inference tensor could have no gradient
-        lower, upper = _box(x, eps, clip)
+        box = boxes(x, eps, clip)
+        if isinstance(eps, Interval):
+            box = Interval(eps.lower, eps.upper)  # refuses NaN too
+        lower, upper = box.lower.detach(), box.upper.detach()
+        if (upper - lower).isinf().any():
+            raise ValueError("eps must give a box of finite width, got an infinite one")
         lengths = _lengths(x, eps, lower, upper, steps, step_size)
         adversarial, found = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
     random = torch.Generator().manual_seed(seed)
@@ -119,8 +124,13 @@ def pgd(
             low, high, labels = lower[chosen], upper[chosen], y[chosen]
             nearest = x[chosen].clamp(low, high)
             logits = model(nearest)
+            if logits.dim() != 2 or len(logits) != len(nearest):
+                raise ValueError(
+                    f"model must give logits [N, classes], not {list(logits.shape)} for "
+                    f"{len(nearest)} examples"
+                )
             if first == 0:
-                _check_logits(logits, y, len(nearest))
+                check_labels(y, logits.shape[1])
             for restart in range(restarts + 1):
                 noise = torch.rand(low.shape, generator=random, dtype=x.dtype, device="cpu")
                 noise = noise.to(x.device)
@@ -141,20 +151,6 @@ def pgd(
                     found[chosen],
                 )
     return Attack(adversarial, found)
-
-
-def _box(
-    x: Tensor,  # [N, ...]
-    eps: float | Sequence[float] | Tensor | Interval,
-    clip: Any,
-) -> tuple[Tensor, Tensor]:  # lower and upper, as x
-    """Returns the box that is searched. Raises TypeError or ValueError for what does not fit."""
-    box = boxes(x, eps, clip)
-    if isinstance(eps, Interval):
-        box = Interval(eps.lower, eps.upper)  # checks the order
-    if (box.upper - box.lower).isinf().any():
-        raise ValueError("eps must give a box of finite width, got an infinite one")
-    return box.lower.detach(), box.upper.detach()
 
 
 def _lengths(
@@ -189,15 +185,6 @@ def _lengths(
             stacklevel=3,
         )
     return lengths
-
-
-def _check_logits(logits: Tensor, y: Tensor, count: int) -> None:
-    """Raises ValueError unless the logits are [count, classes] and y [N] are such classes."""
-    if logits.dim() != 2 or len(logits) != count:
-        raise ValueError(
-            f"model must give logits [N, classes], not {list(logits.shape)} for {count} examples"
-        )
-    check_labels(y, logits.shape[1])
 
 
 def _phases(

@@ -210,16 +210,13 @@ def running(name: str, model: Callable[[Any], Any], x: Tensor, batch_size: int) 
         try:
             yield
         except (RuntimeError, ValueError) as error:
-            devices = _devices(model)
-            if not devices or x.device in devices:
+            tensors = (
+                (*model.parameters(), *model.buffers()) if isinstance(model, nn.Module) else ()
+            )
+            devices = dict.fromkeys(str(each.device) for each in tensors)
+            if not devices or str(x.device) in devices:
                 raise
             raise ValueError(
-                f"{name}: x is on {x.device} and the model on {', '.join(map(str, devices))}; move "
-                "one to the other"
+                f"{name}: x is on {x.device} and the model on {', '.join(devices)}; move one to "
+                "the other"
             ) from error
-
-
-def _devices(model: Callable[[Any], Any]) -> list[torch.device]:
-    if not isinstance(model, nn.Module):
-        return []
-    return list(dict.fromkeys(each.device for each in (*model.parameters(), *model.buffers())))

@@ -121,10 +121,6 @@ class Bounds:
 
     def _differences(self, y: Tensor) -> Tensor:
         """Computes the margins [N, classes] before +inf is put at y."""
-        with no_autocast(self.logits.device):
-            return self._plain_differences(y)
-
-    def _plain_differences(self, y: Tensor) -> Tensor:
         if self._head is None:
             return self.box.lower.gather(1, y.unsqueeze(1)) - self.box.upper
         lower, upper, weight, bias = self._head
@@ -132,7 +128,8 @@ class Bounds:
         backend, _ = backends.select(self.backend, lower.device, lower.dtype)
         small = len(y) * weight.numel() <= _SMALL
         by_class = backend == "cpu" and not small and may_inspect(y)
-        return (_by_class if by_class else _by_example)(lower, upper, weight, bias, y)
+        with no_autocast(lower.device):
+            return (_by_class if by_class else _by_example)(lower, upper, weight, bias, y)
 
 
 def _by_class(lower: Tensor, upper: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> Tensor:

@@ -1,9 +1,8 @@
-"""Every interval op in plain PyTorch, forward and explicit backward: what the kernels must equal.
+"""Every interval op in plain PyTorch, with autograd's gradients: what the kernels must equal.
 
 The tests take it as their oracle, in float64; it is also ``backend="torch"``. No fast path imports
-it. It takes any floating dtype and device, and autograd follows every forward. Three streams travel
-together: ``lower`` and ``upper``, the box, and ``nominal``, the point, or None throughout. torch's
-ops keep NaN.
+it. It takes any floating dtype and device. Three streams travel together: ``lower`` and ``upper``,
+the box, and ``nominal``, the point, or None throughout. torch's ops keep NaN.
 
 An affine map ``x -> W x + b`` takes a box by its center and radius (Morawiecki et al. 2019)::
 
@@ -14,18 +13,14 @@ An affine map ``x -> W x + b`` takes a box by its center and radius (Morawiecki 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.grad import conv2d_input, conv2d_weight
 
 Pair = tuple[int, int]
 Streams = tuple[Tensor, Tensor, Tensor | None]  # lower, upper, nominal
 StreamsAndWidth = tuple[Tensor, Tensor, Tensor | None, Tensor]
-# of lower, upper, nominal, weight, bias
-AffineGrads = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]
 
 
 def center_radius(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,41 +51,6 @@ def conv2d(
     return _affine(apply, (lower, upper, nominal), weight, bias)
 
 
-def conv2d_backward(
-    grad_lower: Tensor,  # [N, K, H', W'], as grad_upper and grad_nominal
-    grad_upper: Tensor,
-    grad_nominal: Tensor | None,  # None: the nominal output was not used (or there is none)
-    grad_width: Tensor | None,  # 0-dim; None: the width was not used
-    lower: Tensor,  # [N, C, H, W], as upper and nominal
-    upper: Tensor,
-    nominal: Tensor | None,
-    weight: Tensor,  # [K, C / groups, R, S]
-    bias_given: bool,
-    stride: Pair = (1, 1),
-    padding: Pair = (0, 0),
-    dilation: Pair = (1, 1),
-    groups: int = 1,
-) -> AffineGrads:
-    """Returns the gradients of :func:`conv2d` in ``(lower, upper, nominal, weight, bias)``.
-
-    ``d|w|/dw`` at 0 is taken to be 0, as autograd does.
-    """
-    geometry = (stride, padding, dilation, groups)
-
-    def apply(x: Tensor, weight: Tensor) -> Tensor:
-        return F.conv2d(x, weight, None, *geometry)
-
-    def transposed(grad: Tensor, weight: Tensor) -> Tensor:
-        return conv2d_input(lower.shape, weight, grad, *geometry)
-
-    def outer(grad: Tensor, x: Tensor) -> Tensor:
-        return conv2d_weight(x, weight.shape, grad, *geometry)
-
-    grads = (grad_lower, grad_upper, grad_nominal, grad_width)
-    streams = (lower, upper, nominal)
-    return _affine_backward(apply, transposed, outer, (0, 2, 3), grads, streams, weight, bias_given)
-
-
 def linear(
     lower: Tensor,  # [..., I], as upper and nominal
     upper: Tensor,
@@ -104,33 +64,6 @@ def linear(
     ``c - r, c + r, F.linear(z, W, b), (2 * r).square().sum()``.
     """
     return _affine(F.linear, (lower, upper, nominal), weight, bias)
-
-
-def linear_backward(
-    grad_lower: Tensor,  # [..., O], as grad_upper and grad_nominal
-    grad_upper: Tensor,
-    grad_nominal: Tensor | None,  # None: the nominal output was not used (or there is none)
-    grad_width: Tensor | None,  # 0-dim; None: the width was not used
-    lower: Tensor,  # [..., I], as upper and nominal
-    upper: Tensor,
-    nominal: Tensor | None,
-    weight: Tensor,  # [O, I]
-    bias_given: bool,
-) -> AffineGrads:
-    """Returns the gradients of :func:`linear` in ``(lower, upper, nominal, weight, bias)``."""
-
-    def transposed(grad: Tensor, weight: Tensor) -> Tensor:
-        return grad @ weight
-
-    def outer(grad: Tensor, x: Tensor) -> Tensor:
-        return grad.flatten(0, -2).T @ x.flatten(0, -2) if grad.dim() > 1 else torch.outer(grad, x)
-
-    batch_dims = tuple(range(lower.dim() - 1))
-    grads = (grad_lower, grad_upper, grad_nominal, grad_width)
-    streams = (lower, upper, nominal)
-    return _affine_backward(
-        F.linear, transposed, outer, batch_dims, grads, streams, weight, bias_given
-    )
 
 
 def _affine(
@@ -150,42 +83,6 @@ def _affine(
     return center_out - radius_out, center_out + radius_out, nominal_out, width
 
 
-def _affine_backward(
-    apply: Callable[[Tensor, Tensor], Tensor],  # x, W -> W x
-    transposed: Callable[[Tensor, Tensor], Tensor],  # g, W -> W^T g
-    outer: Callable[[Tensor, Tensor], Tensor],  # g, x -> the gradient of <g, W x> in W
-    bias_dims: tuple[int, ...],
-    grads: tuple[Tensor, Tensor, Tensor | None, Tensor | None],  # by the outputs of `_affine`
-    streams: Streams,
-    weight: Tensor,
-    bias_given: bool,
-) -> AffineGrads:
-    (grad_lower, grad_upper, grad_nominal, grad_width), (lower, upper, nominal) = grads, streams
-    center, radius = center_radius(lower, upper)
-    grad_center_out = grad_lower + grad_upper
-    grad_radius_out = grad_upper - grad_lower
-    if grad_width is not None:  # width = sum (2 radius')^2
-        grad_radius_out = grad_radius_out + 8 * grad_width * apply(radius, weight.abs())
-
-    grad_center = transposed(grad_center_out, weight)
-    grad_radius = transposed(grad_radius_out, weight.abs())
-    grad_weight = outer(grad_center_out, center) + weight.sign() * outer(grad_radius_out, radius)
-    grad_preactivation, grad_nominal_in = grad_center_out, None
-    if grad_nominal is not None and nominal is not None:
-        grad_nominal_in = transposed(grad_nominal, weight)
-        grad_weight = grad_weight + outer(grad_nominal, nominal)
-        grad_preactivation = grad_center_out + grad_nominal
-    grad_bias = _sum(grad_preactivation, bias_dims) if bias_given else None
-    # center = (lower + upper) / 2 and radius = (upper - lower) / 2
-    grad_lower, grad_upper = (grad_center - grad_radius) / 2, (grad_center + grad_radius) / 2
-    return grad_lower, grad_upper, grad_nominal_in, grad_weight, grad_bias
-
-
-def _sum(x: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Returns ``x.sum(dims)``, where no dims mean no sum (torch would sum all)."""
-    return x.sum(dims) if dims else x
-
-
 def activation(
     function: Callable[[Tensor], Tensor], lower: Tensor, upper: Tensor, nominal: Tensor | None
 ) -> Streams:
@@ -197,27 +94,6 @@ def relu(lower: Tensor, upper: Tensor, nominal: Tensor | None) -> StreamsAndWidt
     """Returns ReLU of each stream, and the 0-dim sum of ``(upper' - lower') ** 2``."""
     lower, upper, nominal = activation(torch.relu, lower, upper, nominal)
     return lower, upper, nominal, (upper - lower).square().sum()
-
-
-def avg_pool2d(
-    lower: Tensor, upper: Tensor, nominal: Tensor | None, *args: Any, **kwargs: Any
-) -> Streams:
-    """Runs ``F.avg_pool2d(x, ...)`` on each stream [N, C, H, W]: a mean is non-decreasing."""
-    return activation(lambda x: F.avg_pool2d(x, *args, **kwargs), lower, upper, nominal)
-
-
-def adaptive_avg_pool2d(
-    lower: Tensor, upper: Tensor, nominal: Tensor | None, output_size: Any
-) -> Streams:
-    """Runs ``F.adaptive_avg_pool2d(x, output_size)`` on each stream [N, C, H, W]."""
-    return activation(lambda x: F.adaptive_avg_pool2d(x, output_size), lower, upper, nominal)
-
-
-def max_pool2d(
-    lower: Tensor, upper: Tensor, nominal: Tensor | None, *args: Any, **kwargs: Any
-) -> Streams:
-    """Runs ``F.max_pool2d(x, ...)`` on each stream [N, C, H, W]: a maximum is non-decreasing."""
-    return activation(lambda x: F.max_pool2d(x, *args, **kwargs), lower, upper, nominal)
 
 
 def batch_norm(
@@ -289,7 +165,7 @@ def elided_margins(
 ) -> Tensor:  # [N, C]
     """Returns lower bounds of ``z_y - z_j`` by the one affine map ``W_y - W_j``; +inf at ``y``.
 
-    This elides the last layer: never looser than :func:`margins` of its bounds.
+    This elides the last layer: never looser than ``lower_y - upper_j`` of its bounds.
     """
     center, radius = center_radius(lower, upper)
     difference = weight[y].unsqueeze(1) - weight  # [N, C, I]
@@ -299,38 +175,21 @@ def elided_margins(
     return margins.masked_fill(_one_hot(y, margins), torch.inf)
 
 
-def margins(lower: Tensor, upper: Tensor, y: Tensor) -> Tensor:
-    """Returns ``lower_y - upper_j`` of logits [N, C]; +inf at ``y``."""
-    differences = lower.gather(1, y.unsqueeze(1)) - upper
-    return differences.masked_fill(_one_hot(y, lower), torch.inf)
-
-
 def elided_worst_logits(margins: Tensor, y: Tensor) -> Tensor:
     """Returns the worst-case ``z_j - z_y`` of margins [N, C]: ``-margins``, and 0 at ``y``."""
     return (-margins).masked_fill(_one_hot(y, margins), 0.0)
-
-
-def worst_logits(lower: Tensor, upper: Tensor, y: Tensor) -> Tensor:
-    """Returns worst-case logits of a box [N, C]: its lower bound at ``y``, its upper elsewhere."""
-    return torch.where(_one_hot(y, lower), lower, upper)
 
 
 def _one_hot(y: Tensor, like: Tensor) -> Tensor:
     return F.one_hot(y, like.shape[1]).bool()
 
 
-def nominal_loss(logits: Tensor, y: Tensor) -> Tensor:
-    """Returns the mean cross-entropy of the nominal logits [N, C]."""
-    return F.cross_entropy(logits, y)
-
-
-def ibp_loss(logits: Tensor, worst: Tensor, y: Tensor, kappa: float) -> Tensor:
-    """Returns ``kappa CE(logits, y) + (1 - kappa) CE(worst, y)`` of logits [N, C]."""
-    return kappa * F.cross_entropy(logits, y) + (1 - kappa) * F.cross_entropy(worst, y)
-
-
 def constrained_ibp_loss(
     logits: Tensor, worst: Tensor, y: Tensor, width: Tensor, kappa: float, width_weight: float
 ) -> Tensor:
-    """Returns :func:`ibp_loss` plus ``width_weight`` times the 0-dim sum of widths."""
-    return ibp_loss(logits, worst, y, kappa) + width_weight * width
+    """Returns ``kappa CE(logits, y) + (1 - kappa) CE(worst, y) + width_weight width``, 0-dim.
+
+    logits and worst are [N, C], width is the 0-dim sum of widths.
+    """
+    robust = (1 - kappa) * F.cross_entropy(worst, y)
+    return kappa * F.cross_entropy(logits, y) + robust + width_weight * width

@@ -5,6 +5,7 @@ A program updates a tile of one parameter, whose layouts are those of weights.py
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -31,14 +32,9 @@ def _pointer(address, DTYPE: tl.constexpr, ALIGN: tl.constexpr):
 
 @triton.jit
 def _update(
-    row,
-    step_size,
-    root,
-    DTYPE: tl.constexpr,
-    DROPPED: tl.constexpr,
-    TILE: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
+    row, step_size, root,
+    DTYPE: tl.constexpr, DROPPED: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
     """Updates one tile. ALIGN divides all sizes, and the compiler is to know it."""
     splits = tl.load(row + 6).to(tl.int32)
     outputs = tl.load(row + 7).to(tl.int32) // ALIGN * ALIGN
@@ -46,7 +42,7 @@ def _update(
     taps = 1 if TILE[2] == 1 else tl.load(row + 9).to(tl.int32) // ALIGN * ALIGN
     o, c, t = tl.load(row + 11), tl.load(row + 12), tl.load(row + 13)
     at, forward_at, transposed_at, inside = tile_offsets(
-        o.to(tl.int32), c.to(tl.int32), t.to(tl.int32), outputs, channels, taps, TILE
+        o.to(tl.int32), c.to(tl.int32), t.to(tl.int32), (outputs, channels, taps), TILE
     )
 
     partials = _pointer(row + 3, tl.float32, ALIGN)
@@ -73,14 +69,9 @@ def _update(
 
 @triton.jit
 def _adam_kernel(
-    rows,
-    lr,
-    step,
-    DTYPE: tl.constexpr,
-    DROPPED: tl.constexpr,
-    TILE: tl.constexpr,
-    FLAT: tl.constexpr,
-):
+    rows, lr, step,
+    DTYPE: tl.constexpr, DROPPED: tl.constexpr, TILE: tl.constexpr, FLAT: tl.constexpr,
+):  # fmt: skip
     # In float64, since 1 - beta^step cancels.
     count = (tl.load(step) + 1).to(tl.float64)
     correction1 = 1.0 - tl.exp2(count * LOG2_BETA1)
@@ -164,14 +155,9 @@ def _rows(name: str, parameter: Parameter) -> Iterator[list[int]]:
                 f"{tensor.stride()}"
             )
         addresses.append(0 if tensor is None else tensor.data_ptr())
-    if partials.dim() == 2:  # a bias: of one output, since its copies need no order
-        outputs, channels, taps = 1, partials.shape[1], 1
-    else:
-        _, outputs, *kernel, channels = partials.shape
-        taps = math.prod(kernel)
-    sizes = (outputs, channels) if taps == 1 else (outputs, channels, taps)
-    wide = not any(address % 16 for address in addresses) and not any(size % 4 for size in sizes)
-    o, c, t = weights.tiles(outputs, channels, taps)
-    for index in range(o * c * t):
-        place = [index // (c * t), index // t % c, index % t]
-        yield [*addresses, len(partials), outputs, channels, taps, wide, *place]
+    sizes = weights.sizes_of(partials)
+    runs = sizes if sizes[2] > 1 else sizes[:2]
+    wide = not any(address % 16 for address in addresses) and not any(size % 4 for size in runs)
+    _, counts = weights.tiles(sizes)
+    for place in itertools.product(*map(range, counts)):
+        yield [*addresses, len(partials), *sizes, wide, *place]

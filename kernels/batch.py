@@ -16,25 +16,10 @@ from .precision import PRECISIONS, rounded
 
 @triton.jit
 def _batch_kernel(
-    images,
-    labels,
-    plan,
-    pixels,
-    eps,
-    step,
-    streams,
-    y,
-    epoch_steps,
-    stream_stride,
-    CHANNELS: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    CLIP: tl.constexpr,
-    LEAST: tl.constexpr,
-    GREATEST: tl.constexpr,
-    DROPPED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    images, labels, plan, pixels, eps, step, streams, y, epoch_steps, stream_stride,
+    CHANNELS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, CLIP: tl.constexpr,
+    DROPPED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     n = tl.program_id(0)
     row = plan + 4 * (tl.load(step) % epoch_steps * tl.num_programs(0) + n)
     example = tl.load(row).to(tl.int64)
@@ -55,9 +40,9 @@ def _batch_kernel(
 
     radius = tl.load(eps)
     lower, upper = z - radius, z + radius
-    if CLIP:  # not tl.maximum, which drops NaN
-        lower = tl.where(lower < LEAST, LEAST, lower)
-        upper = tl.where(upper > GREATEST, GREATEST, upper)
+    if CLIP is not None:  # not tl.maximum, which drops NaN
+        lower = tl.where(lower < CLIP[0], CLIP[0], lower)
+        upper = tl.where(upper > CLIP[1], CLIP[1], upper)
     out = streams + n.to(tl.int64) * size + at
     tl.store(out, rounded(0.5 * lower + 0.5 * upper, DROPPED), mask=inside)
     tl.store(out + stream_stride, rounded(0.5 * upper - 0.5 * lower, DROPPED), mask=inside)
@@ -99,25 +84,9 @@ def make_batch(
     y = torch.empty_like(labels[:batch_size])
     size = channels * height * width
     block = min(1024, triton.next_power_of_2(size))
-    least, greatest = clip or (0.0, 0.0)
     _batch_kernel[batch_size, triton.cdiv(size, block)](
-        images,
-        labels,
-        plan,
-        pixels,
-        eps,
-        step,
-        streams,
-        y,
-        examples // batch_size,
-        streams.stride(0),
-        CHANNELS=channels,
-        HEIGHT=height,
-        WIDTH=width,
-        CLIP=clip is not None,
-        LEAST=least,
-        GREATEST=greatest,
-        DROPPED=stored.dropped,
-        BLOCK=block,
+        *(images, labels, plan, pixels, eps, step, streams, y),
+        *(examples // batch_size, streams.stride(0)),
+        *(channels, height, width, clip, stored.dropped, block),
     )
     return streams, y

@@ -337,7 +337,7 @@ def forward(
     encoding of the package's docstring.
 
     Args:
-        x: [S, N, H, W, C], as the precision, of `streams.PRECISIONS`, stores it.
+        x: [S, N, H, W, C], as the precision, of PRECISIONS, stores it.
         weight: [out_channels, kernel_height, kernel_width, in_channels], as well.
         bias: [out_channels] float32 or None.
         out: where the result goes, or None.
@@ -352,15 +352,10 @@ def forward(
     stored = PRECISIONS[precision]
     shape.check_size()
     tiles = tiles or tiles_for("forward", shape, stored)
-    if bounds is None:
+    if out is None:
         size = (streams, shape.batch, shape.out_height, shape.out_width, channels)
-        out = x.new_empty(size) if out is None else out
-        row = shape.out_width * channels
-        outputs, strides = tuple(out), (shape.out_height * row, row, channels, 1)
-    else:
-        out, outputs = x.new_empty(0), bounds
-        n, c, h, w = bounds[0].stride()
-        strides = (n, h, w, c)
+        out = x.new_empty(size if bounds is None else 0)
+    outputs, strides = _targets(out, bounds)
     x_given, weight_given, box, of_pixels = operands(
         "forward", x, weight.view(channels, -1), shape, tiles
     )
@@ -371,12 +366,10 @@ def forward(
     if splits > 1:
         sums = x.new_empty((splits, streams, pixels, channels), dtype=torch.float32)
     common = {
-        **{"STREAMS": streams, "RELU": relu, "HAS_BIAS": bias is not None},
-        **{"BOUNDS": bounds is not None},
-        **{"DROPPED": stored.dropped, "SPLIT_K": splits},
+        **{"STREAMS": streams, "RELU": relu, "HAS_BIAS": bias is not None, "SPLIT_K": splits},
+        **{"BOUNDS": bounds is not None, "DROPPED": stored.dropped},
     }
     bias = widths if bias is None else bias
-    outputs = pad_to_three(outputs)
     forward_kernel[(*blocks, splits)](
         *x_given, weight_given, bias, *outputs, widths, sums, shape.batch, *strides, chunk,
         **shape.constants(), **common, **_options(stored, tiles),
@@ -429,13 +422,9 @@ def input_gradient(
     streams, channels, stored = len(gradient), shape.in_channels, PRECISIONS[precision]
     shape.check_size()
     tiles = tiles or tiles_for("input_gradient", shape, stored)
-    if bounds is None:
-        out = gradient.new_empty((streams, shape.batch, *shape[2:4], channels))
-        outputs, strides = tuple(out), (0, 0, 0, 0)
-    else:
-        out, outputs = gradient.new_empty(0), bounds
-        n, c, h, w = bounds[0].stride()
-        strides = (n, h, w, c)
+    size = (streams, shape.batch, *shape[2:4], channels)
+    out = gradient.new_empty(size if bounds is None else 0)
+    outputs, strides = _targets(out, bounds)
     classes = shape.stride[0] * shape.stride[1]
     gradients, weight_given, box, blocks = operands(
         "input_gradient", gradient, weight.view(-1, shape.out_channels), shape, tiles
@@ -444,7 +433,7 @@ def input_gradient(
     input_gradient_kernel[blocks, triton.cdiv(channels, tiles.block_n), classes](
         *gradients, weight_given, *(3 * [unused] if x is None else pad_to_three(tuple(x))),
         *(2 * [unused] if head is None else head),
-        unused if width is None else width, *pad_to_three(outputs), shape.batch, *strides,
+        unused if width is None else width, *outputs, shape.batch, *strides,
         **shape.constants(), STREAMS=streams, RELU=relu, BOUNDS=bounds is not None,
         HEAD=head is not None, WIDTH=width is not None, DROPPED=stored.dropped,
         **_options(stored, tiles), WEIGHT_FIRST=tiles.weight_first, BOX=box,
@@ -494,6 +483,16 @@ def weight_gradient(
         chunk, **shape.constants(), STREAMS=len(x), **_options(stored, tiles),
     )  # fmt: skip
     return sums, bias_sums
+
+
+def _targets(
+    out: Tensor, bounds: tuple[Tensor, ...] | None
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """Returns three tensors to write to, and their strides of (image, row, column, channel)."""
+    if bounds is None:
+        return pad_to_three(tuple(out)), out.stride()[1:]
+    n, c, h, w = bounds[0].stride()
+    return pad_to_three(bounds), (n, h, w, c)
 
 
 def _options(stored: Precision, tiles: TileConfig) -> dict[str, object]:

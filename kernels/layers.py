@@ -69,8 +69,7 @@ def backward(
         of_weight.zero_()
         of_bias.zero_()
         return outputs
-    size = (shape.batch, shape.out_channels, shape.out_height, shape.out_width)
-    zeros = lower.new_zeros(()).expand(size)
+    zeros = lower.new_zeros(()).expand(shape.output)
     given = [zeros if each is None else _image(each) for each in gradients[:3]]
     width = None
     # torch.compile gives zeros for a gradient that is None

@@ -44,68 +44,81 @@ class Loss(NamedTuple):
     grad_bias: Tensor | None  # [P, C] float32, partial
 
 
+class Constants(NamedTuple):
+    """Holds what the kernels are compiled for."""
+
+    CLASSES: int
+    FEATURES: int
+    ROWS: int  # the power of two from CLASSES on
+    EXAMPLES: int  # of a tile
+    BLOCK: int  # of features
+    RELU: bool
+    DROPPED: int
+
+
 @triton.jit
-def _examples(y, batch, CLASSES: tl.constexpr, EXAMPLES: tl.constexpr, tile):
+def _examples(y, batch, C: tl.constexpr, tile):
     """Loads a tile's labels; returns indices, rows of the weight and whether they exist, each
     [1, examples, 1].
     """
-    n = tile.to(tl.int64) * EXAMPLES + tl.arange(0, EXAMPLES)[None, :, None]
+    n = tile.to(tl.int64) * C.EXAMPLES + tl.arange(0, C.EXAMPLES)[None, :, None]
     label = tl.load(y + n, mask=n < batch, other=0)
-    known = (label >= 0) & (label < CLASSES)
+    known = (label >= 0) & (label < C.CLASSES)
     return n, tl.where(known, label, 0).to(tl.int32), known
 
 
 @triton.jit
-def _classes(ROWS: tl.constexpr):
-    return tl.arange(0, ROWS)[:, None, None]
+def _classes(C: tl.constexpr):
+    return tl.arange(0, C.ROWS)[:, None, None]
 
 
 @triton.jit
-def _load(
-    x,  # [3, batch, FEATURES]
-    weight,  # [CLASSES, FEATURES]
-    n,
-    rows,
-    f,  # [1, 1, features]
-    batch,
-    CLASSES: tl.constexpr,
-    FEATURES: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """Loads m, r, z, the labels' weights [1, examples, features]; weights [ROWS, 1, features]."""
-    j = _classes(ROWS)
-    inside = (n < batch) & (f < FEATURES)
-    m = tl.load(x + n * FEATURES + f, mask=inside, other=0.0)
-    r = tl.load(x + (n + batch) * FEATURES + f, mask=inside, other=0.0)
-    z = tl.load(x + (n + 2 * batch) * FEATURES + f, mask=inside, other=0.0)
-    own = tl.load(weight + rows * FEATURES + f, mask=inside, other=0.0)
-    w = tl.load(weight + j * FEATURES + f, mask=(j < CLASSES) & (f < FEATURES), other=0.0)
+def _zeros(ROWS: tl.constexpr, EXAMPLES: tl.constexpr, BLOCK: tl.constexpr):
+    # a field of a constexpr becomes one as an argument; Triton 3.6 takes no plain int in a shape
+    return tl.zeros((ROWS, EXAMPLES, BLOCK), tl.float32)
+
+
+@triton.jit
+def _load_three(source, n, batch, SIZE: tl.constexpr, at, inside):
+    """Loads the numbers `at` of example n from source [3, batch, SIZE]."""
+    first = tl.load(source + n * SIZE + at, mask=inside, other=0.0)
+    second = tl.load(source + (n + batch) * SIZE + at, mask=inside, other=0.0)
+    third = tl.load(source + (n + 2 * batch) * SIZE + at, mask=inside, other=0.0)
+    return first, second, third
+
+
+@triton.jit
+def _store_three(target, n, batch, SIZE: tl.constexpr, at, first, second, third, inside):
+    """Stores what `_load_three` loads."""
+    tl.store(target + n * SIZE + at, first, mask=inside)
+    tl.store(target + (n + batch) * SIZE + at, second, mask=inside)
+    tl.store(target + (n + 2 * batch) * SIZE + at, third, mask=inside)
+
+
+@triton.jit
+def _load(x, weight, n, rows, f, batch, C: tl.constexpr):
+    """Loads m, r, z, the labels' weights [1, examples, features]; weights [ROWS, 1, features].
+
+    x: [3, batch, FEATURES]. weight: [CLASSES, FEATURES]. f: [1, 1, features].
+    """
+    j = _classes(C)
+    inside = (n < batch) & (f < C.FEATURES)
+    m, r, z = _load_three(x, n, batch, C.FEATURES, f, inside)
+    own = tl.load(weight + rows * C.FEATURES + f, mask=inside, other=0.0)
+    inside = (j < C.CLASSES) & (f < C.FEATURES)
+    w = tl.load(weight + j * C.FEATURES + f, mask=inside, other=0.0)
     f32 = tl.float32
     return m.to(f32), r.to(f32), z.to(f32), own.to(f32), w.to(f32)
 
 
 @triton.jit
-def _sums(
-    x,
-    weight,
-    n,
-    rows,
-    begin,
-    batch,
-    CLASSES: tl.constexpr,
-    FEATURES: tl.constexpr,
-    ROWS: tl.constexpr,
-    EXAMPLES: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
-):
+def _sums(x, weight, n, rows, begin, batch, C: tl.constexpr, BLOCKS: tl.constexpr):
     """Computes logits, radii and worst-case logits [ROWS, examples, 1] of BLOCKS of features."""
-    nominal = tl.zeros((ROWS, EXAMPLES, BLOCK), tl.float32)
-    radius = tl.zeros((ROWS, EXAMPLES, BLOCK), tl.float32)
-    worst = tl.zeros((ROWS, EXAMPLES, BLOCK), tl.float32)
+    nominal = _zeros(C.ROWS, C.EXAMPLES, C.BLOCK)
+    radius, worst = nominal, nominal
     for i in range(BLOCKS):
-        f = begin + i * BLOCK + tl.arange(0, BLOCK)[None, None, :]
-        m, r, z, own, w = _load(x, weight, n, rows, f, batch, CLASSES, FEATURES, ROWS)
+        f = begin + i * C.BLOCK + tl.arange(0, C.BLOCK)[None, None, :]
+        m, r, z, own, w = _load(x, weight, n, rows, f, batch, C)
         difference = w - own
         nominal += w * z
         radius += tl.abs(w) * r
@@ -127,39 +140,28 @@ def _cross_entropy(logits, at_label):
 
 @triton.jit
 def _slopes(
-    nominal,  # [ROWS, examples, 1], as radius and worst; the biases are yet to be added
-    radius,
-    worst,
-    bias,
-    n,
-    rows,
-    known,
-    batch,
-    scalars,
-    width_scale,
-    terms,
-    grad_bias,
-    CLASSES: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    nominal, radius, worst, bias, n, rows, known, batch, scalars, width_scale, terms, grad_bias,
+    C: tl.constexpr,
+):  # fmt: skip
     """Returns derivatives by the logits, their centers and radii, each [ROWS, examples, 1].
 
+    nominal, radius, worst: [ROWS, examples, 1]; the biases are yet to be added.
     The derivative by a worst-case logit is that by the center, but for the label's.
     Stores the terms and the bias' gradient of the tile.
     """
-    j = _classes(ROWS)
+    j = _classes(C)
     tile = tl.program_id(0)
     inside = n < batch
     at_label = j == rows
     if bias is not None:
-        b = tl.load(bias + j, mask=j < CLASSES, other=0.0)
+        b = tl.load(bias + j, mask=j < C.CLASSES, other=0.0)
         radius = tl.where(tl.abs(b) == float("inf"), 0.0, radius)  # a masked class has no width
         nominal += b
         worst += b - tl.load(bias + rows)
     worst = tl.where(at_label, 0.0, worst)
-    nominal = tl.where(j < CLASSES, nominal, float("-inf"))
-    worst = tl.where(j < CLASSES, worst, float("-inf"))
-    radius = tl.where((j < CLASSES) & inside, radius, 0.0)
+    nominal = tl.where(j < C.CLASSES, nominal, float("-inf"))
+    worst = tl.where(j < C.CLASSES, worst, float("-inf"))
+    radius = tl.where((j < C.CLASSES) & inside, radius, 0.0)
 
     kappa = tl.load(scalars)
     nominal_loss, by_nominal = _cross_entropy(nominal, at_label)
@@ -184,7 +186,7 @@ def _slopes(
         tl.store(at + 3, tl.sum(tl.where(inside, wrong, 0.0)))
         if bias is not None:
             by_bias = tl.sum(by_nominal + by_worst, 1, True)
-            tl.store(grad_bias + tile * CLASSES + j, by_bias, mask=j < CLASSES)
+            tl.store(grad_bias + tile * C.CLASSES + j, by_bias, mask=j < C.CLASSES)
     return by_nominal, by_worst, by_radius
 
 
@@ -196,27 +198,15 @@ def _with_sign(x, of):
 
 @triton.jit
 def _gradients(
-    x,
-    weight,
-    n,
-    rows,
-    f,
-    batch,
-    by_nominal,  # [ROWS, examples, 1], as by_worst and by_radius
-    by_worst,
-    by_radius,
-    scalars,
-    input_scale,
-    grad_x,
-    CLASSES: tl.constexpr,
-    FEATURES: tl.constexpr,
-    ROWS: tl.constexpr,
-    RELU: tl.constexpr,
-    DROPPED: tl.constexpr,
-):
-    """Returns the weight's gradient [ROWS, 1, features] of a tile; stores that of x."""
-    m, r, z, own, w = _load(x, weight, n, rows, f, batch, CLASSES, FEATURES, ROWS)
-    at_label = _classes(ROWS) == rows
+    x, weight, n, rows, f, batch, by_nominal, by_worst, by_radius, scalars, input_scale, grad_x,
+    C: tl.constexpr,
+):  # fmt: skip
+    """Returns the weight's gradient [ROWS, 1, features] of a tile; stores that of x.
+
+    by_nominal, by_worst, by_radius: [ROWS, examples, 1], of `_slopes`.
+    """
+    m, r, z, own, w = _load(x, weight, n, rows, f, batch, C)
+    at_label = _classes(C) == rows
     difference = w - own
     by_spread = tl.where(at_label, 0.0, by_worst)
 
@@ -225,17 +215,14 @@ def _gradients(
     by_r = tl.sum(by_spread * tl.abs(difference) + by_radius * tl.abs(w), 0, True)
     if input_scale is not None:
         by_r += tl.load(scalars + 1) * input_scale * r
-    if RELU:
+    if C.RELU:
         by_m, by_r = deactivate(by_m, by_r, m, r)
         by_z = tl.where(z <= 0, 0.0, by_z)
-    inside = (n < batch) & (f < FEATURES)
-    at = grad_x + n * FEATURES + f
     stored = grad_x.dtype.element_ty
-    tl.store(at, rounded(by_m, DROPPED).to(stored), mask=inside)
-    at = grad_x + (n + batch) * FEATURES + f
-    tl.store(at, rounded(by_r, DROPPED).to(stored), mask=inside)
-    at = grad_x + (n + 2 * batch) * FEATURES + f
-    tl.store(at, rounded(by_z, DROPPED).to(stored), mask=inside)
+    gm, gr = rounded(by_m, C.DROPPED).to(stored), rounded(by_r, C.DROPPED).to(stored)
+    gz = rounded(by_z, C.DROPPED).to(stored)
+    inside = (n < batch) & (f < C.FEATURES)
+    _store_three(grad_x, n, batch, C.FEATURES, f, gm, gr, gz, inside)
 
     by_difference = _with_sign(by_spread, difference)
     by_own = tl.sum(by_difference, 0, True)
@@ -244,169 +231,97 @@ def _gradients(
 
 
 @triton.jit
-def _store_weight(
-    gradient,
-    part,
-    f,
-    grad_weight,
-    CLASSES: tl.constexpr,
-    FEATURES: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    j = _classes(ROWS)
-    at = grad_weight + (part.to(tl.int64) * CLASSES + j) * FEATURES + f
-    tl.store(at, gradient, mask=(j < CLASSES) & (f < FEATURES))
+def _store_weight(gradient, part, f, grad_weight, C: tl.constexpr):
+    j = _classes(C)
+    at = grad_weight + (part.to(tl.int64) * C.CLASSES + j) * C.FEATURES + f
+    tl.store(at, gradient, mask=(j < C.CLASSES) & (f < C.FEATURES))
 
 
 @triton.jit
 def _one_launch(
-    x,
-    weight,
-    bias,
-    y,
-    scalars,
-    terms,
-    grad_x,
-    grad_weight,
-    grad_bias,
-    batch,
-    width_scale,
-    input_scale,
-    CLASSES: tl.constexpr,
-    FEATURES: tl.constexpr,
-    ROWS: tl.constexpr,
-    EXAMPLES: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,  # of all features
-    OWN_BLOCKS: tl.constexpr,  # of those whose gradient is this program's
-    RELU: tl.constexpr,
-    DROPPED: tl.constexpr,
-):
-    """Runs on a grid [tiles of examples, parts of the features]; each sums all logits itself."""
-    n, rows, known = _examples(y, batch, CLASSES, EXAMPLES, tl.program_id(0))
-    # fmt: off
-    nominal, radius, worst = _sums(
-        x, weight, n, rows, 0, batch, CLASSES, FEATURES, ROWS, EXAMPLES, BLOCK, BLOCKS
-    )
+    x, weight, bias, y, scalars, terms, grad_x, grad_weight, grad_bias, batch, width_scale,
+    input_scale, C: tl.constexpr, BLOCKS: tl.constexpr, OWN_BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Runs on a grid [tiles of examples, parts of the features]; each sums all logits itself.
+
+    BLOCKS: of all features. OWN_BLOCKS: of those whose gradient is this program's.
+    """
+    n, rows, known = _examples(y, batch, C, tl.program_id(0))
+    nominal, radius, worst = _sums(x, weight, n, rows, 0, batch, C, BLOCKS)
     by_nominal, by_worst, by_radius = _slopes(
         nominal, radius, worst, bias, n, rows, known, batch, scalars, width_scale, terms,
-        grad_bias, CLASSES, ROWS
-    )
+        grad_bias, C,
+    )  # fmt: skip
     for i in range(OWN_BLOCKS):
-        f = (tl.program_id(1) * OWN_BLOCKS + i) * BLOCK + tl.arange(0, BLOCK)[None, None, :]
+        f = (tl.program_id(1) * OWN_BLOCKS + i) * C.BLOCK + tl.arange(0, C.BLOCK)[None, None, :]
         gradient = _gradients(
             x, weight, n, rows, f, batch, by_nominal, by_worst, by_radius, scalars, input_scale,
-            grad_x, CLASSES, FEATURES, ROWS, RELU, DROPPED
-        )
-        _store_weight(gradient, tl.program_id(0), f, grad_weight, CLASSES, FEATURES, ROWS)
-    # fmt: on
+            grad_x, C,
+        )  # fmt: skip
+        _store_weight(gradient, tl.program_id(0), f, grad_weight, C)
 
 
 @triton.jit
-def _slice_launch(
-    x,
-    weight,
-    y,
-    sums,  # [slices, 3, batch, CLASSES]
-    batch,
-    CLASSES: tl.constexpr,
-    FEATURES: tl.constexpr,
-    ROWS: tl.constexpr,
-    EXAMPLES: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,  # of a slice
-):
-    """Runs on a grid [tiles of examples, slices of the features]."""
-    n, rows, _ = _examples(y, batch, CLASSES, EXAMPLES, tl.program_id(0))
-    begin = tl.program_id(1) * BLOCKS * BLOCK
-    nominal, radius, worst = _sums(
-        x, weight, n, rows, begin, batch, CLASSES, FEATURES, ROWS, EXAMPLES, BLOCK, BLOCKS
-    )
-    j = _classes(ROWS)
-    inside = (j < CLASSES) & (n < batch)
+def _slice_launch(x, weight, y, sums, batch, C: tl.constexpr, BLOCKS: tl.constexpr):
+    """Runs on a grid [tiles of examples, slices of the features].
+
+    sums: [slices, 3, batch, CLASSES]. BLOCKS: of a slice.
+    """
+    n, rows, _ = _examples(y, batch, C, tl.program_id(0))
+    begin = tl.program_id(1) * BLOCKS * C.BLOCK
+    nominal, radius, worst = _sums(x, weight, n, rows, begin, batch, C, BLOCKS)
+    j = _classes(C)
+    inside = (j < C.CLASSES) & (n < batch)
     first = n + tl.program_id(1) * 3 * batch
-    tl.store(sums + first * CLASSES + j, nominal, mask=inside)
-    tl.store(sums + (first + batch) * CLASSES + j, radius, mask=inside)
-    tl.store(sums + (first + 2 * batch) * CLASSES + j, worst, mask=inside)
+    _store_three(sums, first, batch, C.CLASSES, j, nominal, radius, worst, inside)
 
 
 @triton.jit
 def _slope_launch(
-    sums,  # [SLICES, 3, batch, CLASSES]
-    bias,
-    y,
-    scalars,
-    slopes,  # [3, batch, CLASSES]
-    terms,
-    grad_bias,
-    batch,
-    width_scale,
-    CLASSES: tl.constexpr,
-    ROWS: tl.constexpr,
-    EXAMPLES: tl.constexpr,
-    SLICES: tl.constexpr,
-):
-    """Runs on a grid [tiles of examples]."""
-    n, rows, known = _examples(y, batch, CLASSES, EXAMPLES, tl.program_id(0))
-    j = _classes(ROWS)
-    inside = (j < CLASSES) & (n < batch)
-    nominal = tl.zeros((ROWS, EXAMPLES, 1), tl.float32)
-    radius = tl.zeros((ROWS, EXAMPLES, 1), tl.float32)
-    worst = tl.zeros((ROWS, EXAMPLES, 1), tl.float32)
+    sums, bias, y, scalars, slopes, terms, grad_bias, batch, width_scale,
+    C: tl.constexpr, SLICES: tl.constexpr,
+):  # fmt: skip
+    """Runs on a grid [tiles of examples].
+
+    sums: [SLICES, 3, batch, CLASSES]. slopes: [3, batch, CLASSES].
+    """
+    n, rows, known = _examples(y, batch, C, tl.program_id(0))
+    j = _classes(C)
+    inside = (j < C.CLASSES) & (n < batch)
+    nominal = _zeros(C.ROWS, C.EXAMPLES, 1)
+    radius, worst = nominal, nominal
     for s in tl.static_range(SLICES):  # unrolled: no load waits for another
-        at = n + s * 3 * batch
-        nominal += tl.load(sums + at * CLASSES + j, mask=inside, other=0.0)
-        radius += tl.load(sums + (at + batch) * CLASSES + j, mask=inside, other=0.0)
-        worst += tl.load(sums + (at + 2 * batch) * CLASSES + j, mask=inside, other=0.0)
-    # fmt: off
+        more = _load_three(sums, n + s * 3 * batch, batch, C.CLASSES, j, inside)
+        nominal, radius, worst = nominal + more[0], radius + more[1], worst + more[2]
     by_nominal, by_worst, by_radius = _slopes(
         nominal, radius, worst, bias, n, rows, known, batch, scalars, width_scale, terms,
-        grad_bias, CLASSES, ROWS
-    )
-    # fmt: on
-    tl.store(slopes + n * CLASSES + j, by_nominal, mask=inside)
-    tl.store(slopes + (n + batch) * CLASSES + j, by_worst, mask=inside)
-    tl.store(slopes + (n + 2 * batch) * CLASSES + j, by_radius, mask=inside)
+        grad_bias, C,
+    )  # fmt: skip
+    _store_three(slopes, n, batch, C.CLASSES, j, by_nominal, by_worst, by_radius, inside)
 
 
 @triton.jit
 def _gradient_launch(
-    x,
-    weight,
-    y,
-    slopes,  # [3, batch, CLASSES]
-    scalars,
-    grad_x,
-    grad_weight,
-    batch,
-    input_scale,
-    CLASSES: tl.constexpr,
-    FEATURES: tl.constexpr,
-    ROWS: tl.constexpr,
-    EXAMPLES: tl.constexpr,
-    BLOCK: tl.constexpr,
-    OWN_TILES: tl.constexpr,  # of examples
-    RELU: tl.constexpr,
-    DROPPED: tl.constexpr,
-):
-    """Runs on a grid [parts of the examples, blocks of features]."""
-    f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, None, :]
-    j = _classes(ROWS)
-    gradient = tl.zeros((ROWS, 1, BLOCK), tl.float32)
+    x, weight, y, slopes, scalars, grad_x, grad_weight, batch, input_scale,
+    C: tl.constexpr, OWN_TILES: tl.constexpr,
+):  # fmt: skip
+    """Runs on a grid [parts of the examples, blocks of features].
+
+    slopes: [3, batch, CLASSES]. OWN_TILES: of examples, that are this program's.
+    """
+    f = tl.program_id(1) * C.BLOCK + tl.arange(0, C.BLOCK)[None, None, :]
+    j = _classes(C)
+    gradient = _zeros(C.ROWS, 1, C.BLOCK)
     for i in range(OWN_TILES):
         tile = tl.program_id(0) * OWN_TILES + i
-        n, rows, _ = _examples(y, batch, CLASSES, EXAMPLES, tile)
-        inside = (j < CLASSES) & (n < batch)
-        by_nominal = tl.load(slopes + n * CLASSES + j, mask=inside, other=0.0)
-        by_worst = tl.load(slopes + (n + batch) * CLASSES + j, mask=inside, other=0.0)
-        by_radius = tl.load(slopes + (n + 2 * batch) * CLASSES + j, mask=inside, other=0.0)
-        # fmt: off
+        n, rows, _ = _examples(y, batch, C, tile)
+        inside = (j < C.CLASSES) & (n < batch)
+        by_nominal, by_worst, by_radius = _load_three(slopes, n, batch, C.CLASSES, j, inside)
         gradient += _gradients(
             x, weight, n, rows, f, batch, by_nominal, by_worst, by_radius, scalars, input_scale,
-            grad_x, CLASSES, FEATURES, ROWS, RELU, DROPPED
-        )
-        # fmt: on
-    _store_weight(gradient, tl.program_id(0), f, grad_weight, CLASSES, FEATURES, ROWS)
+            grad_x, C,
+        )  # fmt: skip
+    _store_weight(gradient, tl.program_id(0), f, grad_weight, C)
 
 
 def default_tiling(batch: int, classes: int, features: int) -> Tiling:
@@ -460,10 +375,9 @@ def loss(
     (_, batch, features), classes = x.shape, len(weight)
     examples, block, slices, parts, warps = tiling or default_tiling(batch, classes, features)
     tiles, blocks = triton.cdiv(batch, examples), triton.cdiv(features, block)
-    shapes = {"CLASSES": classes, "ROWS": triton.next_power_of_2(classes), "EXAMPLES": examples}
-    wide = {**shapes, "FEATURES": features, "BLOCK": block, "num_warps": warps}
-    wide["maxnreg"] = _REGISTERS
-    activation = {"RELU": relu, "DROPPED": PRECISIONS[precision].dropped}
+    rows, dropped = triton.next_power_of_2(classes), PRECISIONS[precision].dropped
+    constants = Constants(classes, features, rows, examples, block, relu, dropped)
+    options = {"C": constants, "num_warps": warps, "maxnreg": _REGISTERS}
     scale, input_scale = 8 / divisor, None if input_divisor is None else 8 / input_divisor
 
     if slices:
@@ -479,11 +393,10 @@ def loss(
     terms, grad_x, grad_weight, grad_bias = out
     if not slices:
         own = triton.cdiv(blocks, parts)
-        outputs = (terms, grad_x, grad_weight, grad_bias)
         _one_launch[(tiles, triton.cdiv(blocks, own))](
-            *(x, weight, bias, y, scalars, *outputs, batch, scale, input_scale),
-            **wide,
-            **activation,
+            *(x, weight, bias, y, scalars, terms, grad_x, grad_weight, grad_bias, batch),
+            *(scale, input_scale),
+            **options,
             BLOCKS=blocks,
             OWN_BLOCKS=own,
         )
@@ -491,17 +404,10 @@ def loss(
     own = triton.cdiv(blocks, slices)
     slices = triton.cdiv(blocks, own)
     sums = scalars.new_empty(slices, 3, batch, classes)
-    _slice_launch[(tiles, slices)](x, weight, y, sums, batch, **wide, BLOCKS=own)
+    _slice_launch[(tiles, slices)](x, weight, y, sums, batch, **options, BLOCKS=own)
     slopes = scalars.new_empty(3, batch, classes)
-    _slope_launch[(tiles,)](
-        *(sums, bias, y, scalars, slopes, terms, grad_bias, batch, scale),
-        **shapes,
-        SLICES=slices,
-    )
-    _gradient_launch[(parts, blocks)](
-        *(x, weight, y, slopes, scalars, grad_x, grad_weight, batch, input_scale),
-        **wide,
-        **activation,
-        OWN_TILES=own_tiles,
-    )
+    given = (sums, bias, y, scalars, slopes, terms, grad_bias, batch, scale)
+    _slope_launch[(tiles,)](*given, C=constants, SLICES=slices)
+    given = (x, weight, y, slopes, scalars, grad_x, grad_weight, batch, input_scale)
+    _gradient_launch[(parts, blocks)](*given, **options, OWN_TILES=own_tiles)
     return out

@@ -13,59 +13,51 @@ from .precision import PRECISIONS, rounded
 
 
 @triton.jit
-def _tile(rows, columns, channels, X: tl.constexpr, C: tl.constexpr):
-    """Returns image, row, columns [X, 1] and channels [1, C] of a program, and which there are."""
+def _tile(sizes, X: tl.constexpr, C: tl.constexpr):
+    """Returns image, row, columns [X, 1] and channels [1, C] of a program, their place in a stream,
+    and which there are. sizes: rows, columns, channels.
+    """
+    rows, columns, channels = sizes
     line = tl.program_id(0).to(tl.int64)
     x = (tl.program_id(1) * X + tl.arange(0, X)[:, None]).to(tl.int64)
     c = tl.program_id(2) * C + tl.arange(0, C)[None, :]
-    return line // rows, line % rows, x, c, (x < columns) & (c < channels)
+    n, row = line // rows, line % rows
+    at = ((n * rows + row) * columns + x) * channels + c
+    return (n, row, x, c), at, (x < columns) & (c < channels)
 
 
 @triton.jit
-def _load(source, strides, image, row, column, channel, inside):
-    offset = image * strides[0] + row * strides[1] + column * strides[2] + channel * strides[3]
-    return tl.load(source + offset, mask=inside, other=0.0)
-
-
-@triton.jit
-def _store(target, strides, image, row, column, channel, value, inside):
-    offset = image * strides[0] + row * strides[1] + column * strides[2] + channel * strides[3]
-    tl.store(target + offset, value, mask=inside)
+def _offset(place, strides):
+    """Returns where image, row, column and channel are."""
+    n, row, x, c = place
+    return n * strides[0] + row * strides[1] + x * strides[2] + c * strides[3]
 
 
 @triton.jit
 def _pack_kernel(
-    sources,
-    strides,
-    grad_width,
-    streams,
-    rows,
-    columns,
-    channels,
-    stream_stride,
-    STREAMS: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    DROPPED: tl.constexpr,
-    X: tl.constexpr,
-    C: tl.constexpr,
-):
-    n, row, x, c, inside = _tile(rows, columns, channels, X, C)
-    lower = _load(sources[0], strides[0], n, row, x, c, inside)
-    upper = _load(sources[1], strides[1], n, row, x, c, inside)
+    sources, strides, grad_width, streams, sizes, stream_stride,
+    STREAMS: tl.constexpr, GRADIENT: tl.constexpr, DROPPED: tl.constexpr,
+    X: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    place, at, inside = _tile(sizes, X, C)
+    lower = tl.load(sources[0] + _offset(place, strides[0]), mask=inside, other=0.0)
+    upper = tl.load(sources[1] + _offset(place, strides[1]), mask=inside, other=0.0)
     if GRADIENT:
         m, r = lower + upper, upper - lower
         if grad_width is not None:
-            low = _load(sources[STREAMS], strides[STREAMS], n, row, x, c, inside)
-            high = _load(sources[STREAMS + 1], strides[STREAMS + 1], n, row, x, c, inside)
+            low = sources[STREAMS] + _offset(place, strides[STREAMS])
+            high = sources[STREAMS + 1] + _offset(place, strides[STREAMS + 1])
+            low = tl.load(low, mask=inside, other=0.0)
+            high = tl.load(high, mask=inside, other=0.0)
             # both may be the same infinity
             r += 4.0 * tl.load(grad_width) * tl.where(high == low, 0.0, high - low)
     else:  # halves first, so that large bounds do not overflow
         m, r = 0.5 * lower + 0.5 * upper, 0.5 * upper - 0.5 * lower
-    out = streams + ((n * rows + row) * columns + x) * channels + c
+    out = streams + at
     tl.store(out, rounded(m, DROPPED), mask=inside)
     tl.store(out + stream_stride, rounded(r, DROPPED), mask=inside)
     if STREAMS == 3:
-        z = _load(sources[2], strides[2], n, row, x, c, inside)
+        z = tl.load(sources[2] + _offset(place, strides[2]), mask=inside, other=0.0)
         tl.store(out + 2 * stream_stride, rounded(z, DROPPED), mask=inside)
 
 
@@ -112,17 +104,9 @@ def _pack(
     streams = sources[0].new_empty(len(box), images, height, width, channels, dtype=stored.dtype)
     grid, sizes, strides, tile = _arranged(sources)
     _pack_kernel[grid](
-        tuple(sources),
-        strides,
-        grad_width,
-        streams,
-        *sizes,
-        streams.stride(0),
-        STREAMS=len(box),
-        GRADIENT=gradient,
-        DROPPED=stored.dropped,
-        **tile,
-    )
+        tuple(sources), strides, grad_width, streams, sizes, streams.stride(0),
+        STREAMS=len(box), GRADIENT=gradient, DROPPED=stored.dropped, **tile,
+    )  # fmt: skip
     return streams
 
 
@@ -162,29 +146,20 @@ def _arranged(
 
 @triton.jit
 def _unpack_kernel(
-    streams,
-    targets,
-    strides,
-    rows,
-    columns,
-    channels,
-    stream_stride,
-    STREAMS: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    X: tl.constexpr,
-    C: tl.constexpr,
-):
-    n, row, x, c, inside = _tile(rows, columns, channels, X, C)
-    at = streams + ((n * rows + row) * columns + x) * channels + c
+    streams, targets, strides, sizes, stream_stride,
+    STREAMS: tl.constexpr, GRADIENT: tl.constexpr, X: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    place, at, inside = _tile(sizes, X, C)
+    at = streams + at
     m = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     r = tl.load(at + stream_stride, mask=inside, other=0.0).to(tl.float32)
     if GRADIENT:
         m, r = 0.5 * m, 0.5 * r
-    _store(targets[0], strides[0], n, row, x, c, m - r, inside)
-    _store(targets[1], strides[1], n, row, x, c, m + r, inside)
+    tl.store(targets[0] + _offset(place, strides[0]), m - r, mask=inside)
+    tl.store(targets[1] + _offset(place, strides[1]), m + r, mask=inside)
     if STREAMS == 3:
         z = tl.load(at + 2 * stream_stride, mask=inside, other=0.0).to(tl.float32)
-        _store(targets[2], strides[2], n, row, x, c, z, inside)
+        tl.store(targets[2] + _offset(place, strides[2]), z, mask=inside)
 
 
 def unpack(streams: Tensor, gradient: bool = False) -> tuple[Tensor, ...]:
@@ -199,14 +174,6 @@ def unpack(streams: Tensor, gradient: bool = False) -> tuple[Tensor, ...]:
     size = (images, channels, height, width)
     targets = tuple(streams.new_empty(size, dtype=torch.float32) for _ in streams)
     grid, sizes, strides, tile = _arranged(targets)
-    _unpack_kernel[grid](
-        streams,
-        targets,
-        strides,
-        *sizes,
-        streams.stride(0),
-        STREAMS=len(streams),
-        GRADIENT=gradient,
-        **tile,
-    )
+    given = streams, targets, strides, sizes, streams.stride(0)
+    _unpack_kernel[grid](*given, STREAMS=len(streams), GRADIENT=gradient, **tile)
     return targets

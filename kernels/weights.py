@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -30,8 +29,12 @@ _AT_ONCE = tl.constexpr(4)  # splits whose loads do not wait for each other
 
 
 @triton.jit
-def tile_offsets(o, c, t, outputs, channels, taps, TILE: tl.constexpr):
-    """Returns the tile's offsets in the three layouts, and which of them are elements."""
+def tile_offsets(o, c, t, sizes, TILE: tl.constexpr):
+    """Returns the tile's offsets in the three layouts, and which of them are elements.
+
+    sizes: outputs, channels and taps of the whole.
+    """
+    outputs, channels, taps = sizes
     o = o * TILE[0] + tl.arange(0, TILE[0])[:, None, None]
     c = c * TILE[1] + tl.arange(0, TILE[1])[None, :, None]
     t = t * TILE[2] + tl.arange(0, TILE[2])[None, None, :]
@@ -53,25 +56,30 @@ def sum_splits(partials, offsets, inside, splits, size):
     return total
 
 
-def tiles(outputs: int, channels: int, taps: int) -> tuple[int, int, int]:
-    """Returns how many tiles there are in each direction."""
-    o, c, t = TILE if taps > 1 else FLAT
-    return triton.cdiv(outputs, o), triton.cdiv(channels, c), triton.cdiv(taps, t)
+Sizes = tuple[int, int, int]  # of outputs, channels and taps
+
+
+def tiles(sizes: Sizes) -> tuple[Sizes, Sizes]:
+    """Returns a tile, and how many there are in each direction."""
+    tile = TILE if sizes[2] > 1 else FLAT
+    o, c, t = map(triton.cdiv, sizes, tile)
+    return tile, (o, c, t)
+
+
+def sizes_of(partials: Tensor) -> Sizes:
+    """Returns the sizes of partials; a bias is of one output, since its order stays."""
+    if partials.dim() == 2:
+        return 1, partials.shape[1], 1
+    _, outputs, *kernel, channels = partials.shape
+    return outputs, channels, math.prod(kernel)
 
 
 @triton.jit
 def _pack_kernel(
-    weight,
-    forward,
-    transposed,
-    outputs,
-    channels,
-    taps,
-    DROPPED: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    weight, forward, transposed, sizes, DROPPED: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
     o, c, t = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    at, forward_at, transposed_at, inside = tile_offsets(o, c, t, outputs, channels, taps, TILE)
+    at, forward_at, transposed_at, inside = tile_offsets(o, c, t, sizes, TILE)
     copy = rounded(tl.load(weight + at, mask=inside, other=0.0), DROPPED)
     tl.store(forward + forward_at, copy, mask=inside)
     tl.store(transposed + transposed_at, copy, mask=inside)
@@ -85,29 +93,20 @@ def pack_weight(weight: Tensor, precision: str) -> tuple[Tensor, Tensor]:
     """
     stored = PRECISIONS[precision]
     outputs, channels, *kernel = weight.shape
-    taps = math.prod(kernel)
     forward = weight.new_empty(outputs, *kernel, channels, dtype=stored.dtype)
     transposed = weight.new_empty(*kernel, channels, outputs, dtype=stored.dtype)
-    tile = TILE if taps > 1 else FLAT
-    _pack_kernel[tiles(outputs, channels, taps)](
-        weight.contiguous(), forward, transposed, outputs, channels, taps, stored.dropped, TILE=tile
-    )
+    sizes = outputs, channels, math.prod(kernel)
+    tile, grid = tiles(sizes)
+    given = weight.contiguous(), forward, transposed, sizes
+    _pack_kernel[grid](*given, DROPPED=stored.dropped, TILE=tile)
     return forward, transposed
 
 
 @triton.jit
-def _sum_kernel(
-    partials,
-    total,
-    splits,
-    outputs,
-    channels,
-    taps,
-    TILE: tl.constexpr,
-):
+def _sum_kernel(partials, total, splits, sizes, TILE: tl.constexpr):
     o, c, t = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    at, forward_at, _, inside = tile_offsets(o, c, t, outputs, channels, taps, TILE)
-    grad = sum_splits(partials, forward_at, inside, splits, outputs * channels * taps)
+    at, forward_at, _, inside = tile_offsets(o, c, t, sizes, TILE)
+    grad = sum_splits(partials, forward_at, inside, splits, sizes[0] * sizes[1] * sizes[2])
     tl.store(total + at, grad, mask=inside)
 
 
@@ -117,15 +116,9 @@ def sum_partials(partials: Tensor) -> Tensor:
     Equals `partials.sum(0).permute(0, 3, 1, 2)`, summed from the first split on. A bias has
     [Cout] and [splits, Cout].
     """
-    if partials.dim() == 2:
-        outputs, channels, taps = 1, partials.shape[1], 1
-        total = torch.empty_like(partials[0])
-    else:
-        _, outputs, *kernel, channels = partials.shape
-        taps = math.prod(kernel)
-        total = partials.new_empty(outputs, channels, *kernel)
-    tile = TILE if taps > 1 else FLAT
-    _sum_kernel[tiles(outputs, channels, taps)](
-        partials, total, len(partials), outputs, channels, taps, TILE=tile
-    )
+    _, outputs, *inner = partials.shape
+    total = partials.new_empty(outputs, *inner[-1:], *inner[:-1])
+    sizes = sizes_of(partials)
+    tile, grid = tiles(sizes)
+    _sum_kernel[grid](partials, total, len(partials), sizes, TILE=tile)
     return total

@@ -4,18 +4,17 @@ compile, for a given architecture. In a process of its own, since interpreted fu
 
 from __future__ import annotations
 
-import importlib
-import json
-import os
+import multiprocessing
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import pytest
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -31,8 +30,8 @@ SHARED = {80: 163, 86: 99, 90: 227, 100: 227, 120: 99}  # KiB, that a program ma
 class Job(NamedTuple):
     """Launches to compile."""
 
-    launch: str  # module:function, to be imported
-    arguments: list[Any]  # of it; what JSON knows
+    launch: Callable[..., Any]  # a function of a module, as are the arguments pickled
+    arguments: tuple[Any, ...]
     capability: int  # for sm_{capability}
 
 
@@ -58,20 +57,16 @@ def compiled_apart(jobs: Sequence[Job], cache: Path) -> list[list[Binary]]:
 
     cache: a folder for what Triton keeps; an empty one makes it compile everything.
     """
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "0",
-        "TRITON_CACHE_DIR": str(cache),
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-    }
-    command = [sys.executable, __file__, json.dumps(jobs)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return [[Binary(*each) for each in found] for found in json.loads(result.stdout)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "0")
+        patch.setenv("TRITON_CACHE_DIR", str(cache))
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            return list(pool.map(compiled, jobs))
 
 
-def compiled(launch: Callable[[], Any], capability: int) -> list[Binary]:
-    """What `launch` compiles for sm_{capability}, in order; nothing runs."""
+def compiled(job: Job) -> list[Binary]:
+    """What a job compiles, in order; nothing runs."""
+    launch, arguments, capability = job
     binaries: list[Binary] = []
 
     def warmup(self: JITFunction, grid: Any) -> Callable[..., None]:
@@ -91,7 +86,7 @@ def compiled(launch: Callable[[], Any], capability: int) -> list[Binary]:
     JITFunction.__getitem__ = warmup  # type: ignore[method-assign]
     driver.set_active(fake)  # type: ignore[arg-type]
     try:
-        launch()
+        launch(*arguments)
     finally:
         JITFunction.__getitem__ = original  # type: ignore[method-assign]
     return binaries
@@ -127,17 +122,3 @@ def _binary(name: str, kernel: Any) -> Binary:
         count(r"LDG\S*\.128"),
         count(r"STG\S*\.128"),
     )
-
-
-def _main() -> None:
-    found = []
-    for job in json.loads(sys.argv[1]):
-        launch, arguments, capability = Job(*job)
-        module, function = launch.split(":")
-        launched = getattr(importlib.import_module(module), function)
-        found.append(compiled(lambda: launched(*arguments), capability))  # noqa: B023
-    print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    _main()

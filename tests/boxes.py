@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from tolerances import box
 from torch import Tensor, nn
 
 from cibp_fast import Interval
@@ -39,10 +40,7 @@ SLACK = 1e-11
 
 def random_box(*shape: int, radius: float = 0.5) -> Interval:
     """Returns a box around 0 with an off-centre nominal point and some zero radii."""
-    center = torch.randn(shape, dtype=torch.float64)
-    spread = radius * torch.rand(shape, dtype=torch.float64) * (torch.rand(shape) > 0.2)
-    at = 2 * torch.rand(shape, dtype=torch.float64) - 1
-    return Interval(center - spread, center + spread, center + at * spread)
+    return Interval(*box(shape, torch.float64, radius=radius))
 
 
 def prepared(module: nn.Module) -> nn.Module:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
+from cibp_fast.training import runs
 from cibp_fast.training.datasets import Dataset, Split
 
 
@@ -51,3 +55,9 @@ SHORT = {
     "eval_every": 1,
     "eval_batch_size": 25,
 }
+
+
+def without_times(run_dir: Path) -> list[dict[str, Any]]:
+    """Returns the records of a run, but for the seconds that it took."""
+    records = runs.read_metrics(run_dir)
+    return [{key: each[key] for key in each if "seconds" not in key} for each in records]

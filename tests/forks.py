@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import time
-import traceback
+import multiprocessing
 from collections.abc import Callable
 
 import pytest
@@ -13,23 +10,11 @@ import pytest
 
 def check_in_child(check: Callable[[], object]) -> None:
     """Fails where `check` raises in a forked child, or hangs there for half a minute."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            check()
-            status = 0
-        except BaseException:  # the child must never return into pytest
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    for _ in range(600):
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            break
-        time.sleep(0.05)
-    else:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+    child = multiprocessing.get_context("fork").Process(target=check)
+    child.start()
+    child.join(30)
+    if child.is_alive():
+        child.kill()
+        child.join()
         pytest.fail("the forked child hung")
-    assert os.waitstatus_to_exitcode(status) == 0
+    assert child.exitcode == 0

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from boxes import prepared
@@ -136,6 +137,23 @@ class Functional(nn.Module):
         return self.out(self.more(torch.relu(self.hidden(x))).relu_())
 
 
+class Net(nn.Module):
+    """Two layers; `body` is its forward."""
+
+    def __init__(self, body: Callable[[Any, Any], Any] | None = None) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+        self.register_buffer("mask", torch.ones(5))
+        self.calls, self.body = 0, body
+        self.double()
+
+    def forward(self, x: Any) -> Any:
+        return self.body(self, x) if self.body else self.rest(self.first(x))
+
+    def rest(self, x: Any) -> Any:
+        return self.last(F.relu(x))
+
+
 FLATTENS: dict[str, Callable[[Any], Any]] = {
     "torch.flatten": lambda x: torch.flatten(x, 1),
     "torch.flatten, by keyword": lambda x: torch.flatten(x, start_dim=1, end_dim=3),
@@ -144,6 +162,13 @@ FLATTENS: dict[str, Callable[[Any], Any]] = {
     "view by shape": lambda x: x.view((x.shape[0], 48)),
     "reshape": lambda x: torch.reshape(x, (-1, 48)),
     "reshape by size": lambda x: x.reshape(x.size()[0], -1),
+    "view by a list": lambda x: x.view([x.size(0), -1]),
+    "view by keyword": lambda x: x.view(size=(x.size(0), -1)),
+    "torch.reshape by keyword": lambda x: torch.reshape(x, shape=(-1, 48)),
+    "reshape by keyword": lambda x: x.reshape(shape=[x.shape[0], np.int64(48)]),
+    "view by NumPy's int": lambda x: x.view(-1, np.int32(48)),
+    "flatten by NumPy's int": lambda x: x.flatten(np.int64(1)),
+    "flatten from the end": lambda x: x.flatten(-3),
 }
 
 

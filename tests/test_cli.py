@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import error_line
 from digits import SHORT, load_toy
 from digits import TOY_PRESET as PRESET
+from processes import python
 
 from cibp_fast import __version__, attacks, certificates, cli, commands
 from cibp_fast.certificates import Certificate
@@ -27,6 +27,19 @@ SHORT_TRAIN = ["train", "--preset", PRESET]  # and SHORT in its command-line for
 for name, value in SHORT.items():
     SHORT_TRAIN += [f"--{name.replace('_', '-')}", as_text(value)]
 PGD = ["--steps", "1", "--restarts", "1"]
+
+
+def error_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Returns the one line on stderr of a command that fails with exit code 2."""
+    try:
+        code = cli.main(list(arguments))
+    except SystemExit as exit:
+        code = exit.code
+    captured = capsys.readouterr()
+    assert code == 2
+    (line,) = captured.err.splitlines()
+    assert line.startswith("cibp-fast: error: ")
+    return line
 
 
 @pytest.fixture(autouse=True)
@@ -131,13 +144,6 @@ def _interrupt_after(monkeypatch, steps):
     monkeypatch.setattr(loop.Progress, "update", interrupt)
 
 
-def test_info(capsys):
-    assert cli.main(["info"]) == 0
-    printed = capsys.readouterr().out
-    for word in ("python", torch.__version__, "cibp_fast", "processor", "CPU kernels", "on cpu"):
-        assert word in printed
-
-
 def _help(capsys, *words):
     """The text of a help, without its frames and line breaks."""
     with pytest.raises(SystemExit) as exit:
@@ -157,30 +163,22 @@ def test_every_field_of_the_config_is_an_option_with_help(capsys):
     assert f"(default: {commands.DEFAULT_PRESET})" in printed
 
 
-# Ends with what the command has imported.
-RUN = """
+def _imported(*words: object, before: str = "") -> str:
+    """What the command prints, and then what it has imported."""
+    return python(f"""{before}
 import sys
 from cibp_fast.cli import main
 try:
-    print(main(sys.argv[1:]))
+    print(main({[*map(str, words)]}))
 finally:
-    print(sorted({"torch", "torch._dynamo", "numpy", "matplotlib"} & set(sys.modules)))
-"""
-
-
-def _imported(code, *words):
-    command = [sys.executable, "-c", code, *map(str, words)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    print(sorted({{"torch", "torch._dynamo", "numpy", "matplotlib"}} & set(sys.modules)))
+""")
 
 
 def test_help_and_version_answer_at_once_without_torch():
     for word, answer in (("--help", "quickstart"), ("--version", f"cibp-fast {__version__}\n")):
         begin = time.perf_counter()
-        printed = _imported(RUN, word)
+        printed = _imported(word)
         # 0.3 s where nothing else runs; importing torch alone takes 2 there
         assert time.perf_counter() - begin < 5
         assert answer in printed and printed.endswith("[]\n")
@@ -188,20 +186,14 @@ def test_help_and_version_answer_at_once_without_torch():
 
 def test_a_plot_needs_no_torch(toy_run, tmp_path):
     pytest.importorskip("matplotlib")
-    printed = _imported(RUN, "plot", toy_run, "-o", tmp_path / "curves.png")
+    printed = _imported("plot", toy_run, "-o", tmp_path / "curves.png")
     assert printed.endswith("0\n['matplotlib', 'numpy']\n")
 
 
 def test_training_does_not_import_the_compiler(tmp_path):
     """It takes longer than torch itself."""
-    code = f"""
-import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from digits import load_toy
-from cibp_fast.training import datasets
-datasets.load = load_toy
-"""
-    printed = _imported(code + RUN, *SHORT_TRAIN, "--run-dir", tmp_path)
+    toy = "import digits; from cibp_fast.training import datasets; datasets.load = digits.load_toy"
+    printed = _imported(*SHORT_TRAIN, "--run-dir", tmp_path, before=toy)
     assert printed.endswith("0\n['numpy', 'torch']\n")
 
 
@@ -265,23 +257,15 @@ def test_options_replace_the_preset(trained):
     ("words", "problem"),
     [
         ("train --preset mnist5k-smal-0.1-cibp", "did you mean 'mnist5k-small-0.1-cibp'"),
-        ("train --eps -1", "eps must be greater than or equal to 0, not -1"),
         ("train --eps 8/256", "eps must be a valid number, not '8/256'"),
         ("train --eps", "Missing value for argument '--eps'"),
-        ("train --steps many", "steps must be a valid integer, not 'many'"),
-        ("train --eps-ramp 10,5", "eps_ramp must be a,b with 0 <= a <= b <= 3000 steps, not 10,5"),
-        ("train --clip 0,nan", "clip must be a finite number, not nan"),
         ("train --net tiny", "net must be 'small', 'medium' or 'large', not 'tiny'"),
-        ("train --epochs 0", "epochs must be a whole number, 1 or more, not 0"),
-        ("train --device tpu", "device must be cpu or cuda, not 'tpu'"),
         ("train --seeds 0", "seeds must be 1 or more, not 0"),
         (f"train --seed {2**63 - 1} --seeds 2", "seed must be less than or equal to 922337203685"),
         ("train --threads 0", "threads must be from 1 to 1024, not 0"),
         ("info --threads 1025", "threads must be from 1 to 1024, not 1025"),
         ("train --threads two", "Error parsing --threads: invalid literal for int() with base 10"),
         ("train --backend cpp", "invalid choice 'cpp' for argument '--backend'"),
-        ("train --batch-size 16 --clip 0.2,0.5", "clip must contain the pixels' 0 to 1, or be"),
-        ("train --batch-size 81", "batch_size must be at most the 80 training examples"),
         ("train --batch-size 16 --run-dir /proc/cibp_fast", "make the folder /proc/cibp_fast: "),
         ("train --stpes 5", "Unrecognized options: --stpes, 5"),
         ("quickstart --seed -1", "seed must be greater than or equal to 0, not -1"),
@@ -289,11 +273,8 @@ def test_options_replace_the_preset(trained):
         (f"certify {'x' * 300}", f"cannot read {'x' * 300}/config.json: File name too long"),
         ("certify a\0b", "a\0b/config.json: embedded null byte"),
         ("certify", "Missing from cibp-fast certify: RUN_DIR"),
-        ("certify RUN --eps inf", "eps must be a finite number, not inf"),
-        ("certify RUN --eval-batch-size 0", "eval_batch_size must be greater than or equal to 1"),
         ("certify RUN --examples 0", "examples must be from 1 to the 40 of the test set, not 0"),
         ("certify RUN --examples 41", "examples must be from 1 to the 40 of the test set, not 41"),
-        ("attack RUN --seed -1", "seed must be greater than or equal to 0, not -1"),
         ("attack RUN --steps -1", "pgd_steps must be greater than or equal to 0, not -1"),
         ("attack RUN --step-size 0", "pgd_step_size must be greater than 0, not 0"),
         ("plot nowhere -o a.png", "nowhere is not a run folder"),
@@ -331,14 +312,6 @@ def test_bad_options_are_one_line_everywhere(capsys, monkeypatch, encoding, term
         assert not {"│", "─", "|", "+"} & set(line) and "---" not in line
 
 
-def test_a_picture_that_cannot_be_written(capsys, tmp_path, toy_run):
-    pytest.importorskip("matplotlib")
-    (tmp_path / "file").write_text("in the way")
-    below = str(tmp_path / "file" / "run")
-    words = error_line(capsys, "plot", str(toy_run), "-o", f"{below}/curves.png")
-    assert f"cannot make the folder {below}: Not a directory" in words
-
-
 def _set_config(run_dir, **changes):
     config = runs.read_config(run_dir).replace(**changes)
     (run_dir / "config.json").write_text(config.to_json())
@@ -366,16 +339,6 @@ def test_a_damaged_run_is_one_line_and_kept(capsys, damaged, damage, command, wo
     }
     assert words in error_line(capsys, *options.get(command, [command, str(damaged)]))
     assert {path: path.read_bytes() for path in damaged.iterdir()} == before
-
-
-def test_a_network_with_nan_is_never_verified(capsys, damaged):
-    model = runs.read_model(damaged)
-    with torch.no_grad():
-        model[0].bias[0] = torch.nan
-    runs.write_model(damaged, model)
-    assert cli.main(["certify", str(damaged)]) == 0
-    assert cli.main(["attack", str(damaged), *PGD]) == 0
-    assert capsys.readouterr().out.count("100.00 % (40 of 40") == 2
 
 
 def test_bounds_that_the_attack_refutes_are_one_line_and_the_result_is_saved(
@@ -464,15 +427,6 @@ def test_a_warning_is_one_line(capsys, monkeypatch, toy_run):
     assert capsys.readouterr().err == "cibp-fast: warning: the file is not the official one\n"
 
 
-def test_the_default_folder_says_what_is_trained(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    options = ["--preset", PRESET, "--eps", "0.25", "--batch-size", "80", "--steps", "3"]
-    assert cli.main(["train", *options, "--pgd-steps", "1", "--seeds", "2"]) == 0
-    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
-    changes = "batch_size=80-pgd_steps=1-steps=3"
-    assert names == [f"mnist5k-small-0.25-cibp-{changes}-seed{seed}" for seed in (0, 1)]
-
-
 def test_seeds(capsys, tmp_path):
     options = [*SHORT_TRAIN, "--run-dir", str(tmp_path / "runs")]
     assert cli.main([*options, "--seeds", "2", "--seed", "3"]) == 0
@@ -500,16 +454,6 @@ def test_seeds(capsys, tmp_path):
     picture = tmp_path / "curves.svg"
     assert cli.main(["plot", both, "-o", str(picture)]) == 0
     assert "(2 seeds)" in picture.read_text()
-
-
-def test_missing_data_says_where_to_put_it(capsys, monkeypatch, tmp_path):
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
-    options = ["train", "--preset", "mnist-small-0.4-cibp"]
-    assert "--data-root" in error_line(capsys, *options, "--data-root", "elsewhere")
-    monkeypatch.setenv("CIBP_FAST_DATA", "somewhere")
-    assert "somewhere" in error_line(capsys, *options)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_interrupt(capsys, monkeypatch):

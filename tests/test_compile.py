@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from boxes import prepared, random_box
-from compiled import check_compiled
 from fusions import CHAINS
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 import cibp_fast as cf
 from cibp_fast import Interval, functional, losses, ops
@@ -24,6 +24,30 @@ F64 = torch.float64
 def _fresh() -> Iterator[None]:
     yield
     torch._dynamo.reset()
+
+
+def check_compiled(
+    function: Callable[..., Any], calls: Iterable[Sequence[Any]], parameters: Sequence[Tensor] = ()
+) -> Callable[..., Any]:
+    """Checks the values of each call, and their gradients in the parameters and arguments.
+
+    Batches of several sizes have a symbolic size from the second on. Returns the compiled function.
+    """
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for arguments in calls:
+        outputs, gradients = [], []
+        wanted = [*parameters, *(t for t in _pytree.tree_leaves(arguments) if t.requires_grad)]
+        for run in (function, compiled):
+            tensors = [t for t in _pytree.tree_leaves(run(*arguments)) if t is not None]
+            outputs.append(tensors)
+            if wanted:
+                total = sum(t.square().sum() for t in tensors if t.requires_grad)
+                gradients.append(torch.autograd.grad(total, wanted))
+        torch.testing.assert_close(*outputs)
+        if wanted:
+            torch.testing.assert_close(*gradients)
+    return compiled
 
 
 def ends(box: Interval) -> tuple[Tensor, ...]:

@@ -24,6 +24,7 @@ SETTINGS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "inference_mode": torch.inference_mode,
     "no_grad": torch.no_grad,
     "default dtype float64": lambda: default_dtype(torch.float64),
+    "products in tf32": lambda: matmul_precision("high"),
     "products in bfloat16": lambda: matmul_precision("medium"),
 }
 
@@ -92,6 +93,16 @@ ENTRIES: dict[str, Entry] = {
             Interval.ball(x, 0.1), torch.linspace(-1, 1, 54, dtype=x.dtype).view(3, 2, 3, 3)
         )
     ),
+    **{
+        f"interval_conv1d by {backend}": lambda x, y, backend=backend: streams(
+            cf.functional.interval_conv1d(
+                Interval.ball(x, 0.1).flatten(2),
+                torch.linspace(-1, 1, 20, dtype=x.dtype).view(2, 2, 5),
+                backend=backend,
+            )
+        )
+        for backend in ("auto", "torch")
+    },
     "IntervalConv2d": lambda x, y: streams(
         convolution(cf.IntervalConv2d(2, 3, 3, dtype=x.dtype))(Interval.ball(x, 0.1, None))
     ),

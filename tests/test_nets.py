@@ -172,15 +172,15 @@ GRADIENTS: dict[str, tuple[Callable, Streams, list[Tensor]]] = {
     "softplus": (nn.Softplus(1.5), activation(lambda s: F.softplus(s, 1.5)), []),
     "avg_pool2d": (
         nn.AvgPool2d(**POOLING, count_include_pad=False),
-        partial(reference.avg_pool2d, **POOLING, count_include_pad=False),
+        activation(partial(F.avg_pool2d, **POOLING, count_include_pad=False)),
         [],
     ),
     "adaptive_avg_pool2d": (
         nn.AdaptiveAvgPool2d((2, 3)),
-        partial(reference.adaptive_avg_pool2d, output_size=(2, 3)),
+        activation(partial(F.adaptive_avg_pool2d, output_size=(2, 3))),
         [],
     ),
-    "max_pool2d": (nn.MaxPool2d(**POOLING), partial(reference.max_pool2d, **POOLING), []),
+    "max_pool2d": (nn.MaxPool2d(**POOLING), activation(partial(F.max_pool2d, **POOLING)), []),
     "mul": (lambda x: x * SCALE, lambda *streams: scaled(*streams, SCALE), [SCALE]),
     "div": (lambda x: x / SCALE, lambda *streams: scaled(*streams, 1 / SCALE), [SCALE]),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib.metadata
 import importlib.util
 import os
@@ -65,7 +64,8 @@ def test_console_script_and_module(tmp_path: Path) -> None:
     assert by_script.stdout == by_module.stdout
     assert cf.__version__ in by_script.stdout
     assert "portable" in by_script.stdout
-    assert torch.__version__ in by_script.stdout
+    for word in ("python", torch.__version__, "processor", "CPU kernels", "on cpu"):
+        assert word in by_script.stdout
 
 
 def test_the_engine_without_the_extras(tmp_path: Path) -> None:
@@ -206,24 +206,3 @@ def test_nothing_else_is_installed(name: str, tmp_path: Path) -> None:
 
 def test_readme_figures_are_those_of_the_results() -> None:
     subprocess.run([sys.executable, "bench/report.py", "--check"], cwd=ROOT, check=True)
-
-
-def test_kernels_are_a_leaf_under_their_own_name(tmp_path: Path) -> None:
-    """They import nothing of the package; and the package nothing of bench."""
-    names = [path.stem for path in (ROOT / "kernels").glob("*.py")]
-    code = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-sys.modules["cibp_fast"] = None
-import importlib
-for name in {names!r}:
-    importlib.import_module("kernels" if name == "__init__" else f"kernels.{{name}}")
-"""
-    run(sys.executable, "-c", code, cwd=tmp_path)
-    scripts = {path.stem for path in (ROOT / "bench").glob("*.py")}
-    for path in (ROOT / "cibp_fast").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                assert not {each.name for each in node.names} & scripts, path
-            elif isinstance(node, ast.ImportFrom):
-                assert node.module not in scripts, path

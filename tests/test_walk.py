@@ -15,7 +15,7 @@ from compilers import ROOT
 import cibp_fast as cf
 from cibp_fast import Interval
 
-PACKAGE = Path(cf.__file__).resolve().parent
+PACKAGE = Path(cf.__file__).parent
 
 
 class Files:
@@ -45,7 +45,7 @@ def test_bounds_of_a_fused_network(clip: Any) -> None:
         net.bounds(x, box)
         files.end()
         first, files.names = files.names, set()
-    assert len(first) <= 5, sorted(first)
+    assert 0 < len(first) <= 5, sorted(first)
 
 
 def test_a_batch_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,12 +71,9 @@ class Case:
         return outputs if self.width else (*outputs[:3], None)
 
     def reference_backward(self, cotangents: Tensors) -> Tensors:
-        """Returns gradients in the inputs from those in the outputs (None: unused)."""
-        zeros = torch.zeros_like(self.reference()[0])
-        lower, upper, *others = cotangents
-        grads = (zeros if lower is None else lower, zeros if upper is None else upper, *others)
-        backward = getattr(reference, f"{self.op}_backward")
-        return backward(*grads, *self.inputs[:4], self.bias is not None, *self.geometry)
+        """Returns autograd's gradients in the inputs from those in the outputs (None: unused)."""
+        leaves = leaves_of(self)
+        return gradients(leaves.inputs, leaves.reference(), cotangents)
 
 
 def gamma(n: int, dtype: torch.dtype) -> float:
@@ -250,12 +247,12 @@ def compare(
 
 
 def box(
-    shape: Sequence[int], dtype: torch.dtype, nominal: bool = True
+    shape: Sequence[int], dtype: torch.dtype, nominal: bool = True, radius: float = 1.0
 ) -> tuple[Tensor, Tensor, Any]:
     """Returns lower, upper, nominal: a random box, a fifth of it of zero radius, a point in it."""
     center = torch.randn(shape, dtype=dtype)
-    radius = torch.rand(shape, dtype=dtype) * (torch.rand(shape) > 0.2)
-    lower, upper = center - radius, center + radius
+    spread = radius * torch.rand(shape, dtype=dtype) * (torch.rand(shape) > 0.2)
+    lower, upper = center - spread, center + spread
     share = torch.rand(shape, dtype=dtype)
     return lower, upper, lower + share * (upper - lower) if nominal else None
 

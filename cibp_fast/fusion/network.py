@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cibp_fast._compiler import constant
 from cibp_fast.fusion.stages import folded, stages_for
 from cibp_fast.fusion.tracing import Layer, Program, fingerprint, trace
 from cibp_fast.interval import Interval
 from cibp_fast.layerwise import Bounds, bounds, check_arguments
 from cibp_fast.ops import backends
+from cibp_fast.ops.library import failure
 from cibp_fast.ops.loss import Head
-from cibp_fast.ops.network import Stage, cpu_engine, network, numbers_of, stages_of
+from cibp_fast.ops.network import Stage, cpu_engine, network, numbers_of
 
 __all__ = ["FusedNetwork", "fuse"]
 
@@ -177,7 +177,7 @@ class FusedNetwork(nn.Module):
             return ""
         batch = operator.index(len(x))  # not dynamo's symbol: tiles depend on it
         has_bias = tuple(bias is not None for bias in biases)
-        return _network_failure(plan.numbers, has_bias, batch, precision, x.device)
+        return failure("network", plan.numbers, has_bias, batch, precision, x.device)
 
     def _unfused(self, why: str, x: Tensor, box: Interval, width: str, reduction: str) -> Bounds:
         """Computes the bounds layer by layer, since the kernels cannot run."""
@@ -312,19 +312,6 @@ def fuse(model: nn.Module, precision: str = "float32", backend: str = "auto") ->
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     model = model._model if isinstance(model, FusedNetwork) else model
     return FusedNetwork(model, precision, backend)
-
-
-@constant  # it runs kernels of its own, while dynamo traces
-def _network_failure(
-    numbers: tuple[int, ...],
-    biases: tuple[bool, ...],
-    batch: int,
-    precision: str,
-    device: torch.device,
-) -> str:
-    from cibp_fast.ops import checks
-
-    return checks.network_failure(stages_of(numbers), biases, batch, precision, device)
 
 
 def _inputs(

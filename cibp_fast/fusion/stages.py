@@ -44,7 +44,7 @@ def stages_for(
         if affine.linear:
             if not stages:
                 image = (*shape, 1, 1)
-            stage = _linear_stage(image, len(weight), affine.relu)
+            stage = Stage(Shape(1, *image, len(weight), 1, 1, *image[1:]), affine.relu)
         else:
             check_plain(affine.layer)
             stage = _convolution_stage(affine, image, weight, padding)
@@ -126,10 +126,6 @@ def _check_fit(layer: Layer, shape: tuple[int, ...], weight: Tensor, bias: Tenso
         raise layer.misfit(f"weight {list(weight.shape)} does not fit inputs {['N', *shape]}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise layer.misfit(f"bias {list(bias.shape)} does not fit weight {list(weight.shape)}")
-
-
-def _linear_stage(image: tuple[int, ...], outputs: int, relu: bool) -> Stage:
-    return Stage(Shape(1, *image, outputs, 1, 1, *image[1:]), relu)
 
 
 def _convolution_stage(

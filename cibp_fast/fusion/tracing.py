@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cibp_fast._compiler import untraced
 from cibp_fast.interval import RULES
+from cibp_fast.models import Normalize
 from cibp_fast.nn import IntervalConv2d, IntervalLinear
 
 # Exact types: a subclass may compute something else.
@@ -193,12 +194,10 @@ def _guards(model: nn.Module, program: Program) -> None:
         program.guards.append(Guard(read, module, read(module)))
         if module._modules:
             # without the order, which the names of a Sequential say
-            program.guards.append(Guard(_modules, module, dict(module._modules)))
+            children = operator.attrgetter("_modules")
+            program.guards.append(Guard(children, module, dict(module._modules)))
         program.hooks += _hooks(module)[:4]
     program.hooks += _global_hooks()
-
-
-_modules = operator.attrgetter("_modules")
 
 
 def _of_torch(kind: type[nn.Module]) -> bool:
@@ -353,7 +352,7 @@ class _Tracer(fx.Tracer):
         known = (nn.Conv2d, nn.Linear, *_NORMS, *_POOLS, *_DROPOUTS)
         return (
             isinstance(module, known)
-            or _is_normalize(module)
+            or type(module) is Normalize
             or super().is_leaf_module(module, module_qualified_name)
         )
 
@@ -452,12 +451,6 @@ class _Attributes:
 
 def _same(a: Any, b: Any) -> bool:
     return a is b or (type(a) is type(b) and isinstance(a, _PLAIN) and a == b)
-
-
-def _is_normalize(module: nn.Module) -> bool:
-    from cibp_fast.models import Normalize  # the training layer is imported on first use
-
-    return type(module) is Normalize
 
 
 def _layers(model: nn.Module) -> list[Layer]:
@@ -608,7 +601,7 @@ def _group(layers: list[Layer]) -> Program:
         if kind in _DROPOUTS:
             program.dropouts.append(layer)
             continue
-        if _is_normalize(layer.module):
+        if type(layer.module) is Normalize:
             if last is not None or before or program.normalize is not None:
                 raise layer.error("it must be the first layer")
             program.normalize = layer

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cibp_fast._compiler import constant
 from cibp_fast.kernels.shape import Shape
 from cibp_fast.ops import backends
 from cibp_fast.ops.arithmetic import own_arithmetic
@@ -24,7 +23,8 @@ from cibp_fast.ops.library import (
     Streams,
     as_streams,
     check_streams,
-    empty,
+    empty_streams,
+    failure,
     forward_outputs,
     layout,
     library,
@@ -59,23 +59,28 @@ def check(
 
 
 def affine(
+    op: str,
     lower: Tensor,
     upper: Tensor,
     nominal: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     geometry: Sequence[int],
-    reference: Any,
+    options: tuple[Any, ...],
     width: bool,
     backend: str,
 ) -> Streams:
-    """Runs a layer on the backend that is asked for; what no kernel takes by `reference`."""
+    """Runs a layer on the backend that is asked for; what no kernel takes by the function of
+    `cibp_fast.reference` that has the op's name, with these options.
+    """
     shape = shape_of(lower, weight, geometry)
     backend = _chosen(backend, lower, nominal, weight, bias, shape)
     if backend == "torch":
+        from cibp_fast import reference  # only where no kernel runs
+
         with own_arithmetic(lower.device):
-            out = reference(lower, upper, nominal, weight, bias)
-        return out[0], out[1], out[2], out[3] if width else None
+            out = getattr(reference, op)(lower, upper, nominal, weight, bias, *options)
+        return as_streams(out, nominal, width)
     result = _Affine.apply(lower, upper, nominal, weight, bias, geometry, width, backend)
     return as_streams(result, nominal, width)
 
@@ -94,12 +99,6 @@ def shape_of(lower: Tensor, weight: Tensor, geometry: Sequence[int]) -> Shape:
     pairs = [(pair[0], pair[1]) for pair in (stride, padding, dilation)]
     last = layout(lower) == torch.channels_last
     return Shape(*lower.shape, outputs, size(0), size(1), *kernel, *pairs, geometry[6], last)
-
-
-def _output(lower: Tensor, shape: Shape) -> tuple[int, ...]:
-    """Returns the shape of a layer's output: [N, K, H, W], or [N, K] of a linear layer."""
-    sizes = (shape.batch, shape.out_channels, shape.out_height, shape.out_width)
-    return sizes[: lower.dim()]
 
 
 def _chosen(
@@ -124,21 +123,10 @@ def _chosen(
         # not dynamo's symbols: tiles depend on them
         sizes = (*map(operator.index, shape[:9]), *shape[9:])
         streams = nominal is not None, bias is not None
-        return "torch" if _failure(sizes, *streams, lower.device) else name
+        return "torch" if failure("affine", sizes, *streams, lower.device) else name
     if obstacle and backend != "auto":
         raise ValueError(f"backend={backend!r} cannot run: {obstacle}")
     return "torch" if obstacle else name
-
-
-@constant  # it runs kernels of its own, while dynamo traces
-def _failure(shape: tuple[Any, ...], nominal: bool, bias: bool, device: torch.device) -> str:
-    """Returns why Triton's kernels must not be used for this layer; empty: they may.
-
-    shape: the values of a Shape, which dynamo cannot hand on.
-    """
-    from cibp_fast.ops import checks
-
-    return checks.layer_failure(Shape(*shape), nominal, bias, device)
 
 
 class _Affine(torch.autograd.Function):
@@ -190,14 +178,15 @@ library.define(
 
 @torch.library.register_fake("cibp_fast::affine_forward", lib=library)
 def _forward_fake(lower, upper, nominal, weight, bias, geometry, backend="cpu"):  # type: ignore[no-untyped-def]
-    return forward_outputs(lower, nominal, _output(lower, shape_of(lower, weight, geometry)))
+    shape = shape_of(lower, weight, geometry)
+    return forward_outputs(lower, nominal, shape.output[: lower.dim()])
 
 
 @on_its_gpu("affine_forward")
 @torch.library.impl(library, "affine_forward", "CPU")
 def _forward_kernel(lower, upper, nominal, weight, bias, geometry, backend="cpu"):  # type: ignore[no-untyped-def]
     shape = shape_of(lower, weight, geometry)
-    outputs = forward_outputs(lower, nominal, _output(lower, shape))
+    outputs = forward_outputs(lower, nominal, shape.output[: lower.dim()])
     if backend == "triton":
         return triton_layers().forward(shape, outputs, lower, upper, nominal, weight, bias)
     bias = None if bias is None else bias.contiguous()
@@ -235,7 +224,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
         gradients = (grad_lower, grad_upper, grad_nominal, grad_width)
         saved = (lower, upper, nominal, weight, lower_out, upper_out)
         return triton_layers().backward(shape, outputs, gradients, saved)
-    zero = lower.new_zeros(()).expand(_output(lower, shape))
+    zero = lower.new_zeros(()).expand(shape.output[: lower.dim()])
     grads = [zero if gradient is None else gradient for gradient in (grad_lower, grad_upper)]
     of_nominal = zero if grad_nominal is None else grad_nominal
     grads.append(None if nominal is None else of_nominal)
@@ -253,11 +242,8 @@ def _gradients(
     lower: Tensor, nominal: Tensor | None, weight: Tensor, wants_input: bool, wants_weight: bool
 ) -> tuple[Tensor, ...]:
     """Returns the gradients of lower, upper, nominal, weight and bias, uninitialised."""
-    shape = lower.shape if wants_input else None
     return (
-        empty(lower, shape),
-        empty(lower, shape),
-        empty(lower, None if nominal is None else shape),
+        *empty_streams(lower, nominal, lower.shape if wants_input else None),
         lower.new_empty(weight.shape if wants_weight else 0),
         lower.new_empty(weight.shape[0] if wants_weight else 0),
     )

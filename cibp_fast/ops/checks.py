@@ -27,13 +27,14 @@ from cibp_fast.kernels.precision import PRECISIONS
 from cibp_fast.kernels.shape import Shape
 from cibp_fast.kernels.tiles import KERNELS, cache_folder, tiles_for, use_default_tiles
 from cibp_fast.ops.gpu_network import shape_of
+from cibp_fast.ops.network import stages_of
 from cibp_fast.ops.numerics import Errors, layer_errors, network_errors, relu_errors
 
 NO_MEMORY = "there is no memory to check its kernels"
 
 
 def network_failure(
-    stages: Sequence[Any],
+    numbers: tuple[int, ...],
     biases: Sequence[bool],
     batch: int,
     precision: str,
@@ -42,8 +43,10 @@ def network_failure(
     """Returns why the kernels must not be used on this GPU for a network as `cf.fuse` runs it;
     empty: they may.
 
-    stages: of `cibp_fast.ops.network.Stage`. biases: of each but pooling, whether it has one.
+    numbers: `numbers_of` its stages, since dynamo cannot hand those on. biases: of each stage but
+    pooling, whether it has one.
     """
+    stages = stages_of(numbers)
     check = partial(network_errors, stages, biases, batch, precision, device)
     return stages_failure(("network",), stages, biases, batch, precision, device, check)
 
@@ -63,16 +66,15 @@ def stages_failure(
     return failure_reason(of, shapes, precision, device, check)
 
 
-def layer_failure(shape: Shape, nominal: bool, bias: bool, device: torch.device) -> str:
+def affine_failure(sizes: tuple[Any, ...], nominal: bool, bias: bool, device: torch.device) -> str:
     """Returns the same of an affine layer as `cibp_fast.ops` runs it, with a nominal stream and a
     bias or without.
 
-    shape: its geometry.
+    sizes: the values of its Shape, which dynamo cannot hand on.
     """
+    shape, of = Shape(*sizes), ("layer", nominal, bias, *sizes)
     check = partial(layer_errors, shape, device, nominal, bias)
-    return failure_reason(
-        ("layer", nominal, bias, *shape), [shape], layers.PRECISION, device, check
-    )
+    return failure_reason(of, [shape], layers.PRECISION, device, check)
 
 
 def relu_failure(nominal: bool, device: torch.device) -> str:

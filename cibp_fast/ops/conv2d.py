@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from cibp_fast.ops.affine import affine, check, shape_of
@@ -77,10 +75,5 @@ def conv2d(
             f"conv2d: weight {tuple(weight.shape)} with dilation={tuple(dilation)} is larger than "
             f"the input {tuple(lower.shape)} padded by {tuple(padding)}"
         )
-
-    def plain(*tensors: Tensor | None) -> tuple[Any, ...]:
-        from cibp_fast import reference  # only where no kernel runs
-
-        return reference.conv2d(*tensors, stride, padding, dilation, groups)  # type: ignore
-
-    return affine(lower, upper, nominal, weight, bias, geometry, plain, width, backend)
+    options = (stride, padding, dilation, groups)
+    return affine("conv2d", lower, upper, nominal, weight, bias, geometry, options, width, backend)

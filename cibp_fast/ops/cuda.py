@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cibp_fast.kernels.shape import Shape
 from cibp_fast.ops import backends
+from cibp_fast.ops.library import pointer
 
 FEW = 4  # channels, of images: with more of them the tensor cores are busy
 HALO = 64  # channels, that the convolution by halos is for
@@ -25,10 +26,6 @@ def _launch(name: str, like: Tensor, *arguments: Any) -> None:
     if like.is_cuda:
         device = like.device.index, torch.cuda.current_stream(like.device).cuda_stream
     getattr(backends.cuda_kernels(), name)(device, *arguments)
-
-
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def convolution(
@@ -53,7 +50,7 @@ def convolution(
     kernels = backends.cuda_kernels()
     if _takes(shape, len(x), precision):
         widths = weight.new_empty(kernels.first_conv2d_blocks(shape, len(x), precision))
-        pointers = (x.data_ptr(), weight.data_ptr(), _pointer(bias), relu, precision)
+        pointers = (x.data_ptr(), weight.data_ptr(), pointer(bias), relu, precision)
         targets = (out.data_ptr(), widths.data_ptr())
         _launch("first_conv2d_forward", x, shape, len(x), *pointers, targets)
         return widths
@@ -76,7 +73,7 @@ def _halo(
     arguments = (shape, weight.data_ptr(), precision, packed.data_ptr())
     _launch("halo_conv2d_pack_weight", x, *arguments)
     widths = weight.new_empty(backends.cuda_kernels().halo_conv2d_blocks(shape))
-    inputs = (len(x), x.data_ptr(), packed.data_ptr(), _pointer(bias), relu, precision)
+    inputs = (len(x), x.data_ptr(), packed.data_ptr(), pointer(bias), relu, precision)
     targets = (out.data_ptr(), widths.data_ptr())
     _launch("halo_conv2d_forward", x, shape, *inputs, targets)
     return widths

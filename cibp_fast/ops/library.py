@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cibp_fast._compiler import constant
+
 Streams = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # lower, upper, nominal, width
 
 library = torch.library.Library("cibp_fast", "DEF")
@@ -53,16 +55,27 @@ def empty(like: Tensor, shape: Sequence[int] | None) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout(like))
 
 
+def empty_streams(
+    lower: Tensor, nominal: Tensor | None, shape: Sequence[int] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns lower, upper and nominal of this shape, uninitialised; see `empty`."""
+    of_nominal = None if nominal is None else shape
+    return empty(lower, shape), empty(lower, shape), empty(lower, of_nominal)
+
+
 def forward_outputs(
     lower: Tensor, nominal: Tensor | None, shape: Sequence[int]
 ) -> tuple[Tensor, ...]:
     """Returns lower', upper', nominal' of this shape, and the width, uninitialised."""
-    return (
-        empty(lower, shape),
-        empty(lower, shape),
-        empty(lower, None if nominal is None else shape),
-        lower.new_empty(()),
-    )
+    return *empty_streams(lower, nominal, shape), lower.new_empty(())
+
+
+@constant  # it runs kernels of its own, while dynamo traces
+def failure(kind: str, *arguments: Any) -> str:
+    """Returns what `ops.checks` says of a "network", "affine" or "relu" of these arguments."""
+    checks = importlib.import_module("cibp_fast.ops.checks")  # late, since it needs Triton
+    why: str = getattr(checks, f"{kind}_failure")(*arguments)
+    return why
 
 
 def triton_layers() -> ModuleType:
@@ -82,7 +95,7 @@ def mark_dead(ctx: Any, width: bool, result: Sequence[Tensor], nominal: Tensor |
     ctx.mark_non_differentiable(*dead)
 
 
-def as_streams(result: Sequence[Tensor], nominal: Tensor | None, width: bool) -> Streams:
+def as_streams(result: Sequence[Any], nominal: Tensor | None, width: bool) -> Streams:
     """Returns an op's result with None for what does not exist or is not wanted."""
     return (
         result[0],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from torch import Tensor
 
@@ -49,13 +48,7 @@ def linear(
     flat = [None if t is None else t.reshape(rows, t.shape[-1]) for t in (lower, upper, nominal)]
     low, high = flat[:2]
     assert low is not None and high is not None
-    *out, squares = affine(low, high, flat[2], weight, bias, [], _plain, width, backend)
+    *out, squares = affine("linear", low, high, flat[2], weight, bias, [], (), width, backend)
     low, high, point = (None if each is None else each.reshape(shape) for each in out)
     assert low is not None and high is not None
     return low, high, point, squares
-
-
-def _plain(*tensors: Tensor | None) -> tuple[Any, ...]:
-    from cibp_fast import reference  # only where no kernel runs
-
-    return reference.linear(*tensors)  # type: ignore[arg-type]

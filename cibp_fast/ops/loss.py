@@ -97,14 +97,26 @@ library.define(
 )
 
 
-def _forward_outputs(logits: Tensor) -> tuple[Tensor, ...]:
+# The fakes allocate for the kernels too.
+
+
+@torch.library.register_fake("cibp_fast::loss_forward", lib=library)
+def _forward_outputs(logits, lower, upper, weight, bias, y):  # type: ignore[no-untyped-def]
     shapes = ((), (), (2, *logits.shape))
     return tuple([logits.new_empty(shape) for shape in shapes])
 
 
-def _backward_outputs(
-    lower: Tensor, weight: Tensor, slopes: Tensor, wanted: Sequence[bool]
-) -> tuple[Tensor, ...]:
+@torch.library.impl(library, "loss_forward", "CPU")
+def _loss_forward_kernel(*inputs):  # type: ignore[no-untyped-def]
+    outputs = _forward_outputs(*inputs)
+    _run("loss_forward", inputs[1], inputs[3], inputs[5], inputs, outputs)
+    return outputs
+
+
+@torch.library.register_fake("cibp_fast::loss_backward", lib=library)
+def _backward_outputs(  # type: ignore[no-untyped-def]
+    grad_nominal, grad_robust, lower, upper, weight, y, slopes, wanted
+):
     box = wanted[1] or wanted[2]
     shapes = (slopes.shape[1:], lower.shape, lower.shape, weight.shape, weight.shape[:1])
     wanted = (wanted[0], box, box, *wanted[3:])
@@ -113,30 +125,11 @@ def _backward_outputs(
     )
 
 
-@torch.library.register_fake("cibp_fast::loss_forward", lib=library)
-def _loss_forward_fake(logits, lower, upper, weight, bias, y):  # type: ignore[no-untyped-def]
-    return _forward_outputs(logits)
-
-
-@torch.library.impl(library, "loss_forward", "CPU")
-def _loss_forward_kernel(*inputs):  # type: ignore[no-untyped-def]
-    outputs = _forward_outputs(inputs[0])
-    _run("loss_forward", inputs[1], inputs[3], inputs[5], inputs, outputs)
-    return outputs
-
-
-@torch.library.register_fake("cibp_fast::loss_backward", lib=library)
-def _loss_backward_fake(*arguments):  # type: ignore[no-untyped-def]
-    lower, weight, slopes, wanted = (arguments[i] for i in (2, 4, 6, 7))
-    return _backward_outputs(lower, weight, slopes, wanted)
-
-
 @torch.library.impl(library, "loss_backward", "CPU")
 def _loss_backward_kernel(*arguments):  # type: ignore[no-untyped-def]
-    *inputs, wanted = arguments
-    lower, weight, y, slopes = (inputs[i] for i in (2, 4, 5, 6))
-    outputs = _backward_outputs(lower, weight, slopes, wanted)
-    _run("loss_backward", lower, weight, y, inputs, outputs)
+    *inputs, _ = arguments
+    outputs = _backward_outputs(*arguments)
+    _run("loss_backward", inputs[2], inputs[4], inputs[5], inputs, outputs)
     return outputs
 
 

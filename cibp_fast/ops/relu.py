@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cibp_fast._compiler import constant
 from cibp_fast.ops import backends
 from cibp_fast.ops.library import (
     BACKEND,
@@ -15,7 +14,8 @@ from cibp_fast.ops.library import (
     Streams,
     as_streams,
     check_streams,
-    empty,
+    empty_streams,
+    failure,
     forward_outputs,
     layout,
     library,
@@ -53,22 +53,17 @@ def relu(
     check_streams("relu", {"lower": lower, "upper": upper, "nominal": nominal})
     asked = backends.asked(backend)
     backend, _ = backends.select_layer(asked, lower.device, lower.dtype)
-    if asked == "auto" and backend == "triton" and _failure(nominal is not None, lower.device):
+    if (
+        asked == "auto"
+        and backend == "triton"
+        and failure("relu", nominal is not None, lower.device)
+    ):
         backend = "torch"
     if backend == "torch":
         from cibp_fast import reference
 
-        out = reference.relu(lower, upper, nominal)
-        return out[0], out[1], out[2], out[3] if width else None
+        return as_streams(reference.relu(lower, upper, nominal), nominal, width)
     return as_streams(_Relu.apply(lower, upper, nominal, width, backend), nominal, width)
-
-
-@constant
-def _failure(nominal: bool, device: torch.device) -> str:
-    """Returns why Triton's kernels must not be used for ReLU; empty: they may."""
-    from cibp_fast.ops import checks
-
-    return checks.relu_failure(nominal, device)
 
 
 class _Relu(torch.autograd.Function):
@@ -124,18 +119,12 @@ def _relu_forward_kernel(lower, upper, nominal, backend="cpu"):  # type: ignore[
     return outputs
 
 
-def _gradients(lower_out: Tensor, nominal_out: Tensor | None) -> tuple[Tensor, ...]:
-    shape = lower_out.shape
-    of_nominal = None if nominal_out is None else shape
-    return empty(lower_out, shape), empty(lower_out, shape), empty(lower_out, of_nominal)
-
-
 @torch.library.register_fake("cibp_fast::relu_backward", lib=library)
 def _relu_backward_fake(  # type: ignore[no-untyped-def]
     grad_lower, grad_upper, grad_nominal, grad_width, lower_out, upper_out, nominal_out=None,
     backend="cpu",
 ):  # fmt: skip
-    return _gradients(lower_out, nominal_out)
+    return empty_streams(lower_out, nominal_out, lower_out.shape)
 
 
 @on_its_gpu("relu_backward")
@@ -144,7 +133,7 @@ def _relu_backward_kernel(  # type: ignore[no-untyped-def]
     grad_lower, grad_upper, grad_nominal, grad_width, lower_out, upper_out, nominal_out=None,
     backend="cpu",
 ):  # fmt: skip
-    outputs = _gradients(lower_out, nominal_out)
+    outputs = empty_streams(lower_out, nominal_out, lower_out.shape)
     gradients = [
         torch.zeros_like(lower_out) if g is None else g.contiguous(memory_format=layout(lower_out))
         for g in (grad_lower, grad_upper, grad_nominal)

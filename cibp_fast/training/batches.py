@@ -38,32 +38,10 @@ def epoch_batches(
     first: the batch to start with, 0 for the whole epoch. The skipped ones cost nothing.
     rank, world_size: where several processes share the work, each gets its own B = batch_size /
     world_size examples of every batch; those of rank 0, 1, ... in a row are the whole batch.
-
-    Raises ValueError, when the first batch is asked for, where batch_size is below 1, above the
-    number of examples or not divisible by world_size, first is beyond the last batch, rank not
-    below world_size, or the augmentation unknown.
+    `Config` and the loop have checked that these fit one another.
     """
     examples = len(split)
-    if not 1 <= batch_size <= examples:
-        raise ValueError(
-            f"batch_size must be from 1 to the {examples} training examples, not {batch_size}"
-        )
-    if augmentation not in AUGMENTATIONS:
-        raise ValueError(
-            f"augmentation must be one of {', '.join(AUGMENTATIONS)}, not {augmentation!r}"
-        )
     steps = examples // batch_size
-    if not 0 <= first <= steps:
-        raise ValueError(f"first must be from 0 to the {steps} batches of an epoch, not {first}")
-    if world_size < 1:
-        raise ValueError(f"world_size must be at least 1, not {world_size}")
-    if batch_size % world_size:
-        raise ValueError(
-            f"batch_size must be divisible by world_size: {batch_size} is not by {world_size}"
-        )
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank must be from 0 to {world_size - 1}, not {rank}")
-
     order, corners, flip = draw(examples, seed=seed, epoch=epoch, augmentation=augmentation).to(
         split.labels.device
     )

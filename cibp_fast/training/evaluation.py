@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from cibp_fast._graphs import capturing, enough_memory, graphed, reuse_graphs
 from cibp_fast.attacks import pgd
-from cibp_fast.certificates import Certificate, certify, evaluation
+from cibp_fast.certificates import certify, evaluation
 from cibp_fast.layerwise import predict
 from cibp_fast.ops.arithmetic import own_arithmetic
 from cibp_fast.training import datasets, runs
@@ -46,11 +45,14 @@ def evaluate(
     starts = range(0, len(split), config.eval_batch_size)[processes.rank :: processes.size]
     counts = torch.zeros(4, dtype=torch.int64, device=split.images.device)
     description = "evaluating" if attack else "evaluating the epoch"
-    with reuse_graphs(), _enough_memory("evaluation", config):
+    doing = f"evaluation with eval_batch_size={config.eval_batch_size}"
+    prepare = runs.to_input(config).to(split.images.device)
+    with reuse_graphs(), enough_memory(doing, "take a smaller eval_batch_size"):
         for first in bar(starts, description, "batch", shown=processes.first):
             part = split[first : first + config.eval_batch_size]
-            x, y = inputs(config, part), part.labels
-            found = certificate(model, x, y, config)
+            x, y = prepare(part.pixels()), part.labels
+            size = config.eval_batch_size
+            found = certify(model, x, y, config.eps, config.clip, sound=False, batch_size=size)
             if attack:
                 with evaluation(model), own_arithmetic(x.device):  # as PGD and the certificate
                     (predicted,) = graphed(_predicted, model)(x)
@@ -61,7 +63,19 @@ def evaluate(
                     (found.verified, config.pgd_verified_restarts),
                 ):
                     chosen = group.nonzero().flatten()
-                    attacked[chosen] |= broken(model, x[chosen], y[chosen], config, restarts, first)
+                    attacked[chosen] |= pgd(
+                        model,
+                        x[chosen],
+                        y[chosen],
+                        config.eps,
+                        steps=config.pgd_steps,
+                        restarts=restarts,
+                        step_size=config.pgd_step_size,
+                        clip=config.clip,
+                        # the batch's own, so that it does not matter which process attacks it
+                        seed=int(np.random.SeedSequence((config.seed, first)).generate_state(1)[0]),
+                        batch_size=size,
+                    ).found
             else:
                 wrong = attacked = found.predicted != y
             counted = (wrong, attacked, ~found.verified, attacked & found.verified)
@@ -70,12 +84,10 @@ def evaluate(
     errors = {"test_error": test / len(split), "verified_error": unverified / len(split)}
     if not attack:
         return errors
+    settings = ("pgd_steps", "pgd_restarts", "pgd_verified_restarts", "pgd_step_size")
     return errors | {
         "pgd_error": pgd_count / len(split),
-        "pgd_steps": config.pgd_steps,
-        "pgd_restarts": config.pgd_restarts,
-        "pgd_verified_restarts": config.pgd_verified_restarts,
-        "pgd_step_size": config.pgd_step_size,
+        **{name: getattr(config, name) for name in settings},
         "examples": len(split),
         "contradictions": contradictions,
     }
@@ -83,43 +95,3 @@ def evaluate(
 
 def _predicted(model: nn.Module, x: Tensor) -> tuple[Tensor]:
     return (predict(model(x)),)
-
-
-def inputs(config: Config, split: datasets.Split) -> Tensor:
-    """Returns the split as the network takes it: float32 [N, C, H, W], in the space of eps."""
-    return runs.to_input(config).to(split.images.device)(split.pixels())
-
-
-def certificate(model: nn.Module, x: Tensor, y: Tensor, config: Config) -> Certificate:
-    """Computes the ordinary bounds of examples x [N, C, H, W], y [N] in the config's box."""
-    size = config.eval_batch_size
-    with _enough_memory("certification", config):
-        return certify(model, x, y, config.eps, config.clip, sound=False, batch_size=size)
-
-
-def broken(
-    model: nn.Module, x: Tensor, y: Tensor, config: Config, restarts: int, first: int
-) -> Tensor:
-    """Returns which of a batch x [B, C, H, W], y [B] the config's PGD breaks, [B] bool.
-
-    first is the number of the batch's first example: each batch has random starts of its own, from
-    it and the config's seed, so that it does not matter which process attacks it.
-    """
-    with _enough_memory("PGD", config):
-        return pgd(
-            model,
-            x,
-            y,
-            config.eps,
-            steps=config.pgd_steps,
-            restarts=restarts,
-            step_size=config.pgd_step_size,
-            clip=config.clip,
-            seed=int(np.random.SeedSequence((config.seed, first)).generate_state(1)[0]),
-            batch_size=config.eval_batch_size,
-        ).found
-
-
-def _enough_memory(doing: str, config: Config) -> AbstractContextManager[None]:
-    doing = f"{doing} with eval_batch_size={config.eval_batch_size}"
-    return enough_memory(doing, "take a smaller eval_batch_size")

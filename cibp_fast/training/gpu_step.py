@@ -124,19 +124,16 @@ class TrainStep:
     def run(self) -> None:
         """Takes one step."""
         with torch.cuda.device_of(self.images):  # Triton launches on the current device
-            self._run()
-
-    def _run(self) -> None:
-        streams, widths, y = self.forward()
-        self.loss = self._backward(streams, y)
-        if self.adam is None:
-            self.adam = Adam(self.table(), self.precision)
-        self.adam(self.now[1:2], self.at)
-        divisors = [float(self.divisors[i]) for i in (*self.counted, -1)]
-        add_figures(
-            self.loss.terms, widths, self.schedule, self.now, self.totals, self.at,
-            batch=self.batch_size, divisors=divisors,
-        )  # fmt: skip
+            streams, widths, y = self.forward()
+            self.loss = self._backward(streams, y)
+            if self.adam is None:
+                self.adam = Adam(self.table(), self.precision)
+            self.adam(self.now[1:2], self.at)
+            divisors = [float(self.divisors[i]) for i in (*self.counted, -1)]
+            add_figures(
+                self.loss.terms, widths, self.schedule, self.now, self.totals, self.at,
+                batch=self.batch_size, divisors=divisors,
+            )  # fmt: skip
 
     def capture(self) -> None:
         """Makes a CUDA graph of `run`, which is compiled and warmed up first, in a trial step."""

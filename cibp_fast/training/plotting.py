@@ -9,10 +9,11 @@ import math
 import os
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from itertools import zip_longest
+from operator import attrgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -22,7 +23,6 @@ import numpy as np
 from cibp_fast.training import runs
 from cibp_fast.training.config import Config, in_255ths
 from cibp_fast.training.files import make_folder, write_atomic
-from cibp_fast.training.schedules import LinearRamp, StepDecay
 
 METHOD_LABELS = {"nominal": "nominal", "ibp": "IBP", "cibp": "constrained IBP"}
 
@@ -90,9 +90,8 @@ def plot(run_dirs: Sequence[str | Path], output: str | Path) -> None:
         figure = Figure(figsize=(12, sum(heights)), layout="constrained")
         figure.suptitle(f"Training provably robust networks: {_task(groups)}", **TITLE)
         top, *below = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False).flat
-        measured = (
-            layered if len({_values(group.config, MEASURE) for group in layered}) == 1 else []
-        )
+        measures = {attrgetter(*MEASURE)(group.config) for group in layered}
+        measured = layered if len(measures) == 1 else []
         panels = top.subplots(1, 1 + bool(measured), squeeze=False).flat
         _draw_errors(panels[0], groups)
         if measured:
@@ -102,32 +101,32 @@ def plot(run_dirs: Sequence[str | Path], output: str | Path) -> None:
         _save(figure, output)
 
 
-def plot_schedules(config: Config, output: str | Path, epoch_steps: int | None = None) -> None:
+def plot_schedules(config: Config, output: str | Path, epoch_steps: int) -> None:
     """Draws the training eps, kappa and the learning rate against the step, to a file as `plot`.
 
-    epoch_steps: steps in an epoch, for a second axis of epochs; none where None. Raises ImportError
-    without matplotlib, ValueError for another ending or epoch_steps below 1, OSError for a file
-    that cannot be written.
+    epoch_steps: steps in an epoch, for a second axis of epochs. Raises ImportError without
+    matplotlib, ValueError for another ending, OSError for a file that cannot be written.
     """
     output = _checked(output)
-    if epoch_steps is not None and epoch_steps < 1:
-        raise ValueError(f"epoch_steps must be 1 or more, or None, not {epoch_steps}")
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    schedules: dict[str, LinearRamp | StepDecay] = {
+    schedules: dict[str, Callable[[int], float]] = {
         "training eps": config.eps_schedule(),
         "kappa": config.kappa_schedule(),
         "learning rate": config.lr_schedule(),
     }
+    # Between these steps all three are straight: where they bend, and just before, where they jump.
+    bends = {config.steps, *config.eps_ramp, *config.kappa_ramp, *config.lr_decay_at}
+    steps = sorted({0, *bends, *(step - 1 for step in bends if step)})
     with rc_context(STYLE):
         figure = Figure(figsize=(8, 6.5), layout="constrained")
         figure.suptitle(f"Schedules of {config.name}", **TITLE)
         panels = figure.subplots(len(schedules), 1, sharex=True)
         style = {"color": METHOD_COLOURS[config.method], "linewidth": 2}
         for axes, (name, schedule) in zip(panels, schedules.items(), strict=True):
-            steps, values = zip(*schedule.points(config.steps), strict=True)
-            axes.plot(steps, values, drawstyle=schedule.drawstyle, **style)
+            values = [schedule(step) for step in steps]
+            axes.plot(steps, values, **style)
             if name == "learning rate" and 0 < min(values) < max(values):
                 axes.set_yscale("log")
             else:
@@ -137,10 +136,8 @@ def plot_schedules(config: Config, output: str | Path, epoch_steps: int | None =
         axes.set_xlim(0, config.steps)
         axes.set_xlabel("step")
         axes.xaxis.set_major_formatter("{x:,.0f}")
-        if epoch_steps is not None:
-            scale = float(epoch_steps)
-            scales = (lambda step: step / scale, lambda epoch: epoch * scale)
-            panels[0].secondary_xaxis("top", functions=scales).set_xlabel("epoch")
+        scales = (lambda step: step / epoch_steps, lambda epoch: epoch * epoch_steps)
+        panels[0].secondary_xaxis("top", functions=scales).set_xlabel("epoch")
         _save(figure, output)
 
 
@@ -289,10 +286,9 @@ def _grouped(loaded: list[_Run]) -> list[list[_Run]]:
 
     The same seed twice is no sample of seeds: all runs of such a config stay apart.
     """
-    recipes: dict[tuple[Any, ...], list[_Run]] = {}
+    recipes: dict[Config, list[_Run]] = {}
     for run in loaded:
-        recipe = vars(run.config) | {"seed": None}
-        recipes.setdefault(tuple(recipe.values()), []).append(run)
+        recipes.setdefault(run.config.replace(seed=0), []).append(run)
     groups = []
     for members in recipes.values():
         distinct = len({run.config.seed for run in members}) == len(members)
@@ -340,17 +336,12 @@ def _task(groups: list[_Group]) -> str:
     return f"{config.dataset}, {networks}, eps = {eps}{space}"
 
 
-def _values(config: Config, names: Sequence[str]) -> tuple[Any, ...]:
-    return tuple(getattr(config, name) for name in names)
-
-
 # The panels
 
 
 def _draw_errors(axes: Any, groups: list[_Group]) -> None:
     """Draws the errors of all groups, and their final ones right of the curves' ends."""
     last = _last_epoch(groups)
-    least = math.inf
     for index, group in enumerate(groups):
         at = last * (1.02 + 0.02 * index)  # not on the marks of the groups before it
         finals = [run.final for run in group.runs if run.final]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fusions import F64, Functional, check, compare, conv_net, inputs, of_box, small
+from fusions import F64, Net, check, compare, conv_net, inputs, of_box, small
 from torch import nn
 from torch.nn.utils import prune
 
@@ -87,15 +87,6 @@ def test_parameters_and_modules_are_read_at_every_call() -> None:
 TWO: list[Any] = [2, [2], (2,), [2, 2], (1, 2), torch.Size([1, 2]), np.int64(2), [np.int64(1), 2]]
 SIZES: list[Any] = [1, [1, 1], [9, None], (None, 2), torch.Size([3, 4]), [np.int64(3), 2]]
 PADS: list[Any] = [[1, 0, 2, 1], [1, 2], np.int64(1), torch.Size([1, 1, 0, 0])]
-FLATTENS: list[Callable[[Any], Any]] = [
-    lambda x: x.view([x.size(0), -1]),
-    lambda x: x.view(size=(x.size(0), -1)),
-    lambda x: torch.reshape(x, shape=(-1, 48)),
-    lambda x: x.reshape(shape=[x.shape[0], np.int64(48)]),
-    lambda x: x.view(-1, np.int32(48)),
-    lambda x: x.flatten(np.int64(1)),
-    lambda x: x.flatten(-3),
-]
 
 
 def with_set(module: nn.Module, name: str, value: Any) -> nn.Module:
@@ -129,8 +120,6 @@ def test_sizes_as_torch_takes_them() -> None:
     model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Flatten(-3, 3), nn.Linear(168, 3))
     check(model.double(), 3, 2, 9, 8)
     check(nn.Sequential(nn.Flatten(np.int64(1)), nn.Linear(144, 3)).double(), 3, 2, 9, 8)
-    for flatten in FLATTENS:
-        check(Functional(flatten).double(), 2, 2, 10, 8)
 
 
 @pytest.mark.parametrize(
@@ -159,22 +148,6 @@ def test_lists_are_known_by_what_they_hold(layer: int, name: str, values: list[A
             assert planned(program, x[:1])[0] is first  # of any batch
             assert planned(program, x, fast=True)[0] != first
             compare(*of_box(net, x, Interval.ball(x, 0.1)))
-
-
-class Net(nn.Module):
-    """Two layers; `body` is its forward."""
-
-    def __init__(self, body: Callable[[Any, Any], Any] | None = None) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
-        self.calls, self.body = 0, body
-        self.double()
-
-    def forward(self, x: Any) -> Any:
-        return self.body(self, x) if self.body else self.rest(self.first(x))
-
-    def rest(self, x: Any) -> Any:
-        return self.last(F.relu(x))
 
 
 def ball() -> tuple[torch.Tensor, Interval]:

@@ -14,6 +14,7 @@ from fusions import (
     CHAINS,
     FLATTENS,
     Functional,
+    Net,
     compare,
     conv_net,
     inputs,
@@ -226,23 +227,6 @@ def test_layers_said_to_have_a_rule(kind: type[nn.Module]) -> None:
     x = torch.randn(shape)
     out = module(Interval.ball(x, 0.1, None))
     assert (out.lower <= module(x)).all() and (module(x) <= out.upper).all()
-
-
-class Net(nn.Module):
-    """Two layers; `body` is its forward."""
-
-    def __init__(self, body: Body) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
-        self.register_buffer("mask", torch.ones(5))
-        self.calls, self.body = 0, body
-        self.double()
-
-    def forward(self, x: Any) -> Any:
-        return self.body(self, x)
-
-    def rest(self, x: Any) -> Any:
-        return self.last(F.relu(x))
 
 
 def within(make: Callable[[], AbstractContextManager[Any]]) -> Body:

@@ -180,19 +180,54 @@ def tree(tmp_path: Path) -> Tree:
     return Tree(tmp_path)
 
 
-@pytest.mark.parametrize("choice", ["auto", "1", None])
-def test_built_where_nvcc_is(choice: str | None, tree: Tree) -> None:
+def break_nvcc(tree: Tree, how: str) -> None:
+    path = tree.folder / "bin/nvcc"
+    if how == "absent":
+        path.unlink()
+    elif how == "old":
+        path.write_text(path.read_text().replace("sm_75\\nsm_80\\nsm_90", "sm_70"))
+    elif how == "fails":
+        path.with_name("nvcc.fails").touch()
+
+
+ABSENT = "there is no nvcc in bin of CUDA_HOME or CUDA_PATH"
+OLD = "does not compile for sm_80 and sm_90: CUDA 12 or newer is needed"
+
+
+# CIBP_FAST_CUDA, how nvcc is, whether there are CUDA kernels (None: nothing is built), what is said
+@pytest.mark.parametrize(
+    ("choice", "nvcc", "built", "says"),
+    [
+        *((choice, "good", True, "") for choice in ("auto", "1", None)),
+        ("auto", "fails", False, "bin/nvcc failed: no CUDA kernels"),
+        ("1", "fails", None, "the CUDA kernels did not compile"),
+        ("auto", "absent", False, ""),  # nobody without CUDA asked for it
+        ("1", "absent", None, ABSENT),
+        ("auto", "old", False, OLD),
+        ("1", "old", None, OLD),
+        ("yes", "good", None, "CIBP_FAST_CUDA='yes': auto, 0 and 1 are allowed"),
+    ],
+)
+def test_what_is_built(
+    choice: str | None, nvcc: str, built: bool | None, says: str, tree: Tree
+) -> None:
+    break_nvcc(tree, nvcc)
     result = tree.build(choice)
-    assert result.returncode == 0, result.stderr
-    assert tree.modules() == {*CPU, "_cuda"}
-    ninja = next(tree.folder.glob("build/ninja-*/build.ninja")).read_text()
-    # kernel.cu for all, with the last one's intermediate code, and kernel_sm90a.cu for one
-    flags = re.findall(r"-gencode=\S+", ninja)
-    assert flags.count("-gencode=arch=compute_80,code=sm_80") == 1
-    assert flags.count("-gencode=arch=compute_90a,code=sm_90a") == 2
-    assert any("code=[sm_100,compute_100]" in flag for flag in flags)
-    assert len(flags) == 4
-    assert "sm_80 sm_90a sm_100" in ninja
+    assert (result.returncode == 0) == (built is not None), result.stderr
+    assert says in result.stderr and (says or ABSENT not in result.stderr)
+    if built is not None:
+        assert tree.modules() == (CPU | {"_cuda"} if built else CPU)
+    if (choice, nvcc) == ("auto", "fails"):
+        assert "no such GPU" in result.stdout
+    if built:
+        ninja = next(tree.folder.glob("build/ninja-*/build.ninja")).read_text()
+        # kernel.cu for all, with the last one's intermediate code, and kernel_sm90a.cu for one
+        flags = re.findall(r"-gencode=\S+", ninja)
+        assert flags.count("-gencode=arch=compute_80,code=sm_80") == 1
+        assert flags.count("-gencode=arch=compute_90a,code=sm_90a") == 2
+        assert any("code=[sm_100,compute_100]" in flag for flag in flags)
+        assert len(flags) == 4
+        assert "sm_80 sm_90a sm_100" in ninja
 
 
 def test_not_built_by_choice_and_an_old_one_goes(tree: Tree) -> None:
@@ -201,39 +236,3 @@ def test_not_built_by_choice_and_an_old_one_goes(tree: Tree) -> None:
     assert result.returncode == 0
     assert "nvcc" not in result.stderr
     assert tree.modules() == CPU
-
-
-def test_auto_goes_on_where_nvcc_fails(tree: Tree) -> None:
-    (tree.folder / "bin/nvcc.fails").touch()
-    result = tree.build("auto")
-    assert result.returncode == 0
-    assert "bin/nvcc failed: no CUDA kernels" in result.stderr
-    assert "no such GPU" in result.stdout
-    assert tree.modules() == CPU
-    result = tree.build("1")
-    assert result.returncode != 0
-    assert "the CUDA kernels did not compile" in result.stderr
-
-
-@pytest.mark.parametrize("nvcc", ["none", "old"])
-def test_without_an_nvcc_that_will_do(nvcc: str, tree: Tree) -> None:
-    path = tree.folder / "bin/nvcc"
-    if nvcc == "none":
-        path.unlink()
-        why = "there is no nvcc in bin of CUDA_HOME or CUDA_PATH"
-    else:
-        path.write_text(path.read_text().replace("sm_75\\nsm_80\\nsm_90", "sm_70"))
-        why = "does not compile for sm_80 and sm_90: CUDA 12 or newer is needed"
-    result = tree.build("auto")
-    assert result.returncode == 0, result.stderr
-    assert (why in result.stderr) == (nvcc == "old")  # nobody without CUDA asked for it
-    assert tree.modules() == CPU
-    result = tree.build("1")
-    assert result.returncode != 0
-    assert why in result.stderr
-
-
-def test_other_choices_are_refused(tree: Tree) -> None:
-    result = tree.build("yes")
-    assert result.returncode != 0
-    assert "CIBP_FAST_CUDA='yes': auto, 0 and 1 are allowed" in result.stderr

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import cuda_host
 import pytest
@@ -235,26 +237,6 @@ def test_first_conv2d_grad_weight(
         assert ((value - truth).abs() <= tolerance * size).all()
 
 
-@pytest.mark.parametrize("stream", [0, 1, 2])
-def test_first_conv2d_keeps_nan(stream: int, cuda: ModuleType) -> None:
-    """A NaN reaches what depends on it, and nothing else."""
-    g = SHAPES["large cifar"]
-    x, (weight, bias) = box(g, 3, "bf16"), parameters(g)
-    x[stream, 0, 5, 6, 1] = torch.nan
-    touched = torch.zeros(pixels(g), dtype=torch.bool)
-    touched[:, 4:7, 5:8] = True
-    out, width = forward(cuda, g, x, weight, bias, precision="bf16")
-    for s, each in enumerate(out):
-        expected = touched if (s == 2) == (stream == 2) else torch.zeros_like(touched)
-        assert torch.equal(each.isnan(), expected)
-    assert width.isnan() == (stream != 2)
-
-    of_weight, _ = gradient(cuda, g, x, torch.ones_like(out), weight, "bf16")
-    nan = torch.zeros_like(weight, dtype=torch.bool)
-    nan[:, 1] = True
-    assert torch.equal(of_weight.isnan(), nan)
-
-
 def test_first_conv2d_refuses(cuda: ModuleType) -> None:
     large = convolution(1, 4, (100, 100), 4, (9, 9), dilation=(10, 10))
     message = "an output reads 81 x 81 inputs of 4 channels; at most 2048 inputs"
@@ -323,16 +305,25 @@ def test_packed_weight_keeps_nan(precision: str, cuda: ModuleType) -> None:
     assert (packed == 1).sum() == weight.numel() - 1
 
 
-def test_halo_conv2d_keeps_nan(cuda: ModuleType) -> None:
-    shape = convolution(1, 32, (6, 9), 64, (3, 3), padding=(1, 1, 1, 1))
-    x, (weight, bias) = box(shape, 3, "bf16"), parameters(shape)
-    x[1, 0, 3, 7, 5] = torch.nan
-    out, width = halo(cuda, shape, x, weight, bias, "bf16")
-    touched = torch.zeros(pixels(shape), dtype=torch.bool)
-    touched[:, 2:5, 6:9] = True
-    for s, expected in enumerate([touched, touched, torch.zeros_like(touched)]):
-        assert torch.equal(out[s].isnan(), expected)
-    assert width.isnan()
+@pytest.mark.parametrize("stream", [0, 1, 2])
+@pytest.mark.parametrize("run", [forward, halo])
+def test_nan_stays(run: Callable[..., Any], stream: int, cuda: ModuleType) -> None:
+    """It reaches what depends on it, and nothing else."""
+    g = SHAPES["large cifar"] if run is forward else HALOS["one tile"]
+    x, (weight, bias) = box(g, 3, "bf16"), parameters(g)
+    x[stream, 0, 5, 6, 1] = torch.nan
+    touched = torch.zeros(pixels(g), dtype=torch.bool)
+    touched[:, 4:7, 5:8] = True
+    out, width = run(cuda, g, x, weight, bias, precision="bf16")
+    for s, each in enumerate(out):
+        expected = touched if (s == 2) == (stream == 2) else torch.zeros_like(touched)
+        assert torch.equal(each.isnan(), expected)
+    assert width.isnan() == (stream != 2)
+    if run is forward:
+        of_weight, _ = gradient(cuda, g, x, torch.ones_like(out), weight, "bf16")
+        nan = torch.zeros_like(weight, dtype=torch.bool)
+        nan[:, 1] = True
+        assert torch.equal(of_weight.isnan(), nan)
 
 
 @pytest.mark.slow

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from gpu_steps import stored
 from torch import Tensor
-from tritons import DEVICE, PRECISIONS
+from tritons import PRECISIONS
 
 from cibp_fast.kernels.adam import Adam, Parameter
 from cibp_fast.kernels.precision import PRECISIONS as STORED
@@ -26,10 +24,7 @@ SHAPES = [
 BIASES = [1, 5, 140]
 
 
-@pytest.fixture(autouse=True)
-def _on_device() -> Iterator[None]:
-    with torch.device(DEVICE):
-        yield
+pytestmark = pytest.mark.usefixtures("on_device")
 
 
 def copies(weight: Tensor, precision: str) -> tuple[Tensor, Tensor]:

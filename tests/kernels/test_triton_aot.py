@@ -54,18 +54,17 @@ def step(name: str, precision: str) -> None:
     ).run()  # fmt: skip
 
 
-def convolution(numbers: list[Any], precision: str, descriptors: bool = False) -> None:
+def convolution(shape: Shape, precision: str, descriptors: bool = False) -> None:
     """Launches the kernels of one between others. descriptors: which load by those, if they can."""
-    case = numerics.Case(shape_from(numbers), precision, "cpu")
+    case = numerics.Case(shape, precision, "cpu")
     for kernel in KERNELS:
-        tiles = tiles_for(kernel, case.shape, PRECISIONS[precision])
+        tiles = tiles_for(kernel, shape, PRECISIONS[precision])
         by_them = descriptors and kernel != "weight_gradient"
         case.launch(kernel, tiles._replace(descriptors=by_them))
 
 
-def layer(numbers: list[Any], precision: str, streams: int) -> None:
+def layer(shape: Shape, precision: str, streams: int) -> None:
     """Launches the kernels of a single convolution, from bounds to bounds."""
-    shape = shape_from(numbers)
     dtype, images = PRECISIONS[precision].dtype, (streams, shape.batch)
     size, out_size, kernel = shape[1:4], shape[4:7], shape[7:9]
     x, gradient = (
@@ -79,10 +78,6 @@ def layer(numbers: list[Any], precision: str, streams: int) -> None:
     conv2d.forward(x, weight, bias, *of, relu=False, bounds=bounds)
     conv2d.input_gradient(gradient, transposed, *of, bounds=wanted)
     conv2d.weight_gradient(gradient, x, weight, *of)
-
-
-def shape_from(numbers: list[Any]) -> Shape:
-    return Shape(*(tuple(each) if isinstance(each, list) else each for each in numbers))
 
 
 def channelwise(precision: str) -> None:
@@ -128,7 +123,7 @@ def losses(precision: str, batch: int, classes: int, features: int) -> None:
 
 
 def job(capability: int, launch: Callable[..., None], *arguments: Any) -> Job:
-    return Job(f"{__name__}:{launch.__name__}", list(arguments), capability)
+    return Job(launch, arguments, capability)
 
 
 def check(found: list[Binary], capability: int) -> None:

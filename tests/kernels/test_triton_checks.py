@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from tritons import DEVICE, PRECISIONS, large_tiles
+from tritons import DEVICE, PRECISIONS
 
 import cibp_fast as cf
 from cibp_fast import Interval, environment, ops
@@ -25,35 +25,8 @@ from cibp_fast.ops import backends, checks, gpu_network, library, numerics
 from cibp_fast.training import gpu_step, gpu_step_check
 
 CONVOLUTION = Shape(2, 3, 7, 6, 5, 4, 3, 3, 3, (2, 2), (1, 1), (1, 1))
-CHANNELS_LAST = CONVOLUTION._replace(channels_last=True)
 LINEAR = Shape(3, 20, 1, 1, 6, 1, 1, 1, 1)
-
-
-@pytest.fixture(autouse=True)
-def _large_tiles() -> Iterator[None]:
-    with large_tiles():
-        yield
-
-
-@pytest.fixture
-def auto(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[dict[str, str]]:
-    """Makes backend="auto" choose Triton on DEVICE; gives what is known of its kernels."""
-    known: dict[str, str] = {}
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(checks, "_known", lambda: known)
-    monkeypatch.setattr(backends, "_cpu_obstacle", lambda device, dtype: "")
-    select = backends.select
-
-    def chosen(backend: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-        return select("triton" if backend == "auto" else backend, device, dtype)
-
-    monkeypatch.setattr(backends, "select", chosen)
-    if DEVICE == "cpu":
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    torch._dynamo.reset()
-    yield known
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("large")
 
 
 def test_fuse_compiles_as_one_graph(auto: dict[str, str]) -> None:
@@ -153,82 +126,132 @@ def changed(function: Callable[..., Any], change: Callable[[Any], None]) -> Call
     return wrong
 
 
-def _first_pixel(result: Any) -> None:
+def _first_pixel(result: Any, *_: Any) -> None:
     result.view(-1)[:4].add_(4)
 
 
-def _a_nan(result: tuple[Tensor, ...]) -> None:
+def _a_nan(result: tuple[Tensor, ...], *_: Any) -> None:
     result[0].view(-1)[-1] = torch.nan
 
 
-# a wrong kernel of each kind: where it is, what is done to what it returns, the check, its words
-FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any], str, str]] = {
+def _not_active(stream: str) -> Callable[..., Any]:
+    """Changes the gradient of units behind a ReLU that are not active."""
+
+    def change(result: Tensor, arguments: Any, options: Any) -> None:
+        if options.get("relu"):
+            m, r, z = options["x"]
+            at = (0, (m == 0) & (r == 0)) if stream == "bounds" else (2, z == 0)
+            result[at[0]][at[1]] += 1
+
+    return change
+
+
+def _updated(field: str) -> Callable[..., Any]:
+    """Changes what Adam made of a parameter's field."""
+    return lambda result, arguments, _: getattr(arguments[0].parameters[0], field).mul_(1.1)
+
+
+def _where(is_wrong: Callable[[Any, Any], bool]) -> Callable[..., Any]:
+    """Changes the first pixel of the calls with some arguments and options."""
+
+    def change(result: Any, arguments: Any, options: Any) -> None:
+        if is_wrong(arguments, options):
+            _first_pixel(result[0] if isinstance(result, tuple) else result)
+
+    return change
+
+
+# a wrong kernel of each kind: where it is, what is done to its results (which also knows arguments
+# and options of the call), the check, its words
+Fault = tuple[Any, str, Callable[..., Any], str, str]
+FAULTS: dict[str, Fault] = {
     "packed": (pack, "pack", _first_pixel, "network", "packing"),
     "packed weight": (gpu_network, "pack_weight", _a_nan, "network", "the forward of layer 1"),
     "a NaN dropped": (
-        conv2d, "forward", lambda r: r[0].nan_to_num_(), "network",
+        conv2d, "forward", lambda r, *_: r[0].nan_to_num_(), "network",
         "the forward of layer 1 with NaN",
     ),
-    "pooled": (pool, "forward", lambda r: r.mul_(1.1), "network", "the forward of layer 2"),
+    "pooled": (pool, "forward", lambda r, *_: r.mul_(1.1), "network", "the forward of layer 2"),
     "pooled gradient": (
         pool, "input_gradient", _first_pixel, "network", "the gradient of weight 1",
     ),
     "summed": (gpu_network, "sum_partials", _first_pixel, "network", "the gradient of weight 3"),
     "packed gradient": (
-        pack, "pack_gradient", lambda r: r[1].mul_(1.1), "network", "the gradient of weight 3",
+        pack, "pack_gradient", lambda r, *_: r[1].mul_(1.1), "network", "the gradient of weight 3",
+    ),
+    "bounds not active": (
+        conv2d, "input_gradient", _not_active("bounds"), "network", "the gradient of weight 2 is",
+    ),
+    "nominal not active": (
+        conv2d, "input_gradient", _not_active("nominal"), "network", "the gradient of weight 2 is",
     ),
     "bounds": (
-        layers.conv2d, "forward", lambda r: r[1].mul_(1.1), "convolution", "a layer: forward",
+        layers.conv2d, "forward", lambda r, *_: r[1].mul_(1.1), "convolution", "a layer: forward",
     ),
     "layer's gradient": (
-        layers.conv2d, "weight_gradient", lambda r: r[0][-1].zero_(), "linear",
+        layers.conv2d, "weight_gradient", lambda r, *_: r[0][-1].zero_(), "linear",
         "a layer: backward",
     ),
     "rectified": (
-        layers, "relu_forward", lambda r: r[0].neg_(), "relu", "ReLU of 3077 numbers: forward",
+        layers, "relu_forward", lambda r, *_: r[0].neg_(), "relu", "ReLU of 3077 numbers: forward",
     ),
     "before ReLU": (layers, "relu_backward", _a_nan, "relu", "ReLU of 3077 numbers: backward"),
-    "batch": (gpu_step, "make_batch", lambda r: r[0][0, 0, 0, 0].add_(1), "step", "the batch"),
+    "batch": (gpu_step, "make_batch", lambda r, *_: r[0][0, 0, 0, 0].add_(1), "step", "the batch"),
     "loss": (
-        gpu_step, "loss", lambda r: r.terms[:, 1].mul_(1.0001), "step", "the last layer's loss",
+        gpu_step, "loss", lambda r, *_: r.terms[:, 1].mul_(1.0001), "step", "the last layer's loss",
     ),
     "its gradient": (
-        gpu_step, "loss", lambda r: r.grad_x[1].mul_(1.02), "step",
+        gpu_step, "loss", lambda r, *_: r.grad_x[1].mul_(1.02), "step",
         "the gradients in front of it",
     ),
     "hidden gradient": (
-        conv2d, "weight_gradient", lambda r: r[0][-1].zero_(), "step", "the gradients",
+        conv2d, "weight_gradient", lambda r, *_: r[0][-1].zero_(), "step", "the gradients",
     ),
     "figures": (
-        gpu_step, "add_figures", lambda r: None, "step", "the figures",
+        gpu_step, "add_figures", lambda r, a, o: a[4].mul_(1.1), "step", "the figures",
     ),
-    "moments": (
-        Adam, "__call__", lambda r: r.exp_avg_sq.mul_(1.1), "step", "the second moments",
+    "moments": (Adam, "__call__", _updated("exp_avg_sq"), "step", "the second moments"),
+    "parameters": (Adam, "__call__", _updated("master"), "step", "the parameters"),
+    "copies": (Adam, "__call__", _updated("transposed"), "step", "the weights' copies"),
+}  # fmt: skip
+# the same of one way that a network runs a kernel in; in float32
+WAYS: dict[str, Fault] = {
+    "no bias": (
+        conv2d, "forward", _where(lambda a, o: a[2] is None), "without ReLU",
+        "the forward of layer 1",
     ),
-    "parameters": (
-        Adam, "__call__", lambda r: r.master.mul_(1.1), "step", "the parameters",
+    "no ReLU behind": (
+        conv2d, "forward", _where(lambda a, o: not o["relu"] and o["bounds"] is None),
+        "without ReLU", "the forward of layer 3",
     ),
-    "copies": (
-        Adam, "__call__", lambda r: r.transposed.mul_(1.1), "step", "the weights' copies",
+    "a ReLU in front": (
+        conv2d, "input_gradient", _where(lambda a, o: o["relu"]), "network",
+        "the gradient of weight 2",
+    ),
+    "no gradient of a width": (
+        pool, "input_gradient", _where(lambda a, o: o["width"] is None), "without ReLU",
+        "the gradient of weight 1 from the logits",
+    ),
+    "a gradient of a head": (
+        conv2d, "input_gradient", _where(lambda a, o: o["head"] is not None), "without ReLU",
+        "the gradient of weight 2",
     ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", [*FAULTS, *WAYS])
 def test_faults_are_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the precision of the widest tolerances."""
-    module, name, change, check, part = FAULTS[fault]
+    """In the precision of the widest tolerances, but for the ways of a network."""
+    module, name, change, check, part = (FAULTS | WAYS)[fault]
     function = getattr(module, name)
 
     def wrong(*arguments: Any, **options: Any) -> Any:
-        if name == "add_figures":
-            options["batch"] += 1
         result = function(*arguments, **options)
-        change(arguments[0].parameters[0] if module is Adam else result)
+        change(result, arguments, options)
         return result
 
     monkeypatch.setattr(module, name, wrong)
-    why = checks._run(lambda: CHECKS[check]("bf16"))
+    why = checks._run(lambda: CHECKS[check]("bf16" if fault in FAULTS else "float32"))
     assert why.startswith(part) and why.endswith("relative to float64")
 
 
@@ -251,65 +274,6 @@ def test_a_wrong_network_runs_layer_by_layer(
     assert torch.equal(cf.fuse(model).bounds(x, box).widths, expected[1].widths) and not called
     cf.fuse(model, backend="triton").bounds(x, box)
     assert called
-
-
-# what a fault is in: where it is, with which arguments and options, and what is named
-WAYS: dict[str, tuple[Any, str, Callable[[Any, Any], bool], str]] = {
-    "no bias": (conv2d, "forward", lambda a, o: a[2] is None, "the forward of layer 1"),
-    "no ReLU behind": (
-        conv2d, "forward", lambda a, o: not o["relu"] and o["bounds"] is None,
-        "the forward of layer 3",
-    ),
-    "a ReLU in front": (
-        conv2d, "input_gradient", lambda a, o: o["relu"], "the gradient of weight 2",
-    ),
-    "no gradient of a width": (
-        pool, "input_gradient", lambda a, o: o["width"] is None,
-        "the gradient of weight 1 from the logits",
-    ),
-    "a gradient of a head": (
-        conv2d, "input_gradient", lambda a, o: o["head"] is not None, "the gradient of weight 2",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_a_network_is_checked_as_it_runs(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, name, is_wrong, part = WAYS[way]
-    function = getattr(module, name)
-
-    def wrong(*arguments: Any, **options: Any) -> Any:
-        result = function(*arguments, **options)
-        if is_wrong(arguments, options):
-            out = result[0] if isinstance(result, tuple) else result
-            out.view(-1)[:4].add_(4)
-        return result
-
-    monkeypatch.setattr(module, name, wrong)
-    check = "network" if way == "a ReLU in front" else "without ReLU"
-    why = checks._run(lambda: CHECKS[check]("float32"))
-    assert part in why, why
-
-
-@pytest.mark.parametrize("stream", ["bounds", "nominal"])
-def test_units_that_are_not_active_are_checked(
-    stream: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    function = conv2d.input_gradient
-
-    def wrong(*arguments: Any, **options: Any) -> Tensor:
-        result = function(*arguments, **options)
-        if options.get("relu"):
-            m, r, z = options["x"]
-            if stream == "bounds":
-                result[0][(m == 0) & (r == 0)] += 1
-            else:
-                result[2][z == 0] += 1
-        return result
-
-    monkeypatch.setattr(conv2d, "input_gradient", wrong)
-    why = checks._run(lambda: CHECKS["network"]("bf16"))
-    assert why.startswith("the gradient of weight 2 is wrong on this GPU")
 
 
 @pytest.mark.parametrize("size", [10, 10**6])
@@ -397,6 +361,10 @@ def test_a_capture_is_no_time_to_check(
     assert not auto
 
 
+def outcome(of: str, check: Callable[[], numerics.Errors] = lambda: {"it": (0.0, 1e-5)}) -> str:
+    return checks.failure_reason((of,), [], "float32", torch.device(DEVICE), check)
+
+
 def test_a_check_that_cannot_run(auto: dict[str, str]) -> None:
     """A lack of memory is not kept."""
 
@@ -406,18 +374,15 @@ def test_a_check_that_cannot_run(auto: dict[str, str]) -> None:
 
         return run
 
-    device = torch.device(DEVICE)
     none = check(torch.OutOfMemoryError("of 80 GiB"))
     with pytest.warns(RuntimeWarning, match="PyTorch runs what Triton's kernels should: there is"):
-        assert checks.failure_reason(("this",), [], "float32", device, none) == checks.NO_MEMORY
+        assert outcome("this", none) == checks.NO_MEMORY
     assert not auto
-    assert (
-        checks.failure_reason(("this",), [], "float32", device, lambda: {"it": (0.0, 1e-5)}) == ""
-    )
+    assert outcome("this") == ""
     broken = check(RuntimeError("no cubin"))
     why = "its kernels do not run here (RuntimeError: no cubin)"
     with pytest.warns(RuntimeWarning, match="PyTorch runs what Triton's kernels should: its ker"):
-        assert checks.failure_reason(("that",), [], "float32", device, broken) == why
+        assert outcome("that", broken) == why
     assert list(auto.values()) == ["", why]
 
 
@@ -429,20 +394,15 @@ def test_info_says_what_was_checked(auto: dict[str, str], monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     row = "checks on cuda:0"
     assert dict(environment._checked())[row] == "0 passed"
-    device = torch.device(DEVICE)
-    assert (
-        checks.failure_reason(("this",), [], "float32", device, lambda: {"it": (0.0, 1e-5)}) == ""
-    )
+    assert outcome("this") == ""
     with pytest.warns(RuntimeWarning, match="PyTorch runs"):
-        checks.failure_reason(("that",), [], "float32", device, lambda: {"it": (1.0, 1e-5)})
+        outcome("that", lambda: {"it": (1.0, 1e-5)})
     assert dict(environment._checked())[row] == (
         "1 passed; when last checked these failed: it is wrong on this GPU, by 1.0e+00 relative to "
         "float64 (of that [])"
     )
     auto.clear()  # another process, in which it passes
-    assert (
-        checks.failure_reason(("that",), [], "float32", device, lambda: {"it": (0.0, 1e-5)}) == ""
-    )
+    assert outcome("that") == ""
     assert checks.summary(gpu) == "2 passed"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "another GPU")
     assert checks.summary(gpu) == "0 passed"

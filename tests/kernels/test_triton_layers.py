@@ -31,18 +31,13 @@ pytestmark = pytest.mark.skipif(
 F32 = torch.float32
 
 
+@pytest.mark.parametrize("calls", [convolutions, linear_layers])
 @settings(max_examples=12)
 @given(data=st.data(), used=subsets(OUTPUTS), wanted=subsets(INPUTS))
-def test_conv2d(data: st.DataObject, used: Any, wanted: Any) -> None:
-    case = data.draw(convolutions(F32))
-    assume(case.geometry[3] == 1 and case.lower.numel() < 2000)
+def test_affine(calls: Any, data: st.DataObject, used: Any, wanted: Any) -> None:
+    case = data.draw(calls(F32))
+    assume(case.op == "linear" or (case.geometry[3] == 1 and case.lower.numel() < 2000))
     check(case, "triton", used=used, wanted=wanted)
-
-
-@settings(max_examples=12)
-@given(data=st.data(), used=subsets(OUTPUTS), wanted=subsets(INPUTS))
-def test_linear(data: st.DataObject, used: Any, wanted: Any) -> None:
-    check(data.draw(linear_layers(F32)), "triton", used=used, wanted=wanted)
 
 
 @settings(max_examples=12)

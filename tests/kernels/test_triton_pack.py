@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -29,10 +29,7 @@ COLOR = split(13, 3, 12, 10)
 NORMALIZE = Normalize(*datasets.CHANNEL_STATS["cifar10"])
 
 
-@pytest.fixture(autouse=True)
-def _on_device() -> Iterator[None]:
-    with torch.device(DEVICE):
-        yield
+pytestmark = pytest.mark.usefixtures("on_device")
 
 
 def equal(actual: Tensor, expected: Tensor) -> bool:

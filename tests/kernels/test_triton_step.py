@@ -17,12 +17,11 @@ from gpu_steps import split, train_step
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
-from tritons import DEVICE, large_tiles
+from tritons import DEVICE
 
 import cibp_fast as cf
 from cibp_fast import models
 from cibp_fast.kernels.adam import Adam
-from cibp_fast.ops import backends, checks
 from cibp_fast.training import datasets, gpu_step, loop, runs
 from cibp_fast.training.batches import draw, epoch_plan
 from cibp_fast.training.config import Config, preset
@@ -32,13 +31,7 @@ interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="looks into the interp
 OPTIONS: dict[str, Any] = {"batch_size": 4, "clip": None, "width_weight": 0.3, "mean": True}
 
 
-@pytest.fixture(autouse=True)
-def _large_tiles() -> Iterator[None]:
-    with large_tiles():
-        yield
-
-
-# Steps
+pytestmark = pytest.mark.usefixtures("large")
 
 
 @pytest.fixture
@@ -258,20 +251,11 @@ def test_what_the_step_cannot_do_the_loop_does(tmp_path: Path, replays: list[int
 def test_auto_trains_by_steps_that_were_checked(
     tmp_path: Path,
     replays: list[int],
+    auto: dict[str, str],
     wrong: bool,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """As on a GPU: "auto" chooses Triton."""
-    select = backends.select
-    monkeypatch.setattr(
-        backends, "select", lambda name, *of: select("triton" if name == "auto" else name, *of)
-    )
-    known: dict[str, str] = {}
-    monkeypatch.setattr(checks, "_known", lambda: known)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     if wrong:
         update = Adam.__call__
         monkeypatch.setattr(Adam, "__call__", lambda self, lr, at: update(self, 2 * lr, at))

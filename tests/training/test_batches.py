@@ -15,34 +15,18 @@ def _split(count: int) -> datasets.Split:
     return datasets.Split(images, torch.arange(count))
 
 
-def test_batches_visit_every_example_once_and_leave_out_the_incomplete_last():
-    seen = torch.cat([y for _, y in epoch_batches(_split(10), 3, seed=0, epoch=1)])
-    assert len(seen) == 9 and len(seen.unique()) == 9
-
-
 def test_batches_keep_images_and_labels_together_as_floats():
     for x, y in epoch_batches(_split(10), 5, seed=0, epoch=1):
         assert x.dtype == torch.float32
         assert torch.equal(x.flatten(), y / 255)
 
 
-def test_batches_depend_on_seed_and_epoch_alone():
-    def order(seed: int, epoch: int) -> list[int]:
-        chosen = epoch_batches(_split(50), 10, seed=seed, epoch=epoch)
-        return torch.cat([y for _, y in chosen]).tolist()
-
-    first = order(0, 1)
-    torch.manual_seed(1234)
-    assert order(0, 1) == first
-    assert order(0, 2) != first
-    assert order(1, 1) != first
-
-
 def test_order_is_numpys_permutation_of_seed_and_epoch():
+    """Without what makes no batch."""
     order = np.random.default_rng((3, 5)).permutation(20)
     for augmentation in AUGMENTATIONS:
-        chosen = epoch_batches(_split(20), 4, seed=3, epoch=5, augmentation=augmentation)
-        assert torch.cat([y for _, y in chosen]).tolist() == order.tolist()
+        chosen = epoch_batches(_split(20), 3, seed=3, epoch=5, augmentation=augmentation)
+        assert torch.cat([y for _, y in chosen]).tolist() == order[:18].tolist()
 
 
 def _pictures(count: int, channels: int = 2, height: int = 7, width: int = 6) -> datasets.Split:
@@ -120,19 +104,6 @@ def test_ranks_together_are_the_batch_of_one_process(world_size, augmentation):
     _assert_same(joined, _all(_pictures(33), 6, **options))
 
 
-def test_augmentation_depends_on_seed_and_epoch_alone():
-    def epoch(**options) -> torch.Tensor:
-        return torch.cat([x for x, _ in _all(flat, 8, augmentation="crop-flip", **options)])
-
-    # One image many times: its versions differ by what was drawn, not by the order.
-    flat = datasets.Split(_pictures(1).images.expand(32, -1, -1, -1), torch.zeros(32, dtype=int))
-    first = epoch()
-    torch.manual_seed(1234)
-    assert torch.equal(epoch(), first)
-    assert not torch.equal(epoch(seed=2), first)
-    assert not torch.equal(epoch(epoch=3), first)
-
-
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS)
 @pytest.mark.parametrize("device", ["meta", "cuda"])
 def test_batches_are_made_where_the_examples_are(device, augmentation):
@@ -146,25 +117,6 @@ def test_batches_are_made_where_the_examples_are(device, augmentation):
         assert other_x.shape == x.shape and other_x.dtype == x.dtype
         if device == "cuda":
             assert torch.equal(other_x.cpu(), x) and torch.equal(other_y.cpu(), y)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"batch_size": 0}, "batch_size must be from 1 to the 33 training examples, not 0"),
-        ({"batch_size": 34}, "batch_size must be from 1 to the 33 training examples, not 34"),
-        ({"augmentation": "flip"}, "augmentation must be one of none, crop-flip, not 'flip'"),
-        ({"first": -1}, "first must be from 0 to the 5 batches of an epoch, not -1"),
-        ({"first": 6}, "first must be from 0 to the 5 batches of an epoch, not 6"),
-        ({"world_size": 4}, "batch_size must be divisible by world_size: 6 is not by 4"),
-        ({"world_size": 0}, "world_size must be at least 1, not 0"),
-        ({"rank": 1}, "rank must be from 0 to 0, not 1"),
-        ({"rank": -1, "world_size": 2}, "rank must be from 0 to 1, not -1"),
-    ],
-)
-def test_bad_options_of_batches(options, message):
-    with pytest.raises(ValueError, match=message):
-        _all(_pictures(33), **{"batch_size": 6, **options})
 
 
 def test_crops_one_by_one_are_those_at_once():

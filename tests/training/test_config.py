@@ -31,56 +31,54 @@ def test_the_names_are_those_of_the_modules_that_config_does_not_import():
     assert tuple(CHANNEL_STATS) == config.NORMALIZED
 
 
-def test_the_recipe_of_the_quickstart():
-    cibp, ibp = preset("mnist5k-small-0.1-cibp"), preset("mnist5k-small-0.1-ibp")
-    assert cibp.replace(method="ibp", width_weight=0.0) == ibp
-    assert (cibp.steps, cibp.batch_size, cibp.clip) == (3000, 100, (0.0, 1.0))
-    assert (cibp.width_weight, cibp.width, cibp.width_reduction) == (1.0, "post", "mean")
-    eps, kappa, lr = cibp.eps_schedule(), cibp.kappa_schedule(), cibp.lr_schedule()
-    assert [eps(0), eps(450), eps(1125), eps(2999)] == pytest.approx([0, 0.04, 0.1, 0.1])
-    assert [kappa(0), kappa(225), kappa(3000)] == [1, 1, 0.5]
-    assert [lr(0), lr(2099)] == [1e-3, 1e-3]
-    assert [lr(2100), lr(2700)] == pytest.approx([1e-4, 1e-5])
+# What presets set: fields, and each schedule's values at steps.
+STD = (0.2470, 0.2435, 0.2616)
+RECIPES = {
+    "mnist5k-small-0.1-cibp": (
+        {"steps": 3000, "batch_size": 100, "clip": (0.0, 1.0), "width_weight": 1.0},
+        {"eps": {0: 0, 450: 0.04, 1125: 0.1, 2999: 0.1}, "kappa": {0: 1, 225: 1, 3000: 0.5}},
+        {"lr": {0: 1e-3, 2099: 1e-3, 2100: 1e-4, 2700: 1e-5}},
+    ),
+    "mnist-small-0.4-cibp": (  # the authors'
+        {"steps": 60_000, "batch_size": 100, "clip": None, "width": "post", "width_weight": 1.0},
+        {"width_reduction": "mean", "pgd_steps": 200, "pgd_restarts": 10, "pgd_step_size": 0.01},
+        {"eps": {0: 0, 5_000: 0.2, 10_000: 0.4}, "kappa": {2_000: 1, 31_000: 0.75, 60_000: 0.5}},
+        {"lr": {0: 1e-3, 59_999: 1e-3}},
+    ),
+    "cifar10-large-8of255-cibp-normalized": (
+        {"steps": 350_000, "batch_size": 50, "clip": None, "augmentation": "crop-flip"},
+        {"padding": "valid", "init": "torch", "eps_pixel": tuple(8 / 255 * std for std in STD)},
+        {"eps": {75_000: 4 / 255}, "lr": {200_999: 1e-3, 201_000: 1e-4, 301_000: 1e-6}},
+    ),
+    "svhn-medium-8of255-nominal": (
+        {"steps": 240 * (73_257 // 50), "kappa_end": 1, "clip": (0.0, 1.0), "eps_pixel": 8 / 255},
+        {"lr": {138 * 1465 - 1: 1e-3, 138 * 1465: 1e-4}},
+    ),
+    "fashion_mnist-small-0.1-cibp": ({"clip": (0.0, 1.0)},),
+    "mnist-large-0.3-ibp-gowal": (
+        {"init": "orthogonal", "padding": "same", "clip": (0.0, 1.0), "eps_train_ratio": 1.1},
+        {"lr_decay_at": (15_000, 25_000), "eps": {2_000: 0, 12_000: 0.33}},
+        {"kappa": {2_000: 1, 7_000: 0.75, 12_000: 0.5}},
+    ),
+    "mnist-small-0.4-ibp-gowal": ({"eps_train_ratio": 1, "padding": "valid"},),
+    "cifar10-small-2of255-cibp-gowal-normalized": ({"eps_train_ratio": 1.1, "clip": None},),
+}
 
 
-def test_the_authors_recipes():
-    mnist, ibp = preset("mnist-small-0.4-cibp"), preset("mnist-small-0.4-ibp")
-    assert mnist.replace(method="ibp", width_weight=0.0) == ibp
-    assert (mnist.steps, mnist.batch_size, mnist.clip) == (60_000, 100, None)
-    assert (mnist.width, mnist.width_reduction, mnist.width_weight) == ("post", "mean", 1.0)
-    assert (mnist.pgd_steps, mnist.pgd_restarts, mnist.pgd_step_size) == (200, 10, 0.01)
-    eps, kappa, lr = mnist.eps_schedule(), mnist.kappa_schedule(), mnist.lr_schedule()
-    assert [eps(0), eps(5_000), eps(10_000)] == pytest.approx([0, 0.2, 0.4])
-    assert [kappa(2_000), kappa(31_000), kappa(60_000)] == [1, 0.75, 0.5]
-    assert lr(0) == lr(59_999) == 1e-3
-
-    cifar10 = preset("cifar10-large-8of255-cibp-normalized")
-    assert (cifar10.steps, cifar10.batch_size) == (350 * 1000, 50)
-    assert (cifar10.clip, cifar10.eps_space) == (None, "normalized")
-    assert (cifar10.augmentation, cifar10.padding, cifar10.init) == ("crop-flip", "valid", "torch")
-    lr = cifar10.lr_schedule()
-    assert [lr(200_999), lr(201_000), lr(301_000)] == pytest.approx([1e-3, 1e-4, 1e-6])
-    assert cifar10.eps_schedule()(75_000) == pytest.approx(4 / 255)
-    assert cifar10.eps_pixel == pytest.approx([8 / 255 * std for std in (0.2470, 0.2435, 0.2616)])
-
-    svhn = preset("svhn-medium-8of255-nominal")
-    assert (svhn.steps, svhn.kappa_end, svhn.eps_space) == (240 * (73_257 // 50), 1, "pixel")
-    assert (svhn.clip, svhn.eps_pixel) == ((0.0, 1.0), 8 / 255)
-    assert svhn.lr_schedule()(138 * 1465 - 1) == 1e-3 > svhn.lr_schedule()(138 * 1465)
-    assert preset("fashion_mnist-small-0.1-cibp").clip == (0.0, 1.0)
-
-
-def test_the_recipes_of_gowal_et_al():
-    mnist = preset("mnist-large-0.3-ibp-gowal")
-    assert (mnist.init, mnist.padding, mnist.clip) == ("orthogonal", "same", (0.0, 1.0))
-    assert (mnist.lr_decay_at, mnist.eps_train_ratio) == ((15_000, 25_000), 1.1)
-    eps, kappa = mnist.eps_schedule(), mnist.kappa_schedule()
-    assert [eps(2_000), eps(12_000)] == pytest.approx([0, 0.33])
-    assert [kappa(2_000), kappa(7_000), kappa(12_000)] == [1, 0.75, 0.5]
-    assert preset("mnist-small-0.4-ibp-gowal").eps_train_ratio == 1
-    assert preset("mnist-small-0.4-ibp-gowal").padding == "valid"
-    cifar10 = preset("cifar10-small-2of255-cibp-gowal-normalized")
-    assert (cifar10.eps_train_ratio, cifar10.clip, cifar10.width_weight) == (1.1, None, 1.0)
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes(name):
+    config = preset(name)
+    for part in RECIPES[name]:
+        for field, expected in part.items():
+            if isinstance(expected, dict):
+                schedule = getattr(config, f"{field}_schedule")()
+                found = {step: schedule(step) for step in expected}
+                assert found == pytest.approx(expected, abs=1e-12), field
+            else:
+                assert getattr(config, field) == expected, field
+    if config.method == "cibp":
+        ibp = preset(name.replace("cibp", "ibp"))
+        assert config.replace(method="ibp", width_weight=0.0) == ibp
 
 
 @pytest.mark.parametrize("suffix", ["", "-gowal", "-normalized", "-gowal-normalized"])
@@ -96,6 +94,10 @@ def test_every_preset_is_a_config(dataset, suffix):
             config = preset(name)
             assert config.name == name.replace("-gowal", "")
             assert Config.from_json(config.to_json()) == config
+            config = config.replace(
+                clip=None, lr_decay_at=(), pgd_step_size=None, lr=1, elide=False
+            )
+            assert Config.from_json(config.to_json()) == config and type(config.lr) is float
             continue
         with pytest.raises(ValueError, match=message):
             preset(name)
@@ -169,13 +171,6 @@ def test_the_largest_seed_is_one_that_torch_and_numpy_take():
     seed = preset("mnist5k-small-0.1-cibp", seed=2**63 - 1).seed
     assert torch.Generator().manual_seed(seed).initial_seed() == seed
     np.random.default_rng((seed, 1)).permutation(3)
-
-
-def test_json_round_trip():
-    for changes in ({"clip": None, "lr_decay_at": (), "seed": 7}, {"pgd_step_size": None, "lr": 1}):
-        config = preset("mnist5k-medium-8of255-cibp", **changes, elide=False)
-        assert Config.from_json(config.to_json()) == config
-        assert type(config.lr) is float
 
 
 @pytest.mark.parametrize(

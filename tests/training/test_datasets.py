@@ -11,6 +11,7 @@ import struct
 import sys
 import warnings
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -227,15 +228,6 @@ def test_python2_pickle_is_what_numpy_reads():
     assert batch[b"labels"] == [1, 0, 9] and batch[b"filenames"] == [b"a.png"]
 
 
-@pytest.mark.parametrize("order", ["C", "F"])
-@pytest.mark.parametrize("protocol", [2, 3, 4])
-def test_cifar10_pickles_of_python3(tmp_path, protocol, order):
-    records = _write_cifar10(tmp_path, "py")
-    pixels = np.asarray(_random_images(24, 3072)[20:], order=order)
-    batch = {b"data": pixels, b"labels": _classes(24)[20:].tolist()}
-    assert datasets._unpickled(pickle.dumps(batch, protocol)) == records["test_batch"]
-
-
 def test_svhn_without_scipy_says_what_to_install(monkeypatch, tmp_path):
     _write_svhn(tmp_path)
     monkeypatch.setitem(sys.modules, "scipy.io", None)
@@ -307,8 +299,12 @@ def test_content_may_be_packed_otherwise(monkeypatch, tmp_path, recwarn):
     images = "t10k-images-idx3-ubyte"
     packed = gzip.compress(contents[images], 1, mtime=1)
     (tmp_path / "MNIST" / "raw" / f"{images}.gz").write_bytes(packed)
-    batch = {b"labels": _classes(24)[4:8].tolist(), b"data": _random_images(24, 3072)[4:8]}
-    (tmp_path / "cifar-10-batches-py" / "data_batch_2").write_bytes(pickle.dumps(batch, 4))
+    for number, (protocol, order) in enumerate(product((2, 3, 4), "CF")):  # Python 3 pickles so
+        here = slice(4 * number, 4 * number + 4)
+        pixels = np.asarray(_random_images(24, 3072)[here], order=order)
+        batch = {b"labels": _classes(24)[here].tolist(), b"data": pixels}
+        file = tmp_path / "cifar-10-batches-py" / list(contents)[4 + number]
+        file.write_bytes(pickle.dumps(batch, protocol))
     assert len(datasets.load("mnist", tmp_path).test) == 20
     assert len(datasets.load("cifar10", tmp_path).train) == 20
     assert not recwarn.list
@@ -326,28 +322,92 @@ NARROW = _idx_bytes(_random_images(20, 28, 27))
 NOTHING = _idx_bytes(np.zeros((0, 28, 28), np.uint8)), _idx_bytes(np.zeros(0, np.uint8))
 
 
+_PIXELS = np.zeros((2, 3072), np.uint8)
+_X, _Y = np.zeros((32, 32, 3, 2), np.uint8), np.array([[10], [1]], np.uint8)
+
+# How the files are written, and for a file of them: what it holds instead, and what is said of it.
+# Bytes are the content, a function makes it of what was there; the rest is pickled, or MATLAB's.
+FORMS = {
+    "plain": ("mnist", lambda root: _write_mnist(root, suffix="")),
+    "gz": ("mnist", _write_mnist),
+    "bin": ("cifar10", lambda root: _write_cifar10(root, "bin")),
+    "py": ("cifar10", lambda root: _write_cifar10(root, "py")),
+    "mat": ("svhn", _write_svhn),
+}
+DAMAGES = {
+    ("plain", "t10k-images-idx3-ubyte"): [
+        (b"", "is damaged .*: 0 bytes, expected at least 16"),
+        (IMAGES[:-1], "15695 bytes, expected 15696 for 20"),
+        (LABELS, "magic number 0x00000801, expected 0x00000803"),
+        (NARROW, r"images of size \[28, 27\], expected \[28, 28\]"),
+        (NOTHING[0], "hold 0 images and 20 labels"),
+    ],
+    ("plain", "t10k-labels-idx1-ubyte"): [
+        (LABELS[:7], "7 bytes, expected at least 8"),
+        (LABELS + b"0", "29 bytes, expected 28 for 20"),
+        (_flip_bits(LABELS, 2), "magic number 0x0000f701, expected 0x00000801"),
+        (_idx_bytes(_classes(20) + np.uint8(1)), "label 10, expected 0 to 9"),
+        (_idx_bytes(_classes(19)), "hold 20 images and 19 labels"),
+    ],
+    ("gz", "train-images-idx3-ubyte.gz"): [
+        (lambda file: file[:-20], "is damaged .*: "),
+        (b"no gzip", "is damaged .*: "),
+        (lambda file: _flip_bits(file, len(file) // 2), "is damaged .*: "),
+        (lambda file: _flip_bits(file, -8 % len(file)), "is damaged .*: "),
+    ],
+    ("bin", "data_batch_1.bin"): [
+        (bytes(3072), "is damaged .*: 3072 bytes, expected records of 3073 bytes"),
+        (b"\x0a" + bytes(3072), "label 10, expected 0 to 9"),
+    ],
+    ("py", "data_batch_1"): [
+        *((lambda file, n=n: file[:n], "is damaged") for n in (0, 1, 100, 5000)),
+        ([1, 2], "is damaged .*: "),
+        ({b"data": _PIXELS}, "b'labels'"),
+        ({b"labels": [0, 1]}, "b'data'"),
+        ({b"data": [0], b"labels": [0]}, "is damaged .*: "),
+        ({b"data": _PIXELS[:, 1:], b"labels": [0, 1]}, r"\[2, 3071\] bytes, expected \[2, 3072\]"),
+        ({b"data": _PIXELS[0], b"labels": [0]}, r"\[3072\] bytes, expected \[1, 3072\]"),
+        ({b"data": _PIXELS.astype(np.int16), b"labels": [0, 1]}, "its array is of 'i2', not u1"),
+        ({b"data": _PIXELS, b"labels": [0]}, r"\[2, 3072\] bytes, expected \[1, 3072\]"),
+        ({b"data": _PIXELS, b"labels": b"\0\1"}, "is damaged .*: "),
+        ({b"data": _PIXELS, b"labels": [0, 10]}, "label 10, expected 0 to 9"),
+        ({b"data": _PIXELS, b"labels": [0, 256]}, "is damaged .*: "),
+        ({b"data": _PIXELS, b"labels": [0, "x"]}, "is damaged .*: "),
+    ],
+    ("mat", "train_32x32.mat"): [
+        *((lambda file, n=n: file[:n], "is damaged") for n in (0, 1, 100, 5000)),
+        ({"X": _X}, "'y'"),
+        ({"y": _Y}, "'X'"),
+        ({"X": _X.astype(float), "y": _Y}, r"X is float64 \[32, 32, 3, 2\], expected uint8"),
+        ({"X": _X.transpose(3, 0, 1, 2), "y": _Y}, r"X is uint8 \[2, 32, 32, 3\], expected"),
+        ({"X": _X, "y": _Y[:1]}, r"y is uint8 \[1, 1\], expected numbers \[2, 1\]"),
+        ({"X": _X, "y": np.array([["a"], ["b"]], object)}, r"y is object \[2, 1\], expected num"),
+        ({"X": _X, "y": _Y + np.uint8(1)}, "a label is not from 1 to 10"),
+        ({"X": _X, "y": _Y - np.uint8(1)}, "a label is not from 1 to 10"),
+    ],
+}
+
+
 @pytest.mark.filterwarnings("ignore:.*not the official file")
 @pytest.mark.parametrize(
-    ("key", "content", "message"),
-    [
-        ("images", b"", "is damaged .*: 0 bytes, expected at least 16"),
-        ("labels", LABELS[:7], "7 bytes, expected at least 8"),
-        ("images", IMAGES[:-1], "15695 bytes, expected 15696 for 20"),
-        ("labels", LABELS + b"0", "29 bytes, expected 28 for 20"),
-        ("images", LABELS, "magic number 0x00000801, expected 0x00000803"),
-        ("labels", _flip_bits(LABELS, 2), "magic number 0x0000f701, expected 0x00000801"),
-        ("images", NARROW, r"images of size \[28, 27\], expected \[28, 28\]"),
-        ("labels", _idx_bytes(_classes(20) + np.uint8(1)), "label 10, expected 0 to 9"),
-        ("labels", _idx_bytes(_classes(19)), "hold 20 images and 19 labels"),
-        ("images", NOTHING[0], "hold 0 images and 20 labels"),
-    ],
+    ("where", "content", "message"),
+    [(where, *damage) for where, damages in DAMAGES.items() for damage in damages],
 )
-def test_damaged_idx_file_is_named(tmp_path, key, content, message):
-    _write_mnist(tmp_path, suffix="")
-    (path,) = tmp_path.glob(f"MNIST/raw/t10k-{key}-*")
-    path.write_bytes(content)
+def test_a_damaged_file_is_named(tmp_path, where, content, message):
+    form, file = where
+    name, write = FORMS[form]
+    write(tmp_path)
+    (path,) = tmp_path.rglob(file)
+    if callable(content):
+        content = content(path.read_bytes())
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif form == "py":
+        path.write_bytes(pickle.dumps(content, 2))
+    else:
+        pytest.importorskip("scipy.io").savemat(path, content, do_compression=True)
     with pytest.raises(ValueError, match=message) as caught:
-        datasets.load("mnist", tmp_path, verify=False)
+        datasets.load(name, tmp_path, verify=False)
     assert path.stem.removesuffix("-ubyte") in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -360,57 +420,6 @@ def test_no_examples_at_all(tmp_path):
         (tmp_path / "MNIST" / "raw" / f"t10k-{key}-ubyte").write_bytes(content)
     with pytest.raises(ValueError, match=r"t10k-labels-idx1 in .* hold 0 images and 0 labels"):
         datasets.load("mnist", tmp_path, verify=False)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda file: file[:-20],
-        lambda file: b"no gzip",
-        lambda file: _flip_bits(file, len(file) // 2),
-        lambda file: _flip_bits(file, -8 % len(file)),
-    ],
-    ids=["truncated", "not gzip", "bad stream", "bad checksum"],
-)
-def test_damaged_gzip_is_named(tmp_path, change):
-    _write_mnist(tmp_path)
-    path = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte.gz"
-    path.write_bytes(change(path.read_bytes()))
-    for verify in (True, False):
-        with pytest.raises(ValueError, match=r"train-images-idx3-ubyte.gz is damaged .*: "):
-            datasets.load("mnist", tmp_path, verify=verify)
-
-
-_PIXELS = np.zeros((2, 3072), np.uint8)
-
-
-@pytest.mark.filterwarnings("ignore:.*not the official file")
-@pytest.mark.parametrize(
-    ("batch", "message"),
-    [
-        (bytes(3072), "3072 bytes, expected records of 3073 bytes"),
-        (b"\x0a" + bytes(3072), "label 10, expected 0 to 9"),
-        ([1, 2], ""),
-        ({b"data": _PIXELS}, "b'labels'"),
-        ({b"labels": [0, 1]}, "b'data'"),
-        ({b"data": [0], b"labels": [0]}, ""),
-        ({b"data": _PIXELS[:, 1:], b"labels": [0, 1]}, r"\[2, 3071\] bytes, expected \[2, 3072\]"),
-        ({b"data": _PIXELS[0], b"labels": [0]}, r"\[3072\] bytes, expected \[1, 3072\]"),
-        ({b"data": _PIXELS.astype(np.int16), b"labels": [0, 1]}, "its array is of 'i2', not u1"),
-        ({b"data": _PIXELS, b"labels": [0]}, r"\[2, 3072\] bytes, expected \[1, 3072\]"),
-        ({b"data": _PIXELS, b"labels": b"\0\1"}, ""),
-        ({b"data": _PIXELS, b"labels": [0, 10]}, "label 10, expected 0 to 9"),
-        ({b"data": _PIXELS, b"labels": [0, 256]}, ""),
-        ({b"data": _PIXELS, b"labels": [0, "x"]}, ""),
-    ],
-)
-def test_damaged_cifar10_batch_is_named(tmp_path, batch, message):
-    form, suffix = ("bin", ".bin") if isinstance(batch, bytes) else ("py", "")
-    content = batch if isinstance(batch, bytes) else pickle.dumps(batch, 2)
-    _write_cifar10(tmp_path, form)
-    (tmp_path / f"cifar-10-batches-{form}" / f"data_batch_1{suffix}").write_bytes(content)
-    with pytest.raises(ValueError, match=rf"data_batch_1{suffix} is damaged .*: .*{message}"):
-        datasets.load("cifar10", tmp_path, verify=False)
 
 
 class _MakesFolder:
@@ -436,48 +445,6 @@ def test_cifar10_pickle_cannot_run_code(tmp_path, verify):
     assert trace.exists()
 
 
-_X, _Y = np.zeros((32, 32, 3, 2), np.uint8), np.array([[10], [1]], np.uint8)
-
-
-@pytest.mark.parametrize(
-    ("variables", "message"),
-    [
-        ({"X": _X}, "'y'"),
-        ({"y": _Y}, "'X'"),
-        ({"X": _X.astype(float), "y": _Y}, r"X is float64 \[32, 32, 3, 2\], expected uint8"),
-        ({"X": _X.transpose(3, 0, 1, 2), "y": _Y}, r"X is uint8 \[2, 32, 32, 3\], expected"),
-        ({"X": _X, "y": _Y[:1]}, r"y is uint8 \[1, 1\], expected numbers \[2, 1\]"),
-        ({"X": _X, "y": np.array([["a"], ["b"]], object)}, r"y is object \[2, 1\], expected num"),
-        ({"X": _X, "y": _Y + np.uint8(1)}, "a label is not from 1 to 10"),
-        ({"X": _X, "y": _Y - np.uint8(1)}, "a label is not from 1 to 10"),
-    ],
-)
-def test_damaged_svhn_is_named(tmp_path, variables, message):
-    scipy_io = pytest.importorskip("scipy.io")
-    _write_svhn(tmp_path)
-    path = tmp_path / "svhn" / "train_32x32.mat"
-    scipy_io.savemat(path, variables, do_compression=True)
-
-    with pytest.raises(ValueError, match=rf"train_32x32.mat is damaged .*: .*{message}"):
-        datasets.load("svhn", tmp_path, verify=False)
-
-
-@pytest.mark.filterwarnings("ignore:.*not the official file")
-@pytest.mark.parametrize("length", [0, 1, 100, 5000])
-@pytest.mark.parametrize(
-    ("name", "write", "file"),
-    [
-        ("cifar10", lambda root: _write_cifar10(root, "py"), "cifar-10-batches-py/test_batch"),
-        ("svhn", _write_svhn, "svhn/train_32x32.mat"),
-    ],
-)
-def test_truncated_file_is_named(tmp_path, name, write, file, length):
-    write(tmp_path)
-    (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:length])
-    with pytest.raises(ValueError, match=f"{file} is damaged or not the official file"):
-        datasets.load(name, tmp_path, verify=False)
-
-
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "svhn"])
 def test_real_files(name):
     root = os.environ.get("CIBP_FAST_DATA")
@@ -497,11 +464,3 @@ def test_real_files(name):
         stats = torch.stack([mean, (square - mean.square()).sqrt()])
         expected = torch.tensor(datasets.CHANNEL_STATS[name]).double()
         torch.testing.assert_close(stats, expected, rtol=0, atol=6e-5)
-
-
-def test_splits_are_cut_and_moved():
-    split = datasets.Split(torch.zeros(10, 1, 1, 1, dtype=torch.uint8), torch.arange(10))
-    assert split[2:4].labels.tolist() == [2, 3] and len(split[2:4].images) == 2
-    moved = datasets.Dataset("mnist", split, split[:3]).to("meta")
-    assert moved.name == "mnist" and len(moved.test) == 3
-    assert moved.train.images.device.type == moved.test.labels.device.type == "meta"

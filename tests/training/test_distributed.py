@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from digits import SHORT, colour, toy_dataset
+from digits import SHORT, colour, toy_dataset, without_times
 from torch import Tensor
 
 import cibp_fast
@@ -170,7 +170,7 @@ def test_they_train_as_one_process_does(torchrun, tmp_path, monkeypatch, name):
 
 def _check_close(run_dir: Path, expected_dir: Path) -> None:
     """Raises AssertionError where two runs differ by more than the rounding of float32."""
-    for record, expected in zip(_metrics(run_dir), _metrics(expected_dir), strict=True):
+    for record, expected in zip(without_times(run_dir), without_times(expected_dir), strict=True):
         # Means of a few numbers, each within some 2^-24 times the number of additions.
         assert record == {
             key: expected[key] if expected[key] is None else pytest.approx(expected[key], rel=1e-5)
@@ -205,7 +205,7 @@ def test_a_stopped_run_goes_on_bitwise(torchrun):
     assert (resumed / "model.safetensors").read_bytes() == (
         whole / "model.safetensors"
     ).read_bytes()
-    assert _metrics(resumed) == _metrics(whole)
+    assert without_times(resumed) == without_times(whole)
 
 
 def test_torchrun_stops_the_run_which_goes_on_in_one_process(torchrun, monkeypatch, capsys):
@@ -242,13 +242,6 @@ def test_one_process_prints(torchrun):
     begun = [line for line in lines if ", seed 0: 12 steps of 12 examples, 6 an epoch" in line]
     assert len(begun) == len(COMPARED) + 4  # a full disk, stopped, going on, stopped by torchrun
     assert sum(line.startswith("epoch    1/2") for line in lines) == len(begun) - 1  # went on
-
-
-def _metrics(run_dir: Path) -> list[dict[str, Any]]:
-    return [
-        {key: value for key, value in record.items() if key != "seconds"}
-        for record in runs.read_metrics(run_dir)
-    ]
 
 
 if __name__ == "__main__":

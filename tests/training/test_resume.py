@@ -255,22 +255,6 @@ def test_killed_between_the_result_and_the_end(tmp_path, uninterrupted):
     assert _contents(tmp_path) == contents
 
 
-@pytest.mark.parametrize("augmentation", SETTINGS)
-def test_killed_from_outside_again_and_again(tmp_path, uninterrupted, augmentation):
-    chosen, kills, patience = random.Random(augmentation), 0, 0.05
-    while True:
-        process, receiving = _Session(tmp_path, augmentation).start()
-        receiving.recv()
-        process.join(chosen.uniform(0, patience))
-        process.kill()
-        process.join()
-        if process.exitcode == 0:
-            break
-        kills, patience = kills + 1, 1.3 * patience  # it must end on a slow machine too
-    assert kills >= 2
-    assert _contents(tmp_path) == uninterrupted[augmentation][0]
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("done", [2, 3, 7])  # inside an epoch, at the end of one and of the last
 def test_a_signal_lets_the_step_finish_and_saves(tmp_path, uninterrupted, number, done):
