@@ -267,7 +267,9 @@ def test_verified_examples_have_restarts_of_their_own(monkeypatch):
     assert result["pgd_error"] == (wrong | (toy_dataset().test.labels == 7)).double().mean().item()
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-4), ("fast", 1e-2), ("bf16", 2e-2)])
+@pytest.mark.parametrize(
+    ("precision", "tolerance"), [("float32", 1e-4), ("fast", 1e-2), ("bf16", 2e-2)]
+)
 def test_the_loss_is_that_of_the_layers(monkeypatch, precision, tolerance):
     """Training runs the fused network, and its loss and gradients are those of cf.bounds."""
     config = preset("mnist5k-small-0.1-cibp", precision=precision)

@@ -15,7 +15,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 #include <type_traits>
 
 #include "../parallel.h"
@@ -29,7 +28,7 @@ template <class E>
 constexpr int kPoints = kPaired<E> > 1 ? 4 : 6;
 template <class E>
 constexpr int kProducts = kPoints<E> * kPoints<E>;
-inline const int64_t kTiles = getenv("CIBP_TILES") ? atoi(getenv("CIBP_TILES")) : 24;           // transformed at a time: more leave the second-level cache
+constexpr int64_t kTiles = 24;           // transformed at a time: more leave the second-level cache
 constexpr int64_t kGroupSize = 1 << 17;  // elements of the images that are transformed together
 
 // Elements from one product's values of some tiles to the next product's: all products of a tile
@@ -161,13 +160,15 @@ struct Winograd {
   // Examples that give enough tiles to use each transformed weight well, and few enough for their
   // images, of `image_size` elements, to stay near.
   int64_t group(int64_t image_size) const {
-    const int64_t most = std::max(kTiles, int64_t(getenv("CIBP_WTILES") ? atoi(getenv("CIBP_WTILES")) : 24)); const int64_t enough = (most + out.tiles() / 2) / out.tiles();
+    const int64_t enough = (kTiles + out.tiles() / 2) / out.tiles();
     return std::max<int64_t>(1, std::min(enough, kGroupSize / image_size));
   }
 };
 
 // Where there is such a convolution, and it should be faster: the operations of the transforms are
-// estimated; values that leave the cache between them make each cost about 1.7 direct ones.
+// estimated. Of float products, values that leave the cache between them make each cost about 1.7
+// direct ones. Of bfloat16 products 1.25, but the transforms, in float, cost four times as much
+// beside them; and transformed weights of more than 1 MiB are read from memory for few tiles.
 template <class E>
 Passes winograd_passes(const Shape& s) {
   const int64_t taps = ceil_div(s.kernel_height, s.stride_height);
@@ -175,14 +176,16 @@ Passes winograd_passes(const Shape& s) {
                         s.dilation_height == 1 && s.dilation_width == 1 && taps >= 2 &&
                         taps <= kPoints<E> / 2 + 1 && s.stride_height <= 2;
   if (!possible) return {};
-  if (const char* e = getenv("CIBP_WINO")) return {e[0]=='1', e[1]=='1', e[2]=='1'};
   const Winograd<E> w(s);
   const int64_t in = w.phases() * s.in_channels, out = s.out_channels;
   const int64_t direct =
       s.out_height * s.out_width * s.kernel_height * s.kernel_width * s.in_channels * out;
   const auto faster = [&](const Grid& grid, int64_t from, int64_t to) {
-    const int64_t transforms = kPaired<E> * (5 * from + 4 * to);
-    return grid.tiles() * kProducts<E> * (from * to + transforms) * 17 / 10 < direct;
+    const int64_t tiles = grid.tiles() * kProducts<E>, transforms = 5 * from + 4 * to;
+    if constexpr (kPaired<E> > 1)
+      return tiles * (from * to + 4 * transforms) * 5 / 4 < direct && from * to <= 128 * 128;
+    else
+      return tiles * (from * to + transforms) * 17 / 10 < direct;
   };
   return {faster(w.out, in, out), faster(w.out, in, out), faster(w.in, out, in)};
 }
@@ -256,16 +259,15 @@ void transform_tiles(const Phase<E>& phase, const Grid& grid, int64_t begin, int
 
 // Calls body(begin, end) for equal shares, of about kTiles, of all tiles of some images.
 template <class Body>
-void for_tiles(const Grid& grid, int64_t images, int64_t share, const Body& body) {
+void for_tiles(const Grid& grid, int64_t images, const Body& body) {
   const int64_t all = images * grid.tiles();
-  const int parts = static_cast<int>(std::max<int64_t>(1, (all + share / 2) / share));
+  const int parts = static_cast<int>(std::max<int64_t>(1, (all + kTiles / 2) / kTiles));
   for (int i = 0; i < parts; ++i) {
     const Part part(all, i, parts);
     body(part.begin, part.end);
   }
 }
-inline const int64_t kWTiles = getenv("CIBP_WTILES") ? atoi(getenv("CIBP_WTILES")) : 24;
-inline const int64_t kMostTiles = 3 * kTiles / 2, kMostW = 3 * kWTiles / 2;  // of a share
+constexpr int64_t kMostTiles = 3 * kTiles / 2;  // of a share
 
 // Sums over the channels, for the tiles t, t + 1, ..: in[tile][stream][k] times signed_panel[k]
 // and, of the radius, absolute_panel[k]; out[tile][stream][VECTORS * kLanes].
@@ -452,7 +454,7 @@ double winograd_forward(const Layer<E>& layer, int64_t images, const Number<E>* 
   double total = 0;
   with_outputs(w, [&](auto outputs) {
     constexpr int M = outputs;
-    for_tiles(w.out, images, kTiles, [&](int64_t begin, int64_t end) {
+    for_tiles(w.out, images, [&](int64_t begin, int64_t end) {
       transform_inputs(layer, w, in, begin, end, depth, tiles_in);
       Vec<T> squares{};
       multiply_tiles<E, M>(tiles_in, end - begin, depth, panels + layer.panel, layer.width(),
@@ -486,11 +488,11 @@ void winograd_weight_gradient(const Layer<E>& layer, int64_t images, const E* in
   const int64_t depth = w.phases() * layer.in.pitch, width = layer.width();
   const int64_t sum_rows = round_up(depth, R);
   const int64_t pitch = spread_pitch<F>(depth), out_pitch = spread_pitch<F>(width);
-  F* tiles_in = scratch<F>(Slot::kTilesIn, kAll * plane_size<F>(kMostW, pitch));
-  F* tiles_out = scratch<F>(Slot::kTilesOut, kAll * plane_size<F>(kMostW, out_pitch));
+  F* tiles_in = scratch<F>(Slot::kTilesIn, kAll * plane_size<F>(kMostTiles, pitch));
+  F* tiles_out = scratch<F>(Slot::kTilesOut, kAll * plane_size<F>(kMostTiles, out_pitch));
   with_outputs(w, [&](auto outputs) {
     constexpr int M = outputs;
-    for_tiles(w.out, images, kWTiles, [&](int64_t begin, int64_t end) {
+    for_tiles(w.out, images, [&](int64_t begin, int64_t end) {
       const int64_t tiles = ceil_div(end - begin, kPaired<E>);
       transform_inputs(layer, w, in, begin, end, pitch, tiles_in);
       transform_tiles<M>(gradient_phase(layer, gradient), w.out, begin, end, width, 0, out_pitch,
@@ -571,7 +573,7 @@ void winograd_input_gradient(const Layer<E>& layer, int64_t images, const Number
   T* products = scratch<T>(Slot::kTilesOut, kAll * plane_size<T>(kMostTiles, kBlock<T>));
   with_outputs(w, [&](auto outputs) {
     constexpr int M = outputs;
-    for_tiles(w.in, images, kTiles, [&](int64_t begin, int64_t end) {
+    for_tiles(w.in, images, [&](int64_t begin, int64_t end) {
       transform_tiles<kPoints<E>>(gradient_phase(layer, gradient), source, begin, end, depth, 0,
                                   depth, transform_input_tile<T, kPoints<E>>, tiles_in);
       multiply_tiles<E, M>(
