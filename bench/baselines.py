@@ -1,6 +1,6 @@
 """The ways to compute one training step that are timed against each other, and their steps.
 
-Each way maps a network and the box to a function of a batch, `x [N, C, H, W]` and labels `y [N]`,
+Each way maps a network and a problem, whose boxes it takes, to a function of a batch, `x` and `y`,
 that returns the terms of the constrained IBP loss with elided margins and the widths of the
 activations and logits (`losses.Terms`). All share the network's parameters.
 """
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from machine import captured, set_tf32
-from problems import CPU, EPS, KAPPA, WIDTH_WEIGHT, Ball, Problem, in_format
+from problems import CPU, EPS, KAPPA, WIDTH_WEIGHT, Problem, in_format
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -35,16 +35,16 @@ BETA1 = 0.9  # of Adam
 
 
 def fused(
-    model: nn.Sequential, ball: Ball, precision: str = "float32", backend: str = "auto"
+    model: nn.Sequential, problem: Problem, precision: str = "float32", backend: str = "auto"
 ) -> Step:
     """Computes the whole network as one op."""
     net = cf.fuse(model, precision, backend)
-    return lambda x, y: terms(net.bounds(x, ball.interval(x)), y)
+    return lambda x, y: terms(net.bounds(x, problem.box(x)), y)
 
 
-def layers(model: nn.Sequential, ball: Ball) -> Step:
+def layers(model: nn.Sequential, problem: Problem) -> Step:
     """Computes each layer by a fused op: cf.bounds."""
-    return lambda x, y: terms(cf.bounds(model, x, ball.interval(x)), y)
+    return lambda x, y: terms(cf.bounds(model, x, problem.box(x)), y)
 
 
 # Baselines
@@ -73,12 +73,12 @@ def product(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
     return F.linear(x, weight, bias)
 
 
-def naive(model: nn.Sequential, ball: Ball, affine: Any = two_passes) -> Step:
-    """Computes the step as one writes it in PyTorch: bounds by `affine`, nominal by the layer."""
+def naive(model: nn.Sequential, problem: Problem, affine: Any = two_passes) -> Step:
+    """Computes the step as one writes it in eager PyTorch: bounds by `affine`."""
     *hidden, last = model
 
     def step(x: Tensor, y: Tensor) -> Terms:
-        lower, upper = ball.streams(x)
+        lower, upper = problem.streams(x)
         nominal, width = x, x.new_zeros(())
         for module in hidden:
             if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -111,39 +111,37 @@ def worst_logits(center: Tensor, features: Streams, weight: Any, y: Tensor) -> T
     return torch.where(F.one_hot(y, classes).bool(), 0.0, worst)
 
 
-def four(model: nn.Sequential, ball: Ball) -> Step:
-    """Runs four products in eager mode."""
-    return naive(model, ball, four_products)
+def compiled(model: nn.Sequential, problem: Problem, mode: str | None = None) -> Step:
+    """Compiles the two passes; fullgraph, so that nothing runs in eager mode unseen.
 
-
-def compiled(model: nn.Sequential, ball: Ball, mode: str | None = None) -> Step:
-    """Compiles the two passes; fullgraph, so that nothing runs in eager mode unseen."""
-    return torch.compile(naive(model, ball), fullgraph=True, dynamic=False, mode=mode)
-
-
-def compiled_with_graphs(model: nn.Sequential, ball: Ball) -> Step:
-    """Compiles the same with everything autotuned, under CUDA graphs of torch's own."""
-    inner = compiled(model, ball, "max-autotune")
+    Under "max-autotune" it has CUDA graphs of torch's own.
+    """
+    inner = torch.compile(naive(model, problem), fullgraph=True, dynamic=False, mode=mode)
 
     def step(x: Tensor, y: Tensor) -> Terms:
-        torch.compiler.cudagraph_mark_step_begin()
+        if mode is not None:
+            torch.compiler.cudagraph_mark_step_begin()
         return inner(x, y)
 
     return step
 
 
-def naive_bf16(model: nn.Sequential, ball: Ball) -> Step:
+def autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs a function, whose last argument is a tensor, under bfloat16 autocast."""
+
+    def run(*given: Any) -> Any:
+        with torch.autocast(given[-1].device.type, dtype=torch.bfloat16):
+            return function(*given)
+
+    return run
+
+
+def naive_bf16(model: nn.Sequential, problem: Problem) -> Step:
     """Runs the two passes under bfloat16 autocast."""
-    inner = naive(model, ball)
-
-    def step(x: Tensor, y: Tensor) -> Terms:
-        with torch.autocast(x.device.type, dtype=torch.bfloat16):
-            return inner(x, y)
-
-    return step
+    return autocast(naive(model, problem))
 
 
-def auto_lirpa(model: nn.Sequential, ball: Ball) -> Step:
+def auto_lirpa(model: nn.Sequential, problem: Problem) -> Step:
     """Runs auto_LiRPA's IBP: a nominal pass, hidden bounds, logits, margins by its C matrix."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what it imports
@@ -158,7 +156,7 @@ def auto_lirpa(model: nn.Sequential, ball: Ball) -> Step:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of its tracing
                 net = auto_LiRPA.BoundedModule(_without_pad(model), torch.zeros_like(x))
-        lower, upper = ball.streams(x)
+        lower, upper = problem.streams(x)
         box = auto_LiRPA.PerturbationLpNorm(norm=torch.inf, x_L=lower, x_U=upper)
         logits = net(auto_LiRPA.BoundedTensor(x, box))
         one_hot = torch.eye(logits.shape[1], device=x.device)
@@ -218,7 +216,7 @@ class TorchStep:
         self.model = in_format(memory_format, problem.network().to(device))
         x, y = problem.data()
         self.batch = in_format(memory_format, x.to(device)), y.to(device)
-        self.terms = contender.build(self.model, problem.ball)
+        self.terms = contender.build(self.model, problem)
         self.optimizer = None
         if contender.adam:
             # At rate 0 it does the same work, and every timed step is the one that was checked.
@@ -285,25 +283,25 @@ class OwnStep:
         self.model = problem.network().to(device)
         found = cf.fuse(self.model, precision, backend)._triton_stages(to_pixels(images))
         assert not isinstance(found, str), found
-        self.stages, weights, biases, self.precision = found
+        stages, *parameters, _ = found
         self.moments = {
-            id(p): (torch.zeros_like(p), torch.zeros_like(p)) for p in self.model.parameters()
+            p: (torch.zeros_like(p), torch.zeros_like(p)) for p in self.model.parameters()
         }
         pixels = pixel_table(nn.Identity(), images.shape[1])
         if lost is not None:
             pixels[:, lost] = torch.nan
         self.made = TrainStep(
-            self.stages,
+            stages,
             [
-                tuple(None if p is None else (p.data, *self.moments[id(p)]) for p in pair)
-                for pair in zip(weights, biases, strict=True)
+                tuple(None if p is None else (p.data, *self.moments[p]) for p in pair)
+                for pair in zip(*parameters, strict=True)
             ],
             images,
             labels,
             pixels.to(device),
             torch.tensor([[EPS, rate, KAPPA]], device=device),
             batch_size=problem.batch,
-            clip=(0.0, 1.0) if problem.clip else None,
+            clip=problem.bounds,
             width_weight=WIDTH_WEIGHT,
             mean=True,
             precision=precision,
@@ -324,20 +322,21 @@ class OwnStep:
                 each.zero_()
         self.made.totals.zero_()
         self.call()
-        first = [self.moments[id(parameter)][0] for parameter in self.model.parameters()]
-        return self.made.totals[0].clone(), [each / (1 - BETA1) for each in first]
+        gradients = [first / (1 - BETA1) for first, _ in self.moments.values()]
+        return self.made.totals[0].clone(), gradients
 
     def saved_bytes(self) -> int:
         from cibp_fast.ops import gpu_network  # not without Triton
 
-        return gpu_network.saved_bytes(self.stages, self.made.batch_size, self.precision)
+        made = self.made
+        return gpu_network.saved_bytes(made.stages, made.batch_size, made.precision)
 
 
 @dataclass(frozen=True)
 class Contender:
     """Names a way to compute the step, and how it is timed."""
 
-    build: Callable[[nn.Sequential, Ball], Step] | None  # None: the step of training/gpu_step.py
+    build: Callable[[nn.Sequential, Problem], Step] | None  # None: the step of training/gpu_step.py
     formats: tuple[str, ...]  # memory formats that it is timed in
     # The most that its loss and the gradient of any parameter may be off, relative in the 2-norm.
     # Seen in float32: ours 2e-6, the others' 4e-5 at batch 100, growing with the batch that their
@@ -369,7 +368,7 @@ CONTENDERS = {
     "fast": Contender(partial(fused, precision="fast"), ONE, 1e-2),
     "layers": Contender(layers, BOTH, 1e-4),
     "naive": Contender(naive, BOTH, 1e-3),
-    "four": Contender(four, BOTH, 1e-3),
+    "four": Contender(partial(naive, affine=four_products), BOTH, 1e-3),
     "compile": Contender(compiled, BOTH, 1e-3),
     "auto_lirpa": Contender(auto_lirpa, ONE, 1e-3),
     "naive_bf16": Contender(naive_bf16, ONE, 0.25),  # ten times slower without AVX512_BF16
@@ -413,5 +412,5 @@ GPU_CONTENDERS = {
     "naive_bf16_graph": _on_gpu(naive_bf16, "bf16", graph=True),
     "auto_lirpa": _on_gpu(auto_lirpa, "tf32", ONE),
     "compile": _on_gpu(compiled, "tf32"),
-    "compile_max": _on_gpu(compiled_with_graphs, "tf32"),
+    "compile_max": _on_gpu(partial(compiled, mode="max-autotune"), "tf32"),
 }

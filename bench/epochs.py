@@ -1,15 +1,16 @@
 """Times epochs of `cibp_fast.train` itself, on random images: they cost what a data set's cost.
 
-"epoch_s" is the median of all epochs but the first, in which all is compiled, without evaluation;
-"all_s" is what the whole preset would take, extrapolated. On the CPU clocks are between the parts:
+"epoch_s" is the median of all epochs but the first, in which all is compiled, without evaluation:
+that is timed by itself, after each epoch, without PGD.
+On the CPU clocks are between the parts, and these are their shares of the time:
 
 - step: from the batch to the optimizer's end, with what the loss module computes for the log;
 - data: the next batch, with its augmentation;
 - writing: metrics.jsonl and the checkpoint;
 - other: schedules, totals, progress, asking whether to stop.
 
-The last three are "outside" the step. An epoch cut short by --steps ends with the same writing as a
-whole one, so its share is too large rather than too small. On a GPU a replayed step has no parts.
+An epoch cut short by --steps ends with the same writing as a whole one, so its share is too large
+rather than too small. On a GPU a replayed step has no parts.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
+from functools import partial
 from time import perf_counter
 from typing import Any
 from unittest.mock import patch
@@ -38,16 +40,11 @@ from cibp_fast.training.config import Config, preset
 PARTS = ("step", "data", "writing", "other")
 COLUMNS = {
     "preset": "{preset}",
+    "first epoch": "{first_epoch_s:.3f} s",
     "epoch": "{epoch_s:.3f} s",
-    "the first": "{first_epoch_s:.1f} s",
     "examples/s": "{examples_per_s:.0f}",
-    "outside": "{outside:.2%}",
-    "[quartiles]": "[{outside_q1:.2%}, {outside_q3:.2%}]",
-    "data": "{data:.2%}",
-    "writing": "{writing:.2%}",
-    "other": "{other:.2%}",
+    **{part: f"{{{part}:.2%}}" for part in PARTS},
     "evaluation": "{evaluation_ms_per_example:.3f} ms an example",
-    "all": "{all_epochs:.0f} epochs: {all_s:.1f} s",
 }
 
 
@@ -90,6 +87,10 @@ class Watch:
             self.step_began = perf_counter()
             yield batch
 
+    def adam_step(self, adam: steps.Adam, lr: float) -> None:
+        adam_step(adam, lr)
+        self.parts["step"] += perf_counter() - self.step_began
+
     def write_metrics(self, *arguments: Any) -> None:
         """Ends an epoch: what is written here counts for the next one."""
         now = perf_counter()
@@ -99,92 +100,67 @@ class Watch:
         self.counted("writing", write_metrics)(*arguments)
 
 
-epoch_batches, write_metrics = steps.epoch_batches, runs.write_metrics
+epoch_batches, adam_step, write_metrics = steps.epoch_batches, steps.Adam.step, runs.write_metrics
 
 
-def trained(config: Config, images: datasets.Dataset, on: str) -> Watch:
-    """Trains on a device, one of --device; all clocks have run."""
-    watch, adam_step = Watch(), steps.Adam.step
-
-    def step_ends(adam: steps.Adam, lr: float) -> None:
-        adam_step(adam, lr)
-        watch.parts["step"] += perf_counter() - watch.step_began
-
+def trained(config: Config, images: datasets.Dataset, on: str) -> list[dict[str, float]]:
+    """Trains on a device, one of --device; returns the seconds of each epoch's parts."""
+    watch = Watch()
     with (
         tempfile.TemporaryDirectory() as folder,
         redirect_stdout(io.StringIO()),  # a line an epoch
         patch.object(datasets, "load", lambda *_, **__: images),
         patch.object(steps, "epoch_batches", watch.epoch_batches),
-        patch.object(steps.Adam, "step", step_ends),
+        patch.object(steps.Adam, "step", lambda *given: watch.adam_step(*given)),
         patch.object(loop, "evaluate", watch.counted("evaluation", loop.evaluate)),
         patch.object(runs, "write_metrics", watch.write_metrics),
         patch.object(runs, "write_checkpoint", watch.counted("writing", runs.write_checkpoint)),
     ):
         backend = "auto" if on == "cpu" else "triton"
         cf.train(config, run_dir=folder, device=machine.device_of(on).type, backend=backend)
-    return watch
+    return watch.epochs
 
 
-def row(name: str, options: argparse.Namespace) -> Row:
-    """Trains a preset, and returns its row."""
+def measured(name: str, options: argparse.Namespace) -> Row:
+    """Trains a preset, and returns what its epochs took."""
     config = preset(name, precision=options.precision)
     steps = options.steps or datasets.SIZES[config.dataset][0] // config.batch_size
-    last = options.epochs * steps
-
-    def cut(ramp: tuple[int, int]) -> tuple[int, int]:
-        return min(ramp[0], last), min(ramp[1], last)
-
-    short = preset(
+    config = preset(
         name,
         precision=options.precision,
-        steps=last,
-        eps_ramp=cut(config.eps_ramp),
-        kappa_ramp=cut(config.kappa_ramp),
-        lr_decay_at=tuple(at for at in config.lr_decay_at if at <= last),
+        steps=options.epochs * steps,
         eval_every=1,
         pgd_steps=0,  # of the evaluation in the end
         pgd_restarts=0,
     )
     images = random_images(config.dataset, steps * config.batch_size, options.examples)
-    begun, *epochs = trained(short, images, options.device).epochs
-
-    def without_evaluation(epoch: dict[str, float]) -> float:
-        return sum(epoch.values()) - epoch["evaluation"]
-
-    seconds = [without_evaluation(epoch) for epoch in epochs]
-    epoch, whole = statistics.median(seconds), config.steps / steps
-    evaluation = statistics.median(each["evaluation"] for each in epochs) / options.examples
-    found = {
-        "first_epoch_s": without_evaluation(begun),
-        "epoch_s": epoch,
-        "examples_per_s": steps * config.batch_size / epoch,
-        "evaluation_ms_per_example": 1e3 * evaluation,
-        "all_epochs": whole,
-        "all_s": without_evaluation(begun) + (whole - 1) * epoch,
-    }
+    epochs = trained(config, images, options.device)
+    first, *seconds = (sum(epoch[part] for part in PARTS) for epoch in epochs)
+    evaluation = statistics.median(epoch["evaluation"] for epoch in epochs[1:])
+    median = statistics.median(seconds)
+    found = {"first_epoch_s": first, "epoch_s": median}
+    found["examples_per_s"] = steps * config.batch_size / median
+    found["evaluation_ms_per_example"] = 1e3 * evaluation / options.examples
     if options.device == "cpu":
-        outside = [1 - each["step"] / total for each, total in zip(epochs, seconds, strict=True)]
-        low, median, high = timing.quartiles(outside)
-        found |= {"outside": median, "outside_q1": low, "outside_q3": high}
-        found |= {part: sum(each[part] for each in epochs) / sum(seconds) for part in PARTS}
-    counts = {"batch": config.batch_size, "epoch_steps": steps, "epochs": len(epochs)}
+        found |= {part: sum(each[part] for each in epochs[1:]) / sum(seconds) for part in PARTS}
+    counts = {"batch": config.batch_size, "epoch_steps": steps, "epochs": len(seconds)}
     return {**counts, **timing.rounded(found)}
+
+
+def rows(name: str, options: argparse.Namespace) -> list[Row]:
+    base = {"preset": name, "precision": options.precision}
+    try:
+        return [base | measured(name, options)]
+    except Exception as error:  # whatever stops one must not stop the others
+        return [base | {"note": timing.line(error)}]
 
 
 def run(options: argparse.Namespace) -> None:
     machine.device_of(options.device)
     for name in options.presets:
         preset(name, precision=options.precision)  # raises for a bad one
-    where = machine.conditions(options)
-    found: list[Row] = []
-    for name in options.presets:
-        base = {"preset": name, "precision": options.precision}
-        try:
-            found.append({**base, **row(name, options), **where})
-        except Exception as error:  # whatever stops one must not stop the others
-            found.append({**base, "note": timing.line(error), **where})
-        timing.show(found[-1:], COLUMNS)
-        timing.write(options.output, found)
+    cases = ((name, partial(rows, name, options)) for name in options.presets)
+    timing.collect(cases, machine.conditions(options), options.output, COLUMNS)
 
 
 script = timing.Script(

@@ -21,34 +21,31 @@ import machine
 import timing
 from baselines import GPU_CONTENDERS
 
-NETWORKS = {
-    "small": ["--models", "small", "--datasets", "mnist"],
-    "medium": ["--models", "medium", "--datasets", "cifar10"],
-    "large": ["--models", "large-same", "--datasets", "cifar10"],
-}
+NETWORKS = {"small": "mnist", "medium": "cifar10", "large-same": "cifar10"}
 FIRST = ["train_step_tf32", "fused_graph_tf32", "fused_tf32", "naive_tf32"]
-PRESETS = (
+COMPARED = ["train_step_tf32", "naive_tf32"]
+CUDA = [name for name in GPU_CONTENDERS if name.startswith("train_step_cuda")]
+COMPILED = ["compile", "compile_max"]
+OTHERS = [name for name in GPU_CONTENDERS if name not in (*COMPILED, *CUDA)]
+PRESETS = [
     "mnist-small-0.4-cibp",
     "cifar10-small-8of255-cibp-normalized",
     "cifar10-large-8of255-cibp-normalized",
-)
-COMPILED = ["compile", "compile_max"]
-CUDA = [name for name in GPU_CONTENDERS if name.startswith("train_step_cuda")]
-OTHERS = [name for name in GPU_CONTENDERS if name not in (*COMPILED, *CUDA)]
-COMPARED = ["train_step_tf32", "naive_tf32"]
-
-
-Part = tuple[str, float, list[str]]
+]
+Part = tuple[str, float, list[str]]  # its table's name, the most minutes of nine, the command
 
 
 def _of_networks(name: str, minutes: float, script: str, *words: str) -> list[Part]:
     return [
-        (f"{name}_{network}", minutes, [script, *which, *words])
-        for network, which in NETWORKS.items()
+        (
+            f"{name}_{model.partition('-')[0]}",
+            minutes,
+            [script, "--models", model, "--datasets", dataset, *words],
+        )
+        for model, dataset in NETWORKS.items()
     ]
 
 
-# name of the table, the most minutes of nine, and the script with its options
 PARTS: list[Part] = [
     *_of_networks("gpu_first", 0.8, "step", "--contenders", *FIRST),
     ("gpu_numerics", 2.0, ["numerics"]),
@@ -82,34 +79,31 @@ def ended(command: list[str], seconds: float) -> str:
 
 
 def run(options: argparse.Namespace) -> int:
-    parts = [part for part in PARTS if part[0].startswith(tuple(options.parts or [""]))]
     for name in options.parts or ():
-        if not any(part[0].startswith(name) for part in parts):
+        if not any(part[0].startswith(name) for part in PARTS):
             raise ValueError(f"no part's name begins with {name!r}; they are {NAMES}")
     machine.device_of(options.device)
+    parts = [part for part in PARTS if part[0].startswith(tuple(options.parts or [""]))]
     # what few parts there are may take the time of all
-    nine = min(9, sum(share for _, share, _ in parts))
+    minute = 60 * options.minutes / min(9, sum(minutes for _, minutes, _ in parts))
     end = time.monotonic() + 60 * options.minutes
     summary, failed = [], False
-    for name, share, (script, *words) in parts:
+    for name, minutes, (script, *words) in parts:
         begin = time.monotonic()
-        left = min(60 * share * options.minutes / nine, end - begin)
+        left = min(minutes * minute, end - begin)
         path = options.folder / f"{name}.csv"
         before = path.stat().st_mtime_ns if path.exists() else None
         if script == "step":  # what is ready must still be timed
             words = [*words, "--ready", f"{left / 2:.3g}"]
         words = [*words, "--device", options.device, "--output", str(path)]
-        if left < LEAST * options.minutes / 9:
-            problem = "not started: out of time"
-        else:
+        problem = "not started: out of time"
+        if left >= LEAST * options.minutes / 9:
             command = [sys.executable, str(BENCH / f"{script}.py"), *words]
             print(f"\n== {name}: {shlex.join(['python', *command[1:]])}", flush=True)
             problem = ended(command, left)
         wrote = path.exists() and path.stat().st_mtime_ns != before
-        summary.append(
-            f"{name:<23} {time.monotonic() - begin:6.1f} s  {path if wrote else 'no new table'}"
-            + (f"  {problem}" if problem else "")
-        )
+        seconds, table = time.monotonic() - begin, path if wrote else "no new table"
+        summary.append(f"{name:<23} {seconds:6.1f} s  {table}  {problem}".rstrip())
         failed |= bool(problem)
     print("\n" + "\n".join(summary))
     return int(failed)

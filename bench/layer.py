@@ -3,8 +3,7 @@
 That one is two passes, with W for the center and with W.abs() for the radius, one for the nominal,
 and the width. "forward" runs without autograd, "training" with the gradients to weight, bias and,
 but for a network's first layer, the streams. All are checked against float64 before they are timed.
-On a GPU each is a CUDA graph, replayed with a cold L2 cache: "fused" is the op, in float32,
-"kernels" its kernels alone, on streams that lie as they want them, with the ReLU and its gradient.
+On a GPU each is a CUDA graph, replayed with a cold L2 cache; tune.py times the kernels alone there.
 """
 
 from __future__ import annotations
@@ -12,19 +11,18 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import machine
+import problems
 import timing
 import torch
-from baselines import TOLERANCES, two_passes
+from baselines import TOLERANCES, autocast, two_passes
 from problems import (
     DATASETS,
     NETWORKS,
     PRECISIONS,
-    Affine,
     Problem,
     affine_reference,
     in_format,
@@ -40,34 +38,33 @@ OUTPUTS = ("lower", "upper", "nominal", "width")
 INPUTS = ("lower", "upper", "nominal", "weight", "bias")
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(NamedTuple):
     """Holds a layer, and the box and nominal point that it sees in its network."""
 
     name: str
     module: Any
     streams: tuple[Tensor, ...]  # lower, upper, nominal
-    affine: Affine
-    size: torch.Size  # of the outputs
+    first: bool  # its inputs need no gradient
+
+    def outputs(self) -> Tensor:
+        return self.module(self.streams[0])
 
 
 def layers(model: str, dataset: str) -> list[Layer]:
     """Returns the network's convolutions and linear layers, in order."""
-    shape, batch = DATASETS[dataset]
-    problem = Problem(model, dataset, batch, clip=True)
-    x = torch.rand(batch, *shape)
-    streams: tuple[Tensor, ...] = *problem.ball.streams(x), x
-    counts = iter(problem.affine())
+    problem = Problem(model, dataset, DATASETS[dataset][1], clip=True)
+    x, _ = problem.data()
+    streams: tuple[Tensor, ...] = *problem.streams(x), x
     found: list[Layer] = []
     for module in problem.network().requires_grad_(False):
         if isinstance(module, (nn.Conv2d, nn.Linear)):
-            outputs, inputs = module.weight.shape[:2]
+            outputs, inputs, *size = module.weight.shape
             label = f"{len(found) + 1} fc {inputs}->{outputs}"
             if isinstance(module, nn.Conv2d):
-                (height, width), (stride, _) = module.kernel_size, module.stride
-                label = f"{len(found) + 1} conv {inputs}->{outputs} {height}x{width} s{stride}"
-            before, streams = streams, tuple(fused(module, *streams)[:3])
-            found.append(Layer(label, module, before, next(counts), streams[0].shape))
+                sizes = f"{size[0]}x{size[1]} s{module.stride[0]}"
+                label = f"{len(found) + 1} conv {inputs}->{outputs} {sizes}"
+            found.append(Layer(label, module, streams, not found))
+            streams = tuple(fused(module, *streams)[:3])
         else:
             streams = tuple(module(stream) for stream in streams)
     return found
@@ -88,40 +85,34 @@ def naive(module: Any, lower: Tensor, upper: Tensor, nominal: Tensor) -> Sequenc
     return lower, upper, module(nominal), ((upper - lower) ** 2).sum()
 
 
-def naive_bf16(module: Any, *streams: Tensor) -> Sequence[Tensor]:
-    """Runs the two-pass layer under bfloat16 autocast."""
-    with torch.autocast(streams[0].device.type, dtype=torch.bfloat16):
-        return naive(module, *streams)
-
-
-CONTENDERS = {"fused": (fused, "float32"), "naive": (naive, "float32")}  # function, precision
-GPU_CONTENDERS: dict[str, tuple[Apply, str]] = {
-    "fused": (partial(fused, backend="triton"), "float32"),
-    "naive": (naive, "float32"),
-    "naive_tf32": (naive, "tf32"),
-    "naive_bf16": (naive_bf16, "bf16"),
+# Function, precision, and the most that an output or gradient may be off, relative in the 2-norm:
+# float32 rounds each of up to 25,000 terms of a sum by 6e-8.
+CONTENDERS = {"fused": (fused, "float32", 1e-4), "naive": (naive, "float32", 1e-4)}
+GPU_CONTENDERS: dict[str, tuple[Apply, str, float]] = {
+    name: (apply, precision, TOLERANCES[precision])
+    for name, apply, precision in (
+        ("fused", partial(fused, backend="triton"), "float32"),
+        ("naive", naive, "float32"),
+        ("naive_tf32", naive, "tf32"),
+        ("naive_bf16", autocast(naive), "bf16"),
+    )
 }
-# The most that an output or gradient may be off, relative in the 2-norm: float32 rounds each of up
-# to 25,000 terms of a sum by 6e-8.
-CPU_TOLERANCE = 1e-4
 
 
 def call(
-    apply: Apply,
-    layer: Layer,
-    training: bool,
-    convert: Callable[[Any], Any],
-    cotangents: Sequence[Tensor],
+    apply: Apply, layer: Layer, training: bool, convert: Callable[[Any], Any]
 ) -> Callable[[], Sequence[Tensor]]:
     """Returns the forward pass, or forward and backward pass, ready to call.
 
-    It returns the outputs, followed in training by the gradients of the inputs that need one.
+    It returns OUTPUTS, followed in training by the gradients of those of INPUTS that need one.
     """
     module, streams = convert(layer.module), [convert(x) for x in layer.streams]
     if not training:
         return partial(apply, module, *streams)
-    wanted = [*([] if layer.affine.first else streams), module.weight, module.bias]
+    wanted = [*([] if layer.first else streams), module.weight, module.bias]
     wanted = [x.requires_grad_() for x in wanted]
+    random, like = torch.Generator().manual_seed(0), layer.outputs()
+    cotangents = [torch.randn(size, generator=random) for size in (*[like.shape] * 3, ())]
     cotangents = [convert(x) for x in cotangents]
 
     def step() -> Sequence[Tensor]:
@@ -131,114 +122,61 @@ def call(
     return step
 
 
-class Exact:
-    """Computes the results in float64, which those of a contender are compared with."""
+def reference(layer: Layer, training: bool, device: torch.device) -> dict[str, Tensor]:
+    """Returns the results in float64, by name."""
 
-    def __init__(self, layer: Layer, training: bool, device: torch.device) -> None:
-        self.cotangents = [torch.randn(size) for size in (*[layer.size] * 3, ())]
+    def convert(x: Any) -> Any:
+        return in_format("nchw", x).to(device, torch.float64)
 
-        def convert(x: Any) -> Any:
-            return in_format("nchw", x).to(device, torch.float64)
-
-        self.expected = call(affine_reference, layer, training, convert, self.cotangents)()
-        self.names = [
-            *OUTPUTS,
-            *(f"gradient of {x}" for x in INPUTS[3 if layer.affine.first else 0 :]),
-        ]
-
-    def check(self, found: Sequence[Tensor], tolerance: float) -> Row:
-        """Returns the largest error for a row; raises AssertionError where it is too large."""
-        errors = {
-            name: relative_error(x, y)
-            for name, x, y in zip(self.names, found, self.expected, strict=False)
-        }
-        for name, error in errors.items():
-            assert error <= tolerance, f"wrong: {name} is off by {error:.1e}"
-        return {"error": f"{max(errors.values()):.2e}", "tolerance": tolerance}
-
-
-def kernels(layer: Layer, training: bool, precision: str, device: torch.device) -> tuple[Call, Row]:
-    """Returns those of the layer on random numbers, checked against float64."""
-    from cibp_fast.kernels import weights
-    from cibp_fast.kernels.shape import Shape
-    from cibp_fast.ops import numerics
-
-    module, x = layer.module, layer.streams[0]
-    ones = [1] * (4 - x.dim())  # a linear layer is a 1x1 convolution of 1x1 images
-    geometry = [] if ones else [module.stride, module.padding, module.dilation]
-    sizes = *x.shape, *ones, *layer.size[1:], *ones, *module.weight.shape[2:], *ones
-    case = numerics.Case(Shape(*sizes, *geometry), precision, device)
-    names = ["forward", "weight_gradient", "input_gradient"]
-    names = names[: (2 if layer.affine.first else 3) if training else 1]
-    error = float(torch.tensor([case.error(name) for name in names]).max())  # NaN where one is
-    tolerance = numerics.TOLERANCES[precision]
-    assert error <= tolerance, f"wrong by {error:.1e}"
-
-    def run() -> None:
-        for name in names:
-            results = case.launch(name)
-            if name == "weight_gradient":
-                for partials in results:
-                    weights.sum_partials(partials)
-
-    facts = {"precision": precision, "error": f"{error:.2e}", "tolerance": tolerance}
-    return machine.captured(run, device), facts
+    found = call(affine_reference, layer, training, convert)()
+    names = [*OUTPUTS, *(f"gradient of {x}" for x in INPUTS[3 if layer.first else 0 :])]
+    return dict(zip(names, found, strict=False))
 
 
 def rows(
-    base: Row,
-    layer: Layer,
-    training: bool,
-    options: argparse.Namespace,
-    limits: Mapping[str, float],
+    layer: Layer, training: bool, options: argparse.Namespace, limits: Mapping[str, float]
 ) -> list[Row]:
-    """Times all contenders. base: what each row begins with."""
+    """Times all contenders; limits: of `machine.ceilings`."""
     device, on_gpu = machine.device_of(options.device), options.device != "cpu"
-    exact = Exact(layer, training, device)
+    contenders = GPU_CONTENDERS if on_gpu else CONTENDERS
+    expected = reference(layer, training, device)
 
     def made(name: str, memory_format: str) -> tuple[Call, Row]:
-        apply, precision = (GPU_CONTENDERS if on_gpu else CONTENDERS)[name]
+        apply, precision, tolerance = contenders[name]
         machine.set_tf32(precision)
-
-        def convert(x: Any) -> Any:
-            return in_format(memory_format, x).to(device)
-
-        step = call(apply, layer, training, convert, exact.cotangents)
+        step = call(apply, layer, training, lambda x: in_format(memory_format, x).to(device))
         step = machine.captured(step, device)
-        tolerance = TOLERANCES[precision] if on_gpu else CPU_TOLERANCE
-        return step, {"precision": precision, **exact.check(step(), tolerance)}
+        found = zip(expected.items(), step(), strict=True)
+        errors = {name: relative_error(result, right) for (name, right), result in found}
+        problems.check(errors, tolerance)
+        error = f"{max(errors.values()):.2e}"
+        return step, {"precision": precision, "error": error, "tolerance": tolerance}
 
-    makers: dict[timing.Key, Callable[[], tuple[Call, Row]]] = {
-        (f"kernels_{each}", "nhwc"): partial(kernels, layer, training, each, device)
-        for each in (PRECISIONS if on_gpu else ())
-    }
-    for name in GPU_CONTENDERS if on_gpu else CONTENDERS:
-        for each in ("nchw", "nhwc") if isinstance(layer.module, nn.Conv2d) else ("nchw",):
-            makers[name, each] = partial(made, name, each)
-
-    numbers = layer.affine.numbers(training)
+    formats = ("nchw", "nhwc") if isinstance(layer.module, nn.Conv2d) else ("nchw",)
+    makers = {(name, each): partial(made, name, each) for name in contenders for each in formats}
     with torch.set_grad_enabled(training):
-        found = timing.interleaved(
-            makers,
-            timing.timer(device, machine.cold_cache(device)),
-            options.rounds,
-            baseline="naive_tf32" if on_gpu else "naive",
-            ours="fused",
-            flops=layer.affine.flops(training),
-            moved={each: size * numbers for each, size in PRECISIONS.items()},
-            limits=limits,
-        )
-    base = base | {"layer": layer.name, "pass": "training" if training else "forward"}
-    return [{**base, "batch": len(layer.streams[0]), **row} for row in found]
+        timer = timing.timer(device, machine.cold_cache(device))
+        found = timing.interleaved(makers, timer, options.rounds, ours="fused")
+    x = layer.streams[0].clone().requires_grad_(not layer.first)
+    flops = problems.flops(layer.module, x, training)
+    numbers = problems.numbers(layer.module, x, training)
+    moved = {each: size * numbers for each, size in PRECISIONS.items()}
+    base = {"layer": layer.name, "pass": "training" if training else "forward", "batch": len(x)}
+    return [{**base, **timing.speed(row, flops, moved, limits)} for row in found]
 
 
 def run(options: argparse.Namespace) -> None:
     limits, where = machine.prepared(options)
-    print("ratio: the time of the two-pass layer over its own")
+    print("ratio: the time over that of our op (below 1 is faster)")
+
+    def measured(model: str, dataset: str, layer: Layer, training: bool) -> list[Row]:
+        network = {"model": model, "dataset": dataset}
+        return [network | row for row in rows(layer, training, options, limits)]
+
     cases = (
         (
             f"{model} {dataset}: {layer.name}, {'training' if training else 'forward'}",
-            partial(rows, {"model": model, "dataset": dataset}, layer, training, options, limits),
+            partial(measured, model, dataset, layer, training),
         )
         for model in options.models
         for dataset in options.datasets

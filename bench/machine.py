@@ -7,11 +7,9 @@ import datetime
 import importlib.metadata
 import multiprocessing
 import os
-import platform
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +18,7 @@ from timing import Call, Row, timer
 from torch import Tensor
 
 from cibp_fast._graphs import capture
-from cibp_fast._version import __version__
+from cibp_fast.environment import versions
 from cibp_fast.ops import backends
 
 Result = TypeVar("Result")
@@ -182,26 +180,14 @@ def conditions(options: argparse.Namespace) -> Row:
         "threads": torch.get_num_threads(),
         "isa": backends.in_use(torch.device("cpu"), torch.float32)[0].removeprefix("CPU "),
         "cpu": f"{backends.processor()}, {os.cpu_count()} logical cores",
-        "avx512_bf16": has_cpu_flag("avx512_bf16"),
+        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
     }
     if options.device != "cpu":
-        found["gpu"] = "interpreter"
-        if options.device == "cuda":
-            found["gpu"] = torch.cuda.get_device_name()
+        on_gpu = options.device == "cuda"
+        found["gpu"] = torch.cuda.get_device_name() if on_gpu else "interpreter"
         found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
         found["triton"] = importlib.metadata.version("triton")
-    found |= {"python": platform.python_version(), "torch": torch.__version__}
-    found["cibp_fast"] = __version__
+    found |= versions()
     print(", ".join(f"{name} {value}" for name, value in found.items()), flush=True)
     today = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
     return found | {"date": today, "command": options.command}
-
-
-def has_cpu_flag(name: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> bool | str:
-    """Returns whether the kernel lists that feature of the processor; "unknown" where it cannot."""
-    try:
-        lines = cpuinfo.read_text().splitlines()
-    except OSError:
-        return "unknown"
-    flags = [line.partition(":")[2].split() for line in lines if line.startswith("flags")]
-    return name in flags[0] if flags else "unknown"

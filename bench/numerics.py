@@ -1,10 +1,12 @@
-"""Checks the kernels of a GPU against float64, on the GPU itself.
+"""Checks the kernels of a GPU against float64, on the GPU itself, in networks of the paper.
 
-- The convolutions and linear layers of the networks, forward and both gradients; of the CUDA C++
-  kernels those that they take.
-- Whole steps of training/gpu_step.py, which are all kernels, by both backends: the errors of loss
-  and gradients, how many tensors two runs of two steps do not agree on bitwise, and how many (loss
-  and parameters) a NaN in the images does not reach.
+- step: two steps of training/gpu_step.py, by Triton's kernels or with those of CUDA C++, layer by
+  layer, as `cibp-fast train` checks them before it uses them (training/gpu_step_check.py);
+- reference: the loss and the gradients of that whole step, against the step in float64 that the
+  benchmarks are checked against (cibp_fast/reference.py);
+- network: the network as `cf.fuse` runs it, forward and backward (ops/numerics.py);
+- repeats: how many tensors two runs of two steps do not agree on bitwise, and how many (loss and
+  parameters) a NaN in the images does not reach.
 
 The checks of a network by one backend in one precision run in a process of their own, several at a
 time: compiling takes most of the time, and a kernel that breaks the GPU's context breaks that group
@@ -26,20 +28,21 @@ import machine
 import timing
 import torch
 from baselines import TOLERANCES, OwnStep
-from problems import POOLED, PRECISIONS, Exact, Problem
+from problems import POOLED, PRECISIONS, WIDTH_WEIGHT, Exact, Problem
 from timing import Row
-from torch import Tensor
+from torch import nn
 
 import cibp_fast as cf
 from cibp_fast.ops import backends
+from cibp_fast.training.batches import pixel_table
 from cibp_fast.training.datasets import to_pixels
 
 PROBLEMS = (  # the slowest first
-    Problem("large-same", "cifar10", 50, clip=False),
-    Problem("large", "cifar10", 50, clip=False),
-    Problem("medium", "cifar10", 50, clip=False),
-    Problem("small", "cifar10", 50, clip=False),
-    Problem("small", "mnist", 100, clip=False),
+    Problem("large-same", "cifar10", 50),
+    Problem("large", "cifar10", 50),
+    Problem("medium", "cifar10", 50),
+    Problem("small", "cifar10", 50),
+    Problem("small", "mnist", 100),
     Problem(POOLED, "5x14x14", 16, clip=True),
 )
 Found = dict[str, tuple[float, float]]  # check: error, tolerance
@@ -59,9 +62,8 @@ class Group(NamedTuple):
 
     def measured(self, device: str) -> list[Row]:
         """Returns its rows with what was found; a failed check has a note."""
-        on = machine.device_of(device)
         rows = []
-        for of, check in checks(self, on):
+        for of, check in self.checks(machine.device_of(device)):
             try:
                 found = check()
             except Exception as error:  # whatever a compiler or driver raises
@@ -73,78 +75,47 @@ class Group(NamedTuple):
                 rows.append(self.row(of, name, note, **error))
         return rows
 
+    def checks(self, device: torch.device) -> Iterator[tuple[str, Callable[[], Found]]]:
+        from cibp_fast.ops import numerics  # not without Triton
+        from cibp_fast.training import gpu_step_check
 
-def checks(group: Group, device: torch.device) -> Iterator[tuple[str, Callable[[], Found]]]:
-    """Gives the step, whose kernels other benchmarks then find compiled, and the convolutions."""
-    from cibp_fast.ops import cuda
-    from cibp_fast.ops.gpu_network import shape_of  # not without Triton
-
-    problem, backend, precision = group
-    yield "step", partial(step, problem, precision, backend, device)
-    x = to_pixels(problem.images()[0]).to(device)
-    found = cf.fuse(problem.network().to(device), "float32", "triton")._triton_stages(x)
-    assert not isinstance(found, str), found
-    shapes = (shape_of(stage, problem.batch) for stage in found[0] if not stage.pool)
-    for shape in dict.fromkeys(shapes):
-        check = partial(convolution, shape, precision, device)
-        if backend == "cuda":
-            few = shape.in_channels <= cuda.FEW
-            if not few and not (cuda._is_hopper(device) and cuda._is_halo(shape, precision)):
-                continue
-            kernels = ("forward", "weight_gradient") if few else ("forward",)
-            check = partial(cuda_convolution, shape, precision, device, kernels)
-        yield str(tuple(shape)), check
+        problem, backend, precision = self
+        images, _ = problem.images()
+        network = cf.fuse(problem.network().to(device), precision, backend)
+        found = network._triton_stages(to_pixels(images).to(device))
+        assert not isinstance(found, str), found
+        stages, _, biases, _ = found
+        given = stages, [bias is not None for bias in biases]
+        step = {"precision": precision, "batch_size": problem.batch, "cpp": backend == "cuda"}
+        step |= {"clip": problem.bounds, "width_weight": WIDTH_WEIGHT, "mean": True}
+        pixels = pixel_table(nn.Identity(), images.shape[1])
+        yield "step", partial(gpu_step_check.errors, *given, pixels, device, **step)
+        yield "reference", partial(whole, problem, precision, backend, device)
+        if backend == "triton":
+            of = problem.batch, precision, device
+            yield "network", partial(numerics.network_errors, *given, *of)
+        yield "repeats", partial(repeats, problem, precision, backend, device)
 
 
-def step(problem: Problem, precision: str, backend: str, device: torch.device) -> Found:
-    """Finds a step's errors; see the module's docstring."""
-    make = partial(OwnStep, problem, precision, device, backend)
-    loss, gradient = Exact.of(problem, device).errors(make())
+def whole(problem: Problem, precision: str, backend: str, device: torch.device) -> Found:
+    """Returns the errors of a whole step's loss and of its worst gradient."""
+    errors = Exact.of(problem, device).errors(OwnStep(problem, precision, device, backend))
+    return {name: (error, TOLERANCES[precision]) for name, error in errors.items()}
 
-    one, two = (make(rate=1e-3) for _ in range(2))
+
+def repeats(problem: Problem, precision: str, backend: str, device: torch.device) -> Found:
+    """Counts the tensors that two runs do not agree on, and those that NaN does not reach."""
+    make = partial(OwnStep, problem, precision, device, backend, rate=1e-3)
+    one, two = make(), make()
     for each in (one, two, one, two):
         each.call()
     pairs = zip(one.made._state(), two.made._state(), strict=True)
     differ = sum(not torch.equal(a, b) for a, b in pairs)
-
-    with_nan = make(rate=1e-3, lost=int(problem.images()[0].flatten()[0]))
+    with_nan = make(lost=int(problem.images()[0].flatten()[0]))
     with_nan.call()
     tensors = [with_nan.made.totals[:1], *with_nan.model.parameters()]
     dropped = sum(not each.isnan().any() for each in tensors)
-    tolerance = TOLERANCES[precision]
-    found = {"loss": (loss, tolerance), "gradients": (gradient, tolerance)}
-    return {**found, "two runs": (differ, 0.0), "NaN": (dropped, 0.0)}
-
-
-def convolution(shape: Any, precision: str, device: torch.device) -> Found:
-    """Returns the errors of Triton's kernels."""
-    from cibp_fast.ops import numerics
-
-    errors = numerics.errors(shape, precision, device)
-    return {name: (error, numerics.TOLERANCES[precision]) for name, error in errors.items()}
-
-
-def cuda_convolution(
-    shape: Any, precision: str, device: torch.device, kernels: tuple[str, ...]
-) -> Found:
-    """Returns the errors of the kernels in CUDA C++."""
-    from cibp_fast.ops import cuda, numerics
-
-    class Case(numerics.Case):
-        def launch(self, kernel: str, tiles: Any = None) -> tuple[Tensor, ...]:
-            weight = self.weight.float().permute(0, 3, 1, 2).contiguous()
-            if kernel == "weight_gradient":
-                of = (self.gradient, self.x, weight)
-                found = cuda.weight_gradient(*of, shape, precision)
-            else:
-                out, of = torch.full_like(self.gradient, torch.nan), (self.x, weight, self.bias)
-                widths = cuda.convolution(*of, shape, precision, relu=True, out=out)
-                found = None if widths is None else (out, widths)
-            assert found is not None, "no kernel in CUDA C++ takes it"
-            return found
-
-    case = Case(shape, precision, device)
-    return {name: (case.error(name), numerics.TOLERANCES[precision]) for name in kernels}
+    return {"two runs": (differ, 0.0), "NaN": (dropped, 0.0)}
 
 
 def run(options: argparse.Namespace) -> None:
@@ -161,11 +132,9 @@ def run(options: argparse.Namespace) -> None:
         except ValueError as error:
             why_not = f": {error}"
             print(f"  {backend}: not measured{why_not}")
-        for problem in PROBLEMS:
-            for precision in PRECISIONS:
-                group = Group(problem, backend, precision)
-                table[group] = [group.row("all", "all", f"not measured{why_not}")]
-                todo += [] if why_not else [group]
+        groups = [Group(each, backend, precision) for each in PROBLEMS for precision in PRECISIONS]
+        todo += [] if why_not else groups
+        table |= {each: [each.row("all", "all", f"not measured{why_not}")] for each in groups}
 
     def write() -> None:
         timing.write(options.output, [row | where for rows in table.values() for row in rows])
@@ -180,11 +149,9 @@ def run(options: argparse.Namespace) -> None:
                 table[group] = future.result()
             except Exception as error:  # the process ended without a result
                 table[group] = [group.row("all", "all", timing.line(error))]
-            for row in table[group]:
-                if row["note"]:
-                    print(
-                        "  {network}, {backend}, {precision}, {of}, {check}: {note}".format_map(row)
-                    )
+            failures = [row for row in table[group] if row["note"]]
+            for row in failures:
+                print("  {network}, {backend}, {precision}, {of}, {check}: {note}".format_map(row))
             write()
     rows = [row for group in todo for row in table[group]]
     failed = sum(bool(row["note"]) for row in rows)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import cibp_fast as cf
 from cibp_fast import reference
@@ -79,58 +80,63 @@ def relative_error(found: Tensor | None, expected: Tensor) -> float:
     return (difference.norm() / expected.norm()).item()
 
 
-class Affine(NamedTuple):
-    """Applies a convolution or linear layer to three streams: center, radius and nominal."""
-
-    inputs: int  # numbers of a stream
-    outputs: int
-    products: int  # of an output
-    parameters: int
-    first: bool  # its inputs need no gradient
-
-    def flops(self, training: bool = True) -> int:
-        """Counts a multiply-add as two; in training also the gradients by weight and by input."""
-        passes = 1 + training * (1 if self.first else 2)
-        return 3 * 2 * self.outputs * self.products * passes
-
-    def numbers(self, training: bool = True) -> int:
-        """Counts the fewest numbers that it reads and writes.
-
-        Forward inputs, outputs and weights; in training the same again for the gradient by weight;
-        and for that by input the gradients of both, the inputs and the weights.
-        """
-        forward = 3 * (self.inputs + self.outputs) + self.parameters
-        if not training:
-            return forward
-        return 2 * forward + (0 if self.first else forward + 3 * self.inputs)
+def check(errors: Mapping[str, float], tolerance: float) -> None:
+    """Raises AssertionError that names what is off by more than the tolerance, or NaN."""
+    wrong = [f"{name} is off by {x:.1e}" for name, x in errors.items() if not x <= tolerance]
+    if wrong:
+        raise AssertionError(f"wrong: {', '.join(wrong)}, more than {tolerance:g}")
 
 
-class Ball(NamedTuple):
-    """Makes the box around each example; unclipped, it is exactly `x +- eps`."""
+def flops(module: nn.Module, x: Tensor, training: bool = True) -> int:
+    """Counts the direct products of center, radius and nominal, a multiply-add as two.
 
-    eps: float
-    clip: bool
+    x: only its shape matters, and whether it needs a gradient. training: with those of the
+    gradients. What Winograd saves, and all that is not a product, is left out.
+    """
+    with FlopCounterMode(display=False) as counter:
+        meta = torch.empty_like(x, device="meta").requires_grad_(x.requires_grad)
+        out = copy.deepcopy(module).to("meta").requires_grad_(training)(meta)
+        if training:
+            out.sum().backward()
+    return 3 * counter.get_total_flops()
 
-    def interval(self, x: Tensor) -> cf.Interval:
-        return cf.Interval.ball(x, self.eps, clip=(0.0, 1.0) if self.clip else None)
 
-    def streams(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        lower, upper = x - self.eps, x + self.eps
-        return (lower.clamp(min=0), upper.clamp(max=1)) if self.clip else (lower, upper)
+def numbers(layer: nn.Module, x: Tensor, training: bool = True) -> int:
+    """Counts the fewest numbers that an affine layer of three streams reads and writes.
+
+    x, training: of `flops`. Forward inputs, outputs and weights; in training the same again for the
+    gradient by weight; and for that by input the gradients of both, the inputs and the weights.
+    """
+    inputs, outputs = x.numel(), copy.deepcopy(layer).to("meta")(x.to("meta")).numel()
+    forward = 3 * (inputs + outputs) + sum(each.numel() for each in layer.parameters())
+    if not training:
+        return forward
+    return 2 * forward + (forward + 3 * inputs if x.requires_grad else 0)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Holds one training step: what all contenders get copies of."""
+    """Holds one training step: what all contenders get copies of.
+
+    The box around each example is exactly `x +- EPS`, or cut to [0, 1].
+    """
 
     model: str
     dataset: str
     batch: int
-    clip: bool
+    clip: bool = False
 
     @property
-    def ball(self) -> Ball:
-        return Ball(EPS, self.clip)
+    def bounds(self) -> tuple[float, float] | None:
+        return (0.0, 1.0) if self.clip else None
+
+    def box(self, x: Tensor) -> cf.Interval:
+        return cf.Interval.ball(x, EPS, clip=self.bounds)
+
+    def streams(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the same as torch's own tensors: lower and upper."""
+        lower, upper = x - EPS, x + EPS
+        return (lower.clamp(min=0), upper.clamp(max=1)) if self.clip else (lower, upper)
 
     def network(self) -> nn.Sequential:
         return network(self.model, self.dataset)
@@ -147,25 +153,17 @@ class Problem:
         images, y = self.images()
         return to_pixels(images), y
 
-    def affine(self) -> list[Affine]:
-        found: list[Affine] = []
-        x = torch.empty(self.batch, *input_shape(self.dataset), device="meta")
-        for module in self.network().to("meta"):
-            inputs, x = x.numel(), module(x)
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                parameters = sum(parameter.numel() for parameter in module.parameters())
-                products = prod(module.weight.shape[1:])
-                found.append(Affine(inputs, x.numel(), products, parameters, not found))
-        return found
-
     def flops(self) -> int:
-        """Counts those of direct products; all else, and what Winograd saves, is left out."""
-        return sum(layer.flops() for layer in self.affine())
+        return flops(self.network(), self.data()[0])
 
     def bytes(self, precision: str) -> int:
         """Counts the fewest, as the precision stores numbers, and 28 a parameter for Adam."""
-        size = PRECISIONS[precision]
-        return sum(size * each.numbers() + 28 * each.parameters for each in self.affine())
+        model, x, found = self.network().to("meta"), self.data()[0].to("meta"), 0
+        for module in model:
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                found += PRECISIONS[precision] * numbers(module, x)
+            x = module(x)  # needs a gradient, but before the first layer
+        return found + 28 * sum(each.numel() for each in model.parameters())
 
 
 class Exact(NamedTuple):
@@ -177,46 +175,34 @@ class Exact(NamedTuple):
     @staticmethod
     def of(problem: Problem, device: torch.device = CPU) -> Exact:
         x, y = (each.to(device) for each in problem.data())
-        nominal: Tensor | None = x.double()
-        lower, upper = problem.ball.streams(x.double())
+        streams: Any = *problem.streams(x.double()), x.double()  # lower, upper, nominal
         model = problem.network().double().to(device)
         *hidden, last = model
         assert isinstance(last, nn.Linear)
-        width = lower.new_zeros(())
+        width = streams[0].new_zeros(())
         for module in hidden:
-            streams: Any = lower, upper, nominal
             if isinstance(module, (nn.Conv2d, nn.Linear)):
-                streams = affine_reference(module, *streams)
+                streams = affine_reference(module, *streams)[:3]
             else:
                 streams = reference.activation(module, *streams)
-            lower, upper, nominal = streams[:3]
             if isinstance(module, nn.ReLU):
-                width = width + reference.width(lower, upper)
-        margins = reference.elided_margins(lower, upper, last.weight, last.bias, y)
-        lower, upper, logits, _ = affine_reference(last, lower, upper, nominal)
+                width = width + reference.width(*streams[:2])
+        margins = reference.elided_margins(*streams[:2], last.weight, last.bias, y)
+        lower, upper, logits, _ = affine_reference(last, *streams)
         worst = reference.elided_worst_logits(margins, y)
         width = width + reference.width(lower, upper)
         loss = reference.constrained_ibp_loss(logits, worst, y, width, KAPPA, WIDTH_WEIGHT)
-        gradients = torch.autograd.grad(loss, list(model.parameters()))
-        return Exact(loss.detach(), list(gradients))
+        return Exact(loss.detach(), list(torch.autograd.grad(loss, list(model.parameters()))))
 
-    def errors(self, step: Any) -> tuple[float, float]:
+    def errors(self, step: Any) -> dict[str, float]:
         """Returns the relative errors of a step's loss and of its worst gradient; NaN where one is.
 
         step: its `results()` are loss and gradients.
         """
         loss, gradients = step.results()
         errors = [relative_error(a, b) for a, b in zip(gradients, self.gradients, strict=True)]
-        return relative_error(loss, self.loss), float(torch.tensor(errors).max())  # max drops NaN
-
-    def check(self, step: Any, tolerance: float) -> dict[str, Any]:
-        """Returns the errors for a row; raises AssertionError where they are too large."""
-        loss, gradient = self.errors(step)
-        if not (loss <= tolerance and gradient <= tolerance):  # so that NaN is wrong
-            off = f"loss off by {loss:.1e}, a gradient by {gradient:.1e}"
-            raise AssertionError(f"wrong: {off}, more than {tolerance:g}")
-        errors = {"loss_error": f"{loss:.2e}", "gradient_error": f"{gradient:.2e}"}
-        return {**errors, "tolerance": tolerance}
+        worst = float(torch.tensor(errors).max())  # Python's max may drop NaN
+        return {"loss": relative_error(loss, self.loss), "gradient": worst}
 
 
 def affine_reference(layer: nn.Conv2d | nn.Linear, *streams: Tensor | None) -> Any:

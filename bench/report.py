@@ -13,7 +13,7 @@ import json
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ RUNS = {
     "fashion_mnist-small-0.1-cibp-seed0": "",
     "cifar10-small-8of255-cibp-normalized-seed0": "47.22 / 56.14 / 60.12, after 350 epochs",
 }
+ERRORS = ("test", "pgd", "verified")
 STEP_TABLES = ("step", "step_avx512")  # each measured on another processor
 CONTENDERS = {
     "fused": "`cf.fuse`",
@@ -49,7 +50,7 @@ CONTENDERS = {
 HEADLINE = ("fast", "naive", "compile", "auto_lirpa", "naive_bf16")
 
 NETWORK = ("model", "dataset", "batch")
-MIB = ("{:.1f}", 1 / 2**20)  # of `cell`
+IN_MIB = 'MiB, `"fast"`, two-pass'  # of `mebibytes`
 Row = Mapping[str, str]
 
 
@@ -67,25 +68,21 @@ def read(pattern: str) -> list[Row]:
             rows += [defaultdict(str, row) for row in csv.DictReader(file)]
     if not rows and "*" not in pattern:
         raise ValueError(f"there are no rows of {RESULTS / pattern}.csv")
-    # older tables of a CPU have an optimizer's rows too
+    # a CPU's steps with Adam are measured too, and not reported
     return [row for row in rows if row["optimizer"] != "adam" or row["gpu"]]
 
 
-def by(rows: Iterable[Row], *names: str) -> dict[tuple[str, ...], Row]:
-    """Returns the rows by the values of these columns, of several the one in the better format."""
-    found: dict[tuple[str, ...], Row] = {}
+def by(rows: Iterable[Row], *names: str) -> dict[tuple[str, ...], dict[str, Row]]:
+    """Returns the rows by network and these columns, and then by contender.
+
+    Of the memory formats of a contender it takes the faster one.
+    """
+    found: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
-        key = tuple(row[name] for name in names)
-        if key not in found or float(row["ms"] or "inf") < float(found[key]["ms"] or "inf"):
-            found[key] = row
-    return found
-
-
-def by_network(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
-    """Returns the rows by network and by contender, each in its better memory format."""
-    found: dict[str, dict[str, Row]] = {}
-    for (*name, contender), row in by(rows, *NETWORK, "contender").items():
-        found.setdefault(" ".join(name), {})[contender] = row
+        key = " ".join(row[name] for name in NETWORK), *(row[name] for name in names)
+        own = found.setdefault(key, {})
+        before = own.setdefault(row["contender"], row)
+        own[row["contender"]] = min(before, row, key=lambda each: float(each["ms"] or "inf"))
     return found
 
 
@@ -111,10 +108,10 @@ def conditions(rows: Sequence[Row]) -> str:
     )
 
 
-def cell(row: Row | None, key: str, form: str = "{:.2f}", scale: float = 1) -> str:
-    if row is None or row[key] == "":
-        return "not timed" if row is None or row["note"] else "-"
-    return form.format(scale * float(row[key]))
+def cell(row: Row, key: str, form: Callable[[float], str] = "{:.2f}".format) -> str:
+    if row[key] == "":
+        return "not timed" if row["note"] else "-"
+    return form(float(row[key]))
 
 
 def digits(value: float) -> str:
@@ -122,12 +119,12 @@ def digits(value: float) -> str:
     return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
 
-def time(row: Row) -> str:
-    return digits(float(row["ms"])) if row["ms"] else "not timed"
+def mib(size: float) -> str:
+    return f"{size / 2**20:.1f}"
 
 
 def mebibytes(own: Mapping[str, Row], key: str) -> str:
-    return ", ".join(cell(own[each], key, *MIB) for each in ("fused", "fast", "naive"))
+    return ", ".join(cell(own[each], key, mib) for each in ("fused", "fast", "naive"))
 
 
 def processor(row: Row) -> str:
@@ -136,12 +133,8 @@ def processor(row: Row) -> str:
     Older tables do not record it; kernels for AVX2 ran where the processor had no AVX-512 at all.
     """
     recorded = row["avx512_bf16"] or ("unknown" if row["isa"] == "avx512" else "False")
-    texts = {"True": "with AVX512_BF16", "False": "without AVX512_BF16"}
-    return f"{row['isa']} kernels, {texts.get(recorded, 'AVX512_BF16 unknown')}"
-
-
-def percent(value: float | None, places: int) -> str:
-    return "" if value is None else f"{100 * value:.{places}f} %"
+    known = {"True": "with AVX512_BF16", "False": "without AVX512_BF16"}
+    return f"{row['isa']} kernels, {known.get(recorded, 'AVX512_BF16 unknown')}"
 
 
 def json_of(path: Path) -> dict[str, Any]:
@@ -157,9 +150,12 @@ def quickstart() -> list[str]:
     results = {name: json_of(folder / run / "result.json") for name, run in QUICKSTART.items()}
     first = results["IBP"]
     machine = first["hardware"]
-    errors = ("test_error", "pgd_error", "verified_error")
     body = [
-        [name, *(percent(found[each], 1) for each in errors), f"{found['seconds']:.0f} s"]
+        [
+            name,
+            *(f"{100 * found[f'{each}_error']:.1f} %" for each in ERRORS),
+            f"{found['seconds']:.0f} s",
+        ]
         for name, found in results.items()
     ]
     pgd = f"PGD error ({first['pgd_steps']} steps)"
@@ -179,12 +175,10 @@ def runs() -> list[str]:
     rows, result = [], {}
     for name, paper in RUNS.items():
         folder = ROOT / "results" / name
-        last = json_of(folder / "metrics.jsonl")
-        result = json_of(folder / "result.json")
-        errors = (percent(result[f"{kind}_error"], 2) for kind in ("test", "pgd", "verified"))
+        last, result = json_of(folder / "metrics.jsonl"), json_of(folder / "result.json")
         steps = f"{last['step']:,} ({last['epoch']})"
-        minutes = f"{result['train_seconds'] / 60:.0f} min"
-        rows.append([f"`{name}`", steps, *errors, paper, minutes])
+        errors = (f"{100 * result[f'{each}_error']:.2f} %" for each in ERRORS)
+        rows.append([f"`{name}`", steps, *errors, paper, f"{result['train_seconds'] / 60:.0f} min"])
     machine = result["hardware"]
     head = ["run", "steps (epochs)", "test", "PGD", "verified error", "the paper's", "training"]
     return [
@@ -201,9 +195,9 @@ def runs() -> list[str]:
 def step_table(name: str) -> tuple[list[Row], dict[str, dict[str, Row]]]:
     """Returns a table's rows, also by network; raises ValueError where a contender lacks."""
     rows = read(name)
-    results = by_network(rows)
+    results = {which: own for (which,), own in by(rows).items()}
     for which, own in results.items():
-        if missing := sorted(set(CONTENDERS) - set(own)):
+        if missing := sorted(CONTENDERS.keys() - own):
             raise ValueError(f"{name}.csv: {which} lacks {', '.join(missing)}")
     return rows, results
 
@@ -213,7 +207,7 @@ def performance() -> list[str]:
     body = []
     for name, first in tables[0][1].items():
         each = [results[name] for _, results in tables if name in results]
-        cells = [name, " / ".join(time(own["fused"]) for own in each)]
+        cells = [name, " / ".join(cell(own["fused"], "ms", digits) for own in each)]
         for other in HEADLINE:
             cells.append(" / ".join(cell(own[other], "fused_ratio") for own in each))
         body.append([*cells, mebibytes(first, "saved_bytes")])
@@ -224,7 +218,7 @@ def performance() -> list[str]:
         "in its faster memory layout. Before and after the slash are two processors: "
         f"{' / '.join(processor(rows[0]) for rows, _ in tables)}.",
         "",
-        *table(["network, data, batch", "ms", *names, 'saved MiB, `"fast"`, two-pass'], body),
+        *table(["network, data, batch", "ms", *names, f"saved {IN_MIB}"], body),
         "Saved is what autograd keeps for the backward pass. "
         + "; ".join(conditions(rows) for rows, _ in tables)
         + ". All contenders, memory, batch sizes, layers and what was measured how: "
@@ -233,20 +227,22 @@ def performance() -> list[str]:
 
 
 def steps() -> list[str]:
+    others = [each for each in CONTENDERS if each != "fused"]
+    names = [CONTENDERS[each] for each in others]
+    head = ["network, data, batch", "ms", "effective GFLOP/s (to peak)", *names]
+    head += [f"saved {IN_MIB}", f"peak {IN_MIB}"]
     lines = []
     for file in STEP_TABLES:
         rows, results = step_table(file)
-        others = [each for each in CONTENDERS if each != "fused"]
         body = []
         for which, own in results.items():
-            speed = cell(own["fused"], "effective_gflops", "{:.0f}")
-            share = cell(own["fused"], "effective_to_peak", "({:.2f})")
+            speed = cell(own["fused"], "effective_gflops", "{:.0f}".format)
+            share = cell(own["fused"], "effective_to_peak", "({:.2f})".format)
             ratios = (cell(own[each], "fused_ratio") for each in others)
             memory = (mebibytes(own, key) for key in ("saved_bytes", "peak_bytes"))
-            body.append([which, time(own["fused"]), f"{speed} {share}", *ratios, *memory])
-        head = ["network, data, batch", "ms", "effective GFLOP/s (to peak)"]
-        head += [CONTENDERS[each] for each in others]
-        head += [f'{text} MiB, `"fast"`, two-pass' for text in ("saved", "peak")]
+            body.append(
+                [which, cell(own["fused"], "ms", digits), f"{speed} {share}", *ratios, *memory]
+            )
         notes = sorted({f"`{row['contender']}`: {row['note']}" for row in rows if row["note"]})
         *made, last = block(f"**{rows[0]['cpu']}, {processor(rows[0])}.**", head, body, rows, file)
         peak = f"Peak {float(rows[0]['peak_gflops']):.0f} GFLOP/s. "
@@ -256,11 +252,11 @@ def steps() -> list[str]:
 
 def batches() -> list[str]:
     rows = read("batch")
+    sizes = sorted({int(row["batch"]) for row in rows})
     found: dict[str, dict[int, str]] = {}
     for row in rows:
         own = found.setdefault(f"{row['model']} {row['dataset']}", {})
-        own[int(row["batch"])] = cell(row, "ms_per_gflop", "{:.1f}")
-    sizes = sorted({size for own in found.values() for size in own})
+        own[int(row["batch"])] = cell(row, "ms_per_gflop", "{:.1f}".format)
     body = ([name, *(own.get(size, "") for size in sizes)] for name, own in found.items())
     about = "Milliseconds a GFLOP (of direct products) of the step of `cf.fuse`, by batch size:"
     return block(about, ["network", *(f"{size:,}" for size in sizes)], body, rows, "batch")
@@ -268,34 +264,30 @@ def batches() -> list[str]:
 
 def channels() -> list[str]:
     rows = read("channels")
-    best = by(rows, "contender", "dataset")
-    shapes = sorted({row["dataset"] for row in rows}, key=lambda shape: int(shape.split("x")[0]))
+    found = sorted(by(rows, "dataset").items(), key=lambda item: int(item[0][1].split("x")[0]))
     body = (
-        [CONTENDERS[name], *(digits(float(best[name, each]["ms_per_gflop"])) for each in shapes)]
+        [CONTENDERS[name], *(cell(own[name], "ms_per_gflop", digits) for _, own in found)]
         for name in ("fused", "fast", "naive")
     )
     about = (
         "Milliseconds a GFLOP (of direct products), by channel count: two 3x3 convolutions of as "
         f"many channels as the images have, and a linear layer, on {rows[0]['batch']} images of "
-        f"{shapes[0].partition('x')[2]}:"
+        f"{rows[0]['dataset'].partition('x')[2]}:"
     )
-    head = ["channels", *(shape.split("x")[0] for shape in shapes)]
+    head = ["channels", *(shape.split("x")[0] for (_, shape), _ in found)]
     return block(about, head, body, rows, "channels")
 
 
 def load() -> list[str]:
-    rows = [row for row in read("load") if row["format"] in ("", "nchw")]
-    found: dict[tuple[str, ...], dict[str, Row]] = {}
-    for row in rows:
-        key = " ".join(row[name] for name in NETWORK), row["load"], row["threads"]
-        found.setdefault(key, {})[row["contender"]] = row
+    rows = read("load")
 
     def spread(row: Row) -> str:
-        return f"{time(row)} ({' to '.join(digits(float(row[f'ms_{q}'])) for q in ('q1', 'q3'))})"
+        low, high = (cell(row, f"ms_{quartile}", digits) for quartile in ("q1", "q3"))
+        return f"{cell(row, 'ms', digits)} ({low} to {high})"
 
     body = (
-        [*key, spread(own["fused"]), spread(own["naive"]), cell(own["fused"], "ratio")]
-        for key, own in found.items()
+        [*key, spread(own["fused"]), spread(own["naive"]), cell(own["naive"], "fused_ratio")]
+        for key, own in by(rows, "load", "threads").items()
     )
     about = (
         "Milliseconds of a step beside processes that never wait (with quartiles), and how many "
@@ -307,21 +299,17 @@ def load() -> list[str]:
 
 def layers() -> list[str]:
     rows = read("layers")
-    pairs: dict[tuple[str, str], list[tuple[float, float]]] = {}  # ms of two passes, and of ours
-    best = by(rows, *NETWORK, "pass", "layer", "contender")
-    for (*name, kind, layer, contender), row in best.items():
-        if contender == "fused":
-            naive = best[(*name, kind, layer, "naive")]
-            own = pairs.setdefault((" ".join(name), kind), [])
-            own.append((float(naive["ms"]), float(row["ms"])))
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {}  # ms of two passes, and of ours
+    for (name, kind, _), own in by(rows, "pass", "layer").items():
+        pair = float(own["naive"]["ms"]), float(own["fused"]["ms"])
+        found.setdefault(name, {}).setdefault(kind, []).append(pair)
 
-    def cells(name: str, kind: str) -> str:
-        naive, fused = zip(*pairs[name, kind], strict=True)
-        ratios = [theirs / ours for theirs, ours in pairs[name, kind]]
-        return f"{sum(naive) / sum(fused):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    def text(pairs: list[tuple[float, float]]) -> str:
+        naive, fused = map(sum, zip(*pairs, strict=True))
+        ratios = [theirs / ours for theirs, ours in pairs]
+        return f"{naive / fused:.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
-    names = dict.fromkeys(name for name, _ in pairs)
-    body = ([name, cells(name, "forward"), cells(name, "training")] for name in names)
+    body = ([name, text(own["forward"]), text(own["training"])] for name, own in found.items())
     about = (
         "Time of the two-pass layer over that of our op, each in the better of NCHW and "
         "channels_last: a network's layers together, and in brackets the range of the layers:"
@@ -337,7 +325,7 @@ def loop() -> list[str]:
         step, data, writing = (float(row[part]) for part in ("step", "data", "writing"))
         shares = (data, writing, 1 - step - data - writing, 1 - step)
         speed = f"{float(row['examples_per_s']):.0f}"
-        body.append([f"`{row['preset']}`", speed, *(percent(share, 2) for share in shares)])
+        body.append([f"`{row['preset']}`", speed, *(f"{100 * share:.2f} %" for share in shares)])
     head = ["preset", "examples a second", "data, augmentation", "writing", "rest", "together"]
     about = (
         "What the training loop of `cibp-fast train` costs beside the step itself (loss, backward "
@@ -364,16 +352,16 @@ def gpu() -> list[str]:
         text = f"{passed} of {len(checks)} checks of the kernels against float64 passed"
         lines += [f"{text}, {skipped} were not made.", ""]
     columns: dict[str, tuple[Any, ...]] = {
-        "us": ("ms", "{:,.1f}", 1e3),
-        "over `train_step_tf32`": ("fused_ratio",),
+        "us": ("ms", lambda ms: f"{1e3 * ms:,.1f}"),
+        "over `train_step_tf32` (below 1 is faster)": ("fused_ratio",),
         "share of a matrix product's speed": ("effective_to_peak",),
         "of a copy's": ("copy_share",),
-        "saved MiB": ("saved_bytes", *MIB),
-        "peak MiB": ("peak_bytes", *MIB),
+        "saved MiB": ("saved_bytes", mib),
+        "peak MiB": ("peak_bytes", mib),
     }
     body = [
         [name, f"`{contender}`", *(cell(row, *each) for each in columns.values())]
-        for name, own in by_network(r for r in rows if r["contender"] and not r["layer"]).items()
+        for (name,), own in by(row for row in rows if row["contender"] and not row["layer"]).items()
         for contender, row in own.items()
     ]
     if body:

@@ -1,11 +1,13 @@
 """Times a whole training step: ours against the ways in which others compute it.
 
 A step is the nominal and the interval forward pass, the constrained IBP loss with elided margins
-and the widths after the activations, and the backward pass to all parameters; on a GPU with Adam.
-The contenders run in turn, each with its own copy of one network, in each memory format of theirs.
+and the widths after the activations, and the backward pass to all parameters; on a GPU with Adam,
+on the CPU without, and with --adam also with it. The contenders run in turn, each with its own copy
+of one network, in each memory format of theirs.
 Each is checked against float64 first: one that is wrong, or cannot run, is reported and not timed.
-"ratio" is the time of the two-pass eager step, in the better format, over a contender's own, round
-by round. GFLOP/s count direct products, the same for all. bench/README.md says who computes what.
+"ratio" is a contender's time over that of ours ("fused", on a GPU "train_step_tf32"), round by
+round: below 1 is faster. GFLOP/s count direct products, the same for all. bench/README.md says who
+computes what.
 """
 
 from __future__ import annotations
@@ -19,14 +21,16 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import machine
+import problems
 import timing
 import torch
-from baselines import CONTENDERS, GPU_CONTENDERS
+from baselines import CONTENDERS, GPU_CONTENDERS, Contender
 from problems import DATASETS, PLAIN, PRECISIONS, Exact, Problem
 from timing import Call, Row
 
@@ -36,37 +40,43 @@ SIDE = 16  # of the images of --channels
 BUSY = "import os\nwhile os.getppid() == {}: pass"  # ends with this process, however it ends
 
 
+def contenders(device: str) -> Mapping[str, Contender]:
+    return CONTENDERS if device == "cpu" else GPU_CONTENDERS
+
+
 def made(
-    problem: Problem, name: str, memory_format: str, exact: Exact, options: argparse.Namespace
+    problem: Problem,
+    contender: Contender,
+    memory_format: str,
+    exact: Exact,
+    options: argparse.Namespace,
 ) -> tuple[Call, Row]:
     """Returns a contender's step, checked, and what is known of it."""
     device = machine.device_of(options.device)
-    contender = contenders(options.device)[name]
     stream = machine.capture_stream(device)
     before = machine.memory(device)
     step = contender.step(problem, memory_format, device, stream)
-    facts: Row = {"precision": contender.precision, **exact.check(step, contender.tolerance)}
-    facts["saved_bytes"] = step.saved_bytes()
+    errors = exact.errors(step)
+    problems.check(errors, contender.tolerance)
+    facts: Row = {"precision": contender.precision, "saved_bytes": step.saved_bytes()}
+    facts |= {f"{each}_error": f"{error:.2e}" for each, error in errors.items()}
+    facts["tolerance"] = contender.tolerance
     if device.type == "cuda":
         facts["peak_bytes"] = machine.peak_memory(step.call, device) - before
     elif options.rss:
-        of = problem, name, memory_format, torch.get_num_threads()
+        of = problem, contender, memory_format, torch.get_num_threads()
         facts["peak_bytes"] = machine.in_child(peak_growth, *of)
     return step.call, facts
 
 
-def contenders(device: str) -> Mapping[str, Any]:
-    return CONTENDERS if device == "cpu" else GPU_CONTENDERS
-
-
-def peak_growth(problem: Problem, name: str, memory_format: str, threads: int) -> int:
+def peak_growth(problem: Problem, contender: Contender, memory_format: str, threads: int) -> int:
     """Returns the bytes by which a step raises this process's resident memory (Linux only).
 
     To be called in a process of its own. What the first steps leave behind is not in it, except for
     the memory that the op keeps from one forward pass to the next: that is given back before.
     """
     torch.set_num_threads(threads)
-    step = CONTENDERS[name].step(problem, memory_format)
+    step = contender.step(problem, memory_format)
     for _ in range(2):
         step.call()
     step.model.zero_grad()
@@ -105,44 +115,47 @@ def busy(processes: int) -> Iterator[None]:
 
 
 def rows(
-    problem: Problem, load: int, options: argparse.Namespace, limits: Mapping[str, float]
+    problem: Problem,
+    load: int,
+    optimizer: str,
+    options: argparse.Namespace,
+    limits: Mapping[str, float],
 ) -> list[Row]:
-    """Times all contenders beside `load` busy processes a core; limits: of `machine.ceilings`."""
+    """Times all contenders beside `load` busy processes a core.
+
+    optimizer: "none" or "adam", torch's fused one. limits: of `machine.ceilings`.
+    """
     device, on_gpu = machine.device_of(options.device), options.device != "cpu"
     torch.compiler.reset()  # or compilations of earlier problems count towards its limit
     exact = Exact.of(problem, device)
+    allowed = contenders(options.device)
+    chosen = {name: replace(allowed[name], adam=optimizer == "adam") for name in options.contenders}
     makers = {
-        (name, each): partial(made, problem, name, each, exact, options)
-        for name in options.contenders
-        for each in contenders(options.device)[name].formats
+        (name, each): partial(made, problem, contender, each, exact, options)
+        for name, contender in chosen.items()
+        for each in contender.formats
     }
-
     with busy(load * (os.cpu_count() or 1)):
         found = timing.interleaved(
             makers,
             timing.timer(device),
             options.rounds,
-            baseline="naive_tf32" if on_gpu else "naive",
             ours="train_step_tf32" if on_gpu else "fused",
-            flops=problem.flops(),
-            moved={each: problem.bytes(each) for each in PRECISIONS},
-            limits=limits,
             least=0.01 if on_gpu else 0.002,
             ready=options.ready,
         )
     base = {"model": problem.model, "dataset": problem.dataset, "batch": problem.batch}
-    base |= {"clip": problem.clip, "load": load}
-    return [{**base, "optimizer": "adam" if on_gpu else "none", **row} for row in found]
+    base |= {"clip": problem.clip, "load": load, "optimizer": optimizer}
+    moved = {each: problem.bytes(each) for each in PRECISIONS}
+    return [{**base, **timing.speed(row, problem.flops(), moved, limits)} for row in found]
 
 
 def run(options: argparse.Namespace) -> None:
     allowed = contenders(options.device)
     options.contenders = options.contenders or list(allowed)
-    for name in options.contenders:
-        if name not in allowed:
-            raise ValueError(
-                f"on device {options.device} contenders are {', '.join(allowed)}, not {name}"
-            )
+    if wrong := [name for name in options.contenders if name not in allowed]:
+        names = ", ".join(allowed)
+        raise ValueError(f"on device {options.device} contenders are {names}, not {wrong[0]}")
     if options.rss:
         if options.device != "cpu":
             raise ValueError("rss is of a CPU's step; a GPU's table holds the peak memory anyway")
@@ -151,18 +164,26 @@ def run(options: argparse.Namespace) -> None:
         except OSError as error:
             raise ValueError(f"rss needs Linux's /proc/self/clear_refs: {error}") from error
     limits, where = machine.prepared(options)
-    print("ratio: the time of the two-pass eager step over its own")
+    ours = "the step of cibp-fast train in tf32" if options.device != "cpu" else "cf.fuse"
+    print(f"ratio: the time over that of {ours} (below 1 is faster)")
+    optimizers = ["none", "adam"] if options.adam else ["none"]
+    if options.device != "cpu":
+        optimizers = ["adam"]
     networks = [(m, d, DATASETS[d][1]) for m in options.models for d in options.datasets]
     if options.channels:
         networks = [(PLAIN, f"{count}x{SIDE}x{SIDE}", 100) for count in options.channels]
     cases = (
         (
-            f"{model} {dataset}, batch {batch}, beside {load} busy processes a core",
-            partial(rows, Problem(model, dataset, batch, options.clip), load, options, limits),
+            f"{model} {dataset}, batch {batch}, beside {load} busy processes a core"
+            + (", with Adam" if optimizer == "adam" else ""),
+            partial(
+                rows, Problem(model, dataset, batch, options.clip), load, optimizer, options, limits
+            ),
         )
         for model, dataset, usual in networks
         for batch in options.batch or [usual]
         for load in options.load
+        for optimizer in optimizers
     )
     timing.collect(cases, where, options.output)
 
@@ -186,13 +207,14 @@ channels = (
 )
 script.option("--channels", None, channels, **several)
 which = f"of {', '.join(CONTENDERS)}; on a GPU of {', '.join(GPU_CONTENDERS)} (default: all)"
-allowed = {"choices": sorted({*CONTENDERS, *GPU_CONTENDERS}), "nargs": "+", "metavar": "NAME"}
-script.option("--contenders", None, which, **allowed)
+script.option("--contenders", None, which, nargs="+", metavar="NAME")
 beside = "busy processes a core, beside the steps"
 script.option("--load", [0], beside, type=timing.number(0), nargs="+")
 ready = "after N seconds make no further contender of a network, and time the others"
 script.option("--ready", math.inf, ready, type=timing.number(0, kind=float))
 script.option("--clip", False, "boxes cut to [0, 1], not exact balls", action="store_true")
+adam = "also the steps with Adam; those of a GPU always have it"
+script.option("--adam", False, adam, action="store_true")
 rss = "also a step's peak memory, of each contender in a process of its own (Linux)"
 script.option("--rss", False, rss, action="store_true")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import errno
 import gc
 import io
 import math
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from problems import DATASETS, NETWORKS
 
-from cibp_fast.training.files import write_atomic
+from cibp_fast.training.files import naming, write_atomic
 
 # What a user can cause: each message names the thing. Anything else is a bug, with a traceback.
 USER_ERRORS = (
@@ -143,24 +144,18 @@ def interleaved(
     makers: Mapping[Key, Callable[[], tuple[Call, Row]]],
     timer: Timer,
     rounds: int,
-    *,
-    baseline: str,
     ours: str,
-    flops: int,
-    moved: Mapping[str, int],
-    limits: Mapping[str, float],
+    *,
     least: float = 0.002,
     ready: float = math.inf,
 ) -> list[Row]:
     """Makes all contenders, times them in turn, and returns a row for each.
 
-    makers: of each what checks it and returns the call to time, and what is known of it, its
-    precision included. Whoever raises an exception is not timed: its row has a note. baseline,
-    ours: "ratio" is the time of the one over a contender's own, and "fused_ratio" its own over the
-    other's; in the better memory format, and round by round, so that a slow spell of the machine is
-    in both. flops, moved: of a call, the bytes by precision. limits: of `machine.ceilings`. least:
-    seconds of a timing; in less, the clock's and the scheduler's noise would be most. ready:
-    seconds after which no further contender is made.
+    makers: of each what checks it and returns the call to time, and what is known of it. Whoever
+    raises an exception is not timed: its row has a note. ours: "fused_ratio" is a contender's time
+    over that of this one, in its better memory format; round by round, so that a slow spell of the
+    machine is in both. least: seconds of a timing; in less, the clock's and the scheduler's noise
+    would be most. ready: seconds after which no further contender is made.
     """
     end = time.monotonic() + ready
     rows: dict[Key, Row] = {key: {"contender": key[0], "format": key[1]} for key in makers}
@@ -191,20 +186,14 @@ def interleaved(
                 rows[key]["note"] = line(error)
                 del times[key]
 
-    def better(name: str) -> list[float]:
-        own = [seconds for (contender, _), seconds in times.items() if contender == name]
-        return min(own, key=statistics.median, default=[])
-
+    reference = [seconds for (contender, _), seconds in times.items() if contender == ours]
+    reference = min(reference, key=statistics.median, default=[])
     for key, own in times.items():
-        precision = rows[key]["precision"]
-        rows[key] |= figures(own, flops, limits[precision], moved[precision], limits.get("copy"))
-        pairs = list(zip(better(baseline), own, strict=False))  # none where it was not timed
-        if pairs:
-            low, ratio, high = quartiles([theirs / mine for theirs, mine in pairs])
-            rows[key] |= rounded({"ratio": ratio, "ratio_q1": low, "ratio_q3": high}, 4)
-        if pairs := list(zip(own, better(ours), strict=False)):
-            ratio = statistics.median(mine / theirs for mine, theirs in pairs)
-            rows[key] |= rounded({"fused_ratio": ratio}, 4)
+        q1, median, q3 = statistics.quantiles([1e3 * t for t in own], n=4, method="inclusive")
+        rows[key] |= rounded({"ms": median, "ms_q1": q1, "ms_q3": q3})
+        if reference:  # none where it was not timed
+            ratios = [mine / theirs for mine, theirs in zip(own, reference, strict=True)]
+            rows[key] |= rounded({"fused_ratio": statistics.median(ratios)}, 4)
     return [{**row, "rounds": rounds} for row in rows.values()]
 
 
@@ -239,28 +228,23 @@ def timer(device: torch.device, flush: torch.Tensor | None = None) -> Timer:
     return by_host if device.type == "cpu" else by_gpu
 
 
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Returns first quartile, median and third quartile of at least two values."""
-    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
-    return q1, median, q3
+def speed(row: Row, flops: int, moved: Mapping[str, int], limits: Mapping[str, float]) -> Row:
+    """Returns the row with its speed, and its shares of what the machine can reach.
 
-
-def figures(
-    seconds: Sequence[float], flops: int, peak: float, moved: int, copy: float | None
-) -> Row:
-    """Returns time and speed, and their shares of what the machine can reach.
-
-    peak: GFLOP/s. moved: bytes, compared with copy, GB/s, where that was measured.
+    moved: bytes by precision, compared with a copy where that was measured. limits: of
+    `machine.ceilings`.
     """
-    q1, median, q3 = quartiles(seconds)
-    speed = flops / median / 1e9
-    found = {"ms": 1e3 * median, "ms_q1": 1e3 * q1, "ms_q3": 1e3 * q3, "gflop": flops / 1e9}
-    found |= {"effective_gflops": speed, "peak_gflops": peak, "effective_to_peak": speed / peak}
-    found["ms_per_gflop"] = 1e12 * median / flops
-    if copy:
-        found |= {"mbytes": moved / 1e6, "copy_gbytes_per_s": copy}
-        found["copy_share"] = moved / median / 1e9 / copy
-    return rounded(found)
+    if "ms" not in row:
+        return row
+    gflop, peak = flops / 1e9, limits[row["precision"]]
+    found = {"gflop": gflop, "effective_gflops": 1e3 * gflop / row["ms"], "peak_gflops": peak}
+    found["effective_to_peak"] = found["effective_gflops"] / peak
+    found["ms_per_gflop"] = row["ms"] / gflop
+    if copy := limits.get("copy"):
+        mbytes = moved[row["precision"]] / 1e6
+        found |= {"mbytes": mbytes, "copy_gbytes_per_s": copy}
+        found["copy_share"] = mbytes / row["ms"] / copy
+    return row | rounded(found)
 
 
 def rounded(values: Mapping[str, float], digits: int = 5) -> Row:
@@ -274,7 +258,7 @@ COLUMNS = {  # of contenders
     "contender": "{contender} {format}",
     "ms": "{ms:.4g}",
     "[quartiles]": "[{ms_q1:.4g}, {ms_q3:.4g}]",
-    "ratio": "{ratio:.2f}",
+    "ratio": "{fused_ratio:.2f}",
     "GFLOP/s": "{effective_gflops:.1f}",
     "to peak": "{effective_to_peak:.2f}",
     "to copy": "{copy_share:.2f}",
@@ -285,7 +269,7 @@ COLUMNS = {  # of contenders
 }
 
 
-def show(rows: Sequence[Row], columns: Mapping[str, str] = COLUMNS) -> None:
+def show(rows: Sequence[Row], columns: Mapping[str, str]) -> None:
     """Prints a line for each row, aligned, and of those that were not timed the reason.
 
     columns: by title, a format of the row's values; empty where one is missing, and left out where
@@ -301,10 +285,9 @@ def show(rows: Sequence[Row], columns: Mapping[str, str] = COLUMNS) -> None:
     timed = [row for row in rows if not row.get("note")]
     table = [[title, *(cell(form, row) for row in timed)] for title, form in columns.items()]
     table = [column for column in table if any(column[1:])]
-    widths = [max(map(len, column)) for column in table]
-    for first, *others in zip(*table, strict=True):
-        cells = (f"{text:>{width}}" for text, width in zip(others, widths[1:], strict=True))
-        print(f"  {first:<{widths[0]}}  {'  '.join(cells)}".rstrip())
+    table = [[text.ljust(max(map(len, column))) for text in column] for column in table]
+    for cells in zip(*table, strict=True):
+        print(f"  {'  '.join(cells)}".rstrip())
     for row in rows:
         if row.get("note"):
             print(f"  {cell(next(iter(columns.values())), row)} not timed: {row['note']}")
@@ -312,17 +295,20 @@ def show(rows: Sequence[Row], columns: Mapping[str, str] = COLUMNS) -> None:
 
 
 def collect(
-    cases: Iterable[tuple[str, Callable[[], list[Row]]]], where: Row, output: Path | None
+    cases: Iterable[tuple[str, Callable[[], list[Row]]]],
+    where: Row,
+    output: Path | None,
+    columns: Mapping[str, str] = COLUMNS,
 ) -> None:
     """Measures cases, each a title and what returns its rows; prints and writes them.
 
-    where: is added to each row.
+    where: is added to each row. columns: of `show`.
     """
     found: list[Row] = []
     for title, rows in cases:
         print(f"\n{title}", flush=True)
         own = rows()
-        show(own)
+        show(own, columns)
         found += [row | where for row in own]
         write(output, found)  # kept if the next one is interrupted
 
@@ -339,10 +325,8 @@ def write(path: Path | None, rows: Sequence[Row]) -> None:
 
 def check_output(path: Path) -> None:
     """Raises OSError where the file could not be written: before the measurement, not after it."""
-    if path.is_dir():
-        raise OSError(f"cannot write {path}: it is a folder")
-    try:
+    with naming("write", path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
         tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror}") from error

@@ -11,6 +11,7 @@ measured yet.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import os
 import sys
@@ -26,10 +27,9 @@ import machine
 import timing
 import torch
 from filelock import FileLock
-from problems import DATASETS, NETWORKS, PRECISIONS
+from problems import DATASETS, NETWORKS, PRECISIONS, network
 from timing import names, number
 
-import cibp_fast as cf
 from cibp_fast._version import __version__
 from cibp_fast.fusion.network import planned
 from cibp_fast.fusion.tracing import trace
@@ -47,7 +47,6 @@ FINAL_ROUNDS = 25  # in which the fastest and the rule's are compared
 LEADERS = 2  # how many the search goes on from
 STEPS = 4  # how often it does at most
 ACCUMULATORS = 192  # registers of a thread, of 255
-VERSION = "cibp_fast"  # in an entry, whose kernels were timed
 WAVES = 8  # the most programs for each that can run at a time
 
 
@@ -222,15 +221,12 @@ def failure(
 
 def layers(networks: Sequence[str], datasets: Sequence[str], batch_size: int | None) -> list[Shape]:
     """Returns the convolutions and linear layers of the networks, each shape once."""
-    found: dict[Shape, None] = {}
-    for name in networks:
-        for dataset in datasets:
-            image, batch = DATASETS[dataset]
-            net, padding = NETWORKS[name]
-            program = trace(cf.models.NETS[net](image, padding=padding))
-            stages = planned(program, torch.zeros(1, *image))[0].stages
-            found.update(dict.fromkeys(shape_of(stage, batch_size or batch) for stage in stages))
-    return list(found)
+    found: list[Shape] = []
+    for name, dataset in itertools.product(networks, datasets):
+        image, batch = DATASETS[dataset]
+        plan, *_ = planned(trace(network(name, dataset)), torch.zeros(1, *image))
+        found += [shape_of(stage, batch_size or batch) for stage in plan.stages]
+    return list(dict.fromkeys(found))
 
 
 def tune(
@@ -247,16 +243,15 @@ def tune(
     left out, if this version of cibp_fast measured it.
     """
     end = time.monotonic() + limit
-    known = {tiles.key(each) for each in update(output) if each.get(VERSION) == __version__}
+    known = {tiles.key(each) for each in update(output) if each.get("cibp_fast") == __version__}
     new = [job for job in jobs if tiles.key(tiles.entry_for(where, *job)) not in known]
-    bench, measured, done = None, None, 0
-    for job in new:
+    bench, done = None, 0
+    for i, job in enumerate(new):
         if time.monotonic() > end:
             break
-        if measured != (job.shape, job.precision):
+        if bench is None or new[i - 1][1:] != job[1:]:
             bench = None  # frees its memory for the next one
-            measured = (job.shape, job.precision)
-            bench = bench_of(*measured)
+            bench = bench_of(job.shape, job.precision)
         best, us, default_us = search(job, bench)
         done += 1
         times = f"the rule's tiles {default_us:.1f} us, {us:.1f} us with {best}"
@@ -264,7 +259,7 @@ def tune(
         if not math.isnan(us):
             rule_us = None if math.isnan(default_us) else round(default_us, 2)
             found = {"tiles": best._asdict(), "us": round(us, 2), "default_us": rule_us}
-            entry = {**tiles.entry_for(where, *job), **found, "gpu": gpu, VERSION: __version__}
+            entry = {**tiles.entry_for(where, *job), **found, "gpu": gpu, "cibp_fast": __version__}
             update(output, entry)
     print(f"{done} of {len(jobs)} kernels tuned, {len(jobs) - len(new)} were in the table already")
 

@@ -72,7 +72,7 @@ def test_who_was_not_timed_has_a_note(results: Path) -> None:
     rows = [dict(row) for row in report.read("step")]
     for row in rows:
         if row["contender"] == "auto_lirpa":
-            row |= {"ms": "", "fused_ratio": "", "ratio": "", "note": "ModuleNotFoundError: no"}
+            row |= {"ms": "", "fused_ratio": "", "note": "ModuleNotFoundError: no"}
     timing.write(results / "step.csv", rows)
     lines = report.steps()
     assert cells(lines[: len(lines) // 2], "small mnist 100")["auto_LiRPA"] == "not timed"

@@ -32,15 +32,12 @@ def test_the_table_of_the_epochs(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert (row["batch"], row["epoch_steps"], row["epochs"]) == (str(batch), "2", "2")
         shares = [float(row[part]) for part in epochs.PARTS]
         assert sum(shares) == pytest.approx(1, abs=1e-4) and all(0 < share < 1 for share in shares)
-        assert 0 < float(row["outside_q1"]) <= float(row["outside"]) <= float(row["outside_q3"]) < 1
-        epoch, first = float(row["epoch_s"]), float(row["first_epoch_s"])
+        epoch = float(row["epoch_s"])
         assert float(row["examples_per_s"]) == pytest.approx(2 * batch / epoch, rel=1e-2)
-        whole = float(row["all_epochs"])
-        assert whole == pytest.approx(preset(row["preset"]).steps / 2, rel=1e-3)
-        assert float(row["all_s"]) == pytest.approx(first + (whole - 1) * epoch, rel=1e-2)
+        assert float(row["first_epoch_s"]) > 0
         assert float(row["evaluation_ms_per_example"]) > 0
     printed = capsys.readouterr().out
-    assert printed.count("epochs: ") == 2 and "loss" not in printed
+    assert printed.count("first epoch") == 2 and "loss" not in printed
 
 
 def _tiny(in_shape: tuple[int, ...], padding: str) -> nn.Sequential:
