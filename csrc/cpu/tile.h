@@ -44,19 +44,22 @@ void for_blocks(int64_t channels, const Body& body) {
 // the rows of the weight panel from `row` on.
 struct Run {
   int64_t source, row, length;
+  bool operator==(const Run& other) const {
+    return source == other.source && row == other.row && length == other.length;
+  }
 };
 
 // Pixels a multiply tile computes at once.
 template <int STREAMS>
 constexpr int kTilePixels = kAccumulators / (2 * STREAMS);
 
-// For each pixel t and vector v of channels: the sums over runs and k of
+// For each of PIXELS pixels t and each vector v of channels: the sums over runs and k of
 //   source[pixels[t] + run + k][stream] * panel[row + k][v]
 // onto those in `partial`, if it is given; finish(t, v, sums) takes them, one for each stream.
-template <class F, int STREAMS, int VECTORS, class Finish>
+template <class F, int STREAMS, int VECTORS, int PIXELS = kTilePixels<STREAMS>, class Finish>
 [[gnu::always_inline]] inline void multiply(
     const F* source,        // packed streams
-    const int64_t* pixels,  // [kTilePixels] offsets into source
+    const int64_t* pixels,  // [PIXELS] offsets into source
     int64_t stream_stride,  // from one stream to the next in source
     const Run* runs, int64_t run_count,
     const F* panel,            // [rows, VECTORS * kLanes]
@@ -64,7 +67,7 @@ template <class F, int STREAMS, int VECTORS, class Finish>
     const Number<F>* partial,  // [.., STREAMS, VECTORS * kLanes] or null
     const Finish& finish) {
   using T = Number<F>;
-  constexpr int P = kTilePixels<STREAMS>, L = kLanes<F>, N = VECTORS * L;
+  constexpr int P = PIXELS, L = kLanes<F>, N = VECTORS * L;
   Vec<T> acc[STREAMS][P][VECTORS];
 #pragma GCC unroll 16
   for (int s = 0; s < STREAMS; ++s)
@@ -131,7 +134,7 @@ template <class F, int STREAMS, int VECTORS, class Finish>
 }
 
 // product[targets[t]][stream][v] = what `multiply` sums, onto what is there where `accumulate`.
-template <class F, int STREAMS, int VECTORS>
+template <class F, int STREAMS, int VECTORS, int PIXELS = kTilePixels<STREAMS>>
 [[gnu::noinline]] void multiply_tile(const F* source, const int64_t* pixels, int64_t stream_stride,
                                      const Run* runs, int64_t run_count, const F* panel,
                                      const int64_t* targets, bool accumulate,
@@ -139,7 +142,7 @@ template <class F, int STREAMS, int VECTORS>
                                      Number<F>* product) {  // [.., STREAMS, VECTORS * kLanes]
   using T = Number<F>;
   constexpr int L = kLanes<F>, N = VECTORS * L;
-  multiply<F, STREAMS, VECTORS>(
+  multiply<F, STREAMS, VECTORS, PIXELS>(
       source, pixels, stream_stride, runs, run_count, panel, targets,
       accumulate ? product : nullptr, [&](int t, int v, const Vec<T>* sums) {
 #pragma GCC unroll 16

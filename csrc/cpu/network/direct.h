@@ -59,20 +59,31 @@ void convolve_strip(const Plan& plan, const Strip& strip, const Geometry& g, con
   const F* panel = as_factors<E>(packed);
   const int64_t stream_stride = g.stream_stride() / kPaired<E>;
   const int64_t first = strip.begin * width;
+  constexpr int P = kTilePixels<STREAMS>;
   for (int64_t i = strip.tile_begin; i < strip.tile_end; ++i) {
     const Tile& tile = plan.tiles[static_cast<size_t>(i)];
     const int64_t* pixels = &plan.pixels[static_cast<size_t>(tile.first_pixel)];
     const int64_t* targets = &plan.targets[static_cast<size_t>(tile.first_pixel)];
     const Run* runs = plan.runs.data() + tile.first_run;
-    if (!tile.last) {
-      multiply_tile<F, STREAMS, V>(source, pixels, stream_stride, runs, tile.run_count, panel,
-                                   targets, tile.accumulate, product);
-      continue;
+    const auto compute = [&](auto size, int64_t count) {
+      constexpr int kPixels = size;
+      if (!tile.last)
+        multiply_tile<F, STREAMS, V, kPixels>(source, pixels, stream_stride, runs, tile.run_count,
+                                              panel, targets, tile.accumulate, product);
+      else
+        multiply<F, STREAMS, V, kPixels>(
+            source, pixels, stream_stride, runs, tile.run_count, panel, targets,
+            tile.accumulate ? product : nullptr,
+            [&](int t, int v, Vec<T>* sums) { finish(first + targets[t], v, t < count, sums); });
+    };
+    if constexpr (V == 1) {  // two tiles at once have as many sums as one of two vectors
+      if (tile.twin) {
+        compute(std::integral_constant<int, 2 * P>{},
+                P + plan.tiles[static_cast<size_t>(++i)].count);
+        continue;
+      }
     }
-    multiply<F, STREAMS, V>(source, pixels, stream_stride, runs, tile.run_count, panel, targets,
-                            tile.accumulate ? product : nullptr, [&](int t, int v, Vec<T>* sums) {
-                              finish(first + targets[t], v, t < tile.count, sums);
-                            });
+    compute(std::integral_constant<int, P>{}, tile.count);
   }
 }
 
