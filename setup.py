@@ -39,17 +39,15 @@ PYTHON_INCLUDE = sysconfig.get_path("include")
 # One module for each instruction set; one of them is chosen at run time. They are separate shared
 # objects because an inline function or template has one name whatever it is compiled for: within
 # one object the linker keeps any one copy, and an older CPU would run the AVX-512 one.
+AVX512 = [
+    *("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"),
+    "-DCIBP_VECTOR_BYTES=64",
+]
 INSTRUCTION_SETS = {
     "_cpu_portable": ["-DCIBP_VECTOR_BYTES=16"],
     "_cpu_avx2": ["-mavx2", "-mfma", "-DCIBP_VECTOR_BYTES=32"],
-    "_cpu_avx512": [
-        "-mavx512f",
-        "-mavx512dq",
-        "-mavx512bw",
-        "-mavx512vl",
-        "-mfma",
-        "-DCIBP_VECTOR_BYTES=64",
-    ],
+    "_cpu_avx512": AVX512,
+    "_cpu_avx512bf16": [*AVX512, "-mavx512bf16"],
 }
 # Without -ffast-math: it reorders sums and flushes to zero, and a bound may not move by either.
 FLAGS = [

@@ -366,6 +366,7 @@ ONE, BOTH = ("nchw",), ("nchw", "nhwc")
 CONTENDERS = {
     "fused": Contender(fused, ONE, 1e-4),
     "fast": Contender(partial(fused, precision="fast"), ONE, 1e-2),
+    "bf16": Contender(partial(fused, precision="bf16"), ONE, 0.25),  # slow without AVX512_BF16
     "layers": Contender(layers, BOTH, 1e-4),
     "naive": Contender(naive, BOTH, 1e-3),
     "four": Contender(partial(naive, affine=four_products), BOTH, 1e-3),

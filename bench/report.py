@@ -40,6 +40,7 @@ STEP_TABLES = ("step", "step_avx512")  # each measured on another processor
 CONTENDERS = {
     "fused": "`cf.fuse`",
     "fast": '`precision="fast"`',
+    "bf16": '`precision="bf16"`',
     "layers": "`cf.bounds`",
     "naive": "two-pass eager",
     "four": "four products",
@@ -47,7 +48,7 @@ CONTENDERS = {
     "auto_lirpa": "auto_LiRPA",
     "naive_bf16": "two-pass, bf16 autocast",
 }
-HEADLINE = ("fast", "naive", "compile", "auto_lirpa", "naive_bf16")
+HEADLINE = ("fast", "bf16", "naive", "compile", "auto_lirpa", "naive_bf16")
 
 NETWORK = ("model", "dataset", "batch")
 IN_MIB = 'MiB, `"fast"`, two-pass'  # of `mebibytes`
@@ -197,6 +198,7 @@ def step_table(name: str) -> tuple[list[Row], dict[str, dict[str, Row]]]:
     rows = read(name)
     results = {which: own for (which,), own in by(rows).items()}
     for which, own in results.items():
+        own.setdefault("bf16", dict.fromkeys(own["fused"], ""))  # older tables have none
         if missing := sorted(CONTENDERS.keys() - own):
             raise ValueError(f"{name}.csv: {which} lacks {', '.join(missing)}")
     return rows, results

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 vector_bytes: int
 openmp: bool
+bf16_products: bool  # whether pairs of bfloat16 are multiplied by the CPU, or emulated
 compiler: str
 
 def cpu_features() -> dict[str, bool]: ...
@@ -152,4 +153,5 @@ relu_backward_float64 = relu_backward_float32
 loss_forward_float64 = loss_forward_float32
 loss_backward_float64 = loss_backward_float32
 Network_float64 = Network_float32
+Network_bfloat16 = Network_float32
 peak_flops_float64 = peak_flops_float32

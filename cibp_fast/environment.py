@@ -48,7 +48,8 @@ def describe() -> list[tuple[str, str]]:
             build = built[isa]
             openmp = "OpenMP" if build.openmp else "without OpenMP"
             vectors = f"{8 * build.vector_bytes}-bit vectors"
-            text = f"built, {vectors}, {openmp}, compiler {build.compiler}"
+            pairs = "" if build.bf16_products else ", precision bf16 emulated (slow)"
+            text = f"built, {vectors}, {openmp}, compiler {build.compiler}{pairs}"
         else:
             text = missing[isa]
         rows.append((f"CPU kernels {isa}", text))

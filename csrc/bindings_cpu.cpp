@@ -186,11 +186,12 @@ std::vector<P*> pointers(const std::vector<int64_t>& addresses) {
   return all;
 }
 
-template <class T>
-void network_forward_py(const Network<T>& network, int threads, const std::vector<int64_t>& weights,
+template <class E>
+void network_forward_py(const Network<E>& network, int threads, const std::vector<int64_t>& weights,
                         const std::vector<int64_t>& biases, const std::array<Tensor, 3>& in,
                         int64_t ball_radius, bool mean, int64_t saved,
                         const std::array<int64_t, 6>& out) {
+  using T = Number<E>;
   network.forward({threads, pointers<const T>(weights), pointers<const T>(biases),
                    tensor4<T>(in[0]), tensor4<T>(in[1]), tensor4<T>(in[2]),
                    pointer<const T>(ball_radius), mean, pointer<std::byte>(saved),
@@ -198,19 +199,31 @@ void network_forward_py(const Network<T>& network, int threads, const std::vecto
                    pointer<T>(out[4]), pointer<T>(out[5])});
 }
 
-template <class T>
-void network_backward_py(const Network<T>& network, int threads,
+template <class E>
+void network_backward_py(const Network<E>& network, int threads,
                          const std::vector<int64_t>& weights, int64_t ball_radius, bool mean,
                          int64_t saved, const std::array<int64_t, 8>& in,
                          const std::array<int64_t, 3>& out,
                          const std::vector<int64_t>& grad_weights,
                          const std::vector<int64_t>& grad_biases) {
+  using T = Number<E>;
   network.backward({threads, pointers<const T>(weights), pointer<const T>(ball_radius), mean,
                     pointer<const std::byte>(saved), pointer<const T>(in[0]),
                     pointer<const T>(in[1]), pointer<const T>(in[2]), pointer<const T>(in[3]),
                     pointer<const T>(in[4]), pointer<const T>(in[5]), pointer<const T>(in[6]),
                     pointer<const T>(in[7]), pointer<T>(out[0]), pointer<T>(out[1]),
                     pointer<T>(out[2]), pointers<T>(grad_weights), pointers<T>(grad_biases)});
+}
+
+template <class E>
+void define_network(py::module_& m, const char* suffix) {
+  using Unlocked = py::call_guard<py::gil_scoped_release>;
+  py::class_<Network<E>>(m, (std::string("Network_") + suffix).c_str(), py::module_local())
+      .def(py::init<const std::vector<NetworkLayer>&, bool>(), "layers"_a, "ball"_a)
+      .def_property_readonly("saved_bytes", &Network<E>::saved_bytes)
+      .def_property_readonly("example_bytes", &Network<E>::example_bytes)
+      .def("forward", &network_forward_py<E>, Unlocked())
+      .def("backward", &network_backward_py<E>, Unlocked());
 }
 
 template <class T>
@@ -227,13 +240,7 @@ void define(py::module_& m, const char* suffix) {
   def("peak_flops_", &peak_flops<T>);
   def("relu_forward_", &relu_forward_py<T>);
   def("relu_backward_", &relu_backward_py<T>);
-  using Unlocked = py::call_guard<py::gil_scoped_release>;
-  py::class_<Network<T>>(m, (std::string("Network_") + suffix).c_str(), py::module_local())
-      .def(py::init<const std::vector<NetworkLayer>&, bool>(), "layers"_a, "ball"_a)
-      .def_property_readonly("saved_bytes", &Network<T>::saved_bytes)
-      .def_property_readonly("example_bytes", &Network<T>::example_bytes)
-      .def("forward", &network_forward_py<T>, Unlocked())
-      .def("backward", &network_backward_py<T>, Unlocked());
+  define_network<T>(m, suffix);
 }
 
 // The geometry of layers, by the names that kernels/shape.py has. All classes are the module's own:
@@ -274,6 +281,9 @@ py::dict cpu_features() {
   features["avx512"] = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                        __builtin_cpu_supports("fma");
+#if defined(__clang__) || __GNUC__ >= 11
+  features["avx512bf16"] = features["avx512"].cast<bool>() && __builtin_cpu_supports("avx512bf16");
+#endif
 #endif
   return features;
 }
@@ -285,11 +295,17 @@ PYBIND11_MODULE(CIBP_MODULE, m) {
   define_shapes(m);
   define<float>(m, "float32");
   define<double>(m, "float64");
+  define_network<BFloat16>(m, "bfloat16");
   m.def("cpu_features", &cpu_features);
   py::class_<Buffer>(m, "Buffer", py::buffer_protocol(), "bytes that are used again")
       .def(py::init<size_t>())
       .def_buffer(&Buffer::view);
   m.attr("vector_bytes") = CIBP_VECTOR_BYTES;
+#ifdef __AVX512BF16__
+  m.attr("bf16_products") = true;
+#else
+  m.attr("bf16_products") = false;  // emulated
+#endif
 #ifdef _OPENMP
   m.attr("openmp") = true;
 #else

@@ -83,7 +83,7 @@ def host_cuda(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     return cuda_host.load(cuda_host.build(tmp_path_factory.mktemp("cuda")))
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512"])
+@pytest.fixture(params=["portable", "avx2", "avx512", "avx512bf16"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once with each build of the CPU kernels that this machine can execute."""
     from cibp_fast.ops import backends

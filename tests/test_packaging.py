@@ -38,7 +38,7 @@ def test_typed_package_is_installed() -> None:
     package = Path(cf.__file__).parent
     assert (package / "py.typed").is_file()
     assert (package / "kernels" / "tuned.json").is_file()
-    for isa in ("avx2", "avx512"):
+    for isa in ("avx2", "avx512", "avx512bf16"):
         assert (package / f"_cpu_{isa}.pyi").is_file()
     stub = (package / "_cpu_portable.pyi").read_text()
     portable = importlib.import_module("cibp_fast._cpu_portable")
@@ -52,7 +52,7 @@ def test_portable_kernels_are_built() -> None:
     # The compiler may not know the others, and where the processor does not, importing one would
     # already execute what it lacks.
     features = portable.cpu_features()
-    for isa, vector_bytes in (("avx2", 32), ("avx512", 64)):
+    for isa, vector_bytes in (("avx2", 32), ("avx512", 64), ("avx512bf16", 64)):
         if features.get(isa) and importlib.util.find_spec(f"cibp_fast._cpu_{isa}"):
             module = importlib.import_module(f"cibp_fast._cpu_{isa}")
             assert module.vector_bytes == vector_bytes

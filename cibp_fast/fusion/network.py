@@ -26,7 +26,7 @@ from cibp_fast.ops.network import Stage, cpu_engine, network, numbers_of
 __all__ = ["FusedNetwork", "fuse"]
 
 PRECISIONS = ("float32", "fast", "tf32", "bf16")
-CPU_PRECISIONS = PRECISIONS[:2]
+CPU_PRECISIONS = ("float32", "fast", "bf16")
 
 
 class FusedNetwork(nn.Module):
@@ -132,7 +132,9 @@ class FusedNetwork(nn.Module):
         if backend == "cpu":
             if self.precision not in CPU_PRECISIONS:
                 raise ValueError(f"precision={self.precision!r} is for a GPU, and x is on the CPU")
-            engine = cpu_engine()
+            if self.precision == "bf16" and x.dtype != torch.float32:
+                raise ValueError(f"precision='bf16' is for float32 tensors, and x is {x.dtype}")
+            engine = cpu_engine() + (":bf16" if self.precision == "bf16" else "")
         else:
             precision = "tf32" if self.precision == "fast" else self.precision
             if why_not := self._unchecked(plan, biases, x, precision):
@@ -325,8 +327,10 @@ def fuse(model: nn.Module, precision: str = "float32", backend: str = "auto") ->
             step_avx512.csv) and by more in small batches: the tests allow 2e-3 for 16 examples,
             3e-3 for 1 and 2. In any precision a unit at 0 may fall to the other side, with its
             gradient. On a GPU "fast" is "tf32": products of numbers rounded to nearest tf32, 10
-            bits. "bf16" stores all but the parameters in bfloat16. For training only: their bounds
-            are never a certificate, and `cf.certify` does not use them.
+            bits. "bf16" stores all but the parameters in bfloat16, and multiplies such numbers; on
+            the CPU, where x must be float32, a first convolution stays in float32, and a processor
+            without AVX512_BF16 emulates the products, slowly (`cibp-fast info` tells). For training
+            only: their bounds are never a certificate, and `cf.certify` does not use them.
         backend: "cpu", "triton", "cuda" (Triton's, but for the layers that CUDA C++ kernels take:
             those of at most 4 input channels, and in tf32 and bf16 on a GPU of compute capability
             9.0 the forward pass of 3x3 convolutions of stride 1 with multiples of 64 channels;

@@ -18,7 +18,7 @@ import torch
 from cibp_fast._compiler import constant
 
 # Best first. Each is an extension module of its own, built from the same sources (see setup.py).
-ISAS = ("avx512", "avx2", "portable")
+ISAS = ("avx512bf16", "avx512", "avx2", "portable")
 BACKENDS = ("auto", "cpu", "triton", "cuda", "torch")
 KERNEL_DTYPES = (torch.float32, torch.float64)
 
@@ -71,7 +71,7 @@ _forced = _Forced()
 
 @contextlib.contextmanager
 def use_isa(isa: str) -> Iterator[None]:
-    """Runs the kernels built for `isa` ("avx512", "avx2" or "portable") inside the block.
+    """Runs the kernels built for `isa` (one of ISAS) inside the block.
 
     It holds for this thread only: other threads go on with the kernels that they run. Raises
     ValueError where `isa` is not among `available_isas`.

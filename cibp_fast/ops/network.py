@@ -2,7 +2,8 @@
 
 The kernels are those of csrc/cpu/network, or what gpu_network.py runs. What the backward pass reads
 is saved in their own layout: so the op names its engine, and its backward pass runs the same one.
-That is an instruction set of the CPU, or "triton-" or "cuda-" and a precision of a GPU.
+That is an instruction set of the CPU, with ":bf16" behind it where numbers are stored in bfloat16,
+or "triton-" or "cuda-" and a precision of a GPU.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from itertools import chain
 from math import prod
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -213,6 +215,7 @@ class _Plan(NamedTuple):
     stages: tuple[Stage, ...]
     layers: tuple[int, ...]  # the stage of each weight: all but pooling
     network: Any  # csrc/cpu/network/network.h: Network
+    build: ModuleType  # that it is of
 
     def by_stage(self, addresses: Sequence[int]) -> list[int]:
         """Returns one address a stage, from those of its layers; 0 for pooling."""
@@ -229,7 +232,8 @@ def _plan(
     numbers: tuple[int, ...], batch: int, ball: bool, engine: str, dtype: torch.dtype
 ) -> _Plan:
     """Returns the plan of a network on the CPU, for tensors of this batch and dtype."""
-    stages, build = stages_of(numbers), backends.builds()[engine]
+    isa, _, precision = engine.partition(":")
+    stages, build = stages_of(numbers), backends.builds()[isa]
     layers = [
         build.NetworkLayer(
             shape=build.Shape(**stage.shape._replace(batch=batch)._asdict()),
@@ -239,9 +243,10 @@ def _plan(
         )
         for stage in stages
     ]
-    kind = getattr(build, f"Network_{str(dtype).removeprefix('torch.')}")
+    stored = "bfloat16" if precision == "bf16" else str(dtype).removeprefix("torch.")
+    kind = getattr(build, f"Network_{stored}")
     weighted = tuple(i for i, stage in enumerate(stages) if not stage.pool)
-    return _Plan(stages, weighted, kind(layers, ball))
+    return _Plan(stages, weighted, kind(layers, ball), build)
 
 
 def _forward_outputs(nominal: Tensor, stages: Sequence[Stage]) -> list[Tensor]:
@@ -318,7 +323,7 @@ def _network_forward_kernel(  # type: ignore[no-untyped-def]
     plan = _plan(numbers, batch, ball_radius is not None, engine, nominal.dtype)
     outputs = _forward_outputs(nominal, stages)
     # memory that an earlier call gave back: fresh pages would cost a small network a tenth more
-    buffer = backends.builds()[engine].Buffer(plan.network.saved_bytes)
+    buffer = plan.build.Buffer(plan.network.saved_bytes)
     packed = torch.frombuffer(buffer, dtype=torch.uint8)
     plan.network.forward(
         backends.threads(),

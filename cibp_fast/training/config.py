@@ -109,8 +109,9 @@ class Config(BaseModel):
     elide: bool = True
     """bound the logits' differences through the last layer in the loss (nominal: no effect)"""
     precision: Literal["float32", "fast", "tf32", "bf16"] = "float32"
-    """of training: float32; fast, with more rounding where that is faster; tf32 or bf16, on a GPU
-    (width post; evaluation is always in float32)"""
+    """of training: float32; fast, with more rounding where that is faster; bf16, of products of
+    bfloat16 numbers, slow on a CPU without AVX512_BF16; or tf32, on a GPU (width post; evaluation
+    is always in float32)"""
     seed: Whole = 0
     """seed of the initial weights, the batches and PGD's starts"""
 

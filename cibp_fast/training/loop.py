@@ -125,8 +125,8 @@ def _check(
             f"{config.width!r}: take backend='auto'"
         )
     on_gpu = processes.device.type == "cuda" or backend in ("triton", "cuda")
-    if config.precision in ("tf32", "bf16") and not on_gpu:
-        raise ValueError(f"precision {config.precision!r} is for a GPU; on the CPU take 'fast'")
+    if config.precision == "tf32" and not on_gpu:
+        raise ValueError("precision 'tf32' is for a GPU; on the CPU take 'fast' or 'bf16'")
     if config.clip is not None and not config.clip[0] <= 0 < 1 <= config.clip[1]:
         raise ValueError(f"clip must contain the pixels' 0 to 1, or be none, not {config.clip}")
 

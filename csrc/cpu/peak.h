@@ -25,7 +25,7 @@ double peak_flops(int threads, int repeats) {
       Vec<T> sums[A], factor = broadcast(T(0.5)), term = broadcast(T(1));
       for (int i = 0; i < A; ++i) sums[i] = broadcast(static_cast<T>(i));
       for (int64_t round = 0; round < kRounds; ++round) {
-        pin<T>(factor);  // nothing can be computed before
+        pin(factor);  // nothing can be computed before
 #pragma GCC unroll 32
         for (int i = 0; i < A; ++i) sums[i] = sums[i] * factor + term;
       }

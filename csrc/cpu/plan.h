@@ -45,8 +45,9 @@ struct Tile {
   int64_t first_pixel;  // index into pixels and targets
   int64_t count;        // of its pixels; those after them repeat the last one
   int64_t first_run, run_count;
-  bool accumulate;  // onto the products of an earlier tile of the same pixels
-  bool last;        // none comes after
+  bool accumulate;    // onto the products of an earlier tile of the same pixels
+  bool last;          // none comes after
+  bool twin = false;  // the next tile, of as many pixels after these, has the same runs
 };
 
 struct Plan {
@@ -124,6 +125,7 @@ void add_tiles(Plan& plan, Strip& strip, const PixelClass& pixel_class, int64_t 
   // cache.
   const size_t taps_at_once = std::max<int64_t>(1, kPanelRows / plan.channels);
   const size_t taps = std::max<size_t>(1, pixel_class.taps.size());
+  bool second = false;  // whether the last tile is the twin of the one before
   for (size_t k0 = 0; k0 < taps; k0 += taps_at_once)
     for (size_t first = 0; first < pixels.size(); first += P) {
       const size_t last = std::min(pixels.size(), first + P);
@@ -157,7 +159,19 @@ void add_tiles(Plan& plan, Strip& strip, const PixelClass& pixel_class, int64_t 
         plan.runs.push_back(run);
         ++tile.run_count;
       }
-      if (tile.run_count > 0 || !tile.accumulate || tile.last) plan.tiles.push_back(tile);
+      if (tile.run_count == 0 && tile.accumulate && !tile.last) continue;
+      if (static_cast<int64_t>(plan.tiles.size()) > strip.tile_begin && !second) {
+        Tile& before = plan.tiles.back();
+        const Run* runs = plan.runs.data();
+        second = before.twin =
+            before.first_pixel + P == tile.first_pixel && before.accumulate == tile.accumulate &&
+            before.last == tile.last &&
+            std::equal(runs + before.first_run, runs + before.first_run + before.run_count,
+                       runs + tile.first_run, runs + tile.first_run + tile.run_count);
+      } else {
+        second = false;
+      }
+      plan.tiles.push_back(tile);
     }
 }
 

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "bfloat16.h"
 #include "vec.h"
 
 namespace cibp {
@@ -43,26 +44,30 @@ void for_blocks(int64_t channels, const Body& body) {
 // the rows of the weight panel from `row` on.
 struct Run {
   int64_t source, row, length;
+  bool operator==(const Run& other) const {
+    return source == other.source && row == other.row && length == other.length;
+  }
 };
 
 // Pixels a multiply tile computes at once.
 template <int STREAMS>
 constexpr int kTilePixels = kAccumulators / (2 * STREAMS);
 
-// For each pixel t and vector v of channels: the sums over runs and k of
+// For each of PIXELS pixels t and each vector v of channels: the sums over runs and k of
 //   source[pixels[t] + run + k][stream] * panel[row + k][v]
 // onto those in `partial`, if it is given; finish(t, v, sums) takes them, one for each stream.
-template <class T, int STREAMS, int VECTORS, class Finish>
+template <class F, int STREAMS, int VECTORS, int PIXELS = kTilePixels<STREAMS>, class Finish>
 [[gnu::always_inline]] inline void multiply(
-    const T* source,        // packed streams
-    const int64_t* pixels,  // [kTilePixels] offsets into source
+    const F* source,        // packed streams
+    const int64_t* pixels,  // [PIXELS] offsets into source
     int64_t stream_stride,  // from one stream to the next in source
     const Run* runs, int64_t run_count,
-    const T* panel,          // [rows, VECTORS * kLanes]
-    const int64_t* targets,  // [kTilePixels] rows of partial; repeats are fine
-    const T* partial,        // [.., STREAMS, VECTORS * kLanes] or null
+    const F* panel,            // [rows, VECTORS * kLanes]
+    const int64_t* targets,    // [kTilePixels] rows of partial; repeats are fine
+    const Number<F>* partial,  // [.., STREAMS, VECTORS * kLanes] or null
     const Finish& finish) {
-  constexpr int P = kTilePixels<STREAMS>, L = kLanes<T>, N = VECTORS * L;
+  using T = Number<F>;
+  constexpr int P = PIXELS, L = kLanes<F>, N = VECTORS * L;
   Vec<T> acc[STREAMS][P][VECTORS];
 #pragma GCC unroll 16
   for (int s = 0; s < STREAMS; ++s)
@@ -72,34 +77,36 @@ template <class T, int STREAMS, int VECTORS, class Finish>
       for (int v = 0; v < VECTORS; ++v) acc[s][t][v] = Vec<T>{};
 
   for (const Run* run = runs; run < runs + run_count; ++run) {
-    const T* w = panel + run->row * N;
-    const T* x[P];
+    const F* w = panel + run->row * N;
+    const F* x[P];
 #pragma GCC unroll 16
     for (int t = 0; t < P; ++t) x[t] = source + pixels[t] + run->source;
     for (int64_t k = run->length; k > 0; --k, w += N) {
-      Vec<T> weight[VECTORS];
+      Factors<F> weight[VECTORS];
 #pragma GCC unroll 16
       for (int v = 0; v < VECTORS; ++v) {
-        Vec<T> loaded = load(w + v * L);
-        pin<T>(loaded);
+        Factors<F> loaded = load(w + v * L);
+        pin(loaded);
         weight[v] = loaded;
       }
 #pragma GCC unroll 16
       for (int s = 0; s < STREAMS; s += 2)
 #pragma GCC unroll 16
         for (int t = 0; t < P; ++t) {
-          const Vec<T> value = broadcast(x[t][s * stream_stride]);
+          const Factors<F> value = broadcast(x[t][s * stream_stride]);
 #pragma GCC unroll 16
-          for (int v = 0; v < VECTORS; ++v) acc[s][t][v] += weight[v] * value;
+          for (int v = 0; v < VECTORS; ++v)
+            acc[s][t][v] = multiply_add(acc[s][t][v], weight[v], value);
         }
       if constexpr (STREAMS > 1) {
 #pragma GCC unroll 16
-        for (int v = 0; v < VECTORS; ++v) weight[v] = absolute<T>(weight[v]);
+        for (int v = 0; v < VECTORS; ++v) weight[v] = magnitude<F>(weight[v]);
 #pragma GCC unroll 16
         for (int t = 0; t < P; ++t) {
-          const Vec<T> value = broadcast(x[t][stream_stride]);
+          const Factors<F> value = broadcast(x[t][stream_stride]);
 #pragma GCC unroll 16
-          for (int v = 0; v < VECTORS; ++v) acc[1][t][v] += weight[v] * value;
+          for (int v = 0; v < VECTORS; ++v)
+            acc[1][t][v] = multiply_add(acc[1][t][v], weight[v], value);
         }
       }
 #pragma GCC unroll 16
@@ -127,14 +134,15 @@ template <class T, int STREAMS, int VECTORS, class Finish>
 }
 
 // product[targets[t]][stream][v] = what `multiply` sums, onto what is there where `accumulate`.
-template <class T, int STREAMS, int VECTORS>
-[[gnu::noinline]] void multiply_tile(const T* source, const int64_t* pixels, int64_t stream_stride,
-                                     const Run* runs, int64_t run_count, const T* panel,
+template <class F, int STREAMS, int VECTORS, int PIXELS = kTilePixels<STREAMS>>
+[[gnu::noinline]] void multiply_tile(const F* source, const int64_t* pixels, int64_t stream_stride,
+                                     const Run* runs, int64_t run_count, const F* panel,
                                      const int64_t* targets, bool accumulate,
                                      // outputs
-                                     T* product) {  // [.., STREAMS, VECTORS * kLanes]
-  constexpr int L = kLanes<T>, N = VECTORS * L;
-  multiply<T, STREAMS, VECTORS>(
+                                     Number<F>* product) {  // [.., STREAMS, VECTORS * kLanes]
+  using T = Number<F>;
+  constexpr int L = kLanes<F>, N = VECTORS * L;
+  multiply<F, STREAMS, VECTORS, PIXELS>(
       source, pixels, stream_stride, runs, run_count, panel, targets,
       accumulate ? product : nullptr, [&](int t, int v, const Vec<T>* sums) {
 #pragma GCC unroll 16
@@ -144,12 +152,12 @@ template <class T, int STREAMS, int VECTORS>
 }
 
 // Rows of the weight gradient an outer tile computes at once.
-constexpr int kTileRows = 6;
+constexpr int kTileRows = CIBP_VECTOR_BYTES == 64 ? 8 : 6;
 
 // One operand of outer_tile: packed streams of rows x columns pixels.
-template <class T>
+template <class F>
 struct Operand {
-  const T* data;
+  const F* data;
   int64_t row_stride, pixel_stride, stream_stride;
 };
 
@@ -160,18 +168,19 @@ struct Operand {
 //
 // ONE_ROW: rows is 1. Without the loop over rows the sums stay in registers; where the compiler is
 // left to see that, it does so in some builds only.
-template <class T, int FIRST, int STREAMS, int VECTORS, bool ONE_ROW>
+template <class F, int FIRST, int STREAMS, int VECTORS, bool ONE_ROW>
 [[gnu::noinline]] void outer_rows(
-    const Operand<T>& vectors,  // data: the first of VECTORS * kLanes channels
-    const Operand<T>& scalars,  // data: the first pixel
+    const Operand<F>& vectors,  // data: the first of VECTORS * kLanes channels
+    const Operand<F>& scalars,  // data: the first pixel
     const int64_t* offsets,     // [kTileRows] relative to a pixel of scalars
     int64_t rows, int64_t columns,
     // outputs
-    T* sums) {  // [kTileRows, VECTORS * kLanes]
-  constexpr int R = kTileRows, L = kLanes<T>, N = VECTORS * L;
+    Number<F>* sums) {  // [kTileRows, VECTORS * kLanes]
+  using T = Number<F>;
+  constexpr int R = kTileRows, L = kLanes<F>, N = VECTORS * L;
   Vec<T> acc[R][VECTORS];
-  const T* g = vectors.data + FIRST * vectors.stream_stride;
-  const T* x[R];
+  const F* g = vectors.data + FIRST * vectors.stream_stride;
+  const F* x[R];
 #pragma GCC unroll 16
   for (int j = 0; j < R; ++j) {
     x[j] = scalars.data + FIRST * scalars.stream_stride + offsets[j];
@@ -187,18 +196,18 @@ template <class T, int FIRST, int STREAMS, int VECTORS, bool ONE_ROW>
     for (int64_t column = columns; column > 0; --column) {
 #pragma GCC unroll 2
       for (int s = FIRST; s < STREAMS; s += 2) {
-        Vec<T> value[VECTORS];
+        Factors<F> value[VECTORS];
 #pragma GCC unroll 16
         for (int v = 0; v < VECTORS; ++v) {
-          Vec<T> loaded = load(g + (s > FIRST ? g_second : 0) + v * L);
-          pin<T>(loaded);
+          Factors<F> loaded = load(g + (s > FIRST ? g_second : 0) + v * L);
+          pin(loaded);
           value[v] = loaded;
         }
 #pragma GCC unroll 16
         for (int j = 0; j < R; ++j) {
-          const Vec<T> scalar = broadcast(x[j][s > FIRST ? x_second : 0]);
+          const Factors<F> scalar = broadcast(x[j][s > FIRST ? x_second : 0]);
 #pragma GCC unroll 16
-          for (int v = 0; v < VECTORS; ++v) acc[j][v] += value[v] * scalar;
+          for (int v = 0; v < VECTORS; ++v) acc[j][v] = multiply_add(acc[j][v], value[v], scalar);
         }
       }
       g += g_pixel;
@@ -218,11 +227,11 @@ template <class T, int FIRST, int STREAMS, int VECTORS, bool ONE_ROW>
     }
 }
 
-template <class T, int FIRST, int STREAMS, int VECTORS>
-inline void outer_tile(const Operand<T>& vectors, const Operand<T>& scalars, const int64_t* offsets,
-                       int64_t rows, int64_t columns, T* sums) {
-  const auto add = rows == 1 ? outer_rows<T, FIRST, STREAMS, VECTORS, true>
-                             : outer_rows<T, FIRST, STREAMS, VECTORS, false>;
+template <class F, int FIRST, int STREAMS, int VECTORS>
+inline void outer_tile(const Operand<F>& vectors, const Operand<F>& scalars, const int64_t* offsets,
+                       int64_t rows, int64_t columns, Number<F>* sums) {
+  const auto add = rows == 1 ? outer_rows<F, FIRST, STREAMS, VECTORS, true>
+                             : outer_rows<F, FIRST, STREAMS, VECTORS, false>;
   add(vectors, scalars, offsets, rows, columns, sums);
 }
 

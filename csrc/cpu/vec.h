@@ -18,21 +18,63 @@ namespace cibp {
 template <class T>
 using Vec __attribute__((vector_size(CIBP_VECTOR_BYTES))) = T;
 
-template <class T>
-constexpr int kLanes = CIBP_VECTOR_BYTES / static_cast<int>(sizeof(T));
+// A number rounded to bfloat16: the upper half of a float.
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// Two of them, which one lane of a product multiplies and adds up: in the lower half, and in the
+// upper one.
+struct Pair {
+  uint32_t bits;
+};
+
+namespace detail {
+template <class E>
+struct Element {
+  using Number = E;
+  using Factor = E;
+  using Factors = Vec<E>;
+};
+template <>
+struct Element<BFloat16> {
+  using Number = float;
+  using Factor = Pair;
+};
+template <>
+struct Element<Pair> {
+  using Number = float;
+  using Factors = Vec<uint32_t>;
+};
+}  // namespace detail
+
+// What numbers stored as E are computed in, and what products of E or of pairs are summed in.
+template <class E>
+using Number = typename detail::Element<E>::Number;
+// What one lane of a product takes of numbers that are stored as E, and how many numbers that is.
+template <class E>
+using Factor = typename detail::Element<E>::Factor;
+template <class E>
+constexpr int kPaired = std::is_same_v<E, BFloat16> ? 2 : 1;
+// A vector of factors.
+template <class F>
+using Factors = typename detail::Element<F>::Factors;
+
+template <class E>
+constexpr int kLanes = CIBP_VECTOR_BYTES / static_cast<int>(sizeof(Number<E>));
 
 // Registers that may hold accumulators: 32 with AVX-512, 16 elsewhere, less a few for operands.
 constexpr int kAccumulators = CIBP_VECTOR_BYTES == 64 ? 24 : 12;
 
-template <class T>
-inline Vec<T> load(const T* p) {
-  Vec<T> v;
+template <class F>
+inline Factors<F> load(const F* p) {
+  Factors<F> v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
 
-template <class T>
-inline void store(T* p, Vec<T> v) {
+template <class F>
+inline void store(F* p, Factors<F> v) {
   std::memcpy(p, &v, sizeof v);
 }
 
@@ -87,8 +129,8 @@ inline V difference(V lower, V upper) {
 }
 
 // Keeps v in a register: without it GCC folds one load into every multiply-add that uses it.
-template <class T>
-inline void pin(Vec<T>& v) {
+template <class V>
+inline void pin(V& v) {
 #if defined(__AVX512F__)
   asm("" : "+v"(v));
 #elif defined(__x86_64__) && CIBP_VECTOR_BYTES == 16 || defined(__AVX__) && CIBP_VECTOR_BYTES == 32

@@ -677,7 +677,7 @@ def test_arguments_of_fuse(monkeypatch: pytest.MonkeyPatch) -> None:
         cf.fuse(lambda x: x)  # type: ignore[arg-type]
     for options, message in (
         ({"precision": "bf15"}, r"precision must be one of .*, got .bf15"),
-        ({"precision": "bf16", "backend": "cpu"}, "precision='bf16' needs Triton's kernels"),
+        ({"precision": "tf32", "backend": "cpu"}, "precision='tf32' needs Triton's kernels"),
         ({"backend": "gpu"}, r"backend must be one of .*, got .gpu"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -1,8 +1,10 @@
 // As in the forward pass: the dense layers run over the whole batch, a block of weights at a time,
 // and then the convolutions example by example.
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
+#include "../bfloat16.h"
 #include "../parallel.h"
 #include "../tile.h"
 #include "dense.h"
@@ -18,9 +20,10 @@ namespace cibp {
 namespace {
 
 // The gradient of the logits' center, radius and nominal: [N][stream][pitch].
-template <class T>
-std::vector<T> logits_gradient(const NetworkBackward<T>& op, const Layer<T>& head, T grad_squares,
-                               int64_t pitch) {
+template <class E>
+std::vector<E> logits_gradient(const NetworkBackward<Number<E>>& op, const Layer<E>& head,
+                               Number<E> grad_squares, int64_t pitch) {
+  using T = Number<E>;
   const Shape& s = head.shape;
   const T width = T(4) * grad_squares;
   std::vector<T> gradient(static_cast<size_t>(s.batch * S * pitch), T{0});
@@ -33,12 +36,20 @@ std::vector<T> logits_gradient(const NetworkBackward<T>& op, const Layer<T>& hea
                  width * difference(op.lower_out[at], op.upper_out[at]);
       g[2 * pitch] = op.grad_nominal[at];
     }
-  return gradient;
+  if constexpr (std::is_same_v<E, T>) {
+    return gradient;
+  } else {
+    std::vector<E> rounded(gradient.size());
+    for (size_t i = 0; i < gradient.size(); i += kLanes<E>)
+      store_numbers(&rounded[i], load(&gradient[i]));
+    return rounded;
+  }
 }
 
 // The further gradient of the last layer's input by (m, r): [N][2][pixel][channel]; empty: none.
-template <class T>
-std::vector<T> head_gradient(const NetworkBackward<T>& op, const Layer<T>& layer) {
+template <class E>
+std::vector<Number<E>> head_gradient(const NetworkBackward<Number<E>>& op, const Layer<E>& layer) {
+  using T = Number<E>;
   if (!op.grad_head_lower) return {};
   const Shape& s = layer.shape;
   const int64_t pixels = s.in_height * s.in_width, depth = pixels * layer.in.pitch;
@@ -55,9 +66,10 @@ std::vector<T> head_gradient(const NetworkBackward<T>& op, const Layer<T>& layer
 }
 
 // Adds one example's gradient of a bias, and of a ball's radius.
-template <class T, int STREAMS>
-void add_bias_gradient(const Layer<T>& layer, const T* gradient, double* bias_sums,
+template <int STREAMS, class G, class E>
+void add_bias_gradient(const Layer<E>& layer, const G* gradient, double* bias_sums,
                        double* radius_sums) {
+  using T = Number<E>;
   const Shape& s = layer.shape;
   const Geometry& h = layer.gradient;
   const int64_t channels = s.out_channels;
@@ -65,12 +77,12 @@ void add_bias_gradient(const Layer<T>& layer, const T* gradient, double* bias_su
     Vec<T> totals[2] = {};
     for (int64_t y = 0; y < s.out_height; ++y)
       for (int64_t x = 0; x < s.out_width; ++x) {
-        const T* p = gradient + h.offset(y, x) + c;
-        totals[0] += load(p);
+        const G* p = gradient + h.offset(y, x) + c;
+        totals[0] += numbers(p);
         if constexpr (STREAMS > 1)
-          totals[0] += load(p + 2 * h.stream_stride());
+          totals[0] += numbers(p + 2 * h.stream_stride());
         else
-          totals[1] += load(p + h.stream_stride());
+          totals[1] += numbers(p + h.stream_stride());
       }
     const int64_t count = std::min<int64_t>(kLanes<T>, channels - c);
     for (int64_t i = 0; i < count; ++i) {
@@ -82,72 +94,85 @@ void add_bias_gradient(const Layer<T>& layer, const T* gradient, double* bias_su
 
 // One example's gradient of the input of the first dense layer, into the padded image that the
 // convolution before it reads.
-template <class T>
-void copy_gradient(const Layer<T>& dense, const T* from, const Layer<T>& convolution, T* to) {
+template <class E, class G>
+void copy_gradient(const Layer<E>& dense, const E* from, const Layer<E>& convolution, G* to) {
   const Geometry &g = dense.in, &h = convolution.gradient;
   const int64_t size = g.columns * h.pitch;
   for (int64_t y = 0; y < g.rows; ++y) {
-    const T* in = from + g.offset(y, 0);
-    T* out = to + h.offset(y, 0);
-    for (int k = 0; k < S; ++k)
-      std::copy_n(in + k * g.stream_stride(), size, out + k * h.stream_stride());
-    if (convolution.in.streams == 1)
-      for (int64_t i = 0; i < size; ++i) out[i] += in[2 * g.stream_stride() + i];
+    const E* in = from + g.offset(y, 0);
+    G* out = to + h.offset(y, 0);
+    if constexpr (std::is_same_v<E, G>) {
+      for (int k = 0; k < S; ++k)
+        std::copy_n(in + k * g.stream_stride(), size, out + k * h.stream_stride());
+    } else {
+      for (int k = 0; k < S; ++k)
+        for (int64_t i = 0; i < size; i += kLanes<E>)
+          store_numbers(out + k * h.stream_stride() + i, numbers(in + k * g.stream_stride() + i));
+    }
+    if constexpr (std::is_same_v<G, Number<E>>)
+      if (convolution.in.streams == 1)
+        for (int64_t i = 0; i < size; ++i) out[i] += number(in[2 * g.stream_stride() + i]);
   }
 }
 
 // The gradient of example n's packed input -> that of lower, upper and nominal.
-template <class T>
-void unpack_gradient(const NetworkBackward<T>& op, const Shape& s, int64_t n, const T* packed,
+template <class T, class G>
+void unpack_gradient(const NetworkBackward<T>& op, const Shape& s, int64_t n, const G* packed,
                      const std::vector<int64_t>& at, int64_t stream_stride) {
   const int64_t pixels = s.in_height * s.in_width;
   for (int64_t p = 0; p < pixels; ++p)
     for (int64_t c = 0; c < s.in_channels; ++c) {
-      const T* g = packed + at[static_cast<size_t>(p)] + c;
+      const G* g = packed + at[static_cast<size_t>(p)] + c;
       const int64_t to = (n * s.in_channels + c) * pixels + p;
-      const T center = T(0.5) * g[0], radius = T(0.5) * g[stream_stride];
+      const T center = T(0.5) * number(g[0]), radius = T(0.5) * number(g[stream_stride]);
       op.grad_lower_in[to] = center - radius;
       op.grad_upper_in[to] = center + radius;
-      op.grad_nominal_in[to] = g[2 * stream_stride];
+      op.grad_nominal_in[to] = number(g[2 * stream_stride]);
     }
 }
 
 // The input gradient of `images` examples of a layer that is not dense; finish(example, pixel,
 // channel of the vector, streams).
-template <class T, class Finish>
-void input_gradient(const Layer<T>& layer, int64_t images, const T* panels, const T* gradient,
-                    int64_t max_pixels, const Finish& finish) {
-  if (layer.winograd.input) return winograd_input_gradient(layer, images, panels, gradient, finish);
+template <class G, class E, class Finish>
+void input_gradient(const Layer<E>& layer, int64_t images, const Number<E>* panels,
+                    const G* gradient, int64_t max_pixels, const Finish& finish) {
+  using T = Number<E>;
+  if constexpr (std::is_same_v<G, E>)
+    if (layer.winograd.input)
+      return winograd_input_gradient(layer, images, panels, gradient, finish);
   T* product = scratch<T>(Slot::kProduct, max_pixels * S * kBlock<T>);
   for (int64_t n = 0; n < images; ++n) {
-    const T* of_one = gradient + n * layer.gradient.size();
+    const G* of_one = gradient + n * layer.gradient.size();
     const auto finish_one = [&](int64_t pixel, int64_t channel, Vec<T>* streams) {
       finish(n, pixel, channel, streams);
     };
-    if (layer.pool)
-      pool_input_gradient(layer, of_one, finish_one);
-    else
-      convolve_input_gradient(layer, panels, of_one, product, finish_one);
+    if constexpr (std::is_same_v<G, E>)
+      if (layer.pool) {
+        pool_input_gradient(layer, of_one, finish_one);
+        continue;
+      }
+    convolve_input_gradient(layer, panels, of_one, product, finish_one);
   }
 }
 
 // The gradients of the dense layers; returns that of the first one's input, packed as it is, or
 // null where nobody wants it. grad_squares: by the sums of squares that the widths are made of.
-template <class T>
-const T* dense_layers(const NetworkPlan<T>& plan, const NetworkBackward<T>& op,
-                      const std::vector<T>& grad_squares, bool wants_input) {
-  const std::vector<Layer<T>>& layers = plan.layers;
+template <class E>
+const E* dense_layers(const NetworkPlan<E>& plan, const NetworkBackward<Number<E>>& op,
+                      const std::vector<Number<E>>& grad_squares, bool wants_input) {
+  using T = Number<E>;
+  const std::vector<Layer<E>>& layers = plan.layers;
   const int64_t batch = plan.batch;
-  int64_t pitch = spread_pitch<T>(layers.back().width());
-  const std::vector<T> logits = logits_gradient(op, layers.back(), grad_squares.back(), pitch);
+  int64_t pitch = spread_pitch<E>(layers.back().width());
+  const std::vector<E> logits = logits_gradient(op, layers.back(), grad_squares.back(), pitch);
   const std::vector<T> head = head_gradient(op, layers.back());
-  const T* gradient = logits.data();  // of a layer's output, packed as the input of the next
+  const E* gradient = logits.data();  // of a layer's output, packed as the input of the next
   for (size_t i = layers.size(); i-- > plan.convolutions;) {
-    const Layer<T>& layer = layers[i];
-    T* next = nullptr;
+    const Layer<E>& layer = layers[i];
+    E* next = nullptr;
     if (i > 0 || wants_input)
-      next = scratch<T>(batch_slot(plan, i), batch * layer.in.size() + kBlock<T>);
-    const InputTarget<T> target{i > 0 ? &layers[i - 1] : nullptr, next,
+      next = scratch<E>(batch_slot(plan, i), batch * layer.in.size() + kBlock<E>);
+    const InputTarget<E> target{i > 0 ? &layers[i - 1] : nullptr, next,
                                 i > 0 ? T(8) * grad_squares[i - 1] : T{0}};
     const std::vector<FeatureBlock> blocks = feature_blocks(layer, kFeatures);
     parallel_for(op.threads, static_cast<int64_t>(blocks.size()), [&](int64_t b) {
@@ -167,10 +192,12 @@ const T* dense_layers(const NetworkPlan<T>& plan, const NetworkBackward<T>& op,
 // The gradients of the layers in front of the dense ones. The batch is divided into as many parts
 // as threads: the examples of a part go through all layers, and have sums of their own of the
 // gradients of weights and biases, which are added up in the end.
-template <class T>
+template <class E>
 class Convolutions {
+  using T = Number<E>;
+
  public:
-  Convolutions(const NetworkPlan<T>& plan, const NetworkBackward<T>& op,
+  Convolutions(const NetworkPlan<E>& plan, const NetworkBackward<T>& op,
                const std::vector<T>& grad_squares, const T* panels, bool wants_input)
       : plan_(plan),
         layers_(plan.layers),
@@ -180,7 +207,7 @@ class Convolutions {
         wants_input_(wants_input) {}
 
   // gradient: of the input of the first dense layer.
-  void run(const T* gradient) {
+  void run(const E* gradient) {
     const int64_t batch = plan_.batch;
     parts_ = batch > 1 ? op_.threads : 1;
     plus_ = scratch<T>(Slot::kSumA, parts_ * plan_.sums);
@@ -194,78 +221,107 @@ class Convolutions {
 
  private:
   // All layers of a part's examples.
-  void examples(int index, const Part& part, const T* gradient) {
+  void examples(int index, const Part& part, const E* gradient) {
     std::fill_n(plus_ + index * plan_.sums, plan_.sums, T{0});
     std::fill_n(magnitude_ + index * plan_.sums, plan_.sums, T{0});
     T* const images = scratch<T>(Slot::kGradient, plan_.gradient_images + kBlock<T>);
     for (size_t i = 0; i < plan_.convolutions; ++i) {
-      const Layer<T>& layer = layers_[i];
-      for (int64_t n = 0; n < layer.gradient_images; ++n)
-        clear_padding(layer.gradient, layer.shape.out_height, layer.shape.out_width,
-                      images + layer.gradient_image + n * layer.gradient.size());
+      const Layer<E>& layer = layers_[i];
+      with_gradients(i, images, [&](auto* gradients) {
+        for (int64_t n = 0; n < layer.gradient_images; ++n)
+          clear_padding(layer.gradient, layer.shape.out_height, layer.shape.out_width,
+                        gradients + n * layer.gradient.size());
+      });
     }
-    const Layer<T>&dense = layers_[plan_.convolutions], &last = layers_[plan_.convolutions - 1];
-    T* const out = images + last.gradient_image;
-    for (int64_t n = part.begin; n < part.end; n += last.group) {
-      const int64_t end = std::min(n + last.group, part.end);
-      for (int64_t k = n; k < end; ++k)
-        copy_gradient(dense, gradient + k * dense.in.size(), last,
-                      out + (k - n) * last.gradient.size());
-      layers(index, plan_.convolutions - 1, n, end, out, images);
-    }
+    const size_t i = plan_.convolutions - 1;
+    const Layer<E>&dense = layers_[i + 1], &last = layers_[i];
+    with_gradients(i, images, [&](auto* gradients) {
+      for (int64_t n = part.begin; n < part.end; n += last.group) {
+        const int64_t end = std::min(n + last.group, part.end);
+        for (int64_t k = n; k < end; ++k)
+          copy_gradient(dense, gradient + k * dense.in.size(), last,
+                        gradients + (k - n) * last.gradient.size());
+        layers(index, i, n, end, gradients, images);
+      }
+    });
+  }
+
+  // Calls body(images) with a pointer to the gradients of layer i's outputs.
+  template <class Body>
+  void with_gradients(size_t i, T* images, const Body& body) const {
+    T* const gradients = images + layers_[i].gradient_image;
+    if (i == 0)
+      body(gradients);
+    else
+      body(reinterpret_cast<E*>(gradients));
   }
 
   // The layers from i down, of the examples [begin, end), from the gradients of i's outputs.
-  void layers(int part, size_t i, int64_t begin, int64_t end, const T* gradients, T* images) {
-    const Layer<T>& layer = layers_[i];
+  template <class G>
+  void layers(int part, size_t i, int64_t begin, int64_t end, const G* gradients, T* images) {
+    const Layer<E>& layer = layers_[i];
     for (int64_t n = begin; n < end; n += layer.group) {
       const int64_t count = std::min(layer.group, end - n);
-      const T* in = restore(layer, count, op_.saved + layer.saved + n * layer.saved_size());
-      if (!layer.pool) add_parameters(part, i, count, in, gradients);
-      if (i > 0) {
-        T* const out = images + layers_[i - 1].gradient_image;
-        to_previous(i, count, in, gradients, out);
-        layers(part, i - 1, n, n + count, out, images);
-      } else if (wants_input_) {
-        to_input(n, gradients);  // the first layer takes one example at a time
+      const std::byte* const saved = op_.saved + layer.saved + n * layer.saved_size();
+      if (i == 0) {  // which takes one example at a time
+        if constexpr (std::is_same_v<G, T>) {
+          add_parameters(part, i, count, reinterpret_cast<const T*>(saved), gradients);
+          if (wants_input_) to_input(n, gradients);
+        }
+      } else if constexpr (std::is_same_v<G, E>) {
+        const E* in = restore(layer, count, saved);
+        if (!layer.pool) add_parameters(part, i, count, in, gradients);
+        with_gradients(i - 1, images, [&](auto* out) {
+          to_previous(i, count, in, gradients, out);
+          layers(part, i - 1, n, n + count, out, images);
+        });
       }
       gradients += count * layer.gradient.size();
     }
   }
 
   // Adds the gradients of weight and bias of `count` examples to the part's sums.
-  void add_parameters(int part, size_t i, int64_t count, const T* in, const T* gradients) {
-    const Layer<T>& layer = layers_[i];
-    const bool one = layer.in.streams == 1;
+  template <class G>
+  void add_parameters(int part, size_t i, int64_t count, const G* in, const G* gradients) {
+    const Layer<E>& layer = layers_[i];
     T* const plus = plus_ + part * plan_.sums + layer.sums;
     T* const magnitude = magnitude_ + part * plan_.sums + layer.sums;
     const int64_t channels = layers_[0].shape.out_channels;
     double* const bias = &bias_sums_[static_cast<size_t>(part * plan_.outputs + layer.bias)];
     double* const radius = &radius_sums_[static_cast<size_t>(part * channels)];
-    const auto add = one ? convolve_weight_gradient<T, 1> : convolve_weight_gradient<T, S>;
-    const auto add_bias = one ? add_bias_gradient<T, 1> : add_bias_gradient<T, S>;
-    if (layer.winograd.weight)
-      winograd_weight_gradient(layer, count, in, gradients, plus, magnitude);
-    for (int64_t k = 0; k < count; ++k, gradients += layer.gradient.size()) {
-      if (!layer.winograd.weight) add(layer, in + k * layer.in.size(), gradients, plus, magnitude);
-      add_bias(layer, gradients, bias, radius);
+    if constexpr (std::is_same_v<G, E>)
+      if (layer.winograd.weight)
+        winograd_weight_gradient(layer, count, in, gradients, plus, magnitude);
+    for (int64_t k = 0; k < count; ++k, in += layer.in.size(), gradients += layer.gradient.size()) {
+      if constexpr (std::is_same_v<G, T>)
+        if (layer.in.streams == 1) {
+          convolve_weight_gradient<T, 1>(layer, in, gradients, plus, magnitude);
+          add_bias_gradient<1>(layer, gradients, bias, radius);
+          continue;
+        }
+      if (!layer.winograd.weight)
+        convolve_weight_gradient<G, S>(layer, in, gradients, plus, magnitude);
+      add_bias_gradient<S>(layer, gradients, bias, radius);
     }
   }
 
   // The gradients of the outputs of the layer before i, of `count` examples.
-  void to_previous(size_t i, int64_t count, const T* in, const T* gradients, T* out) const {
-    const Layer<T>&layer = layers_[i], &previous = layers_[i - 1];
+  template <class G>
+  void to_previous(size_t i, int64_t count, const E* in, const E* gradients, G* out) const {
+    const Layer<E>&layer = layers_[i], &previous = layers_[i - 1];
     const T scale = T(8) * grad_squares_[i - 1];
     input_gradient(layer, count, panels_, gradients, plan_.backward_max_pixels,
                    [&](int64_t example, int64_t pixel, int64_t channel, Vec<T>* streams) {
                      const auto p = static_cast<size_t>(pixel);
-                     const T* x = in + example * layer.in.size() + layer.in_offsets[p] + channel;
-                     deactivate<T>(x, layer.in.stream_stride(), scale, previous.relu, streams);
+                     const E* x = in + example * layer.in.size() + layer.in_offsets[p] + channel;
+                     Vec<T> forward[S];
+                     load_streams(x, layer.in.stream_stride(), forward);
+                     deactivate<T>(forward, scale, previous.relu, streams);
                      if (previous.in.streams == 1) streams[0] += streams[2];
-                     T* to = out + example * previous.gradient.size() +
+                     G* to = out + example * previous.gradient.size() +
                              previous.gradient_offsets[p] + channel;
                      for (int k = 0; k < S; ++k)
-                       store<T>(to + k * previous.gradient.stream_stride(), streams[k]);
+                       store_numbers(to + k * previous.gradient.stream_stride(), streams[k]);
                    });
   }
 
@@ -295,7 +351,7 @@ class Convolutions {
         items.push_back({i, o});
     parallel_for(op_.threads, static_cast<int64_t>(items.size()), [&](int64_t index) {
       const auto [i, channel] = items[static_cast<size_t>(index)];
-      const Layer<T>& layer = layers_[i];
+      const Layer<E>& layer = layers_[i];
       const WeightSums<T> all{plus_ + layer.sums, magnitude_ + layer.sums, plan_.sums, parts_};
       if (T* target = op_.grad_weights[i]) {
         if (layer.winograd.weight)
@@ -314,8 +370,8 @@ class Convolutions {
     });
   }
 
-  const NetworkPlan<T>& plan_;
-  const std::vector<Layer<T>>& layers_;
+  const NetworkPlan<E>& plan_;
+  const std::vector<Layer<E>>& layers_;
   const NetworkBackward<T>& op_;
   const std::vector<T>& grad_squares_;
   const T* const panels_;
@@ -328,18 +384,19 @@ class Convolutions {
 
 }  // namespace
 
-template <class T>
-void Network<T>::backward(const NetworkBackward<T>& op) const {
-  const NetworkPlan<T>& plan = *plan_;
-  const std::vector<Layer<T>>& layers = plan.layers;
+template <class E>
+void Network<E>::backward(const NetworkBackward<Number<E>>& op) const {
+  using T = Number<E>;
+  const NetworkPlan<E>& plan = *plan_;
+  const std::vector<Layer<E>>& layers = plan.layers;
   std::vector<T> grad_squares(layers.size());
   for (size_t i = 0; op.grad_widths && i < layers.size(); ++i)
     grad_squares[i] = op.grad_widths[i] / width_divisor(layers[i], op.mean);
   const bool wants_input = op.grad_lower_in != nullptr;
   const T* panels = pack_weights(plan, op.weights, true, wants_input, op.threads);
-  const T* gradient = dense_layers(plan, op, grad_squares, wants_input);
+  const E* gradient = dense_layers(plan, op, grad_squares, wants_input);
   if (plan.convolutions > 0) {
-    Convolutions<T>(plan, op, grad_squares, panels, wants_input).run(gradient);
+    Convolutions<E>(plan, op, grad_squares, panels, wants_input).run(gradient);
   } else if (wants_input) {
     const Geometry& in = layers[0].in;
     for (int64_t n = 0; n < plan.batch; ++n)
@@ -350,5 +407,6 @@ void Network<T>::backward(const NetworkBackward<T>& op) const {
 
 template void Network<float>::backward(const NetworkBackward<float>&) const;
 template void Network<double>::backward(const NetworkBackward<double>&) const;
+template void Network<BFloat16>::backward(const NetworkBackward<float>&) const;
 
 }  // namespace cibp

@@ -1,8 +1,10 @@
 // Convolutions run example by example, all of them while an example is in cache; dense layers
 // (dense.h) run over the whole batch, a block of weights at a time.
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
+#include "../bfloat16.h"
 #include "../parallel.h"
 #include "../streams.h"
 #include "../tile.h"
@@ -18,13 +20,15 @@
 namespace cibp {
 namespace {
 
-template <class T>
-std::vector<const T*> padded_biases(const NetworkPlan<T>& plan, const NetworkForward<T>& op) {
+template <class E>
+std::vector<const Number<E>*> padded_biases(const NetworkPlan<E>& plan,
+                                            const NetworkForward<Number<E>>& op) {
+  using T = Number<E>;
   T* next = scratch<T>(Slot::kBias, plan.biases);
   std::fill_n(next, plan.biases, T{0});
   std::vector<const T*> biases;
   for (size_t i = 0; i < plan.layers.size(); ++i) {
-    const Layer<T>& layer = plan.layers[i];
+    const Layer<E>& layer = plan.layers[i];
     if (op.biases[i]) std::copy_n(op.biases[i], layer.shape.out_channels, next);
     biases.push_back(next);
     next += layer.width() + kBlock<T>;
@@ -66,32 +70,54 @@ void pack_image(const Prologue& prologue, const Tensor4<const T>* sources, const
 }
 
 // A layer of one example, not by Winograd's products; returns the sum of r^2.
-template <class T>
-double forward_one(const Layer<T>& layer, const T* panels, const T* bias, const T* radius,
-                   const T* in, const Layer<T>& next, int64_t max_pixels, T* out) {
-  if (layer.pool) return pool_forward(layer, in, next, out);
-  T* product = scratch<T>(Slot::kProduct, max_pixels * S * kBlock<T>);
-  const auto convolve = layer.in.streams == 1 ? convolve_forward<T, 1> : convolve_forward<T, S>;
-  return convolve(layer, panels, bias, radius, in, next, product, out);
+template <class In, class E>
+double forward_one(const Layer<E>& layer, const Number<E>* panels, const Number<E>* bias,
+                   const Number<E>* radius, const In* in, const Layer<E>& next, int64_t max_pixels,
+                   E* out) {
+  Number<E>* product = scratch<Number<E>>(Slot::kProduct, max_pixels * S * kBlock<E>);
+  if constexpr (std::is_same_v<In, E>)
+    if (layer.pool) return pool_forward(layer, in, next, out);
+  if constexpr (std::is_same_v<In, Number<E>>)
+    if (layer.in.streams == 1)
+      return convolve_forward<In, 1>(layer, panels, bias, radius, in, next, product, out);
+  return convolve_forward<In, S>(layer, panels, bias, radius, in, next, product, out);
+}
+
+// The images of the examples [begin, end) of a first layer that is dense.
+template <class E>
+void pack_dense(const NetworkPlan<E>& plan, const Tensor4<const Number<E>>* sources, int threads,
+                E* out) {
+  const Layer<E>& layer = plan.layers[0];
+  parallel_for(threads, plan.batch, [&](int64_t n) {
+    E* const image = out + n * layer.in.size();
+    if constexpr (std::is_same_v<E, BFloat16>) {
+      float* const buffer = scratch<float>(Slot::kImages, layer.in.size());
+      pack_image(CenterRadius<float, S>{}, sources, layer.shape, layer.in, n, buffer);
+      save_rounded(layer.in, 1, buffer, image);
+    } else {
+      pack_image(CenterRadius<E, S>{}, sources, layer.shape, layer.in, n, image);
+    }
+  });
 }
 
 // The bounds of the last layer's input, [N, features].
-template <class T>
-void head_bounds(const NetworkPlan<T>& plan, const NetworkForward<T>& op, const T* in) {
-  const Layer<T>& head = plan.layers.back();
+template <class E>
+void head_bounds(const NetworkPlan<E>& plan, const NetworkForward<Number<E>>& op, const E* in) {
+  using T = Number<E>;
+  const Layer<E>& head = plan.layers.back();
   const Shape& s = head.shape;
   const int64_t pixels = s.in_height * s.in_width;
   const bool relu = plan.layers.size() > 1 && plan.layers[plan.layers.size() - 2].relu;
   parallel_for(op.threads, s.batch, [&](int64_t n) {
-    const T* image = in + n * head.in.size();
+    const E* image = in + n * head.in.size();
     const int64_t base = n * s.in_channels * pixels;
     for (int64_t p = 0; p < pixels; ++p) {
-      const T* m = image + head.in_offsets[static_cast<size_t>(p)];
+      const E* from = image + head.in_offsets[static_cast<size_t>(p)];
       for (int64_t c = 0; c < s.in_channels; ++c) {
-        const T r = m[c + head.in.stream_stride()];
+        const T m = number(from[c]), r = number(from[c + head.in.stream_stride()]);
         // of an unstable unit whose upper bound is infinite m - r is NaN
-        op.head_lower[base + c * pixels + p] = relu && m[c] == r ? T{0} : m[c] - r;
-        op.head_upper[base + c * pixels + p] = m[c] + r;
+        op.head_lower[base + c * pixels + p] = relu && m == r ? T{0} : m - r;
+        op.head_upper[base + c * pixels + p] = m + r;
       }
     }
   });
@@ -99,10 +125,11 @@ void head_bounds(const NetworkPlan<T>& plan, const NetworkForward<T>& op, const 
 
 }  // namespace
 
-template <class T>
-void Network<T>::forward(const NetworkForward<T>& op) const {
-  const NetworkPlan<T>& plan = *plan_;
-  const std::vector<Layer<T>>& layers = plan.layers;
+template <class E>
+void Network<E>::forward(const NetworkForward<Number<E>>& op) const {
+  using T = Number<E>;
+  const NetworkPlan<E>& plan = *plan_;
+  const std::vector<Layer<E>>& layers = plan.layers;
   const T* panels = pack_weights(plan, op.weights, false, true, op.threads);
   const std::vector<const T*> biases = padded_biases(plan, op);
   const int64_t batch = plan.batch;
@@ -112,13 +139,19 @@ void Network<T>::forward(const NetworkForward<T>& op) const {
   };
   // Where the images of a layer's input are computed, from example n on: where they are saved, or,
   // if those are rounded, in `buffer`.
-  const auto images_of = [&](size_t i, int64_t n, T* buffer) {
-    return layers[i].rounded ? buffer : reinterpret_cast<T*>(saved(i, n));
+  const auto images_of = [&](size_t i, int64_t n, E* buffer) {
+    return layers[i].rounded ? buffer : reinterpret_cast<E*>(saved(i, n));
+  };
+  // Rounds those of `count` examples to where they are saved, if they are.
+  const auto save = [&](size_t i, int64_t n, int64_t count, const E* images) {
+    if constexpr (std::is_same_v<E, float>)
+      if (layers[i].rounded)
+        save_rounded(layers[i].in, count, images, reinterpret_cast<BFloat16*>(saved(i, n)));
   };
   // The same of a dense layer and the whole batch.
   const auto batch_of = [&](size_t i) {
-    T* const buffer =
-        layers[i].rounded ? scratch<T>(batch_slot(plan, i), batch * layers[i].in.size()) : nullptr;
+    E* const buffer =
+        layers[i].rounded ? scratch<E>(batch_slot(plan, i), batch * layers[i].in.size()) : nullptr;
     return images_of(i, 0, buffer);
   };
 
@@ -127,41 +160,44 @@ void Network<T>::forward(const NetworkForward<T>& op) const {
   const Tensor4<const T> sources[S] = {op.lower, op.upper, op.nominal};
   const std::vector<T> radius =
       plan.ball ? ball_output_radius(layers[0], op.weights[0], op.ball_radius) : std::vector<T>{};
+  const auto one = [&](size_t i, int64_t n, const auto* in, E* out) {
+    widths[static_cast<size_t>(n * count) + i] = forward_one(
+        layers[i], panels, biases[i], radius.data(), in, layers[i + 1], plan.max_pixels, out);
+  };
   // The layers up to `i` of the examples [begin, end), a group at a time, into the images `out`.
-  const auto run = [&](const auto& self, size_t i, int64_t begin, int64_t end, T* buffer,
-                       T* out) -> void {
-    const Layer<T>&layer = layers[i], &next = layers[i + 1];
+  const auto run = [&](const auto& self, size_t i, int64_t begin, int64_t end, E* buffer,
+                       E* out) -> void {
+    const Layer<E>&layer = layers[i], &next = layers[i + 1];
     for (int64_t n = begin; n < end; n += layer.group, out += layer.group * next.in.size()) {
       const int64_t images = std::min(layer.group, end - n);
-      T* const in = images_of(i, n, buffer + layer.in_image);
-      if (i > 0)
+      if (i == 0) {  // which takes one example at a time
+        T* const in = reinterpret_cast<T*>(saved(0, n));
+        if (plan.ball)
+          pack_image(Copy<T, 1>{}, &sources[2], layer.shape, layer.in, n, in);
+        else
+          pack_image(CenterRadius<T, S>{}, sources, layer.shape, layer.in, n, in);
+        one(i, n, in, out);
+      } else {
+        E* const in = images_of(i, n, buffer + layer.in_image);
         self(self, i - 1, n, n + images, buffer, in);
-      else if (plan.ball)  // the first layer takes one example at a time
-        pack_image(Copy<T, 1>{}, &sources[2], layer.shape, layer.in, n, in);
-      else
-        pack_image(CenterRadius<T, S>{}, sources, layer.shape, layer.in, n, in);
-      double* const width = &widths[static_cast<size_t>(n * count) + i];
-      if (layer.winograd.forward)
-        *width = winograd_forward(layer, images, panels, biases[i], in, next, out);
-      else
-        for (int64_t k = 0; k < images; ++k)
-          width[k * count] =
-              forward_one(layer, panels, biases[i], radius.data(), in + k * layer.in.size(), next,
-                          plan.max_pixels, out + k * next.in.size());
-      if (next.rounded) save_rounded(next, images, out, saved(i + 1, n));
+        if (layer.winograd.forward)
+          widths[static_cast<size_t>(n * count) + i] =
+              winograd_forward(layer, images, panels, biases[i], in, next, out);
+        else
+          for (int64_t k = 0; k < images; ++k)
+            one(i, n + k, in + k * layer.in.size(), out + k * next.in.size());
+      }
+      save(i + 1, n, images, out);
     }
   };
-  T* in = batch_of(convolutions);  // of a dense layer
+  E* in = batch_of(convolutions);  // of a dense layer
   if (convolutions == 0)
-    parallel_for(op.threads, batch, [&](int64_t n) {
-      pack_image(CenterRadius<T, S>{}, sources, layers[0].shape, layers[0].in, n,
-                 in + n * layers[0].in.size());
-    });
+    pack_dense(plan, sources, op.threads, in);
   else
     parallel(batch > 1 ? op.threads : 1, [&](int index, int parts) {
       const Part part(batch, index, parts);
       run(run, convolutions - 1, part.begin, part.end,
-          scratch<T>(Slot::kImages, plan.in_images + 1),
+          scratch<E>(Slot::kImages, plan.in_images + 1),
           in + part.begin * layers[convolutions].in.size());
     });
   for (size_t i = 0; i < convolutions; ++i) {
@@ -171,24 +207,21 @@ void Network<T>::forward(const NetworkForward<T>& op) const {
   }
 
   for (size_t i = convolutions; i < layers.size(); ++i) {
-    const Layer<T>& layer = layers[i];
+    const Layer<E>& layer = layers[i];
     const int64_t channels = layer.shape.out_channels;
     const T* bias = biases[i];
     double width = 0;
     if (i + 1 < layers.size()) {
-      const Layer<T>& next = layers[i + 1];
-      T* const out = batch_of(i + 1);
+      const Layer<E>& next = layers[i + 1];
+      E* const out = batch_of(i + 1);
       const int64_t stride = next.in.stream_stride(), out_size = next.in.size();
       width = dense_forward(layer, op.weights[i], in, op.threads,
                             [&](int64_t n, int64_t channel, Vec<T>* sums) {
                               activate<T>(load(bias + channel), layer.relu, sums);
-                              T* target = out + n * out_size + channel;
-                              for (int k = 0; k < S; ++k) store<T>(target + k * stride, sums[k]);
+                              store_streams(out + n * out_size + channel, stride, sums);
                             });
       if (next.rounded)
-        parallel_for(op.threads, batch, [&](int64_t n) {
-          save_rounded(next, 1, out + n * out_size, saved(i + 1, n));
-        });
+        parallel_for(op.threads, batch, [&](int64_t n) { save(i + 1, n, 1, out + n * out_size); });
       in = out;
     } else {
       width = dense_forward(
@@ -212,5 +245,6 @@ void Network<T>::forward(const NetworkForward<T>& op) const {
 
 template void Network<float>::forward(const NetworkForward<float>&) const;
 template void Network<double>::forward(const NetworkForward<double>&) const;
+template void Network<BFloat16>::forward(const NetworkForward<float>&) const;
 
 }  // namespace cibp

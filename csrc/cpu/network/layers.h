@@ -9,11 +9,15 @@
 //   m = r = 0               elsewhere (dead)
 // so that the bounds are m - r and m + r, and m and r alone tell the backward pass the state.
 //
-// What a fast layer of a float network saves of its input is rounded to bfloat16 (saved.h), if it
-// is not the network's: to nearest, ties to even, except that the state stays. NaN stays NaN; what
-// is above 0, m, r or nominal, stays above 0; and where m > r round to the same, r takes the next
-// value below (m might have none above but infinity). So a saved element is off by at most 2^-8 of
-// it, and r, where m > r, by 3 2^-8. The forward pass goes on with what was not rounded.
+// Numbers of type E are packed, and products and sums are of type Number<E>: E is that type, or
+// BFloat16. Then products are of pairs (bfloat16.h): of channels forward and in the input gradient,
+// of pixels or examples in the weight gradient. A first layer that is a convolution is computed in
+// float all the same: its few channels would fill no pairs.
+//
+// Of float networks, what a fast layer saves of its input is rounded to bfloat16 (saved.h), if it
+// is not the network's; the forward pass goes on with what was not rounded. Rounding is to nearest,
+// ties to even, except that the state stays (store_streams): so an element is off by at most 2^-8
+// of it, and r, where m > r, by 3 2^-8.
 #pragma once
 
 #include <algorithm>
@@ -42,13 +46,14 @@ struct Geometry {
   }
 };
 
-inline Geometry geometry(const Plan& plan, int64_t streams, int64_t height) {
+// paired: numbers in a factor of the plan.
+inline Geometry geometry(const Plan& plan, int64_t streams, int64_t height, int64_t paired) {
   int64_t begin = 0, end = height;
   for (const Strip& strip : plan.strips) {
     begin = std::min(begin, strip.source_begin);
     end = std::max(end, strip.source_end);
   }
-  return {streams, begin, end - begin, plan.column_begin, plan.columns, plan.channels};
+  return {streams, begin, end - begin, plan.column_begin, plan.columns, plan.channels * paired};
 }
 
 inline bool is_dense(const Shape& s) {
@@ -64,24 +69,13 @@ struct Passes {
   bool any() const { return forward || weight || input; }
 };
 
-// Whether a layer's input is saved in bfloat16.
-template <class T>
-bool saves_rounded(bool first, bool fast) {
-  return sizeof(T) == 4 && fast && !first;
-}
-
-// Bytes of an element as it is saved.
-template <class T>
-int64_t saved_element(bool rounded) {
-  return rounded ? 2 : sizeof(T);
-}
-
-template <class T>
+template <class E>
 struct Layer : NetworkLayer {
   bool dense;
   Passes winograd;
   Geometry in;        // of the packed input
-  bool rounded;       // whether that is saved in bfloat16
+  bool rounded;       // whether that is saved in bfloat16, though it is computed in float
+  int64_t element;    // bytes of a number of it, as it is saved
   Geometry gradient;  // of the gradient of the layer's output, of a convolution
   Plan forward, backward;
   std::vector<int64_t> in_offsets, gradient_offsets;  // [pixels] of an image in the two geometries
@@ -95,12 +89,12 @@ struct Layer : NetworkLayer {
   int64_t gradient_images = 1;            // how many there are of these
 
   int64_t saved_size() const {  // bytes of one example's input
-    return in.size() * saved_element<T>(rounded);
+    return in.size() * element;
   }
   int64_t rows() const {  // of the weight gradient, (tap, channel)
     return shape.kernel_height * shape.kernel_width * shape.in_channels;
   }
-  int64_t width() const { return round_up(shape.out_channels, kLanes<T>); }
+  int64_t width() const { return round_up(shape.out_channels, kLanes<E>); }
   int64_t sum_size() const { return width() * round_up(rows(), kTileRows); }
 };
 
@@ -110,9 +104,9 @@ struct PanelBlock {
   int64_t block;
 };
 
-template <class T>
+template <class E>
 struct NetworkPlan {
-  std::vector<Layer<T>> layers;
+  std::vector<Layer<E>> layers;
   size_t convolutions = 0;  // layers in front of the dense ones, pooling included
   bool ball;
   int64_t batch;
@@ -127,27 +121,27 @@ struct NetworkPlan {
 };
 
 // What a width is less than the sum of squares of a layer's output.
-template <class T>
-T width_divisor(const Layer<T>& layer, bool mean) {
+template <class E>
+Number<E> width_divisor(const Layer<E>& layer, bool mean) {
   const Shape& s = layer.shape;
   const int64_t units = mean ? s.out_channels * s.out_height * s.out_width : 1;
-  return static_cast<T>(static_cast<double>(s.batch * units));
+  return static_cast<Number<E>>(static_cast<double>(s.batch * units));
 }
 
 // Zeros around the height x width image.
-template <class T>
-void clear_padding(const Geometry& g, int64_t height, int64_t width, T* image) {
+template <class E>
+void clear_padding(const Geometry& g, int64_t height, int64_t width, E* image) {
   for (int64_t row = 0; row < g.rows; ++row) {
-    T* p = image + row * g.row_stride();
+    E* p = image + row * g.row_stride();
     const int64_t y = row + g.row_begin;
     if (y < 0 || y >= height) {
-      std::fill_n(p, g.row_stride(), T{0});
+      std::fill_n(p, g.row_stride(), E{});
       continue;
     }
     const int64_t left = -g.column_begin * g.pitch, right = left + width * g.pitch;
     for (int64_t s = 0; s < g.streams; ++s, p += g.stream_stride()) {
-      std::fill_n(p, left, T{0});
-      std::fill_n(p + right, g.stream_stride() - right, T{0});
+      std::fill_n(p, left, E{});
+      std::fill_n(p + right, g.stream_stride() - right, E{});
     }
   }
 }
@@ -172,14 +166,20 @@ void activate(Vec<T> bias, bool relu, Vec<T>* streams) {
   }
 }
 
+// The (m, r, nominal) that `activate` made, from where they are packed.
+template <class E>
+void load_streams(const E* p, int64_t stride, Factors<Number<E>>* streams) {
+#pragma GCC unroll 3
+  for (int k = 0; k < S; ++k) streams[k] = numbers(p + k * stride);
+}
+
 // The gradient of (m, r, nominal) after ReLU -> that of (mu, radius, nominal) before it, in place;
 // `scale` times r is the width's gradient by r.
 template <class T>
-void deactivate(const T* forward, int64_t stream_stride, T scale, bool relu, Vec<T>* gradient) {
-  const Vec<T> m = load(forward), r = load(forward + stream_stride);
+void deactivate(const Vec<T>* forward, T scale, bool relu, Vec<T>* gradient) {
+  const Vec<T> m = forward[0], r = forward[1], nominal = forward[2];
   gradient[1] += scale * r;
   if (!relu) return;
-  const Vec<T> nominal = load(forward + 2 * stream_stride);
   const Vec<T> both = m * T(0) + (gradient[0] + gradient[1]) * T(0.5);  // NaN stays NaN
   const Vec<T> shared = m <= 0 ? Vec<T>{} : both;
   gradient[0] = m > r ? gradient[0] : shared;

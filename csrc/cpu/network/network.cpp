@@ -2,6 +2,7 @@
 #include "network.h"
 
 #include <algorithm>
+#include <type_traits>
 #include <utility>
 
 #include "layers.h"
@@ -20,30 +21,34 @@ std::vector<int64_t> offsets(const Geometry& g, int64_t height, int64_t width) {
 }
 
 // What a layer needs by itself; the first one of a ball reads one stream.
-template <class T>
-Layer<T> planned_layer(const NetworkLayer& given, bool first, bool ball) {
-  Layer<T> layer{};
+template <class E>
+Layer<E> planned_layer(const NetworkLayer& given, bool first, bool ball) {
+  Layer<E> layer{};
   static_cast<NetworkLayer&>(layer) = given;
   const Shape& s = layer.shape;
-  const int64_t padded = round_up(s.in_channels, kLanes<T>);
-  layer.rounded = saves_rounded<T>(first, layer.fast);
+  const int64_t padded = round_up(s.in_channels, kLanes<E>);
   layer.dense = !layer.pool && is_dense(s);
+  layer.rounded = std::is_same_v<E, float> && layer.fast && !first;
+  layer.element = layer.rounded           ? sizeof(BFloat16)
+                  : first && !layer.dense ? sizeof(Number<E>)
+                                          : sizeof(E);
   if (layer.dense) {
     // A whole batch of single pixels is read at once.
     const bool single = s.in_height * s.in_width == 1;
-    layer.in = {S, 0, s.in_height, 0, s.in_width, single ? spread_pitch<T>(padded) : padded};
+    layer.in = {S, 0, s.in_height, 0, s.in_width, single ? spread_pitch<E>(padded) : padded};
   } else {
     const bool one = first && ball;
+    const int64_t paired = first ? 1 : kPaired<E>, channels = first ? s.in_channels : padded;
     layer.forward =
-        (one ? make_plan<1> : make_plan<S>)(forward_classes(s), first ? s.in_channels : padded,
-                                            s.out_height, s.out_width, s.in_height, s.in_width);
-    layer.in = geometry(layer.forward, one ? 1 : S, s.in_height);
+        (one ? make_plan<1> : make_plan<S>)(forward_classes(s), channels / paired, s.out_height,
+                                            s.out_width, s.in_height, s.in_width);
+    layer.in = geometry(layer.forward, one ? 1 : S, s.in_height, paired);
     if (layer.pool) {
       layer.gradient = {S, 0, s.out_height, 0, s.out_width, layer.width()};
     } else {
-      layer.backward = make_plan<S>(input_gradient_classes(s), layer.width(), s.in_height,
+      layer.backward = make_plan<S>(input_gradient_classes(s), layer.width() / paired, s.in_height,
                                     s.in_width, s.out_height, s.out_width);
-      layer.gradient = geometry(layer.backward, S, s.out_height);
+      layer.gradient = geometry(layer.backward, S, s.out_height, paired);
     }
     layer.gradient_offsets = offsets(layer.gradient, s.out_height, s.out_width);
   }
@@ -52,8 +57,8 @@ Layer<T> planned_layer(const NetworkLayer& given, bool first, bool ball) {
 }
 
 // Offsets of a direct weight gradient's rows in the input; the last one again to fill a tile.
-template <class T>
-std::vector<int64_t> row_offsets(const Layer<T>& layer) {
+template <class E>
+std::vector<int64_t> row_offsets(const Layer<E>& layer) {
   const Shape& s = layer.shape;
   std::vector<int64_t> table;
   for (int64_t row = 0; row < round_up(layer.rows(), kTileRows); ++row) {
@@ -65,43 +70,43 @@ std::vector<int64_t> row_offsets(const Layer<T>& layer) {
 }
 
 // Where the panels of layer i's weights lie, forward or backward.
-template <class T>
-void place_panels(NetworkPlan<T>& plan, size_t i, bool backward) {
-  Layer<T>& layer = plan.layers[i];
+template <class E>
+void place_panels(NetworkPlan<E>& plan, size_t i, bool backward) {
+  Layer<E>& layer = plan.layers[i];
   const Shape& s = layer.shape;
   int64_t& size = backward ? plan.backward_panels : plan.panels;
   (backward ? layer.backward_panel : layer.panel) = size;
   // The panel's rows for each output, and its outputs.
   int64_t rows = s.kernel_height * s.kernel_width, outputs = layer.width();
   if (backward ? layer.winograd.input : layer.winograd.forward) {
-    const int64_t in = Winograd(s).phases() * layer.in.pitch;
-    rows = 2 * kProducts * (backward ? layer.width() : in);
+    const int64_t in = Winograd<E>(s).phases() * layer.in.pitch;
+    rows = 2 * kProducts<E> * (backward ? layer.width() : in) / kPaired<E>;
     outputs = backward ? in : layer.width();
   } else {
-    rows *= backward ? layer.width() : layer.in.pitch;
-    outputs = backward ? round_up(s.in_channels, kLanes<T>) : layer.width();
+    rows *= (backward ? layer.backward : layer.forward).channels;
+    outputs = backward ? round_up(s.in_channels, kLanes<E>) : layer.width();
   }
   size += rows * outputs;
-  for (int64_t b = 0; b < ceil_div(outputs, kBlock<T>); ++b)
+  for (int64_t b = 0; b < ceil_div(outputs, kBlock<E>); ++b)
     (backward ? plan.backward_panel_blocks : plan.panel_blocks).push_back({i, b});
 }
 
 // Where images and sums of layer i, in front of the dense ones, lie in a part's memory.
-template <class T>
-void place(NetworkPlan<T>& plan, size_t i) {
-  Layer<T>& layer = plan.layers[i];
+template <class E>
+void place(NetworkPlan<E>& plan, size_t i) {
+  Layer<E>& layer = plan.layers[i];
   layer.in_image = plan.in_images;
   if (layer.rounded) plan.in_images += layer.group * layer.in.size();
   layer.sums = plan.sums;
   if (layer.winograd.weight)
-    plan.sums += kProducts * layer.width() *
-                 round_up(Winograd(layer.shape).phases() * layer.in.pitch, kTileRows);
+    plan.sums += kProducts<E> * layer.width() *
+                 round_up(Winograd<E>(layer.shape).phases() * layer.in.pitch, kTileRows);
   else if (!layer.pool)
     plan.sums += layer.sum_size();
   // as many images as the next convolution takes
   layer.gradient_images = plan.layers[std::min(i + 1, plan.convolutions - 1)].group;
   layer.gradient_image = plan.gradient_images;
-  plan.gradient_images += layer.gradient_images * layer.gradient.size() + kBlock<T>;
+  plan.gradient_images += layer.gradient_images * layer.gradient.size() + kBlock<E>;
   layer.bias = plan.outputs;
   plan.outputs += layer.shape.out_channels;
   plan.max_pixels = std::max(plan.max_pixels, layer.forward.max_pixels);
@@ -115,46 +120,48 @@ void place(NetworkPlan<T>& plan, size_t i) {
 
 }  // namespace
 
-template <class T>
-Network<T>::Network(const std::vector<NetworkLayer>& layers, bool ball) {
-  const auto plan = std::make_shared<NetworkPlan<T>>();
+template <class E>
+Network<E>::Network(const std::vector<NetworkLayer>& layers, bool ball) {
+  const auto plan = std::make_shared<NetworkPlan<E>>();
   plan->ball = ball;
   plan->batch = layers[0].shape.batch;
   for (size_t i = 0; i < layers.size(); ++i) {
-    Layer<T> layer = planned_layer<T>(layers[i], i == 0, ball);
+    Layer<E> layer = planned_layer<E>(layers[i], i == 0, ball);
     const Shape& s = layer.shape;
     if (i > 0) {  // the first one's channels fill no vector
-      if (layer.fast && !layer.pool && !layer.dense) layer.winograd = winograd_passes(s);
+      const bool fewer = layer.fast || kPaired<E> > 1;
+      if (fewer && !layer.pool && !layer.dense) layer.winograd = winograd_passes<E>(s);
       // Not fewer than of the layer before, which would have to run for fewer, too.
-      const int64_t group = layer.winograd.any() ? Winograd(s).group(layer.in.size()) : 1;
+      const int64_t group = layer.winograd.any() ? Winograd<E>(s).group(layer.in.size()) : 1;
       layer.group = std::min(s.batch, std::max(plan->layers[i - 1].group, group));
     }
     layer.saved = plan->saved_bytes;
     plan->saved_bytes += round_up(s.batch * layer.saved_size(), kLine);
-    plan->biases += layer.width() + kBlock<T>;
+    plan->biases += layer.width() + kBlock<E>;
     plan->layers.push_back(std::move(layer));
   }
   while (!plan->layers[plan->convolutions].dense) ++plan->convolutions;
   for (size_t i = 0; i < plan->convolutions; ++i) place(*plan, i);
   const Shape& s = layers[0].shape;
   for (int64_t p = 0; p < s.in_height * s.in_width; ++p)
-    plan->input_at.push_back(p * round_up(s.in_channels, kLanes<T>));
+    plan->input_at.push_back(p * round_up(s.in_channels, kLanes<E>));
   plan_ = plan;
 }
 
-template <class T>
-int64_t Network<T>::saved_bytes() const {
+template <class E>
+int64_t Network<E>::saved_bytes() const {
   return plan_->saved_bytes;
 }
 
-template <class T>
-std::vector<int64_t> Network<T>::example_bytes() const {
+template <class E>
+std::vector<int64_t> Network<E>::example_bytes() const {
   std::vector<int64_t> all;
-  for (const Layer<T>& layer : plan_->layers) all.push_back(layer.saved_size());
+  for (const Layer<E>& layer : plan_->layers) all.push_back(layer.saved_size());
   return all;
 }
 
 template class Network<float>;
 template class Network<double>;
+template class Network<BFloat16>;
 
 }  // namespace cibp

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../shape.h"
+#include "../vec.h"
 
 namespace cibp {
 
@@ -52,12 +53,12 @@ struct NetworkBackward {
   std::vector<T*> grad_weights, grad_biases;           // [layers]; null: not wanted, and of pooling
 };
 
-template <class T>
+template <class E>
 struct NetworkPlan;
 
 // What the passes of a network need besides its tensors, made once: plans, offsets, sizes. Several
-// threads may call it at a time.
-template <class T>
+// threads may call it at a time. E: what is packed and saved (layers.h), float, double or BFloat16.
+template <class E>
 class Network {
  public:
   // The batch is at least 1; the last layer is dense, without ReLU. ball: the box is exactly
@@ -67,11 +68,11 @@ class Network {
 
   int64_t saved_bytes() const;
   std::vector<int64_t> example_bytes() const;  // what is saved of each layer's input, per example
-  void forward(const NetworkForward<T>& op) const;
-  void backward(const NetworkBackward<T>& op) const;
+  void forward(const NetworkForward<Number<E>>& op) const;
+  void backward(const NetworkBackward<Number<E>>& op) const;
 
  private:
-  std::shared_ptr<const NetworkPlan<T>> plan_;
+  std::shared_ptr<const NetworkPlan<E>> plan_;
 };
 
 }  // namespace cibp

@@ -11,8 +11,9 @@
 namespace cibp {
 
 // One average pooling of one example, as convolve_forward.
-template <class T>
-double pool_forward(const Layer<T>& layer, const T* in, const Layer<T>& next, T* out) {
+template <class E>
+double pool_forward(const Layer<E>& layer, const E* in, const Layer<E>& next, E* out) {
+  using T = Number<E>;
   const Shape& s = layer.shape;
   const Geometry &g = layer.in, &h = next.in;
   const T scale = T(1) / static_cast<T>(s.kernel_height * s.kernel_width);
@@ -21,7 +22,7 @@ double pool_forward(const Layer<T>& layer, const T* in, const Layer<T>& next, T*
   for (int64_t y = 0; y < s.out_height; ++y)
     for (int64_t x = 0; x < s.out_width; ++x)
       for (int64_t c = 0; c < layer.width(); c += kLanes<T>) {
-        const T* corner =
+        const E* corner =
             in + c +
             g.offset(y * s.stride_height - s.padding_height, x * s.stride_width - s.padding_width);
         Vec<T> streams[S] = {};
@@ -29,20 +30,20 @@ double pool_forward(const Layer<T>& layer, const T* in, const Layer<T>& next, T*
           for (int64_t kx = 0; kx < s.kernel_width; ++kx)
             for (int k = 0; k < S; ++k)
               streams[k] +=
-                  load(corner + ky * g.row_stride() + kx * g.pitch + k * g.stream_stride());
+                  numbers(corner + ky * g.row_stride() + kx * g.pitch + k * g.stream_stride());
         for (int k = 0; k < S; ++k) streams[k] *= scale;
         activate<T>(Vec<T>{}, layer.relu, streams);
-        T* target = out + h.offset(y, x) + c;
-        for (int k = 0; k < S; ++k) store<T>(target + k * h.stream_stride(), streams[k]);
+        store_streams(out + h.offset(y, x) + c, h.stream_stride(), streams);
         squares += streams[1] * streams[1];
       }
   return static_cast<double>(sum<T>(squares));
 }
 
 // The gradient of the pixel (y, x) of an average pooling's input, of a vector of channels.
-template <class T>
-void pool_gradient(const Layer<T>& layer, int64_t y, int64_t x, const T* gradient,
-                   Vec<T>* streams) {
+template <class E>
+void pool_gradient(const Layer<E>& layer, int64_t y, int64_t x, const E* gradient,
+                   Vec<Number<E>>* streams) {
+  using T = Number<E>;
   const Shape& s = layer.shape;
   const Geometry& h = layer.gradient;
   const T scale = T(1) / static_cast<T>(s.kernel_height * s.kernel_width);
@@ -60,19 +61,19 @@ void pool_gradient(const Layer<T>& layer, int64_t y, int64_t x, const T* gradien
   for (int64_t oy = y0; oy < y1; ++oy)
     for (int64_t ox = x0; ox < x1; ++ox)
       for (int k = 0; k < S; ++k)
-        streams[k] += load(gradient + h.offset(oy, ox) + k * h.stream_stride());
+        streams[k] += numbers(gradient + h.offset(oy, ox) + k * h.stream_stride());
   for (int k = 0; k < S; ++k) streams[k] *= scale;
 }
 
 // One example's input gradient; finish(pixel, channel of the vector, streams).
-template <class T, class Finish>
-void pool_input_gradient(const Layer<T>& layer, const T* gradient, const Finish& finish) {
+template <class E, class Finish>
+void pool_input_gradient(const Layer<E>& layer, const E* gradient, const Finish& finish) {
   const Shape& s = layer.shape;
   for (int64_t y = 0; y < s.in_height; ++y)
     for (int64_t x = 0; x < s.in_width; ++x)
-      for (int64_t c = 0; c < layer.width(); c += kLanes<T>) {
-        Vec<T> streams[S];
-        pool_gradient<T>(layer, y, x, gradient + c, streams);
+      for (int64_t c = 0; c < layer.width(); c += kLanes<E>) {
+        Vec<Number<E>> streams[S];
+        pool_gradient<E>(layer, y, x, gradient + c, streams);
         finish(y * s.in_width + x, c, streams);
       }
 }

@@ -1,0 +1,1 @@
+from cibp_fast._cpu_portable import *  # noqa: F403
