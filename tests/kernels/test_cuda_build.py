@@ -170,7 +170,7 @@ class Tree:
         return {path.name.split(".")[0] for path in self.built.glob("*.so")}
 
 
-CPU = {"_cpu_portable", "_cpu_avx2", "_cpu_avx512"}
+CPU = {"_cpu_portable", "_cpu_avx2", "_cpu_avx512", "_cpu_avx512bf16"}
 
 
 @pytest.fixture
