@@ -556,14 +556,14 @@ def test_interrupt(capsys, monkeypatch):
 
 
 def test_an_interrupt_during_the_imports_is_one_line():
-    """It comes in the middle of those of pydantic, whose own would print a page."""
+    """It comes in the middle of those of pydantic, whose compiled part would print a page."""
     code = """
 import signal, sys
 from cibp_fast.cli import main
 
 class Interrupting:
     def find_spec(self, name, path=None, target=None):
-        if name == "datetime":  # which its compiled part imports
+        if name == "pydantic_core._pydantic_core":
             signal.raise_signal(signal.SIGINT)
 
 sys.meta_path.insert(0, Interrupting())
