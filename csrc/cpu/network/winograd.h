@@ -329,27 +329,41 @@ void multiply_tiles(const E* in, int64_t tiles, int64_t depth, const Number<E>* 
   const F* const panel = as_factors<E>(packed);
   const int64_t factors = depth / kPaired<E>;
   constexpr int P = kTilePixels<S>, L = kLanes<T>;
-  const int64_t in_plane = plane_size<E>(tiles, depth), plane = plane_size<T>(tiles, kBlock<T>);
-  for_blocks<T>(outputs, [&](int64_t c, auto vectors) {
+  const int64_t in_plane = plane_size<E>(tiles, depth), plane = plane_size<T>(tiles, outputs);
+  const auto multiply_block = [&](int i, int64_t c, auto vectors) {
     constexpr int V = decltype(vectors)::value;
     constexpr int64_t N = V * L;
-    const F* weights = panel + c * kAll * 2 * factors;
-    for (int i = 0; i < kAll; ++i, weights += 2 * factors * N)
-      for (int64_t t = 0; t < tiles; t += P)
-        multiply_points<F, V>(as_factors<E>(in + i * in_plane), t, tiles, factors, weights,
-                              weights + factors * N, products + i * plane);
+    const F* weights = panel + c * kAll * 2 * factors + 2 * i * factors * N;
+    for (int64_t t = 0; t < tiles; t += P)
+      multiply_points<F, V>(as_factors<E>(in + i * in_plane), t, tiles, factors, weights,
+                            weights + factors * N, products + i * plane + c * tiles * S);
+  };
+  const auto finish_block = [&](int64_t c, auto vectors) {
+    constexpr int V = decltype(vectors)::value;
+    constexpr int64_t N = V * L;
     for (int64_t t = 0; t < tiles; ++t)
       for (int v = 0; v < V; ++v) {
         Vec<T> out[S][M * M];
         for (int k = 0; k < S; ++k) {
           Vec<T> x[kAll];
-          const T* from = products + (t * S + k) * N + v * L;
+          const T* from = products + c * tiles * S + (t * S + k) * N + v * L;
           for (int i = 0; i < kAll; ++i) x[i] = load(from + i * plane);
           transform_output_tile<T, kPoints<E>, M>(x, out[k]);
         }
         finish(t, c + v * L, out);
       }
-  });
+  };
+  // All tiles stay in cache in bfloat16, but in float only those of one product.
+  if constexpr (kPaired<E> > 1) {
+    for_blocks<T>(outputs, [&](int64_t c, auto vectors) {
+      for (int i = 0; i < kAll; ++i) multiply_block(i, c, vectors);
+      finish_block(c, vectors);
+    });
+  } else {
+    for (int i = 0; i < kAll; ++i)
+      for_blocks<T>(outputs, [&](int64_t c, auto vectors) { multiply_block(i, c, vectors); });
+    for_blocks<T>(outputs, finish_block);
+  }
 }
 
 // Calls body(outputs of a tile as a constant) for the convolution's.
@@ -450,7 +464,7 @@ double winograd_forward(const Layer<E>& layer, int64_t images, const Number<E>* 
   for (int64_t n = 0; n < images; ++n)
     clear_padding(h, s.out_height, s.out_width, out + n * h.size());
   E* tiles_in = scratch<E>(Slot::kTilesIn, kAll * plane_size<E>(kMostTiles, depth));
-  T* products = scratch<T>(Slot::kTilesOut, kAll * plane_size<T>(kMostTiles, kBlock<T>));
+  T* products = scratch<T>(Slot::kTilesOut, kAll * plane_size<T>(kMostTiles, layer.width()));
   double total = 0;
   with_outputs(w, [&](auto outputs) {
     constexpr int M = outputs;
@@ -570,7 +584,7 @@ void winograd_input_gradient(const Layer<E>& layer, int64_t images, const Number
   source.y -= w.taps - 1;
   source.x -= w.taps - 1;
   E* tiles_in = scratch<E>(Slot::kTilesIn, kAll * plane_size<E>(kMostTiles, depth));
-  T* products = scratch<T>(Slot::kTilesOut, kAll * plane_size<T>(kMostTiles, kBlock<T>));
+  T* products = scratch<T>(Slot::kTilesOut, kAll * plane_size<T>(kMostTiles, outs));
   with_outputs(w, [&](auto outputs) {
     constexpr int M = outputs;
     for_tiles(w.in, images, [&](int64_t begin, int64_t end) {
