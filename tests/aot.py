@@ -28,7 +28,7 @@ SHARED = {80: 163, 86: 99, 90: 227, 100: 227, 120: 99}  # KiB, that a program ma
 
 
 class Job(NamedTuple):
-    """Launches to compile."""
+    """Holds launches to compile."""
 
     launch: Callable[..., Any]  # a function of a module, as are the arguments pickled
     arguments: tuple[Any, ...]
@@ -36,7 +36,7 @@ class Job(NamedTuple):
 
 
 class Binary(NamedTuple):
-    """What a kernel was compiled to."""
+    """Holds what a kernel was compiled to."""
 
     kernel: str
     constants: dict[str, Any]  # its constexpr arguments
@@ -53,7 +53,7 @@ class Binary(NamedTuple):
 
 
 def compiled_apart(jobs: Sequence[Job], cache: Path) -> list[list[Binary]]:
-    """`compiled` of each job, all in one other process.
+    """Runs `compiled` on each job, all in one other process.
 
     cache: a folder for what Triton keeps; an empty one makes it compile everything.
     """
@@ -65,7 +65,7 @@ def compiled_apart(jobs: Sequence[Job], cache: Path) -> list[list[Binary]]:
 
 
 def compiled(job: Job) -> list[Binary]:
-    """What a job compiles, in order; nothing runs."""
+    """Returns what a job compiles, in order; nothing runs."""
     launch, arguments, capability = job
     binaries: list[Binary] = []
 

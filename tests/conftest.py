@@ -47,7 +47,7 @@ def _reproducible() -> Iterator[None]:
 
 @pytest.fixture
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The user's table of tiles, on a GPU that there is not."""
+    """Gives the path of the user's table of tiles, on a GPU that there is not."""
     from tritons import WHERE, forget_tiles
 
     from cibp_fast.kernels import tiles
@@ -62,7 +62,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def toy_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of the toy digits, to be copied by those who change it."""
+    """Returns a finished run of the toy digits, to be copied by those who change it."""
     from digits import SHORT, TOY_PRESET, load_toy
 
     from cibp_fast.training import config, datasets, loop
@@ -77,7 +77,7 @@ def toy_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def host_cuda(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """cibp_fast._cuda, built for the host."""
+    """Returns cibp_fast._cuda, built for the host."""
     import cuda_host
 
     return cuda_host.load(cuda_host.build(tmp_path_factory.mktemp("cuda")))

@@ -124,7 +124,7 @@ def check(model: nn.Module, *shape: int, **options: str) -> None:
 
 
 class Functional(nn.Module):
-    """A forward of its own, with functions and methods of tensors."""
+    """Has a forward of its own, with functions and methods of tensors."""
 
     def __init__(self, flatten: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class Functional(nn.Module):
 
 
 class Net(nn.Module):
-    """Two layers; `body` is its forward."""
+    """Holds two layers; `body` is its forward."""
 
     def __init__(self, body: Callable[[Any, Any], Any] | None = None) -> None:
         super().__init__()

@@ -16,14 +16,14 @@ from cibp_fast.attacks import pgd
 
 @pytest.fixture(autouse=True, params=["as on a CPU", "as on a GPU"])
 def way(request, monkeypatch):
-    """Step by step on the examples that are left, or several steps of a padded batch."""
+    """Goes step by step on the examples that are left, or several steps of a padded batch."""
     if request.param == "as on a GPU":
         monkeypatch.setattr(attacks, "_burst", lambda point: 4)
     return request.param
 
 
 class _Difference(nn.Module):
-    """Class 0 where the mean of x is below the threshold, else class 1."""
+    """Chooses class 0 where the mean of x is below the threshold, else class 1."""
 
     def __init__(self, threshold: float) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ def test_x_is_a_start_and_counts_without_any_step():
 
 def test_random_starts_reach_what_the_gradient_does_not_show():
     class Pocket(nn.Module):
-        """Flat, so without a gradient, but for a side of the box where class 1 wins."""
+        """Is flat, so without a gradient, but for a side of the box where class 1 wins."""
 
         def forward(self, x):
             return torch.stack([0 * x[:, 0], (x[:, 0] > 0.6).to(x.dtype) - 0.5 + 0 * x[:, 1]], 1)
@@ -93,7 +93,7 @@ def test_seeded_and_independent_of_torchs_random_state():
 
 def test_nan_logits_count_as_misclassified_and_stay_in_the_box():
     class NaNFor(nn.Module):
-        """NaN logits where x is above 0.55, at a distance from every start; NaN gradients too."""
+        """Gives NaN logits where x is above 0.55, away from every start; NaN gradients too."""
 
         def forward(self, x):
             good = torch.stack([1 - x[:, 0], x[:, 0] - 1], 1)
@@ -144,7 +144,7 @@ def test_a_plain_function_is_a_model():
 
 
 def test_several_steps_of_a_padded_batch_end_where_single_steps_do(monkeypatch):
-    """Where they differ in rounding only: a gradient that is nearly 0 might change its sign."""
+    """Compares where they differ in rounding only: a gradient near 0 might change its sign."""
     model = models.small((1, 28, 28)).double()
     x = torch.rand(40, 1, 28, 28).double()
     y = model(x).argmax(1)
@@ -253,7 +253,7 @@ HALF = torch.full((2, 4), 0.5)
     ],
 )
 def test_bad_input(change, message):
-    """What `certify` refuses too is in its tests."""
+    """Leaves out what `certify` refuses too: that is in its tests."""
     arguments = {"x": HALF, "y": torch.tensor([0, 1]), "eps": 0.1}
     with pytest.raises(ValueError, match=message):
         pgd(_Difference(0.5), **arguments | change)
@@ -274,7 +274,7 @@ def test_the_logits_are_two_dimensional():
     ],
 )
 def test_margins_beyond_the_softmax_do_not_stop_it(dtype, scale):
-    """The cross-entropy's gradient is 0 here, or NaN where the logits' difference overflows."""
+    """Makes the cross-entropy's gradient 0, or NaN where the logits' difference overflows."""
     weight = torch.randn(784)
     x = (0.5 + 0.05 * weight.sign()[None]).to(dtype)  # its margin turns at a radius of 0.05
     weight, y = (weight * 0.1).to(dtype), torch.tensor([0])
@@ -313,7 +313,7 @@ def test_masked_classes_are_no_targets():
 
 
 def test_a_tie_of_wrong_classes_does_not_stop_it():
-    """The mean over the wrong classes has the gradient 0 at x, and leads to neither."""
+    """Has a mean over the wrong classes with the gradient 0 at x, which leads to neither."""
     x, y = torch.full((1, 2), 0.5), torch.tensor([0])
     model = nn.Linear(2, 3)
     with torch.no_grad():
@@ -358,7 +358,7 @@ def test_finds_the_same_in_any_context(context):
 
 
 def recorded(x: Tensor, eps: float | Tensor | cf.Interval, **options) -> Tensor:
-    """The points that a model of two equal classes sees, [steps + 2, N, ...]."""
+    """Returns the points that a model of two equal classes sees, [steps + 2, N, ...]."""
     points = []
 
     def model(x: Tensor) -> Tensor:
@@ -399,14 +399,14 @@ def test_the_step_is_a_share_of_eps_unless_it_is_given(way):
     ],
 )
 def test_rounding_does_not_undo_the_steps(dtype, value, eps):
-    """The default step, 1/80 of eps, is less than half of the spacing of numbers at x, or 0."""
+    """Takes the default step, 1/80 of eps: less than half of the spacing of numbers at x, or 0."""
     x = torch.full((1, 4), value, dtype=dtype)
     box = cf.Interval.ball(x, eps, clip=None)
     assert (box.lower < x).all()
     least = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
 
     def model(x: Tensor) -> Tensor:
-        """Class 1 at the corner of the box alone."""
+        """Chooses class 1 at the corner of the box alone."""
         score = (x - box.lower).sum(1)
         return torch.stack([score, 0 * score + least], 1)
 
@@ -459,7 +459,7 @@ def test_its_box_is_that_of_the_certificate(eps, clip):
         total = side.flatten(1).sum(1) * sign
 
         def reaches(x, sign=sign, total=total):
-            """Class 1 where every pixel is at its side of the box."""
+            """Chooses class 1 where every pixel is at its side of the box."""
             score = x.flatten(1).sum(1) * sign - total + 1e-5
             return torch.stack([-score, score], 1)
 

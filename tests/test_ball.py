@@ -16,7 +16,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def expected(x: torch.Tensor, radius: np.ndarray, least=-np.inf, greatest=np.inf):
-    """The ends, computed element by element in float64."""
+    """Computes the ends element by element in float64."""
     point = x.double().numpy().clip(least, greatest)
     return (point - radius).clip(least, greatest), (point + radius).clip(least, greatest)
 
@@ -29,7 +29,7 @@ def assert_is(box: Interval, ends) -> None:
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (3, 3, 3, 3), (4, 3, 3), (3, 3)], ids=str)
 @pytest.mark.parametrize("make", [torch.tensor, np.array, list, tuple])
 def test_one_dimension_is_per_channel(shape, make) -> None:
-    """Also where another dimension has as many elements."""
+    """Checks it also where another dimension has as many elements."""
     x, radii = torch.rand(shape), [0.1, 0.0, 0.2]
     ends = expected(x, np.array(radii).reshape(1, 3, *[1] * (len(shape) - 2)))
     assert_is(Interval.ball(x, make(radii), None), ends)
@@ -40,7 +40,10 @@ def test_one_dimension_is_per_channel(shape, make) -> None:
 )
 @pytest.mark.parametrize("cube", [False, True])
 def test_shapes_of_eps(shape, cube) -> None:
-    """cube: all dimensions of x have 3 elements, and still none is taken for another."""
+    """Checks eps of each shape.
+
+    cube: all dimensions of x have 3 elements, and still none is taken for another.
+    """
     shape = tuple(3 if cube and size > 1 else size for size in shape)
     x, radius = torch.rand((3, 3, 3, 3) if cube else (2, 3, 4, 5)), torch.rand(shape)
     full = np.broadcast_to(radius.numpy().reshape((1, *shape)[-4:]), x.shape)
@@ -52,7 +55,7 @@ def test_shapes_of_eps(shape, cube) -> None:
     "shape", [(), (3,), (3, 1, 1), (1, 3, 1, 1), (3, 1, 1, 1), (3, 3, 1, 1), (1, 1, 1, 3), (1,) * 4]
 )
 def test_fused_networks_take_every_shape_of_eps(shape) -> None:
-    """A radius per example or per pixel must not be taken for one per channel."""
+    """Checks that a radius per example or per pixel is not taken for one per channel."""
     torch.manual_seed(1)
     net = nn.Sequential(nn.Conv2d(3, 4, 2), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2)).double()
     x = torch.rand(3, 3, 3, 3).double()
@@ -92,7 +95,7 @@ MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]
 @pytest.mark.parametrize("shape", [(3,), (3, 1, 1), (1, 3, 1, 1)])
 @pytest.mark.parametrize("make", [torch.tensor, lambda a: np.array(a, np.float64), list])
 def test_clip_by_channel(shape, make) -> None:
-    """Normalised inputs are clipped where their pixels would be."""
+    """Clips normalised inputs where their pixels would be."""
     mean, std = (np.array(each).reshape(3, 1, 1) for each in (MEAN, STD))
     x = torch.rand(2, 3, 4, 5)
     x[0, :, 0, 0], x[0, :, 0, 1] = 0.0, 1.0
@@ -157,7 +160,7 @@ def test_rounding_may_leave_the_range(dtype, top: float, eps: float) -> None:
 
 
 def test_undone_normalisations() -> None:
-    """No rounding of a float32 pixel that was normalised and brought back is refused."""
+    """Refuses no rounding of a float32 pixel that was normalised and brought back."""
     pixels = torch.arange(256) / 255
     for mean, std in ((0.4914, 0.2470), (0.485, 0.229), (0.1307, 0.3081), (0.5, 0.5)):
         back = ((pixels - mean) / std) * std + mean
@@ -197,7 +200,7 @@ def test_checks_do_not_depend_on_compiling() -> None:
 
 
 def test_certificates_and_attacks_take_rounded_pixels() -> None:
-    """The example is the one that was given: the nominal logits are the model's at x."""
+    """Checks that the example is the given one: the nominal logits are the model's at x."""
     torch.manual_seed(0)
     net, x = nn.Linear(2, 2), torch.tensor([[0.5, 1.0000001], [-1e-9, 0.25]])
     with torch.no_grad():
@@ -222,7 +225,7 @@ def assert_same_box(got: Interval, want: Interval) -> None:
 @pytest.mark.parametrize("eps", [0.1, [0.1]])
 @pytest.mark.parametrize("first", ["fuse", "cf.bounds", "lower", "repr", "copy"])
 def test_balls_first_used_in_inference_mode(first: str, eps) -> None:
-    """Stay good outside of it: their bounds can be saved for a backward pass."""
+    """Checks that they stay good outside of it: their bounds can be saved for a backward pass."""
     model, fused, x = ball_net()
     box = Interval.ball(x, eps, None)
     with torch.inference_mode():
@@ -254,7 +257,7 @@ def test_balls_first_used_in_inference_mode(first: str, eps) -> None:
     ],
 )
 def test_bounds_written_to_are_those_that_count(write) -> None:
-    """Also in ways that torch does not count."""
+    """Writes to them also in ways that torch does not count."""
     model, fused, x = ball_net()
     box = Interval.ball(x, 0.1, None)
     write(box)

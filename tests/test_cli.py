@@ -49,7 +49,7 @@ def _toy_data(monkeypatch):
 
 @pytest.fixture
 def damaged(toy_run, tmp_path):
-    """A copy of the finished run, to be changed."""
+    """Copies the finished run, to be changed."""
     return Path(shutil.copytree(toy_run, tmp_path / "damaged"))
 
 
@@ -146,7 +146,7 @@ def _interrupt_after(monkeypatch, steps):
 
 
 def _help(capsys, *words):
-    """The text of a help, without its frames and line breaks."""
+    """Returns the text of a help, without its frames and line breaks."""
     with pytest.raises(SystemExit) as exit:
         cli.main([*words, "--help"])
     assert exit.value.code == 0
@@ -165,7 +165,7 @@ def test_every_field_of_the_config_is_an_option_with_help(capsys):
 
 
 def _imported(*words: object, before: str = "") -> str:
-    """What the command prints, and then what it has imported."""
+    """Returns what the command prints, and then what it has imported."""
     return python(f"""{before}
 import sys
 from cibp_fast.cli import main
@@ -192,7 +192,7 @@ def test_a_plot_needs_no_torch(toy_run, tmp_path):
 
 
 def test_training_does_not_import_the_compiler(tmp_path):
-    """It takes longer than torch itself."""
+    """Keeps the compiler out: its import takes longer than torch itself."""
     toy = "import digits; from cibp_fast.training import datasets; datasets.load = digits.load_toy"
     printed = _imported(*SHORT_TRAIN, "--run-dir", tmp_path, before=toy)
     assert printed.endswith("0\n['numpy', 'torch']\n")
@@ -206,7 +206,7 @@ def test_help_of_every_command(capsys):
 
 @pytest.fixture
 def trained(monkeypatch):
-    """What `loop.train` is called with, in place of training."""
+    """Collects what `loop.train` is called with, in place of training."""
     calls = []
 
     def train(config, run_dir, **options):
@@ -219,7 +219,7 @@ def trained(monkeypatch):
 
 
 def test_the_spelling_that_long_runs_use(trained):
-    """Scripts start runs of weeks so: it stays."""
+    """Checks the options with which scripts start runs of weeks: they stay."""
     words = "train --preset mnist-small-0.4-cibp --threads 1 --steps 400 --eps-ramp 0,150 "
     words += "--kappa-ramp 30,400 --lr-decay-at 300,350 --seed 7 --precision fast "
     words += "--data-root elsewhere --run-dir here"
@@ -358,7 +358,7 @@ def test_a_run_is_not_written_among_other_files(capsys, tmp_path):
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
 @pytest.mark.parametrize("terminal", [True, False])
 def test_bad_options_are_one_line_everywhere(capsys, monkeypatch, encoding, terminal):
-    """tyro draws its boxes after the encoding and colours of the terminal."""
+    """Tries encodings and colours of the terminal, after which tyro draws its boxes."""
     stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(stdout, "isatty", lambda: terminal, raising=False)
     monkeypatch.setenv("TERM", "xterm")
@@ -556,7 +556,7 @@ def test_interrupt(capsys, monkeypatch):
 
 
 def test_an_interrupt_during_the_imports_is_one_line():
-    """It comes in the middle of those of pydantic, whose compiled part would print a page."""
+    """Interrupts in the middle of those of pydantic, whose compiled part would print a page."""
     code = """
 import signal, sys
 from cibp_fast.cli import main

@@ -60,7 +60,7 @@ def box_of(x: Tensor) -> Interval:
 
 
 def layer_ops(x: Tensor, conv: Tensor, bias: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-    """conv2d, ReLU and linear, with all widths."""
+    """Computes conv2d, ReLU and linear, with all widths."""
     geometry: Any = ((2, 1), (1, 1), (1, 1), 1)
     *streams, first = ops.conv2d(x - 0.1, x + 0.1, x, conv, bias, *geometry, width=True)
     *streams, second = ops.relu(*streams, width=True)  # type: ignore[call-arg]
@@ -84,7 +84,7 @@ def test_ops() -> None:
 
 
 def test_intervals() -> None:
-    """Arithmetic, the functional ops, and `Interval.ball`."""
+    """Compiles arithmetic, the functional ops, and `Interval.ball`."""
     conv, weight = torch.randn(4, 2, 3, 3), torch.randn(5, 64)
     x = torch.rand(2, 2, 8, 8, requires_grad=True)
     check_compiled(lambda x: interval_layers(x, conv, weight), [(x,)])

@@ -189,7 +189,10 @@ GRADIENTS = ["bounds, post", "fuse", "bounds of a function"]
 @pytest.mark.parametrize("name", GRADIENTS)
 @pytest.mark.parametrize("setting", ["autocast to bfloat16", "default dtype float64"])
 def test_settings_change_no_gradient_of_kernels(name: str, setting: str) -> None:
-    """To x, of the constrained loss; plain PyTorch's backward products are autocast's."""
+    """Compares gradients to x, of the constrained loss.
+
+    Plain PyTorch's backward products are autocast's.
+    """
 
     def gradient() -> Tensor:
         generator = torch.Generator().manual_seed(5)

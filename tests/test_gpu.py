@@ -24,14 +24,16 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 @pytest.fixture(autouse=True)
 def _no_warnings() -> Iterator[None]:
-    """Such as that no graph could be made, or that PyTorch runs what a kernel should."""
+    """Makes warnings errors, such as that no graph could be made, or that PyTorch runs what a
+    kernel should.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         yield
 
 
 def digits() -> tuple[nn.Module, Tensor, Tensor]:
-    """A network of fresh weights, and 4 batches of examples that it labels right."""
+    """Returns a network of fresh weights, and 4 batches of examples that it labels right."""
     torch.manual_seed(0)
     model = models.NETS["small"]((1, 28, 28)).to(DEVICE).eval()
     x = torch.rand(100, 1, 28, 28).to(DEVICE)
@@ -74,7 +76,7 @@ def test_attacks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("backend", ["auto", "cuda"])
 def test_training(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two runs agree bitwise, and with one on the CPU as closely as rounding lets them."""
+    """Compares two runs bitwise, and with one on the CPU as closely as rounding lets them."""
     monkeypatch.setattr(datasets, "load", load_toy)
     config = preset("mnist5k-small-0.1-cibp", **SHORT)
     assert len(toy_dataset().test) > config.eval_batch_size  # a graph is replayed

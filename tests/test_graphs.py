@@ -24,7 +24,7 @@ from cibp_fast.training.config import preset
 
 
 class Captured(TorchFunctionMode):
-    """On the meta device, which has no values, what needs one fails; here copies do as well."""
+    """Fails at copies, too; the meta device, which has no values, fails at what needs one."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -89,7 +89,7 @@ def test_what_is_captured_of_the_networks_can_be(name, batch):
 
 
 class StandIn:
-    """A graph whose replay calls the function and writes where the capture had its outputs."""
+    """Stands in for a graph: replay calls the function and writes to the capture's outputs."""
 
     captures = 0
 
@@ -104,7 +104,7 @@ class StandIn:
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """CPU tensors count as a GPU's; `waiting` says whether waiting for it is an error now."""
+    """Counts CPU tensors as a GPU's; `waiting` says whether waiting for it is an error now."""
     state = SimpleNamespace(waiting="allowed", capturing=False)
 
     @contextlib.contextmanager
@@ -167,7 +167,7 @@ def test_several_times_feed_the_outputs_back(gpu, times):
 
 
 def test_outputs_that_are_inputs_stay_and_addresses_are_those_of_the_capture(gpu):
-    """Triton compiles another kernel where an address is not divisible by 16."""
+    """Keeps addresses: Triton compiles another kernel where an address is not divisible by 16."""
     addresses = []
 
     def function(x):
@@ -270,7 +270,7 @@ def test_kept_graphs_serve_until_the_outermost_block_ends():
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """Stand-ins for what `capture` calls of torch.cuda: the current stream, and what happened."""
+    """Replaces what `capture` calls of torch.cuda; holds the current stream, and what happened."""
     state = SimpleNamespace(current="mine", events=[], ends=True)
     signature = inspect.signature(torch.cuda.graph)
 

@@ -39,7 +39,7 @@ MODES = ["zeros", "reflect", "replicate", "circular"]
 
 
 class Residual(nn.Module):
-    """`x + F(x)`, added in place."""
+    """Computes `x + F(x)`, added in place."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Residual(nn.Module):
 
 
 class Branches(nn.Module):
-    """The channels of x and of F(x)."""
+    """Joins the channels of x and of F(x)."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ def convolution(choose: random.Random, dims: int, channels: int) -> nn.Module:
 
 
 def network(seed: int) -> tuple[nn.Sequential, tuple[int, ...]]:
-    """Every kind of layer once, in random order, then a head; the seed counts the variants."""
+    """Makes every kind of layer once, in random order, then a head; seed counts the variants."""
     choose = random.Random(seed)
     dims, turn = 1 + seed % 2, seed // 2
     conv, norm = CONVS[dims], NORMS[dims]
@@ -188,7 +188,7 @@ GRADIENTS: dict[str, tuple[Callable, Streams, list[Tensor]]] = {
 
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_gradients_against_the_reference(name: str) -> None:
-    """Of a random weighted sum of all streams, in them and in the parameters."""
+    """Compares gradients of a random weighted sum of all streams, in them and in the parameters."""
     ours, plain, parameters = GRADIENTS[name]
     box = random_box(2, 3, 7, 6)
     leaves = [s.clone().requires_grad_() for s in (box.lower, box.upper, box.nominal)]
@@ -204,7 +204,7 @@ def test_gradients_against_the_reference(name: str) -> None:
 
 
 def layered() -> nn.Sequential:
-    """A layer of each kind that a NaN has to pass; every unit has a say in the logits."""
+    """Returns a layer of each kind that a NaN has to pass; every unit has a say in the logits."""
     return nn.Sequential(
         *(nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(inplace=True)),
         *(nn.MaxPool2d(2), nn.ZeroPad2d(1)),

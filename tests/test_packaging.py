@@ -70,7 +70,9 @@ def test_console_script_and_module(tmp_path: Path) -> None:
 
 
 def test_the_engine_without_the_extras(tmp_path: Path) -> None:
-    """Boxes, bounds, fused networks, certificates and attacks need torch, numpy and safetensors."""
+    """Checks that boxes, bounds, fused networks, certificates and attacks need only torch, numpy
+    and safetensors.
+    """
     code = f"""
 import sys
 for name in {OPTIONAL!r}:
@@ -138,7 +140,7 @@ sys.exit(main({command.split()}))
 
 
 def requirements(extra: str) -> set[str]:
-    """The packages that cibp_fast[extra] asks for beyond the core ones."""
+    """Returns the packages that cibp_fast[extra] asks for beyond the core ones."""
     declared = importlib.metadata.requires("cibp_fast") or []
     pattern = re.compile(rf"extra == ['\"]{extra}['\"]")
     return {re.split(r"[^\w.-]", line)[0] for line in declared if pattern.search(line)}
@@ -171,7 +173,7 @@ def test_versions_in_pre_commit_are_the_constraints() -> None:
 
 
 def test_readme_training_loop() -> None:
-    """README's loop runs as it is printed and changes the weights."""
+    """Runs README's loop as it is printed, and checks that it changes the weights."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     (loop,) = (block for block in blocks if "optimizer.step()" in block)
     assert len(loop.splitlines()) <= 15
@@ -192,7 +194,7 @@ def test_readme_training_loop() -> None:
 
 
 def test_readme_equation() -> None:
-    """README's first lines: what interval_conv2d equals."""
+    """Checks README's first lines: what interval_conv2d equals."""
     torch.manual_seed(2)
     center, radius = torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.rand(2, 3, 8, 8).double()
     weight, b = torch.randn(4, 3, 3, 3, dtype=torch.float64), torch.randn(4, dtype=torch.float64)

@@ -47,7 +47,7 @@ def test_one_product_by_hand() -> None:
 
 
 def naive(case: Case) -> Tensors:
-    """The op written out in one line of PyTorch a stream."""
+    """Computes the op as written out in one line of PyTorch a stream."""
     apply = F.conv2d if case.geometry else F.linear
     center = apply((case.lower + case.upper) / 2, case.weight, case.bias, *case.geometry)
     radius = apply((case.upper - case.lower) / 2, case.weight.abs(), None, *case.geometry)
@@ -66,7 +66,7 @@ def naive(case: Case) -> Tensors:
     ],
 )
 def test_it_is_the_formula(geometry: tuple, bare: bool) -> None:
-    """Of every geometry alone and all together, of no example, and of linear layers of any rank."""
+    """Checks every geometry alone and all together, no example, and linear layers of any rank."""
     linear = small_case("linear", DOUBLE)
     cases = [Case(*box(s, DOUBLE), *linear.inputs[3:]) for s in ((37,), (5, 37), (2, 3, 37))]
     if geometry:
@@ -82,7 +82,7 @@ def test_it_is_the_formula(geometry: tuple, bare: bool) -> None:
 
 @pytest.mark.parametrize("geometry", [(), PLAIN, (PLAIN[0], (0, 1), *PLAIN[2:])])
 def test_bounds_are_the_extremes_of_the_corners(geometry: tuple) -> None:
-    """One affine map: the bounds are exact. Without radius they are the plain layer."""
+    """Checks one affine map: the bounds are exact. Without radius they are the plain layer."""
     shape, kernel = ((1, 1, 3, 3), (2, 1, 2, 2)) if geometry else ((1, 9), (2, 9))
     lower, upper, nominal = box(shape, DOUBLE)
     weight, bias = signed_weight(kernel, DOUBLE), torch.randn(2, dtype=DOUBLE)

@@ -30,7 +30,7 @@ def forget_tiles() -> None:
 
 @contextlib.contextmanager
 def large_tiles() -> Iterator[None]:
-    """Without a GPU: tiles of few programs and steps, which is what the interpreter takes time for.
+    """Sets, without a GPU, tiles of few programs and steps: the interpreter takes time for these.
 
     For tests of what is made of the kernels, of which those with the usual tiles have their own.
     """
@@ -45,7 +45,7 @@ def large_tiles() -> Iterator[None]:
 
 
 def _large(kernel: str, shape: Shape, precision: Precision) -> TileConfig:
-    """As many splits as there would be, up to 2."""
+    """Returns large tiles, with as many splits as there would be, up to 2."""
     found = tiles_for(kernel, shape, precision)
     found = found._replace(split_k=min(found.split_k, 2))
     if kernel == "weight_gradient":
@@ -60,5 +60,5 @@ def _large(kernel: str, shape: Shape, precision: Precision) -> TileConfig:
 
 
 def _power(size: int) -> int:
-    """The power of two above size, within limits."""
+    """Returns the least power of two from size up, from 16 to 512."""
     return max(16, min(512, 1 << (size - 1).bit_length()))

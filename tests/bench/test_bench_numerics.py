@@ -91,7 +91,7 @@ def test_a_step_that_is_wrong_drops_nan_or_does_not_repeat_is_found(
 def test_the_table_of_the_numerics(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The groups run in processes of their own, of which one ends without a word."""
+    """Runs the groups in processes of their own; one process ends without a word."""
     monkeypatch.setattr(numerics, "PROBLEMS", (PROBLEM,))
     monkeypatch.setattr(numerics, "PRECISIONS", ["bf16"])
     output = tmp_path / "numerics.csv"
@@ -119,7 +119,7 @@ def test_the_table_of_the_numerics(
 def test_the_cuda_kernels_are_checked(
     host_cuda: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of few channels, and by halos, on one architecture; and found where they are wrong."""
+    """Checks kernels of few channels, and by halos on one architecture; finds wrong ones."""
     launched, launch, convolution, factor = set(), cuda._launch, cuda.convolution, 1.0
 
     def spy(name: str, *arguments: Any) -> None:

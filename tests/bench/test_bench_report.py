@@ -16,7 +16,7 @@ GPU = {"gpu": "a made-up GPU", "cuda": "13", "torch": "2", "triton": "3.6", "dat
 
 @pytest.fixture
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the committed tables."""
+    """Copies the committed tables."""
     folder = tmp_path / "results"
     shutil.copytree(COMMITTED, folder)
     monkeypatch.setattr(report, "RESULTS", folder)
@@ -24,7 +24,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def cells(lines: list[str], begin: str) -> dict[str, str]:
-    """The row that begins so, by the heads of its table."""
+    """Returns the row that begins so, by the heads of its table."""
     (row,) = [line for line in lines if line.startswith(f"| {begin} |")]
     head = next(lines[i - 1] for i in range(lines.index(row), 0, -1) if "---" in lines[i])
     names, found = (line[2:-2].split(" | ") for line in (head, row))

@@ -120,7 +120,7 @@ def test_adam_is_in_the_graph_of_fuse() -> None:
 def test_a_term_that_is_off_by_a_hundredth_is_found(
     wrong: str, factor: float, off: str, tiny: Exact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And such a contender is reported, and not timed."""
+    """Checks that such a contender is reported, and not timed."""
 
     def build(model: nn.Sequential, _: Problem) -> baselines.Step:
         right = baselines.naive(model, TINY)
@@ -141,7 +141,7 @@ def test_a_term_that_is_off_by_a_hundredth_is_found(
 
 
 def test_a_network_of_the_benchmark_exercises_all_of_the_step() -> None:
-    """Each ReLU sees active, dead and undecided units, and each term of the loss counts."""
+    """Checks that each ReLU sees active, dead and undecided units, and each loss term counts."""
     problem = Problem("large-same", "mnist", 2)
     model, (x, y) = problem.network(), problem.data()
     lower, upper = problem.streams(x)
@@ -159,7 +159,7 @@ def test_a_network_of_the_benchmark_exercises_all_of_the_step() -> None:
 
 
 def test_torch_of_a_gpu_gets_nothing_from_the_host() -> None:
-    """A capture forbids it: a tensor on the CPU, a number that the host waits for."""
+    """Refuses what a capture forbids: a tensor on the CPU, a number that the host waits for."""
     with FakeTensorMode(), torch.no_grad():
         problem = Problem("large-same", "cifar10", 2, clip=True)
         model = problem.network()
@@ -190,7 +190,10 @@ def test_flops_and_bytes_of_the_small_network_by_hand() -> None:
 
 @of_a_gpu
 def test_saved_bytes() -> None:
-    """Each storage once, without parameters and batch; on a GPU half and a quarter of naive's."""
+    """Counts each storage once, without parameters and batch.
+
+    On a GPU, tf32 saves at most half of what naive saves, and bf16 at most a quarter.
+    """
     made = CONTENDERS["naive"].step(PROBLEMS[0])
     assert isinstance(made, baselines.TorchStep)
     weight = next(made.model.parameters())
@@ -217,7 +220,7 @@ def table(script: timing.Script, path: Path, words: str) -> list[dict[str, str]]
 
 
 def test_the_table_of_the_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of two batch sizes and loads."""
+    """Checks the table of two batch sizes and two loads."""
     words = "--models small --datasets mnist --rounds 2 --contenders fused naive"
     words += " --batch 1 2 --load 0 1"
     rows = table(step.script, tmp_path / "new" / "step.csv", words)
@@ -295,7 +298,7 @@ def test_the_table_of_channel_counts(tmp_path: Path) -> None:
 
 @of_a_gpu
 def test_the_rows_of_a_step_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One has no memory: the rest goes on."""
+    """Checks that the rest goes on where one contender has no memory."""
 
     def hungry(model: nn.Sequential, _: Problem) -> baselines.Step:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
@@ -345,7 +348,7 @@ def test_a_wrong_layer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 @of_a_gpu
 @pytest.mark.parametrize("kind", ["conv", "linear"])
 def test_the_rows_of_a_layer_on_a_gpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One contender is wrong."""
+    """Makes one contender wrong: its row has a note in place of a time."""
     contender = (*layer.GPU_CONTENDERS["naive_bf16"][:2], 1e-9)
     monkeypatch.setitem(layer.GPU_CONTENDERS, "naive_bf16", contender)
     module: Any = nn.Conv2d(3, 4, 3, (2, 1), (1, 0)) if kind == "conv" else nn.Linear(20, 7)

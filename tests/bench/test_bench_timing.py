@@ -155,7 +155,7 @@ def test_figures_by_hand() -> None:
 
 
 def test_a_timing_by_events(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a clock in the place of the GPU's, which the call and the flush of its cache advance."""
+    """Uses a clock in the place of the GPU's, which the call and the flush of its cache advance."""
     now = 0.0
 
     class Event:
@@ -213,7 +213,7 @@ def test_the_memory_of_graphs_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_workspaces_are_made_on_both_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before they could count: forward and backward."""
+    """Checks that forward and backward run on both streams, before workspaces could count."""
     current, done = ["mine"], []
 
     @contextlib.contextmanager
@@ -270,7 +270,7 @@ def test_a_table_is_printed_aligned(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("name", ["step", "layer", "numerics", "tune", "gpu_session"])
 def test_a_gpu_s_scripts_need_no_library_of_training(name: str) -> None:
-    """The machine with the GPU may have torch and Triton alone."""
+    """Imports each without them: the machine with the GPU may have torch and Triton alone."""
     code = f"""
 import sys
 for package in ("pydantic", "tqdm", "tyro", "matplotlib"):  # torch brings filelock

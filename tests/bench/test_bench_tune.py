@@ -32,7 +32,7 @@ def used(job: Job) -> TileConfig:
 
 
 class Given:
-    """A bench with given times, where some tiles are wrong."""
+    """Stands in for a bench: the times are given, and some tiles are wrong."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class Given:
 
 
 def distance(candidate: TileConfig, best: TileConfig) -> int:
-    """How many steps two are apart."""
+    """Returns how many steps the two are apart."""
     return sum(
         abs(math.log2(a) - math.log2(b)) if type(a) is int else a != b
         for a, b in zip(candidate, best, strict=True)
@@ -61,7 +61,7 @@ def distance(candidate: TileConfig, best: TileConfig) -> int:
 
 @pytest.mark.parametrize("kernel", tiles.KERNELS)
 def test_candidates_are_right(kernel: str) -> None:
-    """All that the search would begin with, and a step from the rule's."""
+    """Checks all candidates that the search would begin with, and those a step from the rule's."""
     bench = tune.GpuBench(TINY, "float32", torch.device(DEVICE))
     default = rule(Job(kernel, "float32", TINY))
     found = {*tune.all_sizes(kernel, TINY, default), *tune.neighbours(kernel, TINY, default)}
@@ -115,7 +115,7 @@ def test_where_no_tiles_are_right(table: Path) -> None:
 
 
 def test_a_wrong_kernel_is_never_written(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the kernels themselves: some tiles, which would be the fastest, add to one output."""
+    """Runs the kernels themselves: some tiles, which would be the fastest, add to one output."""
     forward = conv2d.forward
 
     def miscompiled(*args: Any, **options: Any) -> tuple[torch.Tensor, ...]:
@@ -144,7 +144,7 @@ def test_a_wrong_kernel_is_never_written(table: Path, monkeypatch: pytest.Monkey
 
 
 def bench_of(shape: Shape, precision: str) -> Given:
-    """Two stages are faster."""
+    """Returns a bench where two stages are faster."""
     return Given(lambda each: 10.0 * each.num_stages + 100 * distance(each[:3], (64, 64, 64)))
 
 
@@ -218,7 +218,10 @@ def test_no_kernel_is_begun_after_the_limit(
 def test_what_is_done_is_not_done_again(
     table: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Unless another version was measured, or no tiles were right. A new entry replaces the old."""
+    """Measures again only where another version was measured, or no tiles were right.
+
+    A new entry replaces the old.
+    """
 
     def measured(wrong: Callable[[TileConfig], bool] = lambda _: False) -> list[str]:
         begun = []
@@ -263,7 +266,7 @@ def test_compiled_kernels_are_tuned(
 
 
 def test_the_bench_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without one: what it asks of torch.cuda is made up, the kernels are interpreted."""
+    """Runs without a GPU: what it asks of torch.cuda is made up, the kernels are interpreted."""
     calls: list[str] = []
     monkeypatch.setattr(os, "cpu_count", lambda: 1)  # the interpreter takes one thread at a time
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: calls.append("sleep"))

@@ -148,7 +148,7 @@ def test_kernels_under_address_sanitizer(
     bindings: Callable[[str], str],
     tmp_path: Path,
 ) -> None:
-    """And under UBSan, with vectors of each size."""
+    """Runs the tests under UBSan too, with vectors of each size."""
     runtime(ASAN)
     package(tmp_path, bindings(isa), (*ASAN, *without, *openmp(tmp_path), *isa_flags(isa)))
     assert " passed" in run_tests(tests, tmp_path, ASAN, CIBP_FAST_ISA="portable")
@@ -156,7 +156,7 @@ def test_kernels_under_address_sanitizer(
 
 @pytest.mark.slow
 def test_kernels_under_thread_sanitizer(bindings: Callable[[str], str], tmp_path: Path) -> None:
-    """Without OpenMP: TSan cannot see its barriers, and the kernels' own threads do the same work.
+    """Builds without OpenMP: TSan cannot see its barriers, and our own threads do the same work.
 
     What TSan says of others' threads, those of torch, is of no concern.
     """

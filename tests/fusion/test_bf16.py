@@ -179,7 +179,7 @@ def both(
 @pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize("name", NETS)
 def test_as_float64_that_rounds_the_same(isa: str, name: str, batch: int) -> None:
-    """But for numbers that float32's sums, of other last bits, round to the other side."""
+    """Allows for numbers that float32's sums, of other last bits, round to the other side."""
     torch.manual_seed(len(name))
     model = NETS[name]().float()
     x, lower, upper = inputs(batch, 2, 9, 8, dtype=F32)
@@ -195,7 +195,7 @@ WINOGRAD = {"3x3": (3, 1, 1), "3x3, no padding": (3, 1, 0), "4x4 of stride 2": (
 
 @pytest.mark.parametrize("name", WINOGRAD)
 def test_winograd_of_numbers_that_need_no_rounding(isa: str, name: str) -> None:
-    """Of values so small and so even that all of Winograd's are exact in bfloat16."""
+    """Uses values so small and so even that all of Winograd's are exact in bfloat16."""
     kernel, stride, padding = WINOGRAD[name]
     size = 16 * stride + (2 if padding == 0 else 0)  # 16 x 16 outputs
     model = nn.Sequential(
@@ -234,7 +234,7 @@ def step(net: nn.Module, x: Tensor, box: Interval, y: Tensor, precision: str) ->
 
 @pytest.mark.parametrize(("name", "shape"), [("small", (1, 28, 28)), ("medium", (3, 20, 20))])
 def test_gradients_of_a_whole_step(isa: str, name: str, shape: models.Shape) -> None:
-    """Of each parameter, against float64, relative in the 2-norm; seen: 2e-3 to 6e-3."""
+    """Compares parameters' gradients with float64, relative in the 2-norm; seen: 2e-3 to 6e-3."""
     torch.manual_seed(0)
     model, y = models.NETS[name](shape), torch.randint(10, (16,))
     x = torch.rand(16, *shape)
@@ -247,7 +247,7 @@ def test_gradients_of_a_whole_step(isa: str, name: str, shape: models.Shape) -> 
 
 @pytest.mark.parametrize("where", ["x", "lower", "upper", *(f"parameter {i}" for i in range(8))])
 def test_nan_is_lost_nowhere(isa: str, where: str) -> None:
-    """Where float32 gives NaN, bf16 does: in values and gradients."""
+    """Checks that bf16 gives NaN where float32 does: in values and gradients."""
     model = models.small((2, 9, 8), 3, padding="same")
     x, lower, upper = inputs(3, 2, 9, 8, dtype=F32)
     with torch.no_grad():
@@ -263,7 +263,10 @@ def test_nan_is_lost_nowhere(isa: str, where: str) -> None:
 
 
 def test_it_saves_a_quarter_of_float32s_bytes_and_more(isa: str) -> None:
-    """Of all but the network's input it is half; two passes of PyTorch save twice as much."""
+    """Checks that bf16 saves half of what float32 does, of all but the network's input.
+
+    Two passes of PyTorch save twice as much.
+    """
     model, x = models.medium((3, 32, 32)), torch.rand(4, 3, 32, 32)
     boxes = x, Interval.ball(x, 0.1)
     outs = [cf.fuse(model, precision).bounds(*boxes) for precision in ("float32", "bf16")]

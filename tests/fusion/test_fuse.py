@@ -52,8 +52,8 @@ NETS = {
 
 @pytest.mark.parametrize("name", NETS)
 def test_networks(isa: str, name: str) -> None:
-    """In float64; and in float32, where both round about as often, in another order: no worse than
-    cf.bounds in float32, times 4, and 16 roundings of the largest element.
+    """Checks networks in float64; and in float32, where both round about as often, in another
+    order: no worse than cf.bounds in float32, times 4, and 16 roundings of the largest element.
     """
     shape, padding = NETS[name]
     check(models.NETS[name](shape, padding=padding).double(), 3, *shape)
@@ -84,7 +84,7 @@ def test_functions_in_a_forward(name: str) -> None:
 
 
 def test_inputs_without_pixels() -> None:
-    """[N, features], and a module that is itself a layer."""
+    """Checks inputs [N, features], and a module that is itself a layer."""
     for model in (nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 3)), nn.Linear(7, 3)):
         for reduction in ("mean", "sum"):
             check(model.double(), 4, 7, reduction=reduction)
@@ -147,7 +147,7 @@ KINDS = {
 def test_random_chains(
     isa: str, case: tuple[nn.Module, tuple[int, ...]], kind: str, ball: bool, threads: int
 ) -> None:
-    """Against cf.bounds in float64; nothing may be read that was not written."""
+    """Compares with cf.bounds in float64; nothing may be read that was not written."""
     (model, shape), (dtype, precision, tolerance) = case, KINDS[kind]
     streams = [stream.to(dtype) for stream in inputs(*shape)]
 
@@ -166,7 +166,7 @@ def test_random_chains(
 
 
 def fast_net(kernel: int, stride: int, padding: int, channels: int = 20) -> nn.Module:
-    """Its middle convolution has outputs enough for Winograd to pay, and tiles that overhang."""
+    """Gives the middle convolution outputs enough for Winograd to pay, and tiles that overhang."""
     middle = nn.Conv2d(channels, 36, kernel, stride, padding)
     return conv_net(nn.Conv2d(2, channels, 2), nn.ReLU(), middle, nn.ReLU(), shape=(2, 32, 28))
 
@@ -181,7 +181,9 @@ def test_fast_equals_cf_bounds_in_float64(isa: str, kernel: int, stride: int, pa
 
 
 def test_fast_in_groups_of_examples(isa: str) -> None:
-    """The last three take 2, 3 and all examples at a time: groups within groups, and remainders."""
+    """Runs layers of which the last three take 2, 3 and all examples at a time: groups within
+    groups, and remainders.
+    """
     layers = [(2, 16, 3, 1), (16, 16, 3, 1), (16, 16, 3, 1), (16, 16, 4, 2)]  # 16, 14, 12, 5 wide
     pairs = ((nn.Conv2d(*layer), nn.ReLU()) for layer in layers)
     model = conv_net(*chain.from_iterable(pairs), shape=(2, 18, 18))
@@ -190,8 +192,8 @@ def test_fast_in_groups_of_examples(isa: str) -> None:
 
 @pytest.mark.parametrize(("name", "padding"), [("small", "valid"), ("large", "same")])
 def test_fast_computes_otherwise(name: str, padding: str) -> None:
-    """In float32 it rounds differently, and little. But a unit at 0 within rounding may fall to the
-    other side, with its whole gradient.
+    """Checks that in float32 it rounds differently, and little. But a unit at 0 within rounding may
+    fall to the other side, with its whole gradient.
     """
     model = models.NETS[name]((3, 32, 32), padding=padding)
     streams = inputs(2, 3, 32, 32, dtype=F32, radius=0.02)
@@ -205,7 +207,7 @@ def test_fast_computes_otherwise(name: str, padding: str) -> None:
 
 
 def test_fast_radius_is_never_negative() -> None:
-    """Where Winograd's rounding is all of it: around one wide pixel of a box that is a point."""
+    """Looks where it is all Winograd's rounding: around one wide pixel of a box that is a point."""
     model, x = fast_net(3, 1, 1).float(), torch.rand(2, 2, 32, 28)
     lower, upper = x.clone(), x.clone()
     upper[:, :, 9, 9] += 1000
@@ -224,7 +226,7 @@ EPS: dict[str, Any] = {
 
 @pytest.fixture
 def balls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor | None]:
-    """The radius that each call of the op is given."""
+    """Collects the radius that each call of the op is given."""
     given: list[Tensor | None] = []
 
     def network(*arguments: Any) -> Any:
@@ -311,7 +313,7 @@ def test_the_radius_of_a_ball_is_its_own(balls: list, x: Tensor) -> None:
 def check_gradients(
     model: nn.Module, x: Tensor, box: Interval, leaves: dict[str, Tensor]
 ) -> Results:
-    """Of everything, in these leaves only."""
+    """Compares the gradients of everything, in these leaves only; returns the results of fuse."""
     y = torch.arange(len(x)) % 3
     found, expected = (results(run(x, box), leaves, y) for run in runs(model))
     compare(found, expected)
@@ -357,7 +359,7 @@ def test_frozen_parameters(trained: tuple[int, ...]) -> None:
 
 
 def test_each_output_alone() -> None:
-    """Outputs without a gradient count as those with zeros."""
+    """Checks that outputs without a gradient count as those with zeros."""
     model, y = small(), torch.tensor([1, 0, 3])
     names, parameters = zip(*model.named_parameters(), strict=True)
     x, lower, upper = inputs(3, 2, 9, 7)
@@ -390,7 +392,7 @@ def test_gradients_arrive_in_any_layout_and_twice() -> None:
 
 
 def test_two_networks_interleaved() -> None:
-    """Forward, forward, backward, backward: nothing of one pass lives in shared memory."""
+    """Runs forward, forward, backward, backward: nothing of one pass lives in shared memory."""
     outs, expected = [], []
     for model, shape in ((small(), (3, 2, 9, 7)), (BALLS["valid"](), (4, 2, 9, 8))):
         x, lower, upper = inputs(*shape)
@@ -403,7 +405,7 @@ def test_two_networks_interleaved() -> None:
 
 
 def test_backward_runs_the_build_of_its_forward() -> None:
-    """The packed layout differs by build."""
+    """Changes the build before the backward pass, since the packed layout differs by build."""
     model, (x, *streams), y = small(), inputs(3, 2, 9, 7), torch.tensor([0, 1, 2])
     box, leaves = Interval(*streams), dict(model.named_parameters())
     expected = results(cf.bounds(model, x, box), leaves, y)
@@ -451,7 +453,7 @@ def test_empty_batch(name: str) -> None:
 def test_registration(
     ball: bool, fast: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Schema, fake and autograd of the ops behind the op."""
+    """Checks schema, fake and autograd of the ops behind the op."""
     # opcheck compares what two calls save, gaps between the stages' inputs included
     monkeypatch.setattr(backends.kernels(), "Buffer", bytearray)
     model = small(dtype).requires_grad_(False)
@@ -515,7 +517,7 @@ def linear() -> nn.Sequential:
 
 
 def masked(model: nn.Module, layer: int = -1, value: float = -torch.inf) -> nn.Module:
-    """The model with this bias of class, or unit, 2 in one of its affine layers."""
+    """Returns the model with this bias of class, or unit, 2 in one of its affine layers."""
     layers = [each for each in model.modules() if isinstance(each, nn.Linear | nn.Conv2d)]
     layers[layer].bias.data[2] = value
     return model
@@ -554,7 +556,7 @@ def test_masked_classes_of_chains_and_balls(x: Tensor) -> None:
 def test_a_masked_class_trains_as_if_it_were_not_there(
     isa: str, dtype: torch.dtype, precision: str
 ) -> None:
-    """Every parameter but the class' own has the gradient that it has without the class."""
+    """Checks that all parameters but the class' own have the gradients of a net without it."""
     model = masked(small(dtype))
     others, y = torch.tensor([0, 1, 3]), torch.tensor([0, 1, 2, 0])
     without = small()
@@ -583,7 +585,9 @@ def test_a_masked_class_trains_as_if_it_were_not_there(
 
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_the_loss_of_a_masked_label(dtype: torch.dtype) -> None:
-    """Is infinite, in torch's cross-entropy as in the kernels, and no other example's is NaN."""
+    """Checks that it is infinite, in torch's cross-entropy and in the kernels, and no other's is
+    NaN.
+    """
     model, y = masked(small(dtype)), torch.tensor([0, 2, 1])
     x, lower, upper = inputs(3, 2, 9, 7, dtype=dtype)
     for run in runs(model):
@@ -596,7 +600,7 @@ def test_the_loss_of_a_masked_label(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("value", [-torch.inf, torch.inf])
 @pytest.mark.parametrize("width", ["post", "pre", "all"])
 def test_widths_of_infinite_bounds(isa: str, width: str, value: float) -> None:
-    """Of cf.bounds: those of all other units, by the formula; and their gradients."""
+    """Checks widths of cf.bounds: those of all other units, by the formula; and their gradients."""
     model, (x, leaf, upper) = masked(linear(), value=value), inputs(3, 2, 9, 7)
     leaf.requires_grad_()
     out = cf.bounds(model, x, Interval(leaf, upper), width, "sum")
@@ -615,7 +619,7 @@ def test_widths_of_single_layers(isa: str, backend: str, dtype: torch.dtype) -> 
 
 
 def test_overflowing_units_before_the_last_layer(isa: str) -> None:
-    """They stay in [0, inf], as in cf.bounds, and verify nothing."""
+    """Checks that they stay in [0, inf], as in cf.bounds, and verify nothing."""
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
     with torch.no_grad():
         model[0].weight.mul_(3e38)

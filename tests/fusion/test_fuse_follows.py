@@ -104,7 +104,7 @@ def of_pool(pool: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("value", TWO, ids=repr)
 def test_hyperparameters_as_torch_takes_them(value: Any) -> None:
-    """Ints, numpy's too, and sequences of one or two, given or set afterwards."""
+    """Takes ints, numpy's too, and sequences of one or two, given or set afterwards."""
     for name in ("stride", "padding", "dilation"):
         convolution = with_set(nn.Conv2d(2, 3, 3), name, value)
         check(conv_net(convolution, nn.ReLU()), 3, 2, 9, 8)
@@ -136,7 +136,7 @@ def test_sizes_as_torch_takes_them() -> None:
     ],
 )
 def test_lists_are_known_by_what_they_hold(layer: int, name: str, values: list[Any]) -> None:
-    """Stages are kept for them, and not for what they held before, nor for other images."""
+    """Keeps stages for them, and not for what they held before, nor for other images."""
     model = nn.Sequential(
         *(nn.ZeroPad2d(0), nn.Conv2d(2, 3, 3), nn.ReLU(), nn.AvgPool2d([2, 2], [1, 1])),
         *(nn.AdaptiveAvgPool2d([1, 1]), nn.Flatten(), nn.Linear(3, 4)),
@@ -160,7 +160,7 @@ def ball() -> tuple[torch.Tensor, Interval]:
 
 
 def follows(fused: cf.FusedNetwork) -> torch.Tensor:
-    """The logits of a fused network, which are the model's."""
+    """Returns the logits of a fused network, and checks that they are the model's."""
     x = torch.linspace(-1, 1, 12).view(3, 4).double()
     logits = fused.bounds(x, Interval(x, x)).logits
     torch.testing.assert_close(logits, fused._model(x))
@@ -185,7 +185,7 @@ EVERY = nn.modules.module
     ],
 )
 def test_global_hooks(register: Callable[..., Any]) -> None:
-    """Registered before and after."""
+    """Checks hooks that are registered before and after the fusion."""
     fused = cf.fuse(Net())
     handle = register(lambda *arguments: None)
     try:
@@ -220,7 +220,7 @@ def test_classes_patched_afterwards(
 
 
 def test_own_classes_patched_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which is traced again."""
+    """Checks that the patched class is traced again."""
     fused = cf.fuse(Net())
     first = follows(fused)
     monkeypatch.setattr(Net, "forward", lambda net, x: net.last(net.first(x)))
@@ -258,7 +258,7 @@ def test_layers_changed_afterwards(change: Callable[[nn.Module], Any]) -> None:
 
 
 def test_what_a_forward_reads() -> None:
-    """The mode, attributes, functions."""
+    """Changes what it reads: the mode, attributes, functions."""
     by_mode = cf.fuse(Net(lambda net, x: (net.rest if net.training else net.last)(net.first(x))))
     for change in (by_mode.train, by_mode.eval, by_mode._model.train, by_mode._model.eval):
         change()
@@ -306,7 +306,7 @@ def test_arguments_have_their_defaults(ask: Callable[..., bool]) -> None:
 
 
 def test_children_of_containers() -> None:
-    """Also of one that had none, and in another order under the same names."""
+    """Changes children, also of a container that had none, and their order under the same names."""
     model = nn.Sequential(nn.Linear(4, 5), nn.Sequential(), nn.Linear(5, 3)).double()
     fused = cf.fuse(model)
     before = follows(fused)
@@ -334,7 +334,7 @@ def test_children_of_containers() -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("eps", [0.1, [0.1]])
 def test_std_of_any_shape_and_value(channels: int, eps: Any) -> None:
-    """As cf.bounds takes or refuses it, of balls and of other boxes."""
+    """Takes or refuses it as cf.bounds does, for balls and for other boxes."""
     normalize = cf.models.Normalize([0.5] * channels, [0.2] * channels).double()
     net = conv_net(normalize, nn.Conv2d(channels, 3, 3), nn.ReLU(), shape=(channels, 6, 6))
     fused, x = cf.fuse(net), torch.rand(2, channels, 6, 6).double()
@@ -475,8 +475,8 @@ def test_settings_of_other_types_that_a_forward_reads(change: Callable[[Net], An
 
 
 def test_frozen_layers() -> None:
-    """Have no gradient, as the message about no_grad advises; and one that the forward froze at an
-    earlier call is noticed when it is trained again.
+    """Checks that they have no gradient, as the message about no_grad advises; and that one that
+    the forward froze at an earlier call is noticed when it is trained again.
     """
 
     def body(net: Net, x: Any) -> Any:
@@ -496,7 +496,7 @@ def test_frozen_layers() -> None:
 
 
 def test_threads() -> None:
-    """Which trace at once, or run models while others trace; nothing of nn.Module stays changed."""
+    """Traces at once, or runs models while others trace; nothing of nn.Module stays changed."""
     methods, errors = (nn.Module.__call__, nn.Module.__getattr__), []
 
     def run(trace: bool) -> None:

@@ -181,7 +181,7 @@ BODIES: dict[str, tuple[Body, str]] = {
 
 
 def made(name: str) -> nn.Module:
-    """The model of this name; layers are a Sequential of them."""
+    """Returns the model of this name; layers become a Sequential of them."""
     if name in BODIES:
         return Branches(BODIES[name][0])
     make = MODELS[name][0]
@@ -190,7 +190,7 @@ def made(name: str) -> nn.Module:
 
 @pytest.mark.parametrize("name", [*MODELS, *BODIES])
 def test_refused_models(name: str) -> None:
-    """cf.bounds is recommended where it is known to work."""
+    """Checks that cf.bounds is recommended where it is known to work."""
     with pytest.raises(ValueError, match=(MODELS | BODIES)[name][1]) as caught:  # type: ignore[operator]
         cf.fuse(made(name))
     if name in ("activation", "groups", "mode", "ends in ReLU", "residual"):
@@ -219,7 +219,7 @@ def test_cf_bounds_is_not_recommended_where_it_is_not_known_to_work(name: str) -
 
 @pytest.mark.parametrize("kind", sorted(tracing._WITH_RULE, key=lambda kind: kind.__name__))
 def test_layers_said_to_have_a_rule(kind: type[nn.Module]) -> None:
-    """Each bounds its own output."""
+    """Checks that each bounds its own output."""
     name = kind.__name__
     arguments: dict[str, tuple[Any, ...]] = {
         **dict.fromkeys(("Conv2d", "IntervalConv2d", "Conv1d"), (4, 3, 2)),
@@ -236,7 +236,7 @@ def test_layers_said_to_have_a_rule(kind: type[nn.Module]) -> None:
 
 
 def within(make: Callable[[], AbstractContextManager[Any]]) -> Body:
-    """A forward whose first layer runs in a context."""
+    """Returns a forward whose first layer runs in a context."""
 
     def body(net: Net, x: Any) -> Any:
         with make():
@@ -247,7 +247,7 @@ def within(make: Callable[[], AbstractContextManager[Any]]) -> Body:
 
 
 def after(what: Body) -> Body:
-    """A forward with a side effect; what is done to the first layer's output."""
+    """Returns a forward with a side effect: it calls `what` with the first layer's output."""
 
     def body(net: Net, x: Any) -> Any:
         x = net.first(x)
@@ -360,7 +360,7 @@ LOST: dict[str, tuple[Body, str]] = {
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("name", LOST)
 def test_what_a_trace_loses(name: str) -> None:
-    """Is refused, and the model stays as it was."""
+    """Checks that it is refused, and the model stays as it was."""
     body, message = LOST[name]
     net = Net(body)
     before = {key: value.clone() for key, value in net.state_dict().items()}
@@ -419,7 +419,7 @@ ASKS: dict[str, tuple[Body, str]] = {
 
 @pytest.mark.parametrize("name", ASKS)
 def test_forwards_that_ask_for_their_input(name: str) -> None:
-    """At the first call that has examples, and at each after it."""
+    """Checks the first call that has examples, and each call after it."""
     body, message = ASKS[name]
     net = Net(body)
     fused, (x, *streams) = cf.fuse(net), inputs(3, 4)
@@ -434,7 +434,7 @@ def test_forwards_that_ask_for_their_input(name: str) -> None:
 
 
 def test_the_comparison_has_no_effects() -> None:
-    """It runs once for each shape, and changes neither x nor statistics nor random numbers."""
+    """Checks that it runs once a shape, and changes neither x nor statistics nor random numbers."""
     calls = []
 
     def body(net: Net, x: Any) -> Any:

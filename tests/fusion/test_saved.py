@@ -29,12 +29,12 @@ WITHOUT_WINOGRAD = {
 
 
 def both(model: nn.Module, x: Tensor, box: Interval) -> list[cf.Bounds]:
-    """In precision "float32" and "fast"."""
+    """Returns the bounds in precision "float32" and in "fast"."""
     return [cf.fuse(model, precision).bounds(x, box) for precision in ("float32", "fast")]
 
 
 def saved_by(out: cf.Bounds) -> Tensor:
-    """The packed inputs of all stages, bytes."""
+    """Returns the packed inputs of all stages, as bytes."""
     return out.box.lower.grad_fn.saved_tensors[3]  # type: ignore[union-attr]
 
 
@@ -53,9 +53,10 @@ def test_values_are_those_of_float32(isa: str, name: str) -> None:
 @pytest.mark.parametrize("batch", [1, 2, 16])
 @pytest.mark.parametrize(("name", "shape"), [("small", (1, 28, 28)), ("medium", (3, 20, 20))])
 def test_gradients_of_small_batches(isa: str, name: str, shape: models.Shape, batch: int) -> None:
-    """Of a clipped box and of balls, against float64: the loss, and each parameter's gradient; seen
-    over 1,600 steps: 2.3e-3 of one example, 2.1e-3 of two, 1.2e-3 of 16. The bounds below leave
-    room for other seeds.
+    """Compares the loss and each parameter's gradient with float64, of a clipped box and of balls.
+
+    Seen over 1,600 steps: 2.3e-3 of one example, 2.1e-3 of two, 1.2e-3 of 16. The bounds below
+    leave room for other seeds.
     """
 
     def step(net: nn.Module, precision: str, x: Tensor) -> tuple[Tensor, ...]:
@@ -86,8 +87,8 @@ def test_it_saves_less_than_half_and_a_quarter_of_two_passes(data: str) -> None:
 
 
 def states() -> tuple[Tensor, Tensor]:
-    """mu and radius of units in all states, many so close to another that bfloat16 does not tell
-    them apart, and from the smallest floats to large ones.
+    """Returns mu and radius of units in all states, many so close to another that bfloat16 does not
+    tell them apart, and from the smallest floats to large ones.
     """
     radius = (1 + torch.rand(62)) * 2.0 ** torch.arange(-126, 122, 4)
     up, down = torch.tensor(torch.inf), torch.tensor(-torch.inf)
@@ -119,7 +120,7 @@ def pooling(count: int) -> tuple[nn.Sequential, tuple[int, ...]]:
 def of_units(
     make: Callable[[int], tuple[nn.Sequential, tuple[int, ...]]], mu: Tensor, radius: Tensor
 ) -> tuple[nn.Sequential, Tensor, Interval]:
-    """A network whose first layer gives just these, the nominal being mu; its x and box."""
+    """Returns a network whose first layer gives just these, the nominal being mu; its x and box."""
     model, shape = make(len(mu))
     with torch.no_grad():
         eye = torch.eye(len(mu))
@@ -131,7 +132,7 @@ def of_units(
 
 @pytest.mark.parametrize("make", [dense, convolution, pooling])
 def test_rounding_changes_no_state(isa: str, make: Callable) -> None:
-    """Through ReLU the gradient of a network's bounds and logits depends on the states alone."""
+    """Checks gradients of bounds and logits, which through ReLU depend on the states alone."""
     mu, radius = states()
     for state in (mu > radius, (mu <= radius) & (mu + radius > 0), mu + radius <= 0):
         assert state.sum() > 50
@@ -151,7 +152,7 @@ def test_rounding_changes_no_state(isa: str, make: Callable) -> None:
 
 
 def saved_streams(mu: Tensor, radius: Tensor) -> Tensor:
-    """m, r and nominal [3, count] of such units as the last layer's input is saved."""
+    """Returns m, r and nominal [3, count] of such units as the last layer's input is saved."""
     assert len(mu) % 32 == 16  # so that no build leaves gaps
     model, x, box = of_units(dense, mu, radius)
     packed = saved_by(both(model, x, box)[1])
@@ -186,7 +187,7 @@ def test_what_is_saved_is_rounded_to_nearest(isa: str) -> None:
 
 @pytest.mark.parametrize("bits", [0x7FC00000, 0x7F800001, 0x7FFFFFFF, -1], ids=hex)
 def test_nan_stays_nan(isa: str, bits: int) -> None:
-    """Of any payload: neither infinite nor 0 when rounded."""
+    """Checks that NaN of any payload becomes neither infinite nor 0 when rounded."""
     mu = torch.rand(48)
     mu[7] = torch.tensor(bits, dtype=torch.int32).view(F32)
     assert torch.equal(saved_streams(mu, torch.rand(48)).isnan(), mu.isnan().expand(3, 48))
@@ -206,7 +207,7 @@ def test_gradients_of_nan_are_nan_as_in_float32(isa: str) -> None:
 
 
 def every_stage() -> nn.Module:
-    """One stage of each kind, for images [N, 2, 20, 18]; with precision "fast" also Winograd's."""
+    """Returns one stage of each kind, for images [N, 2, 20, 18]; in "fast" also Winograd's."""
     return conv_net(
         *(nn.Conv2d(2, 20, 3), nn.ReLU(), nn.Conv2d(20, 36, 3, padding=1), nn.ReLU()),
         nn.AvgPool2d(3, 2, padding=1),
@@ -217,7 +218,7 @@ def every_stage() -> nn.Module:
 
 
 def test_fast_is_not_float32_in_every_stage(isa: str) -> None:
-    """Without a Winograd stage the tests of "fast" below would say nothing."""
+    """Makes sure of a Winograd stage: without one the tests of "fast" below would say nothing."""
     model, x = every_stage().float(), torch.rand(9, 2, 20, 18)
     float32, fast = both(model, x, Interval.ball(x, 0.1))
     assert not torch.equal(float32.box.lower, fast.box.lower)
@@ -227,7 +228,7 @@ def test_fast_is_not_float32_in_every_stage(isa: str) -> None:
 @pytest.mark.parametrize("ball", [False, True])
 @pytest.mark.parametrize("precision", CPU_PRECISIONS)
 def test_repeats_on_1_to_8_threads(precision: str, ball: bool, repeats: int) -> None:
-    """And again on the way back to 1: twice the repeats with each number of threads."""
+    """Runs on 1 to 8 threads, and back to 1: twice the repeats with each number of threads."""
     model = every_stage().float()
     x, y = torch.rand(9, 2, 20, 18), torch.arange(9) % 3
     box = Interval.ball(x, 0.1, None if ball else (0.0, 1.0))
@@ -260,8 +261,8 @@ DTYPES = {**dict.fromkeys(CPU_PRECISIONS, torch.float32), "float64": torch.float
 def test_memory_full_of_nan(
     isa: str, name: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the op keeps for its backward pass lies in memory that had another use before; and the
-    threads' scratch memory is used again, here after a pass of NaN.
+    """Fills with NaN the memory of what the op keeps for its backward pass, which had another use
+    before; and uses the threads' scratch memory again, here after a pass of NaN.
     """
     torch.set_num_threads(2)
     model, dtype, ball = NETWORKS[name]().to(DTYPES[kind]), DTYPES[kind], name.endswith("ball")

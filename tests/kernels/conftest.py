@@ -11,7 +11,7 @@ import torch
 
 @pytest.fixture
 def large() -> Iterator[None]:
-    """Tiles of few programs, see `tritons.large_tiles`."""
+    """Sets tiles of few programs, see `tritons.large_tiles`."""
     from tritons import large_tiles
 
     with large_tiles():
@@ -20,7 +20,7 @@ def large() -> Iterator[None]:
 
 @pytest.fixture
 def on_device() -> Iterator[None]:
-    """Tensors are made on the device of the kernels."""
+    """Makes tensors on the device of the kernels."""
     from tritons import DEVICE
 
     with torch.device(DEVICE):

@@ -72,7 +72,7 @@ def unwritten(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def pixels(shape: Shape) -> tuple[int, int, int, int]:
-    """The size of a stream of outputs."""
+    """Returns the size of a stream of outputs."""
     return shape.batch, shape.out_height, shape.out_width, shape.out_channels
 
 
@@ -81,7 +81,7 @@ def kernel(shape: Shape) -> tuple[int, int]:
 
 
 def box(shape: Shape, streams: int, precision: str = "float32") -> Tensor:
-    """Center, radius and nominal [S, N, H, W, C]; some radii are 0."""
+    """Returns center, radius and nominal [S, N, H, W, C]; some radii are 0."""
     size = (shape.batch, shape.in_height, shape.in_width, shape.in_channels)
     x = torch.randn(streams, *size)
     x[1] = x[1].abs() * (torch.rand(x[1].shape) < 0.8)
@@ -89,7 +89,7 @@ def box(shape: Shape, streams: int, precision: str = "float32") -> Tensor:
 
 
 def three(x: Tensor) -> Tensor:
-    """[3, N, C, H, W] in float64; the nominal is the center where there is none."""
+    """Returns [3, N, C, H, W] in float64; the nominal is the center where there is none."""
     return exact(x if len(x) == 3 else torch.cat([x, x[:1]]))
 
 
@@ -119,7 +119,7 @@ def forward(
 def gradient(
     cuda: ModuleType, shape: Shape, x: Tensor, grad: Tensor, weight: Tensor, precision: str
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of weight and bias, in three parts."""
+    """Returns the gradients of weight and bias, each summed from three parts."""
     partials = unwritten(3, shape.out_channels, *kernel(shape), shape.in_channels)
     bias_partials = unwritten(3, shape.out_channels)
     given = (x.data_ptr(), precision, grad.data_ptr(), weight.data_ptr())
@@ -137,7 +137,7 @@ def check_forward(
     found: tuple[Tensor, Tensor],
     unit: float = 0.0,
 ) -> None:
-    """Streams and width to what float32 loses in the sums, and units of what is stored."""
+    """Checks streams and width to what float32 loses in the sums, and units of what is stored."""
     out, width = found
     w, b = weight.double(), None if bias is None else bias.double()
     expected = affine(three(x), shape, w, b)
@@ -184,7 +184,7 @@ def test_first_conv2d_stores_rounded(name: str, precision: str, cuda: ModuleType
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
 def test_rounding_keeps_states(precision: str, cuda: ModuleType) -> None:
-    """Ties, neighbours, the smallest numbers and what is not finite."""
+    """Checks ties, neighbours, the smallest numbers and what is not finite."""
     unit = 1 << DROPPED[precision]
     bits = [0, 1, unit // 2, unit // 2 + 1, unit, 0x3F800000, 0x7F7FFFFF - 2 * unit, 0x7F800000]
     values = [b + d for b in bits for d in (0, 1, unit // 2 - 1, unit // 2, unit // 2 + 1, unit)]
@@ -263,7 +263,7 @@ HALOS = {
 def halo(
     cuda: ModuleType, shape: Shape, x: Tensor, weight: Tensor, bias: Tensor | None, precision: str
 ) -> tuple[Tensor, Tensor]:
-    """As `forward`, with ReLU where there is a bias."""
+    """Returns outputs and width as `forward` does, with ReLU where there is a bias."""
     packed = unwritten(weight.numel(), dtype=PRECISIONS[precision].dtype)
     cuda.halo_conv2d_pack_weight(HOST, shape, weight.data_ptr(), precision, packed.data_ptr())
     assert torch.equal(packed.sort().values, stored(weight, precision).flatten().sort().values)
@@ -280,7 +280,7 @@ def halo(
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
 @pytest.mark.parametrize("streams", [2, 3])
 def test_halo_conv2d(name: str, precision: str, streams: int, cuda: ModuleType) -> None:
-    """Copies, fragments, descriptors and results, with the multiplication as PTX defines it."""
+    """Checks copies, fragments, descriptors and results, multiplied as PTX defines it."""
     shape = HALOS[name]
     x, (weight, bias) = box(shape, streams, precision), parameters(shape)
     given = bias if streams == 3 else None
@@ -292,7 +292,7 @@ def test_halo_conv2d(name: str, precision: str, streams: int, cuda: ModuleType) 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
 def test_packed_weight_keeps_nan(precision: str, cuda: ModuleType) -> None:
-    """Even one whose payload is in the bits that rounding drops."""
+    """Keeps even a NaN whose payload is in the bits that rounding drops."""
     weight = torch.ones(64, 32, 3, 3)
     weight.view(torch.int32)[3, 4, 1, 2] = 0x7F800001
     packed = torch.zeros(weight.numel(), dtype=PRECISIONS[precision].dtype)
@@ -305,7 +305,7 @@ def test_packed_weight_keeps_nan(precision: str, cuda: ModuleType) -> None:
 @pytest.mark.parametrize("stream", [0, 1, 2])
 @pytest.mark.parametrize("run", [forward, halo])
 def test_nan_stays(run: Callable[..., Any], stream: int, cuda: ModuleType) -> None:
-    """It reaches what depends on it, and nothing else."""
+    """Checks that it reaches what depends on it, and nothing else."""
     g = SHAPES["large cifar"] if run is forward else HALOS["one tile"]
     x, (weight, bias) = box(g, 3, "bf16"), parameters(g)
     x[stream, 0, 5, 6, 1] = torch.nan
@@ -325,7 +325,7 @@ def test_nan_stays(run: Callable[..., Any], stream: int, cuda: ModuleType) -> No
 
 @pytest.mark.slow
 def test_under_sanitizers(tmp_path: Path) -> None:
-    """All of the above again, with the kernels under ASan and UBSan."""
+    """Runs all of the above again, with the kernels under ASan and UBSan."""
     if MODULE in os.environ:
         pytest.skip("runs already")
     runtime(ASAN)

@@ -33,7 +33,7 @@ def copies(weight: Tensor, precision: str) -> tuple[Tensor, Tensor]:
 
 
 def parameters(precision: str) -> list[Parameter]:
-    """Of all shapes, with 1 to 3 splits, fresh moments, and copies full of NaN."""
+    """Makes parameters of all shapes, with 1 to 3 splits, fresh moments, and copies full of NaN."""
     result = []
     for index, (outputs, channels, *kernel) in enumerate(SHAPES):
         weight = torch.randn(outputs, channels, *kernel)
@@ -52,7 +52,7 @@ def parameters(precision: str) -> list[Parameter]:
 
 
 def draw_gradients(parameters: list[Parameter]) -> list[Tensor]:
-    """New partials; returns their sums in torch's layout. Some weights never have a gradient."""
+    """Draws partials; returns their sums in torch's layout. Some weights never have a gradient."""
     gradients = []
     for parameter in parameters:
         parameter.partials.normal_()
@@ -179,7 +179,7 @@ def test_pack_weight_is_exact(shape: tuple[int, ...], precision: str) -> None:
 @pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize("shape", [*SHAPES, (140,)])
 def test_sum_partials_is_exact(shape: tuple[int, ...], splits: int) -> None:
-    """Also of a bias."""
+    """Checks the sums of weights, and also of a bias."""
     outputs, *inner = shape
     partials = torch.randn(splits, outputs, *inner[1:], *inner[:1])
     total = partials[0].clone()

@@ -30,7 +30,7 @@ BATCH = 100
 
 
 def network(name: str) -> tuple[Any, ...]:
-    """The image, and stages and parameters, of one of the paper's networks."""
+    """Returns the image, and stages and parameters, of one of the paper's networks."""
     image = (1, 28, 28) if name == "small" else (3, 32, 32)
     plan, *parameters = planned(trace(models.NETS[name](image)), torch.zeros(1, *image))
     return image, plan.stages, *parameters
@@ -142,7 +142,7 @@ def check(found: list[Binary], capability: int) -> None:
 
 
 def compiled(jobs: list[Job], cache: Path) -> list[list[Binary]]:
-    """What they compile to, checked."""
+    """Checks what the jobs compile to, and returns it."""
     found = compiled_apart(jobs, cache)
     for binaries, (_, _, capability) in zip(found, jobs, strict=True):
         check(binaries, capability)

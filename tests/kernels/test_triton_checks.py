@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("large")
 
 
 def test_fuse_compiles_as_one_graph(auto: dict[str, str]) -> None:
-    """For a batch size: tiles, and so checks, depend on it."""
+    """Compiles one graph for a batch size: tiles, and so checks, depend on it."""
     model = nn.Sequential(nn.Conv2d(2, 3, 4, 2), nn.ReLU(), nn.Flatten(), nn.Linear(18, 4))
     model.to(DEVICE)
     net = cf.fuse(model)
@@ -74,7 +74,7 @@ def stages_of(model: nn.Module, *shape: int) -> tuple[list[Any], list[bool]]:
 
 
 def pooled(relu: bool = True) -> nn.Sequential:
-    """Of all kinds of stages, with a bias and without, behind a ReLU and, unless relu, not."""
+    """Returns all kinds of stages, with a bias and without, behind a ReLU and, unless relu, not."""
     convolutions = nn.Conv2d(2, 5, 3, bias=False), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(5, 6, 2)
     end = nn.ReLU() if relu else nn.Identity()
     return nn.Sequential(*convolutions, end, nn.Flatten(), nn.Linear(6 * 2, 4))
@@ -110,13 +110,13 @@ OF_ALL_PRECISIONS = ("network", "without ReLU", "step", "step without ReLU")
     [(name, p) for name in CHECKS for p in (PRECISIONS if name in OF_ALL_PRECISIONS else ("",))],
 )
 def test_what_is_right_passes(name: str, precision: str) -> None:
-    """With room to spare, since a GPU rounds otherwise."""
+    """Leaves room to spare, since a GPU rounds otherwise."""
     for part, (error, allowed) in CHECKS[name](precision).items():
         assert error <= 0.75 * allowed, part
 
 
 def changed(function: Callable[..., Any], change: Callable[[Any], None]) -> Callable[..., Any]:
-    """The function, whose result is changed in place."""
+    """Returns the function, whose result is changed in place."""
 
     def wrong(*arguments: Any, **options: Any) -> Any:
         result = function(*arguments, **options)
@@ -241,7 +241,7 @@ WAYS: dict[str, Fault] = {
 
 @pytest.mark.parametrize("fault", [*FAULTS, *WAYS])
 def test_faults_are_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the precision of the widest tolerances, but for the ways of a network."""
+    """Finds faults in the precision of the widest tolerances, but for the ways of a network."""
     module, name, change, check, part = (FAULTS | WAYS)[fault]
     function = getattr(module, name)
 
@@ -291,7 +291,7 @@ def test_a_single_wrong_number_is_found(size: int) -> None:
 def test_layers_are_checked_with_what_they_have(
     absent: str, auto: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A fault without a bias, or with two streams, runs PyTorch for such layers only."""
+    """Checks that a fault without a bias, or with two streams, has PyTorch run such layers only."""
     forward = layers.conv2d.forward
 
     def wrong(given: Tensor, weight: Tensor, bias: Any, *more: Any, **options: Any) -> Any:
@@ -366,7 +366,7 @@ def outcome(of: str, check: Callable[[], numerics.Errors] = lambda: {"it": (0.0,
 
 
 def test_a_check_that_cannot_run(auto: dict[str, str]) -> None:
-    """A lack of memory is not kept."""
+    """Checks that a lack of memory is not kept."""
 
     def check(error: Exception) -> Callable[[], numerics.Errors]:
         def run() -> numerics.Errors:
@@ -443,7 +443,7 @@ def test_an_old_triton_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ops_run_with_the_gpu_of_their_tensors_current(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton launches on the current one."""
+    """Checks that their GPU is current, since Triton launches on the current one."""
     registered, inside = [], []
 
     @contextlib.contextmanager

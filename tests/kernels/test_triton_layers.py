@@ -83,7 +83,7 @@ def test_groups_are_refused() -> None:
 
 
 def test_interval_functions() -> None:
-    """The backend reaches the ops through `cibp_fast.functional`."""
+    """Checks that the backend reaches the ops through `cibp_fast.functional`."""
     x = torch.rand(2, 3, 5, 5)
     box_, weight, bias = Interval.ball(x, 0.1, None), torch.randn(4, 3, 3, 3), torch.randn(4)
     found = cf.functional.interval_conv2d(box_, weight, bias, backend="triton")

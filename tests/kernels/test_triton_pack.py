@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("on_device")
 
 
 def equal(actual: Tensor, expected: Tensor) -> bool:
-    """Whether all elements are equal, NaN to NaN; and the shapes and dtypes."""
+    """Checks that all elements are equal, NaN to NaN, and the shapes and dtypes; returns True."""
     torch.testing.assert_close(
         actual, expected.to(actual.device), rtol=0, atol=0, equal_nan=True, check_stride=False
     )
@@ -111,7 +111,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def sliced(x: Tensor) -> Tensor:
-    """Every second column of every third row of wider images."""
+    """Returns x as every second column of every third row of wider images."""
     n, c, h, w = x.shape
     wide = x.new_full((n, c, 3 * h, 2 * w), torch.nan)
     wide[:, :, ::3, ::2] = x
@@ -123,7 +123,7 @@ def transposed(x: Tensor) -> Tensor:
 
 
 def expanded(x: Tensor) -> Tensor:
-    """Of the first channel alone; other values than x."""
+    """Expands the first channel alone; the values are other than those of x."""
     return x[:, :1].expand(x.shape)
 
 

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("large")
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU: streams that are none, and a graph whose replay calls the function."""
+    """Makes up, without a GPU, streams that are none, and graphs that replay by a function call."""
     if DEVICE == "cpu":
         stream = SimpleNamespace(wait_stream=lambda other: None)
         for name in ("device", "stream"):
@@ -69,7 +69,7 @@ def test_capturing_changes_nothing(cuda: None) -> None:
 
 
 class Calls(TorchDispatchMode):
-    """The names of what torch was asked for."""
+    """Notes the names of what torch was asked for."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,8 +93,8 @@ def addresses(step: TrainStep) -> list[int]:
 def test_what_is_captured_asks_nothing_of_the_host(
     pooled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From the second run on torch only allocates; what is kept stays where it is. Kernels are
-    launched on the current device, so that has to be the tensors'.
+    """Checks that from the second run on torch only allocates, and what is kept stays where it is.
+    Kernels are launched on the current device, so that has to be the tensors'.
     """
     layers = [nn.Conv2d(2, 5, 3, bias=False), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(5, 6, 2)]
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(6 * 2, 4))
@@ -149,7 +149,7 @@ def test_a_network_that_flattens_its_input_is_refused() -> None:
 
 
 def _network(in_shape: Sequence[int], padding: str) -> nn.Sequential:
-    """In place of the paper's small network: of its layers, but quick."""
+    """Stands in for the paper's small network: of its layers, but quick."""
     convolution = nn.Conv2d(1, 3, 5, stride=4)
     return nn.Sequential(convolution, nn.ReLU(), nn.Flatten(), nn.Linear(3 * 6 * 6, 10))
 
@@ -174,7 +174,7 @@ def _config(method: str = "cibp", **changes: object) -> Config:
 
 @pytest.fixture
 def replays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The steps that Triton's kernels were called for."""
+    """Collects the steps that Triton's kernels were called for."""
     done: list[int] = []
     replay = TrainStep.replay
 

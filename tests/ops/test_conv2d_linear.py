@@ -103,7 +103,7 @@ def test_channels_around_every_vector_length(
 
 
 def test_kernel_only_over_padding(isa: str) -> None:
-    """One pixel, padding 3, kernel 2: most outputs see no input at all and equal the bias."""
+    """Checks one pixel, padding 3, kernel 2: most outputs see no input and equal the bias."""
     weight, bias = signed_weight((3, 2, 2, 2), torch.float32), torch.randn(3)
     case = Case(*box((2, 2, 1, 1), torch.float32), weight, bias, ((1, 1), (3, 3), (1, 1), 1))
     check(case)
@@ -113,7 +113,9 @@ def test_kernel_only_over_padding(isa: str) -> None:
 
 @DTYPES
 def test_channels_last_stays(isa: str, dtype: torch.dtype) -> None:
-    """As in F.conv2d, outputs and input gradients are in the inputs' memory format; same values."""
+    """Checks that, as in F.conv2d, outputs and input gradients are in the inputs' memory format,
+    and that the values stay the same.
+    """
     weight = signed_weight((2 * 21, 9, 3, 3), dtype)
     geometry = ((2, 1), (1, 1), (1, 1), 2)
     case = Case(*box((3, 18, 9, 8), dtype), weight, torch.randn(42, dtype=dtype), geometry)
@@ -138,7 +140,7 @@ def equal(found: Tensors, expected: Tensors) -> bool:
 @OPS
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_threads(isa: str, op: str, threads: int) -> None:
-    """Within the tolerances, and two runs agree bitwise; the inputs are not changed."""
+    """Checks the tolerances, that two runs agree bitwise, and that the inputs are not changed."""
     torch.set_num_threads(threads)
     case = large_case(op)
     check(case)
@@ -151,7 +153,7 @@ def test_threads(isa: str, op: str, threads: int) -> None:
 @OPS
 @pytest.mark.parametrize("layout", [*LAYOUTS, "one number"])
 def test_gradients_arrive_in_any_layout(isa: str, op: str, layout: str) -> None:
-    """Also expanded from one number, as after a sum."""
+    """Checks gradients that are expanded from one number, too, as after a sum."""
     case = leaves_of(small_case(op))
     grads = random_cotangents(case.run())
     if layout == "one number":
@@ -183,7 +185,7 @@ def test_gradcheck_of_the_float64_kernels(isa: str, op: str, nominal: bool) -> N
 
 @OPS
 def test_second_derivatives_are_refused(op: str) -> None:
-    """Rather than silently left out; plain PyTorch has them."""
+    """Refuses them rather than silently leaving them out; plain PyTorch has them."""
     case = leaves_of(small_case(op))
     with pytest.raises(RuntimeError, match="second derivative"):
         torch.autograd.grad(case.run()[3], case.lower, create_graph=True)
@@ -192,7 +194,9 @@ def test_second_derivatives_are_refused(op: str) -> None:
 
 
 def changed(x: Tensor, value: float, add: bool = False) -> Tensor:
-    """x with an element of the first image or row changed, not at the edge where there are more."""
+    """Returns x with an element of the first image or row changed, not at the edge where there are
+    more.
+    """
     index = tuple(0 if d == 0 else min(size // 2, 1) for d, size in enumerate(x.shape))
     x = x.detach().clone()
     x[index] = x[index] + value if add else value
@@ -200,7 +204,7 @@ def changed(x: Tensor, value: float, add: bool = False) -> Tensor:
 
 
 def nonzero_weight_case(op: str) -> Case:
-    """A small call away from the kink of ``|w|`` at 0."""
+    """Returns a small call away from the kink of ``|w|`` at 0."""
     case = small_case(op)
     return replace(case, weight=case.weight + torch.where(case.weight < 0, -0.1, 0.1))
 
@@ -251,7 +255,7 @@ def test_nan_and_inf_reach_every_gradient(isa: str, op: str, name: str, value: f
 
 @OPS
 def test_bounds_near_the_largest_float(isa: str, op: str) -> None:
-    """lower + upper overflows, their halves do not."""
+    """Checks bounds of which lower + upper overflows, but their halves do not."""
     case = small_case(op)
     big = torch.full_like(case.lower, 3e38)
     weight = torch.full_like(case.weight, 0.5 / case.weight[0].numel())
@@ -262,7 +266,7 @@ def test_bounds_near_the_largest_float(isa: str, op: str) -> None:
 @OPS
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_autograd(isa: str, op: str, mode: Callable[[], Any]) -> None:
-    """And without streams that are not there."""
+    """Checks that the values stay the same, also without streams that are not there."""
     case = leaves_of(small_case(op))
     expected = case.run()
     with mode():
@@ -330,7 +334,7 @@ def test_errors_name_the_argument(op: str, name: str, value: Any) -> None:
 
 
 def test_forward_mode_runs_in_plain_pytorch() -> None:
-    """The kernels have no such derivative: whoever insists on them is told."""
+    """Tells whoever insists on the kernels that they have no such derivative."""
     x, tangent, weight = torch.rand(2, 3), torch.rand(2, 3), torch.rand(4, 3)
 
     def lower(z: Tensor, backend: str = "auto") -> Tensor:

@@ -87,7 +87,7 @@ def conv_net() -> nn.Sequential:
     ],
 )
 def test_fused_networks(make: Callable[[], nn.Module], freed: str) -> None:
-    """Name the tensor as the model does, and work again with new memory."""
+    """Checks that they name the tensor as the model does, and work again with new memory."""
     model = make()
     net, box, state = cf.fuse(model), Interval.ball(X, 0.1, None), dict(model.state_dict())
     expected = net.bounds(X, box).logits

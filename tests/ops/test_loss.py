@@ -63,7 +63,7 @@ def case(shape: Sequence[int], bias: bool = True, dtype: torch.dtype = F64) -> C
 
 
 def gradients(case: Case, values: Sequence[Tensor], weights: Sequence[float]) -> list[Tensor]:
-    """Of the values with these weights, in what requires a gradient; unused leaves have zeros."""
+    """Returns gradients of the weighted values in what requires one; unused leaves have zeros."""
     roots = [(v, w * v.detach().new_ones(())) for v, w in zip(values, weights, strict=True) if w]
     roots = [(value, weight) for value, weight in roots if value.requires_grad]
     wanted = [leaf for leaf in case.leaves if leaf.requires_grad]
@@ -74,7 +74,7 @@ def gradients(case: Case, values: Sequence[Tensor], weights: Sequence[float]) ->
 
 
 def check(case: Case, tolerance: float = 1e-12, weights: Sequence[float] = (0.3, 0.7)) -> None:
-    """Values to a relative tolerance, gradients to one of the size of what they are sums of."""
+    """Checks values to a relative tolerance, gradients to one of the size of their summands."""
     case = case.map(lambda t: t.detach().requires_grad_(t.requires_grad))
     exact = case.map(lambda t: t.detach().double().requires_grad_(t.requires_grad))
     found, expected = case.run(), exact.expected()
@@ -111,7 +111,7 @@ def test_terms_and_gradients(
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_empty_batch(isa: str, bias: bool) -> None:
-    """NaN, as the mean of nothing, and zero gradients."""
+    """Gives NaN, as the mean of nothing, and zero gradients."""
     empty = wanted(case((0, 3, 5), bias))
     assert all(value.isnan() for value in (*empty.run(), *empty.expected()))
     for gradient, leaf in zip(gradients(empty, empty.run(), (1, 1)), empty.leaves, strict=True):
@@ -120,7 +120,7 @@ def test_empty_batch(isa: str, bias: bool) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout(layout: str) -> None:
-    """Of tensors, and of labels."""
+    """Checks any layout of tensors, and of labels."""
     plain = case((6, 4, 9)).map(lambda t: arrange(t, layout))
     check(wanted(plain))
     labels = torch.stack([plain.y, plain.y + 99], 1)[:, 0]
@@ -162,7 +162,7 @@ def test_gradcheck() -> None:
 
 
 def test_large_logits() -> None:
-    """No overflow of the exponential, and no logarithm of 0."""
+    """Checks that no exponential overflows, and that there is no logarithm of 0."""
     given = case((4, 3, 5))
     check(wanted(given.map(lambda t: 1e3 * t)))
 
@@ -192,7 +192,7 @@ def test_no_second_derivative() -> None:
 
 
 def test_models_without_it() -> None:
-    """No last linear layer, half precision, or no wish for elision: torch's own functions."""
+    """Runs torch's own functions with no last linear layer, half precision, or no elision asked."""
     given = case((5, 4, 9), dtype=torch.bfloat16)
     assert not loss.takes(given.logits, given.head, given.y)
     found = losses.terms(given.bounds(), given.y)
@@ -209,7 +209,7 @@ def test_models_without_it() -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_registration(bias: bool) -> None:
-    """Schema, fake and autograd of the ops behind the op."""
+    """Checks schema, fake and autograd of the ops behind the op."""
     given = case((5, 4, 9), bias)
     arguments = (given.logits, *given.head, given.y)
     torch.library.opcheck(torch.ops.cibp_fast.loss_forward.default, arguments)

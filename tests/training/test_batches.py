@@ -22,7 +22,7 @@ def test_batches_keep_images_and_labels_together_as_floats():
 
 
 def test_order_is_numpys_permutation_of_seed_and_epoch():
-    """Without what makes no batch."""
+    """Leaves out what makes no batch."""
     order = np.random.default_rng((3, 5)).permutation(20)
     for augmentation in AUGMENTATIONS:
         chosen = epoch_batches(_split(20), 3, seed=3, epoch=5, augmentation=augmentation)
@@ -30,14 +30,14 @@ def test_order_is_numpys_permutation_of_seed_and_epoch():
 
 
 def _pictures(count: int, channels: int = 2, height: int = 7, width: int = 6) -> datasets.Split:
-    """Random images, no two versions of which look alike, each of a class of its own."""
+    """Returns random images, no two versions of which look alike, each of a class of its own."""
     shape = (count, channels, height, width)
     images = np.random.default_rng(count).integers(256, size=shape, dtype=np.uint8)
     return datasets.Split(torch.from_numpy(images), torch.arange(count))
 
 
 def _versions(image: np.ndarray) -> dict[bytes, tuple[int, int, bool]]:
-    """Every crop of one image [C, H, W] padded by 4, mirrored or not, and how it was made."""
+    """Maps every crop of one image [C, H, W] padded by 4, mirrored or not, to how it was made."""
     _, height, width = image.shape
     padded = np.pad(image, ((0, 0), (4, 4), (4, 4)))
     return {

@@ -103,7 +103,7 @@ def _idx_bytes(array: np.ndarray) -> bytes:
 
 
 def _write_mnist(root: Path, *, folder: str = "MNIST", suffix: str = ".gz") -> dict[str, bytes]:
-    """30 training and 20 test images; returns the content of each file by its name."""
+    """Writes 30 training and 20 test images; returns the content of each file by its name."""
     raw = root / folder / "raw"
     raw.mkdir(parents=True)
     contents = {}
@@ -116,7 +116,7 @@ def _write_mnist(root: Path, *, folder: str = "MNIST", suffix: str = ".gz") -> d
 
 
 def _python2_pickle(pixels: np.ndarray, labels: list[int]) -> bytes:
-    """A batch as Python 2 wrote CIFAR-10's: protocol 2, strings of bytes, numpy.core."""
+    """Returns a batch as Python 2 wrote CIFAR-10's: protocol 2, strings of bytes, numpy.core."""
 
     def string(value: bytes) -> bytes:
         return b"T" + struct.pack("<i", len(value)) + value
@@ -139,7 +139,7 @@ def _python2_pickle(pixels: np.ndarray, labels: list[int]) -> bytes:
 
 
 def _write_cifar10(root: Path, form: str) -> dict[str, bytes]:
-    """Six batches of 4 images, bin or py; returns each as the binary form has it."""
+    """Writes six batches of 4 images, bin or py; returns each as the binary form has it."""
     folder = root / f"cifar-10-batches-{form}"
     folder.mkdir(parents=True)
     pixels, labels = _random_images(24, 3072), _classes(24)
@@ -422,7 +422,7 @@ def test_a_damaged_file_is_named(tmp_path, where, content, message):
 
 @pytest.mark.filterwarnings("ignore:.*not the official file")
 def test_no_examples_at_all(tmp_path):
-    """Even unverified: nothing could be said about an empty test set."""
+    """Refuses them even unverified: nothing could be said about an empty test set."""
     _write_mnist(tmp_path, suffix="")
     for key, content in zip(("images-idx3", "labels-idx1"), NOTHING, strict=True):
         (tmp_path / "MNIST" / "raw" / f"t10k-{key}-ubyte").write_bytes(content)

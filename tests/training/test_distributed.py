@@ -42,7 +42,7 @@ def _load(name: str, *arguments: Any, **options: Any) -> datasets.Dataset:
 
 
 def _gradients(processes: World) -> list[Tensor]:
-    """Of the first batch's loss, of which each process has its part."""
+    """Returns gradients of the first batch's loss, of which each process has its part."""
     made = loop._Training(AUGMENTED, toy_dataset(), processes)
     batches = epoch_batches(
         toy_dataset().train, 12, seed=0, epoch=1, rank=processes.rank, world_size=processes.size
@@ -53,7 +53,7 @@ def _gradients(processes: World) -> list[Tensor]:
 
 
 def _main(folder: Path) -> None:
-    """What each of torchrun's processes does."""
+    """Runs in each of torchrun's processes."""
     torch.set_num_threads(1)
     datasets.load = _load
     processes = world()
@@ -84,7 +84,7 @@ def _main(folder: Path) -> None:
 
 
 def _errors(folder: Path, processes: World) -> list[str]:
-    """Of trainings that must fail in every process, whichever the reason is in."""
+    """Returns errors of trainings that must fail in every process, whichever the reason is in."""
     errors = []
 
     def fail(run_dir: str, config: Any = COMPARED["nominal"]) -> None:
@@ -133,7 +133,7 @@ def _signal_after_steps(process: int) -> None:
 
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def torchrun(request, tmp_path_factory):
-    """The number of processes, the folder of their runs, and what was printed."""
+    """Returns the number of processes, the folder of their runs, and what was printed."""
     folder = tmp_path_factory.mktemp("runs")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={request.param}", __file__, str(folder)]
@@ -199,7 +199,7 @@ def test_gradients_are_those_of_the_whole_batch(torchrun):
 
 
 def test_a_stopped_run_goes_on_bitwise(torchrun):
-    """In three processes, unlike two, the order in which gradients are added matters."""
+    """Checks three processes too: unlike in two, the order in which gradients are added matters."""
     _, folder, _ = torchrun
     whole, resumed = folder / "cibp", folder / "resumed"
     assert (resumed / "model.safetensors").read_bytes() == (

@@ -59,7 +59,7 @@ def _run(
 
 @pytest.fixture
 def figure_of(monkeypatch, tmp_path):
-    """The Figure that `plot` or `plot_schedules` would write."""
+    """Gives the Figure that `plot` or `plot_schedules` would write."""
     saved = []
     monkeypatch.setattr(plotting, "_save", lambda figure, output: saved.append(figure))
 
@@ -139,7 +139,7 @@ def test_a_group_of_seeds_has_the_name_without_the_seed(tmp_path, names, label):
 
 
 def test_labels_are_as_short_as_they_can_be(tmp_path):
-    """They say which runs have not finished; a folder that is named twice is drawn once."""
+    """Checks that they say which runs have not finished; a folder named twice is drawn once."""
 
     def labels(*run_dirs):
         return [group.label for group in plotting._load(run_dirs)]
@@ -289,7 +289,7 @@ def test_seeds_of_different_epochs_are_lines_of_one_colour(tmp_path, figure_of):
 
 
 def test_seeds_with_the_same_errors_are_drawn(tmp_path, figure_of):
-    """Their mean may be beside them by rounding."""
+    """Draws them, though their mean may be beside them by rounding."""
     seeds = [_run(tmp_path / f"{seed}", seed=seed, epochs=1, scale=0.5) for seed in range(5)]
     assert f"constrained IBP (5 seeds): {_final_text(0.5)}" in _texts(figure_of(seeds))
 

