@@ -152,7 +152,7 @@ template <class F, int STREAMS, int VECTORS, int PIXELS = kTilePixels<STREAMS>>
 }
 
 // Rows of the weight gradient an outer tile computes at once.
-constexpr int kTileRows = CIBP_VECTOR_BYTES == 64 ? 8 : 6;
+constexpr int kTileRows = 6;
 
 // One operand of outer_tile: packed streams of rows x columns pixels.
 template <class F>

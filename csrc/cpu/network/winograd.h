@@ -330,15 +330,16 @@ void multiply_tiles(const E* in, int64_t tiles, int64_t depth, const Number<E>* 
   const int64_t factors = depth / kPaired<E>;
   constexpr int P = kTilePixels<S>, L = kLanes<T>;
   const int64_t in_plane = plane_size<E>(tiles, depth), plane = plane_size<T>(tiles, outputs);
-  const auto multiply_block = [&](int i, int64_t c, auto vectors) {
-    constexpr int V = decltype(vectors)::value;
-    constexpr int64_t N = V * L;
-    const F* weights = panel + c * kAll * 2 * factors + 2 * i * factors * N;
-    for (int64_t t = 0; t < tiles; t += P)
-      multiply_points<F, V>(as_factors<E>(in + i * in_plane), t, tiles, factors, weights,
-                            weights + factors * N, products + i * plane + c * tiles * S);
-  };
-  const auto finish_block = [&](int64_t c, auto vectors) {
+  for (int i = 0; i < kAll; ++i)
+    for_blocks<T>(outputs, [&](int64_t c, auto vectors) {
+      constexpr int V = decltype(vectors)::value;
+      constexpr int64_t N = V * L;
+      const F* weights = panel + c * kAll * 2 * factors + 2 * i * factors * N;
+      for (int64_t t = 0; t < tiles; t += P)
+        multiply_points<F, V>(as_factors<E>(in + i * in_plane), t, tiles, factors, weights,
+                              weights + factors * N, products + i * plane + c * tiles * S);
+    });
+  for_blocks<T>(outputs, [&](int64_t c, auto vectors) {
     constexpr int V = decltype(vectors)::value;
     constexpr int64_t N = V * L;
     for (int64_t t = 0; t < tiles; ++t)
@@ -352,18 +353,7 @@ void multiply_tiles(const E* in, int64_t tiles, int64_t depth, const Number<E>* 
         }
         finish(t, c + v * L, out);
       }
-  };
-  // All tiles stay in cache in bfloat16, but in float only those of one product.
-  if constexpr (kPaired<E> > 1) {
-    for_blocks<T>(outputs, [&](int64_t c, auto vectors) {
-      for (int i = 0; i < kAll; ++i) multiply_block(i, c, vectors);
-      finish_block(c, vectors);
-    });
-  } else {
-    for (int i = 0; i < kAll; ++i)
-      for_blocks<T>(outputs, [&](int64_t c, auto vectors) { multiply_block(i, c, vectors); });
-    for_blocks<T>(outputs, finish_block);
-  }
+  });
 }
 
 // Calls body(outputs of a tile as a constant) for the convolution's.
