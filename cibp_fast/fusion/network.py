@@ -1,8 +1,8 @@
 """`fuse`: a whole network's bounds as one op.
 
-A model is traced once into its layers (tracing.py), and the stages that they make for inputs of a
-shape are made once (stages.py). A call reads the parameters anew and runs all stages in one
-autograd node (ops/network.py).
+A model is traced once into its layers (tracing.py, program.py), and the stages that they make for
+inputs of a shape are made once (stages.py). A call compares what the model was (guards.py), reads
+the parameters anew and runs all stages in one autograd node (ops/network.py).
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cibp_fast.fusion.guards import fingerprint
+from cibp_fast.fusion.program import Layer, Program
 from cibp_fast.fusion.stages import folded, stages_for
-from cibp_fast.fusion.tracing import Layer, Program, check_trace, fingerprint, trace
+from cibp_fast.fusion.tracing import check_trace, trace
 from cibp_fast.interval import Interval, may_inspect
 from cibp_fast.layerwise import Bounds, bounds, check_arguments
 from cibp_fast.ops import backends

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cibp_fast.fusion.tracing import LINEARS, Affine, Layer, Program, check_plain
+from cibp_fast.fusion.program import LINEARS, Affine, Layer, Program, check_plain
 from cibp_fast.kernels.shape import Shape
 from cibp_fast.ops.network import Stage
 

@@ -1,19 +1,14 @@
-"""A model as a chain of layers, which `fuse` traces once and groups into affine stages with what
-goes with them.
-"""
+"""A model as a chain of layers: its forward is traced once, and what a trace loses is refused."""
 
 from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
-from copy import deepcopy
-from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,17 +16,33 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cibp_fast._compiler import untraced
-from cibp_fast.interval import RULES, Interval
+from cibp_fast.fusion.guards import (
+    CALL,
+    ORIGINAL_CALLS,
+    PLAIN,
+    add_guards,
+    calls_of,
+    fingerprint,
+    global_hooks,
+    hooks_of,
+    tree,
+)
+from cibp_fast.fusion.program import (
+    CONVOLUTIONS,
+    DROPOUTS,
+    LINEARS,
+    NORMS,
+    POOLS,
+    Affine,
+    Layer,
+    Program,
+    check_plain,
+    elsewhere,
+)
+from cibp_fast.interval import Interval
 from cibp_fast.models import Normalize
-from cibp_fast.nn import IntervalConv2d, IntervalLinear
 from cibp_fast.ops import backends
 
-# Exact types: a subclass may compute something else.
-CONVOLUTIONS = (nn.Conv2d, IntervalConv2d)
-LINEARS = (nn.Linear, IntervalLinear)
-_NORMS = {nn.BatchNorm1d: LINEARS, nn.BatchNorm2d: CONVOLUTIONS}  # and what they follow
-_POOLS = (nn.AvgPool2d, nn.AdaptiveAvgPool2d)
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d)
 _FUNCTIONS = {
     **dict.fromkeys((F.relu, torch.relu, torch.relu_, "relu", "relu_"), "relu"),
     **dict.fromkeys((torch.flatten, "flatten"), "flatten"),
@@ -40,299 +51,11 @@ _FUNCTIONS = {
 }
 _SIZES = {"reshape": "shape", "view": "size"}  # the names of their arguments
 
-# The layers of torch whose functions have an interval rule: those that cf.bounds takes.
-_WITH_RULE = frozenset(
-    getattr(nn, name)
-    for name in (
-        *("Conv1d", "Conv2d", "Linear", "BatchNorm1d", "BatchNorm2d", "Flatten", "Unflatten"),
-        *("AvgPool1d", "AvgPool2d", "AdaptiveAvgPool1d", "AdaptiveAvgPool2d", "Identity"),
-        *("MaxPool1d", "MaxPool2d", "AdaptiveMaxPool1d", "AdaptiveMaxPool2d"),
-        *("ReLU", "ReLU6", "LeakyReLU", "PReLU", "ELU", "SELU", "CELU", "Threshold"),
-        *("Sigmoid", "LogSigmoid", "Tanh", "Softplus", "Softsign", "Hardtanh", "Hardsigmoid"),
-        *("Softshrink", "Hardshrink", "Tanhshrink", "ZeroPad1d", "ZeroPad2d", "ConstantPad2d"),
-        *("ReflectionPad2d", "ReplicationPad2d", "Dropout", "Dropout1d", "Dropout2d"),
-    )
-) | {IntervalConv2d, IntervalLinear}
-_OPERATORS = {
-    operator.add: torch.add,
-    operator.sub: torch.sub,
-    operator.mul: torch.mul,
-    operator.truediv: torch.div,
-    operator.neg: torch.neg,
-    operator.getitem: Tensor.__getitem__,
-}
-
 _SUPPORTED = (
     "supported are chains of Conv2d (groups=1, padded with zeros), Linear, ReLU, Flatten, "
     "AvgPool2d and AdaptiveAvgPool2d, BatchNorm, ZeroPad2d, Identity and Dropout, behind a "
     "cibp_fast.models.Normalize or not, that end in Linear"
 )
-
-
-class Layer(NamedTuple):
-    """Names a layer of the model, or the layer that a function in its forward equals."""
-
-    name: str
-    module: Any
-    features: int | None = None  # that a Flatten must give; None: whatever it gives
-
-    @property
-    def identity(self) -> tuple[Any, ...]:
-        """Returns what the layers of one model differ in."""
-        return self.name, self.features, type(self.module)
-
-    def error(self, why: str) -> ValueError:
-        """Makes the error of a layer of a kind, or at a place, that there are no kernels for."""
-        return self.misfit(why + _elsewhere(type(self.module)))
-
-    def misfit(self, why: str) -> ValueError:
-        """Makes the error of a layer that cannot run as it is; `why` may say what to use."""
-        return ValueError(f"fuse cannot take {self.name} ({type(self.module).__name__}): {why}")
-
-    def integers(self, name: str, *counts: int) -> tuple[int, ...]:
-        """Returns a hyperparameter: an int, or a sequence of so many, as torch takes them.
-
-        An int comes as a tuple of one.
-        """
-        value = getattr(self.module, name)
-        values = (value,) if isinstance(value, Integral) else value
-        known = isinstance(values, Sequence) and not isinstance(values, str)
-        if not known or not all(isinstance(each, Integral) for each in values):
-            raise self.misfit(f"{name} must be an int or a sequence of ints, got {value!r}")
-        if len(values) not in counts:
-            allowed = " or ".join(map(str, counts))
-            raise self.misfit(f"{name} must have {allowed} elements, got {value!r}")
-        return tuple([int(each) for each in values])
-
-    def pair(self, name: str, least: int = 1) -> tuple[int, int]:
-        """Returns a hyperparameter, vertical and horizontal, each at least so large."""
-        values = self.integers(name, 1, 2)
-        if min(values) < least:
-            raise self.misfit(f"{name} must be at least {least}, got {getattr(self.module, name)}")
-        return values[0], values[-1]
-
-
-def _elsewhere(what: Any) -> str:
-    """Says where cf.bounds is known to take a class of layers, a function or a method's name.
-
-    Empty where that is not known.
-    """
-    if isinstance(what, str):
-        what = getattr(Tensor, what, None)
-    known = what in _WITH_RULE or _OPERATORS.get(what, what) in RULES
-    return "; cf.bounds has a rule for it" if known else ""
-
-
-@dataclass
-class Affine:
-    """Holds a convolution or linear layer, and the layers that go with it."""
-
-    layer: Layer
-    before: list[Layer]  # pooling, padding and flattening, in order
-    norm: Layer | None = None
-    relu: bool = False
-
-    @property
-    def linear(self) -> bool:
-        return type(self.layer.module) in LINEARS
-
-
-class Guard(NamedTuple):
-    """Asks whether `read(of) == seen`, as it was at the tracing."""
-
-    read: Callable[[Any], Any]
-    of: Any
-    seen: Any
-
-
-@dataclass
-class Program:
-    """Holds the layers of a model, as it was traced."""
-
-    model: nn.Module
-    layers: list[Layer]  # in the order of the pass; the same in groups:
-    normalize: Layer | None = None
-    affine: list[Affine] = field(default_factory=list)
-    dropouts: list[Layer] = field(default_factory=list)
-    in_torch: bool = False  # whether torch computes with some parameters before the op does
-    # What it stays right for: all of it, and what a call compares.
-    fingerprint: list[tuple[Any, ...]] = field(default_factory=list)
-    guards: list[Guard] = field(default_factory=list)
-    hooks: list[Any] = field(default_factory=list)  # dicts of hooks, which guards know, all empty
-    torch_only: bool = True  # whether guards and hooks say all that the fingerprint does
-    plans: dict[tuple[Any, ...], Any] = field(default_factory=dict)  # what network.py makes of it
-
-
-# What a layer's stage depends on.
-_HYPERPARAMETERS: dict[type[nn.Module], tuple[str, ...]] = {
-    **dict.fromkeys(CONVOLUTIONS, ("stride", "padding", "dilation", "groups", "padding_mode")),
-    **dict.fromkeys(LINEARS, ()),
-    nn.AvgPool2d: (
-        *("kernel_size", "stride", "padding"),
-        *("ceil_mode", "count_include_pad", "divisor_override"),
-    ),
-    nn.AdaptiveAvgPool2d: ("output_size",),
-    nn.ZeroPad2d: ("padding",),
-    nn.Flatten: ("start_dim", "end_dim"),
-}
-
-
-def _guards(model: nn.Module, program: Program) -> None:
-    """Adds what a call of the program compares, by functions of C only, which take least time.
-
-    Attributes of layers, children of containers and hooks are read without a walk of the tree.
-    Where there are classes that are not torch's, whose forwards may read anything, a call compares
-    the fingerprint as well.
-    """
-    for affine in program.affine:
-        for layer in (*affine.before, affine.layer):
-            if names := _HYPERPARAMETERS[type(layer.module)]:
-                seen = tuple(map(deepcopy, operator.attrgetter(*names, "__class__")(layer.module)))
-                program.guards.append(
-                    Guard(operator.attrgetter(*names, "__class__"), layer.module, seen)
-                )
-    for _, module in _tree("", model):
-        program.torch_only &= _of_torch(type(module))
-        names = ("__class__", "forward", *_HOOKS)
-        if hasattr(module, "_conv_forward"):
-            names += ("_conv_forward",)
-        if type(module) not in _ORIGINAL_CALLS:  # it may call children, even if it has none yet
-            names += ("_modules.items",)  # equal only of the same dict
-            children = module._modules.items()  # in the order in which a Sequential calls them
-            program.guards.append(Guard(list, children, list(children)))
-        read = operator.attrgetter(*names)
-        program.guards.append(Guard(read, module, read(module)))
-        program.hooks += _hooks(module)[: len(_HOOKS)]
-    call = operator.attrgetter("__call__")
-    program.guards += [Guard(call, kind, _CALL) for kind in {type(m) for _, m in _tree("", model)}]
-    read = operator.attrgetter(*_GLOBAL_HOOKS)
-    program.guards.append(Guard(read, nn.modules.module, _global_hooks()))
-    program.hooks += _global_hooks()
-
-
-def _of_torch(kind: type) -> bool:
-    return kind.__module__.startswith(("torch.", "cibp_fast."))
-
-
-def fingerprint(model: nn.Module) -> list[tuple[Any, ...]]:
-    """Returns the tree of modules and what their forwards see; when it changes, trace again."""
-    compiling = torch.compiler.is_compiling()
-    return [
-        (any(_global_hooks()),),
-        *(
-            (
-                *(name, module, type(module), *_calls(type(module)), _own(module)),
-                *(any(_hooks(module)), compiling and not _calls_its_class(module)),
-            )
-            for name, module in _tree("", model)
-        ),
-    ]
-
-
-def _own(module: nn.Module) -> tuple[Any, ...]:
-    """Returns what a traced forward may depend on or set: which parameters are frozen and, of
-    classes that are not torch's, `training`, the attributes that are its own, and its classes'.
-    """
-    frozen = [each is None or each.requires_grad for each in module._parameters.values()]
-    if _of_torch(type(module)):
-        return tuple(frozen)
-    own = [item for item in module.__dict__.items() if item[0] not in _OF_MODULES]
-    for kind in type(module).__mro__:
-        if kind is not object and not _of_torch(kind):
-            own += [item for item in vars(kind).items() if not item[0].startswith("__")]
-    read = [(key, value if isinstance(value, _PLAIN) else _read(value)) for key, value in own]
-    return *frozen, *read
-
-
-_PLAIN = (bool, int, float, str, type(None))
-_OF_MODULES = frozenset(nn.Module().__dict__) - {"training"}
-_FEW = 16  # elements of a container that holds settings; a history grows beyond, and is not read
-
-
-def _read(value: Any) -> Any:
-    """Returns what an attribute is later compared with: itself, and the elements of a small
-    container. Not of a tensor, which a trainer may replace at every step.
-    """
-    if isinstance(value, Tensor):
-        return None
-    if isinstance(value, list | tuple | set | dict) and len(value) <= _FEW:
-        elements = chain(value, value.values()) if isinstance(value, dict) else value
-        return _Same(value), [e if isinstance(e, _PLAIN) else _Same(e) for e in elements]
-    return _Same(value)
-
-
-class _Same:
-    """Equals another that holds the same object."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
-
-    __hash__ = None  # type: ignore[assignment]
-
-
-def _calls(kind: type[nn.Module]) -> tuple[Any, ...]:
-    """Returns the methods that run where a module of this class is called."""
-    return kind.__call__, kind.forward, getattr(kind, "_conv_forward", None)
-
-
-def _calls_its_class(module: nn.Module) -> bool:
-    """Returns whether no method is put in place of its class's, in a way that dynamo guards: what
-    is in `__dict__` it does not.
-    """
-    kind: Any = type(module)
-    forward = module.forward == kind.forward.__get__(module)
-    if not hasattr(kind, "_conv_forward"):
-        return forward
-    return forward and module._conv_forward == kind._conv_forward.__get__(module)
-
-
-def _tree(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    yield name, module
-    for key, child in module._modules.items():
-        if child is not None:
-            yield from _tree(f"{name}.{key}" if name else key, child)
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = tuple([f"_global{name}" for name in _HOOKS])
-
-
-def _hooks(module: nn.Module) -> tuple[Any, ...]:
-    return (
-        *[getattr(module, name) for name in _HOOKS],
-        "forward" in module.__dict__,
-        "_conv_forward" in module.__dict__,
-    )
-
-
-def _global_hooks() -> tuple[Any, ...]:
-    return tuple([getattr(nn.modules.module, name) for name in _GLOBAL_HOOKS])
-
-
-def _original_calls(kind: type[nn.Module]) -> tuple[Any, ...]:
-    """Returns `_calls` as torch defines them; what replaces one of them is none of these."""
-    return tuple(
-        [
-            call
-            if call is None or call.__module__.startswith(("torch.", "cibp_fast."))
-            else "replaced before"
-            for call in _calls(kind)
-        ]
-    )
-
-
-_CALL = nn.Module.__call__
-_ORIGINAL_CALLS = {
-    kind: _original_calls(kind)
-    for kind in (
-        *(*CONVOLUTIONS, *LINEARS, *_NORMS, *_POOLS, *_DROPOUTS),
-        *(nn.ReLU, nn.Flatten, nn.Identity, nn.ZeroPad2d, Normalize),
-    )
-}
-
 
 _LOCK = threading.RLock()  # what a tracing changes in nn.Module is the whole process's
 
@@ -344,20 +67,20 @@ def trace(model: nn.Module) -> Program:
 
 
 def _trace(model: nn.Module) -> Program:
-    if any(_global_hooks()):
+    if any(global_hooks()):
         raise ValueError(
             "fuse cannot run global module hooks, and there are some (as "
             "torch.nn.modules.module.register_module_forward_hook makes them): remove them, or "
             "use cf.bounds, which calls the modules"
         )
-    for name, module in _tree("", model):
+    for name, module in tree("", model):
         layer, kind = Layer(name or "the model", module), type(module)
-        if any(_hooks(module)):
+        if any(hooks_of(module)):
             raise layer.misfit(
                 "it has hooks, or a forward of its own, which fuse would not run; cf.bounds would"
             )
-        calls = _calls(kind)
-        if calls[0] is not _CALL or _ORIGINAL_CALLS.get(kind, calls) != calls:
+        calls = calls_of(kind)
+        if calls[0] is not CALL or ORIGINAL_CALLS.get(kind, calls) != calls:
             raise layer.misfit(
                 "its class has a __call__ or a forward that was put in place of torch's, which "
                 "fuse would not run; cf.bounds would"
@@ -365,7 +88,7 @@ def _trace(model: nn.Module) -> Program:
     seen = fingerprint(model)
     program = _group(model, _layers(model))
     program.fingerprint = seen
-    _guards(model, program)
+    add_guards(model, program)
     return program
 
 
@@ -422,7 +145,7 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, module: nn.Module, module_qualified_name: str) -> bool:
         # subclasses too, so that an error can name them
-        known = (nn.Conv2d, nn.Linear, *_NORMS, *_POOLS, *_DROPOUTS)
+        known = (nn.Conv2d, nn.Linear, *NORMS, *POOLS, *DROPOUTS)
         return (
             isinstance(module, known)
             or type(module) is Normalize
@@ -522,7 +245,7 @@ class _Attributes:
     def __init__(self, model: nn.Module) -> None:
         self._kept: list[tuple[str, MutableMapping[str, Any], dict[str, Any]]] = []
         self._flags: list[tuple[str, Tensor, bool, set[int]]] = []
-        for name, module in _tree("", model):
+        for name, module in tree("", model):
             path = f"{name}." if name else ""
             tensors = module._parameters, module._buffers
             for values in (module.__dict__, *tensors, module._modules):
@@ -557,7 +280,7 @@ class _Attributes:
 
 
 def _same(a: Any, b: Any) -> bool:
-    return a is b or (type(a) is type(b) and isinstance(a, _PLAIN) and a == b)
+    return a is b or (type(a) is type(b) and isinstance(a, PLAIN) and a == b)
 
 
 def _layers(model: nn.Module) -> list[Layer]:
@@ -687,7 +410,7 @@ def _not_in_chain(model: nn.Module, node: fx.Node) -> ValueError:
     name = getattr(node.target, "__name__", str(node.target))
     return ValueError(
         f"fuse cannot take the {what} {name} as {type(model).__name__} uses it: {_SUPPORTED}"
-        + (_elsewhere(node.target) if node.op.startswith("call") else "")
+        + (elsewhere(node.target) if node.op.startswith("call") else "")
     )
 
 
@@ -705,7 +428,7 @@ def _group(model: nn.Module, layers: list[Layer]) -> Program:
         last = program.affine[-1] if program.affine else None
         if kind is nn.Identity:
             continue
-        if kind in _DROPOUTS:
+        if kind in DROPOUTS:
             program.dropouts.append(layer)
             continue
         if type(layer.module) is Normalize:
@@ -719,18 +442,18 @@ def _group(model: nn.Module, layers: list[Layer]) -> Program:
                 raise pad.error("it must come before a convolution")
             program.affine.append(Affine(layer, before))
             before = []
-        elif kind in (nn.ZeroPad2d, nn.Flatten, *_POOLS):
-            if kind in _POOLS and (last is None or last.linear or waiting(nn.ZeroPad2d)):
+        elif kind in (nn.ZeroPad2d, nn.Flatten, *POOLS):
+            if kind in POOLS and (last is None or last.linear or waiting(nn.ZeroPad2d)):
                 raise layer.error(
                     "it must come after a convolution, and not directly after padding"
                 )
             before.append(layer)
         elif kind is nn.ReLU:
-            if last is None or last.relu or waiting(nn.ZeroPad2d, *_POOLS):
+            if last is None or last.relu or waiting(nn.ZeroPad2d, *POOLS):
                 raise layer.error("it must follow Conv2d, Linear or their BatchNorm")
             last.relu = True
-        elif kind in _NORMS:
-            if last is None or not directly or type(last.layer.module) not in _NORMS[kind]:
+        elif kind in NORMS:
+            if last is None or not directly or type(last.layer.module) not in NORMS[kind]:
                 raise layer.error("it must come directly after a convolution or linear layer")
             if layer.module.running_mean is None:
                 raise layer.misfit("it has no running statistics")
@@ -744,14 +467,3 @@ def _group(model: nn.Module, layers: list[Layer]) -> Program:
         raise end.error("the network must end in Linear")
     program.in_torch = bool(program.normalize or any(affine.norm for affine in program.affine))
     return program
-
-
-def check_plain(layer: Layer) -> None:
-    """Raises ValueError where there are no kernels for a convolution of this kind."""
-    module = layer.module
-    if module.groups != 1:
-        raise layer.error(f"groups must be 1, got {module.groups}")
-    if module.padding_mode != "zeros":
-        raise layer.error(f"padding_mode must be 'zeros', got {module.padding_mode!r}")
-    if not isinstance(module.padding, str):
-        layer.pair("padding", 0)

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 import cibp_fast as cf
 from cibp_fast import Interval, models
-from cibp_fast.fusion import tracing
+from cibp_fast.fusion import program
 from cibp_fast.ops import backends
 
 Body = Callable[[Any, Any], Any]  # a forward of the module and x
@@ -217,7 +217,7 @@ def test_cf_bounds_is_not_recommended_where_it_is_not_known_to_work(name: str) -
     assert "works" not in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", sorted(tracing._WITH_RULE, key=lambda kind: kind.__name__))
+@pytest.mark.parametrize("kind", sorted(program._WITH_RULE, key=lambda kind: kind.__name__))
 def test_layers_said_to_have_a_rule(kind: type[nn.Module]) -> None:
     """Checks that each bounds its own output."""
     name = kind.__name__
