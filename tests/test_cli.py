@@ -561,6 +561,8 @@ def test_an_interrupt_during_the_imports_is_one_line():
 import signal, sys
 from cibp_fast.cli import main
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+
 class Interrupting:
     def find_spec(self, name, path=None, target=None):
         if name == "pydantic_core._pydantic_core":
