@@ -281,6 +281,6 @@ def test_a_backend_that_cannot_run_leaves_nothing_behind(
 
 
 @interpreted
-def test_precisions_need_a_gpu(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="precision 'bf16' is for a GPU; on the CPU take 'fast'"):
-        cf.train(_config(precision="bf16"), tmp_path)
+def test_tf32_needs_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="precision 'tf32' is for a GPU; on the CPU take 'fast' or"):
+        cf.train(_config(precision="tf32"), tmp_path)
