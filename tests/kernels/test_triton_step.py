@@ -282,5 +282,5 @@ def test_a_backend_that_cannot_run_leaves_nothing_behind(
 
 @interpreted
 def test_tf32_needs_a_gpu(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="precision 'tf32' is for a GPU; on the CPU take 'fast' or"):
+    with pytest.raises(ValueError, match="precision 'tf32' is for a GPU; on the CPU take 'fast'"):
         cf.train(_config(precision="tf32"), tmp_path)
