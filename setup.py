@@ -31,6 +31,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, OptionError, PlatformError
 
 KERNELS = sorted(str(path) for path in Path("csrc/cpu").rglob("*.cpp"))
+BFLOAT16 = "csrc/cpu/network/bfloat16.cpp"  # of KERNELS, all that AVX512_BF16 compiles anew
 BINDINGS = "csrc/bindings_cpu.cpp"
 CUDA_KERNELS = sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))
 CUDA_BINDINGS = "csrc/bindings_cuda.cpp"
@@ -245,7 +246,10 @@ def write_ninja(
             own = [*flags, *INSTRUCTION_SETS[name]]
             objects = []
             for source in KERNELS:
-                objects += compiled(name, source, own)
+                if name == "_cpu_avx512bf16" and source != BFLOAT16:
+                    objects.append(f"_cpu_avx512/{Path(source).with_suffix('.o')}")
+                else:
+                    objects += compiled(name, source, own)
             objects += compiled(name, BINDINGS, [*own, f"-DCIBP_MODULE={name}", *includes])
             linked(name, objects, [*compiler, *own, *shared], link_flags)
         if cuda is not None:

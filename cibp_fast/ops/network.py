@@ -293,7 +293,7 @@ def _network_forward_fake(  # type: ignore[no-untyped-def]
         size = gpu_network.saved_bytes(stages, batch, gpu[0])
     else:
         plan = _plan(numbers, 1, ball_radius is not None, engine, nominal.dtype)
-        line = 64  # of the cache: where each stage's input begins; csrc/cpu/network/network.cpp
+        line = 64  # of the cache: where each stage's input begins; csrc/cpu/network/planning.h
         size = sum(-(-batch * each // line) * line for each in plan.network.example_bytes)
     return *_forward_outputs(nominal, stages), nominal.new_empty(size, dtype=torch.uint8)
 

@@ -1,5 +1,7 @@
 // As in the forward pass: the dense layers run over the whole batch, a block of weights at a time,
 // and then the convolutions example by example.
+#pragma once
+
 #include <algorithm>
 #include <type_traits>
 #include <vector>
@@ -17,7 +19,6 @@
 #include "winograd.h"
 
 namespace cibp {
-namespace {
 
 // The gradient of the logits' center, radius and nominal: [N][stream][pitch].
 template <class E>
@@ -382,8 +383,6 @@ class Convolutions {
   std::vector<double> radius_sums_;           // [parts][channels of the first layer]
 };
 
-}  // namespace
-
 template <class E>
 void Network<E>::backward(const NetworkBackward<Number<E>>& op) const {
   using T = Number<E>;
@@ -404,9 +403,5 @@ void Network<E>::backward(const NetworkBackward<Number<E>>& op) const {
                       in.stream_stride());
   }
 }
-
-template void Network<float>::backward(const NetworkBackward<float>&) const;
-template void Network<double>::backward(const NetworkBackward<double>&) const;
-template void Network<BFloat16>::backward(const NetworkBackward<float>&) const;
 
 }  // namespace cibp

@@ -1,5 +1,7 @@
 // Convolutions run example by example, all of them while an example is in cache; dense layers
 // (dense.h) run over the whole batch, a block of weights at a time.
+#pragma once
+
 #include <algorithm>
 #include <type_traits>
 #include <vector>
@@ -18,7 +20,6 @@
 #include "winograd.h"
 
 namespace cibp {
-namespace {
 
 template <class E>
 std::vector<const Number<E>*> padded_biases(const NetworkPlan<E>& plan,
@@ -122,8 +123,6 @@ void head_bounds(const NetworkPlan<E>& plan, const NetworkForward<Number<E>>& op
     }
   });
 }
-
-}  // namespace
 
 template <class E>
 void Network<E>::forward(const NetworkForward<Number<E>>& op) const {
@@ -242,9 +241,5 @@ void Network<E>::forward(const NetworkForward<Number<E>>& op) const {
   for (size_t i = 0; i < layers.size(); ++i) op.widths[i] /= width_divisor(layers[i], op.mean);
   head_bounds(plan, op, in);
 }
-
-template void Network<float>::forward(const NetworkForward<float>&) const;
-template void Network<double>::forward(const NetworkForward<double>&) const;
-template void Network<BFloat16>::forward(const NetworkForward<float>&) const;
 
 }  // namespace cibp

@@ -1,19 +1,19 @@
 // The plan of a network: how each pass of each layer is computed, and where its data lie.
-#include "network.h"
+#pragma once
 
 #include <algorithm>
 #include <type_traits>
 #include <utility>
 
 #include "layers.h"
+#include "network.h"
 #include "winograd.h"
 
 namespace cibp {
-namespace {
 
 constexpr int64_t kLine = 64;  // bytes, of the cache
 
-std::vector<int64_t> offsets(const Geometry& g, int64_t height, int64_t width) {
+inline std::vector<int64_t> offsets(const Geometry& g, int64_t height, int64_t width) {
   std::vector<int64_t> table;
   for (int64_t y = 0; y < height; ++y)
     for (int64_t x = 0; x < width; ++x) table.push_back(g.offset(y, x));
@@ -118,8 +118,6 @@ void place(NetworkPlan<E>& plan, size_t i) {
   }
 }
 
-}  // namespace
-
 template <class E>
 Network<E>::Network(const std::vector<NetworkLayer>& layers, bool ball) {
   const auto plan = std::make_shared<NetworkPlan<E>>();
@@ -159,9 +157,5 @@ std::vector<int64_t> Network<E>::example_bytes() const {
   for (const Layer<E>& layer : plan_->layers) all.push_back(layer.saved_size());
   return all;
 }
-
-template class Network<float>;
-template class Network<double>;
-template class Network<BFloat16>;
 
 }  // namespace cibp
