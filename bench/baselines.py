@@ -281,9 +281,8 @@ class OwnStep:
 
         images, labels = (each.to(device) for each in problem.images())
         self.model = problem.network().to(device)
-        found = cf.fuse(self.model, precision, backend)._triton_stages(to_pixels(images))
+        found = cf.fuse(self.model, precision, backend)._runnable(to_pixels(images))
         assert not isinstance(found, str), found
-        stages, *parameters, _ = found
         self.moments = {
             p: (torch.zeros_like(p), torch.zeros_like(p)) for p in self.model.parameters()
         }
@@ -291,10 +290,10 @@ class OwnStep:
         if lost is not None:
             pixels[:, lost] = torch.nan
         self.made = TrainStep(
-            stages,
+            found.plan.stages,
             [
                 tuple(None if p is None else (p.data, *self.moments[p]) for p in pair)
-                for pair in zip(*parameters, strict=True)
+                for pair in zip(found.weights, found.biases, strict=True)
             ],
             images,
             labels,

@@ -4,8 +4,8 @@
 that is timed by itself, after each epoch, without PGD.
 On the CPU clocks are between the parts, and these are their shares of the time:
 
-- step: from the batch to the optimizer's end, with what the loss module computes for the log;
-- data: the next batch, with its augmentation;
+- step: from the batch to the optimizer's end, with what is logged of it;
+- data: the next batch, with its augmentation; where the step makes it from bytes, the order alone;
 - writing: metrics.jsonl and the checkpoint;
 - other: schedules, totals, progress, asking whether to stop.
 
@@ -101,6 +101,7 @@ class Watch:
 
 
 epoch_batches, adam_step, write_metrics = steps.epoch_batches, steps.Adam.step, runs.write_metrics
+kernel_step, kernel_load = steps.KernelStep.__call__, steps.KernelStep.load
 
 
 def trained(config: Config, images: datasets.Dataset, on: str) -> list[dict[str, float]]:
@@ -112,6 +113,8 @@ def trained(config: Config, images: datasets.Dataset, on: str) -> list[dict[str,
         patch.object(datasets, "load", lambda *_, **__: images),
         patch.object(steps, "epoch_batches", watch.epoch_batches),
         patch.object(steps.Adam, "step", lambda *given: watch.adam_step(*given)),
+        patch.object(steps.KernelStep, "__call__", watch.counted("step", kernel_step)),
+        patch.object(steps.KernelStep, "load", watch.counted("data", kernel_load)),
         patch.object(loop, "evaluate", watch.counted("evaluation", loop.evaluate)),
         patch.object(runs, "write_metrics", watch.write_metrics),
         patch.object(runs, "write_checkpoint", watch.counted("writing", runs.write_checkpoint)),

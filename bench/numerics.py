@@ -82,10 +82,9 @@ class Group(NamedTuple):
         problem, backend, precision = self
         images, _ = problem.images()
         network = cf.fuse(problem.network().to(device), precision, backend)
-        found = network._triton_stages(to_pixels(images).to(device))
+        found = network._runnable(to_pixels(images).to(device))
         assert not isinstance(found, str), found
-        stages, _, biases, _ = found
-        given = stages, [bias is not None for bias in biases]
+        given = found.plan.stages, [bias is not None for bias in found.biases]
         step = {"precision": precision, "batch_size": problem.batch, "cpp": backend == "cuda"}
         step |= {"clip": problem.bounds, "width_weight": WIDTH_WEIGHT, "mean": True}
         pixels = pixel_table(nn.Identity(), images.shape[1])

@@ -18,6 +18,7 @@
 #include "cpu/linear.h"
 #include "cpu/loss.h"
 #include "cpu/network/network.h"
+#include "cpu/network/train.h"
 #include "cpu/peak.h"
 #include "cpu/relu.h"
 
@@ -194,7 +195,7 @@ void network_forward_py(const Network<E>& network, int threads, const std::vecto
   using T = Number<E>;
   network.forward({threads, pointers<const T>(weights), pointers<const T>(biases),
                    tensor4<T>(in[0]), tensor4<T>(in[1]), tensor4<T>(in[2]),
-                   pointer<const T>(ball_radius), mean, pointer<std::byte>(saved),
+                   pointer<const T>(ball_radius), nullptr, mean, pointer<std::byte>(saved),
                    pointer<T>(out[0]), pointer<T>(out[1]), pointer<T>(out[2]), pointer<T>(out[3]),
                    pointer<T>(out[4]), pointer<T>(out[5])});
 }
@@ -224,6 +225,41 @@ void define_network(py::module_& m, const char* suffix) {
       .def_property_readonly("example_bytes", &Network<E>::example_bytes)
       .def("forward", &network_forward_py<E>, Unlocked())
       .def("backward", &network_backward_py<E>, Unlocked());
+}
+
+// One step of training; the addresses of a parameter are those of its value and its two moments.
+template <class E>
+void define_train_step(py::module_& m, const char* suffix) {
+  using Addresses = std::array<int64_t, 4>;  // and its size
+  py::class_<TrainStep<E>>(m, (std::string("TrainStep_") + suffix).c_str(), py::module_local())
+      .def(py::init([](const std::vector<NetworkLayer>& layers, bool ball,
+                       const std::vector<Addresses>& weights, const std::vector<Addresses>& biases,
+                       int64_t images, int64_t labels, int64_t plan, int64_t pixels,
+                       std::array<float, 2> clip, std::array<int64_t, 2> normalize,
+                       double width_weight, bool mean) {
+             const auto parameters = [](const std::vector<Addresses>& given) {
+               std::vector<Parameter> all;
+               for (const Addresses& each : given)
+                 all.push_back({pointer<float>(each[0]), pointer<float>(each[1]),
+                                pointer<float>(each[2]), each[3]});
+               return all;
+             };
+             return TrainStep<E>({layers, ball, parameters(weights), parameters(biases),
+                                  pointer<const uint8_t>(images), pointer<const int64_t>(labels),
+                                  pointer<const int32_t>(plan), pointer<const float>(pixels),
+                                  clip[0], clip[1], pointer<const float>(normalize[0]),
+                                  pointer<const float>(normalize[1]), width_weight, mean});
+           }),
+           py::kw_only(), "layers"_a, "ball"_a, "weights"_a, "biases"_a, "images"_a, "labels"_a,
+           "plan"_a, "pixels"_a, "clip"_a, "normalize"_a, "width_weight"_a, "mean"_a)
+      .def(
+          "run",
+          [](TrainStep<E>& self, int threads, int64_t first, int64_t number, double eps,
+             double kappa, double lr, int64_t totals) {
+            return self.run({threads, first, number, eps, kappa, lr}, pointer<double>(totals));
+          },
+          "threads"_a, "first"_a, "number"_a, "eps"_a, "kappa"_a, "lr"_a, "totals"_a,
+          py::call_guard<py::gil_scoped_release>());
 }
 
 template <class T>
@@ -296,6 +332,8 @@ PYBIND11_MODULE(CIBP_MODULE, m) {
   define<float>(m, "float32");
   define<double>(m, "float64");
   define_network<BFloat16>(m, "bfloat16");
+  define_train_step<float>(m, "float32");
+  define_train_step<BFloat16>(m, "bfloat16");
   m.def("cpu_features", &cpu_features);
   py::class_<Buffer>(m, "Buffer", py::buffer_protocol(), "bytes that are used again")
       .def(py::init<size_t>())

@@ -21,7 +21,7 @@ from cibp_fast import __version__, attacks, certificates, cli, commands
 from cibp_fast.certificates import Certificate
 from cibp_fast.training import datasets, evaluation, loop, runs
 from cibp_fast.training.config import Config, as_text, preset
-from cibp_fast.training.step import Objective
+from cibp_fast.training.step import KernelStep
 
 SHORT_TRAIN = ["train", "--preset", PRESET]  # and SHORT in its command-line form
 for name, value in SHORT.items():
@@ -444,7 +444,7 @@ def test_bounds_that_the_attack_refutes_are_one_line_and_the_result_is_saved(
 @pytest.mark.parametrize(
     ("where", "command", "words"),
     [
-        ((Objective, "forward"), "train", "a step of training with batch_size=16"),
+        ((KernelStep, "__call__"), "train", "a step of training with batch_size=16"),
         ((certificates, "_bounded"), "train", "evaluation with eval_batch_size=25"),
         ((attacks, "_step"), "train", "evaluation with eval_batch_size=25"),
         ((certificates, "_bounded"), "certify", "evaluation with eval_batch_size=7"),

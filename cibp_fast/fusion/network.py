@@ -8,7 +8,6 @@ the parameters anew and runs all stages in one autograd node (ops/network.py).
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -136,12 +135,12 @@ class FusedNetwork(nn.Module):
                 raise ValueError(f"precision={self.precision!r} is for a GPU, and x is on the CPU")
             if self.precision == "bf16" and x.dtype != torch.float32:
                 raise ValueError(f"precision='bf16' is for float32 tensors, and x is {x.dtype}")
-            engine = cpu_engine() + (":bf16" if self.precision == "bf16" else "")
+            precision = self.precision
         else:
             precision = "tf32" if self.precision == "fast" else self.precision
             if why_not := self._unchecked(plan, biases, x, precision):
                 return self._unfused(why_not, x, box, width, reduction)
-            engine = f"{backend}-{precision}"
+        engine = _engine(backend, precision)
         lower, upper, nominal, ball = _inputs(program, plan, x, box, backend == "cpu")
         mean = reduction == "mean"
         try:
@@ -165,25 +164,21 @@ class FusedNetwork(nn.Module):
             )
         return found
 
-    def _triton_stages(
-        self, x: Tensor
-    ) -> tuple[Sequence[Stage], list[Tensor], list[Tensor | None], str] | str:
-        """Returns stages, weights, biases and precision for Triton's kernels; or why they do not
-        run here.
-
-        Weights and biases are the parameters themselves.
-        """
+    def _runnable(self, x: Tensor) -> Runnable | str:
+        """Returns what the kernels run for inputs like x; or why there are none for them."""
         backend, why_not = self._selected(x)
-        if backend not in ("triton", "cuda"):
+        if backend == "torch":
             return why_not
         program = self._current_program()
-        plan, weights, biases = planned(program, x)
-        precision = "tf32" if self.precision == "fast" else self.precision
-        if program.normalize is not None or any(each.norm for each in program.affine):
+        normalize = program.normalize and program.normalize.module
+        plain = normalize is None or (backend == "cpu" and _constant(normalize, x.shape[1]))
+        if not plain or any(each.norm for each in program.affine):
             return "a layer is a normalization"
-        if why_not := self._unchecked(plan, biases, x, precision):
+        plan, weights, biases = planned(program, x, self.precision == "fast" and backend == "cpu")
+        precision = "tf32" if self.precision == "fast" and backend != "cpu" else self.precision
+        if backend != "cpu" and (why_not := self._unchecked(plan, biases, x, precision)):
             return why_not
-        return plan.stages, weights, biases, precision
+        return Runnable(normalize, plan, weights, biases, backend, precision)
 
     def _unchecked(self, plan: Plan, biases: list[Tensor | None], x: Tensor, precision: str) -> str:
         """Returns why Triton's kernels must not be used; empty: they may, or were asked for."""
@@ -223,6 +218,36 @@ class Plan(NamedTuple):
     counted: list[int] | None  # the stages whose widths count; None: all
     takes_balls: bool  # whether the first stage takes a ball's center as its one stream
     shapes: list[Any]  # of weights and biases, in turn
+
+
+class Runnable(NamedTuple):
+    """Holds a network as the kernels run it."""
+
+    normalize: Any  # models.Normalize, of what they take: constant, by channel, std > 0; or None
+    plan: Plan
+    weights: list[Tensor]  # the parameters themselves, like the biases
+    biases: list[Tensor | None]
+    backend: str
+    precision: str
+
+    @property
+    def engine(self) -> str:
+        """Returns the name that `ops.network` knows it by."""
+        return _engine(self.backend, self.precision)
+
+
+def _engine(backend: str, precision: str) -> str:
+    if backend != "cpu":
+        return f"{backend}-{precision}"
+    return cpu_engine() + (":bf16" if precision == "bf16" else "")
+
+
+def _constant(normalize: Any, channels: int) -> bool:
+    """Returns whether a Normalize has one constant a channel, and no std that turns a box over."""
+    return all(
+        each.shape == (channels, 1, 1) and not each.requires_grad and each.dtype == torch.float32
+        for each in (normalize.mean, normalize.std)
+    ) and bool((normalize.std > 0).all())
 
 
 def planned(

@@ -232,9 +232,23 @@ def _plan(
     numbers: tuple[int, ...], batch: int, ball: bool, engine: str, dtype: torch.dtype
 ) -> _Plan:
     """Returns the plan of a network on the CPU, for tensors of this batch and dtype."""
+    stages, (build, stored) = stages_of(numbers), build_of(engine, dtype)
+    kind = getattr(build, f"Network_{stored}")
+    layers = kernel_layers(build, stages, batch)
+    weighted = tuple(i for i, stage in enumerate(stages) if not stage.pool)
+    return _Plan(stages, weighted, kind(layers, ball), build)
+
+
+def build_of(engine: str, dtype: torch.dtype) -> tuple[ModuleType, str]:
+    """Returns a CPU engine's module, and the type that it stores tensors of this dtype in."""
     isa, _, precision = engine.partition(":")
-    stages, build = stages_of(numbers), backends.builds()[isa]
-    layers = [
+    stored = "bfloat16" if precision == "bf16" else str(dtype).removeprefix("torch.")
+    return backends.builds()[isa], stored
+
+
+def kernel_layers(build: ModuleType, stages: Sequence[Stage], batch: int) -> list[Any]:
+    """Returns the stages as a CPU module takes them."""
+    return [
         build.NetworkLayer(
             shape=build.Shape(**stage.shape._replace(batch=batch)._asdict()),
             relu=stage.relu,
@@ -243,10 +257,6 @@ def _plan(
         )
         for stage in stages
     ]
-    stored = "bfloat16" if precision == "bf16" else str(dtype).removeprefix("torch.")
-    kind = getattr(build, f"Network_{stored}")
-    weighted = tuple(i for i, stage in enumerate(stages) if not stage.pool)
-    return _Plan(stages, weighted, kind(layers, ball), build)
 
 
 def _forward_outputs(nominal: Tensor, stages: Sequence[Stage]) -> list[Tensor]:

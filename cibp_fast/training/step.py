@@ -15,9 +15,9 @@ from torch.optim.adam import adam
 from cibp_fast import losses
 from cibp_fast._graphs import enough_memory
 from cibp_fast.fusion import FusedNetwork, fuse
+from cibp_fast.fusion.network import Runnable
 from cibp_fast.interval import Interval
 from cibp_fast.layerwise import bounds, predict
-from cibp_fast.ops import backends
 from cibp_fast.training import runs
 from cibp_fast.training.batches import draw, epoch_batches, epoch_plan, pixel_table
 from cibp_fast.training.config import Config
@@ -167,8 +167,11 @@ class Step:
         return enough_memory(doing, "take a smaller one")
 
 
-class CapturedStep:
-    """Takes the same step by Triton's kernels, on a GPU a CUDA graph; it shares all with `step`."""
+class KernelStep:
+    """Takes the same step by kernels of its own, in one call; it shares all with `step`.
+
+    train_step: a TrainStep of cpu_step.py or gpu_step.py.
+    """
 
     def __init__(self, step: Step, train_step: Any) -> None:
         self.step, self.train_step = step, train_step
@@ -191,30 +194,29 @@ class CapturedStep:
         self.train_step.replay()
 
 
-def fastest(step: Step, done: int) -> Step | CapturedStep:
-    """Returns the step by Triton's kernels where they take it after `done` steps, else itself.
+def fastest(step: Step, done: int) -> Step | KernelStep:
+    """Returns the step by kernels where they take it after `done` steps, else itself.
 
-    Where they could have been expected, it says why not.
+    Where a GPU's could have been expected, it says why not.
     """
     config, fused = step.config, step.objective.fused
     images = step.examples.images
     if fused is None or not config.elide or step.processes.size > 1 or done >= config.steps:
         return step
-    like = images[: config.batch_size].float()
-    if (
-        step.backend == "torch"
-        or backends.select(step.backend, like.device, like.dtype)[0] == "cpu"
-    ):
+    found = fused._runnable(images[: config.batch_size].float())
+    if not isinstance(found, str) and found.backend == "cpu":
+        return step if _twice(found) else _on_cpu(step, done, found)
+    on_cpu = images.device.type == "cpu" and step.backend != "triton"
+    if step.backend == "torch" or on_cpu:
         return step
-    found = fused._triton_stages(like)
     if isinstance(found, str):
         why = found
-    elif found[0][0].input != tuple(like.shape[1:]):
+    elif found.plan.stages[0].input != tuple(images.shape[1:]):
         why = "the network does not begin with a convolution"
-    elif len(set(map(id, found[1]))) < len(found[1]):
+    elif _twice(found):
         why = "the network uses a layer twice"
     else:
-        captured = _captured(step, done, *found)
+        captured = _on_gpu(step, done, found)
         if not isinstance(captured, str):
             return captured
         why = captured
@@ -222,39 +224,73 @@ def fastest(step: Step, done: int) -> Step | CapturedStep:
     return step
 
 
-def _captured(
-    step: Step, done: int, stages: Any, weights: Any, biases: Any, precision: str
-) -> CapturedStep | str:
-    """Returns the captured step, or why its kernels must not be used on this GPU."""
-    from cibp_fast.training.gpu_step import TrainStep
-    from cibp_fast.training.gpu_step_check import failure
+def _twice(found: Runnable) -> bool:
+    """Returns whether a layer is used twice: its gradients would have to be added up."""
+    return len({id(weight) for weight in found.weights}) < len(found.weights)
 
-    config, device = step.config, step.processes.device
-    pixels = pixel_table(runs.to_input(config), step.examples.images.shape[1]).to(device)
-    options: dict[str, Any] = {
-        "batch_size": config.batch_size,
-        "clip": config.clip,
-        "width_weight": config.width_weight,
-        "mean": config.width_reduction == "mean",
-        "precision": precision,
-    }
-    if step.backend == "auto":
-        has_bias = [bias is not None for bias in biases]
-        if why := failure(stages, has_bias, pixels, device, **options):
-            return why
+
+def _parameters(step: Step, found: Runnable) -> list[tuple[Any, ...]]:
+    """Returns weight and bias of each layer with their moments."""
     adam = step.adam
     moments = {
         id(p): (p.data, first, second)
         for p, first, second in zip(adam.parameters, adam.firsts, adam.seconds, strict=True)
     }
+    return [
+        tuple(None if p is None else moments[id(p)] for p in pair)
+        for pair in zip(found.weights, found.biases, strict=True)
+    ]
+
+
+def _options(step: Step) -> dict[str, Any]:
+    """Returns what the steps of CPU and GPU are both told."""
+    config = step.config
+    return {
+        "batch_size": config.batch_size,
+        "clip": config.clip,
+        "width_weight": config.width_weight,
+        "mean": config.width_reduction == "mean",
+    }
+
+
+def _on_cpu(step: Step, done: int, found: Runnable) -> KernelStep:
+    from cibp_fast.training.cpu_step import TrainStep
+
+    examples = step.examples
+    train_step = TrainStep(
+        found.plan.stages,
+        _parameters(step, found),
+        examples.images,
+        examples.labels,
+        pixel_table(runs.to_input(step.config), examples.images.shape[1]),
+        step.schedules,
+        found.normalize,
+        takes_balls=found.plan.takes_balls,
+        engine=found.engine,
+        step=done,
+        **_options(step),
+    )
+    return KernelStep(step, train_step)
+
+
+def _on_gpu(step: Step, done: int, found: Runnable) -> KernelStep | str:
+    """Returns the step as a CUDA graph, or why its kernels must not be used on this GPU."""
+    from cibp_fast.training.gpu_step import TrainStep
+    from cibp_fast.training.gpu_step_check import failure
+
+    config, device = step.config, step.processes.device
+    stages, biases = found.plan.stages, found.biases
+    pixels = pixel_table(runs.to_input(config), step.examples.images.shape[1]).to(device)
+    options = _options(step) | {"precision": found.precision}
+    if step.backend == "auto":
+        has_bias = [bias is not None for bias in biases]
+        if why := failure(stages, has_bias, pixels, device, **options):
+            return why
     eps, kappa, lr = step.schedules
     table = torch.tensor([[each(at) for each in (eps, lr, kappa)] for at in range(config.steps)])
     train_step = TrainStep(
         stages,
-        [
-            tuple(None if p is None else moments[id(p)] for p in pair)
-            for pair in zip(weights, biases, strict=True)
-        ],
+        _parameters(step, found),
         step.examples.images,
         step.examples.labels,
         pixels,
@@ -266,4 +302,4 @@ def _captured(
     if device.type == "cuda":
         with step.memory():
             train_step.capture()
-    return CapturedStep(step, train_step)
+    return KernelStep(step, train_step)

@@ -136,7 +136,7 @@ class _Session:
                 return HalfWritten(path, mode)
             return plain_open(path, mode, *arguments, **options)
 
-        plain_step = step.Adam.step
+        plain_step = step.KernelStep.__call__
 
         def counted_step(*arguments: Any) -> None:
             nonlocal steps
@@ -147,7 +147,7 @@ class _Session:
                     signal.raise_signal(number)
 
         Path.open = open_path
-        step.Adam.step = counted_step
+        step.KernelStep.__call__ = counted_step
         handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
         sending.send("ready")
         sys.settrace(trace)

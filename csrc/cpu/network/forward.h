@@ -70,6 +70,42 @@ void pack_image(const Prologue& prologue, const Tensor4<const T>* sources, const
   }
 }
 
+// The same of an example of a data set; of a geometry of one stream, its nominal alone.
+template <class T>
+void pack_image(const Images<T>& images, const Shape& s, const Geometry& g, int64_t image, T* out) {
+  clear_padding(g, s.in_height, s.in_width, out);
+  const int32_t* plan = images.plan + 4 * image;
+  const int64_t down = plan[1], right = plan[2], pixels = s.in_height * s.in_width;
+  const uint8_t* const bytes = images.bytes + plan[0] * s.in_channels * pixels;
+  for (int64_t y = 0; y < s.in_height; ++y)
+    for (int64_t x = 0; x < s.in_width; ++x) {
+      const int64_t row = y + down, column = (plan[3] ? s.in_width - 1 - x : x) + right;
+      const bool inside = row >= 0 && row < s.in_height && column >= 0 && column < s.in_width;
+      T* to = out + g.offset(y, x);
+      for (int64_t c = 0; c < s.in_channels; ++c) {
+        const int64_t byte = inside ? bytes[c * pixels + row * s.in_width + column] : 0;
+        for (int64_t k = 0; k < g.streams; ++k) {
+          const int64_t table = (g.streams == 1 ? 2 : k) * s.in_channels + c;
+          to[k * g.stream_stride() + c] = images.tables[table * 256 + byte];
+        }
+      }
+      for (int64_t k = 0; k < g.streams; ++k)
+        std::fill_n(to + k * g.stream_stride() + s.in_channels, g.pitch - s.in_channels, T{0});
+    }
+}
+
+// Example n of what the network is given, packed for the first layer.
+template <class T>
+void pack_input(const NetworkForward<T>& op, const Shape& s, const Geometry& g, int64_t n, T* out) {
+  const Tensor4<const T> sources[S] = {op.lower, op.upper, op.nominal};
+  if (op.images)
+    pack_image(*op.images, s, g, n, out);
+  else if (g.streams == 1)
+    pack_image(Copy<T, 1>{}, &sources[2], s, g, n, out);
+  else
+    pack_image(CenterRadius<T, S>{}, sources, s, g, n, out);
+}
+
 // A layer of one example, not by Winograd's products; returns the sum of r^2.
 template <class In, class E>
 double forward_one(const Layer<E>& layer, const Number<E>* panels, const Number<E>* bias,
@@ -84,19 +120,18 @@ double forward_one(const Layer<E>& layer, const Number<E>* panels, const Number<
   return convolve_forward<In, S>(layer, panels, bias, radius, in, next, product, out);
 }
 
-// The images of the examples [begin, end) of a first layer that is dense.
+// The images of a first layer that is dense.
 template <class E>
-void pack_dense(const NetworkPlan<E>& plan, const Tensor4<const Number<E>>* sources, int threads,
-                E* out) {
+void pack_dense(const NetworkPlan<E>& plan, const NetworkForward<Number<E>>& op, E* out) {
   const Layer<E>& layer = plan.layers[0];
-  parallel_for(threads, plan.batch, [&](int64_t n) {
+  parallel_for(op.threads, plan.batch, [&](int64_t n) {
     E* const image = out + n * layer.in.size();
     if constexpr (std::is_same_v<E, BFloat16>) {
       float* const buffer = scratch<float>(Slot::kImages, layer.in.size());
-      pack_image(CenterRadius<float, S>{}, sources, layer.shape, layer.in, n, buffer);
+      pack_input(op, layer.shape, layer.in, n, buffer);
       save_rounded(layer.in, 1, buffer, image);
     } else {
-      pack_image(CenterRadius<E, S>{}, sources, layer.shape, layer.in, n, image);
+      pack_input(op, layer.shape, layer.in, n, image);
     }
   });
 }
@@ -137,26 +172,26 @@ void Network<E>::forward(const NetworkForward<Number<E>>& op) const {
     return op.saved + layers[i].saved + n * layers[i].saved_size();
   };
   // Where the images of a layer's input are computed, from example n on: where they are saved, or,
-  // if those are rounded, in `buffer`.
+  // if they are not or are rounded, in `buffer`.
+  const auto in_buffer = [&](size_t i) { return !op.saved || layers[i].rounded; };
   const auto images_of = [&](size_t i, int64_t n, E* buffer) {
-    return layers[i].rounded ? buffer : reinterpret_cast<E*>(saved(i, n));
+    return in_buffer(i) ? buffer : reinterpret_cast<E*>(saved(i, n));
   };
   // Rounds those of `count` examples to where they are saved, if they are.
   const auto save = [&](size_t i, int64_t n, int64_t count, const E* images) {
     if constexpr (std::is_same_v<E, float>)
-      if (layers[i].rounded)
+      if (op.saved && layers[i].rounded)
         save_rounded(layers[i].in, count, images, reinterpret_cast<BFloat16*>(saved(i, n)));
   };
   // The same of a dense layer and the whole batch.
   const auto batch_of = [&](size_t i) {
     E* const buffer =
-        layers[i].rounded ? scratch<E>(batch_slot(plan, i), batch * layers[i].in.size()) : nullptr;
+        in_buffer(i) ? scratch<E>(batch_slot(plan, i), batch * layers[i].in.size()) : nullptr;
     return images_of(i, 0, buffer);
   };
 
   const int64_t count = static_cast<int64_t>(convolutions);
   std::vector<double> widths(static_cast<size_t>(batch * count + 1));
-  const Tensor4<const T> sources[S] = {op.lower, op.upper, op.nominal};
   const std::vector<T> radius =
       plan.ball ? ball_output_radius(layers[0], op.weights[0], op.ball_radius) : std::vector<T>{};
   const auto one = [&](size_t i, int64_t n, const auto* in, E* out) {
@@ -170,11 +205,8 @@ void Network<E>::forward(const NetworkForward<Number<E>>& op) const {
     for (int64_t n = begin; n < end; n += layer.group, out += layer.group * next.in.size()) {
       const int64_t images = std::min(layer.group, end - n);
       if (i == 0) {  // which takes one example at a time
-        T* const in = reinterpret_cast<T*>(saved(0, n));
-        if (plan.ball)
-          pack_image(Copy<T, 1>{}, &sources[2], layer.shape, layer.in, n, in);
-        else
-          pack_image(CenterRadius<T, S>{}, sources, layer.shape, layer.in, n, in);
+        T* const in = reinterpret_cast<T*>(images_of(0, n, buffer + layer.in_image));
+        pack_input(op, layer.shape, layer.in, n, in);
         one(i, n, in, out);
       } else {
         E* const in = images_of(i, n, buffer + layer.in_image);
@@ -191,7 +223,7 @@ void Network<E>::forward(const NetworkForward<Number<E>>& op) const {
   };
   E* in = batch_of(convolutions);  // of a dense layer
   if (convolutions == 0)
-    pack_dense(plan, sources, op.threads, in);
+    pack_dense(plan, op, in);
   else
     parallel(batch > 1 ? op.threads : 1, [&](int index, int parts) {
       const Part part(batch, index, parts);

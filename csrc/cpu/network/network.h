@@ -22,6 +22,15 @@ struct NetworkLayer {
   bool fast = false;  // may round more: in faster products, and in what is saved of its input
 };
 
+// Examples of a data set: bytes, which tables turn into a box.
+template <class T>
+struct Images {
+  const uint8_t* bytes;  // [E, C, H, W]
+  const int32_t* plan;   // [N, 4]: example, and by how much it moves up and left, and whether it is
+                         // mirrored, then; what comes in is 0
+  const T* tables;       // [3, C, 256]: center, radius and nominal of each byte
+};
+
 template <class T>
 struct NetworkForward {
   int threads;
@@ -29,9 +38,10 @@ struct NetworkForward {
   std::vector<const T*> biases;   // [layers] [out_channels] or null
   Tensor4<const T> lower, upper, nominal;  // [N, C, H, W]
   const T* ball_radius;                    // [C], of a network of a ball, or null
+  const Images<T>* images;                 // to be read in place of lower, upper, nominal; or null
   bool mean;  // whether widths are means over examples and units, or sums of an example's units
   // outputs
-  std::byte* saved;                        // [Network::saved_bytes], from a line of the cache on
+  std::byte* saved;  // [Network::saved_bytes], from a line of the cache on; null: nothing is kept
   T *lower_out, *upper_out, *nominal_out;  // [N, classes]
   T *head_lower, *head_upper;              // [N, features of the last layer], in its order
   T* widths;  // [layers] of (upper - lower)^2 after ReLU, 0 at infinity

@@ -96,7 +96,9 @@ template <class E>
 void place(NetworkPlan<E>& plan, size_t i) {
   Layer<E>& layer = plan.layers[i];
   layer.in_image = plan.in_images;
-  if (layer.rounded) plan.in_images += layer.group * layer.in.size();
+  // numbers of the first layer are of another type, and take up to kPaired times the room
+  const int64_t room = layer.group * layer.in.size() * (i == 0 ? kPaired<E> : 1);
+  plan.in_images += round_up(room, kLine);
   layer.sums = plan.sums;
   if (layer.winograd.weight)
     plan.sums += kProducts<E> * layer.width() *
