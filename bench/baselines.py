@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy
 
 import cibp_fast as cf
 from cibp_fast.losses import Terms, terms
+from cibp_fast.training import cpu_step
 from cibp_fast.training.batches import epoch_plan, pixel_table
 from cibp_fast.training.datasets import to_pixels
 
@@ -262,10 +263,10 @@ class TorchStep:
 
 
 class OwnStep:
-    """Runs the step of training/gpu_step.py, which also makes the batch and its boxes from bytes.
+    """Runs the step of training/gpu_step.py or cpu_step.py: also the batch and boxes, from bytes.
 
-    backend: "triton" or "cuda". rate: of Adam. lost: a value of a pixel, 0 to 255, that the network
-    sees as NaN. Raises ValueError where that cannot run.
+    backend: "cpu", "triton" or "cuda". rate: of Adam. lost: a value of a pixel, 0 to 255, that the
+    network sees as NaN. Raises ValueError where that cannot run.
     """
 
     def __init__(
@@ -277,8 +278,6 @@ class OwnStep:
         rate: float = 0.0,
         lost: int | None = None,
     ) -> None:
-        from cibp_fast.training.gpu_step import TrainStep  # not without Triton
-
         images, labels = (each.to(device) for each in problem.images())
         self.model = problem.network().to(device)
         found = cf.fuse(self.model, precision, backend)._runnable(to_pixels(images))
@@ -289,23 +288,28 @@ class OwnStep:
         pixels = pixel_table(nn.Identity(), images.shape[1])
         if lost is not None:
             pixels[:, lost] = torch.nan
-        self.made = TrainStep(
-            found.plan.stages,
-            [
-                tuple(None if p is None else (p.data, *self.moments[p]) for p in pair)
-                for pair in zip(found.weights, found.biases, strict=True)
-            ],
-            images,
-            labels,
-            pixels.to(device),
-            torch.tensor([[EPS, rate, KAPPA]], device=device),
-            batch_size=problem.batch,
-            clip=problem.bounds,
-            width_weight=WIDTH_WEIGHT,
-            mean=True,
-            precision=precision,
-            cpp=backend == "cuda",
-        )
+        parameters = [
+            tuple(None if p is None else (p.data, *self.moments[p]) for p in pair)
+            for pair in zip(found.weights, found.biases, strict=True)
+        ]
+        given = (found.plan.stages, parameters, images, labels, pixels.to(device))
+        options: dict[str, Any] = {
+            "batch_size": problem.batch,
+            "clip": problem.bounds,
+            "width_weight": WIDTH_WEIGHT,
+            "mean": True,
+        }
+        self.made: Any
+        if backend == "cpu":
+            schedules = (lambda _: EPS), (lambda _: KAPPA), (lambda _: rate)
+            options |= {"takes_balls": found.plan.takes_balls, "engine": found.engine}
+            self.made = cpu_step.TrainStep(*given, schedules, **options)
+        else:
+            from cibp_fast.training.gpu_step import TrainStep  # not without Triton
+
+            table = torch.tensor([[EPS, rate, KAPPA]], device=device)
+            options |= {"precision": precision, "cpp": backend == "cuda"}
+            self.made = TrainStep(*given, table, **options)
         self.made.load(epoch_plan(torch.arange(problem.batch)))
         if device.type == "cuda":
             self.made.capture()
@@ -313,21 +317,25 @@ class OwnStep:
 
     def results(self) -> tuple[Tensor, list[Tensor | None]]:
         """Reads the gradients from what Adam's first step puts into its first moments."""
-        for partials in self.made.partials:
+        for partials in getattr(self.made, "partials", ()):
             for each in partials or ():
                 each.fill_(torch.nan)
         for moments in self.moments.values():
             for each in moments:
                 each.zero_()
         self.made.totals.zero_()
+        if isinstance(self.made, cpu_step.TrainStep):
+            self.made.at = 0
         self.call()
         gradients = [first / (1 - BETA1) for first, _ in self.moments.values()]
         return self.made.totals[0].clone(), gradients
 
     def saved_bytes(self) -> int:
+        made = self.made
+        if isinstance(made, cpu_step.TrainStep):
+            return made.saved_bytes
         from cibp_fast.ops import gpu_network  # not without Triton
 
-        made = self.made
         return gpu_network.saved_bytes(made.stages, made.batch_size, made.precision)
 
 
@@ -335,7 +343,7 @@ class OwnStep:
 class Contender:
     """Names a way to compute the step, and how it is timed."""
 
-    build: Callable[[nn.Sequential, Problem], Step] | None  # None: the step of training/gpu_step.py
+    build: Callable[[nn.Sequential, Problem], Step] | None  # None: OwnStep
     formats: tuple[str, ...]  # memory formats that it is timed in
     # The most that its loss and the gradient of any parameter may be off, relative in the 2-norm.
     # Seen in float32: ours 2e-6, the others' 4e-5 at batch 100, growing with the batch that their
@@ -346,7 +354,7 @@ class Contender:
     precision: str = "float32"  # that a GPU multiplies in
     adam: bool = False
     graph: bool = False  # replayed as a CUDA graph
-    backend: str = "triton"  # of the step of training/gpu_step.py
+    backend: str = "triton"  # of OwnStep
 
     def step(
         self,
@@ -372,6 +380,9 @@ CONTENDERS = {
     "compile": Contender(compiled, BOTH, 1e-3),
     "auto_lirpa": Contender(auto_lirpa, ONE, 1e-3),
     "naive_bf16": Contender(naive_bf16, ONE, 0.25),  # ten times slower without AVX512_BF16
+    "train_step": Contender(None, ONE, 1e-4, "float32", adam=True, backend="cpu"),
+    "train_step_fast": Contender(None, ONE, 1e-2, "fast", adam=True, backend="cpu"),
+    "train_step_bf16": Contender(None, ONE, 0.25, "bf16", adam=True, backend="cpu"),
 }
 
 # On a GPU. tf32 has three bits more than bfloat16: an eighth of its tolerance. (0.01 was the most

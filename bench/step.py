@@ -5,9 +5,9 @@ and the widths after the activations, and the backward pass to all parameters; o
 on the CPU without, and with --adam also with it. The contenders run in turn, each with its own copy
 of one network, in each memory format of theirs.
 Each is checked against float64 first: one that is wrong, or cannot run, is reported and not timed.
-"ratio" is a contender's time over that of ours ("fused", on a GPU "train_step_tf32"), round by
-round: below 1 is faster. GFLOP/s count direct products, the same for all. bench/README.md says who
-computes what.
+"ratio" is a contender's time over that of ours ("fused"; with Adam "train_step" where it is among
+them; on a GPU "train_step_tf32"), round by round: below 1 is faster. GFLOP/s count direct products,
+the same for all. bench/README.md says who computes what.
 """
 
 from __future__ import annotations
@@ -129,7 +129,15 @@ def rows(
     torch.compiler.reset()  # or compilations of earlier problems count towards its limit
     exact = Exact.of(problem, device)
     allowed = contenders(options.device)
-    chosen = {name: replace(allowed[name], adam=optimizer == "adam") for name in options.contenders}
+    adam = optimizer == "adam"
+    chosen = {
+        name: replace(allowed[name], adam=adam)
+        for name in options.contenders
+        if adam or allowed[name].build is not None  # a step of our own has Adam in it
+    }
+    ours = "fused"
+    if on_gpu or "train_step" in chosen:
+        ours = "train_step_tf32" if on_gpu else "train_step"
     makers = {
         (name, each): partial(made, problem, contender, each, exact, options)
         for name, contender in chosen.items()
@@ -140,7 +148,7 @@ def rows(
             makers,
             timing.timer(device),
             options.rounds,
-            ours="train_step_tf32" if on_gpu else "fused",
+            ours=ours,
             least=0.01 if on_gpu else 0.002,
             ready=options.ready,
         )
@@ -164,7 +172,11 @@ def run(options: argparse.Namespace) -> None:
         except OSError as error:
             raise ValueError(f"rss needs Linux's /proc/self/clear_refs: {error}") from error
     limits, where = machine.prepared(options)
-    ours = "the step of cibp-fast train in tf32" if options.device != "cpu" else "cf.fuse"
+    if options.device == "cpu":  # the peak of float32, whatever is multiplied
+        limits = dict.fromkeys(("fast", "bf16"), limits["float32"]) | limits
+    ours = "cf.fuse" + (", with Adam of the step of cibp-fast train" if options.adam else "")
+    if options.device != "cpu":
+        ours = "the step of cibp-fast train in tf32"
     print(f"ratio: the time over that of {ours} (below 1 is faster)")
     optimizers = ["none", "adam"] if options.adam else ["none"]
     if options.device != "cpu":

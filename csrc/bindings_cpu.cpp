@@ -252,6 +252,7 @@ void define_train_step(py::module_& m, const char* suffix) {
            }),
            py::kw_only(), "layers"_a, "ball"_a, "weights"_a, "biases"_a, "images"_a, "labels"_a,
            "plan"_a, "pixels"_a, "clip"_a, "normalize"_a, "width_weight"_a, "mean"_a)
+      .def_property_readonly("saved_bytes", &TrainStep<E>::saved_bytes)
       .def(
           "run",
           [](TrainStep<E>& self, int threads, int64_t first, int64_t number, double eps,

@@ -97,6 +97,11 @@ class TrainStep:
             mean=mean,
         )
 
+    @property
+    def saved_bytes(self) -> int:
+        """Returns the bytes kept from the forward pass to the backward pass."""
+        return int(self._step.saved_bytes)
+
     def load(self, plan: Tensor) -> None:
         """Takes the plan of an epoch, `batches.epoch_plan`."""
         self.plan.copy_(plan)

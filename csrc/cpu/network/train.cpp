@@ -212,6 +212,11 @@ bool TrainStep<E>::run(const TrainingStep& step, double* totals) {
   return true;
 }
 
+template <class E>
+int64_t TrainStep<E>::saved_bytes() const {
+  return state_->network.saved_bytes();
+}
+
 template class TrainStep<float>;
 template class TrainStep<BFloat16>;
 

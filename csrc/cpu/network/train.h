@@ -52,6 +52,8 @@ class TrainStep {
   // has changed where not.
   bool run(const TrainingStep& step, double* totals);
 
+  int64_t saved_bytes() const;  // kept from the forward pass to the backward pass
+
  private:
   struct State;
   std::shared_ptr<State> state_;
