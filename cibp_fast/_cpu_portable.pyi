@@ -6,6 +6,7 @@ outputs are data pointers (0: absent or not wanted). The headers in csrc/cpu nam
 """
 
 from collections.abc import Sequence
+from enum import Enum
 
 vector_bytes: int
 openmp: bool
@@ -104,10 +105,15 @@ class LinearShape:
 class NetworkLayer:
     def __init__(self, *, shape: Shape, relu: bool, pool: bool, fast: bool) -> None: ...
 
+class Given(Enum):
+    boxes = 0
+    balls = 1
+    points = 2
+
 class Network_float32:
     """csrc/cpu/network/network.h: Network. Layers without weight or bias have the address 0."""
 
-    def __init__(self, layers: Sequence[NetworkLayer], ball: bool) -> None: ...
+    def __init__(self, layers: Sequence[NetworkLayer], given: Given) -> None: ...
     @property
     def saved_bytes(self) -> int: ...
     @property
@@ -138,6 +144,39 @@ class Network_float32:
         /,
     ) -> None: ...
 
+class TrainStep_float32:
+    """csrc/cpu/network/train.h: TrainStep. Absent parameters have zeros."""
+
+    def __init__(
+        self,
+        *,
+        layers: Sequence[NetworkLayer],
+        ball: bool,
+        weights: Sequence[Sequence[int]],  # of each layer: value, two moments, size
+        biases: Sequence[Sequence[int]],
+        images: int,
+        labels: int,
+        plan: int,
+        pixels: int,
+        clip: Sequence[float],
+        normalize: Sequence[int],  # mean and std
+        width_weight: float,
+        mean: bool,
+    ) -> None: ...
+    @property
+    def saved_bytes(self) -> int: ...
+    def run(
+        self,
+        *,
+        threads: int,
+        first: int,
+        number: int,
+        eps: float,
+        kappa: float,
+        lr: float,
+        totals: int,
+    ) -> bool: ...  # whether all labels are classes
+
 class Buffer:
     """Memory that is used again; its bytes are not initialised."""
 
@@ -154,4 +193,5 @@ loss_forward_float64 = loss_forward_float32
 loss_backward_float64 = loss_backward_float32
 Network_float64 = Network_float32
 Network_bfloat16 = Network_float32
+TrainStep_bfloat16 = TrainStep_float32
 peak_flops_float64 = peak_flops_float32

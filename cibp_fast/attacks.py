@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cibp_fast._graphs import capturing, graphed, reuse_graphs
 from cibp_fast.certificates import CLIP, boxes, check_examples, evaluation, running
+from cibp_fast.fusion import of_torch_alone
 from cibp_fast.interval import Interval
 from cibp_fast.layerwise import check_labels, predict
 
@@ -67,7 +68,8 @@ def pgd(
     PGD error is never below the test error. The model is attacked in evaluation mode and in its own
     dtype, without the autocast that is active; its modes and its parameters' `.grad` are left as
     they were. On a GPU steps are replays of CUDA graphs, whose batches are filled up with copies of
-    an example.
+    an example. On the CPU a chain of torch's own layers runs as one op; what that finds the model
+    itself looks at once more.
 
     Args:
         model: module or function from [N, ...] to logits [N, classes].
@@ -119,6 +121,8 @@ def pgd(
         running("pgd", model, x, batch_size),  # in the arithmetic of `certify`
         reuse_graphs(),
     ):
+        fused = of_torch_alone(model, x)
+        climbed = model if fused is None else fused._logits
         for first in range(0, len(x), batch_size):
             chosen = slice(first, first + batch_size)
             low, high, labels = lower[chosen], upper[chosen], y[chosen]
@@ -140,6 +144,7 @@ def pgd(
                     start = (low + place * (high - low)).clamp(low, high)
                 _descend(
                     model,
+                    climbed,
                     start,
                     labels,
                     _phases(logits, labels, steps, restart),
@@ -215,6 +220,7 @@ def _without(logits: Tensor, y: Tensor) -> Tensor:
 
 def _descend(
     model: Callable[[Tensor], Tensor],
+    climbed: Callable[[Tensor], Tensor],  # the same within rounding, for the steps
     point: Tensor,  # [B, ...], the starting points
     y: Tensor,  # [B]
     phases: list[tuple[Tensor, int]],  # targets [B], and for how many steps
@@ -227,7 +233,7 @@ def _descend(
     found: Tensor,  # [B]
 ) -> None:
     """Takes the steps from one start, for the examples that are not found yet."""
-    step, last = graphed(_step, model), graphed(_last, model)
+    step, last = graphed(_step, climbed), graphed(_last, climbed)
     burst = _burst(point)
     left = (~found).nonzero().flatten()
     point, y, lower, upper, drift = (each[left] for each in (point, y, lower, upper, drift))
@@ -240,6 +246,11 @@ def _descend(
         inputs = [_padded(each, size) for each in given]
         outputs = step(*inputs, times=times) if times else last(*inputs[:3])
         point, broken = (each[: len(left)] for each in outputs)
+        if climbed is not model and broken.any():
+            claimed = broken.clone()
+            broken[claimed] = predict(model(point[claimed])) != y[claimed]
+            if not torch.equal(broken, claimed):  # it would stay there
+                step, last = graphed(_step, model), graphed(_last, model)
         hit = broken.nonzero().flatten()
         if len(hit):
             adversarial[left[hit]], found[left[hit]] = point[hit], True

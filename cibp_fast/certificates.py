@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from cibp_fast._checks import may_inspect, refuse_where
 from cibp_fast._graphs import enough_memory, graphed, reuse_graphs
+from cibp_fast.fusion import of_torch_alone
 from cibp_fast.interval import Interval
 from cibp_fast.layerwise import bounds, check_labels, predict
 from cibp_fast.ops.arithmetic import is_half, own_arithmetic
@@ -54,8 +55,9 @@ def certify(
 ) -> Certificate:
     """Bounds the model over every example's box, in evaluation mode, by intervals.
 
-    The arithmetic is x's dtype, whatever autocast or tf32 settings are active. On a GPU batches of
-    one shape are replays of one CUDA graph.
+    The arithmetic is x's dtype, whatever autocast or tf32 settings are active. On the CPU a chain
+    of torch's own layers is one op (`cf.fuse`, in no other precision than that), with the bounds of
+    `cf.bounds` within rounding. On a GPU batches of one shape are replays of one CUDA graph.
 
     Args:
         model: module or function from [N, ...] to logits [N, classes] that takes an Interval too.
@@ -99,7 +101,8 @@ def certify(
     streams = (x, box.lower, box.upper, y)
     parts = []
     with evaluation(model), running("certify", model, x, batch_size), reuse_graphs():
-        bounded = graphed(_bounded, model, allow_half)
+        fused = of_torch_alone(model, x)
+        bounded = graphed(_bounded, fused or model, fused is not None, allow_half)
         for first in range(0, max(len(x), 1), batch_size):
             parts.append(bounded(*(each[first : first + batch_size] for each in streams)))
         all_margins, all_predicted = (torch.cat(each) for each in zip(*parts, strict=True))
@@ -150,7 +153,8 @@ def _refuse_half(model: Callable[[Any], Any], x: Tensor) -> None:
 
 
 def _bounded(
-    model: Callable[[Any], Any],
+    model: Any,
+    fused: bool,  # whether it is a FusedNetwork, whose op is to be used
     allow_half: bool,
     x: Tensor,  # [N, ...], as lower and upper
     lower: Tensor,
@@ -158,7 +162,8 @@ def _bounded(
     y: Tensor,  # [N]
 ) -> tuple[Tensor, Tensor]:  # margins [N, classes] and predicted [N]
     """Computes what a certificate is made of. Takes labels of no class for others."""
-    out = bounds(model, x, Interval(lower, upper, validate=False))
+    box = Interval(lower, upper, validate=False)
+    out = model.bounds(x, box) if fused else bounds(model, x, box)
     if not allow_half and (out._half or is_half(out.logits.dtype)):
         raise TypeError(f"model must not compute in half precision: {_WHY_NOT_HALF}")
     classes = out.logits.shape[1]

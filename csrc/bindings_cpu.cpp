@@ -220,7 +220,7 @@ template <class E>
 void define_network(py::module_& m, const char* suffix) {
   using Unlocked = py::call_guard<py::gil_scoped_release>;
   py::class_<Network<E>>(m, (std::string("Network_") + suffix).c_str(), py::module_local())
-      .def(py::init<const std::vector<NetworkLayer>&, bool>(), "layers"_a, "ball"_a)
+      .def(py::init<const std::vector<NetworkLayer>&, Given>(), "layers"_a, "given"_a)
       .def_property_readonly("saved_bytes", &Network<E>::saved_bytes)
       .def_property_readonly("example_bytes", &Network<E>::example_bytes)
       .def("forward", &network_forward_py<E>, Unlocked())
@@ -302,6 +302,10 @@ void define_shapes(py::module_& m) {
              return LinearShape{batch, in_features, out_features};
            }),
            py::kw_only(), "batch"_a, "in_features"_a, "out_features"_a);
+  py::enum_<Given>(m, "Given", py::module_local())
+      .value("boxes", Given::kBoxes)
+      .value("balls", Given::kBalls)
+      .value("points", Given::kPoints);
   py::class_<NetworkLayer>(m, "NetworkLayer", py::module_local())
       .def(py::init([](const Shape& shape, bool relu, bool pool, bool fast) {
              return NetworkLayer{shape, relu, pool, fast};

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import cibp_fast as cf
 from cibp_fast import attacks, models
 from cibp_fast.attacks import pgd
+from cibp_fast.fusion import FusedNetwork
 
 
 @pytest.fixture(autouse=True, params=["as on a CPU", "as on a GPU"])
@@ -57,6 +58,29 @@ def test_adversarial_examples_are_misclassified_points_of_the_certified_box(clip
     assert torch.equal(logits.argmax(1) != y, attack.found)
     certificate = cf.certify(model, x, y, 0.3, clip, sound=False)
     assert not (certificate.verified & attack.found).any()
+
+
+def test_the_model_itself_has_the_last_word(monkeypatch):
+    """Runs kernels whose logits are wrong: no example is found but those that the model gets wrong,
+    and none of them is lost.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    x = torch.rand(40, 4)
+    y = model(x).argmax(1)
+    expected = pgd(model, x, y, 0.1, steps=10, restarts=0, clip=None)
+    right = FusedNetwork._logits
+    calls = []
+
+    def swapped(self, x):
+        calls.append(len(x))
+        return right(self, x).flip(1)
+
+    monkeypatch.setattr(FusedNetwork, "_logits", swapped)
+    attack = pgd(model, x, y, 0.1, steps=10, restarts=0, clip=None)
+    assert calls and torch.equal(attack.found, model(attack.adversarial).argmax(1) != y)
+    assert torch.equal(attack.found, expected.found)
+    assert 0 < expected.found.sum() < 40
 
 
 def test_x_is_a_start_and_counts_without_any_step():

@@ -6,11 +6,13 @@ from functools import partial
 
 import pytest
 import torch
+from settings import matmul_precision
 from torch import nn
 
 import cibp_fast as cf
 from cibp_fast import certificates, models
 from cibp_fast.attacks import pgd
+from cibp_fast.fusion import of_torch_alone
 
 
 def _linear(weight, bias):
@@ -119,7 +121,64 @@ def test_a_plain_function_is_a_model():
     x, y = torch.rand(5, 2), torch.tensor([0, 1, 0, 1, 0])
     result = cf.certify(function, x, y, 0.1, sound=False)
     expected = cf.certify(_linear(weight.tolist(), bias.tolist()), x, y, 0.1, sound=False)
-    assert torch.equal(result.margins, expected.margins)
+    torch.testing.assert_close(result.margins, expected.margins)
+
+
+def _chain() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(),
+        nn.Linear(512, 5),
+    )  # fmt: skip
+
+
+class _Own(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.chain = _chain()
+
+    def forward(self, x):
+        return self.chain(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_torchs_own_layers_run_as_one_op_with_the_same_bounds(dtype):
+    x, y = torch.rand(7, 3, 8, 8, dtype=dtype), torch.arange(7) % 5
+    model = _chain().to(dtype)
+    assert of_torch_alone(model.eval(), x) is not None
+    found = cf.certify(model.train(), x, y, 0.01, sound=False, batch_size=3)
+    box = cf.Interval.ball(x, 0.01)
+    expected = cf.bounds(model.eval(), x, box)
+    size = expected.box.upper.abs().max().item()
+    rtol = 1e-5 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(found.margins, expected.margins(y), rtol=rtol, atol=rtol * size)
+    assert torch.equal(found.predicted, expected.logits.argmax(1))
+
+
+@pytest.mark.parametrize("precision", ["fast", "bf16"])
+def test_no_certificate_is_of_the_arithmetic_of_training(precision):
+    """Certifies a network that was fused for training: its rounding must not be in the margins."""
+    model, x = _chain().eval(), torch.rand(9, 3, 8, 8)
+    fused, y = cf.fuse(model, precision), torch.arange(9) % 5
+    ordinary = cf.certify(model, x, y, 0.01, sound=False).margins
+    assert torch.equal(cf.certify(fused, x, y, 0.01, sound=False).margins, ordinary)
+    with torch.autocast("cpu", torch.bfloat16), matmul_precision("medium"):
+        assert torch.equal(cf.certify(fused, x, y, 0.01, sound=False).margins, ordinary)
+    trained = fused.bounds(x, cf.Interval.ball(x, 0.01)).margins(y)
+    assert not torch.equal(trained, ordinary)
+
+
+def test_what_runs_layer_by_layer():
+    x, hooked = torch.rand(2, 3, 8, 8), _chain().eval()
+    hooked[0].register_forward_hook(lambda *_: None)
+    grouped = nn.Sequential(nn.Conv2d(3, 3, 8, groups=3), nn.Flatten(), nn.Linear(3, 2))
+    for model in (_Own().eval(), hooked, grouped, _chain(), _chain().double(), lambda x: x):
+        assert of_torch_alone(model, x) is None
+    assert of_torch_alone(_chain().eval(), x.bfloat16()) is None
+    assert of_torch_alone(cf.fuse(_Own().eval()), x) is None
+    found = of_torch_alone(cf.fuse(_chain().eval(), "bf16"), x)
+    assert found is not None and found.precision == "float32"
 
 
 def test_no_example():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +47,29 @@ def test_bounds_of_a_fused_network(clip: Any) -> None:
     assert 0 < len(first) <= 5, sorted(first)
 
 
-def test_a_batch_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("by_kernels", "most", "begin", "count"),
+    [
+        (True, 5, "A step of `cibp-fast train` on the CPU", 2),
+        (False, 10, "From a batch's pixels to its loss that way", 7),
+    ],
+)
+def test_a_batch_of_training(
+    by_kernels: bool,
+    most: int,
+    begin: str,
+    count: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pytest.importorskip("mlxtend")
     from cibp_fast.training import loop, step
     from cibp_fast.training.config import preset
 
-    files, calls = Files(), []
-    take: Callable[[step.Step], None] = step.Step.__call__
+    kind: Any = step.KernelStep if by_kernels else step.Step
+    files, calls, take = Files(), [], kind.__call__
 
-    def stepped(self: step.Step) -> None:
+    def stepped(self: Any) -> None:
         take(self)
         calls.append(1)
         if len(calls) == 3:  # from the end of a batch to that of the next
@@ -64,10 +77,13 @@ def test_a_batch_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         elif len(calls) == 4:
             files.end()
 
-    monkeypatch.setattr(step.Step, "__call__", stepped)
+    monkeypatch.setattr(kind, "__call__", stepped)
+    if not by_kernels:
+        monkeypatch.setattr(loop, "fastest", lambda each, done: each)
     options = {"steps": 5, "pgd_steps": 1, "pgd_restarts": 0, "pgd_step_size": None}
     loop.train(preset("mnist5k-small-0.1-cibp", **options), tmp_path)
-    assert len(calls) == 5 and len(files.names) <= 10, sorted(files.names)
-    text = (ROOT / "README.md").read_text().partition("From a batch's pixels to its loss")[2]
-    named = re.findall(r"`([\w/]+\.py)`", text.partition("\n\n")[0])
-    assert len(named) == 7 and set(named) <= files.names
+    files.names -= {"training/loop.py", "training/progress.py"}
+    assert len(calls) == 5 and len(files.names) <= most, sorted(files.names)
+    text = (ROOT / "README.md").read_text().partition(begin)[2].partition("\n\n")[0]
+    named = {name.removeprefix("cibp_fast/") for name in re.findall(r"`([\w/]+\.py)`", text)}
+    assert len(named) == count and named <= files.names

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
-from cibp_fast.fusion.network import CPU_PRECISIONS, PRECISIONS, FusedNetwork, fuse
+from cibp_fast.fusion.network import (
+    CPU_PRECISIONS,
+    PRECISIONS,
+    FusedNetwork,
+    fuse,
+    of_torch_alone,
+)
 
-__all__ = ["CPU_PRECISIONS", "PRECISIONS", "FusedNetwork", "fuse"]
+__all__ = ["CPU_PRECISIONS", "PRECISIONS", "FusedNetwork", "fuse", "of_torch_alone"]

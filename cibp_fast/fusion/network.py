@@ -22,7 +22,7 @@ from cibp_fast.layerwise import Bounds, bounds, check_arguments
 from cibp_fast.ops import backends
 from cibp_fast.ops.library import failure
 from cibp_fast.ops.loss import Head
-from cibp_fast.ops.network import Stage, cpu_engine, network, numbers_of
+from cibp_fast.ops.network import Stage, cpu_engine, network, numbers_of, point_logits
 
 __all__ = ["FusedNetwork", "fuse"]
 
@@ -179,6 +179,18 @@ class FusedNetwork(nn.Module):
         if backend != "cpu" and (why_not := self._unchecked(plan, biases, x, precision)):
             return why_not
         return Runnable(normalize, plan, weights, biases, backend, precision)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """Computes the model's logits of points x, on the CPU; with a gradient by x alone.
+
+        What `of_torch_alone` refuses is not looked at again.
+        """
+        program = self._current_program()
+        plan, weights, biases = planned(program, x)
+        if program.normalize is not None:
+            x = _normalized(program.normalize, x)
+        x = x.reshape(len(x), *plan.stages[0].input)
+        return point_logits(x, plan.numbers, weights, biases, cpu_engine())
 
     def _unchecked(self, plan: Plan, biases: list[Tensor | None], x: Tensor, precision: str) -> str:
         """Returns why Triton's kernels must not be used; empty: they may, or were asked for."""
@@ -376,6 +388,24 @@ def fuse(model: nn.Module, precision: str = "float32", backend: str = "auto") ->
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     model = model._model if isinstance(model, FusedNetwork) else model
     return FusedNetwork(model, precision, backend)
+
+
+def of_torch_alone(model: Any, x: Tensor) -> FusedNetwork | None:
+    """Returns the model as one op of this CPU's kernels, in x's own precision, where it does the
+    same without doubt: its layers are torch's own, in a forward of torch's own. Else None.
+    """
+    if isinstance(model, FusedNetwork):
+        model = model._model
+    if not isinstance(model, nn.Module) or torch.compiler.is_compiling():
+        return None
+    try:
+        if backends.select("auto", x.device, x.dtype)[0] != "cpu":
+            return None
+        fused = fuse(model)
+        planned(fused._program, x[:1])
+    except (TypeError, ValueError, RuntimeError):  # the model itself says it better
+        return None
+    return fused if fused._program.torch_only else None
 
 
 def _inputs(

@@ -193,6 +193,74 @@ class _Network(torch.autograd.Function):
         return None, None, None, None, *grads
 
 
+def point_logits(
+    x: Tensor,
+    numbers: tuple[int, ...],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    engine: str,
+) -> Tensor:
+    """Runs all stages on points [N, C, H, W] alone, on the CPU; nothing is checked.
+
+    Returns the logits [N, classes]. They have a gradient by x, and none by weights and biases. The
+    arguments are those of `network`.
+    """
+    weights = [weight.detach().contiguous() for weight in weights]
+    biases = [None if bias is None else bias.detach().contiguous() for bias in biases]
+    return _Points.apply(x, numbers, weights, biases, engine)
+
+
+class _Points(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        numbers: tuple[int, ...],
+        weights: list[Tensor],
+        biases: list[Tensor | None],
+        engine: str,
+    ) -> Tensor:
+        stages = stages_of(numbers)
+        logits = x.new_empty(len(x), stages[-1].output[0])
+        ctx.saved, ctx.plan, ctx.weights = None, None, weights
+        ctx.shape = x.shape
+        if not len(x):
+            return logits
+        plan = _plan(numbers, len(x), "points", engine, x.dtype)
+        buffer = plan.build.Buffer(plan.network.saved_bytes) if ctx.needs_input_grad[0] else None
+        ctx.saved, ctx.plan = buffer, plan
+        plan.network.forward(
+            backends.threads(),
+            plan.by_stage([weight.data_ptr() for weight in weights]),
+            plan.by_stage([0 if bias is None else bias.data_ptr() for bias in biases]),
+            [(0, 0, 0, 0, 0), (0, 0, 0, 0, 0), (x.data_ptr(), *x.stride())],
+            0,
+            False,
+            0 if buffer is None else torch.frombuffer(buffer, dtype=torch.uint8).data_ptr(),
+            [0, 0, logits.data_ptr(), 0, 0, 0],
+        )
+        return logits
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        out = gradient.new_empty(ctx.shape)
+        gradient, plan, nowhere = gradient.contiguous(), ctx.plan, [0] * len(ctx.weights)
+        if len(out):
+            plan.network.backward(
+                backends.threads(),
+                plan.by_stage([weight.data_ptr() for weight in ctx.weights]),
+                0,
+                False,
+                torch.frombuffer(ctx.saved, dtype=torch.uint8).data_ptr(),
+                [0, 0, 0, 0, gradient.data_ptr(), 0, 0, 0],
+                [0, 0, out.data_ptr()],
+                plan.by_stage(nowhere),
+                plan.by_stage(nowhere),
+            )
+        return out, None, None, None, None
+
+
 # Registration. Gradients that are not wanted are empty tensors, since an op cannot return None.
 
 library.define(
@@ -229,14 +297,21 @@ class _Plan(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _plan(
-    numbers: tuple[int, ...], batch: int, ball: bool, engine: str, dtype: torch.dtype
+    numbers: tuple[int, ...], batch: int, given: str, engine: str, dtype: torch.dtype
 ) -> _Plan:
-    """Returns the plan of a network on the CPU, for tensors of this batch and dtype."""
+    """Returns the plan of a network on the CPU, for tensors of this batch and dtype.
+
+    given: "boxes", "balls" or "points".
+    """
     stages, (build, stored) = stages_of(numbers), build_of(engine, dtype)
     kind = getattr(build, f"Network_{stored}")
     layers = kernel_layers(build, stages, batch)
     weighted = tuple(i for i, stage in enumerate(stages) if not stage.pool)
-    return _Plan(stages, weighted, kind(layers, ball), build)
+    return _Plan(stages, weighted, kind(layers, getattr(build.Given, given)), build)
+
+
+def _given(ball_radius: Tensor | None) -> str:
+    return "boxes" if ball_radius is None else "balls"
 
 
 def build_of(engine: str, dtype: torch.dtype) -> tuple[ModuleType, str]:
@@ -302,7 +377,7 @@ def _network_forward_fake(  # type: ignore[no-untyped-def]
 
         size = gpu_network.saved_bytes(stages, batch, gpu[0])
     else:
-        plan = _plan(numbers, 1, ball_radius is not None, engine, nominal.dtype)
+        plan = _plan(numbers, 1, _given(ball_radius), engine, nominal.dtype)
         line = 64  # of the cache: where each stage's input begins; csrc/cpu/network/planning.h
         size = sum(-(-batch * each // line) * line for each in plan.network.example_bytes)
     return *_forward_outputs(nominal, stages), nominal.new_empty(size, dtype=torch.uint8)
@@ -330,7 +405,7 @@ def _network_forward_kernel(  # type: ignore[no-untyped-def]
         divisors = _divisors(batch, stages, mean)
         arguments = (lower, upper, nominal, stages, weights, biases, divisors, precision)
         return gpu_network.forward(*arguments, cpp=cpp)
-    plan = _plan(numbers, batch, ball_radius is not None, engine, nominal.dtype)
+    plan = _plan(numbers, batch, _given(ball_radius), engine, nominal.dtype)
     outputs = _forward_outputs(nominal, stages)
     # memory that an earlier call gave back: fresh pages would cost a small network a tenth more
     buffer = plan.build.Buffer(plan.network.saved_bytes)
@@ -407,7 +482,7 @@ def _network_backward_kernel(  # type: ignore[no-untyped-def]
     targets = [
         t.data_ptr() if want else 0 for t, want in zip(parameters, wants_parameters, strict=True)
     ]
-    plan = _plan(numbers, batch, ball_radius is not None, engine, lower_out.dtype)
+    plan = _plan(numbers, batch, _given(ball_radius), engine, lower_out.dtype)
     plan.network.backward(
         backends.threads(),
         plan.by_stage([weight.data_ptr() for weight in weights]),

@@ -106,13 +106,22 @@ inline void store_streams(BFloat16* p, int64_t stride, const Vec<float>* streams
 
 inline Vec<uint32_t> broadcast(Pair x) { return broadcast(x.bits); }
 
-// |v|, of both numbers of each pair.
+// The bits of a vector of factors that |.| keeps; where `signs` are to stay, all.
 template <class F>
-inline Factors<F> magnitude(Factors<F> v) {
-  if constexpr (std::is_same_v<F, Pair>)
-    return v & 0x7fff7fff;
-  else
-    return absolute<F>(v);
+inline Vec<Bits<Number<F>>> kept_bits(bool signs) {
+  using I = Bits<Number<F>>;
+  constexpr I top = I{1} << (8 * sizeof(I) - 1), magnitude = ~top;
+  constexpr I both = std::is_same_v<F, Pair> ? static_cast<I>(0x7fff7fff) : magnitude;
+  return broadcast<I>(signs ? ~I{0} : both);
+}
+
+template <class F>
+inline Factors<F> masked(Factors<F> v, Vec<Bits<Number<F>>> kept) {
+  Vec<Bits<Number<F>>> bits;
+  std::memcpy(&bits, &v, sizeof v);
+  bits &= kept;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
 }
 
 template <class V>

@@ -115,7 +115,7 @@ double convolve(const Shape& shape, int threads, const Plan& plan, const T* pane
         const Tile& tile = plan.tiles[t];
         multiply_tile<T, S, V>(source, &plan.pixels[tile.first_pixel], plan.columns * plan.channels,
                                plan.runs.data() + tile.first_run, tile.run_count, weights,
-                               &plan.targets[tile.first_pixel], tile.accumulate, product);
+                               &plan.targets[tile.first_pixel], tile.accumulate, false, product);
       }
       const int64_t channel = g * out_channels + c, all = groups * out_channels;
       const int64_t pixel = shape.channels_last ? all : 1;

@@ -116,7 +116,8 @@ void multiply(const T* packed, int64_t pitch, int64_t count, int64_t depth, cons
         targets[t] = std::min(first + t, count - 1);  // the last tile repeats the last example
         pixels[t] = targets[t] * S * pitch;
       }
-      multiply_tile<T, S, V>(packed, pixels, pitch, &run, 1, weights, targets, begin > 0, product);
+      multiply_tile<T, S, V>(packed, pixels, pitch, &run, 1, weights, targets, begin > 0, false,
+                             product);
     }
   }
 }

@@ -65,8 +65,10 @@ template <class F, int STREAMS, int VECTORS, int PIXELS = kTilePixels<STREAMS>, 
     const F* panel,            // [rows, VECTORS * kLanes]
     const int64_t* targets,    // [kTilePixels] rows of partial; repeats are fine
     const Number<F>* partial,  // [.., STREAMS, VECTORS * kLanes] or null
+    bool points,               // whether the second stream is multiplied by W, not by |W|
     const Finish& finish) {
   using T = Number<F>;
+  const auto kept = kept_bits<F>(points);
   constexpr int P = PIXELS, L = kLanes<F>, N = VECTORS * L;
   Vec<T> acc[STREAMS][P][VECTORS];
 #pragma GCC unroll 16
@@ -100,7 +102,7 @@ template <class F, int STREAMS, int VECTORS, int PIXELS = kTilePixels<STREAMS>, 
         }
       if constexpr (STREAMS > 1) {
 #pragma GCC unroll 16
-        for (int v = 0; v < VECTORS; ++v) weight[v] = magnitude<F>(weight[v]);
+        for (int v = 0; v < VECTORS; ++v) weight[v] = masked<F>(weight[v], kept);
 #pragma GCC unroll 16
         for (int t = 0; t < P; ++t) {
           const Factors<F> value = broadcast(x[t][stream_stride]);
@@ -137,14 +139,14 @@ template <class F, int STREAMS, int VECTORS, int PIXELS = kTilePixels<STREAMS>, 
 template <class F, int STREAMS, int VECTORS, int PIXELS = kTilePixels<STREAMS>>
 [[gnu::noinline]] void multiply_tile(const F* source, const int64_t* pixels, int64_t stream_stride,
                                      const Run* runs, int64_t run_count, const F* panel,
-                                     const int64_t* targets, bool accumulate,
+                                     const int64_t* targets, bool accumulate, bool points,
                                      // outputs
                                      Number<F>* product) {  // [.., STREAMS, VECTORS * kLanes]
   using T = Number<F>;
   constexpr int L = kLanes<F>, N = VECTORS * L;
   multiply<F, STREAMS, VECTORS, PIXELS>(
       source, pixels, stream_stride, runs, run_count, panel, targets,
-      accumulate ? product : nullptr, [&](int t, int v, const Vec<T>* sums) {
+      accumulate ? product : nullptr, points, [&](int t, int v, const Vec<T>* sums) {
 #pragma GCC unroll 16
         for (int s = 0; s < STREAMS; ++s)
           store<T>(product + (targets[t] * STREAMS + s) * N + v * L, sums[s]);

@@ -20,15 +20,19 @@
 
 namespace cibp {
 
-// The gradient of the logits' center, radius and nominal: [N][stream][pitch].
+// The gradient of the logits' center, radius and nominal, or of the points': [N][stream][pitch].
 template <class E>
-std::vector<E> logits_gradient(const NetworkBackward<Number<E>>& op, const Layer<E>& head,
+std::vector<E> logits_gradient(const NetworkPlan<E>& plan, const NetworkBackward<Number<E>>& op,
                                Number<E> grad_squares, int64_t pitch) {
   using T = Number<E>;
-  const Shape& s = head.shape;
+  const Shape& s = plan.layers.back().shape;
   const T width = T(4) * grad_squares;
   std::vector<T> gradient(static_cast<size_t>(s.batch * S * pitch), T{0});
-  for (int64_t n = 0; n < s.batch; ++n)
+  if (plan.given == Given::kPoints)
+    for (int64_t n = 0; n < plan.points; ++n)
+      std::copy_n(op.grad_nominal + n * s.out_channels, s.out_channels,
+                  &gradient[static_cast<size_t>(n * pitch)]);
+  for (int64_t n = 0; plan.given != Given::kPoints && n < s.batch; ++n)
     for (int64_t o = 0; o < s.out_channels; ++o) {
       const int64_t at = n * s.out_channels + o;
       T* g = &gradient[static_cast<size_t>(n * S * pitch + o)];
@@ -116,14 +120,22 @@ void copy_gradient(const Layer<E>& dense, const E* from, const Layer<E>& convolu
   }
 }
 
-// The gradient of example n's packed input -> that of lower, upper and nominal.
-template <class T, class G>
-void unpack_gradient(const NetworkBackward<T>& op, const Shape& s, int64_t n, const G* packed,
-                     const std::vector<int64_t>& at, int64_t stream_stride) {
+// The gradient of example n's packed input -> that of lower, upper and nominal, or of points.
+template <class E, class G>
+void unpack_gradient(const NetworkPlan<E>& plan, const NetworkBackward<Number<E>>& op, int64_t n,
+                     const G* packed, const std::vector<int64_t>& at, int64_t stream_stride) {
+  using T = Number<E>;
+  const Shape& s = plan.layers[0].shape;
   const int64_t pixels = s.in_height * s.in_width;
   for (int64_t p = 0; p < pixels; ++p)
     for (int64_t c = 0; c < s.in_channels; ++c) {
       const G* g = packed + at[static_cast<size_t>(p)] + c;
+      if (plan.given == Given::kPoints) {
+        for (int64_t k = 0; k < std::min<int64_t>(S, plan.points - n * S); ++k)
+          op.grad_nominal_in[((n * S + k) * s.in_channels + c) * pixels + p] =
+              number(g[k * stream_stride]);
+        continue;
+      }
       const int64_t to = (n * s.in_channels + c) * pixels + p;
       const T center = T(0.5) * number(g[0]), radius = T(0.5) * number(g[stream_stride]);
       op.grad_lower_in[to] = center - radius;
@@ -165,7 +177,7 @@ const E* dense_layers(const NetworkPlan<E>& plan, const NetworkBackward<Number<E
   const std::vector<Layer<E>>& layers = plan.layers;
   const int64_t batch = plan.batch;
   int64_t pitch = spread_pitch<E>(layers.back().width());
-  const std::vector<E> logits = logits_gradient(op, layers.back(), grad_squares.back(), pitch);
+  const std::vector<E> logits = logits_gradient(plan, op, grad_squares.back(), pitch);
   const std::vector<T> head = head_gradient(op, layers.back());
   const E* gradient = logits.data();  // of a layer's output, packed as the input of the next
   for (size_t i = layers.size(); i-- > plan.convolutions;) {
@@ -205,26 +217,32 @@ class Convolutions {
         op_(op),
         grad_squares_(grad_squares),
         panels_(panels),
-        wants_input_(wants_input) {}
+        wants_input_(wants_input),
+        wants_parameters_(wanted(op.grad_weights) || wanted(op.grad_biases)) {}
 
   // gradient: of the input of the first dense layer.
   void run(const E* gradient) {
     const int64_t batch = plan_.batch;
     parts_ = batch > 1 ? op_.threads : 1;
-    plus_ = scratch<T>(Slot::kSumA, parts_ * plan_.sums);
-    magnitude_ = scratch<T>(Slot::kSumB, parts_ * plan_.sums);
+    sums_ = wants_parameters_ ? plan_.sums : 0;
+    plus_ = scratch<T>(Slot::kSumA, parts_ * sums_);
+    magnitude_ = scratch<T>(Slot::kSumB, parts_ * sums_);
     bias_sums_.assign(static_cast<size_t>(parts_ * plan_.outputs), 0.0);
     radius_sums_.assign(static_cast<size_t>(parts_ * layers_[0].shape.out_channels), 0.0);
     parallel(parts_,
              [&](int index, int parts) { examples(index, Part(batch, index, parts), gradient); });
-    add_up();
+    if (wants_parameters_) add_up();
   }
 
  private:
+  static bool wanted(const std::vector<T*>& targets) {
+    return std::any_of(targets.begin(), targets.end(), [](const T* target) { return target; });
+  }
+
   // All layers of a part's examples.
   void examples(int index, const Part& part, const E* gradient) {
-    std::fill_n(plus_ + index * plan_.sums, plan_.sums, T{0});
-    std::fill_n(magnitude_ + index * plan_.sums, plan_.sums, T{0});
+    std::fill_n(plus_ + index * sums_, sums_, T{0});
+    std::fill_n(magnitude_ + index * sums_, sums_, T{0});
     T* const images = scratch<T>(Slot::kGradient, plan_.gradient_images + kBlock<T>);
     for (size_t i = 0; i < plan_.convolutions; ++i) {
       const Layer<E>& layer = layers_[i];
@@ -284,6 +302,7 @@ class Convolutions {
   // Adds the gradients of weight and bias of `count` examples to the part's sums.
   template <class G>
   void add_parameters(int part, size_t i, int64_t count, const G* in, const G* gradients) {
+    if (!wants_parameters_) return;
     const Layer<E>& layer = layers_[i];
     T* const plus = plus_ + part * plan_.sums + layer.sums;
     T* const magnitude = magnitude_ + part * plan_.sums + layer.sums;
@@ -317,7 +336,7 @@ class Convolutions {
                      const E* x = in + example * layer.in.size() + layer.in_offsets[p] + channel;
                      Vec<T> forward[S];
                      load_streams(x, layer.in.stream_stride(), forward);
-                     deactivate<T>(forward, scale, previous.relu, streams);
+                     deactivate<E>(previous, forward, scale, streams);
                      if (previous.in.streams == 1) streams[0] += streams[2];
                      G* to = out + example * previous.gradient.size() +
                              previous.gradient_offsets[p] + channel;
@@ -337,7 +356,7 @@ class Convolutions {
                      T* to = out + pixel * pitch + channel;
                      for (int k = 0; k < S; ++k) store<T>(to + k * stream_stride, streams[k]);
                    });
-    unpack_gradient(op_, s, n, out, plan_.input_at, stream_stride);
+    unpack_gradient(plan_, op_, n, out, plan_.input_at, stream_stride);
   }
 
   // The gradients of weights and biases, from all parts' sums.
@@ -376,8 +395,9 @@ class Convolutions {
   const NetworkBackward<T>& op_;
   const std::vector<T>& grad_squares_;
   const T* const panels_;
-  const bool wants_input_;
+  const bool wants_input_, wants_parameters_;
   int parts_ = 1;
+  int64_t sums_ = 0;                          // elements of a part's
   T *plus_ = nullptr, *magnitude_ = nullptr;  // [parts][plan.sums]
   std::vector<double> bias_sums_;             // [parts][plan.outputs]
   std::vector<double> radius_sums_;           // [parts][channels of the first layer]
@@ -391,7 +411,7 @@ void Network<E>::backward(const NetworkBackward<Number<E>>& op) const {
   std::vector<T> grad_squares(layers.size());
   for (size_t i = 0; op.grad_widths && i < layers.size(); ++i)
     grad_squares[i] = op.grad_widths[i] / width_divisor(layers[i], op.mean);
-  const bool wants_input = op.grad_lower_in != nullptr;
+  const bool wants_input = op.grad_nominal_in != nullptr;
   const T* panels = pack_weights(plan, op.weights, true, wants_input, op.threads);
   const E* gradient = dense_layers(plan, op, grad_squares, wants_input);
   if (plan.convolutions > 0) {
@@ -399,7 +419,7 @@ void Network<E>::backward(const NetworkBackward<Number<E>>& op) const {
   } else if (wants_input) {
     const Geometry& in = layers[0].in;
     for (int64_t n = 0; n < plan.batch; ++n)
-      unpack_gradient(op, layers[0].shape, n, gradient + n * in.size(), layers[0].in_offsets,
+      unpack_gradient(plan, op, n, gradient + n * in.size(), layers[0].in_offsets,
                       in.stream_stride());
   }
 }

@@ -281,10 +281,11 @@ double dense_forward(const Layer<E>& layer, const Number<E>* weight, const E* in
           ahead.step(c / kBlock<T> * tiles + n / P, steps);
           if (!last)
             multiply_tile<F, S, V>(as_factors<E>(source), pixels, pitch / Q, &run, 1, panel,
-                                   targets, b > 0, sums);
+                                   targets, b > 0, layer.points, sums);
           else
             multiply<F, S, V>(as_factors<E>(source), pixels, pitch / Q, &run, 1, panel, targets,
-                              b > 0 ? sums : nullptr, [&](int t, int v, Vec<T>* streams) {
+                              b > 0 ? sums : nullptr, layer.points,
+                              [&](int t, int v, Vec<T>* streams) {
                                 finish(part.begin + targets[t], first + c + v * kLanes<T>, streams);
                                 if (n + t < count) square += streams[1] * streams[1];
                               });
@@ -405,12 +406,12 @@ void dense_backward(const Layer<E>& layer, const Number<E>* weight, const std::b
           ahead.step(feature / kBlock<T> * tiles + n / P, steps);
           if (!last) {
             multiply_tile<F, S, V>(as_factors<E>(gradient), pixels, pitch / Q, &run, 1, panel,
-                                   targets, pass > 0, sums);
+                                   targets, pass > 0, layer.points, sums);
             continue;
           }
           multiply<F, S, V>(
               as_factors<E>(gradient), pixels, pitch / Q, &run, 1, panel, targets,
-              pass > 0 ? sums : nullptr, [&](int t, int v, Vec<T>* streams) {
+              pass > 0 ? sums : nullptr, layer.points, [&](int t, int v, Vec<T>* streams) {
                 const int64_t example = targets[t];
                 if (head) {
                   const T* extra = head + example * 2 * depth + at_head + v * L;
@@ -421,7 +422,7 @@ void dense_backward(const Layer<E>& layer, const Number<E>* weight, const std::b
                   const F* const x = source + (feature * rows + example / Q * V * L) * S + v * L;
                   Vec<T> forward[S];
                   for (int k = 0; k < S; ++k) forward[k] = numbers_of(x + k * V * L, example);
-                  deactivate<T>(forward, target.scale, target.previous->relu, streams);
+                  deactivate<E>(*target.previous, forward, target.scale, streams);
                 }
                 E* to = target.data + example * in_size + offset + v * L;
                 for (int k = 0; k < S; ++k) store_numbers(to + k * stride, streams[k]);

@@ -51,7 +51,7 @@ void pack_panel(const Shape& s, const Number<E>* weight, const Plan& plan, bool 
 // One strip of a convolution: source -> finish(image pixel, first channel of the vector, sums).
 template <class E, int STREAMS, int V, class Finish>
 void convolve_strip(const Plan& plan, const Strip& strip, const Geometry& g, const E* image,
-                    int64_t width, const Number<E>* packed, Number<E>* product,
+                    int64_t width, const Number<E>* packed, bool points, Number<E>* product,
                     const Finish& finish) {
   using T = Number<E>;
   using F = Factor<E>;
@@ -69,11 +69,11 @@ void convolve_strip(const Plan& plan, const Strip& strip, const Geometry& g, con
       constexpr int kPixels = size;
       if (!tile.last)
         multiply_tile<F, STREAMS, V, kPixels>(source, pixels, stream_stride, runs, tile.run_count,
-                                              panel, targets, tile.accumulate, product);
+                                              panel, targets, tile.accumulate, points, product);
       else
         multiply<F, STREAMS, V, kPixels>(
             source, pixels, stream_stride, runs, tile.run_count, panel, targets,
-            tile.accumulate ? product : nullptr,
+            tile.accumulate ? product : nullptr, points,
             [&](int t, int v, Vec<T>* sums) { finish(first + targets[t], v, t < count, sums); });
     };
     if constexpr (V == 1) {  // two tiles at once have as many sums as one of two vectors
@@ -104,8 +104,8 @@ double convolve_forward(const Layer<E>& layer, const Number<E>* panels, const Nu
       const int64_t rows = s.kernel_height * s.kernel_width * layer.forward.channels;
       Vec<T> squares{};
       convolve_strip<In, STREAMS, V>(
-          layer.forward, strip, g, in, s.out_width, panels + layer.panel + c * rows, product,
-          [&](int64_t pixel, int v, bool counts, const Vec<T>* sums) {
+          layer.forward, strip, g, in, s.out_width, panels + layer.panel + c * rows, layer.points,
+          product, [&](int64_t pixel, int v, bool counts, const Vec<T>* sums) {
             const int64_t channel = c + v * kLanes<T>;
             Vec<T> streams[S];
             if constexpr (STREAMS == 1) {
@@ -114,7 +114,7 @@ double convolve_forward(const Layer<E>& layer, const Number<E>* panels, const Nu
             } else {
               for (int k = 0; k < S; ++k) streams[k] = sums[k];
             }
-            activate<T>(load(bias + channel), layer.relu, streams);
+            activate<E>(layer, load(bias + channel), streams);
             store_streams(out + next.in_offsets[static_cast<size_t>(pixel)] + channel,
                           h.stream_stride(), streams);
             if (counts) squares += streams[1] * streams[1];
@@ -259,7 +259,7 @@ void convolve_input_gradient(const Layer<E>& layer, const Number<E>* panels, con
       constexpr int V = decltype(vectors)::value;
       const int64_t rows = s.kernel_height * s.kernel_width * layer.backward.channels;
       convolve_strip<G, S, V>(layer.backward, strip, h, gradient, s.in_width,
-                              panels + layer.backward_panel + c * rows, product,
+                              panels + layer.backward_panel + c * rows, layer.points, product,
                               [&](int64_t pixel, int v, bool, Vec<T>* streams) {
                                 finish(pixel, c + v * kLanes<T>, streams);
                               });

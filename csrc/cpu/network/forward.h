@@ -95,15 +95,22 @@ void pack_image(const Images<T>& images, const Shape& s, const Geometry& g, int6
 }
 
 // Example n of what the network is given, packed for the first layer.
-template <class T>
-void pack_input(const NetworkForward<T>& op, const Shape& s, const Geometry& g, int64_t n, T* out) {
-  const Tensor4<const T> sources[S] = {op.lower, op.upper, op.nominal};
-  if (op.images)
-    pack_image(*op.images, s, g, n, out);
-  else if (g.streams == 1)
-    pack_image(Copy<T, 1>{}, &sources[2], s, g, n, out);
-  else
-    pack_image(CenterRadius<T, S>{}, sources, s, g, n, out);
+template <class E, class T = Number<E>>
+void pack_input(const NetworkPlan<E>& plan, const NetworkForward<T>& op, int64_t n, T* out) {
+  const Geometry& g = plan.layers[0].in;
+  Shape s = plan.layers[0].shape;
+  Tensor4<const T> sources[S] = {op.lower, op.upper, op.nominal};
+  if (op.images) return pack_image(*op.images, s, g, n, out);
+  if (plan.given == Given::kPoints) {
+    s.batch = 1;
+    for (int k = 0; k < S; ++k) {  // the last one fills up what is not given
+      sources[k] = op.nominal;
+      sources[k].data += std::min(n * S + k, plan.points - 1) * op.nominal.stride[0];
+    }
+    return pack_image(Copy<T, S>{}, sources, s, g, 0, out);
+  }
+  if (g.streams == 1) return pack_image(Copy<T, 1>{}, &sources[2], s, g, n, out);
+  pack_image(CenterRadius<T, S>{}, sources, s, g, n, out);
 }
 
 // A layer of one example, not by Winograd's products; returns the sum of r^2.
@@ -128,10 +135,10 @@ void pack_dense(const NetworkPlan<E>& plan, const NetworkForward<Number<E>>& op,
     E* const image = out + n * layer.in.size();
     if constexpr (std::is_same_v<E, BFloat16>) {
       float* const buffer = scratch<float>(Slot::kImages, layer.in.size());
-      pack_input(op, layer.shape, layer.in, n, buffer);
+      pack_input(plan, op, n, buffer);
       save_rounded(layer.in, 1, buffer, image);
     } else {
-      pack_input(op, layer.shape, layer.in, n, image);
+      pack_input(plan, op, n, image);
     }
   });
 }
@@ -192,8 +199,9 @@ void Network<E>::forward(const NetworkForward<Number<E>>& op) const {
 
   const int64_t count = static_cast<int64_t>(convolutions);
   std::vector<double> widths(static_cast<size_t>(batch * count + 1));
-  const std::vector<T> radius =
-      plan.ball ? ball_output_radius(layers[0], op.weights[0], op.ball_radius) : std::vector<T>{};
+  const std::vector<T> radius = plan.given == Given::kBalls
+                                    ? ball_output_radius(layers[0], op.weights[0], op.ball_radius)
+                                    : std::vector<T>{};
   const auto one = [&](size_t i, int64_t n, const auto* in, E* out) {
     widths[static_cast<size_t>(n * count) + i] = forward_one(
         layers[i], panels, biases[i], radius.data(), in, layers[i + 1], plan.max_pixels, out);
@@ -206,7 +214,7 @@ void Network<E>::forward(const NetworkForward<Number<E>>& op) const {
       const int64_t images = std::min(layer.group, end - n);
       if (i == 0) {  // which takes one example at a time
         T* const in = reinterpret_cast<T*>(images_of(0, n, buffer + layer.in_image));
-        pack_input(op, layer.shape, layer.in, n, in);
+        pack_input(plan, op, n, in);
         one(i, n, in, out);
       } else {
         E* const in = images_of(i, n, buffer + layer.in_image);
@@ -231,7 +239,7 @@ void Network<E>::forward(const NetworkForward<Number<E>>& op) const {
           scratch<E>(Slot::kImages, plan.in_images + 1),
           in + part.begin * layers[convolutions].in.size());
     });
-  for (size_t i = 0; i < convolutions; ++i) {
+  for (size_t i = 0; op.widths && i < convolutions; ++i) {
     double total = 0;
     for (int64_t n = 0; n < batch; ++n) total += widths[static_cast<size_t>(n * count) + i];
     op.widths[i] = static_cast<T>(4 * total);
@@ -248,7 +256,7 @@ void Network<E>::forward(const NetworkForward<Number<E>>& op) const {
       const int64_t stride = next.in.stream_stride(), out_size = next.in.size();
       width = dense_forward(layer, op.weights[i], in, op.threads,
                             [&](int64_t n, int64_t channel, Vec<T>* sums) {
-                              activate<T>(load(bias + channel), layer.relu, sums);
+                              activate<E>(layer, load(bias + channel), sums);
                               store_streams(out + n * out_size + channel, stride, sums);
                             });
       if (next.rounded)
@@ -257,8 +265,13 @@ void Network<E>::forward(const NetworkForward<Number<E>>& op) const {
     } else {
       width = dense_forward(
           layer, op.weights[i], in, op.threads, [&](int64_t n, int64_t channel, Vec<T>* sums) {
-            activate<T>(load(bias + channel), layer.relu, sums);
+            activate<E>(layer, load(bias + channel), sums);
             const int64_t valid = std::min<int64_t>(kLanes<T>, channels - channel);
+            if (layer.points) {
+              for (int64_t k = 0; k < std::min<int64_t>(S, plan.points - n * S); ++k)
+                store_some<T>(op.nominal_out + (n * S + k) * channels + channel, sums[k], valid);
+              return;
+            }
             const int64_t at = n * channels + channel;
             const Vec<T> lower = sums[0] - sums[1], upper = sums[0] + sums[1];
             store_some<T>(op.lower_out + at, lower, valid);
@@ -267,9 +280,10 @@ void Network<E>::forward(const NetworkForward<Number<E>>& op) const {
             sums[1] = lower == upper ? Vec<T>{} : sums[1];  // as `difference`
           });
     }
-    op.widths[i] = static_cast<T>(4 * width);
+    if (op.widths) op.widths[i] = static_cast<T>(4 * width);
   }
 
+  if (plan.given == Given::kPoints) return;
   for (size_t i = 0; i < layers.size(); ++i) op.widths[i] /= width_divisor(layers[i], op.mean);
   head_bounds(plan, op, in);
 }

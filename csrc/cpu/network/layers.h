@@ -72,6 +72,7 @@ struct Passes {
 template <class E>
 struct Layer : NetworkLayer {
   bool dense;
+  bool points;  // whether the streams are three points
   Passes winograd;
   Geometry in;        // of the packed input
   bool rounded;       // whether that is saved in bfloat16, though it is computed in float
@@ -108,8 +109,9 @@ template <class E>
 struct NetworkPlan {
   std::vector<Layer<E>> layers;
   size_t convolutions = 0;  // layers in front of the dense ones, pooling included
-  bool ball;
-  int64_t batch;
+  Given given;
+  int64_t batch;   // packed together
+  int64_t points;  // of a network of points: up to three in each
   int64_t saved_bytes = 0;
   int64_t biases = 0;                       // elements of all padded biases
   int64_t panels = 0, backward_panels = 0;  // elements of all weight panels
@@ -151,11 +153,17 @@ Vec<T> positive(Vec<T> x) {  // not max: NaN must stay NaN
   return x <= 0 ? Vec<T>{} : x;
 }
 
-// Bias and ReLU of one vector of (mu, radius, nominal) in place.
-template <class T>
-void activate(Vec<T> bias, bool relu, Vec<T>* streams) {
+// Bias and ReLU of one vector of (mu, radius, nominal), or of three points, in place.
+template <class E>
+void activate(const Layer<E>& layer, Vec<Number<E>> bias, Vec<Number<E>>* streams) {
+  using T = Number<E>;
+  if (layer.points) {
+    for (int k = 0; k < S; ++k)
+      streams[k] = layer.relu ? positive<T>(streams[k] + bias) : streams[k] + bias;
+    return;
+  }
   const Vec<T> mu = streams[0] + bias, radius = streams[1], nominal = streams[2] + bias;
-  if (relu) {
+  if (layer.relu) {
     const Vec<T> upper = mu + radius, half = positive<T>(upper) * T(0.5);
     streams[0] = mu > radius ? mu : half;
     streams[1] = mu > radius ? radius : half;
@@ -173,13 +181,20 @@ void load_streams(const E* p, int64_t stride, Factors<Number<E>>* streams) {
   for (int k = 0; k < S; ++k) streams[k] = numbers(p + k * stride);
 }
 
-// The gradient of (m, r, nominal) after ReLU -> that of (mu, radius, nominal) before it, in place;
-// `scale` times r is the width's gradient by r.
-template <class T>
-void deactivate(const Vec<T>* forward, T scale, bool relu, Vec<T>* gradient) {
+// The gradient of (m, r, nominal) after a layer's ReLU -> that of (mu, radius, nominal) before it,
+// in place; `scale` times r is the width's gradient by r. Of points, that of the points.
+template <class E>
+void deactivate(const Layer<E>& layer, const Vec<Number<E>>* forward, Number<E> scale,
+                Vec<Number<E>>* gradient) {
+  using T = Number<E>;
+  if (layer.points) {
+    for (int k = 0; k < S && layer.relu; ++k)
+      gradient[k] = forward[k] <= 0 ? Vec<T>{} : gradient[k];
+    return;
+  }
   const Vec<T> m = forward[0], r = forward[1], nominal = forward[2];
   gradient[1] += scale * r;
-  if (!relu) return;
+  if (!layer.relu) return;
   const Vec<T> both = m * T(0) + (gradient[0] + gradient[1]) * T(0.5);  // NaN stays NaN
   const Vec<T> shared = m <= 0 ? Vec<T>{} : both;
   gradient[0] = m > r ? gradient[0] : shared;

@@ -31,6 +31,8 @@ struct Images {
   const T* tables;       // [3, C, 256]: center, radius and nominal of each byte
 };
 
+// Of a network of points, x and its logits are the nominal streams, and nothing else is read or
+// written but `saved`.
 template <class T>
 struct NetworkForward {
   int threads;
@@ -55,26 +57,30 @@ struct NetworkBackward {
   bool mean;
   const std::byte* saved;
   const T *lower_out, *upper_out;                   // [N, classes]
-  const T *grad_lower, *grad_upper, *grad_nominal;  // [N, classes]
+  const T *grad_lower, *grad_upper, *grad_nominal;  // [N, classes]; of points, the last alone
   const T *grad_head_lower, *grad_head_upper;       // [N, features], or null
   const T* grad_widths;                             // [layers], or null
   // outputs
-  T *grad_lower_in, *grad_upper_in, *grad_nominal_in;  // [N, C, H, W]; or all null, as of a ball
-  std::vector<T*> grad_weights, grad_biases;           // [layers]; null: not wanted, and of pooling
+  // [N, C, H, W]; or all null, as of a ball; of points, the last alone
+  T *grad_lower_in, *grad_upper_in, *grad_nominal_in;
+  std::vector<T*> grad_weights, grad_biases;  // [layers]; null: not wanted, and of pooling
 };
 
 template <class E>
 struct NetworkPlan;
+
+// What a network is given: boxes with a nominal point; the same, where the box is exactly nominal
+// +- a radius for each channel (lower and upper are not read, and the first layer is an unpadded
+// convolution); or points alone, three of which take the place of a box in all that is packed.
+enum class Given { kBoxes, kBalls, kPoints };
 
 // What the passes of a network need besides its tensors, made once: plans, offsets, sizes. Several
 // threads may call it at a time. E: what is packed and saved (layers.h), float, double or BFloat16.
 template <class E>
 class Network {
  public:
-  // The batch is at least 1; the last layer is dense, without ReLU. ball: the box is exactly
-  // nominal +- ball_radius, channel by channel, lower and upper are not read, and the first layer
-  // is an unpadded convolution.
-  Network(const std::vector<NetworkLayer>& layers, bool ball);
+  // The batch is at least 1; the last layer is dense, without ReLU. Points are float or double.
+  Network(const std::vector<NetworkLayer>& layers, Given given);
 
   int64_t saved_bytes() const;
   std::vector<int64_t> example_bytes() const;  // what is saved of each layer's input, per example

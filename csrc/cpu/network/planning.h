@@ -22,9 +22,10 @@ inline std::vector<int64_t> offsets(const Geometry& g, int64_t height, int64_t w
 
 // What a layer needs by itself; the first one of a ball reads one stream.
 template <class E>
-Layer<E> planned_layer(const NetworkLayer& given, bool first, bool ball) {
+Layer<E> planned_layer(const NetworkLayer& layer_given, bool first, Given given) {
   Layer<E> layer{};
-  static_cast<NetworkLayer&>(layer) = given;
+  static_cast<NetworkLayer&>(layer) = layer_given;
+  layer.points = given == Given::kPoints;
   const Shape& s = layer.shape;
   const int64_t padded = round_up(s.in_channels, kLanes<E>);
   layer.dense = !layer.pool && is_dense(s);
@@ -37,7 +38,7 @@ Layer<E> planned_layer(const NetworkLayer& given, bool first, bool ball) {
     const bool single = s.in_height * s.in_width == 1;
     layer.in = {S, 0, s.in_height, 0, s.in_width, single ? spread_pitch<E>(padded) : padded};
   } else {
-    const bool one = first && ball;
+    const bool one = first && given == Given::kBalls;
     const int64_t paired = first ? 1 : kPaired<E>, channels = first ? s.in_channels : padded;
     layer.forward =
         (one ? make_plan<1> : make_plan<S>)(forward_classes(s), channels / paired, s.out_height,
@@ -121,12 +122,14 @@ void place(NetworkPlan<E>& plan, size_t i) {
 }
 
 template <class E>
-Network<E>::Network(const std::vector<NetworkLayer>& layers, bool ball) {
+Network<E>::Network(const std::vector<NetworkLayer>& layers, Given given) {
   const auto plan = std::make_shared<NetworkPlan<E>>();
-  plan->ball = ball;
-  plan->batch = layers[0].shape.batch;
+  plan->given = given;
+  plan->points = layers[0].shape.batch;
+  plan->batch = given == Given::kPoints ? ceil_div(plan->points, int64_t{S}) : plan->points;
   for (size_t i = 0; i < layers.size(); ++i) {
-    Layer<E> layer = planned_layer<E>(layers[i], i == 0, ball);
+    Layer<E> layer = planned_layer<E>(layers[i], i == 0, given);
+    layer.shape.batch = plan->batch;
     const Shape& s = layer.shape;
     if (i > 0) {  // the first one's channels fill no vector
       const bool fewer = layer.fast || kPaired<E> > 1;

@@ -32,7 +32,7 @@ double pool_forward(const Layer<E>& layer, const E* in, const Layer<E>& next, E*
               streams[k] +=
                   numbers(corner + ky * g.row_stride() + kx * g.pitch + k * g.stream_stride());
         for (int k = 0; k < S; ++k) streams[k] *= scale;
-        activate<T>(Vec<T>{}, layer.relu, streams);
+        activate<E>(layer, Vec<T>{}, streams);
         store_streams(out + h.offset(y, x) + c, h.stream_stride(), streams);
         squares += streams[1] * streams[1];
       }

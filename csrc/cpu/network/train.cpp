@@ -76,7 +76,7 @@ struct TrainStep<E>::State {
   std::vector<Chunk> chunks;
 
   explicit State(const Training& training)
-      : given(training), network(training.layers, training.ball) {
+      : given(training), network(training.layers, training.ball ? Given::kBalls : Given::kBoxes) {
     const Shape& in = given.layers.front().shape;
     const Shape& last = given.layers.back().shape;
     const auto batch = static_cast<size_t>(in.batch);

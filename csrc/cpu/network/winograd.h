@@ -470,7 +470,7 @@ double winograd_forward(const Layer<E>& layer, int64_t images, const Number<E>* 
                                  Vec<T> streams[S];
                                  for (int k = 0; k < S; ++k) streams[k] = sums[k][M * i + j];
                                  streams[1] = streams[1] < 0 ? Vec<T>{} : streams[1];  // rounding
-                                 activate<T>(load(bias + channel), layer.relu, streams);
+                                 activate<E>(layer, load(bias + channel), streams);
                                  store_streams(image + h.offset(y + i, x + j), h.stream_stride(),
                                                streams);
                                  squares += streams[1] * streams[1];
