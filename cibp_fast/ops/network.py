@@ -128,9 +128,13 @@ def network(
         features]; [stages], the mean or sum of (upper - lower)^2 over each stage's output, 0 where
         both are the same infinity; and copies of the last stage's weight and bias.
     """
-    return _Network.apply(
-        engine, numbers, mean, ball_radius, lower, upper, nominal, *weights, *biases
+    given = (lower, upper, nominal, *weights, *biases)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
+        return _Network.apply(engine, numbers, mean, ball_radius, *given)
+    *outputs, _ = torch.ops.cibp_fast.network_forward(
+        lower, upper, nominal, ball_radius, weights, biases, numbers, engine, mean, keep=False
     )
+    return *outputs, weights[-1].clone(), None if biases[-1] is None else biases[-1].clone()
 
 
 @constant  # dynamo need not trace the imports
@@ -265,8 +269,8 @@ class _Points(torch.autograd.Function):
 
 library.define(
     "network_forward(Tensor lower, Tensor upper, Tensor nominal, Tensor? ball_radius, "
-    "Tensor[] weights, Tensor?[] biases, int[] numbers, str engine, bool mean=False) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "Tensor[] weights, Tensor?[] biases, int[] numbers, str engine, bool mean=False, "
+    "bool keep=True) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 library.define(
     "network_backward(Tensor? grad_lower, Tensor? grad_upper, Tensor? grad_nominal, "
@@ -368,7 +372,7 @@ def _divisors(batch: int, stages: Sequence[Stage], mean: bool) -> list[int]:
 
 @torch.library.register_fake("cibp_fast::network_forward", lib=library)
 def _network_forward_fake(  # type: ignore[no-untyped-def]
-    lower, upper, nominal, ball_radius, weights, biases, numbers, engine, mean=False
+    lower, upper, nominal, ball_radius, weights, biases, numbers, engine, mean=False, keep=True
 ):
     numbers, batch = tuple(numbers), nominal.shape[0]
     stages = stages_of(numbers)
@@ -376,6 +380,8 @@ def _network_forward_fake(  # type: ignore[no-untyped-def]
         from cibp_fast.ops import gpu_network
 
         size = gpu_network.saved_bytes(stages, batch, gpu[0])
+    elif not keep:
+        size = 0
     else:
         plan = _plan(numbers, 1, _given(ball_radius), engine, nominal.dtype)
         line = 64  # of the cache: where each stage's input begins; csrc/cpu/network/planning.h
@@ -386,7 +392,7 @@ def _network_forward_fake(  # type: ignore[no-untyped-def]
 @on_its_gpu("network_forward")
 @torch.library.impl(library, "network_forward", "CPU")
 def _network_forward_kernel(  # type: ignore[no-untyped-def]
-    lower, upper, nominal, ball_radius, weights, biases, numbers, engine, mean=False
+    lower, upper, nominal, ball_radius, weights, biases, numbers, engine, mean=False, keep=True
 ):
     streams = {"lower": lower, "upper": upper, "nominal": nominal}
     backends.refuse_freed("network", **streams, weights=weights, biases=biases)
@@ -408,8 +414,11 @@ def _network_forward_kernel(  # type: ignore[no-untyped-def]
     plan = _plan(numbers, batch, _given(ball_radius), engine, nominal.dtype)
     outputs = _forward_outputs(nominal, stages)
     # memory that an earlier call gave back: fresh pages would cost a small network a tenth more
-    buffer = plan.build.Buffer(plan.network.saved_bytes)
-    packed = torch.frombuffer(buffer, dtype=torch.uint8)
+    if keep:
+        buffer = plan.build.Buffer(plan.network.saved_bytes)
+        packed = torch.frombuffer(buffer, dtype=torch.uint8)
+    else:
+        packed = nominal.new_empty(0, dtype=torch.uint8)
     plan.network.forward(
         backends.threads(),
         plan.by_stage([weight.data_ptr() for weight in weights]),
@@ -417,7 +426,7 @@ def _network_forward_kernel(  # type: ignore[no-untyped-def]
         [(t.data_ptr(), *t.stride()) for t in (lower, upper, nominal)],
         0 if ball_radius is None else ball_radius.data_ptr(),
         mean,
-        packed.data_ptr(),
+        packed.data_ptr() if keep else 0,
         [t.data_ptr() for t in outputs],
     )
     return *outputs, packed

@@ -16,6 +16,7 @@
 #include "panels.h"
 #include "pool.h"
 #include "saved.h"
+#include "scatter.h"
 #include "winograd.h"
 
 namespace cibp {
@@ -348,6 +349,12 @@ class Convolutions {
   // The gradient of the network's input, of example n.
   void to_input(int64_t n, const T* gradient) const {
     const Shape& s = layers_[0].shape;
+    if (layers_[0].scatter) {
+      const ScatterImage image(s);
+      T* const out = scratch<T>(Slot::kSource, image.size() + kLanes<T>);
+      scatter_input_gradient(layers_[0], panels_, gradient, out);
+      return unpack_gradient(plan_, op_, n, out, plan_.input_at, image.stream_stride());
+    }
     const int64_t pitch = round_up(s.in_channels, kLanes<T>);
     const int64_t stream_stride = s.in_height * s.in_width * pitch;
     T* const out = scratch<T>(Slot::kSource, S * stream_stride);

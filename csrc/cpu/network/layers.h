@@ -72,7 +72,8 @@ struct Passes {
 template <class E>
 struct Layer : NetworkLayer {
   bool dense;
-  bool points;  // whether the streams are three points
+  bool points;   // whether the streams are three points
+  bool scatter;  // whether its input gradient is that of scatter.h
   Passes winograd;
   Geometry in;        // of the packed input
   bool rounded;       // whether that is saved in bfloat16, though it is computed in float

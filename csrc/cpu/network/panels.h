@@ -8,6 +8,7 @@
 #include "../tile.h"
 #include "direct.h"
 #include "layers.h"
+#include "scatter.h"
 #include "winograd.h"
 
 namespace cibp {
@@ -34,6 +35,8 @@ const Number<E>* pack_weights(const NetworkPlan<E>& plan,
         pack_winograd<E, kPoints<E> + 1 - outputs>(layer.shape, weight, backward, layer.in.pitch,
                                                    item.block, panel);
       });
+    else if (backward && layer.scatter)
+      pack_scatter<T>(layer.shape, weight, item.block, panel);
     else if (item.layer == 0)
       pack_panel<T>(layer.shape, weight, plan_of_pass, backward, item.block, panel);
     else

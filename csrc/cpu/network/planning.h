@@ -7,6 +7,7 @@
 
 #include "layers.h"
 #include "network.h"
+#include "scatter.h"
 #include "winograd.h"
 
 namespace cibp {
@@ -87,6 +88,10 @@ void place_panels(NetworkPlan<E>& plan, size_t i, bool backward) {
     rows *= (backward ? layer.backward : layer.forward).channels;
     outputs = backward ? round_up(s.in_channels, kLanes<E>) : layer.width();
   }
+  if (backward && layer.scatter) {
+    rows = s.out_channels;
+    outputs = scatter_lanes<Number<E>>(s);
+  }
   size += rows * outputs;
   for (int64_t b = 0; b < ceil_div(outputs, kBlock<E>); ++b)
     (backward ? plan.backward_panel_blocks : plan.panel_blocks).push_back({i, b});
@@ -130,6 +135,7 @@ Network<E>::Network(const std::vector<NetworkLayer>& layers, Given given) {
   for (size_t i = 0; i < layers.size(); ++i) {
     Layer<E> layer = planned_layer<E>(layers[i], i == 0, given);
     layer.shape.batch = plan->batch;
+    layer.scatter = i == 0 && !layer.dense && scatters<Number<E>>(layer.shape);
     const Shape& s = layer.shape;
     if (i > 0) {  // the first one's channels fill no vector
       const bool fewer = layer.fast || kPaired<E> > 1;
@@ -146,8 +152,13 @@ Network<E>::Network(const std::vector<NetworkLayer>& layers, Given given) {
   while (!plan->layers[plan->convolutions].dense) ++plan->convolutions;
   for (size_t i = 0; i < plan->convolutions; ++i) place(*plan, i);
   const Shape& s = layers[0].shape;
-  for (int64_t p = 0; p < s.in_height * s.in_width; ++p)
-    plan->input_at.push_back(p * round_up(s.in_channels, kLanes<E>));
+  const ScatterImage image(s);
+  for (int64_t y = 0; y < s.in_height; ++y)
+    for (int64_t x = 0; x < s.in_width; ++x)
+      plan->input_at.push_back(plan->layers[0].scatter
+                                   ? (y + s.padding_height) * image.row_stride() +
+                                         (x + s.padding_width) * image.channels
+                                   : (y * s.in_width + x) * round_up(s.in_channels, kLanes<E>));
   plan_ = plan;
 }
 
