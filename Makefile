@@ -62,9 +62,13 @@ format: $(VENV)/dev
 
 bench: $(VENV)/dev
 	$(BIN)/python bench/step.py --rss --output bench/results/step.csv
-	$(BIN)/python bench/step.py --models small medium --contenders fused \
-	  --batch 1 4 16 64 256 1024 --rounds 7 --output bench/results/batch.csv
-	$(BIN)/python bench/step.py --contenders fused fast naive --channels 1 3 8 16 32 48 64 96 128 \
+	$(BIN)/python bench/step.py --optimizer adam --contenders train_step train_step_fast \
+	  train_step_bf16 fused naive compile auto_lirpa naive_bf16 --output bench/results/training.csv
+	for n in 1 $$(nproc); do \
+	  $(BIN)/python bench/step.py --models small medium --contenders fused bf16 --threads $$n \
+	    --batch 1 4 16 64 256 1024 --rounds 7 --output bench/results/batch_$${n}threads.csv; \
+	done
+	$(BIN)/python bench/step.py --contenders fused fast bf16 naive --channels 1 3 8 16 32 48 64 96 128 \
 	  --rounds 7 --output bench/results/channels.csv
 	$(BIN)/python bench/step.py --models small --datasets mnist --contenders fused naive \
 	  --batch 1 100 --load 0 1 2 --rounds 9 --output bench/results/load.csv

@@ -49,6 +49,12 @@ CONTENDERS = {
     "auto_lirpa": "auto_LiRPA",
     "naive_bf16": "two-pass, bf16 autocast",
 }
+TRAINING = {
+    "train_step": "float32",
+    "train_step_fast": '`precision="fast"`',
+    "train_step_bf16": '`precision="bf16"`',
+    **{name: CONTENDERS[name] for name in ("fused", "naive", "compile", "auto_lirpa", "naive_bf16")},
+}
 HEADLINE = ("fast", "bf16", "naive", "compile", "auto_lirpa", "naive_bf16")
 
 NETWORK = ("model", "dataset", "batch")
@@ -254,16 +260,46 @@ def steps() -> list[str]:
     return lines[:-1]
 
 
+def training() -> list[str]:
+    rows = [row for row in read("training") if row["optimizer"] == "adam"]
+    body = []
+    for name, own in by(rows).items():
+        ours = own["train_step"]
+        speed = cell(ours, "effective_gflops", "{:.0f}".format)
+        share = cell(ours, "effective_to_peak", "({:.2f})".format)
+        ratios = (cell(own[each], "fused_ratio") for each in TRAINING if each != "train_step")
+        errors = (
+            cell(own[each], "gradient_error", "{:.1e}".format)
+            for each in ("train_step", "train_step_bf16", "naive_bf16")
+        )
+        ms = cell(ours, "ms", digits)
+        body.append([name, ms, f"{speed} {share}", *ratios, ", ".join(errors)])
+    head = ["network, data, batch", "ms", "effective GFLOP/s (to peak)"]
+    head += [text for name, text in TRAINING.items() if name != "train_step"]
+    head.append("worst gradient's error: float32, bf16, autocast")
+    about = (
+        "A step with Adam. The ms column is the step of `cibp-fast train` in float32, which makes "
+        "batch and boxes from bytes, too, in one call; the others are factors of it, first its own "
+        "in other precisions, then steps of torch's autograd with `torch.optim.Adam(fused=True)`:"
+    )
+    return block(about, head, body, rows, "training")
+
+
 def batches() -> list[str]:
-    rows = read("batch")
+    rows = read("batch*")
     sizes = sorted({int(row["batch"]) for row in rows})
-    found: dict[str, dict[int, str]] = {}
+    found: dict[tuple[str, ...], dict[int, str]] = {}
     for row in rows:
-        own = found.setdefault(f"{row['model']} {row['dataset']}", {})
+        key = f"{row['model']} {row['dataset']}", CONTENDERS[row["contender"]], row["threads"]
+        own = found.setdefault(key, {})
         own[int(row["batch"])] = cell(row, "ms_per_gflop", "{:.1f}".format)
-    body = ([name, *(own.get(size, "") for size in sizes)] for name, own in found.items())
-    about = "Milliseconds a GFLOP (of direct products) of the step of `cf.fuse`, by batch size:"
-    return block(about, ["network", *(f"{size:,}" for size in sizes)], body, rows, "batch")
+    body = ([*key, *(own.get(size, "") for size in sizes)] for key, own in found.items())
+    about = (
+        "Milliseconds a GFLOP (of direct products) of a step of torch's autograd, by batch size, on "
+        "one thread and on as many as there are:"
+    )
+    head = ["network", "step", "threads", *(f"{size:,}" for size in sizes)]
+    return block(about, head, body, rows, "batch*")
 
 
 def channels() -> list[str]:
@@ -271,7 +307,7 @@ def channels() -> list[str]:
     found = sorted(by(rows, "dataset").items(), key=lambda item: int(item[0][1].split("x")[0]))
     body = (
         [CONTENDERS[name], *(cell(own[name], "ms_per_gflop", digits) for _, own in found)]
-        for name in ("fused", "fast", "naive")
+        for name in ("fused", "fast", "bf16", "naive")
     )
     about = (
         "Milliseconds a GFLOP (of direct products), by channel count: two 3x3 convolutions of as "
@@ -379,7 +415,7 @@ def gpu() -> list[str]:
     ]
 
 
-BLOCKS = [quickstart, runs, performance, steps, batches, channels, load, layers, loop, gpu]
+BLOCKS = [quickstart, runs, performance, steps, training, batches, channels, load, layers, loop, gpu]
 
 
 def updated(texts: Mapping[str, str]) -> dict[str, str]:

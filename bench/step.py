@@ -2,7 +2,7 @@
 
 A step is the nominal and the interval forward pass, the constrained IBP loss with elided margins
 and the widths after the activations, and the backward pass to all parameters; on a GPU with Adam,
-on the CPU without, and with --adam also with it. The contenders run in turn, each with its own copy
+on the CPU without, or as --optimizer says. The contenders run in turn, each with its own copy
 of one network, in each memory format of theirs.
 Each is checked against float64 first: one that is wrong, or cannot run, is reported and not timed.
 "ratio" is a contender's time over that of ours ("fused"; with Adam "train_step" where it is among
@@ -174,13 +174,11 @@ def run(options: argparse.Namespace) -> None:
     limits, where = machine.prepared(options)
     if options.device == "cpu":  # the peak of float32, whatever is multiplied
         limits = dict.fromkeys(("fast", "bf16"), limits["float32"]) | limits
-    ours = "cf.fuse" + (", with Adam of the step of cibp-fast train" if options.adam else "")
+    ours = "cf.fuse, and with Adam of the step of cibp-fast train"
     if options.device != "cpu":
         ours = "the step of cibp-fast train in tf32"
     print(f"ratio: the time over that of {ours} (below 1 is faster)")
-    optimizers = ["none", "adam"] if options.adam else ["none"]
-    if options.device != "cpu":
-        optimizers = ["adam"]
+    optimizers = ["adam"] if options.device != "cpu" else options.optimizer
     networks = [(m, d, DATASETS[d][1]) for m in options.models for d in options.datasets]
     if options.channels:
         networks = [(PLAIN, f"{count}x{SIDE}x{SIDE}", 100) for count in options.channels]
@@ -225,8 +223,8 @@ script.option("--load", [0], beside, type=timing.number(0), nargs="+")
 ready = "after N seconds make no further contender of a network, and time the others"
 script.option("--ready", math.inf, ready, type=timing.number(0, kind=float))
 script.option("--clip", False, "boxes cut to [0, 1], not exact balls", action="store_true")
-adam = "also the steps with Adam; those of a GPU always have it"
-script.option("--adam", False, adam, action="store_true")
+adam = "steps without Adam, with it, or both; those of a GPU always have it"
+script.option("--optimizer", ["none"], adam, nargs="+", choices=["none", "adam"])
 rss = "also a step's peak memory, of each contender in a process of its own (Linux)"
 script.option("--rss", False, rss, action="store_true")
 

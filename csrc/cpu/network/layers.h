@@ -156,7 +156,8 @@ Vec<T> positive(Vec<T> x) {  // not max: NaN must stay NaN
 
 // Bias and ReLU of one vector of (mu, radius, nominal), or of three points, in place.
 template <class E>
-void activate(const Layer<E>& layer, Vec<Number<E>> bias, Vec<Number<E>>* streams) {
+[[gnu::always_inline]] inline void activate(const Layer<E>& layer, Vec<Number<E>> bias,
+                                            Vec<Number<E>>* streams) {
   using T = Number<E>;
   if (layer.points) {
     for (int k = 0; k < S; ++k)
@@ -185,8 +186,8 @@ void load_streams(const E* p, int64_t stride, Factors<Number<E>>* streams) {
 // The gradient of (m, r, nominal) after a layer's ReLU -> that of (mu, radius, nominal) before it,
 // in place; `scale` times r is the width's gradient by r. Of points, that of the points.
 template <class E>
-void deactivate(const Layer<E>& layer, const Vec<Number<E>>* forward, Number<E> scale,
-                Vec<Number<E>>* gradient) {
+[[gnu::always_inline]] inline void deactivate(const Layer<E>& layer, const Vec<Number<E>>* forward,
+                                              Number<E> scale, Vec<Number<E>>* gradient) {
   using T = Number<E>;
   if (layer.points) {
     for (int k = 0; k < S && layer.relu; ++k)
