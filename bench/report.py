@@ -11,6 +11,7 @@ import argparse
 import csv
 import json
 import re
+import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -53,10 +54,13 @@ TRAINING = {
     "train_step": "float32",
     "train_step_fast": '`precision="fast"`',
     "train_step_bf16": '`precision="bf16"`',
-    **{name: CONTENDERS[name] for name in ("fused", "naive", "compile", "auto_lirpa", "naive_bf16")},
+    **{
+        name: CONTENDERS[name] for name in ("fused", "naive", "compile", "auto_lirpa", "naive_bf16")
+    },
 }
 HEADLINE = ("fast", "bf16", "naive", "compile", "auto_lirpa", "naive_bf16")
 
+TEST_EXAMPLES = 10_000  # of MNIST and CIFAR-10
 NETWORK = ("model", "dataset", "batch")
 IN_MIB = 'MiB, `"fast"`, two-pass'  # of `mebibytes`
 Row = Mapping[str, str]
@@ -295,8 +299,8 @@ def batches() -> list[str]:
         own[int(row["batch"])] = cell(row, "ms_per_gflop", "{:.1f}".format)
     body = ([*key, *(own.get(size, "") for size in sizes)] for key, own in found.items())
     about = (
-        "Milliseconds a GFLOP (of direct products) of a step of torch's autograd, by batch size, on "
-        "one thread and on as many as there are:"
+        "Milliseconds a GFLOP (of direct products) of a step of torch's autograd, by batch size, "
+        "on one thread and on as many as there are:"
     )
     head = ["network", "step", "threads", *(f"{size:,}" for size in sizes)]
     return block(about, head, body, rows, "batch*")
@@ -358,19 +362,54 @@ def layers() -> list[str]:
     return block(about, head, body, rows, "layers")
 
 
+def precisions() -> list[str]:
+    rows = read("precisions")
+    curves = [row for row in rows if row["schedule"] == "curve"]
+    last = curves[-1]["epoch"]
+    shown = ("1", "3", "5", "7", last)
+
+    def spread(precision: str, epoch: str, key: str, form: str, scale: float = 1.0) -> str:
+        found = [
+            scale * float(row[key])
+            for row in curves
+            if (row["precision"], row["epoch"]) == (precision, epoch)
+        ]
+        return f"{statistics.mean(found):{form}} ({statistics.stdev(found):{form}})"
+
+    body = []
+    for precision in dict.fromkeys(row["precision"] for row in curves):
+        losses = (spread(precision, epoch, "loss", ".3f") for epoch in shown)
+        verified = spread(precision, last, "verified_error", ".1f", 100)
+        ends = [row for row in rows if (row["schedule"], row["precision"]) == ("decay", precision)]
+        end = f"{100 * float(ends[-1]['verified_error']):.1f} %" if ends else "-"
+        body.append([f"`{precision}`", *losses, f"{verified} %", end])
+    head = ["precision", *(f"epoch {epoch}" for epoch in shown)]
+    head += [f"verified error, epoch {last}", "a whole run, decayed rate"]
+    seeds = len({row["seed"] for row in curves})
+    about = (
+        f"Training loss of mnist-small-0.4-cibp, {curves[-1]['step']} steps, schedules shortened: "
+        f"mean over {seeds} seeds and, in brackets, standard deviation; the verified error then; "
+        "and that of one run of the whole recipe with `--lr-decay-at 15000,25000`:"
+    )
+    return block(about, head, body, rows, "precisions")
+
+
 def loop() -> list[str]:
     rows = read("epochs")
     body = []
     for row in rows:
+        epoch, examples = float(row["epoch_s"]), TEST_EXAMPLES
+        evaluation = float(row["evaluation_ms_per_example"]) * examples / 1e3
         step, data, writing = (float(row[part]) for part in ("step", "data", "writing"))
-        shares = (data, writing, 1 - step - data - writing, 1 - step)
+        shares = (data, writing, 1 - step - data - writing, 1 - step, evaluation / epoch)
         speed = f"{float(row['examples_per_s']):.0f}"
         body.append([f"`{row['preset']}`", speed, *(f"{100 * share:.2f} %" for share in shares)])
     head = ["preset", "examples a second", "data, augmentation", "writing", "rest", "together"]
+    head.append("evaluation, over the epoch")
     about = (
-        "What the training loop of `cibp-fast train` costs beside the step itself (loss, backward "
-        f"pass, Adam), as shares of its time; {rows[0]['epochs']} epochs of "
-        f"{rows[0]['epoch_steps']} steps without their evaluation:"
+        "What the training loop of `cibp-fast train` costs beside the step itself (with its batch, "
+        f"where it makes that), as shares of its time; {rows[0]['epochs']} epochs without their "
+        f"evaluation. The last column is that of {TEST_EXAMPLES:,} test examples over an epoch:"
     )
     return block(about, head, body, rows, "epochs")
 
@@ -415,7 +454,20 @@ def gpu() -> list[str]:
     ]
 
 
-BLOCKS = [quickstart, runs, performance, steps, training, batches, channels, load, layers, loop, gpu]
+BLOCKS = [
+    quickstart,
+    runs,
+    performance,
+    steps,
+    training,
+    precisions,
+    batches,
+    channels,
+    load,
+    layers,
+    loop,
+    gpu,
+]
 
 
 def updated(texts: Mapping[str, str]) -> dict[str, str]:

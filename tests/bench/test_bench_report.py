@@ -96,8 +96,8 @@ def test_what_bf16_was_measured_on() -> None:
 
 
 def test_the_other_blocks_have_the_tables_figures() -> None:
-    row = cells(report.batches(), "small mnist")
-    one = best("batch", "fused")
+    row = cells(report.batches(), "small mnist | `cf.fuse` | 2")
+    one = best("batch_2threads", "fused")
     assert one["batch"] == "1" and row["1"] == f"{float(one['ms_per_gflop']):.1f}"
     naive = [
         float(each["ms_per_gflop"])
@@ -105,10 +105,23 @@ def test_the_other_blocks_have_the_tables_figures() -> None:
         if each["contender"] == "naive" and each["dataset"].startswith("16x")
     ]
     assert cells(report.channels(), "two-pass eager")["16"] == report.digits(min(naive))
-    (loop,) = report.read("epochs")
+    loop = report.read("epochs")[-1]
     shares = cells(report.loop(), f"`{loop['preset']}`")
     assert shares["together"] == f"{100 * (1 - float(loop['step'])):.2f} %"
+    whole = 10 * float(loop["evaluation_ms_per_example"]) / float(loop["epoch_s"])
+    assert shares["evaluation, over the epoch"] == f"{100 * whole:.2f} %"
     assert len([line for line in report.load() if line.startswith("| small")]) == 12
+    ours, theirs = (best("training", each) for each in ("train_step", "naive_bf16"))
+    row = cells(report.training(), "small mnist 100")
+    assert row["ms"] == f"{float(ours['ms']):.3g}"
+    assert row["two-pass, bf16 autocast"] == f"{float(theirs['fused_ratio']):.2f}"
+    losses = [
+        float(each["loss"])
+        for each in report.read("precisions")
+        if (each["schedule"], each["precision"], each["epoch"]) == ("curve", "bf16", "9")
+    ]
+    mean = f"{sum(losses) / 3:.3f} "
+    assert len(losses) == 3 and cells(report.precisions(), "`bf16`")["epoch 9"].startswith(mean)
     layers = cells(report.layers(), "small mnist 100")["forward"]
     whole, least, _, most = layers.replace("(", "").replace(")", "").split()
     assert float(least) <= float(whole) <= float(most)
