@@ -19,6 +19,7 @@ from cibp_fast.ops.arithmetic import is_half, own_arithmetic
 
 SEMANTICS = ("real", "float32")
 CLIP = (0.0, 1.0)  # unless the user says otherwise
+IN_CACHE = 100  # examples whose boxes stay there on a CPU
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,8 @@ def certify(
     with evaluation(model), running("certify", model, x, batch_size), reuse_graphs():
         fused = of_torch_alone(model, x)
         bounded = graphed(_bounded, fused or model, fused is not None, allow_half)
+        if fused is not None:
+            batch_size = min(batch_size, IN_CACHE)
         for first in range(0, max(len(x), 1), batch_size):
             parts.append(bounded(*(each[first : first + batch_size] for each in streams)))
         all_margins, all_predicted = (torch.cat(each) for each in zip(*parts, strict=True))

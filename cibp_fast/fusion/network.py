@@ -394,15 +394,17 @@ def of_torch_alone(model: Any, x: Tensor) -> FusedNetwork | None:
     """Returns the model as one op of this CPU's kernels, in x's own precision, where it does the
     same without doubt: its layers are torch's own, in a forward of torch's own. Else None.
     """
+    fused = None
     if isinstance(model, FusedNetwork):
-        model = model._model
+        plain = model.precision == "float32" and model.backend in ("auto", "cpu")
+        fused, model = model if plain else None, model._model
     if not isinstance(model, nn.Module) or torch.compiler.is_compiling():
         return None
     try:
         if backends.select("auto", x.device, x.dtype)[0] != "cpu":
             return None
-        fused = fuse(model)
-        planned(fused._program, x[:1])
+        fused = fused or fuse(model)
+        planned(fused._current_program(), x[:1])
     except (TypeError, ValueError, RuntimeError):  # the model itself says it better
         return None
     return fused if fused._program.torch_only else None

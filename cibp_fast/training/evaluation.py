@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cibp_fast._graphs import capturing, enough_memory, graphed, reuse_graphs
 from cibp_fast.attacks import pgd
 from cibp_fast.certificates import certify, evaluation
+from cibp_fast.fusion import of_torch_alone
 from cibp_fast.layerwise import predict
 from cibp_fast.ops.arithmetic import own_arithmetic
 from cibp_fast.training import datasets, runs
@@ -47,14 +48,16 @@ def evaluate(
     description = "evaluating" if attack else "evaluating the epoch"
     doing = f"evaluation with eval_batch_size={config.eval_batch_size}"
     prepare = runs.to_input(config).to(split.images.device)
-    with reuse_graphs(), enough_memory(doing, "take a smaller one"):
+    with evaluation(model), reuse_graphs(), enough_memory(doing, "take a smaller one"):
+        # traced once for all batches
+        model = of_torch_alone(model, prepare(split[:1].pixels())) or model
         for first in bar(starts, description, "batch", shown=processes.first):
             part = split[first : first + config.eval_batch_size]
             x, y = prepare(part.pixels()), part.labels
             size = config.eval_batch_size
             found = certify(model, x, y, config.eps, config.clip, sound=False, batch_size=size)
             if attack:
-                with evaluation(model), own_arithmetic(x.device):  # as PGD and the certificate
+                with own_arithmetic(x.device):  # as PGD and the certificate
                     (predicted,) = graphed(_predicted, model)(x)
                 wrong = predicted != y
                 attacked = wrong.clone()
