@@ -203,13 +203,13 @@ def fastest(step: Step, done: int) -> Step | KernelStep:
     images = step.examples.images
     if fused is None or not config.elide or step.processes.size > 1 or done >= config.steps:
         return step
-    found = fused._runnable(images[: config.batch_size].float())
+    like = images[: config.batch_size].float()
+    found = fused._runnable(like)
     if not isinstance(found, str) and found.backend == "cpu":
         return step if _twice(found) else _on_cpu(step, done, found)
-    on_cpu = images.device.type == "cpu" and step.backend != "triton"
-    if step.backend == "torch" or on_cpu:
-        return step
     if isinstance(found, str):
+        if step.backend == "torch" or fused._selected(like)[0] == "cpu":
+            return step
         why = found
     elif found.plan.stages[0].input != tuple(images.shape[1:]):
         why = "the network does not begin with a convolution"
