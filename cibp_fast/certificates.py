@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +17,12 @@ from cibp_fast.fusion import of_torch_alone
 from cibp_fast.interval import Interval
 from cibp_fast.layerwise import bounds, check_labels, predict
 from cibp_fast.ops.arithmetic import is_half, own_arithmetic
+from cibp_fast.soundness import Box, Chain, chain, down, up
+from cibp_fast.soundness import margins as sound_margins
 
 SEMANTICS = ("real", "float32")
 CLIP = (0.0, 1.0)  # unless the user says otherwise
-IN_CACHE = 100  # examples whose boxes stay there on a CPU
+IN_CACHE, SOUND_IN_CACHE = 100, 32  # examples whose boxes stay there on a CPU
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,15 @@ def certify(
 ) -> Certificate:
     """Bounds the model over every example's box, in evaluation mode, by intervals.
 
-    The arithmetic is x's dtype, whatever autocast or tf32 settings are active. On the CPU a chain
-    of torch's own layers is one op (`cf.fuse`, in no other precision than that), with the bounds of
-    `cf.bounds` within rounding. On a GPU batches of one shape are replays of one CUDA graph.
+    With `sound` the margins are float64, and hold in spite of all rounding (docs/soundness.md), for
+    models of torch.nn.Sequential, Conv2d, Linear, ReLU, BatchNorm, average and max pooling,
+    Flatten, ZeroPad2d, Identity, Dropout and cibp_fast.models.Normalize that end in a linear layer.
+    eps and clip are taken as given, not rounded to x's dtype. It is done on the CPU.
+
+    Without, the arithmetic is x's dtype, whatever autocast or tf32 settings are active. On the CPU
+    a chain of torch's own layers is one op (`cf.fuse`, in no other precision than that), with the
+    bounds of `cf.bounds` within rounding. On a GPU batches of one shape are replays of one CUDA
+    graph.
 
     Args:
         model: module or function from [N, ...] to logits [N, classes] that takes an Interval too.
@@ -68,7 +77,10 @@ def certify(
         clip: as in `Interval.ball`; None or left out beside an Interval.
         sound: False gives the ordinary bounds, computed in rounded arithmetic: good for curves and
             comparisons, but no proof.
-        semantics: what a sound certificate is about, "real" or "float32".
+        semantics: what a sound certificate is about: "real", the network in exact arithmetic on its
+            stored weights; or "float32", all its evaluations in float32, in any order of sums, with
+            fused products or not, rounded to nearest, small numbers flushed to zero or not, but not
+            by Winograd's or another fast convolution, tf32 or half precision.
         batch_size: examples at a time.
         allow_half: with sound=False, take inputs and models of half precision (float16, bfloat16),
             whose rounding is far larger than most margins of a certificate.
@@ -77,35 +89,33 @@ def certify(
         The certificate. A NaN or infinite bound is never verified.
 
     Raises:
-        NotImplementedError: sound=True, until the sound bounds exist.
         TypeError: x or y is no tensor of the kind above, or half precision without allow_half.
-        ValueError: shapes, devices or labels do not fit, there are fewer than two classes, or
-            arguments contradict each other.
+        ValueError: shapes, devices or labels do not fit, there are fewer than two classes,
+            arguments contradict each other, or a layer, which is named, has no sound rule.
         RuntimeError: the model switches autocast on.
         torch.OutOfMemoryError: a GPU's memory is too small.
     """
     if semantics not in SEMANTICS:
         raise ValueError(f"semantics must be one of {', '.join(SEMANTICS)}, not {semantics!r}")
-    if sound:
-        raise NotImplementedError(
-            "certify(sound=True): bounds that are proven in floating point do not exist yet; "
-            "sound=False gives the ordinary bounds, which are not a certificate"
-        )
-    if semantics != "real":
+    if semantics != "real" and not sound:
         raise ValueError(
             f"semantics={semantics!r} is a promise of sound bounds: it needs sound=True"
         )
     check_examples(x, y, batch_size)
-    if not allow_half:
+    if sound or not allow_half:
         _refuse_half(model, x)
-    box = boxes(x, eps, clip)
+    box = _outward(x, eps, clip) if sound else boxes(x, eps, clip)
     streams = (x, box.lower, box.upper, y)
     parts = []
     with evaluation(model), running("certify", model, x, batch_size), reuse_graphs():
-        fused = of_torch_alone(model, x)
-        bounded = graphed(_bounded, fused or model, fused is not None, allow_half)
-        if fused is not None:
-            batch_size = min(batch_size, IN_CACHE)
+        bounded: Any
+        if sound:
+            bounded = partial(_soundly, model, chain(model, semantics == "float32"))
+            batch_size = min(batch_size, SOUND_IN_CACHE)
+        else:
+            fused = of_torch_alone(model, x)
+            bounded = graphed(_bounded, fused or model, fused is not None, allow_half)
+            batch_size = batch_size if fused is None else min(batch_size, IN_CACHE)
         for first in range(0, max(len(x), 1), batch_size):
             parts.append(bounded(*(each[first : first + batch_size] for each in streams)))
         all_margins, all_predicted = (torch.cat(each) for each in zip(*parts, strict=True))
@@ -171,6 +181,32 @@ def _bounded(
         raise TypeError(f"model must not compute in half precision: {_WHY_NOT_HALF}")
     classes = out.logits.shape[1]
     return out.margins(y.clamp(0, classes - 1)), predict(out.logits)
+
+
+def _soundly(
+    model: Any,
+    layers: Chain,
+    x: Tensor,  # [N, ...]
+    lower: Tensor,  # [N, ...] float64, as upper
+    upper: Tensor,
+    y: Tensor,  # [N]
+) -> tuple[Tensor, Tensor]:  # margins [N, classes] and predicted [N]
+    with torch.no_grad():
+        logits = model(x)
+    check_labels(y, logits.shape[1])
+    return sound_margins(layers, lower, upper, y), predict(logits)
+
+
+def _outward(x: Tensor, eps: Any, clip: Any) -> Box:
+    """Returns bounds in float64 that contain the boxes: of eps and clip as given, not rounded to
+    x's dtype.
+    """
+    box = boxes(x.detach(), eps, clip)
+    if isinstance(eps, Interval):
+        return Box(box.lower.detach().double(), box.upper.detach().double())
+    assert box.nominal is not None
+    ball = Interval.ball(box.nominal.double(), eps, clip, validate=False)
+    return Box(down(ball.lower), up(ball.upper))
 
 
 def check_examples(x: Tensor, y: Tensor, batch_size: int) -> None:

@@ -249,10 +249,10 @@ class OnRuns(OnData):
     examples: Annotated[int | None, N, arg(help_behavior_hint="(default: all)")] = None
     changes: Changes = field(default_factory=dict)
 
-    def report(self, kind: str, name: str, **changes: Any) -> None:
+    def report(self, kind: str, name: str, semantics: str | None = None, **changes: Any) -> None:
         """Prints the error of each run, and the spread of several.
 
-        changes: of the run's Config, besides the user's.
+        semantics: of the certificates. changes: of the run's Config, besides the user's.
         """
         from cibp_fast.training import runs
         from cibp_fast.training.evaluation import evaluate
@@ -263,7 +263,8 @@ class OnRuns(OnData):
             config = runs.read_config(run_dir).replace(**self.changes | changes)
             split = self._examples(config)
             model = runs.read_model(run_dir).to(split.images.device)
-            errors.append(evaluate(model, split, config, attack=kind == "pgd"))
+            attack = kind == "pgd"
+            errors.append(evaluate(model, split, config, attack=attack, semantics=semantics))
             error, total = errors[-1][f"{kind}_error"], len(split)
             count = f"{round(error * total)} of {total} held-out examples"
             space = " (normalised)" if config.eps_space == "normalized" else ""
@@ -290,13 +291,24 @@ class OnRuns(OnData):
 
 @dataclass(kw_only=True)
 class Certify(OnRuns):
-    """Bound a trained network on its held-out examples: the verified error."""
+    """Bound a trained network on its held-out examples: the verified error.
+
+    Attributes:
+        semantics: what is proven: of the stored weights in exact arithmetic (real), or of every
+            float32 evaluation (float32); none: ordinary bounds, in rounded arithmetic, no proof
+    """
+
+    semantics: Literal["real", "float32", "none"] = "real"
 
     def run(self) -> None:
-        self.report("verified", "verified error")
-        print(
-            "sound: false (these bounds are computed in rounded arithmetic and are not yet a proof)"
-        )
+        sound = self.semantics != "none"
+        self.report("verified", "verified error", self.semantics if sound else None)
+        said = {
+            "real": "sound: real (proven for the stored weights in exact arithmetic)",
+            "float32": "sound: float32 (proven for every evaluation in float32)",
+            "none": "sound: false (these bounds are computed in rounded arithmetic: no proof)",
+        }
+        print(said[self.semantics])
 
 
 @dataclass(kw_only=True)

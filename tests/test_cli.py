@@ -67,7 +67,9 @@ def test_train_certify_attack_and_plot(tmp_path, capsys):
     error = f"verified error at eps 0.001: {100 * count / 40:.2f} % ({count} of 40"
     for words, out, warning in (
         (["certify", run], error, ""),
-        (["certify", run], "sound: false", ""),
+        (["certify", run], "sound: real (proven", ""),
+        (["certify", run, "--semantics", "float32"], "sound: float32 (proven", ""),
+        (["certify", run, "--semantics", "none"], "sound: false", ""),
         (["certify", run, "--eps", "1"], "100.00 % (40 of 40", ""),
         (["attack", run, *PGD, "--examples", "20"], "PGD error (1 step, 1 restart)", ""),
         (["attack", run, *PGD, "--eps", "0.4", "--step-size", "none"], "", ""),
@@ -447,7 +449,7 @@ def test_bounds_that_the_attack_refutes_are_one_line_and_the_result_is_saved(
         ((KernelStep, "__call__"), "train", "a step of training with batch_size=16"),
         ((certificates, "_bounded"), "train", "evaluation with eval_batch_size=25"),
         ((attacks, "_step"), "train", "evaluation with eval_batch_size=25"),
-        ((certificates, "_bounded"), "certify", "evaluation with eval_batch_size=7"),
+        ((certificates, "_soundly"), "certify", "evaluation with eval_batch_size=7"),
         ((attacks, "_step"), "attack", "evaluation with eval_batch_size=7"),
     ],
 )
@@ -535,7 +537,7 @@ def test_seeds(capsys, tmp_path):
         percent = 100 * result["verified_error"]
         assert f"seed{seed}: verified error at eps 0.001: {percent:.2f} % (" in printed
     assert f"mean and standard deviation of 2 seeds: {verified}\n" in printed
-    assert printed.count("sound: false") == 1
+    assert printed.count("sound: real") == 1
     assert cli.main(["attack", both, "--steps", "1", "--restarts", "0", "--eps", "1/255"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("PGD error (1 step, 0 restarts) at eps 0.003922: ") == 2

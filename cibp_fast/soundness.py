@@ -1,0 +1,298 @@
+"""Bounds that hold in floating point. Each rule is proven in docs/soundness.md, under its letter.
+
+Boxes travel in float64, and every rounding of it is paid for by steps outward: of a neighbour, in
+whichever direction it rounds, and of numbers too small for it, whether they are flushed to zero or
+not. So no setting of the processor, in any thread, makes them wrong. They are those of the network
+in exact arithmetic on its stored weights, or of all its evaluations in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cibp_fast.fusion import FusedNetwork
+from cibp_fast.fusion.guards import hooks_of
+from cibp_fast.interval import Interval
+from cibp_fast.models import Normalize
+from cibp_fast.nn import IntervalConv2d, IntervalLinear
+
+U = 2.0**-52  # of float64, rounded to any neighbour
+U32 = 2.0**-24  # of float32, rounded to nearest
+# More than what underflow may take from a sum of 2^30 products, of weights in `_RANGE`.
+TINY = 2.0**-860
+TINY32 = 2.0**-126  # what float32 may flush to zero
+MAX32 = 2.0**127
+_RANGE = (2.0**-300, 2.0**128)  # of the absolute values of weights, but 0
+_MOST = 2**30  # products of a sum
+
+_INSTEAD = "sound=False gives the ordinary bounds, which are not a certificate"
+
+Products = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # x, r [N, ...] -> W x, |W| r
+
+
+class Box(NamedTuple):
+    """Holds float64 bounds [N, ...] of what a layer gives, exactly as they are written."""
+
+    lower: Tensor
+    upper: Tensor
+
+
+class Chain(NamedTuple):
+    """Holds a model's layers, with their names: the last one is linear."""
+
+    layers: list[tuple[str, nn.Module]]
+    float32: bool  # whether bounds are those of its evaluations in float32
+
+
+def up(x: Tensor) -> Tensor:
+    """Returns what is at least x, whatever was rounded in the last two operations that made it."""
+    return x + (8 * U * x.abs() + TINY)
+
+
+def down(x: Tensor) -> Tensor:
+    """Returns what is at most x, as `up`."""
+    return x - (8 * U * x.abs() + TINY)
+
+
+def chain(model: Any, float32: bool) -> Chain:
+    """Returns the layers of a network that has a sound rule for each.
+
+    Raises ValueError naming the first that has none.
+    """
+    if isinstance(model, FusedNetwork):
+        model = model._model
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"certify(sound=True) takes networks of layers that it knows, not a "
+            f"{type(model).__name__}: {_INSTEAD}"
+        )
+    layers = list(_layers("", model))
+    for name, layer in layers:
+        _check(name, layer, float32)
+    if not layers or type(layers[-1][1]) not in _LINEARS:
+        raise ValueError(
+            f"certify(sound=True) needs a network that ends in a linear layer: {_INSTEAD}"
+        )
+    return Chain(layers, float32)
+
+
+def _layers(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    if any(hooks_of(module)) or "forward" in vars(module):
+        raise ValueError(
+            f"certify(sound=True) cannot take {name or 'the model'}, which has hooks or a "
+            f"forward of its own: {_INSTEAD}"
+        )
+    if type(module) is not nn.Sequential:
+        yield name or "the model", module
+        return
+    for each, child in module._modules.items():
+        if child is not None:
+            yield from _layers(f"{name}.{each}" if name else each, child)
+
+
+def _check(name: str, layer: nn.Module, float32: bool) -> None:
+    why = ""
+    if type(layer) not in _RULES and type(layer) not in _LINEARS:
+        why = "has no sound rule"
+    elif isinstance(layer, nn.AvgPool2d) and layer.divisor_override is not None:
+        why = "has a divisor_override"
+    elif isinstance(layer, nn.MaxPool2d) and layer.return_indices:
+        why = "returns indices"
+    elif isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
+        why = f"has padding_mode={layer.padding_mode!r}"
+    elif isinstance(layer, _NORMS) and float32:
+        why = "has no sound rule in float32, whose batch norm has many formulas"
+    elif isinstance(layer, _NORMS) and (layer.training or layer.running_mean is None):
+        why = "takes the statistics of the batch"
+    elif isinstance(layer, nn.Dropout) and layer.training and layer.p:
+        why = "is random in training mode"
+    elif isinstance(layer, Normalize) and not (layer.std >= 2.0**-100).all():
+        why = "divides by a std that is not above 0, or almost 0"
+    elif float32 and any(p.dtype != torch.float32 for p in layer.parameters()):
+        why = "is not in float32"
+    elif (weight := getattr(layer, "weight", None)) is not None:
+        least, greatest = _RANGE
+        size = weight.detach().abs().double()
+        if ((size > greatest) | ((size > 0) & (size < least))).any():
+            why = f"has weights beyond {least:.3g} to {greatest:.3g}"
+        elif weight.dim() > 1 and prod(weight.shape[1:]) > _MOST:
+            why = f"has sums of more than {_MOST} products"
+    if why:
+        raise ValueError(
+            f"certify(sound=True) cannot take {name} ({type(layer).__name__}), which {why}: "
+            f"{_INSTEAD}"
+        )
+
+
+def margins(chain: Chain, lower: Tensor, upper: Tensor, y: Tensor) -> Tensor:
+    """Computes lower bounds of z_y - z_j over boxes, float64 [N, classes]: +inf at y.
+
+    They hold where they are finite, in the semantics of the chain; NaN says nothing.
+
+    Args:
+        lower, upper: [N, ...], the boxes, exactly as they are written.
+        y: [N] int64, labels in range.
+    """
+    box = Box(lower.detach().cpu().double(), upper.detach().cpu().double())
+    with torch.no_grad():
+        for _, layer in chain.layers[:-1]:
+            box = _RULES[type(layer)](layer, box, chain.float32)
+        return _head(chain.layers[-1][1], box, y.cpu(), chain.float32).to(y.device)
+
+
+def _sizes(box: Box) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns center, radius and |center| + radius, each rounded up."""
+    center = 0.5 * box.lower + 0.5 * box.upper
+    radius = up(torch.maximum(box.upper - center, center - box.lower))
+    return center, radius, up(center.abs() + radius)
+
+
+def affine(  # rule A
+    box: Box, products: Products, weights: Tensor, bias: Tensor, count: int, float32: bool
+) -> Box:
+    """Bounds W x + b of a box.
+
+    weights: sums of |W| for each output, which may be larger; float64, as bias, and broadcasts to
+    the output. count: of products in a sum.
+    """
+    center, radius, size = _sizes(box)
+    delta = 4 * (count + 8) * U
+    value, spread = products(center, up(radius + delta * size) + TINY)
+    value = value + bias
+    reach = up(spread * (1 + delta) + 4 * U * (value.abs() + bias.abs()) + TINY)
+    if float32:
+        reach = up(reach + _float32_error(products, weights, size, bias, count))
+    return Box(down(value - reach), up(value + reach))
+
+
+def _float32_error(  # rule B
+    products: Products, weights: Tensor, size: Tensor, bias: Tensor, count: int
+) -> Tensor:
+    """Bounds what a float32 evaluation of W x + b is off, in any order, for |x| at most size.
+
+    Infinite where it might overflow on the way.
+    """
+    n = count + 2
+    gamma = n * U32 / (1 - n * U32) * (1 + 2.0**-20) if n * U32 < 0.5 else torch.inf
+    _, terms = products(torch.zeros_like(size), size + 2 * TINY32)
+    terms = terms * (1 + 2.0**-20) + bias.abs()
+    flushed = 4 * n * TINY32 * (1 + size.flatten(1).amax(1))
+    error = gamma * terms + 4 * TINY32 * weights + flushed.view(-1, *[1] * (terms.dim() - 1))
+    return error.where(terms < MAX32, torch.inf)
+
+
+def _bias(layer: Any, dims: int) -> Tensor:
+    bias = layer.bias
+    values = torch.zeros(()) if bias is None else bias.detach().cpu().view(-1, *[1] * dims)
+    return values.double()
+
+
+def _convolution(layer: Any, box: Box, float32: bool) -> Box:
+    weight = layer.weight.detach().cpu().double()
+    geometry = layer.stride, layer.padding, layer.dilation, layer.groups
+    sums = weight.abs().flatten(1).sum(1).view(-1, 1, 1)
+    products = _products(F.conv2d, weight, *geometry)
+    return affine(box, products, sums, _bias(layer, 2), prod(weight.shape[1:]), float32)
+
+
+def _linear(layer: Any, box: Box, float32: bool) -> Box:
+    weight, bias = layer.weight.detach().cpu().double(), _bias(layer, 0)
+    sums, count = weight.abs().sum(1), weight.shape[1]
+    return affine(box, _products(F.linear, weight), sums, bias, count, float32)
+
+
+def _products(function: Any, weight: Tensor, *geometry: Any) -> Products:
+    """Returns products by the kernels for intervals: -r and r have center 0, and x is nominal."""
+
+    def products(x: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
+        out = function(Interval._make(-radius, radius, x), weight, None, *geometry)
+        return out.nominal, out.upper
+
+    return products
+
+
+def _average(layer: Any, box: Box, float32: bool) -> Box:
+    """Takes an average as a sum of products with 1 / size."""
+    count = prod(box.lower.shape[-2:])
+    zero, one = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    return affine(box, lambda x, r: (layer(x), layer(r)), one, zero, count, float32)
+
+
+def _normalize(layer: Any, box: Box, float32: bool) -> Box:  # rule C
+    mean, std = (each.detach().cpu().double() for each in (layer.mean, layer.std))
+    lower, upper = (down(down((box.lower - mean) / std)), up(up((box.upper - mean) / std)))
+    if float32:
+        size = torch.maximum(lower.abs(), upper.abs())
+        error = up(4 * U32 * size + 4 * TINY32 * (1 + 1 / std))
+        error = error.where((size < MAX32) & (up(size * std + mean.abs()) < MAX32), torch.inf)
+        lower, upper = down(lower - error), up(upper + error)
+    return Box(lower, upper)
+
+
+def _batch_norm(layer: Any, box: Box, float32: bool) -> Box:  # rule D
+    shape = (-1, *[1] * (box.lower.dim() - 2))
+
+    def of(values: Tensor | None, default: float) -> Tensor:
+        if values is None:
+            return torch.tensor(default, dtype=torch.float64)
+        return values.detach().cpu().double().view(shape)
+
+    mean, variance = of(layer.running_mean, 0.0), of(layer.running_var, 1.0)
+    scale = of(layer.weight, 1.0) / (variance + layer.eps).sqrt()
+    ends = [(end - mean) * scale for end in box]
+    slack = 16 * U * torch.maximum(*(end.abs() for end in ends)) + TINY * (1 + scale.abs())
+    shift = of(layer.bias, 0.0)
+    lower, upper = torch.minimum(*ends) - up(slack), torch.maximum(*ends) + up(slack)
+    return Box(down(down(lower) + shift), up(up(upper) + shift))
+
+
+def _monotone(layer: Any, box: Box, float32: bool) -> Box:  # rule E
+    """Takes a layer that moves, copies or compares numbers, and computes none."""
+    return Box(layer(box.lower), layer(box.upper))
+
+
+def _relu(layer: Any, box: Box, float32: bool) -> Box:
+    return Box(*(F.relu(end) for end in box))  # NaN stays
+
+
+def _head(layer: Any, box: Box, y: Tensor, float32: bool) -> Tensor:  # rule F
+    weight, bias = layer.weight.detach().cpu().double(), _bias(layer, 0)
+    features, size = weight.shape[1], _sizes(box)[2]
+    found = torch.full((len(y), len(weight)), torch.inf, dtype=torch.float64)
+    lost = None
+    if float32:
+        lost = _float32_error(
+            _products(F.linear, weight), weight.abs().sum(1), size, bias, features
+        )
+    for label in y.unique().tolist():
+        rows = (y == label).nonzero().flatten()
+        part = Box(box.lower[rows], box.upper[rows])
+        shift = bias[label] - bias if bias.dim() else bias
+        # their differences are rounded once more: affine allows for some products more
+        products, count = _products(F.linear, weight[label] - weight), features + 4
+        lower = affine(part, products, shift, shift, count, False).lower
+        if lost is not None:
+            lower = down(lower - up(lost[rows] + lost[rows, label].unsqueeze(1)))
+        lower[:, label] = torch.inf
+        found[rows] = lower
+    return found
+
+
+_LINEARS = (nn.Linear, IntervalLinear)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+_MOVES = (nn.Flatten, nn.Identity, nn.ZeroPad2d, nn.MaxPool2d, nn.Dropout)
+_RULES: dict[type[nn.Module], Callable[[Any, Box, bool], Box]] = {
+    **dict.fromkeys((nn.Conv2d, IntervalConv2d), _convolution),
+    **dict.fromkeys(_LINEARS, _linear),
+    **dict.fromkeys((nn.AvgPool2d, nn.AdaptiveAvgPool2d), _average),
+    **dict.fromkeys(_NORMS, _batch_norm),
+    **dict.fromkeys(_MOVES, _monotone),
+    nn.ReLU: _relu,
+    Normalize: _normalize,
+}

@@ -1,0 +1,102 @@
+"""Interval bounds of small networks in exact fractions: the judge of sound certificates."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from math import isqrt
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+import cibp_fast as cf
+
+Array = Any  # of Fraction, dtype object
+
+
+def exact(x: Tensor) -> Array:
+    """Returns the numbers as fractions."""
+    values = [Fraction(v) for v in x.detach().double().flatten().tolist()]
+    return np.array(values, dtype=object).reshape(tuple(x.shape))
+
+
+def _root(x: Fraction) -> Fraction:
+    """Returns the square root of a fraction that has one."""
+    root = Fraction(isqrt(x.numerator), isqrt(x.denominator))
+    assert root * root == x
+    return root
+
+
+def _affine(lower: Array, upper: Array, weight: Array, bias: Array) -> tuple[Array, Array]:
+    """Returns bounds of weight [O, I] x + bias, for [I] bounds."""
+    center, radius = (lower + upper) / 2, (upper - lower) / 2
+    value, reach = weight.dot(center) + bias, abs(weight).dot(radius)
+    return value - reach, value + reach
+
+
+def _patches(image: Array, kernel: Any, stride: Any, padding: Any) -> tuple[Array, Any]:
+    """Returns the patches [pixels, C * KH * KW] of an image [C, H, W], and their grid."""
+    padded = np.pad(image, ((0, 0), *((p, p) for p in padding)), constant_values=Fraction(0))
+    rows, columns = (
+        (size - k) // s + 1 for size, k, s in zip(padded.shape[1:], kernel, stride, strict=True)
+    )
+    patches = [
+        padded[:, y : y + kernel[0], x : x + kernel[1]].ravel()
+        for y in range(0, rows * stride[0], stride[0])
+        for x in range(0, columns * stride[1], stride[1])
+    ]
+    return np.array(patches), (rows, columns)
+
+
+def _average(layer: Any, image: Array) -> Array:
+    shape = (layer.kernel_size,) * 2, (layer.stride,) * 2, (layer.padding,) * 2
+    channels = [_patches(channel[None], *shape) for channel in image]
+    return np.array([patches.mean(1).reshape(grid) for patches, grid in channels])
+
+
+def bounds(layer: nn.Module, lower: Array, upper: Array) -> tuple[Array, Array]:
+    """Returns the exact interval bounds of a layer's output, for one example's box."""
+    if isinstance(layer, nn.Flatten):
+        return lower.ravel(), upper.ravel()
+    if isinstance(layer, nn.ReLU):
+        return np.maximum(lower, Fraction(0)), np.maximum(upper, Fraction(0))
+    if isinstance(layer, cf.models.Normalize):
+        mean, std = exact(layer.mean), exact(layer.std)
+        return (lower - mean) / std, (upper - mean) / std
+    if isinstance(layer, nn.Linear):
+        bias = exact(layer.bias) if layer.bias is not None else Fraction(0)
+        return _affine(lower, upper, exact(layer.weight), bias)
+    if isinstance(layer, nn.Conv2d):
+        weight = exact(layer.weight).reshape(layer.out_channels, -1)
+        bias = exact(layer.bias) if layer.bias is not None else Fraction(0)
+        shape = layer.kernel_size, layer.stride, layer.padding
+        (low, grid), (high, _) = (_patches(end, *shape) for end in (lower, upper))
+        found = [_affine(*each, weight, bias) for each in zip(low, high, strict=True)]
+        return tuple(  # type: ignore[return-value]
+            np.array(end).T.reshape(-1, *grid) for end in zip(*found, strict=True)
+        )
+    if isinstance(layer, nn.AvgPool2d):
+        return _average(layer, lower), _average(layer, upper)
+    if isinstance(layer, nn.BatchNorm2d):
+        mean, variance, weight, bias = (
+            exact(each)[:, None, None]
+            for each in (layer.running_mean, layer.running_var, layer.weight, layer.bias)
+        )
+        roots = np.vectorize(_root, otypes=[object])(variance + Fraction(layer.eps))
+        ends = [(end - mean) * weight / roots + bias for end in (lower, upper)]
+        return np.minimum(*ends), np.maximum(*ends)
+    raise AssertionError(layer)
+
+
+def margins(
+    model: nn.Sequential, lower: Tensor, upper: Tensor, label: int
+) -> list[Fraction | None]:
+    """Returns the exact lower bounds of z_label - z_j, elided, of one example; None at it."""
+    low, high = exact(lower), exact(upper)
+    *hidden, head = model
+    for layer in hidden:
+        low, high = bounds(layer, low, high)
+    weight = exact(head.weight)
+    bias = exact(head.bias) if head.bias is not None else exact(head.weight.new_zeros(len(weight)))
+    found, _ = _affine(low, high, weight[label] - weight, bias[label] - bias)
+    return [None if j == label else value for j, value in enumerate(found)]
