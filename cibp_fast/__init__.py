@@ -14,7 +14,7 @@ from cibp_fast._version import __version__
 
 if TYPE_CHECKING:
     from cibp_fast import attacks, functional, losses, models
-    from cibp_fast.certificates import certify
+    from cibp_fast.certificates import certified_radius, certify
     from cibp_fast.fusion import FusedNetwork, fuse
     from cibp_fast.interval import Interval, UnsupportedOpError
     from cibp_fast.layerwise import Bounds, bounds
@@ -34,6 +34,7 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "UnsupportedOpError": ("rules", "UnsupportedOpError"),
     "attacks": ("attacks", None),
     "bounds": ("layerwise", "bounds"),
+    "certified_radius": ("certificates", "certified_radius"),
     "certify": ("certificates", "certify"),
     "config": ("training.config", None),
     "data": ("training.datasets", None),
@@ -55,6 +56,7 @@ __all__ = [
     "__version__",
     "attacks",
     "bounds",
+    "certified_radius",
     "certify",
     "config",
     "data",

@@ -126,6 +126,63 @@ def certify(
     return Certificate(verified, margin, all_margins, all_predicted, sound)
 
 
+def certified_radius(
+    model: Callable[[Any], Any],
+    x: Tensor,
+    y: Tensor,
+    clip: Any = CLIP,
+    semantics: str = "real",
+    *,
+    greatest: float = 1.0,
+    steps: int = 20,
+    batch_size: int = 500,
+) -> Tensor:
+    """Finds, for each example, the largest eps with a sound certificate, by bisection.
+
+    Each value that is returned was certified itself, with exactly that eps. A larger one might be,
+    too: by up to greatest / 2^steps if certificates end at one eps, which bisection supposes.
+
+    Args:
+        model, x, y, clip, semantics, batch_size: as for `certify`.
+        greatest: where the search begins; it is returned where that is certified.
+        steps: how often the range is halved.
+
+    Returns:
+        [N] float64, on x's device; NaN where not even x alone (eps = 0) is certified.
+
+    Raises:
+        ValueError: greatest is not above 0 and finite, or steps is below 1; and as `certify` does.
+    """
+    if not 0 < greatest < float("inf"):
+        raise ValueError(f"greatest must be above 0 and finite, not {greatest}")
+    if steps < 1:
+        raise ValueError(f"steps must be 1 or more, not {steps}")
+
+    def certified(eps: Tensor, chosen: Tensor) -> Tensor:
+        radius = eps[chosen].view(-1, *[1] * (x.dim() - 1))
+        options: dict[str, Any] = {"semantics": semantics, "batch_size": batch_size}
+        found = torch.zeros_like(chosen)
+        found[chosen] = certify(model, x[chosen], y[chosen], radius, clip, **options).verified
+        return found
+
+    check_examples(x, y, batch_size)
+    low = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    high = torch.full_like(low, greatest)
+    every = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    alone = certified(low, every)
+    low[~alone] = torch.nan
+    low = low.where(~certified(high, alone), high)
+    for _ in range(steps):
+        searched = low < high  # NaN is not
+        if not searched.any():
+            break
+        middle = 0.5 * low + 0.5 * high
+        found = certified(middle, searched)
+        high = middle.where(searched & ~found, high)
+        low = middle.where(found, low)
+    return low
+
+
 def boxes(x: Tensor, eps: Any, clip: Any) -> Interval:
     """Returns the boxes of examples x [N, ...]: `eps` if that is an Interval, else the balls.
 

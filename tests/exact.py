@@ -96,6 +96,11 @@ def margins(
     *hidden, head = model
     for layer in hidden:
         low, high = bounds(layer, low, high)
+    return head_margins(head, low, high, label)
+
+
+def head_margins(head: Any, low: Array, high: Array, label: int) -> list[Fraction | None]:
+    """Returns the same of the last layer, for the box of its input."""
     weight = exact(head.weight)
     bias = exact(head.bias) if head.bias is not None else exact(head.weight.new_zeros(len(weight)))
     found, _ = _affine(low, high, weight[label] - weight, bias[label] - bias)

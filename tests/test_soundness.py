@@ -319,3 +319,47 @@ def test_layers_that_are_changed_are_refused() -> None:
     assert cf.certify(norm, x, y, 0.1).sound
     with pytest.raises(ValueError, match="has no sound rule in float32, whose batch norm"):
         cf.certify(norm, x, y, 0.1, semantics="float32")
+
+
+@pytest.mark.parametrize("clip", [None, (0.0, 1.0)])
+def test_a_certified_radius_is_certified_exactly(clip: Any) -> None:
+    """Judges the very eps that is returned, and a slightly larger one, in fractions."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)
+    )
+    x = torch.rand(12, 1, 2, 3)
+    y = model(x).argmax(1)
+    y[0] = (y[0] + 1) % 3
+    found = cf.certified_radius(model, x, y, clip, steps=40)
+    assert found.isnan().tolist() == [True] + [False] * 11 and found.dtype == torch.float64
+    for n, eps in enumerate(found.tolist()[1:], 1):
+        for radius, expected in (
+            (Fraction(eps), True),
+            (Fraction(eps) + Fraction(1, 10**9), False),
+        ):
+            low, high = (exact.exact(x[n]) + sign * radius for sign in (-1, 1))
+            if clip is not None:
+                low, high = (np.clip(end, Fraction(0), Fraction(1)) for end in (low, high))
+            for layer in model[:-1]:
+                low, high = exact.bounds(layer, low, high)
+            margins = exact.head_margins(model[-1], low, high, int(y[n]))
+            assert (min(m for m in margins if m is not None) > 0) == expected
+
+
+def test_radii_at_the_ends_of_the_search() -> None:
+    model = nn.Sequential(nn.Linear(1, 2))
+    model[0].weight.data = torch.tensor([[1.0], [0.0]])
+    model[0].bias.data.zero_()
+    x, y = torch.tensor([[0.5], [5.0], [-1.0]]), torch.tensor([0, 0, 0])
+    found = cf.certified_radius(model, x, y, None, greatest=2.0, steps=30)
+    assert 0.5 - 1e-8 < found[0] < 0.5 and found[1] == 2.0 and found[2].isnan()
+    assert cf.certified_radius(model, x[:0], y[:0], None).shape == (0,)
+    for change, message in (
+        ({"greatest": 0.0}, "greatest must be above 0 and finite, not 0.0"),
+        ({"greatest": torch.inf}, "greatest must be above 0 and finite, not inf"),
+        ({"steps": 0}, "steps must be 1 or more, not 0"),
+        ({"semantics": "exact"}, "semantics must be one of real, float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cf.certified_radius(model, x, y, None, **change)  # type: ignore[arg-type]
