@@ -14,6 +14,7 @@ from cibp_fast.certificates import certify, evaluation
 from cibp_fast.fusion import of_torch_alone
 from cibp_fast.layerwise import predict
 from cibp_fast.ops.arithmetic import own_arithmetic
+from cibp_fast.soundness import chain
 from cibp_fast.training import datasets, runs
 from cibp_fast.training.config import Config
 from cibp_fast.training.distributed import ALONE, World
@@ -100,6 +101,18 @@ def evaluate(
         "examples": len(split),
         "contradictions": contradictions,
     }
+
+
+def provable(model: nn.Module) -> str | None:
+    """Returns the semantics of sound certificates that a final evaluation gives; None: a layer, or
+    a weight, has no sound rule.
+    """
+    try:
+        with evaluation(model):
+            chain(model, float32=False)
+    except ValueError:
+        return None
+    return "real"
 
 
 def _predicted(model: nn.Module, x: Tensor) -> tuple[Tensor]:

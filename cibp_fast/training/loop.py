@@ -19,7 +19,7 @@ from cibp_fast.ops import backends
 from cibp_fast.training import datasets, runs
 from cibp_fast.training.config import Config
 from cibp_fast.training.distributed import World, world
-from cibp_fast.training.evaluation import evaluate
+from cibp_fast.training.evaluation import evaluate, provable
 from cibp_fast.training.progress import Progress
 from cibp_fast.training.step import LOGGED, Step, fastest
 
@@ -137,8 +137,11 @@ def _trained(training: _Training, run_dir: Path) -> dict[str, Any]:
     training.run(run_dir)
     processes.of_first(lambda: runs.write_model(run_dir, training.model))
     train_seconds = training.seconds
+    semantics = provable(training.model)
     try:
-        errors = evaluate(training.model, training.dataset.test, config, processes)
+        errors = evaluate(
+            training.model, training.dataset.test, config, processes, semantics=semantics
+        )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"stopped in the final evaluation, with the trained network in {run_dir}"
@@ -154,8 +157,8 @@ def _trained(training: _Training, run_dir: Path) -> dict[str, Any]:
         "eps_pixel": config.eps_pixel,
         "clip": config.clip,
         "precision": config.precision,
-        "sound": False,
-        "semantics": None,
+        "sound": semantics is not None,
+        "semantics": semantics,
         "seconds": round(training.seconds, 3),
         "train_seconds": round(train_seconds, 3),
         "versions": versions(),

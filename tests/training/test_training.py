@@ -84,8 +84,8 @@ def test_the_fields_of_a_result(toy_run):
         "eps_pixel": 0.001,
         "clip": [0.0, 1.0],
         "precision": "float32",
-        "sound": False,
-        "semantics": None,
+        "sound": True,
+        "semantics": "real",
     }
     assert set(result) == set(measured) | set(known)
     assert {name: result[name] for name in known} == known
