@@ -21,6 +21,7 @@ from cibp_fast.fusion.guards import hooks_of
 from cibp_fast.interval import Interval
 from cibp_fast.models import Normalize
 from cibp_fast.nn import IntervalConv2d, IntervalLinear
+from cibp_fast.ops import backends
 
 U = 2.0**-52  # of float64, rounded to any neighbour
 U32 = 2.0**-24  # of float32, rounded to nearest
@@ -140,7 +141,9 @@ def margins(chain: Chain, lower: Tensor, upper: Tensor, y: Tensor) -> Tensor:
         y: [N] int64, labels in range.
     """
     box = Box(lower.detach().cpu().double(), upper.detach().cpu().double())
-    with torch.no_grad():
+    # whatever else was asked for: their products are sums, as the proof supposes
+    backend = "cpu" if backends.available_isas() else "torch"
+    with torch.no_grad(), backends.ask(backend):
         for _, layer in chain.layers[:-1]:
             box = _RULES[type(layer)](layer, box, chain.float32)
         return _head(chain.layers[-1][1], box, y.cpu(), chain.float32).to(y.device)
