@@ -250,6 +250,11 @@ def _soundly(
 ) -> tuple[Tensor, Tensor]:  # margins [N, classes] and predicted [N]
     with torch.no_grad():
         logits = model(x)
+    if logits.dim() != 2 or len(logits) != len(x):
+        raise ValueError(
+            f"model must return logits [{len(x)}, classes], got {list(logits.shape)} for x "
+            f"{list(x.shape)}"
+        )
     check_labels(y, logits.shape[1])
     return sound_margins(layers, lower, upper, y), predict(logits)
 

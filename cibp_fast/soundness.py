@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cibp_fast.fusion import FusedNetwork
-from cibp_fast.fusion.guards import hooks_of
+from cibp_fast.fusion.guards import global_hooks, hooks_of
 from cibp_fast.interval import Interval
 from cibp_fast.models import Normalize
 from cibp_fast.nn import IntervalConv2d, IntervalLinear
@@ -45,19 +45,19 @@ class Box(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """Holds a model's layers, with their names: the last one is linear."""
+    """Holds a model's layers, each with a sound rule; the last one is linear."""
 
-    layers: list[tuple[str, nn.Module]]
+    layers: list[nn.Module]
     float32: bool  # whether bounds are those of its evaluations in float32
 
 
 def up(x: Tensor) -> Tensor:
-    """Returns what is at least x, whatever was rounded in the last two operations that made it."""
+    """Returns what is at least the exact value of x, which up to four operations rounded."""
     return x + (8 * U * x.abs() + TINY)
 
 
 def down(x: Tensor) -> Tensor:
-    """Returns what is at most x, as `up`."""
+    """Returns what is at most the exact value of x, as `up`."""
     return x - (8 * U * x.abs() + TINY)
 
 
@@ -73,6 +73,11 @@ def chain(model: Any, float32: bool) -> Chain:
             f"certify(sound=True) takes networks of layers that it knows, not a "
             f"{type(model).__name__}: {_INSTEAD}"
         )
+    if any(global_hooks()):
+        raise ValueError(
+            f"certify(sound=True) cannot run while global hooks are registered, which may change "
+            f"every layer: {_INSTEAD}"
+        )
     layers = list(_layers("", model))
     for name, layer in layers:
         _check(name, layer, float32)
@@ -80,11 +85,11 @@ def chain(model: Any, float32: bool) -> Chain:
         raise ValueError(
             f"certify(sound=True) needs a network that ends in a linear layer: {_INSTEAD}"
         )
-    return Chain(layers, float32)
+    return Chain([layer for _, layer in layers], float32)
 
 
 def _layers(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    if any(hooks_of(module)) or "forward" in vars(module):
+    if any(hooks_of(module)) or not vars(module).keys().isdisjoint(("forward", "_conv_forward")):
         raise ValueError(
             f"certify(sound=True) cannot take {name or 'the model'}, which has hooks or a "
             f"forward of its own: {_INSTEAD}"
@@ -144,9 +149,9 @@ def margins(chain: Chain, lower: Tensor, upper: Tensor, y: Tensor) -> Tensor:
     # whatever else was asked for: their products are sums, as the proof supposes
     backend = "cpu" if backends.available_isas() else "torch"
     with torch.no_grad(), backends.ask(backend):
-        for _, layer in chain.layers[:-1]:
+        for layer in chain.layers[:-1]:
             box = _RULES[type(layer)](layer, box, chain.float32)
-        return _head(chain.layers[-1][1], box, y.cpu(), chain.float32).to(y.device)
+        return _head(chain.layers[-1], box, y.cpu(), chain.float32).to(y.device)
 
 
 def _sizes(box: Box) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,7 +161,7 @@ def _sizes(box: Box) -> tuple[Tensor, Tensor, Tensor]:
     return center, radius, up(center.abs() + radius)
 
 
-def affine(  # rule A
+def _affine(  # rule A
     box: Box, products: Products, weights: Tensor, bias: Tensor, count: int, float32: bool
 ) -> Box:
     """Bounds W x + b of a box.
@@ -201,13 +206,13 @@ def _convolution(layer: Any, box: Box, float32: bool) -> Box:
     geometry = layer.stride, layer.padding, layer.dilation, layer.groups
     sums = weight.abs().flatten(1).sum(1).view(-1, 1, 1)
     products = _products(F.conv2d, weight, *geometry)
-    return affine(box, products, sums, _bias(layer, 2), prod(weight.shape[1:]), float32)
+    return _affine(box, products, sums, _bias(layer, 2), prod(weight.shape[1:]), float32)
 
 
 def _linear(layer: Any, box: Box, float32: bool) -> Box:
     weight, bias = layer.weight.detach().cpu().double(), _bias(layer, 0)
     sums, count = weight.abs().sum(1), weight.shape[1]
-    return affine(box, _products(F.linear, weight), sums, bias, count, float32)
+    return _affine(box, _products(F.linear, weight), sums, bias, count, float32)
 
 
 def _products(function: Any, weight: Tensor, *geometry: Any) -> Products:
@@ -224,7 +229,13 @@ def _average(layer: Any, box: Box, float32: bool) -> Box:
     """Takes an average as a sum of products with 1 / size."""
     count = prod(box.lower.shape[-2:])
     zero, one = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    return affine(box, lambda x, r: (layer(x), layer(r)), one, zero, count, float32)
+    out = _affine(box, lambda x, r: (layer(x), layer(r)), one, zero, count, float32)
+    if not float32:
+        return out
+    # the sum may overflow before it is divided
+    sums = count * _sizes(box)[2].flatten(1).amax(1)
+    fits = (sums < MAX32).view(-1, *[1] * (out.lower.dim() - 1))
+    return Box(*(end.where(fits, torch.nan) for end in out))
 
 
 def _normalize(layer: Any, box: Box, float32: bool) -> Box:  # rule C
@@ -277,9 +288,9 @@ def _head(layer: Any, box: Box, y: Tensor, float32: bool) -> Tensor:  # rule F
         rows = (y == label).nonzero().flatten()
         part = Box(box.lower[rows], box.upper[rows])
         shift = bias[label] - bias if bias.dim() else bias
-        # their differences are rounded once more: affine allows for some products more
+        # their differences are rounded once more: _affine allows for some products more
         products, count = _products(F.linear, weight[label] - weight), features + 4
-        lower = affine(part, products, shift, shift, count, False).lower
+        lower = _affine(part, products, shift, shift, count, False).lower
         if lost is not None:
             lower = down(lower - up(lost[rows] + lost[rows, label].unsqueeze(1)))
         lower[:, label] = torch.inf

@@ -51,7 +51,7 @@ def test_certificate_under_autocast(dtype: torch.dtype) -> None:
 
 
 def results(x: Tensor, y: Tensor, backend: str) -> dict[str, Tensor]:
-    """What bounds, margins, losses and gradients are, layer by layer and fused."""
+    """Computes bounds, margins, losses and gradients, layer by layer and fused."""
     found: dict[str, Tensor] = {}
     for name in ("bounds", "fuse"):
         net = small_net()
@@ -221,7 +221,7 @@ def test_float32_products_are_of_float32(precision: str) -> None:
 
 
 def test_products_follow_a_more_general_setting_again() -> None:
-    """What was inherited is not pinned."""
+    """Pins nothing that was inherited."""
     if not hasattr(torch.backends, "fp32_precision"):
         pytest.skip("torch before 2.9 has another setting")
     conv, kept = torch.backends.mkldnn.conv, torch.backends.fp32_precision

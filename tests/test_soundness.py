@@ -363,3 +363,38 @@ def test_radii_at_the_ends_of_the_search() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             cf.certified_radius(model, x, y, None, **change)  # type: ignore[arg-type]
+
+
+def test_a_sum_that_overflows_before_it_is_divided_is_not_certified_in_float32() -> None:
+    model = nn.Sequential(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(1, 2))
+    model[2].weight.data = torch.tensor([[1e-38], [0.0]])
+    model[2].bias.data.zero_()
+    x, y = torch.full((1, 1, 2, 2), 1.5e38), torch.tensor([0])
+    box = cf.Interval(x, x)
+    assert model[0](x).isinf().all()
+    found = (
+        soundness.margins(soundness.chain(model, float32), box.lower, box.upper, y)[0, 1]
+        for float32 in (False, True)
+    )
+    assert [each.isfinite().item() for each in found] == [True, False]
+
+
+def test_global_hooks_and_other_forwards_are_refused() -> None:
+    model, x, y = nn.Sequential(nn.Linear(2, 2)), torch.rand(1, 2), torch.tensor([0])
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        with pytest.raises(ValueError, match="while global hooks are registered"):
+            cf.certify(model, x, y, 0.1)
+    finally:
+        hook.remove()
+    assert cf.certify(model, x, y, 0.1).sound
+    image = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Flatten(), nn.Linear(4, 2))
+    image[0]._conv_forward = lambda x, *_: x  # type: ignore[method-assign,assignment]
+    with pytest.raises(ValueError, match="0, which has hooks or a forward of its own"):
+        cf.certify(image, torch.rand(1, 1, 2, 2), y, 0.1)
+
+
+def test_logits_of_more_dimensions_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    with pytest.raises(ValueError, match=r"logits \[1, classes\], got \[1, 4, 2\]"):
+        cf.certify(model, torch.rand(1, 4, 3), torch.tensor([0]), 0.1)

@@ -204,11 +204,13 @@ def point_logits(
     biases: Sequence[Tensor | None],
     engine: str,
 ) -> Tensor:
-    """Runs all stages on points [N, C, H, W] alone, on the CPU; nothing is checked.
+    """Runs all stages on points [N, C, H, W] alone, on the CPU.
 
     Returns the logits [N, classes]. They have a gradient by x, and none by weights and biases. The
-    arguments are those of `network`.
+    arguments are those of `network`. Nothing is checked, but RuntimeError is raised where a storage
+    was freed.
     """
+    backends.refuse_freed("network", x=x, weights=weights, biases=biases)
     weights = [weight.detach().contiguous() for weight in weights]
     biases = [None if bias is None else bias.detach().contiguous() for bias in biases]
     return _Points.apply(x, numbers, weights, biases, engine)

@@ -124,3 +124,12 @@ def test_no_points_and_no_gradient() -> None:
         y = x.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(logits(y).square().sum(), y, create_graph=True)
         gradient.sum().backward()
+
+
+def test_parameters_without_memory_are_refused() -> None:
+    model, x = built("linear layers", torch.float32)
+    logits = cf.fuse(model)._logits
+    logits(x)
+    model[1].weight.untyped_storage().resize_(0)  # type: ignore[union-attr,operator]
+    with pytest.raises(RuntimeError, match="has no memory: its storage was freed"):
+        logits(x)
