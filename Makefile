@@ -66,7 +66,8 @@ bench: $(VENV)/dev
 	  train_step_bf16 fused naive compile auto_lirpa naive_bf16 --output bench/results/training.csv
 	for n in 1 $$(nproc); do \
 	  $(BIN)/python bench/step.py --models small medium --contenders fused bf16 --threads $$n \
-	    --batch 1 4 16 64 256 1024 --rounds 7 --output bench/results/batch_$${n}threads.csv; \
+	    --batch 1 4 16 64 256 1024 --rounds 7 --output bench/results/batch_$${n}threads.csv \
+	    || exit 1; \
 	done
 	$(BIN)/python bench/step.py --contenders fused fast bf16 naive --channels 1 3 8 16 32 48 64 96 128 \
 	  --rounds 7 --output bench/results/channels.csv

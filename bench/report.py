@@ -289,7 +289,7 @@ def training() -> list[str]:
 
 
 def batches() -> list[str]:
-    rows = read("batch*")
+    rows = read("batch_*threads")
     sizes = sorted({int(row["batch"]) for row in rows})
     found: dict[tuple[str, ...], dict[int, str]] = {}
     for row in rows:
@@ -302,7 +302,7 @@ def batches() -> list[str]:
         "on one thread and on as many as there are:"
     )
     head = ["network", "step", "threads", *(f"{size:,}" for size in sizes)]
-    return block(about, head, body, rows, "batch*")
+    return block(about, head, body, rows, "batch_*threads")
 
 
 def channels() -> list[str]:
