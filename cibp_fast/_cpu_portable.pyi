@@ -109,6 +109,8 @@ class Given(Enum):
     boxes = 0
     balls = 1
     points = 2
+    real = 3
+    float32 = 4
 
 class Network_float32:
     """csrc/cpu/network/network.h: Network. Layers without weight or bias have the address 0."""

@@ -9,6 +9,7 @@ in exact arithmetic on its stored weights, or of all its evaluations in float32.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from math import prod
 from typing import Any, NamedTuple
 
@@ -146,12 +147,38 @@ def margins(chain: Chain, lower: Tensor, upper: Tensor, y: Tensor) -> Tensor:
         y: [N] int64, labels in range.
     """
     box = Box(lower.detach().cpu().double(), upper.detach().cpu().double())
-    # whatever else was asked for: their products are sums, as the proof supposes
-    backend = "cpu" if backends.available_isas() else "torch"
-    with torch.no_grad(), backends.ask(backend):
+    with torch.no_grad(), _sums():
         for layer in chain.layers[:-1]:
             box = _RULES[type(layer)](layer, box, chain.float32)
         return _head(chain.layers[-1], box, y.cpu(), chain.float32).to(y.device)
+
+
+def quick(chain: Chain) -> bool:
+    """Whether rule G of docs/soundness.md takes the network, in one op of the kernels."""
+    least, greatest = 2.0**-100, 2.0**20
+    for at, layer in enumerate(chain.layers):
+        if isinstance(layer, Normalize) and at == 0:
+            if not (layer.std >= 1 / greatest).all():
+                return False
+        elif isinstance(layer, nn.Conv2d | nn.Linear):
+            sizes = layer.weight.detach().abs()
+            sums = prod(sizes.shape[1:]) <= 2**18
+            if not sums or ((sizes > greatest) | ((sizes > 0) & (sizes < least))).any():
+                return False
+        elif type(layer) not in (nn.ReLU, nn.Flatten, nn.ZeroPad2d, nn.Identity, nn.Dropout):
+            return False
+    return True
+
+
+def head(chain: Chain, box: Box, y: Tensor) -> Tensor:  # rule F
+    """Computes `margins` from a box of what the last layer reads, [N, features]."""
+    with torch.no_grad(), _sums():
+        return _head(chain.layers[-1], Box(*(end.double() for end in box)), y, chain.float32)
+
+
+def _sums() -> AbstractContextManager[None]:
+    """Computes products as sums inside the block, as the proof supposes, whatever was asked for."""
+    return backends.ask("cpu" if backends.available_isas() else "torch")
 
 
 def _sizes(box: Box) -> tuple[Tensor, Tensor, Tensor]:

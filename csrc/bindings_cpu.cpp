@@ -305,7 +305,9 @@ void define_shapes(py::module_& m) {
   py::enum_<Given>(m, "Given", py::module_local())
       .value("boxes", Given::kBoxes)
       .value("balls", Given::kBalls)
-      .value("points", Given::kPoints);
+      .value("points", Given::kPoints)
+      .value("real", Given::kReal)
+      .value("float32", Given::kFloat32);
   py::class_<NetworkLayer>(m, "NetworkLayer", py::module_local())
       .def(py::init([](const Shape& shape, bool relu, bool pool, bool fast) {
              return NetworkLayer{shape, relu, pool, fast};

@@ -22,7 +22,14 @@ from cibp_fast.layerwise import Bounds, bounds, check_arguments
 from cibp_fast.ops import backends
 from cibp_fast.ops.library import failure
 from cibp_fast.ops.loss import Head
-from cibp_fast.ops.network import Stage, cpu_engine, network, numbers_of, point_logits
+from cibp_fast.ops.network import (
+    Stage,
+    cpu_engine,
+    network,
+    numbers_of,
+    point_logits,
+    sound_features,
+)
 
 __all__ = ["FusedNetwork", "fuse"]
 
@@ -191,6 +198,21 @@ class FusedNetwork(nn.Module):
             x = _normalized(program.normalize, x)
         x = x.reshape(len(x), *plan.stages[0].input)
         return point_logits(x, plan.numbers, weights, biases, cpu_engine())
+
+    def _sound_features(
+        self, semantics: str, x: Tensor, lower: Tensor, upper: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Bounds the last layer's input over boxes around x, as `ops.network.sound_features`.
+
+        What `of_torch_alone` refuses is not looked at again.
+        """
+        program = self._current_program()
+        plan, weights, biases = planned(program, x)
+        box = Interval._make(lower, upper, x)
+        lower, upper, x, _ = _inputs(program, plan, x, box, False)
+        return sound_features(
+            lower, upper, x, plan.numbers, weights, biases, cpu_engine(), semantics
+        )
 
     def _unchecked(self, plan: Plan, biases: list[Tensor | None], x: Tensor, precision: str) -> str:
         """Returns why Triton's kernels must not be used; empty: they may, or were asked for."""

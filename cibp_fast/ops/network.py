@@ -267,6 +267,47 @@ class _Points(torch.autograd.Function):
         return out, None, None, None, None
 
 
+def sound_features(
+    lower: Tensor,
+    upper: Tensor,
+    x: Tensor,
+    numbers: tuple[int, ...],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    engine: str,
+    semantics: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Bounds the last stage's input, on the CPU, so that it holds in floating point.
+
+    The arguments are those of `network`; docs/soundness.md, rule G, says what they must be. Nothing
+    is checked, but RuntimeError is raised where a storage was freed.
+
+    Args:
+        lower, upper, x: [N, C, H, W], the boxes, and the points within.
+        semantics: "real" or "float32".
+
+    Returns:
+        lower', upper' [N, features], and the logits of x [N, classes].
+    """
+    backends.refuse_freed("network", lower=lower, upper=upper, x=x, weights=weights, biases=biases)
+    weights = [weight.detach().contiguous() for weight in weights]
+    biases = [None if bias is None else bias.detach().contiguous() for bias in biases]
+    outputs = _forward_outputs(x, stages_of(numbers))
+    if len(x):
+        plan = _plan(numbers, len(x), semantics, engine, x.dtype)
+        plan.network.forward(
+            backends.threads(),
+            plan.by_stage([weight.data_ptr() for weight in weights]),
+            plan.by_stage([0 if bias is None else bias.data_ptr() for bias in biases]),
+            [(t.data_ptr(), *t.stride()) for t in (lower, upper, x)],
+            0,
+            False,
+            0,
+            [t.data_ptr() for t in outputs],
+        )
+    return outputs[3], outputs[4], outputs[2]
+
+
 # Registration. Gradients that are not wanted are empty tensors, since an op cannot return None.
 
 library.define(
@@ -307,7 +348,7 @@ def _plan(
 ) -> _Plan:
     """Returns the plan of a network on the CPU, for tensors of this batch and dtype.
 
-    given: "boxes", "balls" or "points".
+    given: a name of network.h's Given.
     """
     stages, (build, stored) = stages_of(numbers), build_of(engine, dtype)
     kind = getattr(build, f"Network_{stored}")

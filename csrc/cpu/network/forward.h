@@ -17,6 +17,7 @@
 #include "panels.h"
 #include "pool.h"
 #include "saved.h"
+#include "sound.h"
 #include "winograd.h"
 
 namespace cibp {
@@ -110,6 +111,8 @@ void pack_input(const NetworkPlan<E>& plan, const NetworkForward<T>& op, int64_t
     return pack_image(Copy<T, S>{}, sources, s, g, 0, out);
   }
   if (g.streams == 1) return pack_image(Copy<T, 1>{}, &sources[2], s, g, n, out);
+  if (const Slack<T>& slack = plan.layers[0].slack; slack.wanted)
+    return pack_image(Outward<T>{slack.input}, sources, s, g, n, out);
   pack_image(CenterRadius<T, S>{}, sources, s, g, n, out);
 }
 
@@ -159,7 +162,7 @@ void head_bounds(const NetworkPlan<E>& plan, const NetworkForward<Number<E>>& op
       for (int64_t c = 0; c < s.in_channels; ++c) {
         const T m = number(from[c]), r = number(from[c + head.in.stream_stride()]);
         // of an unstable unit whose upper bound is infinite m - r is NaN
-        op.head_lower[base + c * pixels + p] = relu && m == r ? T{0} : m - r;
+        op.head_lower[base + c * pixels + p] = relu && m <= r ? T{0} : m - r;
         op.head_upper[base + c * pixels + p] = m + r;
       }
     }
@@ -171,6 +174,7 @@ void Network<E>::forward(const NetworkForward<Number<E>>& op) const {
   using T = Number<E>;
   const NetworkPlan<E>& plan = *plan_;
   const std::vector<Layer<E>>& layers = plan.layers;
+  const Nearest<T> nearest(layers[0].slack.wanted);
   const T* panels = pack_weights(plan, op.weights, false, true, op.threads);
   const std::vector<const T*> biases = padded_biases(plan, op);
   const int64_t batch = plan.batch;

@@ -29,6 +29,7 @@
 #include "../tile.h"
 #include "../vec.h"
 #include "network.h"
+#include "sound.h"
 
 namespace cibp {
 
@@ -72,7 +73,8 @@ struct Passes {
 template <class E>
 struct Layer : NetworkLayer {
   bool dense;
-  bool points;   // whether the streams are three points
+  bool points;  // whether the streams are three points
+  Slack<Number<E>> slack;
   bool scatter;  // whether its input gradient is that of scatter.h
   Passes winograd;
   Geometry in;        // of the packed input
@@ -164,7 +166,9 @@ template <class E>
       streams[k] = layer.relu ? positive<T>(streams[k] + bias) : streams[k] + bias;
     return;
   }
-  const Vec<T> mu = streams[0] + bias, radius = streams[1], nominal = streams[2] + bias;
+  const Vec<T> mu = streams[0] + bias, nominal = streams[2] + bias;
+  const Vec<T> radius =
+      layer.slack.wanted ? reach<T>(mu, streams[1], bias, layer.slack) : streams[1];
   if (layer.relu) {
     const Vec<T> upper = mu + radius, half = positive<T>(upper) * T(0.5);
     streams[0] = mu > radius ? mu : half;
@@ -172,8 +176,10 @@ template <class E>
     streams[2] = positive<T>(nominal);
   } else {
     streams[0] = mu;
+    streams[1] = radius;
     streams[2] = nominal;
   }
+  if (layer.slack.wanted) streams[1] = outward<T>(streams[0], streams[1], layer.slack.next);
 }
 
 // The (m, r, nominal) that `activate` made, from where they are packed.

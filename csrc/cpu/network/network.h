@@ -71,8 +71,10 @@ struct NetworkPlan;
 
 // What a network is given: boxes with a nominal point; the same, where the box is exactly nominal
 // +- a radius for each channel (lower and upper are not read, and the first layer is an unpadded
-// convolution); or points alone, three of which take the place of a box in all that is packed.
-enum class Given { kBoxes, kBalls, kPoints };
+// convolution); or points alone, three of which take the place of a box in all that is packed. Or
+// boxes whose bounds must be sound, in the semantics "real" or "float32" (sound.h): then what
+// counts is the last layer's input and the nominal logits, and there is no backward pass.
+enum class Given { kBoxes, kBalls, kPoints, kReal, kFloat32 };
 
 // What the passes of a network need besides its tensors, made once: plans, offsets, sizes. Several
 // threads may call it at a time. E: what is packed and saved (layers.h), float, double or BFloat16.

@@ -149,6 +149,12 @@ Network<E>::Network(const std::vector<NetworkLayer>& layers, Given given) {
     plan->biases += layer.width() + kBlock<E>;
     plan->layers.push_back(std::move(layer));
   }
+  for (size_t i = 0; i < layers.size(); ++i) {
+    // of the last one only the input counts
+    const bool last = i + 1 == layers.size();
+    plan->layers[i].slack = slack<Number<E>>(last ? 0 : plan->layers[i].rows(), given);
+    if (i > 0) plan->layers[i - 1].slack.next = plan->layers[i].slack.input;
+  }
   while (!plan->layers[plan->convolutions].dense) ++plan->convolutions;
   for (size_t i = 0; i < plan->convolutions; ++i) place(*plan, i);
   const Shape& s = layers[0].shape;

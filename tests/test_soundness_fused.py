@@ -1,0 +1,275 @@
+"""Sound bounds by the fused kernels: rule G of docs/soundness.md, judged in exact fractions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fractions import Fraction
+from itertools import pairwise
+from typing import Any
+
+import exact
+import numpy as np
+import pytest
+import torch
+from test_soundness import in_some_order
+from torch import Tensor, nn
+
+import cibp_fast as cf
+from cibp_fast import certificates, soundness
+from cibp_fast.ops import backends
+
+KERNELS = pytest.mark.skipif(not backends.available_isas(), reason="no CPU kernels were built")
+pytestmark = KERNELS
+
+
+def network(random: np.random.Generator) -> tuple[nn.Sequential, Tensor]:
+    """Returns a small network, some of whose sums cancel, and 3 points for it in [0, 1]."""
+    dtype = torch.float64 if random.integers(2) else torch.float32
+    if random.integers(3):
+        sizes = [int(size) for size in random.integers(1, 40, size=random.integers(2, 5))]
+        if len(sizes) > 2:
+            sizes[1] = int(random.integers(1, 12))
+        shape = (sizes[0], 1, 1)
+        hidden: list[nn.Module] = [nn.Flatten()]
+        for pair in pairwise(sizes):
+            relu = [nn.ReLU()] if random.integers(4) else []
+            hidden += [nn.Linear(*pair), *relu]
+    else:
+        shape = (2, 5, 6)
+        hidden = [
+            *([cf.models.Normalize([0.1, 0.7], [0.3, 1.9])] if random.integers(2) else []),
+            nn.Conv2d(2, 3, (2, 3), stride=(2, 1), padding=(int(random.integers(2)), 0)),
+            nn.ReLU(),
+            *([nn.ZeroPad2d((0, 1, 1, 0))] if random.integers(2) else []),
+            nn.Conv2d(3, 5, 2, bias=bool(random.integers(2))),
+            nn.ReLU(),
+            nn.Flatten(),
+        ]
+    x = torch.rand(3, *shape, dtype=dtype)
+    features = nn.Sequential(*hidden).to(dtype)(x).shape[1]
+    model = nn.Sequential(*hidden, nn.Linear(features, 3, bias=bool(random.integers(2))))
+    for p in model.parameters():
+        values = random.normal(size=tuple(p.shape)) * 10.0 ** random.integers(-4, 4)
+        kind = random.integers(4)
+        if kind == 0 and p.dim() > 1:  # nearly equal rows
+            values[:] = values[:1] * (1 + 1e-7 * random.normal(size=p.shape))
+        elif kind == 1 and p.dim() > 1 and p.shape[1] > 1:
+            values[:, 1::2] = -values[:, 0 : values.shape[1] // 2 * 2 : 2]
+        elif kind == 2:
+            values[random.random(size=p.shape) < 0.3] = 0.0
+        p.data = torch.tensor(values, dtype=torch.float32)
+    if random.integers(2):  # neighbours are almost equal: their products cancel
+        x[:, 1:] = x[:, :1] * (1 + 1e-7 * torch.rand_like(x[:, 1:]))
+        x.clamp_(0, 1)
+    return model.to(dtype).eval(), x
+
+
+def cases(count: int, seed: int) -> Iterator[tuple[nn.Sequential, Tensor, Tensor, float, Any]]:
+    for i in range(count):
+        random = np.random.default_rng((seed, i))
+        torch.manual_seed(i)
+        model, x = network(random)
+        eps = float(random.choice([0.0, 1e-45, 1e-7, 1e-3, 0.1, 0.4]))
+        clip = [(0.0, 1.0), None][random.integers(2)]
+        yield model, x, torch.tensor([0, 1, 2]), eps, clip
+
+
+def exact_margins(
+    model: nn.Sequential, x: Tensor, label: int, eps: float, clip: Any
+) -> list[Fraction | None]:
+    low, high = (exact.exact(x) + sign * Fraction(eps) for sign in (-1, 1))
+    if clip is not None:
+        low, high = (np.clip(end, *map(Fraction, clip)) for end in (low, high))
+    *hidden, last = model
+    for layer in hidden:
+        if isinstance(layer, nn.ZeroPad2d):
+            left, right, top, bottom = layer.padding
+            ends = ((0, 0), (top, bottom), (left, right))
+            low, high = (np.pad(end, ends, constant_values=Fraction(0)) for end in (low, high))
+        else:
+            low, high = exact.bounds(layer, low, high)
+    return exact.head_margins(last, low, high, label)
+
+
+def judged(monkeypatch: Any, count: int, seed: int, sound: bool = True) -> tuple[int, int, int]:
+    """Returns how many margins were looked at, are above the exact ones, and are not finite."""
+    # none is computed a second time, in float64
+    monkeypatch.setattr(
+        soundness, "margins", lambda c, low, high, y: torch.full((len(y), 1), torch.nan)
+    )
+    seen = wrong = open_ = 0
+    for model, x, y, eps, clip in cases(count, seed):
+        assert soundness.quick(soundness.chain(model, False))
+        found = cf.certify(model, x, y, eps, clip, sound=sound).margins
+        for n, label in enumerate(y.tolist()):
+            right = exact_margins(model, x[n], label, eps, clip)
+            for value, bound in zip(found[n].tolist(), right, strict=True):
+                if bound is None:
+                    continue
+                seen += 1
+                if not np.isfinite(value):
+                    open_ += 1
+                elif Fraction(value) > bound:
+                    wrong += 1
+    return seen, wrong, open_
+
+
+def test_no_margin_is_above_the_exact_one(monkeypatch: Any) -> None:
+    seen, wrong, open_ = judged(monkeypatch, 200, seed=0)
+    assert seen == 200 * 6 and wrong == 0 and open_ == 0
+
+
+@pytest.mark.slow
+def test_no_margin_is_above_the_exact_one_in_many(monkeypatch: Any) -> None:
+    seen, wrong, open_ = judged(monkeypatch, 20_000, seed=1)
+    assert seen == 120_000 and wrong == 0 and open_ == 0
+
+
+def test_ordinary_bounds_are_above_on_the_same_networks(monkeypatch: Any) -> None:
+    """Shows that the judge sees rounding."""
+    assert judged(monkeypatch, 100, seed=0, sound=False)[1] > 30
+
+
+@pytest.mark.parametrize("isa", backends.available_isas())
+def test_on_every_instruction_set(monkeypatch: Any, isa: str) -> None:
+    with backends.use_isa(isa):
+        assert judged(monkeypatch, 30, seed=2)[1:] == (0, 0)
+
+
+def test_whatever_the_caller_has_set(monkeypatch: Any) -> None:
+    """The kernels set rounding and subnormal numbers themselves, and put back what was set."""
+    expected = [certified(case).margins for case in cases(30, seed=3)]
+    torch.set_flush_denormal(True)
+    try:
+        assert judged(monkeypatch, 30, seed=3)[1:] == (0, 0)
+        monkeypatch.undo()
+        assert 2.0**-1074 + torch.zeros(1, dtype=torch.float64).add(0).item() >= 0
+        flushed = [certified(case).margins for case in cases(30, seed=3)]
+        assert (torch.full((8,), 1e-40) * 1.0).eq(0).all()  # the caller's is as it was
+    finally:
+        torch.set_flush_denormal(False)
+    for ours, theirs in zip(expected, flushed, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def certified(case: tuple[nn.Sequential, Tensor, Tensor, float, Any]) -> cf.Certificate:
+    return cf.certify(*case)
+
+
+@pytest.mark.parametrize("semantics", ["real", "float32"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30, 3e38])
+@pytest.mark.parametrize("layer", [1, 3, 5])
+def test_numbers_that_are_not_finite_or_too_large_verify_nothing(
+    layer: int, value: float, semantics: str
+) -> None:
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(4, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 3)
+    )
+    with torch.no_grad():
+        model[5].weight.zero_()
+        model[5].bias.copy_(torch.tensor([1.0, 0.0, 0.0]))  # always right, without the value
+        model[layer].bias[0] = value
+    x, y = torch.rand(5, 4, 1, 1), torch.zeros(5, dtype=torch.int64)
+    found = cf.certify(model, x, y, 0.1, semantics=semantics)
+    large = np.isfinite(value)
+    if large and semantics == "real":  # float64 has room for it
+        assert found.verified.all()
+    elif not large and (layer < 5 or value != np.inf):
+        assert not found.verified.any()
+    assert not found.margins[:, 1:].isinf().any() or not found.verified.any()
+
+
+def test_one_example_that_is_not_finite_leaves_the_others_alone() -> None:
+    model = cf.models.small((1, 28, 28))
+    x = torch.rand(40, 1, 28, 28)
+    y = model(x).argmax(1)
+    expected = cf.certify(model, x, y, 1e-4, None)
+    x[7, 0, 3, 3] = 3e38
+    found = cf.certify(model, x, y, 1e-4, None)
+    rest = torch.arange(40) != 7
+    assert torch.equal(found.verified[rest], expected.verified[rest]) and not found.verified[7]
+    torch.testing.assert_close(found.margins[rest], expected.margins[rest])
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_float32_in_any_order_is_inside(seed: int, monkeypatch: Any) -> None:
+    monkeypatch.setattr(
+        soundness, "margins", lambda c, low, high, y: torch.full((len(y), 1), torch.nan)
+    )
+    random = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 3)
+    )
+    with torch.no_grad():  # large parts that cancel
+        model[2].weight[:, 1] = 1e4 - model[2].weight[:, 0]
+        model[2].weight[:, 2] = -1e4
+    x, y = torch.rand(1, 6), torch.tensor([0])
+    found = cf.certify(model, x, y, 1e-4, None, semantics="float32").margins[0]
+    real = cf.certify(model, x, y, 1e-4, None).margins[0]
+    assert (found[1:] < real[1:]).all()
+    box = cf.Interval.ball(x, 1e-4, None)
+    for _ in range(40):
+        point = box.lower + torch.tensor(random.uniform(size=(1, 6))).float() * 2e-4
+        point = point.clamp(box.lower, box.upper)
+        for logits in (
+            in_some_order(model, point[0], random),
+            model(point)[0].detach().numpy(),
+            model(point.repeat(50, 1))[7].detach().numpy(),
+        ):
+            wide = logits.astype(np.float64)
+            assert (wide[0] - wide[1:] >= found[1:].numpy()).all()
+
+
+def test_what_is_almost_verified_is_bounded_in_float64(monkeypatch: Any) -> None:
+    """Takes margins in (0, 1e-5): float32 sees none of them, and layers in float64 all."""
+    model = nn.Sequential(nn.Linear(400, 2))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.stack([torch.ones(400), torch.zeros(400)]))
+        model[0].bias.zero_()
+    x = torch.full((300, 400), 0.5)
+    y = torch.zeros(300, dtype=torch.int64)
+    eps = 0.5 - 1e-8 * torch.arange(-150, 150).double().add(0.5).view(-1, 1)
+    expected = eps.flatten() < 0.5
+    assert torch.equal(cf.certify(model, x, y, eps, None).verified, expected)
+    seen: list[int] = []
+    margins = soundness.margins
+
+    def counted(*arguments: Any) -> Tensor:
+        seen.append(len(arguments[-1]))
+        return margins(*arguments)
+
+    monkeypatch.setattr(soundness, "margins", counted)
+    wrong = torch.ones_like(y)  # which float64 cannot verify
+    assert not cf.certify(model, x, wrong, eps, None).verified.any() and not seen
+    far = cf.certify(model, x, y, eps + 0.4, None)
+    assert not far.verified.any() and seen == [certificates.SOUND_IN_CACHE]
+
+
+def test_networks_and_settings_that_the_kernels_do_not_take() -> None:
+    def quick(*layers: nn.Module) -> bool:
+        return soundness.quick(soundness.chain(nn.Sequential(*layers), False))
+
+    assert quick(nn.Flatten(), nn.Linear(4, 2))
+    assert not quick(nn.BatchNorm1d(4).eval(), nn.Linear(4, 2))
+    assert not quick(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(4, 2))
+    for value, taken in ((2.0**20, True), (1.1 * 2.0**20, False), (0.9 * 2.0**-100, False)):
+        linear = nn.Linear(4, 2)
+        linear.weight.data[1, 2] = value
+        assert quick(linear) == taken
+    assert not quick(nn.Linear(2**18 + 1, 2, bias=False))
+    assert not quick(nn.Flatten(), cf.models.Normalize([0.0], [1.0]), nn.Linear(4, 2))
+
+
+def test_examples_of_one_shape_by_batches_and_alone() -> None:
+    model = cf.models.small((1, 28, 28))
+    x, eps = torch.rand(7, 1, 28, 28), torch.linspace(0, 0.01, 7).view(-1, 1, 1, 1)
+    y = model(x).argmax(1)
+    whole = cf.certify(model, x, y, eps)
+    for batch_size in (1, 3):
+        parts = cf.certify(model, x, y, eps, batch_size=batch_size)
+        torch.testing.assert_close(parts.margins, whole.margins, rtol=0, atol=0.02)
+        assert torch.equal(parts.verified, whole.verified)
+    boxes = cf.certify(model, x, y, cf.Interval.ball(x, eps))
+    torch.testing.assert_close(boxes.margins, whole.margins, rtol=0, atol=0.02)
+    assert cf.certify(model, x[:0], y[:0], eps[:0]).margins.shape == (0, 10)
