@@ -15,7 +15,7 @@ from torch import nn
 
 import cibp_fast as cf
 from cibp_fast.certificates import Certificate
-from cibp_fast.training import Contradiction, datasets, evaluation, runs
+from cibp_fast.training import Contradiction, datasets, evaluation, evidence, runs
 from cibp_fast.training.config import Config, preset
 
 
@@ -112,8 +112,17 @@ def test_the_same_rounding_refutes_a_certificate_about_float32(tmp_path):
         evaluation.evaluate(
             rounds_wrong(), grey(51), config(eps=0.08), semantics="float32", evidence=tmp_path
         )
-    with np.load(tmp_path / "evidence-0.npz") as evidence:
-        assert evidence["logits_float32"][:2].tolist() == [0.5, 0.0]
+    with np.load(tmp_path / "evidence-0.npz") as kept:
+        assert kept["logits_float32"][:2].tolist() == [0.5, 0.0]
+
+
+def test_what_the_attack_saw_in_float32_counts_even_if_another_evaluation_is_right(tmp_path):
+    """Evaluates it again in another way, which rounds otherwise: every one must be right."""
+    x, margins = torch.full((1, 784), 0.25), torch.full((10,), 0.5).double()
+    claim = evidence.Claim(3, x, 1, margins, "float32", 0.125, None, x - 0.125)
+    right = nn.functional.one_hot(torch.tensor([1]), 10).float()
+    with pytest.raises(Contradiction, match=r"verify example 3, .*/evidence-3\.npz$"):
+        evidence.check(rounds_wrong(), lambda x: right, claim, tmp_path)
 
 
 @pytest.mark.usefixtures("everything")
@@ -147,8 +156,8 @@ def test_what_cannot_be_decided_is_a_contradiction(tmp_path):
         evaluation.evaluate(
             model, toy_dataset().test, config(), semantics="real", evidence=tmp_path
         )
-    with np.load(next(tmp_path.iterdir())) as evidence:
-        assert evidence["logits"].shape == (0,) and evidence["logits_float32"].shape == (10,)
+    with np.load(next(tmp_path.iterdir())) as kept:
+        assert kept["logits"].shape == (0,) and kept["logits_float32"].shape == (10,)
 
 
 def test_ordinary_bounds_are_only_counted(tmp_path, everything, monkeypatch):
@@ -171,10 +180,10 @@ def test_evidence_is_of_the_box_that_eps_measures(tmp_path, everything):
     split = datasets.Split(images, model(prepared).argmax(1))
     with pytest.raises(Contradiction):
         evaluation.evaluate(model, split, settings, semantics="real", evidence=tmp_path)
-    with np.load(next(tmp_path.iterdir())) as evidence:
-        assert np.array_equal(evidence["x"], prepared[evidence["index"]])
-        assert evidence["clip"].tolist() == [-np.inf, np.inf]
-        assert np.isclose(abs(evidence["adversarial"] - evidence["x"]).max(), 0.5)
+    with np.load(next(tmp_path.iterdir())) as kept:
+        assert np.array_equal(kept["x"], prepared[kept["index"]])
+        assert kept["clip"].tolist() == [-np.inf, np.inf]
+        assert np.isclose(abs(kept["adversarial"] - kept["x"]).max(), 0.5)
 
 
 def test_old_results_are_read_and_new_ones_hold_a_count(tmp_path):
