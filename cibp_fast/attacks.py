@@ -21,8 +21,15 @@ from cibp_fast.layerwise import check_labels, predict
 BURST = 10
 LEAST = 32  # examples in a graph, unless batch_size is less
 
-# Targets that are no class: the strongest wrong one, and all wrong ones, by their softmax.
-STRONGEST, ALL = -1, -2
+STEPS = ("sign", "adam")
+LOSSES = ("auto", "cross_entropy", "margin")
+
+# Targets that are no class: the strongest wrong one; all wrong ones, by their softmax; and the
+# cross-entropy, which y's own share of the softmax makes less steep.
+STRONGEST, ALL, CROSS_ENTROPY = -1, -2, -3
+
+# Adam's decay of the mean and of the mean square, and what it adds to the root: torch's defaults.
+BETA1, BETA2, ADDED = 0.9, 0.999, 1e-8
 
 
 @dataclass(frozen=True)
@@ -49,27 +56,26 @@ def pgd(
     clip: Any = CLIP,
     seed: int = 0,
     batch_size: int = 500,
+    step: str = "sign",
+    loss: str = "auto",
 ) -> Attack:
     """Searches the box `Interval.ball(x, eps, clip)` for misclassified points: l-infinity PGD.
 
-    A step adds step_size times the sign of a gradient and projects on the box. The first start is
-    x; then come `restarts` random starts in the box. Two of three starts climb the logsumexp of
-    the wrong classes' logits minus z_y in the first half of their steps, and in the second half
-    z_t - z_y, with t the strongest wrong class. Each third start climbs z_t - z_y with one t: the
-    strongest wrong class at x, the next time the second, and so on. These gradients vanish only
-    where the model's own does; there the step takes random signs, drawn once a start. A random
-    start is uniform in a box of three times the width and then moved into the box, so that sides
-    and corners are tried too.
+    A step climbs the gradient of a loss and projects on the box. The first start is x; then come
+    `restarts` random starts in the box. A random start is uniform in a box of three times the width
+    and then moved into the box, so that sides and corners are tried too. Where the gradient is 0
+    the step takes random signs, drawn once a start.
 
     The runs in results/ were attacked with the sign of the cross-entropy's gradient and uniform
-    starts, which finds less. That sign is the logsumexp's, but 0 where the softmax saturates.
+    starts, which finds less.
 
-    An example that is broken is left alone from then on. NaN logits count as misclassified, so the
-    PGD error is never below the test error. The model is attacked in evaluation mode and in its own
-    dtype, without the autocast that is active; its modes and its parameters' `.grad` are left as
-    they were. On a GPU steps are replays of CUDA graphs, whose batches are filled up with copies of
-    an example. On the CPU a chain of torch's own layers runs as one op; what that finds the model
-    itself looks at once more.
+    An example that is broken takes no part from then on: neither in further steps nor in further
+    starts. (On a GPU, where the host looks after every 10 steps only, it stays where it broke until
+    then.) NaN logits count as misclassified, so the PGD error is never below the test error. The
+    model is attacked in evaluation mode and in its own dtype, without the autocast that is active;
+    its modes and its parameters' `.grad` are left as they were. On a GPU steps are replays of CUDA
+    graphs, whose batches are filled up with copies of an example. On the CPU a chain of torch's own
+    layers runs as one op; what that finds the model itself looks at once more.
 
     Args:
         model: module or function from [N, ...] to logits [N, classes].
@@ -80,11 +86,24 @@ def pgd(
         steps: number of steps of each start.
         restarts: number of random starts.
         step_size: number in the units of x; None: 2.5 * eps / steps, or 2.5 * eps.radius / steps
-            for an Interval, element by element. A step above 0 is at least the spacing of floating-
-            point numbers, so that rounding cannot undo it.
+            for an Interval, element by element. A number above 0 is taken as at least the spacing
+            of floating-point numbers, so that rounding cannot undo a step by the sign.
         clip: as in `Interval.ball`; None or left out beside an Interval.
         seed: decides all that is random.
         batch_size: examples at a time.
+        step: "sign" adds step_size times the gradient's sign. "adam" takes Adam's step (Kingma and
+            Ba, arXiv 1412.6980; the formulas and the defaults of torch.optim.Adam) with step_size
+            as its learning rate; each start begins with new moments. Adam's steps get shorter where
+            gradients turn. It adds 1e-8 to the root of their mean square, so that gradients far
+            below that hardly move it, where "sign" still goes a whole step.
+        loss: "auto": two of three starts climb the logsumexp of the wrong classes' logits minus z_y
+            in the first half of their steps, and in the second half z_t - z_y, with t the strongest
+            wrong class of the moment. Each third start climbs z_t - z_y with one t: the strongest
+            wrong class at x, the next time the second, and so on. "margin": all steps climb
+            z_t - z_y, with t the strongest wrong class of the moment. The gradients of both are 0
+            only where the model's own are. "cross_entropy": all steps climb -log softmax(z)_y. Its
+            gradient is the logsumexp's times 1 - softmax(z)_y, so it has the same sign; but in
+            float32 it saturates: it is inexact, and then 0, where z_y is far above the others.
 
     Warns (RuntimeWarning) where the steps together are shorter than the box's greatest width, which
     is 2 eps unless clip cuts it, or where the logits have no gradient by x.
@@ -92,6 +111,9 @@ def pgd(
     Raises TypeError or ValueError for inputs that do not fit, or a box that is not finite,
     RuntimeError inside a capture, and torch.OutOfMemoryError where a GPU's memory is too small.
     """
+    for name, choice, allowed in (("step", step, STEPS), ("loss", loss, LOSSES)):
+        if choice not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {choice!r}")
     for name, value in (("steps", steps), ("restarts", restarts), ("step_size", step_size)):
         if value is not None and not value >= 0:  # NaN is not
             raise ValueError(f"{name} must be 0 or more, not {value}")
@@ -147,11 +169,12 @@ def pgd(
                     climbed,
                     start,
                     labels,
-                    _phases(logits, labels, steps, restart),
+                    _phases(logits, labels, steps, restart, loss),
                     low,
                     high,
                     lengths[chosen].where(noise > 0.5, -lengths[chosen]),
                     batch_size,
+                    step,
                     adversarial[chosen],
                     found[chosen],
                 )
@@ -197,14 +220,19 @@ def _phases(
     y: Tensor,  # [B]
     steps: int,
     restart: int,  # 0: the start is x
+    loss: str,
 ) -> list[tuple[Tensor, int]]:  # [B] and the number of steps
-    """Returns the targets of a start's steps: ALL, STRONGEST, or a class.
+    """Returns the targets of a start's steps: ALL, STRONGEST, CROSS_ENTROPY, or a class.
 
-    Where the logits differ by little ALL climbs the mean of the wrong classes, which may lead away
-    from each; where they differ by much it is STRONGEST. That may end in the best point of a class
-    that cannot win, in a linear network too; a class as the target does not. On trained networks
-    ALL and then STRONGEST find the most.
+    Why "auto" is as it is: where the logits differ by little ALL climbs the mean of the wrong
+    classes, which may lead away from each; where they differ by much it is STRONGEST. That may end
+    in the best point of a class that cannot win, in a linear network too; a class as the target
+    does not. On trained networks ALL and then STRONGEST find the most.
     """
+    if loss != "auto":
+        return [
+            (torch.full_like(y, CROSS_ENTROPY if loss == "cross_entropy" else STRONGEST), steps)
+        ]
     if restart % 3 < 2:
         every, strongest = torch.full_like(y, ALL), torch.full_like(y, STRONGEST)
         return [(every, steps - steps // 2), (strongest, steps // 2)]
@@ -228,35 +256,39 @@ def _descend(
     upper: Tensor,  # [B, ...]
     drift: Tensor,  # [B, ...]
     batch_size: int,
+    step: str,
     # outputs, updated in place
     adversarial: Tensor,  # [B, ...]
     found: Tensor,  # [B]
 ) -> None:
     """Takes the steps from one start, for the examples that are not found yet."""
-    step, last = graphed(_step, climbed), graphed(_last, climbed)
+    one_step = _adam_step if step == "adam" else _step
+    take, last = graphed(one_step, climbed), graphed(_last, climbed)
     burst = _burst(point)
     left = (~found).nonzero().flatten()
     point, y, lower, upper, drift = (each[left] for each in (point, y, lower, upper, drift))
+    moments = _moments(point) if step == "adam" else []
     for target, times in _bursts(phases, burst):
         if not len(left):
             return
         size = len(left) if burst == 1 else _size(len(left), batch_size)
         broken = torch.zeros_like(left, dtype=torch.bool)
-        given = (point, broken, y, target[left], lower, upper, drift)
-        inputs = [_padded(each, size) for each in given]
-        outputs = step(*inputs, times=times) if times else last(*inputs[:3])
-        point, broken = (each[: len(left)] for each in outputs)
+        fixed = (y, target[left], lower, upper, drift) if times else (y,)
+        moving = (point, broken, *moments) if times else (point, broken)
+        inputs = [_padded(each, size) for each in (*moving, *fixed)]
+        outputs = take(*inputs, times=times) if times else last(*inputs)
+        point, broken, *moments = (each[: len(left)] for each in outputs)
         if climbed is not model and broken.any():
             claimed = broken.clone()
             broken[claimed] = predict(model(point[claimed])) != y[claimed]
             if not torch.equal(broken, claimed):  # it would stay there
-                step, last = graphed(_step, model), graphed(_last, model)
+                take, last = graphed(one_step, model), graphed(_last, model)
         hit = broken.nonzero().flatten()
         if len(hit):
             adversarial[left[hit]], found[left[hit]] = point[hit], True
             kept = (~broken).nonzero().flatten()
-            rest = (left, point, y, lower, upper, drift)
-            left, point, y, lower, upper, drift = (each[kept] for each in rest)
+            rest = (left, point, y, lower, upper, drift, *moments)
+            left, point, y, lower, upper, drift, *moments = (each[kept] for each in rest)
 
 
 def _bursts(phases: list[tuple[Tensor, int]], burst: int) -> Iterator[tuple[Tensor, int]]:
@@ -294,23 +326,92 @@ def _step(
     upper: Tensor,
     drift: Tensor,  # the step where there is no gradient; its size is any step's
 ) -> tuple[Tensor, Tensor]:
-    """Takes a step from the points that are not broken yet.
+    """Takes a step by the gradient's sign from the points that are not broken yet.
 
     Returns the points [B, ...], and which were broken before the step [B].
+    """
+    broken, gradient = _look(model, point, broken, y, target)
+    if gradient is None:
+        return point, broken
+    # A NaN step must not carry the point out of the box, where breaking it means nothing.
+    signs = gradient.sign().nan_to_num(0.0)
+    return _moved(point, broken, signs, lower, upper, drift), broken
+
+
+def _moments(point: Tensor) -> list[Tensor]:
+    """Returns what `_adam_step` carries from step to step, before the first one: the gradients'
+    mean and mean square [B, ...] and the number of steps [B].
+
+    In float64: squares of float32 gradients neither overflow there nor vanish.
+    """
+    zeros = torch.zeros_like(point, dtype=torch.float64)
+    return [zeros, zeros, zeros.new_zeros(len(point))]
+
+
+def _adam_step(
+    model: Callable[[Tensor], Tensor],
+    point: Tensor,  # [B, ...]
+    broken: Tensor,  # [B] bool
+    mean: Tensor,  # [B, ...] float64, as square
+    square: Tensor,
+    count: Tensor,  # [B] float64
+    y: Tensor,  # [B], and so on as in `_step`
+    target: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    drift: Tensor,  # its size is Adam's learning rate
+) -> tuple[Tensor, ...]:
+    """Does what `_step` does by Adam's step, and returns its new moments too.
+
+    The mean of the gradients goes on where one of them is 0; where it is 0 itself, drift is taken.
+    """
+    broken, gradient = _look(model, point, broken, y, target)
+    if gradient is None:
+        return point, broken, mean, square, count
+    gradient = gradient.nan_to_num(0.0).double()
+    mean = BETA1 * mean + (1 - BETA1) * gradient
+    square = BETA2 * square + (1 - BETA2) * gradient * gradient
+    count = count + 1
+    unbiased, variance = (
+        moment / _as_rows(1 - beta**count, point)
+        for moment, beta in ((mean, BETA1), (square, BETA2))
+    )
+    direction = (unbiased / (variance.sqrt() + ADDED)).to(point.dtype)
+    moved = _moved(point, broken, direction, lower, upper, drift)
+    return moved, broken, mean, square, count
+
+
+def _look(
+    model: Callable[[Tensor], Tensor],
+    point: Tensor,  # [B, ...]
+    broken: Tensor,  # [B] bool
+    y: Tensor,  # [B]
+    target: Tensor,  # [B]
+) -> tuple[Tensor, Tensor | None]:
+    """Returns which points are broken [B], and the gradient [B, ...]: None where it is not needed,
+    on a CPU; a GPU would have to be waited for.
     """
     with torch.enable_grad():
         point = point.detach().requires_grad_()
         logits = model(point)
         broken = broken | (predict(logits.detach()) != y)
-        if point.device.type == "cpu" and broken.all():  # what a GPU would have to be waited for
-            return point.detach(), broken
-        gradient = _gradient(logits, y, target, point)
-    point = point.detach()
-    # A NaN step must not carry the point out of the box, where breaking it means nothing.
-    signs = gradient.sign().nan_to_num(0.0)
-    flat = ((signs == 0) | (lower == upper)).flatten(1).all(1)
-    change = drift.where(_as_rows(flat, point), drift.abs() * signs)
-    return torch.where(_as_rows(broken, point), point, (point + change).clamp(lower, upper)), broken
+        if point.device.type == "cpu" and broken.all():
+            return broken, None
+        return broken, _gradient(logits, y, target, point)
+
+
+def _moved(
+    point: Tensor,  # [B, ...], as the others
+    broken: Tensor,  # [B] bool, which stay
+    direction: Tensor,  # times the size of drift: the step
+    lower: Tensor,
+    upper: Tensor,
+    drift: Tensor,
+) -> Tensor:  # as point
+    """Returns the points after a step and the projection on the box."""
+    flat = ((direction == 0) | (lower == upper)).flatten(1).all(1)
+    change = drift.where(_as_rows(flat, point), drift.abs() * direction)
+    return torch.where(_as_rows(broken, point), point, (point + change).clamp(lower, upper))
 
 
 def _as_rows(chosen: Tensor, point: Tensor) -> Tensor:
@@ -331,8 +432,8 @@ def _last(
 def _gradient(logits: Tensor, y: Tensor, target: Tensor, point: Tensor) -> Tensor:
     """Returns the gradient of z_t - z_y by the point [B, ...].
 
-    t is the target [B]. Where that is ALL, z_t is the logsumexp of the wrong classes. The gradient
-    is 0 where the logits do not depend on the point.
+    t is the target [B]. Where that is ALL, z_t is the logsumexp of the wrong classes; where it is
+    CROSS_ENTROPY, of all classes. The gradient is 0 where the logits do not depend on the point.
     """
     if not logits.requires_grad:
         warnings.warn(
@@ -343,10 +444,11 @@ def _gradient(logits: Tensor, y: Tensor, target: Tensor, point: Tensor) -> Tenso
         )
         return torch.zeros_like(point)
     # By the logits it is given and not computed, so that it is -1 for y whatever they are.
-    wrong = _without(logits.detach(), y)
+    wrong, label = _without(logits.detach(), y), y[:, None]
     classes = wrong.argmax(1).where(target < 0, target)
     direction = torch.zeros_like(logits).scatter_(1, classes[:, None], 1.0)
-    softmax = wrong.softmax(1).nan_to_num(0.0)  # of -inf only, or with inf
-    direction = softmax.where((target == ALL)[:, None], direction)
-    direction.scatter_(1, y[:, None], -1.0)
+    counted = logits.detach().where((target == CROSS_ENTROPY)[:, None], wrong)
+    softmax = counted.softmax(1).nan_to_num(0.0)  # of -inf only, or with inf
+    direction = softmax.where((target <= ALL)[:, None], direction)
+    direction.scatter_(1, label, softmax.gather(1, label) - 1)  # -1 where y does not count
     return torch.autograd.grad(logits, point, direction, materialize_grads=True)[0]

@@ -11,9 +11,14 @@ from functools import cache, partial
 from typing import Any
 
 from cibp_fast._version import __version__
+from cibp_fast.training import Contradiction
 
-# What a user can cause: each message names the thing. Anything else is a bug, with a traceback.
-USER_ERRORS = (ValueError, OSError, ImportError, NotImplementedError, FloatingPointError)
+# What a user can cause: each message names the thing. Anything else is a bug, with a traceback;
+# but for a Contradiction, whose evidence is in a file that the message names.
+USER_ERRORS = (
+    *(ValueError, OSError, ImportError, NotImplementedError, FloatingPointError),
+    Contradiction,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -45,12 +45,15 @@ def test_finds_exactly_the_examples_within_reach():
     assert (attack.adversarial[0].mean() > 0.58) and (attack.adversarial[0] <= 0.6).all()
 
 
+@pytest.mark.parametrize("step", attacks.STEPS)
+@pytest.mark.parametrize("loss", attacks.LOSSES)
 @pytest.mark.parametrize("clip", [(0.0, 1.0), (0.2, 0.9), None])
-def test_adversarial_examples_are_misclassified_points_of_the_certified_box(clip):
+def test_adversarial_examples_are_misclassified_points_of_the_certified_box(clip, step, loss):
     model = models.small((1, 28, 28))
     x = 0.2 + 0.7 * torch.rand(6, 1, 28, 28)
     y = model(x).argmax(1)
-    attack = pgd(model, x, y, 0.3, steps=10, restarts=1, step_size=0.1, clip=clip)
+    options = {"step_size": 0.1, "step": step, "loss": loss}
+    attack = pgd(model, x, y, 0.3, steps=10, restarts=1, clip=clip, **options)
     assert attack.found.any()
     box = cf.Interval.ball(x, 0.3, clip)
     assert ((attack.adversarial >= box.lower) & (attack.adversarial <= box.upper)).all()
@@ -167,7 +170,8 @@ def test_a_plain_function_is_a_model():
     assert torch.equal(attack.adversarial, expected.adversarial) and attack.found.any()
 
 
-def test_several_steps_of_a_padded_batch_end_where_single_steps_do(monkeypatch):
+@pytest.mark.parametrize("step", attacks.STEPS)
+def test_several_steps_of_a_padded_batch_end_where_single_steps_do(monkeypatch, step):
     """Compares where they differ in rounding only: a gradient near 0 might change its sign."""
     model = models.small((1, 28, 28)).double()
     x = torch.rand(40, 1, 28, 28).double()
@@ -176,7 +180,7 @@ def test_several_steps_of_a_padded_batch_end_where_single_steps_do(monkeypatch):
     found = []
     for burst in (1, 3, 50):
         monkeypatch.setattr(attacks, "_burst", lambda point, burst=burst: burst)
-        found.append(pgd(model, x, y % 10, 0.02, steps=10, restarts=2, batch_size=70))
+        found.append(pgd(model, x, y % 10, 0.02, steps=10, restarts=2, batch_size=70, step=step))
     assert 8 < found[0].found.sum() < 40
     for other in found[1:]:
         assert torch.equal(other.found, found[0].found)
@@ -269,6 +273,8 @@ HALF = torch.full((2, 4), 0.5)
         ({"restarts": -1}, "restarts must be 0 or more, not -1"),
         ({"step_size": -0.1}, "step_size must be 0 or more, not -0.1"),
         ({"step_size": torch.nan}, "step_size must be 0 or more, not nan"),
+        ({"step": "Adam"}, "step must be one of sign, adam, not 'Adam'"),
+        ({"loss": "both"}, "loss must be one of auto, cross_entropy, margin, not 'both'"),
         ({"seed": 10**20}, r"seed must be from 0 to 2\*\*63 - 1, not 1000"),
         ({"seed": -1}, "seed must be from 0"),
         ({"eps": 1e39, "clip": None}, "eps must give a box of finite width"),
@@ -332,7 +338,8 @@ def test_masked_classes_are_no_targets():
     assert pgd(model, x, y, 0.1, restarts=0).found.all()
     wrong = model(x).scatter(1, torch.tensor([[2], [2]]), -torch.inf)
     assert not pgd(lambda x: wrong[:1] + 0 * x[:, :1], x, y, 0.1, steps=2).found.any()
-    targets = {attacks._phases(model(x), y, 9, restart)[0][0][0].item() for restart in range(30)}
+    phases = [attacks._phases(model(x), y, 9, restart, "auto") for restart in range(30)]
+    targets = {phase[0][0][0].item() for phase in phases}
     assert targets == {attacks.ALL, attacks.STRONGEST, 2}
 
 
@@ -516,3 +523,160 @@ def test_the_first_start_is_the_nearest_point_of_an_interval():
     torch.testing.assert_close(attack.adversarial, torch.tensor([[0.7, 0.5], [0.8, 0.8]]))
     attack = pgd(_Difference(0.7), x, y, cf.Interval(box.lower - 0.7, box.upper - 0.7), steps=9)
     assert attack.found.tolist() == [False, False]  # x itself is outside, and does not count
+
+
+def seen_by(model, x: Tensor, y: Tensor, eps: float, **options) -> Tensor:
+    """Returns the points of one start from x, if no step breaks one, [steps + 1, N, ...]."""
+    points = []
+
+    def watched(x: Tensor) -> Tensor:
+        points.append(x.detach().clone())
+        return model(x)
+
+    pgd(watched, x, y, eps, restarts=0, clip=None, **options)
+    return torch.stack(points[1:])  # the first shows the classes
+
+
+def unbreakable(count: int) -> tuple[nn.Module, Tensor, Tensor]:
+    """Returns a network whose class 1 wins everywhere, and examples of it [count, 20]."""
+    model = nn.Sequential(nn.Linear(20, 16), nn.Tanh(), nn.Linear(16, 4))
+    with torch.no_grad():
+        model[2].bias[1] += 9  # the weights are at most 1/4
+    return model, torch.rand(count, 20), torch.ones(count, dtype=torch.int64)
+
+
+def climbed(logits: Tensor, y: Tensor, loss: str) -> Tensor:
+    """Returns the loss, written for autograd."""
+    wrong = logits.scatter(1, y[:, None], -torch.inf)
+    own = logits.gather(1, y[:, None]).squeeze(1)
+    if loss == "cross_entropy":
+        return nn.functional.cross_entropy(logits, y, reduction="none")
+    return (wrong.logsumexp(1) if loss == "logsumexp" else wrong.amax(1)) - own
+
+
+@pytest.fixture
+def step_by_step(way):
+    if way == "as on a GPU":
+        pytest.skip("it shows padded points")
+
+
+@pytest.mark.usefixtures("step_by_step")
+@pytest.mark.parametrize("eps", [0.03, 10.0])  # many pixels meet the box's sides, or none does
+def test_adams_steps_are_those_of_torch(eps):
+    torch.manual_seed(0)
+    model, x, y = unbreakable(5)
+    model, x = model.double(), x.double()
+    options = {"step": "adam", "loss": "margin", "steps": 12, "step_size": 0.01}
+    if eps > 1:
+        with pytest.warns(RuntimeWarning, match="cannot cross"):
+            points = seen_by(model, x, y, eps, **options)
+    else:
+        points = seen_by(model, x, y, eps, **options)
+    for k in range(len(x)):  # alone: an optimizer for each
+        point = x[k : k + 1].clone().requires_grad_()
+        adam = torch.optim.Adam([point], lr=0.01, maximize=True)
+        for step in range(13):
+            torch.testing.assert_close(points[step, k], point[0].detach(), rtol=0, atol=1e-12)
+            adam.zero_grad()
+            climbed(model(point), y[k : k + 1], "margin").sum().backward()
+            adam.step()
+            with torch.no_grad():
+                point.clamp_(x[k] - eps, x[k] + eps)
+    assert ((points[-1] - x).abs() == eps).any() == (eps < 1)
+
+
+@pytest.mark.usefixtures("step_by_step")
+@pytest.mark.parametrize("loss", attacks.LOSSES)
+def test_steps_by_the_sign_climb_the_loss(loss):
+    """Takes them anew by autograd, bitwise: "auto" changes its loss in the middle."""
+    torch.manual_seed(0)
+    model, x, y = unbreakable(6)
+    points = seen_by(model, x, y, 0.1, loss=loss, steps=7)
+    box, expected = cf.Interval.ball(x, 0.1, None), x.clone()
+    length = torch.full_like(x, 0.1) * (2.5 / 7)
+    for step in range(8):
+        assert torch.equal(points[step], expected)
+        point = expected.requires_grad_()
+        kind = loss if loss != "auto" else "logsumexp" if step < 4 else "margin"
+        (gradient,) = torch.autograd.grad(climbed(model(point), y, kind).sum(), point)
+        expected = (point.detach() + length * gradient.sign()).clamp(box.lower, box.upper)
+    assert not torch.equal(points[1], points[0])
+
+
+def test_the_gradient_of_the_cross_entropy_is_torchs():
+    torch.manual_seed(0)
+    point = torch.randn(50, 6, dtype=torch.float64, requires_grad=True)
+    y = torch.arange(50) % 6
+    target = torch.full_like(y, attacks.CROSS_ENTROPY)
+    found = attacks._gradient(3 * point, y, target, point)
+    (expected,) = torch.autograd.grad(climbed(3 * point, y, "cross_entropy").sum(), point)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+    by_all = attacks._gradient(3 * point, y, torch.full_like(y, attacks.ALL), point)
+    assert torch.equal(found.sign(), by_all.sign())
+
+
+@pytest.mark.parametrize("step", attacks.STEPS)
+@pytest.mark.parametrize("loss", attacks.LOSSES)
+def test_every_choice_finds_exactly_the_examples_within_reach(step, loss):
+    x = torch.full((3, 4), 0.5)
+    x[1], x[2] = 0.35, 0.75
+    options = {"steps": 20, "restarts": 1, "step": step, "loss": loss}
+    attack = pgd(_Difference(0.58), x, torch.tensor([0, 0, 0]), 0.1, **options)
+    assert attack.found.tolist() == [True, False, True]
+    assert torch.equal(attack.adversarial[1:], x[1:])
+
+
+def test_the_cross_entropy_saturates_where_the_other_losses_do_not():
+    def model(x: Tensor) -> Tensor:
+        score = 5e3 * (x.mean(1) - 0.58)
+        return torch.stack([-score, score], 1)
+
+    x, y = torch.full((4, 100), 0.5), torch.zeros(4, dtype=torch.int64)
+    options = {"restarts": 0, "steps": 40}
+    assert pgd(model, x, y, 0.1, loss="margin", **options).found.all()
+    assert pgd(model, x, y, 0.1, loss="auto", **options).found.all()
+    assert not pgd(model, x, y, 0.1, loss="cross_entropy", **options).found.any()
+
+
+@pytest.mark.parametrize("scale", [1e30, 1e-3])
+def test_adam_takes_gradients_whose_squares_float32_does_not_hold(scale):
+    x, y = torch.full((2, 4), 0.5), torch.zeros(2, dtype=torch.int64)
+
+    def model(x: Tensor) -> Tensor:
+        score = (x.mean(1) - 0.58) * scale
+        return torch.stack([-score, score], 1)
+
+    options = {"step": "adam", "restarts": 0, "steps": 50}
+    assert pgd(model, x, y, 0.1, **options).found.all()
+    assert not pgd(model, x, y, 0.07, **options).found.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_adam_in_half_precision(dtype):
+    x, y = torch.full((2, 4), 0.5, dtype=dtype), torch.zeros(2, dtype=torch.int64)
+    attack = pgd(_Difference(0.58).to(dtype), x, y, 0.1, step="adam", restarts=0, steps=20)
+    assert attack.found.all() and attack.adversarial.dtype == dtype
+
+
+@pytest.mark.usefixtures("step_by_step")
+@pytest.mark.parametrize("step", attacks.STEPS)
+def test_what_is_broken_takes_no_part_any_more(step):
+    """Counts the rows that the model is asked for: a threshold each, which takes k steps."""
+    x, y = torch.full((5, 4), 0.5), torch.zeros(5, dtype=torch.int64)
+    thresholds = torch.tensor([0.45, 0.505, 0.525, 0.545, 0.9])  # the first is wrong as it is
+    x = torch.cat([x, thresholds[:, None]], 1)
+    counts = []
+
+    def model(x: Tensor) -> Tensor:
+        counts.append(len(x))
+        score = x[:, :4].mean(1) - x[:, 4].detach()
+        return torch.stack([-score, score], 1)
+
+    box = cf.Interval(x - torch.tensor([0.1] * 4 + [0.0]), x + torch.tensor([0.1] * 4 + [0.0]))
+    attack = pgd(model, x, y, box, steps=6, restarts=1, step_size=0.02 * 1.7, step=step)
+    assert attack.found.tolist() == [True] * 4 + [False]
+    first, *start = counts[:8]
+    assert first == 5  # which shows the classes
+    # before each step and after the last one: the third breaks after one step, and so on
+    assert start == [5, 4, 2, 1, 1, 1, 1]
+    assert counts[8:] == [1] * 7  # the second start

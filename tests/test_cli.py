@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import shutil
 import signal
@@ -11,6 +12,7 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from digits import SHORT, load_toy
@@ -314,6 +316,8 @@ def test_options_replace_the_preset(trained):
         ("attack RUN --seed 1.5", "--seed must be a whole number, not '1.5'; see cibp-fast attack"),
         ("attack RUN --device x", "--device must be cpu or cuda, not 'x'"),
         ("attack RUN --steps -1", "--steps must be a whole number from 0 to 2**63 - 1, not -1"),
+        ("attack RUN --step sgd", "invalid choice 'sgd' for argument '--step'. Expected one of"),
+        ("attack RUN --loss both", "invalid choice 'both' for argument '--loss'. Expected one of"),
         ("attack RUN --step-size 0", "--step-size must be a number above 0, or none, not 0"),
         ("plot RUN -o missing/a.png", "missing is not a folder: make it, or plot elsewhere"),
         ("plot nowhere -o a.png", "nowhere is not a run folder"),
@@ -428,19 +432,65 @@ def test_a_damaged_run_is_one_line_and_kept(capsys, damaged, damage, command, wo
     assert {path: path.read_bytes() for path in damaged.iterdir()} == before
 
 
+def test_the_steps_and_the_loss_of_an_attack_are_those_asked_for(toy_run, monkeypatch, capsys):
+    seen = []
+
+    def watched(*args, **options):
+        seen.append((options["step"], options["loss"]))
+        return attacks.pgd(*args, **options)
+
+    monkeypatch.setattr(evaluation, "pgd", watched)
+    words = ["attack", str(toy_run), *PGD, "--eps", "0.4", "--step-size", "none"]
+    assert cli.main(words) == 0 and set(seen) == {("sign", "auto")}
+    for step in attacks.STEPS:
+        for loss in attacks.LOSSES:
+            seen.clear()
+            assert cli.main([*words, "--step", step, "--loss", loss]) == 0
+            assert set(seen) == {(step, loss)}
+
+
+def _verify_everything(monkeypatch):
+    def everything(model, x, y, *args, **kwargs):
+        margins = torch.full((len(y), 10), 0.5).double()
+        return Certificate(y >= 0, margins[:, 0], margins, y, True)
+
+    monkeypatch.setattr(evaluation, "certify", everything)
+
+
 def test_bounds_that_the_attack_refutes_are_one_line_and_the_result_is_saved(
     capsys, tmp_path, monkeypatch
 ):
-    def everything(model, x, y, *args, **kwargs):
-        return Certificate(y >= 0, *[y] * 3, True)
-
-    monkeypatch.setattr(evaluation, "certify", everything)
+    _verify_everything(monkeypatch)
+    monkeypatch.setattr(loop, "provable", lambda model: None)
     line = error_line(capsys, *SHORT_TRAIN, "--lr", "0", "--run-dir", str(tmp_path))
     result = runs.read_result(tmp_path)
     count = result["contradictions"]
     assert f"the bounds verify {count} of 40 examples that the attack breaks" in line
     assert count == round(40 * result["pgd_error"]) > 0 and result["verified_error"] == 0
     runs.read_model(tmp_path)
+    assert cli.main(["attack", str(tmp_path), *PGD, "--step-size", "1"]) == 0
+    warning = capsys.readouterr().err
+    assert f"warning: {tmp_path}: ordinary bounds verify {count} of 40 examples that" in warning
+
+
+def test_a_sound_certificate_that_the_attack_refutes_is_one_line_and_the_evidence_is_saved(
+    capsys, tmp_path, monkeypatch
+):
+    _verify_everything(monkeypatch)
+    words = [*SHORT_TRAIN, "--lr", "0", "--run-dir", str(tmp_path)]
+    line = error_line(capsys, *words)
+    (file,) = tmp_path.glob("evidence-*.npz")
+    assert line.endswith(f": the certificate is wrong, see {file}")
+    assert runs.read_result(tmp_path) is None
+    assert error_line(capsys, *words) == line  # goes on with the network, and judges it again
+    assert list(tmp_path.glob("evidence-*")) == [file]
+    with np.load(file) as evidence:
+        stored = hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
+        assert evidence["weights_sha256"] == stored and evidence["eps"] == 0.001
+    monkeypatch.undo()
+    monkeypatch.setattr(datasets, "load", load_toy)
+    assert cli.main([*words, "--overwrite"]) == 0
+    assert not list(tmp_path.glob("evidence-*")) and runs.read_result(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -375,7 +375,8 @@ def test_labels_that_are_no_classes_are_refused_in_replays_too(gpu):
             function(_network(), x, y, 0.1, batch_size=2)
 
 
-def test_evaluation_with_graphs(gpu, monkeypatch):
+@pytest.mark.parametrize("step", attacks.STEPS)
+def test_evaluation_with_graphs(gpu, monkeypatch, step):
     split, model = toy_dataset().test, _network().float()
     labels = model.eval()(split.pixels()).argmax(1)
     labels[::7] = (labels[::7] + 1) % 10
@@ -385,10 +386,10 @@ def test_evaluation_with_graphs(gpu, monkeypatch):
         **SHORT | {"eval_batch_size": 8, "pgd_steps": 24, "pgd_restarts": 2, "eps": 0.01},
     )
     gpu.capturing = True  # so that it makes none
-    expected = evaluation.evaluate(model, split, config)
+    expected = evaluation.evaluate(model, split, config, step=step)
     gpu.capturing = False
     monkeypatch.setattr(attacks, "_burst", lambda point: attacks.BURST)
-    assert evaluation.evaluate(model, split, config) == expected
+    assert evaluation.evaluate(model, split, config, step=step) == expected
     assert 0 < expected["test_error"] < expected["pgd_error"] <= expected["verified_error"]
     assert StandIn.captures == 4  # bounds, logits, steps, and the last look at the points
 

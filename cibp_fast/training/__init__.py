@@ -4,6 +4,10 @@ The step on a GPU needs torch and Triton alone; the rest the packages of the ext
 """
 
 
+class Contradiction(RuntimeError):
+    """Says that an attack has refuted a sound certificate, which is thus wrong."""
+
+
 def missing(error: ImportError) -> ImportError:
     """Returns the error of a package that is not installed, with the extra that brings it."""
     package = (error.name or "").partition(".")[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from cibp_fast.soundness import chain
 from cibp_fast.training import datasets, runs
 from cibp_fast.training.config import Config
 from cibp_fast.training.distributed import ALONE, World
+from cibp_fast.training.evidence import Claim, check
 from cibp_fast.training.progress import bar
 
 
@@ -29,29 +31,88 @@ def evaluate(
     *,
     attack: bool = True,
     semantics: str | None = None,
+    step: str = "sign",
+    loss: str = "auto",
+    evidence: str | Path = ".",
 ) -> dict[str, Any]:
     """Returns test, PGD and verified error in [0, 1], PGD's settings, and how many examples.
 
     NaN is never right and never verified. PGD attacks every example, those that are verified with
-    `pgd_verified_restarts` instead of `pgd_restarts`. `contradictions` counts the examples that are
-    verified and yet broken: more than 0 shows that the bounds are wrong. The batches are shared
-    among the processes; the numbers do not depend on how. Without `attack` what concerns PGD is
-    left out, and only one pass of bounds is made. semantics: of sound certificates, "real" or
-    "float32", which take longer and raise ValueError for a layer without a sound rule; None: the
-    verified error is that of ordinary bounds. On a GPU batches are replays of CUDA graphs, made
-    anew for each evaluation. Raises RuntimeError inside a capture, and torch.OutOfMemoryError where
-    a GPU's memory is too small.
+    `pgd_verified_restarts` instead of `pgd_restarts`. The batches are shared among the processes;
+    the numbers do not depend on how. On a GPU batches are replays of CUDA graphs, made anew for
+    each evaluation.
+
+    Examples that are verified and yet broken show that the bounds are wrong, or rounding. Those of
+    ordinary bounds are counted: `contradictions`. Those of sound certificates are judged: at the
+    first whose claim itself is refuted (in exact arithmetic for "real") evaluation stops, with the
+    evidence saved, so that `contradictions` is 0. The others, where what the certificate speaks of
+    is right and an evaluation in float32 is not, are `contradictions_of_rounding`; they are in the
+    PGD error too.
+
+    Args:
+        model: network that takes what `runs.to_input` makes of pixels.
+        split: the examples.
+        config: radius, clip, batch size and PGD's settings.
+        processes: that share the batches.
+        attack: False leaves out what concerns PGD, and makes one pass of bounds only.
+        semantics: of sound certificates, "real" or "float32", which take longer; None: the verified
+            error is that of ordinary bounds.
+        step, loss: of PGD, as in `cf.attacks.pgd`.
+        evidence: folder where `evidence-<index>.npz` is written.
+
+    Raises:
+        Contradiction: a sound certificate is refuted.
+        ValueError: a layer has no sound rule, or step or loss is none of the allowed.
+        RuntimeError: inside a capture.
+        torch.OutOfMemoryError: a GPU's memory is too small.
     """
     if split.images.is_cuda and capturing():
         raise RuntimeError(
             "evaluate cannot be captured, since it counts on the host; it makes CUDA graphs of its "
             "own: call it outside of torch.cuda.graph"
         )
+    options = {"step": step, "loss": loss}
+
+    def count() -> Tensor:
+        return _counts(model, split, config, processes, attack, semantics, options, evidence)
+
+    # where a certificate is refuted in one process, no other one waits for it
+    counts = processes.together(count) if attack and semantics is not None else count()
+    test, pgd_count, unverified, both = processes.sum(counts).tolist()
+    errors = {"test_error": test / len(split), "verified_error": unverified / len(split)}
+    if not attack:
+        return errors
+    settings = ("pgd_steps", "pgd_restarts", "pgd_verified_restarts", "pgd_step_size")
+    contradictions = {"contradictions": both}
+    if semantics is not None:
+        contradictions = {"contradictions": 0, "contradictions_of_rounding": both}
+    return errors | {
+        "pgd_error": pgd_count / len(split),
+        **{name: getattr(config, name) for name in settings},
+        "examples": len(split),
+        **contradictions,
+    }
+
+
+def _counts(
+    model: nn.Module,
+    split: datasets.Split,
+    config: Config,
+    processes: World,
+    attack: bool,
+    semantics: str | None,
+    options: dict[str, Any],  # of pgd
+    folder: str | Path,  # of evidence
+) -> Tensor:  # [4] int64
+    """Counts this process's examples that are wrong, attacked, not verified, and verified yet
+    attacked.
+    """
     starts = range(0, len(split), config.eval_batch_size)[processes.rank :: processes.size]
     counts = torch.zeros(4, dtype=torch.int64, device=split.images.device)
     description = "evaluating" if attack else "evaluating the epoch"
     doing = f"evaluation with eval_batch_size={config.eval_batch_size}"
     prepare = runs.to_input(config).to(split.images.device)
+    network = model
     with evaluation(model), reuse_graphs(), enough_memory(doing, "take a smaller one"):
         # traced once for all batches
         model = of_torch_alone(model, prepare(split[:1].pixels())) or model
@@ -67,13 +128,13 @@ def evaluate(
                 with own_arithmetic(x.device):  # as PGD and the certificate
                     (predicted,) = graphed(_predicted, model)(x)
                 wrong = predicted != y
-                attacked = wrong.clone()
+                attacked, points = wrong.clone(), x.clone()
                 for group, restarts in (
                     (~found.verified, config.pgd_restarts),
                     (found.verified, config.pgd_verified_restarts),
                 ):
                     chosen = group.nonzero().flatten()
-                    attacked[chosen] |= pgd(
+                    broken = pgd(
                         model,
                         x[chosen],
                         y[chosen],
@@ -85,22 +146,29 @@ def evaluate(
                         # the batch's own, so that it does not matter which process attacks it
                         seed=int(np.random.SeedSequence((config.seed, first)).generate_state(1)[0]),
                         batch_size=size,
-                    ).found
+                        **options,
+                    )
+                    attacked[chosen] |= broken.found
+                    points[chosen] = broken.adversarial
             else:
                 wrong = attacked = found.predicted != y
-            counted = (wrong, attacked, ~found.verified, attacked & found.verified)
+            both = attacked & found.verified
+            if attack and semantics is not None:
+                for row in both.nonzero().flatten().tolist():
+                    claim = Claim(
+                        index=first + row,
+                        x=x[row : row + 1],
+                        y=int(y[row]),
+                        margins=found.margins[row],
+                        semantics=semantics,
+                        eps=config.eps,
+                        clip=config.clip,
+                        point=points[row : row + 1],
+                    )
+                    check(network, model, claim, folder)
+            counted = (wrong, attacked, ~found.verified, both)
             counts += torch.stack([each.sum() for each in counted])
-    test, pgd_count, unverified, contradictions = processes.sum(counts).tolist()
-    errors = {"test_error": test / len(split), "verified_error": unverified / len(split)}
-    if not attack:
-        return errors
-    settings = ("pgd_steps", "pgd_restarts", "pgd_verified_restarts", "pgd_step_size")
-    return errors | {
-        "pgd_error": pgd_count / len(split),
-        **{name: getattr(config, name) for name in settings},
-        "examples": len(split),
-        "contradictions": contradictions,
-    }
+    return counts
 
 
 def provable(model: nn.Module) -> str | None:

@@ -54,8 +54,9 @@ def train(
     a run of another config and not overwrite, or other files, FileNotFoundError where it holds a
     run that has lost a file, BlockingIOError where another process trains in it,
     OSError where it cannot be written (all before training starts, the last one whenever it
-    happens), and FloatingPointError where the loss is no longer finite (the metrics are kept) or
-    the attack breaks an example that the bounds verify (the result is kept).
+    happens), FloatingPointError where the loss is no longer finite (the metrics are kept), and
+    Contradiction where the attack refutes a sound certificate (the network and the evidence are
+    kept); where bounds are ordinary ones, FloatingPointError (the result is kept).
     """
     run_dir = default_run_dir(config) if run_dir is None else Path(run_dir)
     processes = world(device)
@@ -140,7 +141,12 @@ def _trained(training: _Training, run_dir: Path) -> dict[str, Any]:
     semantics = provable(training.model)
     try:
         errors = evaluate(
-            training.model, training.dataset.test, config, processes, semantics=semantics
+            training.model,
+            training.dataset.test,
+            config,
+            processes,
+            semantics=semantics,
+            evidence=run_dir,
         )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from typing_extensions import TypedDict  # pydantic takes typing's from Python 3.12 on
+from typing_extensions import NotRequired, TypedDict  # pydantic takes typing's from 3.12 on
 
 from cibp_fast.training import missing
 from cibp_fast.training.config import Config, Count, Number, Share, Whole, one_line
@@ -39,6 +39,7 @@ ANEW = "start anew with overwrite (--overwrite), or remove the run"
 # In the order in which overwriting removes them: what remains where that is cut short is no
 # finished run, and if it goes on it is from a checkpoint that has its metrics, or from the start.
 FILES = ("result.json", "model.safetensors", CHECKPOINT, "metrics.jsonl", "config.json")
+EVIDENCE = "evidence-*.npz"  # against certificates of the network: goes with it
 
 
 def _adapter(**fields: Any) -> TypeAdapter[dict[str, Any]]:
@@ -60,6 +61,7 @@ RESULT = _adapter(
     pgd_error=Share,
     examples=Count,
     contradictions=Whole,
+    contradictions_of_rounding=NotRequired[Whole],  # of sound certificates
     pgd_steps=Whole,
     seconds=Number,
 )
@@ -111,7 +113,7 @@ def claim(run_dir: Path, config: Config, overwrite: bool = False) -> None:
             )
         return
     with naming("replace the run in", run_dir):
-        for path in present:
+        for path in (*run_dir.glob(EVIDENCE), *present):
             path.unlink()
     write_atomic(run_dir / "config.json", config.to_json().encode())
 

@@ -79,6 +79,7 @@ def test_the_fields_of_a_result(toy_run):
         "pgd_step_size": 0.1,
         "examples": 40,
         "contradictions": 0,
+        "contradictions_of_rounding": 0,
         "eps": 0.001,
         "eps_space": "pixel",
         "eps_pixel": 0.001,

@@ -1,0 +1,224 @@
+"""Logits of a network on its stored weights in exact arithmetic, and boxes as they are meant.
+
+They judge what is both certified and attacked: a certificate speaks of exact arithmetic, an attack
+sees rounded logits. Numbers are Python's integers over one common denominator. It takes about
+100 ns for each product, so it is for single examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from math import lcm
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cibp_fast._checks import refuse_where
+from cibp_fast.models import Normalize
+from cibp_fast.nn import IntervalConv2d, IntervalLinear
+from cibp_fast.soundness import chain
+
+
+class Undecidable(ValueError):
+    """Says that exact logits cannot be had, and why."""
+
+
+class _Numbers(NamedTuple):
+    """Holds exact numbers: numerators, an array of Python's integers, over one denominator > 0."""
+
+    numerators: np.ndarray
+    denominator: int
+
+
+def logits(model: nn.Module, x: Tensor) -> list[Fraction]:
+    """Computes the logits of one example exactly, for a network in evaluation mode.
+
+    Args:
+        model: a network of the layers that `cf.certify` takes; batch norm has no exact value.
+        x: [1, ...], whose numbers are meant exactly.
+
+    Returns:
+        [classes], the logits.
+
+    Raises:
+        Undecidable: a layer is of another kind, or a number is infinite or NaN.
+    """
+    try:
+        layers = chain(model, float32=False).layers
+    except ValueError as error:
+        raise Undecidable(str(error)) from error
+    numbers = _exact(x)
+    with torch.no_grad():
+        for layer in layers:
+            if type(layer) not in _RULES:
+                raise Undecidable(f"a {type(layer).__name__} has no exact value")
+            numbers = _RULES[type(layer)](layer, numbers)
+    values = numbers.numerators.ravel()
+    return [Fraction(int(value), numbers.denominator) for value in values]
+
+
+def point_inside(
+    point: Tensor, x: Tensor, eps: float, clip: tuple[float, ...] | None
+) -> Tensor | None:
+    """Returns the point of its dtype that is nearest to `point` in the exact box: x +- eps, cut to
+    clip, which a sound certificate is about.
+
+    The box that an attack stays in has rounded sides, which may be a little outside of that one.
+
+    Args:
+        point, x: float32 or float64 tensors of one shape on the CPU, finite.
+        eps, clip: as numbers, which are not rounded to x's dtype.
+
+    Returns:
+        Tensor as point; None where a side of the box is so thin that it holds no number of the
+        dtype.
+
+    Raises:
+        ValueError: a number of point or x is infinite or NaN.
+    """
+    for name, tensor in (("point", point), ("x", x)):
+        refuse_where(~tensor.isfinite(), f"{name} must be finite", tensor)
+    number = point.numpy().dtype.type
+    radius = Fraction(eps)
+    low, high = (None, None) if clip is None else map(_end, clip)
+    moved = point.flatten().clone()
+    pairs = zip(moved.tolist(), x.flatten().tolist(), strict=True)
+    for i, (value, center) in enumerate(pairs):
+        lower = _clamped(Fraction(center) - radius, low, high)
+        upper = _clamped(Fraction(center) + radius, low, high)
+        if lower <= value <= upper:
+            continue
+        side, inward = (lower, np.inf) if value < lower else (upper, -np.inf)
+        nearest = number(float(side))
+        if not lower <= float(nearest) <= upper:  # it was rounded outward
+            nearest = np.nextafter(nearest, number(inward))
+        if not lower <= float(nearest) <= upper:
+            return None
+        moved[i] = float(nearest)
+    return moved.view_as(point)
+
+
+def _end(value: float) -> Fraction | None:
+    """Returns an end of the range; None where it has none."""
+    return Fraction(value) if np.isfinite(value) else None
+
+
+def _clamped(value: Fraction, low: Fraction | None, high: Fraction | None) -> Fraction:
+    value = value if low is None else max(value, low)
+    return value if high is None else min(value, high)
+
+
+def _exact(tensor: Tensor) -> _Numbers:
+    """Returns a tensor's numbers, whose denominators are powers of two."""
+    values = tensor.detach().cpu().double().flatten().tolist()
+    try:
+        ratios = [value.as_integer_ratio() for value in values]
+    except (OverflowError, ValueError) as error:
+        raise Undecidable("a number is infinite or NaN") from error
+    denominator = max((below for _, below in ratios), default=1)
+    return _Numbers(
+        _integers([above * (denominator // below) for above, below in ratios], tensor.shape),
+        denominator,
+    )
+
+
+def _integers(values: list[int], shape: Any) -> np.ndarray:
+    """Returns an array of Python's integers, however large."""
+    array = np.empty(len(values), dtype=object)
+    array[:] = values
+    return array.reshape(tuple(shape))
+
+
+def _products(x: _Numbers, weight: _Numbers, bias: Tensor | None) -> _Numbers:
+    """Returns W x + b: x [..., inputs], weight [outputs, inputs] -> [..., outputs]."""
+    products = x.numerators.dot(weight.numerators.T)
+    denominator = x.denominator * weight.denominator
+    if bias is None:
+        return _Numbers(products, denominator)
+    shift = _exact(bias)
+    common = lcm(denominator, shift.denominator)
+    products = products * (common // denominator)
+    return _Numbers(products + shift.numerators * (common // shift.denominator), common)
+
+
+def _linear(layer: Any, x: _Numbers) -> _Numbers:
+    return _products(x, _exact(layer.weight), layer.bias)
+
+
+def _convolution(layer: Any, x: _Numbers) -> _Numbers:
+    """Multiplies each group's weights with the patches of its channels."""
+    channels, height, width = x.numerators.shape[1:]
+    # which pixel is where in each patch; 0 is the padding
+    numbered = torch.arange(1.0, height * width + 1, dtype=torch.float64).view(1, 1, height, width)
+    numbered = F.pad(numbered, layer._reversed_padding_repeated_twice)
+    places = F.unfold(numbered, layer.kernel_size, layer.dilation, 0, layer.stride)
+    patches = places[0].T.long().numpy()  # [pixels, KH * KW]
+    rows, columns = layer(torch.zeros(1, channels, height, width).to(layer.weight)).shape[2:]
+    image = np.zeros((channels, height * width + 1), dtype=object)
+    image[:, 1:] = x.numerators.reshape(channels, -1)
+    weight = _exact(layer.weight.flatten(1))
+    results = []
+    for group in range(layer.groups):
+        inputs, outputs = (
+            slice(group * count // layer.groups, (group + 1) * count // layer.groups)
+            for count in (layer.in_channels, layer.out_channels)
+        )
+        seen = image[inputs][:, patches].transpose(1, 0, 2)  # [pixels, C, KH * KW]
+        part = _Numbers(weight.numerators[outputs], weight.denominator)
+        bias = None if layer.bias is None else layer.bias[outputs]
+        flat = _Numbers(seen.reshape(len(patches), -1), x.denominator)
+        results.append(_products(flat, part, bias))
+    return _joined(results, (1, layer.out_channels, rows, columns))
+
+
+def _joined(parts: list[_Numbers], shape: tuple[int, ...]) -> _Numbers:
+    """Returns the parts [pixels, outputs] as one of the shape [1, all outputs, H, W]."""
+    common = lcm(*(part.denominator for part in parts))
+    rows = [part.numerators.T * (common // part.denominator) for part in parts]
+    return _Numbers(np.concatenate(rows).reshape(shape), common)
+
+
+def _average(layer: Any, x: _Numbers) -> _Numbers:
+    """Takes the windows' sizes from the layer's own averages of single pixels."""
+    channels, height, width = x.numerators.shape[1:]
+    pixels = torch.eye(height * width, dtype=torch.float64).view(-1, 1, height, width)
+    shares = layer(pixels)  # [pixels, 1, h, w], 1 / size where a window has the pixel
+    sizes = [round(1 / share) if share else 0 for share in shares.flatten().tolist()]
+    common = lcm(*filter(None, sizes))
+    weight = _integers([common // size if size else 0 for size in sizes], (height * width, -1))
+    sums = x.numerators.reshape(channels, -1).dot(weight)
+    return _Numbers(sums.reshape(1, channels, *shares.shape[2:]), x.denominator * common)
+
+
+def _normalize(layer: Any, x: _Numbers) -> _Numbers:
+    mean, std = _exact(layer.mean), _exact(layer.std)
+    common = lcm(x.denominator, mean.denominator)
+    above = x.numerators * (common // x.denominator)
+    above = (above - mean.numerators * (common // mean.denominator)) * std.denominator
+    divisor = lcm(*std.numerators.ravel())
+    return _Numbers(above * (divisor // std.numerators), common * divisor)
+
+
+def _moved(layer: nn.Module, x: _Numbers) -> _Numbers:
+    """Has the layer, which moves, copies or compares numbers with each other or 0, do it with their
+    ranks: integers in the same order, and 0 for 0.
+    """
+    ordered = np.unique(np.append(x.numerators.ravel(), 0))
+    (zero,) = np.flatnonzero(ordered == 0)
+    ranks = np.searchsorted(ordered, x.numerators.ravel()) - zero
+    out = layer(torch.from_numpy(ranks).double().view(x.numerators.shape))
+    return _Numbers(ordered[out.long().numpy() + zero], x.denominator)
+
+
+_RULES: dict[type[nn.Module], Callable[[Any, _Numbers], _Numbers]] = {
+    **dict.fromkeys((nn.Conv2d, IntervalConv2d), _convolution),
+    **dict.fromkeys((nn.Linear, IntervalLinear), _linear),
+    **dict.fromkeys((nn.AvgPool2d, nn.AdaptiveAvgPool2d), _average),
+    **dict.fromkeys((nn.ReLU, nn.MaxPool2d), _moved),
+    **dict.fromkeys((nn.Flatten, nn.Identity, nn.ZeroPad2d, nn.Dropout), _moved),
+    Normalize: _normalize,
+}
