@@ -79,10 +79,11 @@ def export(
     write_atomic(folder / NETWORK, to_onnx(network.model, x.shape[1:]))
     with torch.no_grad(), evaluation(network.model):
         classes = network.model(x[:1]).shape[1]
+    space = "; X is normalised by channel" if config.eps_space == "normalized" else ""
     rows = []
     for index, (point, label) in enumerate(zip(x, split.labels.tolist(), strict=True)):
         name = f"example-{index}.vnnlib"
-        about = f"Example {index} of {config.dataset}'s test set and {network.name}"
+        about = f"Example {index} of {config.dataset}'s test set and {network.name}{space}"
         content = vnnlib(point, label, classes, config.eps, config.clip, about)
         write_atomic(folder / name, content.encode())
         rows.append(f"{NETWORK},{name},{timeout}\n")

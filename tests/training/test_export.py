@@ -227,6 +227,19 @@ def test_the_command(tmp_path, capsys, monkeypatch, toy_data, toy_run):
     assert contents(folder) == before
 
 
+def test_inputs_are_what_the_network_is_given(tmp_path):
+    """Checks the normalised pixels of a network that does not normalise itself."""
+    pytest.importorskip("onnx")
+    found = network("cifar10-small-8of255-ibp-normalized", eps=0.25)
+    split = examples("cifar10")[:2]
+    export.export(tmp_path, found, split)
+    assert "; X is normalised by channel\n" in (tmp_path / "example-1.vnnlib").read_text()
+    mean, std = (torch.tensor(each)[:, None, None] for each in datasets.CHANNEL_STATS["cifar10"])
+    x = ((split.pixels() - mean) / std)[1].flatten().double()
+    lower = Property(tmp_path / "example-1.vnnlib").lower
+    assert [float(lower[f"X_{i}"]) for i in range(3072)] == (x - 0.25).tolist()
+
+
 def test_an_export_that_is_stopped_has_no_instances(tmp_path, monkeypatch):
     pytest.importorskip("onnx")
     found, split = network("mnist5k-small-0.1-ibp"), toy_dataset().test[:3]
