@@ -90,7 +90,7 @@ class Property:
     ],
 )
 def test_onnx_runtime_gives_the_same_logits(name, changes):
-    onnx = pytest.importorskip("onnx")
+    onnx, _ = pytest.importorskip("onnx"), pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     found = network(name, **changes)
     digits = examples(name)
@@ -187,7 +187,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_command(tmp_path, capsys, monkeypatch, toy_data, toy_run):
-    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")  # which brings onnx
     monkeypatch.chdir(tmp_path)
     words = ["export", str(toy_run), "--examples", "12", "--eps", "0.25", "--timeout", "30"]
     assert cli.main(words) == 0
@@ -229,7 +229,7 @@ def test_the_command(tmp_path, capsys, monkeypatch, toy_data, toy_run):
 
 def test_inputs_are_what_the_network_is_given(tmp_path):
     """Checks the normalised pixels of a network that does not normalise itself."""
-    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")  # which brings onnx
     found = network("cifar10-small-8of255-ibp-normalized", eps=0.25)
     split = examples("cifar10")[:2]
     export.export(tmp_path, found, split)
@@ -241,7 +241,7 @@ def test_inputs_are_what_the_network_is_given(tmp_path):
 
 
 def test_an_export_that_is_stopped_has_no_instances(tmp_path, monkeypatch):
-    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")  # which brings onnx
     found, split = network("mnist5k-small-0.1-ibp"), toy_dataset().test[:3]
     export.export(tmp_path, found, split)
 
@@ -268,7 +268,7 @@ def test_an_export_that_is_stopped_has_no_instances(tmp_path, monkeypatch):
     ],
 )
 def test_bad_words(tmp_path, capsys, monkeypatch, toy_data, toy_run, words, problem):
-    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")  # which brings onnx
     monkeypatch.chdir(tmp_path)
     stands = {"RUN": str(toy_run), "FILE": str(toy_run / "config.json")}
     assert cli.main(["export", *(stands.get(word, word) for word in words.split())]) == 2
@@ -280,7 +280,7 @@ def test_bad_words(tmp_path, capsys, monkeypatch, toy_data, toy_run, words, prob
 @pytest.mark.parametrize("package", ["onnx", "onnxscript"])
 def test_a_missing_extra_is_named(tmp_path, capsys, monkeypatch, toy_data, toy_run, package):
     if package == "onnxscript":
-        pytest.importorskip("onnx")
+        pytest.importorskip("onnx")  # asked first
     monkeypatch.setitem(sys.modules, package, None)
     assert cli.main(["export", str(toy_run), "--output", str(tmp_path / "out")]) == 2
     problem = f"needs the package {package}, which is not installed: pip install 'cibp-fast[export]"
