@@ -11,7 +11,7 @@ import shlex
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
@@ -40,6 +40,7 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from cibp_fast.training.datasets import Split
+    from cibp_fast.training.runs import Network
 
 DEFAULT_PRESET = "mnist5k-small-0.1-cibp"
 MOST_SEEDS = 1000
@@ -79,9 +80,11 @@ def _changes(hints: Mapping[str, str]) -> Any:
 if TYPE_CHECKING:
     Recipe = dict[str, Any]
     Changes = dict[str, Any]
+    Radius = dict[str, Any]
 else:
     Recipe = _changes({name: f"[{as_text(value)}]" for name, value in preset(DEFAULT_PRESET)})
     Changes = _changes(dict.fromkeys(("eps", "eval_batch_size"), "(default: the run's)"))
+    Radius = _changes({"eps": "(default: the run's)"})
 
 
 @dataclass(kw_only=True)
@@ -103,12 +106,10 @@ class OnData(Command):
     """Holds what the commands take that read a data set.
 
     Attributes:
-        device: cpu or cuda
         data_root: folder of the data sets; mnist5k needs none, and warns of one
         unverified_data: only warn of data files that are not the official ones
     """
 
-    device: str = "cpu"
     data_root: Annotated[
         Path | None, DIR, arg(help_behavior_hint="(default: $CIBP_FAST_DATA, or data)")
     ] = None
@@ -187,6 +188,7 @@ class Train(OnData):
     Attributes:
         run_dir: run folder
         overwrite: replace the run that the folder holds, finished or not
+        device: cpu or cuda
         seeds: N runs, of --seed and the seeds after it, each in its own folder
         backend: of the bounds: the device's kernels where they can run (auto), those of the CPU
             (cpu), Triton's (triton), those with CUDA C++ kernels where there are any (cuda), or
@@ -200,6 +202,7 @@ class Train(OnData):
         Path | None, DIR, arg(help_behavior_hint="(default: in runs, named by what is trained)")
     ] = None
     overwrite: FlagCreatePairsOff[bool] = False
+    device: str = "cpu"
     seeds: Annotated[int, N] = 1
     backend: Literal["auto", "torch", "cpu", "triton", "cuda"] = "auto"
     epochs: Annotated[int | None, N, arg(help_behavior_hint="")] = None
@@ -238,15 +241,66 @@ class Train(OnData):
 
 
 @dataclass(kw_only=True)
-class OnRuns(OnData):
+class OnNetworks(OnData):
     """Holds what the commands take that look at trained networks.
 
     Attributes:
-        run_dir: folder that `cibp-fast train` wrote; after --seeds, a run's or that of all
-        examples: only the first N held-out examples
+        run_dir: folder that `cibp-fast train` wrote, after --seeds a run's or that of all; or with
+            --preset a file of weights
+        preset: RUN_DIR is a file of weights, .safetensors, .pt or .pth, of the network that this
+            preset trains
     """
 
     run_dir: Annotated[Positional[Path], arg(metavar="RUN_DIR", help_behavior_hint="")]
+    preset: Annotated[str | None, _word("NAME", str), arg(help_behavior_hint="")] = None
+
+    def networks(self) -> list[Network]:
+        """Returns the trained networks: several of a folder of seeds."""
+        from cibp_fast.training import runs
+
+        if self.preset is not None:
+            return [runs.read_weights(self.run_dir, preset(self.preset))]
+        if self.run_dir.suffix in runs.WEIGHTS and self.run_dir.is_file():
+            raise ValueError(
+                f"{self.run_dir} is a file of weights: name its network with --preset NAME"
+            )
+        return [runs.read_network(each) for each in runs.of_seeds(self.run_dir)]
+
+    def network(self) -> Network:
+        """Returns the only one. Raises ValueError of a folder of seeds."""
+        found = self.networks()
+        if len(found) > 1:
+            raise ValueError(
+                f"{self.run_dir} holds {len(found)} runs, and files are written of one: name it, "
+                f"as {self.run_dir / found[0].name}"
+            )
+        return found[0]
+
+    def test_examples(self, config: Config, count: int | None, device: str) -> Split:
+        """Returns the first held-out examples, or all where count is None."""
+        from cibp_fast.training import datasets
+        from cibp_fast.training.distributed import available
+
+        where, verify = available(device), not self.unverified_data
+        split = datasets.load(config.dataset, self.data_root, verify=verify).test
+        count = len(split) if count is None else count
+        if not 1 <= count <= len(split):
+            raise ValueError(
+                f"examples must be from 1 to the {len(split)} of the test set, not {count}"
+            )
+        return split[:count].to(where)
+
+
+@dataclass(kw_only=True)
+class OnRuns(OnNetworks):
+    """Holds what the commands take that find an error of trained networks.
+
+    Attributes:
+        device: cpu or cuda
+        examples: only the first N held-out examples
+    """
+
+    device: str = "cpu"
     examples: Annotated[int | None, N, arg(help_behavior_hint="(default: all)")] = None
     changes: Changes = field(default_factory=dict)
 
@@ -254,75 +308,85 @@ class OnRuns(OnData):
         self,
         kind: str,
         name: str,
-        options: Mapping[str, Any],
+        networks: Sequence[Network],
+        evaluate: Callable[[Network, Split], dict[str, Any]],
         **changes: Any,
     ) -> None:
-        """Prints the error of each run, and the spread of several.
+        """Prints the error of each network, and the spread of several.
 
-        options: of `evaluate`. changes: of the run's Config, besides the user's.
+        evaluate: gives the errors of a network with the config of this evaluation. changes: of the
+        networks' Config, besides the user's.
         """
-        from cibp_fast.training import runs
-        from cibp_fast.training.evaluation import evaluate
-
         errors = []
-        run_dirs = runs.of_seeds(self.run_dir)
-        for run_dir in run_dirs:
-            config = runs.read_config(run_dir).replace(**self.changes | changes)
-            split = self._examples(config)
-            model = runs.read_model(run_dir).to(split.images.device)
-            errors.append(evaluate(model, split, config, attack=kind == "pgd", **options))
-            if errors[-1].get("contradictions"):
-                warnings.warn(
-                    f"{run_dir}: ordinary bounds verify {errors[-1]['contradictions']} of "
-                    f"{len(split)} examples that the attack breaks, so they are wrong",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+        for network in networks:
+            config = network.config.replace(**self.changes | changes)
+            split = self.test_examples(config, self.examples, self.device)
+            network.model.to(split.images.device)
+            errors.append(evaluate(replace(network, config=config), split))
             error, total = errors[-1][f"{kind}_error"], len(split)
             count = f"{round(error * total)} of {total} held-out examples"
             space = " (normalised)" if config.eps_space == "normalized" else ""
             print(
-                f"{run_dir.name + ': ' if len(run_dirs) > 1 else ''}{name} at eps {config.eps:.4g}"
+                f"{network.name + ': ' if len(networks) > 1 else ''}{name} at eps {config.eps:.4g}"
                 f"{space}: {100 * error:.2f} % ({count})"
             )
         if len(errors) > 1:
             print(_spread(errors, kind))
-
-    def _examples(self, config: Config) -> Split:
-        from cibp_fast.training import datasets
-        from cibp_fast.training.distributed import available
-
-        device, verify = available(self.device), not self.unverified_data
-        split = datasets.load(config.dataset, self.data_root, verify=verify).test
-        count = len(split) if self.examples is None else self.examples
-        if not 1 <= count <= len(split):
-            raise ValueError(
-                f"examples must be from 1 to the {len(split)} of the test set, not {count}"
-            )
-        return split[:count].to(device)
 
 
 @dataclass(kw_only=True)
 class Certify(OnRuns):
     """Bound a trained network on its held-out examples: the verified error.
 
+    With --output also write all that another program needs to check it: the weights, the inputs and
+    a line for each example. The same command goes on with a certification that was stopped.
+
+    examples:
+      cibp-fast certify runs/first --eps 0.05
+      cibp-fast certify runs/first --semantics float32 --output certificates/first
+      cibp-fast certify weights.pt --preset mnist-small-0.4-cibp
+
     Attributes:
         semantics: what is proven: of the stored weights in exact arithmetic (real), or of every
             float32 evaluation (float32); none: ordinary bounds, in rounded arithmetic, no proof
+        output: folder of the certificates
+        overwrite: replace the certificates that the folder holds, finished or not
     """
 
     semantics: Literal["real", "float32", "none"] = "real"
+    output: Annotated[Path | None, DIR, arg(help_behavior_hint="")] = None
+    overwrite: FlagCreatePairsOff[bool] = False
 
     def run(self) -> None:
-        sound = self.semantics != "none"
-        semantics = self.semantics if sound else None
-        self.report("verified", "verified error", {"semantics": semantics})
+        if self.output is None and self.overwrite:
+            raise ValueError("overwrite must come with --output, whose certificates it replaces")
+        if self.output is not None and self.semantics == "none":
+            raise ValueError(
+                "semantics must be real or float32 to write certificates, not none: ordinary "
+                "bounds are no proof"
+            )
+        from cibp_fast.training import certification
+        from cibp_fast.training.evaluation import evaluate
+
+        def found(network: Network, split: Split) -> dict[str, Any]:
+            semantics = None if self.semantics == "none" else self.semantics
+            if self.output is None or semantics is None:
+                model, config = network.model, network.config
+                return evaluate(model, split, config, attack=False, semantics=semantics)
+            return certification.certify_to(
+                self.output, network, split, semantics, overwrite=self.overwrite
+            )
+
+        networks = self.networks() if self.output is None else [self.network()]
+        self.report("verified", "verified error", networks, found)
         said = {
             "real": "sound: real (proven for the stored weights in exact arithmetic)",
             "float32": "sound: float32 (proven for every evaluation in float32)",
             "none": "sound: false (these bounds are computed in rounded arithmetic: no proof)",
         }
         print(said[self.semantics])
+        if self.output is not None:
+            print(f"The certificates are in {self.output}")
 
 
 @dataclass(kw_only=True)
@@ -354,16 +418,69 @@ class Attack(OnRuns):
     seed: Annotated[int, N] = 0
 
     def run(self) -> None:
+        from cibp_fast.training.evaluation import evaluate
+
+        def found(network: Network, split: Split) -> dict[str, Any]:
+            options = {"step": self.step, "loss": self.loss}
+            errors = evaluate(network.model, split, network.config, **options)
+            if errors["contradictions"]:
+                warnings.warn(
+                    f"{network.name}: ordinary bounds verify {errors['contradictions']} of "
+                    f"{len(split)} examples that the attack breaks, so they are wrong",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            return errors
+
         self.report(
             "pgd",
             f"PGD error ({counted(self.steps, 'step')}, {counted(self.restarts, 'restart')})",
-            {"step": self.step, "loss": self.loss},
+            self.networks(),
+            found,
             pgd_steps=self.steps,
             pgd_restarts=self.restarts,
             pgd_verified_restarts=self.restarts,
             pgd_step_size=self.step_size,
             seed=self.seed,
         )
+
+
+@dataclass(kw_only=True)
+class Export(OnNetworks):
+    """Write a trained network and its properties for other verifiers: ONNX and VNN-LIB.
+
+    Needs the extra export. Each example-<index>.vnnlib asks for a point of the example's box that
+    is classified otherwise; instances.csv lists them as VNN-COMP does.
+
+    example:
+      cibp-fast export runs/first --eps 0.05 --output exported
+
+    Attributes:
+        output: folder of network.onnx, the properties and instances.csv
+        overwrite: replace what an earlier export wrote there
+        examples: the first N held-out examples, whatever the network says of them
+        timeout: seconds for an example, in instances.csv
+    """
+
+    output: Annotated[
+        Path | None, DIR, arg(help_behavior_hint="(default: in export, named as the run)")
+    ] = None
+    overwrite: FlagCreatePairsOff[bool] = False
+    examples: Annotated[int, N] = 100
+    timeout: Annotated[int, N] = 100
+    changes: Radius = field(default_factory=dict)
+
+    def run(self) -> None:
+        from cibp_fast.training import export
+
+        export.require_onnx()  # now, not after the data
+        network = self.network()
+        network = replace(network, config=network.config.replace(**self.changes))
+        split = self.test_examples(network.config, self.examples, "cpu")
+        folder = Path("export") / network.name if self.output is None else self.output
+        export.export(folder, network, split, timeout=self.timeout, overwrite=self.overwrite)
+        count = counted(len(split), "example")
+        print(f"wrote {folder}: network.onnx, instances.csv and the properties of {count}")
 
 
 @dataclass(kw_only=True)
@@ -405,7 +522,7 @@ class Plot(Command):
 
 
 COMMANDS: dict[str, type[Command]] = {
-    kind.__name__.lower(): kind for kind in (Info, Quickstart, Train, Certify, Attack, Plot)
+    kind.__name__.lower(): kind for kind in (Info, Quickstart, Train, Certify, Attack, Export, Plot)
 }
 
 ABOUT = f"""Train and certify provably robust networks with interval bounds.
@@ -415,6 +532,7 @@ examples:
   cibp-fast train --preset {DEFAULT_PRESET} --run-dir runs/first
   cibp-fast certify runs/first --eps 0.05
   cibp-fast attack runs/first --steps 200 --restarts 10
+  cibp-fast export runs/first             for other verifiers
   cibp-fast plot runs/first -o curves.png
   cibp-fast info                          what is installed, which kernel runs and why
   cibp-fast --version"""

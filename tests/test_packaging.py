@@ -149,7 +149,8 @@ def requirements(extra: str) -> set[str]:
 def test_extras() -> None:
     metadata = importlib.metadata.metadata("cibp_fast")
     extras = set(metadata.get_all("Provides-Extra") or ())
-    assert {"demo", "dev", "plot", "train", "triton"} <= extras
+    assert {"demo", "dev", "export", "plot", "train", "triton"} <= extras
+    assert requirements("export") == {"onnx", "onnxscript"}
     assert requirements("plot") == {"matplotlib"}
     assert requirements("train") == set(TRAIN)
     own = {"cibp_fast", "cibp-fast"}  # demo is train, plot and the digits

@@ -36,6 +36,17 @@ def write_atomic(path: Path, content: bytes) -> None:
             temporary.unlink()
 
 
+def append(path: Path, content: bytes) -> None:
+    """Adds to the end of the file, which is made where it is not there, and on the disk.
+
+    A process that is killed here may leave a part of the content. Raises OSError naming the path.
+    """
+    with naming("write", path), path.open("ab") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 @contextmanager
 def naming(action: str, path: Path) -> Iterator[None]:
     """Raises OSError that names the path where the system refuses the action."""

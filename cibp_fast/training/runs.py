@@ -8,9 +8,10 @@ run that did not finish. What needs torch imports it where it is called: plots n
 
 from __future__ import annotations
 
+import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 STATE = "state"  # the folder of the checkpoint
 CHECKPOINT = f"{STATE}/checkpoint.safetensors"
+WEIGHTS = (".safetensors", ".pt", ".pth")  # files of weights alone
 ANEW = "start anew with overwrite (--overwrite), or remove the run"
 # In the order in which overwriting removes them: what remains where that is cut short is no
 # finished run, and if it goes on it is from a checkpoint that has its metrics, or from the start.
@@ -81,6 +83,16 @@ class Checkpoint:
     optimizer: dict[str, Tensor]  # "{number of the parameter}.{name}"
 
 
+@dataclass(frozen=True)
+class Network:
+    """Holds a trained network."""
+
+    name: str  # of its folder or file
+    config: Config  # of its training; for a foreign network, of the preset that names it
+    model: nn.Sequential
+    weights: bytes  # a file of safetensors, its state_dict
+
+
 def claim(run_dir: Path, config: Config, overwrite: bool = False) -> None:
     """Makes the folder of a new run, or checks that it holds one of this config to go on with.
 
@@ -119,12 +131,13 @@ def claim(run_dir: Path, config: Config, overwrite: bool = False) -> None:
 
 
 @contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Makes the folder, and keeps other processes from training in it; dies with the process.
+def locked(run_dir: Path, files: Sequence[str] = FILES, doing: str = "training") -> Iterator[None]:
+    """Makes the folder, and keeps other processes from writing in it; dies with the process.
 
-    It also removes temporary files that a killed process left, and at the end state/, if that is
-    empty. Raises BlockingIOError where another process holds it, OSError where the folder cannot be
-    made or locked.
+    files: what is written there. Temporary files of them that a killed process left are removed,
+    and at the end state/, if they have it and it is empty. doing: what is done there. Raises
+    BlockingIOError where another process holds the folder, OSError where it cannot be made or
+    locked.
     """
     make_folder(run_dir)
     with ExitStack() as stack:
@@ -134,16 +147,17 @@ def locked(run_dir: Path) -> Iterator[None]:
             # the folder itself: no file of the lock's is left, and a read-only folder will do
             free = lock_descriptor(folder, blocking=False)
         if not free:
-            raise BlockingIOError(f"another process is training in {run_dir}")
-        for path in (run_dir / file for file in FILES):
+            raise BlockingIOError(f"another process is {doing} in {run_dir}")
+        for path in (run_dir / file for file in files):
             for temporary in path.parent.glob(f".{path.name}.*.tmp"):
                 with suppress(OSError):  # in the way of nothing
                     temporary.unlink()
         try:
             yield
         finally:
-            with suppress(OSError):  # not there, or not empty: the checkpoint is needed
-                (run_dir / STATE).rmdir()
+            if CHECKPOINT in files:
+                with suppress(OSError):  # not there, or not empty: the checkpoint is needed
+                    (run_dir / STATE).rmdir()
 
 
 def of_seeds(path: Path) -> list[Path]:
@@ -283,17 +297,90 @@ def read_progress(run_dir: Path) -> tuple[dict[str, Any] | None, Checkpoint | No
 
 def read_model(run_dir: Path) -> nn.Sequential:
     """Returns the run's trained network. Raises OSError or ValueError as `read_config`."""
+    return read_network(run_dir).model
+
+
+def read_network(run_dir: Path) -> Network:
+    """Returns the run's trained network, as `read_model`, with what belongs to it."""
     import safetensors.torch
 
-    model, path = build_model(read_config(run_dir)), run_dir / "model.safetensors"
-    own = model.state_dict()
+    config, path = read_config(run_dir), run_dir / "model.safetensors"
+    model = build_model(config)
     with _reading(path, " does not hold this run's network"):
-        state = safetensors.torch.load(path.read_bytes())
-        for name, value in state.items():
-            if name in own and value.dtype != own[name].dtype:
-                raise ValueError(f"{name} must be {own[name].dtype}, not {value.dtype}")
-        model.load_state_dict(state)
-    return model
+        weights = path.read_bytes()
+        _load(model, safetensors.torch.load(weights))
+    return Network(Path(os.path.abspath(run_dir)).name, config, model, weights)
+
+
+def read_weights(path: Path, config: Config) -> Network:
+    """Returns the config's network with the weights of a file, a state_dict of float32 tensors.
+
+    path: a .safetensors file, or a .pt or .pth file as torch.save makes it of a state_dict. Of
+    these only tensors are read: nothing in the file is executed.
+
+    Raises OSError where it cannot be read, ValueError where it is no such file, or is of another
+    network, naming the tensors that are missing or do not fit.
+    """
+    import safetensors.torch
+    import torch
+
+    if path.suffix not in WEIGHTS:
+        raise ValueError(f"{path} must be a file of weights, {', '.join(WEIGHTS)}")
+    with naming("read", path):
+        content = path.read_bytes()
+    try:
+        if path.suffix == ".safetensors":
+            state = safetensors.torch.load(content)
+        else:
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can raise nearly anything
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{path} is damaged, or holds more than tensors, of which nothing was run: {why}"
+        ) from error
+    model = build_model(config)
+    try:
+        _load(model, state)
+    except (ValueError, RuntimeError) as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(f"{path} does not hold the network of {config.name}: {why}") from error
+    if path.suffix != ".safetensors":
+        content = safetensors.torch.save(model.state_dict())
+    return Network(path.stem, config, model, content)
+
+
+def _load(model: nn.Module, state: Any) -> None:
+    """Sets the model's parameters and buffers. Raises ValueError of tensors that do not fit it."""
+    import torch
+
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+    ):
+        raise ValueError("it is no state_dict, which has a tensor for each name")
+
+    def form(tensor: Tensor) -> str:
+        return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+    own = model.state_dict()
+    both = [name for name in own if name in state and form(state[name]) != form(own[name])]
+    problems = {
+        "missing": [name for name in own if name not in state],
+        "not of this network": sorted(name for name in state if name not in own),
+        "misfitting": [
+            f"{name} must be {form(own[name])}, not {form(state[name])}" for name in both
+        ],
+    }
+    if any(problems.values()):
+        most = 3  # names of a kind
+        raise ValueError(
+            "; ".join(
+                f"{problem}: {', '.join(names[:most])}"
+                + f" and {len(names) - most} more" * (len(names) > most)
+                for problem, names in problems.items()
+                if names
+            )
+        )
+    model.load_state_dict(state)
 
 
 def build_model(config: Config) -> nn.Sequential:

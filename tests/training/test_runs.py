@@ -457,8 +457,16 @@ def _weights(config: Config, dtype: torch.dtype = torch.float32) -> bytes:
         ("result.json", b'{"test_error": 1.5}', "test_error must be less than or equal to 1, not"),
         ("result.json", json.dumps(RESULT | {"seconds": "x"}).encode(), "seconds must be a valid"),
         ("model.safetensors", b"not safe", "does not hold this run's network .*header"),
-        ("model.safetensors", _weights(CONFIG, torch.float64), "must be torch.float32, not torch"),
-        ("model.safetensors", _weights(CONFIG.replace(net="medium")), "Missing key"),
+        (
+            "model.safetensors",
+            _weights(CONFIG, torch.float64),
+            r"0.weight must be float32 \[.*, not float64 \[",
+        ),
+        (
+            "model.safetensors",
+            _weights(CONFIG.replace(net="medium")),
+            "missing: 5.weight, 5.bias, 7.weight and 1 more; not of",
+        ),
         (runs.CHECKPOINT, b"", "is damaged .*header"),
         (runs.CHECKPOINT, _changed_facts()[:40], "header"),
         (runs.CHECKPOINT, _changed_facts()[:-1], "not fully covered"),
