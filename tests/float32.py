@@ -199,7 +199,8 @@ def _channels_last(model: nn.Sequential, x: Tensor) -> list[Tensor]:
 
 
 def _compiled(model: nn.Sequential, x: Tensor) -> list[Tensor]:
-    run = torch.compile(EachLayer(model), dynamic=False)
+    torch.compiler.reset()  # or other networks' graphs count as recompilations, which are limited
+    run = torch.compile(EachLayer(model), dynamic=False, fullgraph=True)
     with torch_set():
         return _joined(run(part) for part in x.split(100))
 

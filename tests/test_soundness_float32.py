@@ -69,13 +69,16 @@ def mixed() -> Problem:
 
 
 def cancelling() -> Problem:
+    """Adds large products whose sum is small."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(40, 60), nn.ReLU(), nn.Linear(60, 60), nn.ReLU(), nn.Linear(60, 4)
     )
     with torch.no_grad():
-        model[2].weight[:, 1::2] = 1e4 - model[2].weight[:, ::2]
-        model[2].weight[:, 2::4] = -1e4
+        for p in model[0].parameters():  # pairs of equal units
+            p[1::2] = p[::2]
+        model[2].weight[:, 1::2] -= 1e4
+        model[2].weight[:, ::2] += 1e4
     return Problem(model, torch.rand(2, 40), (1e-9, 1e-3))
 
 
@@ -227,7 +230,8 @@ def check(
         found = [evaluate(model, inside) for evaluate in by_torch.values()]
         for arrange in float32.ARRANGEMENTS.values():
             found.append(float32.replay(model, inside[:replayed], arrange))
-            found.append(float32.replay(model, inside[:fused], arrange, fused=True))
+            if fused:
+                found.append(float32.replay(model, inside[:fused], arrange, fused=True))
         torch.set_flush_denormal(True)
         try:
             found.append(float32.replay(model, inside[:replayed], float32.ARRANGEMENTS["forward"]))
@@ -243,7 +247,8 @@ FEW = {"count": 80, "replayed": 10, "fused": 4, "by_torch": float32.BY_TORCH}
 
 @pytest.mark.parametrize("name", ["mnist-small-0.4-cibp-fast-ramp-seed0", *HAND_MADE])
 def test_every_float32_evaluation_is_inside(name: str) -> None:
-    wrong, beyond = check(name, **FEW)
+    # fused sums of 3,200 terms take seconds
+    wrong, beyond = check(name, **FEW if name in HAND_MADE else {**FEW, "fused": 0})
     assert wrong == 0
     assert beyond > 0  # of the bounds of exact arithmetic: the points are where rounding shows
 
