@@ -421,8 +421,8 @@ class Attack(OnRuns):
         from cibp_fast.training.evaluation import evaluate
 
         def found(network: Network, split: Split) -> dict[str, Any]:
-            options = {"step": self.step, "loss": self.loss}
-            errors = evaluate(network.model, split, network.config, **options)
+            model, config = network.model, network.config
+            errors = evaluate(model, split, config, step=self.step, loss=self.loss)
             if errors["contradictions"]:
                 warnings.warn(
                     f"{network.name}: ordinary bounds verify {errors['contradictions']} of "

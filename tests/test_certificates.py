@@ -192,7 +192,7 @@ def test_sound_is_the_default():
     model = _linear([[1.0, 0.0], [-1.0, 1.0]], [0.5, 0.0])
     result = cf.certify(model, torch.tensor([[0.5, 0.5]]), torch.tensor([0]), 0.25)
     assert result.sound and result.verified.all() and result.margins.dtype == torch.float64
-    assert 0.25 - 1e-12 < result.margin.item() < 0.25
+    assert 0.25 - 1e-4 < result.margin.item() < 0.25
 
 
 X, Y = torch.rand(2, 3), torch.tensor([0, 1])

@@ -15,7 +15,7 @@ from test_soundness import in_some_order
 from torch import Tensor, nn
 
 import cibp_fast as cf
-from cibp_fast import certificates, soundness
+from cibp_fast import soundness
 from cibp_fast.ops import backends
 
 KERNELS = pytest.mark.skipif(not backends.available_isas(), reason="no CPU kernels were built")
@@ -242,8 +242,7 @@ def test_what_is_almost_verified_is_bounded_in_float64(monkeypatch: Any) -> None
     monkeypatch.setattr(soundness, "margins", counted)
     wrong = torch.ones_like(y)  # which float64 cannot verify
     assert not cf.certify(model, x, wrong, eps, None).verified.any() and not seen
-    far = cf.certify(model, x, y, eps + 0.4, None)
-    assert not far.verified.any() and seen == [certificates.SOUND_IN_CACHE]
+    assert not cf.certify(model, x, y, eps + 0.4, None).verified.any() and not seen  # too far
 
 
 def test_networks_and_settings_that_the_kernels_do_not_take() -> None:
@@ -268,8 +267,8 @@ def test_examples_of_one_shape_by_batches_and_alone() -> None:
     whole = cf.certify(model, x, y, eps)
     for batch_size in (1, 3):
         parts = cf.certify(model, x, y, eps, batch_size=batch_size)
-        torch.testing.assert_close(parts.margins, whole.margins, rtol=0, atol=0.02)
+        torch.testing.assert_close(parts.margins, whole.margins)
         assert torch.equal(parts.verified, whole.verified)
     boxes = cf.certify(model, x, y, cf.Interval.ball(x, eps))
-    torch.testing.assert_close(boxes.margins, whole.margins, rtol=0, atol=0.02)
+    torch.testing.assert_close(boxes.margins, whole.margins, rtol=0, atol=1e-3)
     assert cf.certify(model, x[:0], y[:0], eps[:0]).margins.shape == (0, 10)
