@@ -6,13 +6,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from math import isfinite, nan
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cibp_fast import soundness
-from cibp_fast._checks import may_inspect, refuse_where
+from cibp_fast._ball import clip_ends
+from cibp_fast._checks import as_float, may_inspect, refuse_where
 from cibp_fast._graphs import enough_memory, graphed, reuse_graphs
 from cibp_fast.fusion import FusedNetwork, of_torch_alone
 from cibp_fast.interval import Interval
@@ -104,11 +107,15 @@ def certify(
             f"semantics={semantics!r} is a promise of sound bounds: it needs sound=True"
         )
     check_examples(x, y, batch_size)
+    if sound:
+        _refuse_rounded(eps, clip)
     if sound or not allow_half:
         _refuse_half(model, x)
     with evaluation(model), running("certify", model, x, batch_size), reuse_graphs():
         box: Interval | Box
         layers = soundness.chain(model, semantics == "float32") if sound else None
+        if layers is not None:
+            soundness.check_input(layers, x)
         fused = of_torch_alone(model, x) if layers is None or soundness.quick(layers) else None
         if layers is None:
             box = boxes(x, eps, clip)
@@ -345,11 +352,28 @@ def _outward(x: Tensor, eps: Any, clip: Any) -> Box:
     if isinstance(eps, Interval):
         return Box(box.lower.detach().double(), box.upper.detach().double())
     assert box.nominal is not None
-    ball = Interval.ball(box.nominal.double(), eps, clip, validate=False)
+    wide = box.nominal.double()
+    if clip is not None:  # with x inside, which is at an end that its dtype has rounded
+        given = [torch.as_tensor(end, dtype=torch.float64) for end in clip_ends(wide, clip)]
+        rounded = [end.to(x.dtype).double() for end in given]
+        clip = torch.minimum(rounded[0], given[0]), torch.maximum(rounded[1], given[1])
+    ball = Interval.ball(wide, eps, clip, validate=False)
     return Box(soundness.down(ball.lower), soundness.up(ball.upper))
 
 
-def check_examples(x: Tensor, y: Tensor, batch_size: int) -> None:
+def _refuse_rounded(eps: Any, clip: Any) -> None:
+    """Raises ValueError for a number that float64 does not have, as a Fraction."""
+    ends = {f"clip[{i}]": end for i, end in enumerate(clip)} if isinstance(clip, Sequence) else {}
+    for name, value in {"eps": eps, **ends}.items():
+        rounded = as_float(value) if isinstance(value, Real) else nan
+        if isfinite(rounded) and rounded != value:
+            raise ValueError(
+                f"{name} must be a number of float64, whose nearest to {value!r} is {rounded!r}: "
+                "sound certificates take it exactly"
+            )
+
+
+def check_examples(x: Tensor, y: Tensor, batch_size: Any) -> None:
     """Raises TypeError or ValueError unless x is [N, ...] floating point, y [N] int64 beside it."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor, not {_type(x)}")
@@ -360,8 +384,10 @@ def check_examples(x: Tensor, y: Tensor, batch_size: int) -> None:
             f"x must be [N, ...] and y [N] on the same device, not {list(x.shape)} on {x.device} "
             f"and {list(y.shape)} on {y.device}"
         )
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
+    if x.layout != torch.strided or x.is_quantized:
+        raise TypeError(f"x must be a dense tensor, not {_type(x)} of layout {x.layout}")
+    if not isinstance(batch_size, Integral) or batch_size < 1:
+        raise ValueError(f"batch_size must be a whole number, 1 or more, not {batch_size}")
 
 
 def _type(value: Any) -> str:

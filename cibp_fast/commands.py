@@ -425,7 +425,7 @@ class Attack(OnRuns):
             errors = evaluate(model, split, config, step=self.step, loss=self.loss)
             if errors["contradictions"]:
                 warnings.warn(
-                    f"{network.name}: ordinary bounds verify {errors['contradictions']} of "
+                    f"{self.run_dir}: ordinary bounds verify {errors['contradictions']} of "
                     f"{len(split)} examples that the attack breaks, so they are wrong",
                     RuntimeWarning,
                     stacklevel=2,

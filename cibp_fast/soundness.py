@@ -67,7 +67,8 @@ def chain(model: Any, float32: bool) -> Chain:
 
     Raises ValueError naming the first that has none.
     """
-    if isinstance(model, FusedNetwork):
+    if type(model) is FusedNetwork:
+        _refuse_changed("the fused network", model)
         model = model._model
     if not isinstance(model, nn.Module):
         raise ValueError(
@@ -90,11 +91,7 @@ def chain(model: Any, float32: bool) -> Chain:
 
 
 def _layers(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    if any(hooks_of(module)) or not vars(module).keys().isdisjoint(("forward", "_conv_forward")):
-        raise ValueError(
-            f"certify(sound=True) cannot take {name or 'the model'}, which has hooks or a "
-            f"forward of its own: {_INSTEAD}"
-        )
+    _refuse_changed(name or "the model", module)
     if type(module) is not nn.Sequential:
         yield name or "the model", module
         return
@@ -103,8 +100,19 @@ def _layers(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield from _layers(f"{name}.{each}" if name else each, child)
 
 
+def _refuse_changed(name: str, module: nn.Module) -> None:
+    own = vars(module).keys() & {"forward", "_conv_forward"}
+    kind = type(module)
+    if any(hooks_of(module)) or own or kind.forward is not _FORWARDS.get(kind, kind.forward):
+        raise ValueError(
+            f"certify(sound=True) cannot take {name}, which has hooks or a forward of its own: "
+            f"{_INSTEAD}"
+        )
+
+
 def _check(name: str, layer: nn.Module, float32: bool) -> None:
     why = ""
+    tensors = [*layer.parameters(), *layer.buffers()]
     if type(layer) not in _RULES and type(layer) not in _LINEARS:
         why = "has no sound rule"
     elif isinstance(layer, nn.AvgPool2d) and layer.divisor_override is not None:
@@ -117,10 +125,14 @@ def _check(name: str, layer: nn.Module, float32: bool) -> None:
         why = "has no sound rule in float32, whose batch norm has many formulas"
     elif isinstance(layer, _NORMS) and (layer.training or layer.running_mean is None):
         why = "takes the statistics of the batch"
+    elif isinstance(layer, _NORMS) and not _in_range(_variance(layer)):
+        why = "divides by the root of a variance that is not above 0, or almost 0 or infinite"
     elif isinstance(layer, nn.Dropout) and layer.training and layer.p:
         why = "is random in training mode"
-    elif isinstance(layer, Normalize) and not (layer.std >= 2.0**-100).all():
-        why = "divides by a std that is not above 0, or almost 0"
+    elif isinstance(layer, Normalize) and not _in_range(layer.std):
+        why = "divides by a std that is not above 0, or almost 0 or infinite"
+    elif other := [type(t) for t in tensors if type(t) not in (Tensor, nn.Parameter)]:
+        why = f"has a {other[0].__name__}, which may have products of its own"
     elif float32 and any(p.dtype != torch.float32 for p in layer.parameters()):
         why = "is not in float32"
     elif (weight := getattr(layer, "weight", None)) is not None:
@@ -135,6 +147,29 @@ def _check(name: str, layer: nn.Module, float32: bool) -> None:
             f"certify(sound=True) cannot take {name} ({type(layer).__name__}), which {why}: "
             f"{_INSTEAD}"
         )
+
+
+def _variance(layer: Any) -> Tensor:
+    return layer.running_var.double() + layer.eps
+
+
+def _in_range(divisors: Tensor) -> bool:
+    return bool(((divisors >= 2.0**-100) & (divisors <= 2.0**100)).all())
+
+
+def check_input(chain: Chain, x: Tensor) -> None:
+    """Raises ValueError or TypeError where the layers do not take x as examples [N, ...]."""
+    for layer in chain.layers:
+        if isinstance(layer, nn.Flatten):
+            break
+        if isinstance(layer, _IMAGES) and x.dim() != 4:
+            raise ValueError(f"x must be images [N, C, H, W], not {list(x.shape)}")
+    for layer in chain.layers:
+        if isinstance(layer, Normalize):  # which may change the dtype
+            return
+        for p in layer.parameters():
+            if p.dtype != x.dtype:
+                raise TypeError(f"x must be {p.dtype} like the model's parameters, not {x.dtype}")
 
 
 def margins(chain: Chain, lower: Tensor, upper: Tensor, y: Tensor) -> Tensor:
@@ -343,6 +378,7 @@ def _head(layer: Any, box: Box, y: Tensor, float32: bool) -> Tensor:  # rule F
 
 _LINEARS = (nn.Linear, IntervalLinear)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+_IMAGES = (nn.Conv2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.MaxPool2d, nn.ZeroPad2d)
 _MOVES = (nn.Flatten, nn.Identity, nn.ZeroPad2d, nn.MaxPool2d, nn.Dropout)
 _RULES: dict[type[nn.Module], Callable[[Any, Box, bool], Box]] = {
     **dict.fromkeys((nn.Conv2d, IntervalConv2d), _convolution),
@@ -353,3 +389,6 @@ _RULES: dict[type[nn.Module], Callable[[Any, Box, bool], Box]] = {
     nn.ReLU: _relu,
     Normalize: _normalize,
 }
+# as they are now: one that is put in their place later is refused
+_KINDS: tuple[type[nn.Module], ...] = (FusedNetwork, nn.Sequential, *_RULES)
+_FORWARDS: dict[type[nn.Module], Any] = {kind: kind.forward for kind in _KINDS}

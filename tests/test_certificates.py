@@ -218,7 +218,7 @@ EMPTY = cf.Interval(X + 0.5, X - 0.5, validate=False)  # as a scale below 0 leav
         ({"y": Y[:1]}, ValueError, r"x must be \[N, ...\] and y \[N\]"),
         ({"y": Y - 100}, ValueError, r"y must be in \[0, 2\), got labels -100 to -99"),
         ({"y": Y + 1}, ValueError, r"y must be in \[0, 2\), got labels 1 to 2"),
-        ({"batch_size": 0}, ValueError, "batch_size must be 1 or more, not 0"),
+        ({"batch_size": 0}, ValueError, "batch_size must be a whole number, 1 or more, not 0"),
         ({"eps": cf.Interval(X, X), "clip": (0.0, 1.0)}, ValueError, CLIPPED),
         ({"eps": cf.Interval(X[1:], X[1:])}, ValueError, "eps, an Interval, must have x's shape"),
         (

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import cibp_fast as cf
+from cibp_fast import soundness
+from cibp_fast.attacks import pgd
 
 SEMANTICS = pytest.mark.parametrize("semantics", ["real", "float32"])
 EPS = 0.02
@@ -141,8 +143,9 @@ def test_nan_and_infinity_in_a_box(semantics: str, bad: float) -> None:
     ],
     ids=str,
 )
-def test_eps_is_taken_exactly_as_it_is(eps: Any, value: float) -> None:
+def test_eps_is_taken_exactly_as_it_is(eps: Any, value: float, monkeypatch: Any) -> None:
     """Has the margin x - eps: float32's 0.1 is larger than float64's by 1.5e-9."""
+    monkeypatch.setattr(soundness, "quick", lambda chain: False)  # not to the last digit
     model = nn.Sequential(nn.Linear(1, 2))
     model[0].weight.data, model[0].bias.data = torch.tensor([[1.0], [0.0]]), torch.zeros(2)
     x, y = torch.tensor([[0.5]]), torch.tensor([0])
@@ -270,7 +273,7 @@ def test_weights_are_those_of_the_call(semantics: str) -> None:
 def test_images_and_networks_of_two_dtypes(semantics: str) -> None:
     """Has no claim for float64 images in a float32 network; in a float64 one, no float32 claim."""
     (x, y), model = examples(), network(False)
-    with pytest.raises(RuntimeError, match=r"dtype|type"):
+    with pytest.raises((RuntimeError, TypeError), match=r"dtype|type|float64"):
         cf.certify(model, x.double(), y, EPS, semantics=semantics)
     model.double()  # whose first layer normalizes, and takes float32 images
     for images in (x, x.double()):
@@ -323,3 +326,100 @@ def test_rounding_modes_do_not_matter(mode: str) -> None:
                     seen += 1
                     assert np.isfinite(value) and Fraction(value) <= bound
     assert seen == 60 * 6
+
+
+def linear(weight: list[list[float]], bias: list[float], dtype: Any = torch.float32) -> nn.Linear:
+    layer = nn.Linear(len(weight[0]), len(weight), dtype=dtype)
+    layer.weight.data = torch.tensor(weight, dtype=dtype)
+    layer.bias.data = torch.tensor(bias, dtype=dtype)
+    return layer
+
+
+FIRST = torch.tensor([0])
+
+
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("clip", [([0.7, 0.0], [1.0, 1.0]), (0.7, 0.9)])
+def test_a_pixel_at_an_end_of_clip_that_its_dtype_rounds_is_in_the_box(
+    monkeypatch: Any, clip: Any, quick: bool
+) -> None:
+    """Takes 0.7, which is less in float32: x itself is no point above 0.7."""
+    if not quick:
+        monkeypatch.setattr(soundness, "quick", lambda chain: False)
+    end = torch.tensor(0.7).item()
+    model = nn.Sequential(
+        linear([[2.0**20, 0.0], [0.0, 1.0]], [-(2.0**20) * end, 0.0]),
+        nn.ReLU(),
+        linear([[1.0, 0.0], [0.0, 0.0]], [0.0, 1e-3]),
+    )
+    x = torch.tensor([[0.7, 0.75]])
+    assert not cf.certify(model, x, FIRST, 0.1, clip).verified.any()
+    assert pgd(model, x, FIRST, 0.1, clip=clip, steps=20, restarts=2).found.all()
+
+
+@pytest.mark.parametrize("value", [1e308, torch.inf, -1.0, 0.0])
+def test_a_variance_whose_root_is_no_divisor_is_refused(value: float) -> None:
+    norm = nn.BatchNorm1d(1, eps=1e308 if value == 1e308 else 0.0, dtype=torch.float64)
+    norm.running_var.fill_(value)
+    model = nn.Sequential(norm, linear([[1.0], [0.0]], [0.1, 0.0], torch.float64))
+    with pytest.raises(ValueError, match=r"cannot take 0 .BatchNorm1d., which divides by the root"):
+        cf.certify(model, torch.rand(1, 1, dtype=torch.float64), FIRST, 0.0)
+
+
+def test_an_infinite_std_is_refused() -> None:
+    model = nn.Sequential(
+        cf.models.Normalize([0.0], [torch.inf]), nn.Flatten(), linear([[1.0], [0.0]], [0.1, 0.0])
+    )
+    with pytest.raises(ValueError, match=r"cannot take 0 .Normalize., which divides by a std"):
+        cf.certify(model, torch.rand(1, 1, 1, 1), FIRST, 0.1)
+
+
+class Rounded(torch.Tensor):
+    """A weight with products of its own, as quantised ones have."""
+
+
+def test_a_weight_that_may_have_products_of_its_own_is_refused() -> None:
+    model = nn.Sequential(linear([[1.0], [0.0]], [0.0, 0.3]))
+    model[0].weight = nn.Parameter(model[0].weight.data.as_subclass(Rounded))
+    with pytest.raises(ValueError, match=r"cannot take 0 .Linear., which has a Rounded"):
+        cf.certify(model, torch.tensor([[0.6]]), FIRST, 0.1)
+
+
+@pytest.mark.parametrize("number", [Fraction(3, 10), 2**53 + 1])
+def test_a_number_that_float64_rounds_is_refused(number: Any) -> None:
+    model, x = nn.Sequential(linear([[1.0], [0.0]], [0.1, 0.0])), torch.rand(1, 1)
+    with pytest.raises(ValueError, match="eps must be a number of float64, whose nearest to"):
+        cf.certify(model, x, FIRST, number)
+    with pytest.raises(ValueError, match=r"clip\[1\] must be a number of float64, whose nearest"):
+        cf.certify(model, x, FIRST, 0.1, (0, 2 * number + 1))
+    assert cf.certify(model, x, FIRST, Fraction(1, 4), (0, np.float32(1))).verified.shape == (1,)
+
+
+def test_a_fused_network_with_a_hook_or_a_class_with_another_forward_is_refused(
+    monkeypatch: Any,
+) -> None:
+    model = nn.Sequential(linear([[1.0]], [0.0]), nn.ReLU(), linear([[1.0], [0.0]], [0.1, 0.0]))
+    fused, x = cf.fuse(model), torch.rand(1, 1)
+    assert cf.certify(fused, x, FIRST, 0.01).verified.all()
+    hook = fused.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="cannot take the fused network, which has hooks"):
+        cf.certify(fused, x, FIRST, 0.01)
+    hook.remove()
+    forward = nn.ReLU.forward
+    monkeypatch.setattr(nn.ReLU, "forward", lambda self, x: forward(self, x).round())
+    with pytest.raises(ValueError, match="cannot take 1, which has hooks or a forward of its own"):
+        cf.certify(model, x, FIRST, 0.01)
+
+
+def test_errors_name_x_and_batch_size() -> None:
+    model, x = nn.Sequential(linear([[1.0], [0.0]], [0.1, 0.0])), torch.rand(1, 1)
+    with pytest.raises(TypeError, match=r"x must be torch.float32 like the model's param"):
+        cf.certify(model, x.double(), FIRST, 0.1)
+    with pytest.raises(TypeError, match="x must be a dense tensor"):
+        cf.certify(model, x.to_sparse(), FIRST, 0.1)
+    for size in (1.5, 0, "2"):
+        with pytest.raises(ValueError, match="batch_size must be a whole number, 1 or more, not"):
+            cf.certify(model, x, FIRST, 0.1, batch_size=size)  # type: ignore[arg-type]
+    images = nn.Sequential(nn.Conv2d(2, 2, 1), nn.Flatten(), linear([[1.0], [0.0]], [0.0, 0.0]))
+    with pytest.raises(ValueError, match=r"x must be images \[N, C, H, W\], not \[2, 1, 1\]"):
+        cf.certify(images, torch.rand(2, 1, 1), torch.tensor([0, 0]), 0.1)
