@@ -201,7 +201,7 @@ def test_training_does_not_import_the_compiler(tmp_path):
 
 
 def test_help_of_every_command(capsys):
-    for command in ("info", "quickstart", "train", "certify", "attack", "plot"):
+    for command in ("info", "quickstart", "train", "certify", "audit", "attack", "plot"):
         assert f"usage: cibp-fast {command} " in _help(capsys, command)
         assert command in _help(capsys)
 
@@ -321,7 +321,7 @@ def test_options_replace_the_preset(trained):
         ("plot nowhere --preset x -o a.png", "plot takes either run folders or --preset NAME"),
         ("plot --preset x -o a.png", "unknown preset 'x'"),
         ("plot nowhere", "Missing from cibp-fast plot: -o FILE, --output FILE"),
-        ("", "No command. The commands are info, quickstart, train, certify, attack, plot; see"),
+        ("", "No command. The commands are info, quickstart, train, certify, audit, attack, plot;"),
         ("trian", "unknown command 'trian': did you mean 'train'? The commands are info, quick"),
     ],
 )
