@@ -390,6 +390,49 @@ class Certify(OnRuns):
 
 
 @dataclass(kw_only=True)
+class Audit(Command):
+    """Check a folder of certificates, in a process of its own that has neither torch nor this code.
+
+    It recomputes the bounds from the files alone, with proofs of its own (what it does is said in
+    cibp_fast/check_certificates.py, a single file that can be read and run elsewhere).
+
+    Attributes:
+        folder: that `cibp-fast certify` wrote
+        weights: safetensors file in place of the folder's; it must be the same
+        inputs: npz file in place of the folder's; it must hold the same
+        sample: check N examples only, drawn by the hashes of the files; 0: all
+    """
+
+    folder: Annotated[Positional[Path], arg(metavar="FOLDER", help_behavior_hint="")]
+    weights: Annotated[Path | None, _word("FILE", Path), arg(help_behavior_hint="")] = None
+    inputs: Annotated[Path | None, _word("FILE", Path), arg(help_behavior_hint="")] = None
+    sample: Annotated[
+        int | None, N, arg(help_behavior_hint="(default: all, or 100 of a large network's)")
+    ] = None
+
+    def run(self) -> None:
+        import subprocess
+        import sys
+
+        checker = Path(__file__).with_name("check_certificates.py")
+        given = (
+            ("weights", self.weights),
+            ("inputs", self.inputs),
+            ("sample", self.sample),
+            ("jobs", self.threads),
+        )
+        options = [f"--{name}={value}" for name, value in given if value is not None]
+        command = [sys.executable, "-I", str(checker), *options, "--", str(self.folder)]
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)  # what it prints is shown
+        if done.returncode == 1:
+            raise ValueError(f"{self.folder}: certificates are refuted, as listed above")
+        if done.returncode == 2:
+            raise ValueError(done.stderr.strip())
+        if done.returncode:
+            raise RuntimeError(f"the checker of certificates broke off:\n{done.stderr}")
+
+
+@dataclass(kw_only=True)
 class Attack(OnRuns):
     """Attack a trained network on its held-out examples with PGD.
 
@@ -522,7 +565,8 @@ class Plot(Command):
 
 
 COMMANDS: dict[str, type[Command]] = {
-    kind.__name__.lower(): kind for kind in (Info, Quickstart, Train, Certify, Attack, Export, Plot)
+    kind.__name__.lower(): kind
+    for kind in (Info, Quickstart, Train, Certify, Audit, Attack, Export, Plot)
 }
 
 ABOUT = f"""Train and certify provably robust networks with interval bounds.
@@ -531,6 +575,7 @@ examples:
   cibp-fast quickstart                    two networks on 5,000 digits, a few minutes
   cibp-fast train --preset {DEFAULT_PRESET} --run-dir runs/first
   cibp-fast certify runs/first --eps 0.05
+  cibp-fast audit certificates/first      check a folder of certificates independently
   cibp-fast attack runs/first --steps 200 --restarts 10
   cibp-fast export runs/first             for other verifiers
   cibp-fast plot runs/first -o curves.png
