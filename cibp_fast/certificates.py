@@ -299,7 +299,7 @@ def _quickly(
     last = Box(lower, upper)
     margins, predicted = soundness.head(layers, last, y), predict(logits)
     margin = margins.amin(1)
-    decided = (margin > 0) | (margin < -soundness.doubt(layers, last))  # NaN is not
+    decided = (margin > 0) | (margin < -soundness.doubt(layers, last, y, margins))  # NaN is not
     left = (~decided & (predicted == y)).nonzero().flatten()
     size = min(batch_size, SOUND_IN_CACHE)
     for first in range(0, len(left), size):

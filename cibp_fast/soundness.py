@@ -205,20 +205,23 @@ def quick(chain: Chain) -> bool:
     return True
 
 
-def doubt(chain: Chain, box: Box) -> Tensor:
-    """Returns how far below 0 a margin by rule G may be where one in float64 may be above, [N].
+def doubt(chain: Chain, box: Box, y: Tensor, margins: Tensor) -> Tensor:
+    """Returns how far below 0 an example's least margin may be, [N], if one in float64 may not be.
 
-    It is twice what all layers lose of the last one's sums. On trained networks up to 1.3 times
-    that was needed: no proof depends on it, only which examples are bounded again.
+    A layer of n products widens its box by about n units in the last place, rule G. Of what all
+    layers lose so, relatively, 12 times the last sum's radius was needed on trained networks; 32
+    are taken, and where the radius is almost 0, what the last layer's sums lose. No proof depends
+    on it, only which examples are bounded again.
 
-    box: what the last layer reads, [N, features], in the dtype of rule G.
+    box: what the last layer reads, [N, features], by rule G. margins: [N, classes], of it.
     """
-    *hidden, last = (each for each in chain.layers if isinstance(each, nn.Conv2d | nn.Linear))
+    affine = [each for each in chain.layers if isinstance(each, nn.Conv2d | nn.Linear)]
     units = torch.finfo(box.lower.dtype).eps / 2 + U32 * chain.float32
-    lost = sum(prod(each.weight.shape[1:]) + 16 for each in (*hidden, last)) * units
-    sizes = torch.maximum(box.lower.abs(), box.upper.abs()).double()
-    greatest = last.weight.detach().double().abs().amax(0)
-    return 2 * lost * (sizes @ greatest + _bias(last, 0).abs().amax())
+    lost = units * (200 + sum(prod(each.weight.shape[1:]) for each in affine))  # 200: the box
+    weight = affine[-1].weight.detach().double()
+    sizes, radius = torch.maximum(-box.lower, box.upper), (box.upper - box.lower) / 2
+    reach = ((weight[y] - weight[margins.argmin(1)]).abs() * radius).sum(1)
+    return lost * (32 * reach + sizes.double() @ weight.abs().amax(0))
 
 
 def head(chain: Chain, box: Box, y: Tensor) -> Tensor:  # rule F

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import platform
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any
 
@@ -13,7 +10,7 @@ import exact
 import numpy as np
 import pytest
 import torch
-from settings import default_dtype
+from settings import ROUNDING, X86, default_dtype, rounding
 from test_soundness import cases
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -284,25 +281,7 @@ def test_images_and_networks_of_two_dtypes(semantics: str) -> None:
                 cf.certify(model, images, y, EPS, semantics=semantics)
 
 
-ROUNDING = {"nearest": 0x000, "down": 0x400, "up": 0x800, "to zero": 0xC00}  # of x86
-
-
-@contextmanager
-def rounding(mode: str) -> Iterator[None]:
-    """Sets the rounding mode of this thread, and flushing to zero."""
-    libm = ctypes.CDLL(None)
-    assert libm.fesetround(ROUNDING[mode]) == 0
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(False)
-        libm.fesetround(ROUNDING["nearest"])
-
-
-@pytest.mark.skipif(
-    platform.machine() != "x86_64" or platform.system() != "Linux", reason="the modes are x86's"
-)
+@X86
 @pytest.mark.parametrize("mode", ROUNDING)
 def test_rounding_modes_do_not_matter(mode: str) -> None:
     """Judges certify itself, with its box, in fractions."""

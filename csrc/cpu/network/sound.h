@@ -1,10 +1,9 @@
 // What makes the bounds of a network hold in floating point: rule G of docs/soundness.md.
 //
-// With u half of a number's spacing at 1 and n products in a sum, d = 1.0625 (n + 16) u is more
+// With u half of a number's spacing at 1 and n products in a sum, d = 1.0625 (n + 24) u is more
 // than what such a sum is off by, relative to that of its absolute values, in any order, and than
-// some roundings more. So each layer is given a box that is larger by d (|center| + radius) than
-// its input's, and multiplies the radius that comes out by 1 + d: the error of its center is
-// covered.
+// some roundings more. A layer is given a box that is larger by d (|center| + radius) than its
+// input's. What comes out as its radius then covers the errors of all its sums.
 #pragma once
 
 #include <cfenv>
@@ -48,10 +47,9 @@ class Nearest {
 template <class T>
 struct Slack {
   bool wanted = false;  // whether bounds must be sound
-  T input = 0;   // how much larger, relative to |center| + radius, the box is that it is given
-  T output = 0;  // and the radius of its sums, relatively
-  T bias = 0;    // what a bias adds, relatively
-  T next = 0;    // `input` of the next layer
+  T input = 0;  // how much larger, relative to |center| + radius, the box is that it is given
+  T bias = 0;   // what a bias adds, relatively
+  T next = 0;   // `input` of the next layer
 };
 
 constexpr double kTiny = 0x1p-60;  // more than what underflow takes from a sum
@@ -62,11 +60,10 @@ template <class T>
 Slack<T> slack(int64_t count, Given given) {
   if (given != Given::kReal && given != Given::kFloat32) return {};
   const double u = static_cast<double>(std::numeric_limits<T>::epsilon()) / 2;
-  const double d = 1.0625 * static_cast<double>(count + 16) * u;
+  const double rounded = 1.0625 * static_cast<double>(count + 24);
   // the same error once more, of every evaluation in float32
-  const double theirs =
-      given == Given::kFloat32 ? 1.0625 * static_cast<double>(count + 16) * 0x1p-24 : 0;
-  return {true, static_cast<T>(d + theirs), static_cast<T>(d), static_cast<T>(theirs), 0};
+  const double theirs = given == Given::kFloat32 ? rounded * 0x1p-24 : 0;
+  return {true, static_cast<T>(rounded * u + theirs), static_cast<T>(theirs), 0};
 }
 
 // The radius of a box that holds what [m - r, m + r] does, larger by the slack of what reads it.
@@ -83,8 +80,7 @@ template <class T>
 [[gnu::always_inline]] inline Vec<T> reach(Vec<T> value, Vec<T> radius, Vec<T> bias,
                                            const Slack<T>& slack) {
   constexpr T kRounded = 2 * std::numeric_limits<T>::epsilon();
-  return radius + (radius * slack.output + absolute<T>(value) * kRounded) +
-         (absolute<T>(bias) * slack.bias + T(kTiny));
+  return radius + (absolute<T>(value) * kRounded + (absolute<T>(bias) * slack.bias + T(kTiny)));
 }
 
 // (lower, upper, nominal) -> (center, radius, nominal) of a box that is larger by the slack.
