@@ -1,6 +1,6 @@
-"""Writes the generated blocks of README.md, bench/README.md and docs/results.md from the results.
+"""Writes the generated blocks of README.md, bench/README.md and docs from the results.
 
-A block stands between `<!-- NAME: ... -->` and `<!-- end NAME -->`, in any of the three.
+A block stands between `<!-- NAME: ... -->` and `<!-- end NAME -->`, in any of these files.
 "quickstart" and "runs" are made from the runs in results, the others from the tables in
 bench/results; "gpu" takes what there is of gpu_*.csv.
 """
@@ -24,7 +24,7 @@ from cibp_fast.training.files import write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-FILES = ("README.md", "bench/README.md", "docs/results.md")
+FILES = ("README.md", "bench/README.md", "docs/results.md", "docs/soundness.md")
 
 QUICKSTART = {"IBP": "mnist5k-small-0.1-ibp", "constrained IBP": "mnist5k-small-0.1-cibp"}
 # Runs in results/, and what the paper's Table 2 prints for them: test, PGD and verified error in %.
@@ -413,6 +413,68 @@ def loop() -> list[str]:
     return block(about, head, body, rows, "epochs")
 
 
+def certificates() -> list[str]:
+    rows = read("certificates")
+    body = []
+    for network in dict.fromkeys(row["network"] for row in rows):
+        own = {row["contender"]: row for row in rows if row["network"] == network}
+        if not own.keys() - {""}:
+            continue  # whose data were not there
+        real, float32 = own["real"], own["float32"]
+        count, trained = own["ordinary"]["examples"], own["ordinary"]["trained"] == "True"
+        verified = [f"{int(own[kind]['verified']):,}" if trained else "-" for kind in own]
+        name = f"`{network}`" if trained else f"{network}, fresh weights"
+        times = [cell(own["ordinary"], "ms", digits)]
+        ratios = [cell(row, "fused_ratio") for row in (real, float32)]
+        body.append([name, f"{int(count):,}", *times, *ratios, *verified])
+    head = ["network", "examples", "ms", "`real`", "`float32`", "verified, ordinary"]
+    head += ["verified, `real`", "verified, `float32`"]
+    about = (
+        "`cf.certify` of a whole test set: the time of ordinary bounds (`sound=False`), the times "
+        "of sound ones over it, and how many examples each verifies:"
+    )
+    return block(about, head, body, rows, "certificates")
+
+
+def widths() -> list[str]:
+    rows = [row for row in read("widths") if not row["note"]]
+    body = []
+    for network in dict.fromkeys(row["network"] for row in rows):
+        own = [row for row in rows if row["network"] == network]
+        texts = [f"{float(r['real']):.1e}, {float(r['float32']):.1e}" for r in own]
+        body.append([f"`{network}`", *texts])
+    products = [row["products"] for row in rows if row["network"] == rows[-1]["network"]]
+    head = ["network", *(f"ReLU {place + 1}" for place in range(len(products)))]
+    about = (
+        "By how much sound boxes (`real`, `float32`) are wider than those of float64 behind each "
+        f"ReLU, in the mean of {rows[0]['examples']} examples; it grows with the products of a sum "
+        f"(MNIST: {', '.join(products)}):"
+    )
+    return block(about, head, body, rows, "widths")
+
+
+def audits() -> list[str]:
+    rows = [row for row in read("audits") if not row["note"]]
+    body = [
+        [
+            f"`{row['network']}`",
+            f"`{row['semantics']}`",
+            f"{int(row['confirmed']):,}",
+            row["refuted"],
+            row["fractions"],
+            f"{float(row['slack_median']):.1e}, {float(row['slack_greatest']):.1e}",
+            f"{float(row['seconds']):.0f} s",
+        ]
+        for row in rows
+    ]
+    head = ["network", "claim", "confirmed", "refuted", "in fractions", "slack", "time"]
+    about = (
+        "What `cibp-fast audit` says of all certificates of the trained networks, whether they "
+        "verify or not. Slack: by how much its own bound is above the margin, median and greatest:"
+    )
+    return block(about, head, body, rows, "audits")
+
+
 def gpu() -> list[str]:
     rows = read("gpu_*")
     if not rows:
@@ -465,6 +527,9 @@ BLOCKS = [
     load,
     layers,
     loop,
+    certificates,
+    widths,
+    audits,
     gpu,
 ]
 

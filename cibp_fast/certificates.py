@@ -129,7 +129,8 @@ def certify(
             found = _by_batches(layered, size, x, box.lower, box.upper, y)
         else:
             again = partial(_again, layers, x, y, eps, clip)
-            found = _quickly(fused, layers, again, x, _widened(x, eps, clip), y, batch_size)
+            box = boxes(x.detach(), eps, clip)
+            found = _quickly(fused, layers, again, x, box, _greatest(eps), y, batch_size)
         all_margins, all_predicted = found
     check_labels(y, all_margins.shape[1])
     others = all_margins.scatter(1, y[:, None], 0.0)
@@ -287,14 +288,19 @@ def _quickly(
     layers: Chain,
     again: Callable[[Tensor], Tensor],  # rows [n] -> their margins, in float64
     x: Tensor,  # [N, ...]
-    box: Box,  # of x's dtype
+    box: Interval,
+    eps: float | None,  # the greatest radius that was rounded to make the box
     y: Tensor,  # [N]
     batch_size: int,
 ) -> tuple[Tensor, Tensor]:  # margins [N, classes] and predicted [N]
     """Bounds in x's dtype, and again in float64, layer by layer, what it leaves in doubt."""
-    features = partial(fused._sound_features, "float32" if layers.float32 else "real")
-    size = min(batch_size, IN_CACHE)
-    lower, upper, logits = _by_batches(features, size, x, box.lower, box.upper)
+    semantics = "float32" if layers.float32 else "real"
+
+    def features(x: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, ...]:
+        return fused._sound_features(semantics, x, *widened(x, Box(lower, upper), eps))
+
+    size, ends = min(batch_size, IN_CACHE), (box.lower.detach(), box.upper.detach())
+    lower, upper, logits = _by_batches(features, size, x.detach(), *ends)
     check_labels(y, logits.shape[1])
     last = Box(lower, upper)
     margins, predicted = soundness.head(layers, last, y), predict(logits)
@@ -329,17 +335,21 @@ def _again(
     return soundness.margins(layers, *box, y[rows])
 
 
-def _widened(x: Tensor, eps: Any, clip: Any) -> Box:
-    """Returns bounds in x's dtype that contain the boxes of eps and clip as given.
+def _greatest(eps: Any) -> float | None:
+    if isinstance(eps, Interval):
+        return None
+    radii = torch.as_tensor(eps, dtype=torch.float64)
+    return radii.amax().item() if radii.numel() else 0.0
 
-    They are off by three roundings, of numbers up to |x| + eps.
+
+def widened(x: Tensor, box: Box, eps: float | None) -> Box:
+    """Returns a box that holds the exact one, of which `boxes` has rounded three operations.
+
+    eps: the greatest radius; None for a box that is meant as it is.
     """
-    box = boxes(x.detach(), eps, clip)
-    if isinstance(eps, Interval) or not len(x):
-        return Box(box.lower.detach(), box.upper.detach())
-    assert box.nominal is not None
-    greatest = torch.as_tensor(eps, dtype=torch.float64).amax().item()
-    size = box.nominal.abs().flatten(1).amax(1).add(greatest).view(-1, *[1] * (x.dim() - 1))
+    if eps is None or not len(x):
+        return box
+    size = x.abs().flatten(1).amax(1).add(eps).view(-1, *[1] * (x.dim() - 1))
     slack = size * (8 * torch.finfo(x.dtype).eps)
     return Box(box.lower - slack, box.upper + slack)
 
