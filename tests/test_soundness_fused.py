@@ -200,9 +200,32 @@ def test_a_bias_whose_sum_is_rounded_up(once: None, dtype: torch.dtype) -> None:
     assert excess(hidden(weight, torch.tensor(1.0)), torch.ones(1, 1, dtype=dtype), 400 * u) <= 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_upper_bound_that_is_almost_0(once: None, dtype: torch.dtype) -> None:
+    """Has [-2, 0] and a little more behind a sum; a unit that seems dead would hide it."""
+    u = torch.finfo(dtype).eps / 2
+    for part in (0.4, 0.9, 1.0, 1.3, 3.0):
+        model = hidden(torch.full((1, 1), -1.0, dtype=dtype), torch.tensor(0.0))
+        with torch.no_grad():
+            model[0].bias.fill_(-1.0)
+            model[3].weight.neg_()
+            low, high = (
+                torch.tensor([[-1.0 - part * u]], dtype=dtype),
+                torch.ones(1, 1, dtype=dtype),
+            )
+        box, y = cf.Interval(low, high), torch.tensor([0])
+        found = cf.certify(model, high, y, box, None).margins[0, 1].item()
+        *layers, last = model
+        ends = exact.exact(low[0]), exact.exact(high[0])
+        for layer in layers:
+            ends = exact.bounds(layer, *ends)
+        right = exact.head_margins(last, *ends, 0)[1]
+        assert right is not None and Fraction(found) <= right
+
+
 def test_a_product_below_the_normal_numbers(once: None) -> None:
-    weight = torch.full((4, 1), (1 + 2.0**-20) * 2.0**-90)
-    x = torch.full((1, 1), 1.25 * 2.0**-56)  # 2^-149 and a part, rounded up
+    weight = torch.full((4, 1), 2.0**-90)
+    x = torch.full((1, 1), 1.6 * 2.0**-59)  # 1.6 * 2^-149, rounded up
     assert excess(hidden(weight, torch.tensor(0.0)), x, 1e-12) <= 0
 
 

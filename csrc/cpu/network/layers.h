@@ -167,8 +167,7 @@ template <class E>
     return;
   }
   const Vec<T> mu = streams[0] + bias, nominal = streams[2] + bias;
-  const Vec<T> radius =
-      layer.slack.wanted ? reach<T>(mu, streams[1], bias, layer.slack) : streams[1];
+  const Vec<T> radius = layer.slack.wanted ? reach<T>(streams[1], bias, layer.slack) : streams[1];
   if (layer.relu) {
     const Vec<T> upper = mu + radius, half = positive<T>(upper) * T(0.5);
     streams[0] = mu > radius ? mu : half;

@@ -74,13 +74,10 @@ template <class T, class V>
   return size <= T(kMost) ? out : V{} + std::numeric_limits<T>::quiet_NaN();
 }
 
-// How far a layer's sums may be from their center, `value` with its bias; radius: what the sums of
-// the radius are.
+// How far a layer's sums may be from their center; radius: what the sums of the radius are.
 template <class T>
-[[gnu::always_inline]] inline Vec<T> reach(Vec<T> value, Vec<T> radius, Vec<T> bias,
-                                           const Slack<T>& slack) {
-  constexpr T kRounded = 2 * std::numeric_limits<T>::epsilon();
-  return radius + (absolute<T>(value) * kRounded + (absolute<T>(bias) * slack.bias + T(kTiny)));
+[[gnu::always_inline]] inline Vec<T> reach(Vec<T> radius, Vec<T> bias, const Slack<T>& slack) {
+  return radius + (absolute<T>(bias) * slack.bias + T(kTiny));
 }
 
 // (lower, upper, nominal) -> (center, radius, nominal) of a box that is larger by the slack.
