@@ -209,10 +209,7 @@ def test_an_upper_bound_that_is_almost_0(once: None, dtype: torch.dtype) -> None
         with torch.no_grad():
             model[0].bias.fill_(-1.0)
             model[3].weight.neg_()
-            low, high = (
-                torch.tensor([[-1.0 - part * u]], dtype=dtype),
-                torch.ones(1, 1, dtype=dtype),
-            )
+        low, high = (torch.tensor([[end]], dtype=dtype) for end in (-1.0 - part * u, 1.0))
         box, y = cf.Interval(low, high), torch.tensor([0])
         found = cf.certify(model, high, y, box, None).margins[0, 1].item()
         *layers, last = model
