@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_soundness_fused
 import torch
 from safetensors.torch import save
 
 import cibp_fast as cf
 from cibp_fast import check_certificates as checker
-from cibp_fast import cli
+from cibp_fast import cli, soundness
+from cibp_fast.training import certification
 
 SOURCE = Path(checker.__file__)
 RUN = Path(__file__).parent.parent / "results" / "mnist-small-0.4-cibp-fast-ramp-seed0"
@@ -376,6 +378,37 @@ def test_the_exact_margin_at_a_certified_radius_is_above_0(mnist_small, count):
         assert high < 1e-4 or eps == 1.0  # nothing much was left
         seen += 1
     assert seen > 0.8 * count
+
+
+@pytest.mark.parametrize("layered", [False, True], ids=["in one op", "layer by layer"])
+@pytest.mark.parametrize("count", [15, pytest.param(1000, marks=pytest.mark.slow)])
+def test_no_margin_of_many_is_above_the_exact_one(monkeypatch, count, layered):
+    """Takes 250 boxes a network and a claim: 10^6 margins in all, with --slow."""
+    if layered:
+        monkeypatch.setattr(soundness, "quick", lambda chain: False)
+    else:
+        monkeypatch.setattr(
+            soundness, "margins", lambda c, low, high, y: torch.full((len(y), 1), torch.nan)
+        )
+    seen = finite = 0
+    for i in range(count):
+        random = np.random.default_rng((5, i))
+        torch.manual_seed(i)
+        model, first = test_soundness_fused.network(random)
+        x = torch.rand(250, *first.shape[1:], dtype=first.dtype)
+        x[:50] = x[:50].round()
+        x[50:100] = first[torch.arange(50) % 3]
+        y = torch.arange(250) % 3
+        weights = {name: value.numpy() for name, value in model.state_dict().items()}
+        eps, clip = float(random.choice([0.0, 1e-7, 1e-3, 0.1, 0.4])), [(0.0, 1.0), None][i % 2]
+        for semantics in ("real", "float32") if x.dtype == torch.float32 else ("real",):
+            margins = cf.certify(model, x, y, eps, clip, semantics=semantics).margin.numpy()
+            float32 = semantics == "float32"
+            judge = problem((certification.layers(model), weights), x.shape[1:], eps, clip, float32)
+            right, _, _ = checker.judge(judge, (x.flatten(1).numpy(), y.numpy(), margins))
+            assert right.all(), (i, semantics)
+            seen, finite = seen + len(x), finite + np.isfinite(margins).sum()
+    assert finite > 0.99 * seen > 200 * count
 
 
 def down(value: Fraction) -> float:
