@@ -258,7 +258,10 @@ def test_a_sum_that_might_overflow_in_another_order_is_not_certified_in_float32(
     weight = torch.full((2, 16), 2.0**20)
     weight[:, 1::2] *= -1
     model, x = hidden(weight, torch.tensor(1.0)), torch.full((1, 16), 2.0**106)
+    with torch.no_grad():
+        model[-1].bias.copy_(torch.tensor([2.0**120, 0.0]))  # more than rounding takes
     box, y = cf.Interval(x, x), torch.tensor([0])
+    assert cf.certify(model, x, y, box, None).verified.all()
     assert not cf.certify(model, x, y, box, None, semantics="float32").verified.any()
 
 
