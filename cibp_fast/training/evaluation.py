@@ -55,8 +55,8 @@ def evaluate(
         config: radius, clip, batch size and PGD's settings.
         processes: that share the batches.
         attack: False leaves out what concerns PGD, and makes one pass of bounds only.
-        semantics: of sound certificates, "real" or "float32", which take longer; None: the verified
-            error is that of ordinary bounds.
+        semantics: of sound certificates, "real" or "float32"; None: the verified error is that of
+            ordinary bounds.
         step, loss: of PGD, as in `cf.attacks.pgd`.
         evidence: folder where `evidence-<index>.npz` is written.
 
@@ -112,7 +112,7 @@ def _counts(
     description = "evaluating" if attack else "evaluating the epoch"
     doing = f"evaluation with eval_batch_size={config.eval_batch_size}"
     prepare = runs.to_input(config).to(split.images.device)
-    network = model
+    network, sound = model, semantics is not None
     with evaluation(model), reuse_graphs(), enough_memory(doing, "take a smaller one"):
         # traced once for all batches
         model = of_torch_alone(model, prepare(split[:1].pixels())) or model
@@ -120,10 +120,9 @@ def _counts(
             part = split[first : first + config.eval_batch_size]
             x, y = prepare(part.pixels()), part.labels
             size = config.eval_batch_size
-            sound: dict[str, Any] = {"sound": False}
-            if semantics is not None:
-                sound = {"semantics": semantics}
-            found = certify(model, x, y, config.eps, config.clip, batch_size=size, **sound)
+            found = certify(
+                model, x, y, config.eps, config.clip, sound, semantics or "real", batch_size=size
+            )
             if attack:
                 with own_arithmetic(x.device):  # as PGD and the certificate
                     (predicted,) = graphed(_predicted, model)(x)
