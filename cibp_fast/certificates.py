@@ -300,7 +300,7 @@ def _in_one_op(
     clip: Any,
     batch_size: int,
 ) -> tuple[Tensor, Tensor]:  # margins [N, classes] and predicted [N]
-    """Bounds in x's dtype, and again in float64, layer by layer, what it leaves in doubt."""
+    """Bounds all examples in x's dtype; again in float64, layer by layer, what that leaves open."""
     semantics = "float32" if layers.float32 else "real"
 
     greatest = _greatest(eps)
@@ -320,9 +320,8 @@ def _in_one_op(
     size = min(batch_size, SOUND_IN_CACHE)
     for first in range(0, len(left), size):
         rows = left[first : first + size]
-        margins[rows] = torch.fmax(
-            _again(layers, x, y, eps, clip, rows), margins[rows]
-        )  # the one that is not NaN
+        found = _again(layers, x, y, eps, clip, rows)
+        margins[rows] = torch.fmax(found, margins[rows])  # the one that is not NaN
     return margins, predicted
 
 
