@@ -178,16 +178,9 @@ def test_every_field(tmp_path, semantics, clip):
         assert margin == expected.margin[index] and margin.hex() == line["margin"]
         assert line["verified"] == (margin > 0 and line["predicted"] == line["label"])
         if index < 3:  # at most the exact one, and not much less
-            point = exact.exact(torch.from_numpy(x[index]))
-            low, high = point - Fraction(EPS), point + Fraction(EPS)
-            if clip is not None:
-                low, high = np.maximum(low, Fraction(clip[0])), np.minimum(high, Fraction(clip[1]))
-            for layer in model[:-1]:
-                low, high = exact.bounds(layer, low, high)
-            *_, least = sorted(
-                (each for each in exact.head_margins(model[-1], low, high, y[index]) if each),
-                reverse=True,
-            )
+            box = exact.ball(torch.from_numpy(x[index]), EPS, clip)
+            margins = exact.margins(model, *box, y[index])
+            least = min(each for each in margins if each is not None)
             assert Fraction(margin) <= least
             # the kernels round in float32, and "float32" allows for as much again
             assert least - Fraction(margin) < (1e-3 if semantics == "real" else 1e-2)
