@@ -66,8 +66,8 @@ def certify(
     models of torch.nn.Sequential, Conv2d, Linear, ReLU, BatchNorm, average and max pooling,
     Flatten, ZeroPad2d, Identity, Dropout and cibp_fast.models.Normalize that end in a linear layer.
     eps and clip are taken as given, not rounded to x's dtype. It is done on the CPU: in one op, in
-    x's dtype, where the layers are torch's Conv2d, Linear, ReLU and what moves numbers, and in
-    float64, layer by layer, where they are not or where that op all but verifies an example.
+    x's dtype, where the layers are torch's Conv2d, Linear, ReLU and what moves numbers. In float64,
+    layer by layer, where they are not, and for examples that this op does not quite verify.
 
     Without, the arithmetic is x's dtype, whatever autocast or tf32 settings are active. On the CPU
     a chain of torch's own layers is one op (`cf.fuse`, in no other precision than that), with the

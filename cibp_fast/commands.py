@@ -271,8 +271,8 @@ class OnNetworks(OnData):
         found = self.networks()
         if len(found) > 1:
             raise ValueError(
-                f"{self.run_dir} holds {len(found)} runs, and files are written of one: name it, "
-                f"as {self.run_dir / found[0].name}"
+                f"{self.run_dir} holds {len(found)} runs, but files are written for one: name it, "
+                f"such as {self.run_dir / found[0].name}"
             )
         return found[0]
 

@@ -77,11 +77,11 @@ def certify_to(
     x, y = runs.to_input(config)(split.pixels()), split.labels
     task = _task(network, x, y, semantics)
     with runs.locked(folder, FILES, "certifying"):
-        begun = _claim(folder, task, overwrite)
+        there = _claim(folder, task, overwrite)
         if (folder / RESULT).exists():
             print(f"The certificates in {folder} are finished already.", flush=True)
             _remove_task(folder)
-            return begun
+            return there
         if not (folder / WEIGHTS).exists():
             write_atomic(folder / WEIGHTS, network.weights)
         if not (folder / INPUTS).exists():
@@ -92,7 +92,7 @@ def certify_to(
         if kept:
             print(f"Going on after {counted(kept, 'example')}.", flush=True)
         try:
-            seconds = _certify_rest(folder, network, x, y, task, kept, begun["seconds"])
+            seconds = _certify_rest(folder, network, x, y, task, kept, there["seconds"])
         except KeyboardInterrupt:
             count = (folder / CERTIFICATES).read_bytes().count(b"\n")
             raise KeyboardInterrupt(

@@ -42,12 +42,11 @@ def evaluate(
     the numbers do not depend on how. On a GPU batches are replays of CUDA graphs, made anew for
     each evaluation.
 
-    Examples that are verified and yet broken show that the bounds are wrong, or rounding. Those of
-    ordinary bounds are counted: `contradictions`. Those of sound certificates are judged: at the
-    first whose claim itself is refuted (in exact arithmetic for "real") evaluation stops, with the
-    evidence saved, so that `contradictions` is 0. The others, where what the certificate speaks of
-    is right and an evaluation in float32 is not, are `contradictions_of_rounding`; they are in the
-    PGD error too.
+    An example that is verified and yet broken shows that the bounds are wrong, or only that float32
+    rounds. With ordinary bounds such examples are counted: `contradictions`. With sound
+    certificates each is judged (`evidence.check`): evaluation stops at the first certificate that
+    is wrong, with the evidence saved, so that `contradictions` is 0. Where the certificate is
+    right, the example is one of `contradictions_of_rounding`, and counts for the PGD error too.
 
     Args:
         model: network that takes what `runs.to_input` makes of pixels.

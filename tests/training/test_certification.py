@@ -554,7 +554,10 @@ def test_bad_words(tmp_path, capsys, toy_data, toy_run):
     for words, problem in (
         ([toy_run, "--overwrite"], "--overwrite must come with --output"),
         ([toy_run, *output, "--semantics", "none"], "--semantics must be real or float32 to write"),
-        ([several, *output], f"{several} holds 2 runs, and files are written of one: name it, as"),
+        (
+            [several, *output],
+            f"{several} holds 2 runs, but files are written for one: name it, such as",
+        ),
         ([toy_run, "--output", toy_run], f"{toy_run} holds config.json, which is no file of cert"),
         (
             [toy_run, "--output", toy_run / "config.json"],
