@@ -550,7 +550,7 @@ WRONG = {
     "tensor": (_set("network", 0, "weight", to="2.weight"), "KeyError: '2.weight'"),
     "tensor list": (_set("network", 0, "weight", to=["a"]), "TypeError"),
     "last": (_set("network", to=[{"layer": "relu"}]), "it ends in no linear layer"),
-    "no layers": (_set("network", to=[]), "result.json"),
+    "no layers": (_set("network", to=[]), "result.json: network has no layers"),
     "order": (_set("network", 2, "weight", to="0.bias"), "layer 2"),
     "header size": (
         _replace("weights.safetensors", lambda content: b"\xff" * 8 + content[8:]), "weights.safe"
