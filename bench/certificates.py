@@ -114,7 +114,7 @@ def growth(name: str, options: argparse.Namespace) -> list[Row]:
     config, model, x, _ = trained(name, options)
     x, rows = x[:100], []
     ball = boxes(x, config.eps, config.clip)
-    box = widened(x, Box(ball.lower, ball.upper), config.eps)
+    box = widened(Box(ball.lower, ball.upper))
     wide = cf.Interval.ball(x.double(), config.eps, config.clip, validate=False)
     layers = list(model)
     for place, layer in enumerate(layers):

@@ -142,8 +142,8 @@ def certified_radius(
     """Finds, for each example, the largest eps with a sound certificate, by bisection.
 
     Each value that is returned was certified itself, with exactly that eps. A larger one might be,
-    too: by up to greatest / 2^steps if certificates end at one eps, which bisection supposes; and in
-    networks of long sums by about a thousandth of it, where `certify` has not tried float64.
+    too: by up to greatest / 2^steps if certificates end at one eps, which bisection supposes; and
+    in networks of long sums by about a thousandth of it, where `certify` has not tried float64.
 
     Args:
         model, x, y, clip, semantics, batch_size: as for `certify`.
@@ -304,20 +304,26 @@ def _in_one_op(
     """Bounds all examples in x's dtype; again in float64, layer by layer, what that leaves open."""
     semantics = "float32" if layers.float32 else "real"
 
-    greatest = _greatest(eps)
+    exact = isinstance(eps, Interval)
 
     def features(x: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, ...]:
-        return fused._sound_features(semantics, x, *widened(x, Box(lower, upper), greatest))
+        box = Box(lower, upper)
+        return fused._sound_features(semantics, x, *(box if exact or not len(x) else widened(box)))
 
     box, size = boxes(x.detach(), eps, clip), min(batch_size, IN_CACHE)
     ends = box.lower.detach(), box.upper.detach()
     lower, upper, logits = _by_batches(features, size, x.detach(), *ends)
     check_labels(y, logits.shape[1])
-    last = Box(lower, upper)
-    margins, predicted = soundness.head(layers, last, y), predict(logits)
-    margin = margins.amin(1)
-    decided = (margin > 0) | (margin < -soundness.doubt(layers, last, y, margins))  # NaN is not
-    left = (~decided & (predicted == y)).nonzero().flatten()
+    margins, predicted = soundness.head(layers, Box(lower, upper), y), predict(logits)
+    left = (~(margins.amin(1) > 0) & (predicted == y)).nonzero().flatten()  # NaN too
+    doubt = soundness.doubt(layers, Box(lower[left], upper[left]), y[left], margins[left])
+    near = ~(margins[left].amin(1) < -doubt)
+    left, doubt = left[near], doubt[near]
+    ordinary = partial(_bounded, fused, True, False)
+    rounded, _ = _by_batches(
+        ordinary, size, x.detach()[left], *(end[left] for end in ends), y[left]
+    )
+    left = left[~(rounded.amin(1) < -doubt / 16)]  # which is far more than float32's rounding
     size = min(batch_size, SOUND_IN_CACHE)
     for first in range(0, len(left), size):
         rows = left[first : first + size]
@@ -337,8 +343,10 @@ def _again(
     """Computes the margins of some examples layer by layer."""
 
     def of(value: Any) -> Any:
-        by_example = isinstance(value, Tensor) and value.dim() == x.dim() and len(value) == len(x)
-        return value[rows] if by_example else value
+        if isinstance(value, Real):
+            return value
+        values = torch.as_tensor(value)
+        return values[rows] if values.dim() == x.dim() and len(values) == len(x) else values
 
     if isinstance(eps, Interval):
         box = Box(eps.lower[rows], eps.upper[rows])
@@ -347,23 +355,14 @@ def _again(
     return soundness.margins(layers, *box, y[rows])
 
 
-def _greatest(eps: Any) -> float | None:
-    """Returns the greatest radius of boxes that are rounded; None: they are meant as they are."""
-    if isinstance(eps, Interval):
-        return None
-    radii = torch.as_tensor(eps, dtype=torch.float64)
-    return radii.amax().item() if radii.numel() else 0.0
+def widened(box: Box) -> Box:
+    """Returns a box that holds the exact ball, of which `boxes` has rounded three operations.
 
-
-def widened(x: Tensor, box: Box, eps: float | None) -> Box:
-    """Returns a box that holds the exact one, of which `boxes` has rounded three operations.
-
-    eps: the greatest radius; None for a box that is meant as it is.
+    eps is at most twice the largest number of the example's box, where a bound is not clip's.
     """
-    if eps is None or not len(x):
-        return box
-    size = x.abs().flatten(1).amax(1).add(eps).view(-1, *[1] * (x.dim() - 1))
-    slack = size * (8 * torch.finfo(x.dtype).eps)
+    largest = torch.maximum(box.lower.flatten(1).amin(1).neg(), box.upper.flatten(1).amax(1))
+    slack = largest * (8 * torch.finfo(largest.dtype).eps)
+    slack = slack.view(-1, *[1] * (box.lower.dim() - 1))
     return Box(box.lower - slack, box.upper + slack)
 
 
@@ -373,9 +372,9 @@ def _outward(x: Tensor, eps: Any, clip: Any) -> Box:
     """
     box = boxes(x.detach(), eps, clip)
     if isinstance(eps, Interval):
-        return Box(box.lower.detach().double(), box.upper.detach().double())
+        return Box(*(soundness.double(end.detach()) for end in (box.lower, box.upper)))
     assert box.nominal is not None
-    wide = box.nominal.double()
+    wide = soundness.double(box.nominal)
     if clip is not None:  # with x inside, which is at an end that its dtype has rounded
         given = [torch.as_tensor(end, dtype=torch.float64) for end in clip_ends(wide, clip)]
         rounded = [end.to(x.dtype).double() for end in given]

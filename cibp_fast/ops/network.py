@@ -211,9 +211,12 @@ def point_logits(
     was freed.
     """
     backends.refuse_freed("network", x=x, weights=weights, biases=biases)
-    weights = [weight.detach().contiguous() for weight in weights]
-    biases = [None if bias is None else bias.detach().contiguous() for bias in biases]
-    return _Points.apply(x, numbers, weights, biases, engine)
+    return _Points.apply(x.resolve_neg(), numbers, _plain(weights), _plain(biases), engine)
+
+
+def _plain(tensors: Sequence[Any]) -> list[Any]:
+    """Returns what a kernel may read by its address."""
+    return [None if t is None else t.detach().resolve_neg().contiguous() for t in tensors]
 
 
 class _Points(torch.autograd.Function):
@@ -290,8 +293,8 @@ def sound_features(
         lower', upper' [N, features], and the logits of x [N, classes].
     """
     backends.refuse_freed("network", lower=lower, upper=upper, x=x, weights=weights, biases=biases)
-    weights = [weight.detach().contiguous() for weight in weights]
-    biases = [None if bias is None else bias.detach().contiguous() for bias in biases]
+    lower, upper, x = (t.resolve_neg() for t in (lower, upper, x))
+    weights, biases = _plain(weights), _plain(biases)
     outputs = _forward_outputs(x, stages_of(numbers))
     if len(x):
         plan = _plan(numbers, len(x), semantics, engine, x.dtype)

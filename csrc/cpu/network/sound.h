@@ -52,8 +52,9 @@ struct Slack {
   T next = 0;   // `input` of the next layer
 };
 
-constexpr double kTiny = 0x1p-60;  // more than what underflow takes from a sum
-constexpr double kMost = 0x1p80;   // larger numbers are NaN: a sum of them might overflow
+template <class T>  // more than what underflow takes from a sum
+constexpr T kTiny = static_cast<T>(sizeof(T) == 4 ? 0x1p-60 : 0x1p-900);
+constexpr double kMost = 0x1p80;  // larger numbers are NaN: a sum of them might overflow
 
 // count: products of a sum; 0 for a layer whose sums are not used.
 template <class T>
@@ -77,7 +78,7 @@ template <class T, class V>
 // How far a layer's sums may be from their center; radius: what the sums of the radius are.
 template <class T>
 [[gnu::always_inline]] inline Vec<T> reach(Vec<T> radius, Vec<T> bias, const Slack<T>& slack) {
-  return radius + (absolute<T>(bias) * slack.bias + T(kTiny));
+  return radius + (absolute<T>(bias) * slack.bias + kTiny<T>);
 }
 
 // (lower, upper, nominal) -> (center, radius, nominal) of a box that is larger by the slack.
