@@ -202,8 +202,8 @@ class Config(BaseModel):
             ):
                 continue  # no such preset
             variant = {"gowal": gowal, "fast_ramp": fast_ramp, "same": same}
-            of_name = (self.dataset, self.net, self.method, self.eps)
-            fields = recipe(*of_name, **variant, normalized=normalized)
+            named: dict[str, Any] = variant | {"normalized": normalized}
+            fields = recipe(self.dataset, self.net, self.method, self.eps, **named)
             likely = Config(**scaled(fields, self.steps), seed=self.seed)
             changes = {name: getattr(self, name) for name in self.differences(likely)}
             if self.steps != fields["steps"]:
@@ -292,7 +292,10 @@ def preset(name: str, **overrides: Any) -> Config:
         only = f"-fast-ramp is a recipe of the paper for {' and '.join(FAST_RAMP)}"
         raise ValueError(f"there is no preset {name!r}: {only}, without -gowal")
     fields = recipe(
-        *(dataset, net, method, float(_number(eps))),
+        dataset,
+        net,
+        method,
+        float(_number(eps)),
         gowal=gowal,
         fast_ramp=fast_ramp,
         same=same,
