@@ -287,10 +287,7 @@ class Reproduce(OnData):
 
         targets = ("table2", *reproduction.FIGURES, "all")
         if self.target not in targets:
-            close = did_you_mean(self.target, targets)
-            raise ValueError(
-                f"TARGET must be one of {', '.join(targets)}, not {self.target!r}{close}"
-            )
+            raise ValueError(f"the target must be {', '.join(targets)}, not {self.target!r}")
         for name, most in (("seeds", MOST_SEEDS), ("jobs", MOST_THREADS)):
             if not 1 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} must be from 1 to {most}, not {getattr(self, name)}")

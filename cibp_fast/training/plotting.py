@@ -159,8 +159,10 @@ def plot_panels(
                 group = _Group(METHOD_LABELS[method], METHOD_COLOURS[method], members)
                 for name, style in styles.items():
                     group.draw(axes, name, linestyle=style)
-            text = {"transform": axes.transAxes, "ha": "center", "va": "center", "color": "black"}
-            axes.text(0.5, 0.5, "\n".join(panel.remarks), fontsize=10, **text)
+            place = {"ha": "center", "va": "center", "transform": axes.transAxes}
+            if panel.remarks:
+                text = "\n".join(panel.remarks)
+                axes.text(0.5, 0.5, text, fontsize=10, backgroundcolor="white", **place)
         for axes in grid[-1]:
             axes.set_xlabel("epoch")
         figure.supylabel("squared width, summed over layers (log scale)" if widths else "error")
@@ -174,7 +176,7 @@ def plot_panels(
                 Line2D([], [], color=GREY, linestyle=styles[name], label=label)
                 for name, label in labels.items()
             ]
-        figure.legend(handles=lines, loc="outside lower center", ncols=len(lines))
+        figure.legend(handles=lines, loc="outside lower center", ncols=5 if columns > 1 else 3)
         _save(figure, output)
 
 

@@ -522,9 +522,7 @@ def reproduce(
             if outcome.stopped == "signal":
                 raise KeyboardInterrupt("stopped, with what was trained saved")
             if outcome.stopped:
-                print(
-                    "The budget is used up, with what was trained saved: the same command goes on"
-                )
+                print("The budget is used up, what was trained is saved: the same command goes on.")
     found = look_all(cells, seeds, results)
     problems = changed_files(results)
     problems += [line for members in found.values() for run in members for line in problems_of(run)]
