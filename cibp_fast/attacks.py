@@ -66,8 +66,8 @@ def pgd(
     and then moved into the box, so that sides and corners are tried too. Where the gradient is 0
     the step takes random signs, drawn once a start.
 
-    The runs in results/ were attacked with the sign of the cross-entropy's gradient and uniform
-    starts, which finds less.
+    The runs on the full data sets in results/ were attacked with the sign of the cross-entropy's
+    gradient and uniform starts, which finds less.
 
     An example that is broken takes no part from then on: neither in further steps nor in further
     starts. (On a GPU, where the host looks after every 10 steps only, it stays where it broke until

@@ -66,8 +66,8 @@ def certify(
     models of torch.nn.Sequential, Conv2d, Linear, ReLU, BatchNorm, average and max pooling,
     Flatten, ZeroPad2d, Identity, Dropout and cibp_fast.models.Normalize that end in a linear layer.
     eps and clip are taken as given, not rounded to x's dtype. It is done on the CPU: in one op, in
-    x's dtype, where the layers are torch's Conv2d, Linear, ReLU and what moves numbers, and in
-    float64, layer by layer, where they are not or where that op all but verifies an example.
+    x's dtype, where the layers are torch's Conv2d, Linear, ReLU and what moves numbers. In float64,
+    layer by layer, where they are not, and for examples that this op does not quite verify.
 
     Without, the arithmetic is x's dtype, whatever autocast or tf32 settings are active. On the CPU
     a chain of torch's own layers is one op (`cf.fuse`, in no other precision than that), with the
@@ -112,26 +112,15 @@ def certify(
     if sound or not allow_half:
         _refuse_half(model, x)
     with evaluation(model), running("certify", model, x, batch_size), reuse_graphs():
-        box: Interval | Box
-        layers = soundness.chain(model, semantics == "float32") if sound else None
-        if layers is not None:
-            soundness.check_input(layers, x)
-        fused = of_torch_alone(model, x) if layers is None or soundness.quick(layers) else None
-        if layers is None:
-            box = boxes(x, eps, clip)
+        if sound:
+            layers = soundness.chain(model, semantics == "float32")
+            all_margins, all_predicted = _soundly(model, layers, x, y, eps, clip, batch_size)
+        else:
+            box, fused = boxes(x, eps, clip), of_torch_alone(model, x)
             bounded = graphed(_bounded, fused or model, fused is not None, allow_half)
             size = batch_size if fused is None else min(batch_size, IN_CACHE)
             found = _by_batches(bounded, size, x, box.lower, box.upper, y)
-        elif fused is None:
-            box = _outward(x, eps, clip)
-            layered = partial(_layered, model, layers)
-            size = min(batch_size, SOUND_IN_CACHE)
-            found = _by_batches(layered, size, x, box.lower, box.upper, y)
-        else:
-            again = partial(_again, layers, x, y, eps, clip)
-            box = boxes(x.detach(), eps, clip)
-            found = _quickly(fused, layers, again, x, box, _greatest(eps), y, batch_size)
-        all_margins, all_predicted = found
+            all_margins, all_predicted = found
     check_labels(y, all_margins.shape[1])
     others = all_margins.scatter(1, y[:, None], 0.0)
     margin = all_margins.amin(1)  # amin, not min over a mask: it propagates NaN
@@ -264,6 +253,25 @@ def _by_batches(
     return tuple(torch.cat(each) for each in zip(*parts, strict=True))
 
 
+def _soundly(
+    model: Any,
+    layers: Chain,
+    x: Tensor,  # [N, ...]
+    y: Tensor,  # [N]
+    eps: Any,
+    clip: Any,
+    batch_size: int,
+) -> tuple[Tensor, Tensor]:  # margins [N, classes] and predicted [N]
+    """Computes what a sound certificate is made of: in one op where that can be."""
+    soundness.check_input(layers, x)
+    fused = of_torch_alone(model, x) if soundness.quick(layers) else None
+    if fused is not None:
+        return _in_one_op(fused, layers, x, y, eps, clip, batch_size)
+    box = _outward(x, eps, clip)
+    layered = partial(_layered, model, layers)
+    return _by_batches(layered, min(batch_size, SOUND_IN_CACHE), x, box.lower, box.upper, y)
+
+
 def _layered(
     model: Any,
     layers: Chain,
@@ -283,23 +291,25 @@ def _layered(
     return soundness.margins(layers, lower, upper, y), predict(logits)
 
 
-def _quickly(
+def _in_one_op(
     fused: FusedNetwork,
     layers: Chain,
-    again: Callable[[Tensor], Tensor],  # rows [n] -> their margins, in float64
     x: Tensor,  # [N, ...]
-    box: Interval,
-    eps: float | None,  # the greatest radius that was rounded to make the box
     y: Tensor,  # [N]
+    eps: Any,
+    clip: Any,
     batch_size: int,
 ) -> tuple[Tensor, Tensor]:  # margins [N, classes] and predicted [N]
-    """Bounds in x's dtype, and again in float64, layer by layer, what it leaves in doubt."""
+    """Bounds all examples in x's dtype; again in float64, layer by layer, what that leaves open."""
     semantics = "float32" if layers.float32 else "real"
 
-    def features(x: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, ...]:
-        return fused._sound_features(semantics, x, *widened(x, Box(lower, upper), eps))
+    greatest = _greatest(eps)
 
-    size, ends = min(batch_size, IN_CACHE), (box.lower.detach(), box.upper.detach())
+    def features(x: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, ...]:
+        return fused._sound_features(semantics, x, *widened(x, Box(lower, upper), greatest))
+
+    box, size = boxes(x.detach(), eps, clip), min(batch_size, IN_CACHE)
+    ends = box.lower.detach(), box.upper.detach()
     lower, upper, logits = _by_batches(features, size, x.detach(), *ends)
     check_labels(y, logits.shape[1])
     last = Box(lower, upper)
@@ -310,7 +320,8 @@ def _quickly(
     size = min(batch_size, SOUND_IN_CACHE)
     for first in range(0, len(left), size):
         rows = left[first : first + size]
-        margins[rows] = torch.fmax(again(rows), margins[rows])  # the one that is not NaN
+        found = _again(layers, x, y, eps, clip, rows)
+        margins[rows] = torch.fmax(found, margins[rows])  # the one that is not NaN
     return margins, predicted
 
 
@@ -336,6 +347,7 @@ def _again(
 
 
 def _greatest(eps: Any) -> float | None:
+    """Returns the greatest radius of boxes that are rounded; None: they are meant as they are."""
     if isinstance(eps, Interval):
         return None
     radii = torch.as_tensor(eps, dtype=torch.float64)

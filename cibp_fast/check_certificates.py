@@ -368,6 +368,7 @@ def read(folder: Path, **files: Path | None) -> tuple[Problem, Array, Array, Arr
         grid = np.arange(math.prod(shape[1:])).reshape(shape[1:])
         with reading(weights):
             found = tensors(load(weights, result["weights"]["sha256"]))
+        require(result["network"], "network has no layers")
         for place, spec in enumerate(result["network"]):
             with reading(f"{source}: layer {place} {spec}"):
                 grid = add(problem, dict(spec), found, grid)

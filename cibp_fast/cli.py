@@ -13,11 +13,14 @@ from typing import Any
 from cibp_fast._version import __version__
 from cibp_fast.training import Contradiction
 
-# What a user can cause: each message names the thing. Anything else is a bug, with a traceback;
-# but for a Contradiction, whose evidence is in a file that the message names.
+# What a user can cause: each message names the thing. Anything else is a bug, with a traceback.
 USER_ERRORS = (
-    *(ValueError, OSError, ImportError, NotImplementedError, FloatingPointError),
-    Contradiction,
+    ValueError,
+    OSError,
+    ImportError,
+    NotImplementedError,
+    FloatingPointError,
+    Contradiction,  # a bug, but its message names the file that shows it
 )
 
 

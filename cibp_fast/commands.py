@@ -356,8 +356,8 @@ class OnNetworks(OnData):
         found = self.networks()
         if len(found) > 1:
             raise ValueError(
-                f"{self.run_dir} holds {len(found)} runs, and files are written of one: name it, "
-                f"as {self.run_dir / found[0].name}"
+                f"{self.run_dir} holds {len(found)} runs, but files are written for one: name it, "
+                f"such as {self.run_dir / found[0].name}"
             )
         return found[0]
 
@@ -377,7 +377,7 @@ class OnNetworks(OnData):
 
 
 @dataclass(kw_only=True)
-class OnRuns(OnNetworks):
+class Evaluation(OnNetworks):
     """Holds what the commands take that find an error of trained networks.
 
     Attributes:
@@ -420,7 +420,7 @@ class OnRuns(OnNetworks):
 
 
 @dataclass(kw_only=True)
-class Certify(OnRuns):
+class Certify(Evaluation):
     """Bound a trained network on its held-out examples: the verified error.
 
     With --output also write all that another program needs to check it: the weights, the inputs and
@@ -453,13 +453,14 @@ class Certify(OnRuns):
         from cibp_fast.training import certification
         from cibp_fast.training.evaluation import evaluate
 
+        semantics = None if self.semantics == "none" else self.semantics
+
         def found(network: Network, split: Split) -> dict[str, Any]:
-            semantics = None if self.semantics == "none" else self.semantics
-            if self.output is None or semantics is None:
+            if self.output is None:
                 model, config = network.model, network.config
                 return evaluate(model, split, config, attack=False, semantics=semantics)
             return certification.certify_to(
-                self.output, network, split, semantics, overwrite=self.overwrite
+                self.output, network, split, self.semantics, overwrite=self.overwrite
             )
 
         networks = self.networks() if self.output is None else [self.network()]
@@ -476,19 +477,24 @@ class Certify(OnRuns):
 
 @dataclass(kw_only=True)
 class Audit(Command):
-    """Check a folder of certificates, in a process of its own that has neither torch nor this code.
+    """Check a folder of certificates by another program, which has a proof of its own.
 
-    It recomputes the bounds from the files alone, with proofs of its own (what it does is said in
-    cibp_fast/check_certificates.py, a single file that can be read and run elsewhere).
+    It computes the bounds anew, from the files alone, in a process that imports neither torch nor
+    the rest of cibp_fast. cibp_fast/check_certificates.py is all of it, and runs elsewhere too.
+
+    example:
+      cibp-fast audit certificates/first
 
     Attributes:
-        folder: that `cibp-fast certify` wrote
+        folder: folder that `cibp-fast certify --output` wrote
+        threads: processes at a time, of one thread each
         weights: safetensors file in place of the folder's; it must be the same
         inputs: npz file in place of the folder's; it must hold the same
         sample: check N examples only, drawn by the hashes of the files; 0: all
     """
 
     folder: Annotated[Positional[Path], arg(metavar="FOLDER", help_behavior_hint="")]
+    threads: Annotated[int | None, N, arg(help_behavior_hint="(default: all processors)")] = None
     weights: Annotated[Path | None, _word("FILE", Path), arg(help_behavior_hint="")] = None
     inputs: Annotated[Path | None, _word("FILE", Path), arg(help_behavior_hint="")] = None
     sample: Annotated[
@@ -517,7 +523,7 @@ class Audit(Command):
 
 
 @dataclass(kw_only=True)
-class Attack(OnRuns):
+class Attack(Evaluation):
     """Attack a trained network on its held-out examples with PGD.
 
     examples:

@@ -64,10 +64,10 @@ def logits(model: nn.Module, x: Tensor) -> list[Fraction]:
 def point_inside(
     point: Tensor, x: Tensor, eps: float, clip: tuple[float, ...] | None
 ) -> Tensor | None:
-    """Returns the point of its dtype that is nearest to `point` in the exact box: x +- eps, cut to
-    clip, which a sound certificate is about.
+    """Returns the point of its dtype that is nearest to `point` in the exact box of x.
 
-    The box that an attack stays in has rounded sides, which may be a little outside of that one.
+    That is the box that a sound certificate is about: x -+ eps, cut to clip. An attack stays in one
+    with rounded sides, which may be a little outside.
 
     Args:
         point, x: float32 or float64 tensors of one shape on the CPU, finite.
@@ -83,13 +83,10 @@ def point_inside(
     for name, tensor in (("point", point), ("x", x)):
         refuse_where(~tensor.isfinite(), f"{name} must be finite", tensor)
     number = point.numpy().dtype.type
-    radius = Fraction(eps)
-    low, high = (None, None) if clip is None else map(_end, clip)
     moved = point.flatten().clone()
     pairs = zip(moved.tolist(), x.flatten().tolist(), strict=True)
     for i, (value, center) in enumerate(pairs):
-        lower = _clamped(Fraction(center) - radius, low, high)
-        upper = _clamped(Fraction(center) + radius, low, high)
+        lower, upper = box(center, eps, clip)
         if lower <= value <= upper:
             continue
         side, inward = (lower, np.inf) if value < lower else (upper, -np.inf)
@@ -102,14 +99,13 @@ def point_inside(
     return moved.view_as(point)
 
 
-def _end(value: float) -> Fraction | None:
-    """Returns an end of the range; None where it has none."""
-    return Fraction(value) if np.isfinite(value) else None
-
-
-def _clamped(value: Fraction, low: Fraction | None, high: Fraction | None) -> Fraction:
-    value = value if low is None else max(value, low)
-    return value if high is None else min(value, high)
+def box(center: float, eps: float, clip: tuple[float, ...] | None) -> tuple[Fraction, Fraction]:
+    """Returns the exact ends of the box of one number: center -+ eps, cut to clip."""
+    ends = Fraction(center) - Fraction(eps), Fraction(center) + Fraction(eps)
+    if clip is not None:
+        low, high = map(Fraction, clip)
+        ends = min(max(ends[0], low), high), min(max(ends[1], low), high)
+    return ends
 
 
 def _exact(tensor: Tensor) -> _Numbers:
@@ -218,7 +214,7 @@ _RULES: dict[type[nn.Module], Callable[[Any, _Numbers], _Numbers]] = {
     **dict.fromkeys((nn.Conv2d, IntervalConv2d), _convolution),
     **dict.fromkeys((nn.Linear, IntervalLinear), _linear),
     **dict.fromkeys((nn.AvgPool2d, nn.AdaptiveAvgPool2d), _average),
-    **dict.fromkeys((nn.ReLU, nn.MaxPool2d), _moved),
-    **dict.fromkeys((nn.Flatten, nn.Identity, nn.ZeroPad2d, nn.Dropout), _moved),
+    **dict.fromkeys((nn.ReLU, nn.MaxPool2d, nn.Flatten, nn.Identity), _moved),
+    **dict.fromkeys((nn.ZeroPad2d, nn.Dropout), _moved),
     Normalize: _normalize,
 }

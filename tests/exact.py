@@ -20,6 +20,14 @@ def exact(x: Tensor) -> Array:
     return np.array(values, dtype=object).reshape(tuple(x.shape))
 
 
+def ball(x: Tensor, eps: Any, clip: Any = None) -> tuple[Array, Array]:
+    """Returns the exact ends of x -+ eps, cut to clip."""
+    low, high = exact(x) - Fraction(eps), exact(x) + Fraction(eps)
+    if clip is not None:
+        low, high = (np.clip(end, *map(Fraction, clip)) for end in (low, high))
+    return low, high
+
+
 def _root(x: Fraction) -> Fraction:
     """Returns the square root of a fraction that has one."""
     root = Fraction(isqrt(x.numerator), isqrt(x.denominator))
@@ -58,6 +66,11 @@ def bounds(layer: nn.Module, lower: Array, upper: Array) -> tuple[Array, Array]:
     """Returns the exact interval bounds of a layer's output, for one example's box."""
     if isinstance(layer, nn.Flatten):
         return lower.ravel(), upper.ravel()
+    if isinstance(layer, nn.ZeroPad2d):
+        left, right, top, bottom = layer.padding
+        sides = (0, 0), (top, bottom), (left, right)
+        low, high = (np.pad(end, sides, constant_values=Fraction(0)) for end in (lower, upper))
+        return low, high
     if isinstance(layer, nn.ReLU):
         return np.maximum(lower, Fraction(0)), np.maximum(upper, Fraction(0))
     if isinstance(layer, cf.models.Normalize):
@@ -89,18 +102,14 @@ def bounds(layer: nn.Module, lower: Array, upper: Array) -> tuple[Array, Array]:
 
 
 def margins(
-    model: nn.Sequential, lower: Tensor, upper: Tensor, label: int
+    model: nn.Sequential, lower: Tensor | Array, upper: Tensor | Array, label: int
 ) -> list[Fraction | None]:
     """Returns the exact lower bounds of z_label - z_j, elided, of one example; None at it."""
-    low, high = exact(lower), exact(upper)
+    low, high = (exact(end) if isinstance(end, Tensor) else end for end in (lower, upper))
+    hidden: list[Any]
     *hidden, head = model
     for layer in hidden:
         low, high = bounds(layer, low, high)
-    return head_margins(head, low, high, label)
-
-
-def head_margins(head: Any, low: Array, high: Array, label: int) -> list[Fraction | None]:
-    """Returns the same of the last layer, for the box of its input."""
     weight = exact(head.weight)
     bias = exact(head.bias) if head.bias is not None else exact(head.weight.new_zeros(len(weight)))
     found, _ = _affine(low, high, weight[label] - weight, bias[label] - bias)

@@ -296,10 +296,7 @@ def test_rounding_modes_do_not_matter(mode: str) -> None:
         with rounding(mode):
             found = cf.certify(model, x, y, radius, None).margins
         for n, label in enumerate(y.tolist()):
-            low, high = (exact.exact(x[n]) + sign * Fraction(radius.item()) for sign in (-1, 1))
-            for layer in model[:-1]:
-                low, high = exact.bounds(layer, low, high)
-            right = exact.head_margins(model[-1], low, high, label)
+            right = exact.margins(model, *exact.ball(x[n], radius.item()), label)
             for value, bound in zip(found[n].tolist(), right, strict=True):
                 if bound is not None:
                     seen += 1

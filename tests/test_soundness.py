@@ -344,12 +344,7 @@ def test_a_certified_radius_is_certified_exactly(clip: Any) -> None:
             (Fraction(eps), True),
             (Fraction(eps) + Fraction(1, 10**9), False),
         ):
-            low, high = (exact.exact(x[n]) + sign * radius for sign in (-1, 1))
-            if clip is not None:
-                low, high = (np.clip(end, Fraction(0), Fraction(1)) for end in (low, high))
-            for layer in model[:-1]:
-                low, high = exact.bounds(layer, low, high)
-            margins = exact.head_margins(model[-1], low, high, int(y[n]))
+            margins = exact.margins(model, *exact.ball(x[n], radius, clip), int(y[n]))
             assert (min(m for m in margins if m is not None) > 0) == expected
 
 

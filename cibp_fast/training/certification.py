@@ -31,7 +31,7 @@ from cibp_fast.soundness import chain
 from cibp_fast.training import runs
 from cibp_fast.training.config import counted
 from cibp_fast.training.datasets import Split
-from cibp_fast.training.files import append, naming, write_atomic
+from cibp_fast.training.files import append, naming, write_atomic, write_json
 from cibp_fast.training.progress import bar
 
 FORMAT = "cibp_fast certificates 1"
@@ -77,11 +77,11 @@ def certify_to(
     x, y = runs.to_input(config)(split.pixels()), split.labels
     task = _task(network, x, y, semantics)
     with runs.locked(folder, FILES, "certifying"):
-        begun = _claim(folder, task, overwrite)
+        there = _claim(folder, task, overwrite)
         if (folder / RESULT).exists():
             print(f"The certificates in {folder} are finished already.", flush=True)
             _remove_task(folder)
-            return begun
+            return there
         if not (folder / WEIGHTS).exists():
             write_atomic(folder / WEIGHTS, network.weights)
         if not (folder / INPUTS).exists():
@@ -90,16 +90,16 @@ def certify_to(
             write_atomic(folder / INPUTS, archive.getvalue())
         kept = _kept(folder / CERTIFICATES, y)
         if kept:
-            print(f"Going on after {counted(len(kept), 'example')}.", flush=True)
+            print(f"Going on after {counted(kept, 'example')}.", flush=True)
         try:
-            seconds = _certify_rest(folder, network, x, y, semantics, kept, begun["seconds"])
+            seconds = _certify_rest(folder, network, x, y, task, kept, there["seconds"])
         except KeyboardInterrupt:
             count = (folder / CERTIFICATES).read_bytes().count(b"\n")
             raise KeyboardInterrupt(
                 f"stopped after {count} of {counted(len(y), 'example')}, saved in {folder}"
             ) from None
         result = _result(folder, task, network.name, seconds)
-        _write_json(folder / RESULT, result)
+        write_json(folder / RESULT, result)
         _remove_task(folder)
     return result
 
@@ -202,7 +202,7 @@ def _task(network: runs.Network, x: Tensor, y: Tensor, semantics: str) -> dict[s
 def _result(folder: Path, task: dict[str, Any], run: str, seconds: float) -> dict[str, Any]:
     content = (folder / CERTIFICATES).read_bytes()
     verified = sum(json.loads(line)["verified"] for line in content.splitlines())
-    found = {
+    return task | {
         "certificates": {"file": CERTIFICATES, "sha256": hashlib.sha256(content).hexdigest()},
         "verified": verified,
         "verified_error": (task["examples"] - verified) / task["examples"],
@@ -211,11 +211,6 @@ def _result(folder: Path, task: dict[str, Any], run: str, seconds: float) -> dic
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seconds": round(seconds, 3),
     }
-    order = (
-        *("format", "semantics", "eps", "clip", "network", "weights", "inputs", "certificates"),
-        *("examples", "verified", "verified_error", "dataset", "run", *task, *found),
-    )
-    return {name: (task | found)[name] for name in dict.fromkeys(order)}
 
 
 def _claim(folder: Path, task: dict[str, Any], overwrite: bool) -> dict[str, Any]:
@@ -243,7 +238,7 @@ def _claim(folder: Path, task: dict[str, Any], overwrite: bool) -> dict[str, Any
         for path in present:
             path.unlink()
     begun = task | {"seconds": 0.0}
-    _write_json(folder / TASK, begun)
+    write_json(folder / TASK, begun)
     return begun
 
 
@@ -271,10 +266,6 @@ def _read_json(path: Path, task: dict[str, Any]) -> dict[str, Any]:
 def _remove_task(folder: Path) -> None:
     with naming("remove", folder / TASK):
         (folder / TASK).unlink(missing_ok=True)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_atomic(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
 def _differences(there: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -321,14 +312,14 @@ def _lines(found: Certificate, first: int, y: Tensor) -> list[bytes]:
     return [_line(first + row, *values) for row, values in enumerate(rows)]
 
 
-def _kept(path: Path, y: Tensor) -> list[bytes]:
-    """Returns the lines that are whole, in order and of these labels, and cuts the file after them.
+def _kept(path: Path, y: Tensor) -> int:
+    """Cuts the file after its lines that are whole, in order and of these labels; counts them.
 
     What a killed process left half is at its end.
     """
     kept: list[bytes] = []
     if not path.exists():
-        return kept
+        return 0
     with naming("read", path):
         lines = path.read_bytes().splitlines(keepends=True)
     for index, (line, label) in enumerate(zip(lines, y.tolist(), strict=False)):
@@ -344,7 +335,7 @@ def _kept(path: Path, y: Tensor) -> list[bytes]:
     if len(kept) < len(lines):
         with naming("write", path):
             os.truncate(path, sum(map(len, kept)))
-    return kept
+    return len(kept)
 
 
 def _certify_rest(
@@ -352,28 +343,27 @@ def _certify_rest(
     network: runs.Network,
     x: Tensor,
     y: Tensor,
-    semantics: str,
-    kept: list[bytes],
+    task: dict[str, Any],
+    kept: int,
     seconds: float,  # that it took so far
 ) -> float:
     """Certifies the examples after those that are kept; returns the seconds of all."""
     config, size = network.config, network.config.eval_batch_size
     device = next(network.model.parameters()).device
     doing = f"certification with eval_batch_size={size}"
-    task = json.loads((folder / TASK).read_bytes())
     started = time.perf_counter() - seconds
     with enough_memory(doing, "take a smaller one"):
-        for first in bar(range(len(kept), len(y), size), "certifying", "batch"):
+        for first in bar(range(kept, len(y), size), "certifying", "batch"):
             part = x[first : first + size].to(device), y[first : first + size].to(device)
             found = certify(
                 network.model,
                 *part,
                 config.eps,
                 config.clip,
-                semantics=semantics,
+                semantics=task["semantics"],
                 batch_size=size,
             )
             append(folder / CERTIFICATES, b"".join(_lines(found, first, part[1])))
             seconds = time.perf_counter() - started
-            _write_json(folder / TASK, task | {"seconds": round(seconds, 3)})
+            write_json(folder / TASK, task | {"seconds": round(seconds, 3)})
     return seconds

@@ -42,12 +42,11 @@ def evaluate(
     the numbers do not depend on how. On a GPU batches are replays of CUDA graphs, made anew for
     each evaluation.
 
-    Examples that are verified and yet broken show that the bounds are wrong, or rounding. Those of
-    ordinary bounds are counted: `contradictions`. Those of sound certificates are judged: at the
-    first whose claim itself is refuted (in exact arithmetic for "real") evaluation stops, with the
-    evidence saved, so that `contradictions` is 0. The others, where what the certificate speaks of
-    is right and an evaluation in float32 is not, are `contradictions_of_rounding`; they are in the
-    PGD error too.
+    An example that is verified and yet broken shows that the bounds are wrong, or only that float32
+    rounds. With ordinary bounds such examples are counted: `contradictions`. With sound
+    certificates each is judged (`evidence.check`): evaluation stops at the first certificate that
+    is wrong, with the evidence saved, so that `contradictions` is 0. Where the certificate is
+    right, the example is one of `contradictions_of_rounding`, and counts for the PGD error too.
 
     Args:
         model: network that takes what `runs.to_input` makes of pixels.
@@ -55,8 +54,8 @@ def evaluate(
         config: radius, clip, batch size and PGD's settings.
         processes: that share the batches.
         attack: False leaves out what concerns PGD, and makes one pass of bounds only.
-        semantics: of sound certificates, "real" or "float32", which take longer; None: the verified
-            error is that of ordinary bounds.
+        semantics: of sound certificates, "real" or "float32"; None: the verified error is that of
+            ordinary bounds.
         step, loss: of PGD, as in `cf.attacks.pgd`.
         evidence: folder where `evidence-<index>.npz` is written.
 
@@ -112,7 +111,7 @@ def _counts(
     description = "evaluating" if attack else "evaluating the epoch"
     doing = f"evaluation with eval_batch_size={config.eval_batch_size}"
     prepare = runs.to_input(config).to(split.images.device)
-    network = model
+    network, sound = model, semantics is not None
     with evaluation(model), reuse_graphs(), enough_memory(doing, "take a smaller one"):
         # traced once for all batches
         model = of_torch_alone(model, prepare(split[:1].pixels())) or model
@@ -120,10 +119,9 @@ def _counts(
             part = split[first : first + config.eval_batch_size]
             x, y = prepare(part.pixels()), part.labels
             size = config.eval_batch_size
-            sound: dict[str, Any] = {"sound": False}
-            if semantics is not None:
-                sound = {"semantics": semantics}
-            found = certify(model, x, y, config.eps, config.clip, batch_size=size, **sound)
+            found = certify(
+                model, x, y, config.eps, config.clip, sound, semantics or "real", batch_size=size
+            )
             if attack:
                 with own_arithmetic(x.device):  # as PGD and the certificate
                     (predicted,) = graphed(_predicted, model)(x)

@@ -56,11 +56,11 @@ def check(
     claim: Claim,
     folder: str | Path,
 ) -> None:
-    """Returns where rounding alone contradicts the claim: of the logits, or of the box's sides.
+    """Raises Contradiction if the attack's point refutes the claim, and not rounding alone does.
 
     A point outside of the exact box is moved into it. Under "real" the logits there are computed in
-    exact arithmetic; a network that has none (exact.Undecidable) is not given the benefit of the
-    doubt. Under "float32" the evaluation that the attack saw counts, or one at the moved point.
+    exact arithmetic; where that cannot be (exact.Undecidable), the claim counts as refuted. Under
+    "float32" the evaluation that the attack saw counts, or one at the moved point.
 
     Args:
         network: in evaluation mode; its stored weights are what the claim is about.

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from cibp_fast import exact
 from cibp_fast.certificates import evaluation
 from cibp_fast.training import runs
 from cibp_fast.training.datasets import Split
@@ -165,9 +166,7 @@ def vnnlib(
 
     @cache  # most pixels have one of 256 values
     def bounds(value: float) -> tuple[str, str]:
-        lower, upper = Fraction(value) - Fraction(eps), Fraction(value) + Fraction(eps)
-        if clip is not None:
-            lower, upper = max(lower, Fraction(clip[0])), min(upper, Fraction(clip[1]))
+        lower, upper = exact.box(value, eps, clip)
         return decimal(lower, up=False), decimal(upper, up=True)
 
     points = x.flatten().tolist()

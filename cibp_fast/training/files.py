@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 
 def make_folder(path: Path) -> None:
@@ -34,6 +36,11 @@ def write_atomic(path: Path, content: bytes) -> None:
     finally:
         with suppress(OSError, ValueError):  # renamed already, or never made
             temporary.unlink()
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    """Writes the record as JSON, by `write_atomic`. Raises ValueError for NaN and infinity."""
+    write_atomic(path, (json.dumps(record, indent=2, allow_nan=False) + "\n").encode())
 
 
 def append(path: Path, content: bytes) -> None:

@@ -54,9 +54,9 @@ def train(
     a run of another config and not overwrite, or other files, FileNotFoundError where it holds a
     run that has lost a file, BlockingIOError where another process trains in it,
     OSError where it cannot be written (all before training starts, the last one whenever it
-    happens), FloatingPointError where the loss is no longer finite (the metrics are kept), and
-    Contradiction where the attack refutes a sound certificate (the network and the evidence are
-    kept); where bounds are ordinary ones, FloatingPointError (the result is kept).
+    happens), FloatingPointError where the loss is no longer finite (the metrics are kept) or the
+    attack breaks an example that ordinary bounds verify (the result is kept), and Contradiction
+    where it refutes a sound certificate (the network and the evidence are kept).
     """
     run_dir = default_run_dir(config) if run_dir is None else Path(run_dir)
     processes = world(device)

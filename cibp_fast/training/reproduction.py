@@ -23,7 +23,7 @@ from typing import Any
 from cibp_fast.training import plotting, runs
 from cibp_fast.training.children import Task, run_tasks
 from cibp_fast.training.config import Config, counted, epoch_steps, preset
-from cibp_fast.training.files import make_folder, naming, write_atomic
+from cibp_fast.training.files import make_folder, naming, write_atomic, write_json
 from cibp_fast.training.paper import FIGURES, TABLE, TITLES, Cell, cells_of
 
 ERRORS = ("test", "pgd", "verified")
@@ -429,8 +429,7 @@ def add_to_manifest(results: Path, finished: Iterable[Run]) -> None:
         files = _hashes(run.folder) | old.get(run.folder.name, {})
         new[run.folder.name] = dict(sorted(files.items()))
     if new != old:
-        content = json.dumps(new, indent=2, sort_keys=True) + "\n"
-        write_atomic(results / "manifest.json", content.encode())
+        write_json(results / "manifest.json", dict(sorted(new.items())))
 
 
 def _hashes(folder: Path) -> dict[str, str]:
@@ -558,8 +557,7 @@ def _write(
     made = []
     if target in ("table2", "all"):
         rows = table_rows(found, absent)
-        content = json.dumps({"rows": rows, "problems": problems}, indent=2) + "\n"
-        write_atomic(output / "table2.json", content.encode())
+        write_json(output / "table2.json", {"rows": rows, "problems": problems})
         lines = [*table_markdown(rows), *(f"\nProblem: {line}" for line in problems)]
         write_atomic(output / "table2.md", ("\n".join(lines) + "\n").encode())
         made += ["table2.md", "table2.json"]

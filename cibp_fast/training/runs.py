@@ -22,7 +22,7 @@ from typing_extensions import NotRequired, TypedDict  # pydantic takes typing's 
 
 from cibp_fast.training import missing
 from cibp_fast.training.config import Config, Count, Number, Share, Whole, one_line
-from cibp_fast.training.files import make_folder, naming, write_atomic
+from cibp_fast.training.files import make_folder, naming, write_atomic, write_json
 
 try:
     from filelock import lock_descriptor
@@ -185,8 +185,7 @@ def write_metrics(run_dir: Path, records: list[dict[str, Any]]) -> None:
 
 def write_result(run_dir: Path, result: dict[str, Any]) -> None:
     """Writes result.json."""
-    content = json.dumps(result, indent=2, allow_nan=False) + "\n"
-    write_atomic(run_dir / "result.json", content.encode())
+    write_json(run_dir / "result.json", result)
 
 
 def write_model(run_dir: Path, model: nn.Module) -> None:
