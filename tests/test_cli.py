@@ -204,7 +204,7 @@ def test_training_does_not_import_the_compiler(tmp_path):
 
 
 def test_help_of_every_command(capsys):
-    for command in ("info", "quickstart", "train", "certify", "audit", "attack", "export", "plot"):
+    for command in commands.COMMANDS:
         assert f"usage: cibp-fast {command} " in _help(capsys, command)
         assert command in _help(capsys)
 
@@ -328,7 +328,8 @@ def test_options_replace_the_preset(trained):
         ("plot nowhere", "Missing from cibp-fast plot: -o FILE, --output FILE"),
         (
             "",
-            "The commands are info, quickstart, train, certify, audit, attack, export, plot; see",
+            "The commands are info, quickstart, train, reproduce, certify, audit, attack, export, "
+            "plot; see",
         ),
         ("trian", "unknown command 'trian': did you mean 'train'? The commands are info, quick"),
     ],
