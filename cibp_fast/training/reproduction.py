@@ -492,9 +492,11 @@ def reproduce(
         raise ValueError(
             f"only must be in the name of a preset of {target}, as {cells[0].preset}, not {only!r}"
         )
-    figures = [name for name in FIGURES if target in (name, "all")]
-    if figures and not plan:
-        plotting.require_matplotlib()  # now, not after the training
+    read_manifest(results)  # what is wrong with these is said now, not after the training
+    if not plan:
+        make_folder(output)
+        if target != "table2":
+            plotting.require_matplotlib()
     from cibp_fast.training import datasets
 
     root = datasets.data_root(data_root)
@@ -553,7 +555,6 @@ def _write(
     output: Path,
 ) -> None:
     """Writes the table and the figures of the target."""
-    make_folder(output)
     made = []
     if target in ("table2", "all"):
         rows = table_rows(found, absent)

@@ -294,7 +294,7 @@ def test_a_sound_error_has_no_mark_and_another_precision_is_named(results):
 
 
 @committed
-def test_a_changed_file_of_a_finished_run_is_told(capsys, results):
+def test_a_changed_file_of_a_finished_run_is_told(capsys, results, monkeypatch):
     words = ["table2", "--report", "--results", results]
     assert reproduce(*words) == reproduce(*words) == 0
     one, two = results / f"{IBP}-seed0", results / "mnist-small-0.4-cibp-seed0"
@@ -311,6 +311,7 @@ def test_a_changed_file_of_a_finished_run_is_told(capsys, results):
         assert f"problem: {one / 'model.safetensors'} has changed since" in told
         assert f"problem: {two / 'result.json'} is gone since" in told
     (results / "manifest.json").write_bytes(manifest[:-9])
+    monkeypatch.setattr(reproduction, "look_all", None)  # to call it is an error: nothing is begun
     assert "manifest.json is damaged" in error_line(capsys, *words)
 
 
@@ -414,7 +415,7 @@ def test_runs_are_trained_stopped_and_go_on(toys, capsys, monkeypatch):
     for name in NAMES:
         assert (toys / name / runs.CHECKPOINT).exists()
         assert f"{name}: cibp-fast: stopped after step " in printed.out
-    assert not (toys / "figures").exists()
+    assert list((toys / "figures").iterdir()) == []
 
     monkeypatch.delenv("TOY_WAITS")
     assert reproduce(*words) == 0
@@ -488,6 +489,12 @@ def test_without_the_data_nothing_is_trained(toys, capsys, monkeypatch, tmp_path
     assert printed.count(f"missing: impossible, data not present ({file})") == 2
     table = (toys / "figures" / "table2.md").read_text()
     assert table.count("not run: data not present") == 2
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_the_training(toys, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    line = error_line(capsys, "all", "--results", toys, "--output", tmp_path / "file")
+    assert f"cannot make the folder {tmp_path / 'file'}" in line and not toys.exists()
 
 
 def test_a_step_is_timed_once_for_each_kind_of_network(monkeypatch):
