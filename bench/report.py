@@ -1,8 +1,8 @@
 """Writes the generated blocks of README.md, bench/README.md and docs from the results.
 
 A block stands between `<!-- NAME: ... -->` and `<!-- end NAME -->`, in any of these files.
-"quickstart" and "runs" are made from the runs in results, the others from the tables in
-bench/results; "gpu" takes what there is of gpu_*.csv.
+"quickstart", "table2", "claims" and "runs" are made from the runs in results, the others from the
+tables in bench/results; "gpu" takes what there is of gpu_*.csv.
 """
 
 from __future__ import annotations
@@ -19,24 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import timing
+from claims import claims as claimed
 
+from cibp_fast.training import reproduction
 from cibp_fast.training.files import write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-FILES = ("README.md", "bench/README.md", "docs/results.md", "docs/soundness.md")
+FILES = ("README.md", "bench/README.md", "docs/reproduction.md", "docs/soundness.md")
 
 QUICKSTART = {"IBP": "mnist5k-small-0.1-ibp", "constrained IBP": "mnist5k-small-0.1-cibp"}
-# Runs in results/, and what the paper's Table 2 prints for them: test, PGD and verified error in %.
-RUNS = {
-    "mnist-small-0.4-ibp-seed0": "2.62 / 14.14 / 20.74",
-    "mnist-small-0.4-cibp-seed0": "7.24 / 17.24 / 21.31",
-    "mnist-small-0.4-cibp-seed1": "7.24 / 17.24 / 21.31",
-    "mnist-small-0.4-cibp-decay-seed0": "7.24 / 17.24 / 21.31",
-    "fashion_mnist-small-0.1-cibp-seed0": "",
-    "cifar10-small-8of255-ibp-normalized-seed0": "39.33 / 52.22 / 63.58",
-    "cifar10-small-8of255-cibp-normalized-seed0": "47.22 / 56.14 / 60.12",
-}
+NO_DATA = ("svhn",)  # data sets that were never at hand
 ERRORS = ("test", "pgd", "verified")
 STEP_TABLES = ("step", "step_avx512")  # each measured on another processor
 CONTENDERS = {
@@ -182,22 +175,36 @@ def quickstart() -> list[str]:
     ]
 
 
+def table2() -> list[str]:
+    found = reproduction.look_all(reproduction.TABLE, 0, ROOT / "results")
+    return reproduction.table_markdown(reproduction.table_rows(found, NO_DATA))
+
+
+def claims() -> list[str]:
+    rows = claimed(ROOT / "results")
+    return table(["the paper's claim of constrained IBP", "measured", "verdict"], rows)[:-1]
+
+
 def runs() -> list[str]:
-    rows, result, kernels = [], {}, set()
-    for name, paper in RUNS.items():
-        folder = ROOT / "results" / name
+    rows, used = [], []
+    for folder in sorted(path.parent for path in (ROOT / "results").glob("*/result.json")):
         last, result = json_of(folder / "metrics.jsonl"), json_of(folder / "result.json")
-        steps = f"{last['step']:,} ({last['epoch']})"
-        errors = (f"{100 * result[f'{each}_error']:.2f} %" for each in ERRORS)
-        kernels.add(result["hardware"]["kernels"])
-        rows.append([f"`{name}`", steps, *errors, paper, f"{result['train_seconds'] / 60:.0f} min"])
-    machine = result["hardware"]
-    head = ["run", "steps (epochs)", "test", "PGD", "verified error", "the paper's", "training"]
+        errors = " / ".join(f"{100 * result[f'{each}_error']:.2f}" for each in ERRORS)
+        machine = result["hardware"]
+        where = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}, {machine['kernels']}"
+        time = f"{result['train_seconds'] / 60:.0f} min"
+        rows.append(
+            [f"`{folder.name}`", f"{last['step']:,} ({last['epoch']})", errors, time, where]
+        )
+        used.append((machine["cpu"], result["versions"]["torch"], result["pgd_steps"]))
+    cpus, versions, steps = (
+        sorted({str(each) for each in column}) for column in zip(*used, strict=True)
+    )
+    head = ["run", "steps (epochs)", "test / PGD / verified error in %", "training", "on"]
     return [
         *table(head, rows),
-        f"All {result['examples']:,} test examples; PGD with {result['pgd_steps']} steps and "
-        f"{result['pgd_restarts']} restarts. Each on {machine['threads']} thread of an "
-        f"{machine['cpu']} ({' or '.join(sorted(kernels))}), torch {result['versions']['torch']}.",
+        f"Whole test sets; PGD with {' or '.join(steps)} steps. {' or '.join(cpus)}, torch "
+        f"{' or '.join(versions)}.",
     ]
 
 
@@ -517,6 +524,8 @@ def gpu() -> list[str]:
 
 BLOCKS = [
     quickstart,
+    table2,
+    claims,
     runs,
     performance,
     steps,

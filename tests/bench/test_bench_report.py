@@ -149,7 +149,7 @@ def test_every_block_is_made_and_an_old_one_is_seen(
     assert old in capsys.readouterr().err
     assert report.script.main([]) == 0 and report.script.main(["--check"]) == 0
 
-    page = tmp_path / "docs" / "results.md"
+    page = tmp_path / "docs" / "reproduction.md"
     page.write_text(page.read_text().replace("<!-- runs:", "<!-- run:"))
     assert report.script.main([]) == 2
     assert "must have one block runs, found 0" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from cibp_fast.models import NETS
 from cibp_fast.training import batches, config
 from cibp_fast.training.config import Config, as_text, choices, parse, preset
 from cibp_fast.training.datasets import CHANNEL_STATS, INPUT_SHAPES, SIZES
+from cibp_fast.training.runs import read_config
 
 
 def test_the_names_are_those_of_the_modules_that_config_does_not_import():
@@ -62,6 +64,11 @@ RECIPES = {
     ),
     "mnist-small-0.4-ibp-gowal": ({"eps_train_ratio": 1, "padding": "valid"},),
     "cifar10-small-2of255-cibp-gowal-normalized": ({"eps_train_ratio": 1.1, "clip": None},),
+    "mnist-small-0.4-cibp-fast-ramp": (  # 50 epochs
+        {"steps": 30_000, "clip": None, "padding": "valid", "lr_decay_at": ()},
+        {"eps": {0: 0, 2_000: 0.2, 4_000: 0.4}, "kappa": {2_000: 1, 16_000: 0.75, 30_000: 0.5}},
+    ),
+    "cifar10-large-8of255-cibp-same-normalized": ({"padding": "same", "steps": 350_000},),
 }
 
 
@@ -81,18 +88,27 @@ def test_recipes(name):
         assert config.replace(method="ibp", width_weight=0.0) == ibp
 
 
-@pytest.mark.parametrize("suffix", ["", "-gowal", "-normalized", "-gowal-normalized"])
+@pytest.mark.parametrize(
+    "suffix",
+    ["", "-gowal", "-normalized", "-gowal-same-normalized", "-fast-ramp-same", "-gowal-fast-ramp"],
+)
 @pytest.mark.parametrize("dataset", list(INPUT_SHAPES))
 def test_every_preset_is_a_config(dataset, suffix):
     for net, method in product(choices("net"), choices("method")):
         name = f"{dataset}-{net}-8of255-{method}{suffix}"
         if "gowal" in suffix and dataset == "mnist5k":
             message = r"no preset .* mnist5k has one recipe"
+        elif "fast" in suffix and (dataset != "mnist" or "gowal" in suffix):
+            message = "no preset .* -fast-ramp is a recipe of the paper for mnist, without -gowal"
         elif "normalized" in suffix and dataset not in CHANNEL_STATS:
             message = f"eps_space must be pixel for {dataset} .only cifar10 and svhn"
         else:
             config = preset(name)
-            assert config.name == name.replace("-gowal", "")
+            assert config.name == re.sub("-gowal|-fast-ramp|-same", "", name)
+            if ("large" in name and "gowal" in name) or "same" in name:
+                assert config.padding == "same"
+            shortest = name.replace("gowal-same", "gowal") if net == "large" else name
+            assert config.folder == f"{shortest}-seed0"
             assert Config.from_json(config.to_json()) == config
             config = config.replace(
                 clip=None, lr_decay_at=(), pgd_step_size=None, lr=1, elide=False
@@ -101,6 +117,21 @@ def test_every_preset_is_a_config(dataset, suffix):
             continue
         with pytest.raises(ValueError, match=message):
             preset(name)
+
+
+RESULTS = Path(__file__).parents[2] / "results"
+FINISHED = sorted(path.parent.name for path in RESULTS.glob("*/result.json"))
+
+
+@pytest.mark.parametrize("folder", FINISHED)
+def test_a_run_that_is_named_by_a_preset_is_of_its_config(folder):
+    """Compares but for the precision, in which any recipe may be computed."""
+    name, _, seed = folder.rpartition("-seed")
+    there = read_config(RESULTS / folder)
+    changes = {"seed": int(seed), "precision": there.precision}
+    if name.endswith("-decay"):  # no preset's
+        name, changes = name.removesuffix("-decay"), changes | {"lr_decay_at": (15_000, 25_000)}
+    assert there == preset(name, **changes)
 
 
 def test_fewer_steps_scale_the_schedules():
@@ -134,6 +165,8 @@ def test_epochs_are_steps(name):
         ("mnist-small-8/255-cibp", {"seed": 3}, "mnist-small-8of255-cibp-seed3"),
         ("mnist-small-0.4-cibp-gowal", {}, "mnist-small-0.4-cibp-gowal-seed0"),
         ("mnist-large-0.3-ibp-gowal", {"lr": 1}, "mnist-large-0.3-ibp-gowal-lr=1.0-seed0"),
+        ("mnist-small-0.4-ibp", {"padding": "same"}, "mnist-small-0.4-ibp-same-seed0"),
+        ("mnist-small-0.4-ibp-fast-ramp", {"seed": 1}, "mnist-small-0.4-ibp-fast-ramp-seed1"),
         ("mnist5k-small-0.1-ibp", {"eps": 0.2}, "mnist5k-small-0.2-ibp-seed0"),
         ("mnist5k-small-0.1-ibp", {"eps": 1e-7}, "mnist5k-small-1e-07-ibp-seed0"),
         ("mnist5k-small-0.1-ibp", {"steps": 400}, "mnist5k-small-0.1-ibp-steps=400-seed0"),
@@ -178,7 +211,7 @@ def test_the_largest_seed_is_one_that_torch_and_numpy_take():
     [
         ("mnist5k-smal-0.1-cibp", "did you mean 'mnist5k-small-0.1-cibp'"),
         ("mnsit-small-0.1-ibp", "did you mean 'mnist-small-0.1-ibp'"),
-        ("mnist-small-0.1-ibp-normalized-gowal", "dataset-net-eps-method.-gowal..-normalized."),
+        ("mnist-small-0.1-ibp-normalized-gowal", "dataset-net-eps-method.-gowal.*-normalized."),
         ("mnist-small-0.1-ibp-madry", "-gowal for the recipe of Gowal et al."),
         ("mnist5k-small-0.1-trades", "method nominal, ibp or cibp"),
         ("mnist5k-small-8/256-cibp", "eps as 0.1, 8/255 or 8of255"),

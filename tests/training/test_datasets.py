@@ -472,3 +472,18 @@ def test_real_files(name):
         stats = torch.stack([mean, (square - mean.square()).sqrt()])
         expected = torch.tensor(datasets.CHANNEL_STATS[name]).double()
         torch.testing.assert_close(stats, expected, rtol=0, atol=6e-5)
+
+
+def test_the_first_missing_file_is_named(tmp_path, monkeypatch):
+    folder = tmp_path / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    for name in ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte"):
+        assert datasets.missing_file("mnist", tmp_path) == folder / name.removesuffix(".gz")
+        (folder / name).write_bytes(b"")  # it is not opened
+    assert datasets.missing_file("mnist", tmp_path) == folder / "t10k-labels-idx1-ubyte"
+    (folder / "t10k-labels-idx1-ubyte").write_bytes(b"")
+    assert datasets.missing_file("mnist", str(tmp_path)) is None
+    monkeypatch.setenv("CIBP_FAST_DATA", str(tmp_path))
+    assert datasets.missing_file("mnist") is None
+    assert datasets.missing_file("svhn") == tmp_path / "svhn" / "train_32x32.mat"
+    assert datasets.missing_file("mnist5k") is None
