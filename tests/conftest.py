@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +11,8 @@ from types import ModuleType
 import hypothesis
 import pytest
 import torch
+
+RECURSION_LIMIT = sys.getrecursionlimit()  # auto_LiRPA raises it: what nests deep then ends Python
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
@@ -38,6 +41,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _reproducible() -> Iterator[None]:
+    sys.setrecursionlimit(RECURSION_LIMIT)
     threads = torch.get_num_threads()
     torch.manual_seed(0)
     torch.set_num_threads(1)
