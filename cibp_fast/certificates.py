@@ -345,7 +345,9 @@ def _again(
     def of(value: Any) -> Any:
         if isinstance(value, Real):
             return value
-        values = torch.as_tensor(value)
+        values = value
+        if not isinstance(value, Tensor):  # whose own dtype would be float32's
+            values = torch.as_tensor(value, dtype=torch.float64)
         return values[rows] if values.dim() == x.dim() and len(values) == len(x) else values
 
     if isinstance(eps, Interval):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -170,3 +171,19 @@ def test_a_trained_network_at_its_certified_radius(monkeypatch: pytest.MonkeyPat
         radius = cf.certified_radius(model, x, y, greatest=0.5)
         assert cf.certify(model, x, y, radius.item()).verified
     assert cf.certify(model, x, y, radius.item()).verified
+
+
+@pytest.mark.parametrize("what", ["eps", "clip"])
+@pytest.mark.parametrize("kind", [list, np.array, partial(torch.tensor, dtype=torch.float64)])
+def test_a_number_for_each_channel_is_not_rounded_when_float64_looks_again(
+    what: str, kind: Any
+) -> None:
+    """Has the margin 0.3 - float32(0.3) = -1.2e-8. It would be 0 for float32's 0.7."""
+    model = nn.Sequential(
+        linear([[-1.0], [0.0]], [1.0, 0.0]), nn.ReLU(), linear([[1.0, 0.0], [0.0, 0.0]], [0.0, 0.3])
+    )
+    number = kind([0.7])
+    eps, clip = (number, None) if what == "eps" else (1.0, (0.0, number))
+    right = 1 - 0.7 - model[2].bias[1].item()
+    found = cf.certify(model, torch.zeros(1, 1), ZERO, eps, clip)
+    assert right - 1e-12 < found.margins[0, 1] <= right < 0
