@@ -4,8 +4,8 @@ They are those of the network in exact arithmetic on its stored weights, or of a
 in float32. By rules A to F, which are here, boxes are in float64, and steps outward make up for
 all rounding: to either neighbour, and of numbers too small for float64, whether they are flushed to
 zero or not. So no setting of the processor, in any thread, makes them wrong. Rule G is in
-csrc/cpu/network/sound.h; `quick` says which networks it takes, and `doubt` which of its results
-are computed again by the other rules.
+csrc/cpu/network/sound.h; `fits_one_op` says which networks it takes, and `doubt` which of its
+results are computed again by the other rules.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ Products = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # x, r [N, ...] ->
 
 
 class Box(NamedTuple):
-    """Holds float64 bounds [N, ...] of what a layer gives, exactly as they are written."""
+    """Holds bounds [N, ...] of what a layer gives, exactly as they are written: of rule G in the
+    network's dtype, else in float64.
+    """
 
     lower: Tensor
     upper: Tensor
@@ -200,8 +202,8 @@ def margins(chain: Chain, lower: Tensor, upper: Tensor, y: Tensor) -> Tensor:
         return _head(chain.layers[-1], box, y.cpu(), chain.float32).to(y.device)
 
 
-def quick(chain: Chain) -> bool:
-    """Returns whether the weights and layers are such as rule G takes, in one op of the kernels."""
+def fits_one_op(chain: Chain) -> bool:
+    """Returns whether rule G, one op of the kernels, takes the layers and the sizes of weights."""
     least, greatest = 2.0**-100, 2.0**20
     affine = 0
     for at, layer in enumerate(chain.layers):
@@ -226,9 +228,9 @@ def doubt(chain: Chain, box: Box, y: Tensor, margins: Tensor) -> Tensor:
 
     If it is below 0 by no more than that, the one of float64 may be above 0. A layer of n products
     widens its box by about n units in the last place: take 64 times the sum of these over the
-    layers, of the last sum's radius, and once of its size. At the radius where 1,500 images of
-    trained networks are barely certified 99 % of them need less. No proof depends on it: it only
-    decides which examples are looked at again.
+    layers, of the last sum's radius, and once of its size. That is more than 99 % of about 2,000
+    images need at the radius where they are barely certified (four trained networks). No proof
+    depends on it: it only decides which examples are looked at again.
 
     box: what the last layer reads, [N, features], by rule G. margins: [N, classes], of it.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
 from math import isqrt
 from typing import Any
@@ -114,3 +115,13 @@ def margins(
     bias = exact(head.bias) if head.bias is not None else exact(head.weight.new_zeros(len(weight)))
     found, _ = _affine(low, high, weight[label] - weight, bias[label] - bias)
     return [None if j == label else value for j, value in enumerate(found)]
+
+
+def compared(found: Tensor, right: Sequence[Fraction | None]) -> Array:
+    """Returns how many margins of an example were looked at, are above the exact ones, and are not
+    finite.
+    """
+    pairs = [(v, b) for v, b in zip(found.tolist(), right, strict=True) if b is not None]
+    finite = [(Fraction(value), bound) for value, bound in pairs if np.isfinite(value)]
+    above = sum(value > bound for value, bound in finite)
+    return np.array([len(pairs), above, len(pairs) - len(finite)])

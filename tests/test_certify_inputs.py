@@ -142,7 +142,7 @@ def test_nan_and_infinity_in_a_box(semantics: str, bad: float) -> None:
 )
 def test_eps_is_taken_exactly_as_it_is(eps: Any, value: float, monkeypatch: Any) -> None:
     """Has the margin x - eps: float32's 0.1 is larger than float64's by 1.5e-9."""
-    monkeypatch.setattr(soundness, "quick", lambda chain: False)  # not to the last digit
+    monkeypatch.setattr(soundness, "fits_one_op", lambda chain: False)  # not to the last digit
     model = nn.Sequential(nn.Linear(1, 2))
     model[0].weight.data, model[0].bias.data = torch.tensor([[1.0], [0.0]]), torch.zeros(2)
     x, y = torch.tensor([[0.5]]), torch.tensor([0])
@@ -314,14 +314,14 @@ def linear(weight: list[list[float]], bias: list[float], dtype: Any = torch.floa
 FIRST = torch.tensor([0])
 
 
-@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("one_op", [True, False])
 @pytest.mark.parametrize("clip", [([0.7, 0.0], [1.0, 1.0]), (0.7, 0.9)])
 def test_a_pixel_at_an_end_of_clip_that_its_dtype_rounds_is_in_the_box(
-    monkeypatch: Any, clip: Any, quick: bool
+    monkeypatch: Any, clip: Any, one_op: bool
 ) -> None:
     """Takes 0.7, which is less in float32: x itself is no point above 0.7."""
-    if not quick:
-        monkeypatch.setattr(soundness, "quick", lambda chain: False)
+    if not one_op:
+        monkeypatch.setattr(soundness, "fits_one_op", lambda chain: False)
     end = torch.tensor(0.7).item()
     model = nn.Sequential(
         linear([[2.0**20, 0.0], [0.0, 1.0]], [-(2.0**20) * end, 0.0]),

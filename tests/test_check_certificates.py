@@ -384,7 +384,7 @@ def test_the_exact_margin_at_a_certified_radius_is_above_0(mnist_small, count):
 def test_no_margin_of_many_is_above_the_exact_one(monkeypatch, count, layered):
     """Takes 250 boxes a network and a claim: 10^6 margins in all, with --slow."""
     if layered:
-        monkeypatch.setattr(soundness, "quick", lambda chain: False)
+        monkeypatch.setattr(soundness, "fits_one_op", lambda chain: False)
     else:
         monkeypatch.setattr(
             soundness, "margins", lambda c, low, high, y: torch.full((len(y), 1), torch.nan)

@@ -504,7 +504,7 @@ def test_a_sound_certificate_that_the_attack_refutes_is_one_line_and_the_evidenc
         ((KernelStep, "__call__"), "train", "a step of training with batch_size=16"),
         ((certificates, "_bounded"), "train", "evaluation with eval_batch_size=25"),
         ((attacks, "_step"), "train", "evaluation with eval_batch_size=25"),
-        ((certificates, "_soundly"), "certify", "evaluation with eval_batch_size=7"),
+        ((certificates, "_in_one_op"), "certify", "evaluation with eval_batch_size=7"),
         ((attacks, "_step"), "attack", "evaluation with eval_batch_size=7"),
     ],
 )

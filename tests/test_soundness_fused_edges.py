@@ -113,16 +113,16 @@ FLUSHED = {  # weight and bias of z_0, and x: each z_0 is below 0, and above it 
 }
 
 
-@pytest.mark.parametrize(("number", "quick"), [("weight", 0), ("bias", 0), ("bias", 1), ("x", 0)])
+@pytest.mark.parametrize(("number", "one_op"), [("weight", 0), ("bias", 0), ("bias", 1), ("x", 0)])
 def test_subnormal_numbers_where_they_are_flushed(
-    number: str, quick: int, monkeypatch: pytest.MonkeyPatch
+    number: str, one_op: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Is about rules A to F as well, which convert weights, biases and boxes to float64."""
     weight, bias, value = FLUSHED[number]
     model = nn.Sequential(linear([[weight], [0.0]], [bias, 0.0]))
     x = torch.full((1, 1), value)
-    if not quick:
-        monkeypatch.setattr(soundness, "quick", lambda chain: False)
+    if not one_op:
+        monkeypatch.setattr(soundness, "fits_one_op", lambda chain: False)
     box = cf.Interval(x, x)
     right = cf.certify(model, x, ZERO, box, None)
     assert not right.verified and right.margins[0, 1] < 0
@@ -167,7 +167,7 @@ def test_a_trained_network_at_its_certified_radius(monkeypatch: pytest.MonkeyPat
     x = datasets.load("mnist5k").test.pixels()[11:12]
     y = model(x).argmax(1)
     with monkeypatch.context() as layered:
-        layered.setattr(soundness, "quick", lambda chain: False)
+        layered.setattr(soundness, "fits_one_op", lambda chain: False)
         radius = cf.certified_radius(model, x, y, greatest=0.5)
         assert cf.certify(model, x, y, radius.item()).verified
     assert cf.certify(model, x, y, radius.item()).verified

@@ -111,7 +111,7 @@ void pack_input(const NetworkPlan<E>& plan, const NetworkForward<T>& op, int64_t
     return pack_image(Copy<T, S>{}, sources, s, g, 0, out);
   }
   if (g.streams == 1) return pack_image(Copy<T, 1>{}, &sources[2], s, g, n, out);
-  if (const Slack<T>& slack = plan.layers[0].slack; slack.wanted)
+  if (const Slack<T>& slack = plan.layers[0].slack; slack.wanted())
     return pack_image(Outward<T>{slack.input}, sources, s, g, n, out);
   pack_image(CenterRadius<T, S>{}, sources, s, g, n, out);
 }
@@ -174,7 +174,7 @@ void Network<E>::forward(const NetworkForward<Number<E>>& op) const {
   using T = Number<E>;
   const NetworkPlan<E>& plan = *plan_;
   const std::vector<Layer<E>>& layers = plan.layers;
-  const Nearest<T> nearest(layers[0].slack.wanted);
+  const Nearest<T> nearest(layers[0].slack.wanted());
   const T* panels = pack_weights(plan, op.weights, false, true, op.threads);
   const std::vector<const T*> biases = padded_biases(plan, op);
   const int64_t batch = plan.batch;

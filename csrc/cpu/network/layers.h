@@ -167,7 +167,7 @@ template <class E>
     return;
   }
   const Vec<T> mu = streams[0] + bias, nominal = streams[2] + bias;
-  const Vec<T> radius = layer.slack.wanted ? reach<T>(streams[1], bias, layer.slack) : streams[1];
+  const Vec<T> radius = layer.slack.wanted() ? reach<T>(streams[1], bias, layer.slack) : streams[1];
   if (layer.relu) {
     const Vec<T> upper = mu + radius, half = positive<T>(upper) * T(0.5);
     streams[0] = mu > radius ? mu : half;
@@ -178,7 +178,7 @@ template <class E>
     streams[1] = radius;
     streams[2] = nominal;
   }
-  if (layer.slack.wanted) streams[1] = outward<T>(streams[0], streams[1], layer.slack.next);
+  if (layer.slack.wanted()) streams[1] = outward<T>(streams[0], streams[1], layer.slack.next);
 }
 
 // The (m, r, nominal) that `activate` made, from where they are packed.

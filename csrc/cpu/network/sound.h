@@ -43,13 +43,14 @@ class Nearest {
   std::fenv_t before_;
 };
 
-// The factors of a layer.
+// The factors of a layer, 0 where bounds need not be sound.
 template <class T>
 struct Slack {
-  bool wanted = false;  // whether bounds must be sound
   T input = 0;  // how much larger, relative to |center| + radius, the box is that it is given
   T bias = 0;   // what a bias adds, relatively
   T next = 0;   // `input` of the next layer
+
+  bool wanted() const { return input > 0; }
 };
 
 template <class T>  // more than what underflow takes from a sum
@@ -64,7 +65,7 @@ Slack<T> slack(int64_t count, Given given) {
   const double rounded = 1.0625 * static_cast<double>(count + 24);
   // the same error once more, of every evaluation in float32
   const double theirs = given == Given::kFloat32 ? rounded * 0x1p-24 : 0;
-  return {true, static_cast<T>(rounded * u + theirs), static_cast<T>(theirs), 0};
+  return {static_cast<T>(rounded * u + theirs), static_cast<T>(theirs), 0};
 }
 
 // The radius of a box that holds what [m - r, m + r] does, larger by the slack of what reads it.
