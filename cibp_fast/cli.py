@@ -45,11 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # pydantic's own import would end in a page about a Ctrl-C
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
             try:
-                from cibp_fast import commands
+                from cibp_fast import parsing
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            spelled = partial(commands.spelled, words[:1] == ["attack"])
-            commands.run(words)
+            spelled = partial(parsing.spelled, words[:1] == ["attack"])
+            parsing.run(words)
         except KeyboardInterrupt as interrupt:
             again = "the same command" + " without --overwrite" * ("--overwrite" in words)
             goes_on = f": {again} goes on" if interrupt.args else ""  # after a training has saved

@@ -5,116 +5,46 @@ What takes seconds to import is imported by the command that needs it: help is t
 
 from __future__ import annotations
 
-import io
-import re
-import shlex
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stderr, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cibp_fast.training import missing
+from cibp_fast.options import (
+    DEFAULT_PRESET,
+    DIR,
+    MOST_THREADS,
+    Changes,
+    Command,
+    FlagCreatePairsOff,
+    N,
+    OnData,
+    Positional,
+    Radius,
+    Recipe,
+    arg,
+    word,
+)
 from cibp_fast.training.config import (
     PRESET_GRAMMAR,
     Config,
-    as_text,
-    choices,
     counted,
-    did_you_mean,
     epoch_steps,
     parse,
     preset,
 )
 from cibp_fast.training.files import make_folder
 
-try:
-    import tyro
-    from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg, subcommand
-    from tyro.constructors import PrimitiveConstructorSpec
-except ImportError as error:
-    raise missing(error) from None
-
 if TYPE_CHECKING:
     from cibp_fast.training.datasets import Split
     from cibp_fast.training.runs import Network
 
-DEFAULT_PRESET = "mnist5k-small-0.1-cibp"
 MOST_SEEDS = 1000
-MOST_THREADS = 1024  # beyond it the system may refuse to start them, which ends the process
-
-
-def _word(metavar: str, read: Callable[[str], Any]) -> PrimitiveConstructorSpec[Any]:
-    """Returns what makes an option of one word; tyro's own of `int | None` takes the word None."""
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=metavar,
-        instance_from_str=lambda words: read(words[0]),
-        is_instance=lambda value: True,
-        str_from_instance=lambda value: [str(value)],
-    )
-
-
-N, DIR = _word("N", int), _word("DIR", Path)
-
-
-def _changes(hints: Mapping[str, str]) -> Any:
-    """Returns the type of options that change these fields of the Config, a dict of those given.
-
-    hints: what the help says of each field's default.
-    """
-    options: dict[str, Any] = {}
-    for name, hint in hints.items():
-        option = Config.model_fields[name]
-        about = arg(help=option.description, help_behavior_hint=hint)
-        word = _word("|".join(choices(name)) or "VALUE", partial(parse, name))
-        options[name] = (
-            Annotated[bool, about] if option.annotation is bool else Annotated[Any, word, about]
-        )
-    return OmitArgPrefixes[TypedDict("Changes", options, total=False)]  # type: ignore
-
-
-if TYPE_CHECKING:
-    Recipe = dict[str, Any]
-    Changes = dict[str, Any]
-    Radius = dict[str, Any]
-else:
-    Recipe = _changes({name: f"[{as_text(value)}]" for name, value in preset(DEFAULT_PRESET)})
-    Changes = _changes(dict.fromkeys(("eps", "eval_batch_size"), "(default: the run's)"))
-    Radius = _changes({"eps": "(default: the run's)"})
-
-
-@dataclass(kw_only=True)
-class Command:
-    """Holds what all commands take.
-
-    Attributes:
-        threads: processor threads
-    """
-
-    threads: Annotated[int | None, N, arg(help_behavior_hint="(default: torch's choice)")] = None
-
-    def run(self) -> None:
-        raise NotImplementedError
-
-
-@dataclass(kw_only=True)
-class OnData(Command):
-    """Holds what the commands take that read a data set.
-
-    Attributes:
-        data_root: folder of the data sets; mnist5k needs none, and warns of one
-        unverified_data: only warn of data files that are not the official ones
-    """
-
-    data_root: Annotated[
-        Path | None, DIR, arg(help_behavior_hint="(default: $CIBP_FAST_DATA, or data)")
-    ] = None
-    unverified_data: FlagCreatePairsOff[bool] = False
 
 
 @dataclass(kw_only=True)
@@ -270,7 +200,7 @@ class Reproduce(OnData):
     """
 
     target: Annotated[Positional[str], arg(metavar="TARGET", help_behavior_hint="")]
-    only: Annotated[str | None, _word("PATTERN", str), arg(help_behavior_hint="")] = None
+    only: Annotated[str | None, word("PATTERN", str), arg(help_behavior_hint="")] = None
     seeds: Annotated[int, N] = 1
     results: Annotated[Path, DIR] = Path("results")
     output: Annotated[
@@ -278,7 +208,7 @@ class Reproduce(OnData):
     ] = None
     plan: FlagCreatePairsOff[bool] = False
     report: FlagCreatePairsOff[bool] = False
-    budget: Annotated[float | None, _word("HOURS", float), arg(help_behavior_hint="")] = None
+    budget: Annotated[float | None, word("HOURS", float), arg(help_behavior_hint="")] = None
     jobs: Annotated[int, N] = 1
     device: str = "cpu"
 
@@ -337,7 +267,7 @@ class OnNetworks(OnData):
     """
 
     run_dir: Annotated[Positional[Path], arg(metavar="RUN_DIR", help_behavior_hint="")]
-    preset: Annotated[str | None, _word("NAME", str), arg(help_behavior_hint="")] = None
+    preset: Annotated[str | None, word("NAME", str), arg(help_behavior_hint="")] = None
 
     def networks(self) -> list[Network]:
         """Returns the trained networks: several of a folder of seeds."""
@@ -495,8 +425,8 @@ class Audit(Command):
 
     folder: Annotated[Positional[Path], arg(metavar="FOLDER", help_behavior_hint="")]
     threads: Annotated[int | None, N, arg(help_behavior_hint="(default: all processors)")] = None
-    weights: Annotated[Path | None, _word("FILE", Path), arg(help_behavior_hint="")] = None
-    inputs: Annotated[Path | None, _word("FILE", Path), arg(help_behavior_hint="")] = None
+    weights: Annotated[Path | None, word("FILE", Path), arg(help_behavior_hint="")] = None
+    inputs: Annotated[Path | None, word("FILE", Path), arg(help_behavior_hint="")] = None
     sample: Annotated[
         int | None, N, arg(help_behavior_hint="(default: all, or 100 of a large network's)")
     ] = None
@@ -547,7 +477,7 @@ class Attack(Evaluation):
     loss: Literal["auto", "cross_entropy", "margin"] = "auto"
     steps: Annotated[int, N] = 200
     restarts: Annotated[int, N] = 10
-    step_size: Annotated[Any, _word("S", partial(parse, "pgd_step_size"))] = 0.01
+    step_size: Annotated[Any, word("S", partial(parse, "pgd_step_size"))] = 0.01
     seed: Annotated[int, N] = 0
 
     def run(self) -> None:
@@ -637,8 +567,8 @@ class Plot(Command):
     run_dirs: Annotated[
         Positional[tuple[Path, ...]], arg(metavar="[RUN_DIR ...]", help_behavior_hint="")
     ] = ()
-    preset: Annotated[str | None, _word("NAME", str), arg(help_behavior_hint="")] = None
-    output: Annotated[Path, _word("FILE", Path), arg(aliases=("-o",))]
+    preset: Annotated[str | None, word("NAME", str), arg(help_behavior_hint="")] = None
+    output: Annotated[Path, word("FILE", Path), arg(aliases=("-o",))]
 
     def run(self) -> None:
         if bool(self.run_dirs) == (self.preset is not None):
@@ -658,87 +588,6 @@ COMMANDS: dict[str, type[Command]] = {
     kind.__name__.lower(): kind
     for kind in (Info, Quickstart, Train, Reproduce, Certify, Audit, Attack, Export, Plot)
 }
-
-ABOUT = f"""Train and certify provably robust networks with interval bounds.
-
-examples:
-  cibp-fast quickstart                    two networks on 5,000 digits, a few minutes
-  cibp-fast train --preset {DEFAULT_PRESET} --run-dir runs/first
-  cibp-fast reproduce all --plan          the paper's table and figures: what they need
-  cibp-fast certify runs/first --eps 0.05
-  cibp-fast audit certificates/first      check a folder of certificates independently
-  cibp-fast attack runs/first --steps 200 --restarts 10
-  cibp-fast export runs/first             for other verifiers
-  cibp-fast plot runs/first -o curves.png
-  cibp-fast info                          what is installed, which kernel runs and why
-  cibp-fast --version"""
-
-
-def spelled(attack: bool, message: str) -> str:
-    """Returns the message with options in place of Python's arguments.
-
-    `x must` at the beginning becomes `--x must`, and `x=1` anywhere `--x 1`.
-
-    attack: of the command `attack`, where PGD's have no prefix; its warning in training gets one.
-    """
-
-    def option(found: re.Match[str]) -> str:
-        name = re.sub("^(pgd_)?(?=step_size)", "pgd_", found[1] or found[2])
-        name = name.removeprefix("pgd_") if attack else name
-        return f"--{name.replace('_', '-')} {(found[3] or '').replace('None', 'none')}".rstrip()
-
-    argument = r"^(\w+)(?= must\s)|(?<!\S)(\w+)='?([^\s'(),;:/]+)'?(?=[\s:]|$)"
-    return re.sub(argument, option, message)
-
-
-# What tyro says, and in its place:
-PLAIN = {
-    " (Argument helptext|For full helptext).*": "",
-    r"^Error parsing (\S+): invalid literal for int.*10:": r"\1 must be a whole number, not",
-    r"^Error parsing (\S+): could not convert string to float:": r"\1 must be a number, not",
-    r"^Error parsing (\S+):": r"\1",
-    r"^Missing value for argument '(\S+)'.*": r"\1 needs a value",
-    r"^Unrecognized options: ([^ ,]+).* (?:meant|similar to \S+): (--[\w-]+).*": (
-        r"COMMAND does not take '\1': did you mean '\2'?"
-    ),
-    r"^Unrecognized options: ([^ ,]+).*": r"COMMAND does not take '\1'",
-}
-
-
-def run(words: Sequence[str]) -> None:
-    """Runs the command that the words say. Raises ValueError with one line about bad ones."""
-    name = words[0] if words else ""
-    if name not in (*COMMANDS, "-h", "--help"):
-        what = f"unknown command {name!r}{did_you_mean(name, COMMANDS)}" if words else "No command."
-        raise ValueError(f"{what} The commands are {', '.join(COMMANDS)}; see cibp-fast --help")
-    if any(re.fullmatch("(--[^=]+=)?", word) for word in words):
-        raise ValueError(f"a word is empty: cibp-fast {shlex.join(words)}")
-    kinds = [Annotated[kind, subcommand(each)] for each, kind in COMMANDS.items()]
-    every: Any = Union[tuple(kinds)]  # noqa: UP007
-    printed = io.StringIO()
-    try:
-        with redirect_stderr(printed):
-            command: Any = (
-                tyro.cli(COMMANDS[name], args=words[1:], prog=f"cibp-fast {name}")
-                if name in COMMANDS
-                else tyro.cli(every, args=words, prog="cibp-fast", description=ABOUT)
-            )
-    except SystemExit as exit:
-        if not exit.code:
-            raise  # after help
-        _, _, problem = printed.getvalue().partition("\n")  # of a box, with a title
-        plain = re.sub(r"\x1b\[[\d;]*m", "", problem)  # of colours
-        plain = " ".join(re.sub("[─│╭╮╰╯]|-{5,}", " ", plain).split())
-        for pattern, text in PLAIN.items():
-            plain = re.sub(pattern, text.replace("COMMAND", name), plain)
-        raise ValueError(f"{plain.rstrip('.')}; see cibp-fast {name} --help") from None
-    if command.threads is not None:
-        if not 1 <= command.threads <= MOST_THREADS:
-            raise ValueError(f"threads must be from 1 to {MOST_THREADS}, not {command.threads}")
-        import torch
-
-        torch.set_num_threads(command.threads)
-    command.run()
 
 
 def _table(results: Mapping[str, dict[str, Any]]) -> str:

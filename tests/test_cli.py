@@ -19,7 +19,7 @@ from digits import SHORT, load_toy
 from digits import TOY_PRESET as PRESET
 from processes import python
 
-from cibp_fast import __version__, attacks, certificates, cli, commands
+from cibp_fast import __version__, attacks, certificates, cli, commands, options
 from cibp_fast.certificates import Certificate
 from cibp_fast.training import datasets, evaluation, loop, runs
 from cibp_fast.training.config import Config, as_text, preset
@@ -159,14 +159,14 @@ def _help(capsys, *words):
 
 def test_every_field_of_the_config_is_an_option_with_help(capsys):
     printed = _help(capsys, "train")
-    for name, value in preset(commands.DEFAULT_PRESET):
+    for name, value in preset(options.DEFAULT_PRESET):
         about = " ".join(Config.model_fields[name].description.split())
         assert f"--{name.replace('_', '-')}" in printed
         assert f"{about} [{as_text(value)}]" in printed
     assert "examples: cibp-fast train" in printed
     grammar = "dataset-net-eps-method[-gowal][-fast-ramp][-same][-normalized]"
     assert grammar in printed.replace(" ", "")  # which lines are broken in
-    assert f"(default: {commands.DEFAULT_PRESET})" in printed
+    assert f"(default: {options.DEFAULT_PRESET})" in printed
 
 
 def _imported(*words: object, before: str = "") -> str:
