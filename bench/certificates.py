@@ -131,7 +131,8 @@ def growth(name: str, options: argparse.Namespace) -> list[Row]:
             found = {}
             for kind in ("real", "float32"):
                 lower, upper, _ = fused._sound_features(kind, x, box.lower, box.upper)
-                found[kind] = (upper - lower).double().mean().item() / width - 1
+                if width:  # where all units are dead there is none
+                    found[kind] = (upper - lower).double().mean().item() / width - 1
         products = layers[place - 1].weight[0].numel()
         facts = {"network": name, "layer": len(rows) + 1, "products": products, "examples": len(x)}
         rows.append(facts | timing.rounded({"width": width, **found}))

@@ -445,17 +445,22 @@ def certificates() -> list[str]:
 
 def widths() -> list[str]:
     rows = [row for row in read("widths") if not row["note"]]
+    by_network: dict[str, list[Row]] = {}
+    for row in rows:
+        by_network.setdefault(row["network"], []).append(row)
+    most = max(map(len, by_network.values()))
     body = []
-    for network in dict.fromkeys(row["network"] for row in rows):
-        own = [row for row in rows if row["network"] == network]
-        texts = [f"{float(r['real']):.1e}, {float(r['float32']):.1e}" for r in own]
-        body.append([f"`{network}`", *texts])
-    products = [row["products"] for row in rows if row["network"] == rows[-1]["network"]]
-    head = ["network", *(f"ReLU {place + 1}" for place in range(len(products)))]
+    for network, own in by_network.items():
+        products = ", ".join(row["products"] for row in own)
+        texts = [
+            f"{cell(row, 'real', '{:.1e}'.format)}, {cell(row, 'float32', '{:.1e}'.format)}"
+            for row in own
+        ]
+        body.append([f"`{network}`", products, *texts, *["-"] * (most - len(own))])
+    head = ["network", "products of a sum", *(f"ReLU {place + 1}" for place in range(most))]
     about = (
         "By how much sound boxes (`real`, `float32`) are wider than those of float64 behind each "
-        f"ReLU, in the mean of {rows[0]['examples']} examples; it grows with the products of a sum "
-        f"(MNIST: {', '.join(products)}):"
+        f"ReLU, in the mean of {rows[0]['examples']} examples; it grows with the products of a sum:"
     )
     return block(about, head, body, rows, "widths")
 

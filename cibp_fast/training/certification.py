@@ -40,6 +40,9 @@ WEIGHTS, INPUTS = "weights.safetensors", "inputs.npz"
 # In the order in which overwriting removes them: a folder without the first is not finished, and
 # one that has the last, but nothing else, begins that task.
 FILES = (RESULT, CERTIFICATES, INPUTS, WEIGHTS, TASK)
+# Relative: a written margin is so much below the proven one, which leaves room for the roundings of
+# a checker in float64: then it needs fractions for very few.
+ROOM = 2.0**-36
 ANEW = "replace it with --overwrite, or choose another folder"
 
 
@@ -307,7 +310,9 @@ def _line(index: int, label: int, predicted: int, verified: bool, margin: float)
 
 
 def _lines(found: Certificate, first: int, y: Tensor) -> list[bytes]:
-    columns = (y, found.predicted, found.verified, found.margin.double())
+    margin = found.margin.double()
+    margin = torch.where(margin.isfinite(), margin - ROOM * margin.abs(), margin)
+    columns = (y, found.predicted, found.verified, margin)
     rows = zip(*(column.tolist() for column in columns), strict=True)
     return [_line(first + row, *values) for row, values in enumerate(rows)]
 

@@ -206,3 +206,15 @@ def test_tables_that_are_refused(empty: Path, other: dict[str, str], message: st
     write(empty, "gpu_numerics", [{}, other])
     with pytest.raises(ValueError, match=message):
         report.gpu()
+
+
+def test_widths_of_networks_of_other_depths_and_of_dead_layers(results: Path) -> None:
+    first = {"network": "a", "layer": 1, "products": 16, "examples": 9, "real": 1e-5}
+    common = {"cpu": "a CPU", "isa": "avx2", "threads": 1, "torch": "2", "date": "2026-01-01"}
+    rows = [first | {"float32": 2e-5}, first | {"layer": 2, "products": 20, "float32": 3e-5}]
+    dead = {"network": "b", "layer": 1, "products": 30, "examples": 9}
+    timing.write(results / "widths.csv", [row | common for row in (*rows, dead)])
+    lines = report.widths()
+    deep, shallow = cells(lines, "`a`"), cells(lines, "`b`")
+    assert deep["products of a sum"] == "16, 20" and deep["ReLU 2"] == "1.0e-05, 3.0e-05"
+    assert (shallow["ReLU 1"], shallow["ReLU 2"]) == ("-, -", "-")

@@ -175,7 +175,9 @@ def test_every_field(tmp_path, semantics, clip):
         assert line["predicted"] == expected.predicted[index]
         assert line["verified"] is bool(expected.verified[index])
         margin = float.fromhex(line["margin"])
-        assert margin == expected.margin[index] and margin.hex() == line["margin"]
+        proven = expected.margin[index].item()
+        assert margin == proven - 2.0**-36 * abs(proven) < proven
+        assert margin.hex() == line["margin"]
         assert line["verified"] == (margin > 0 and line["predicted"] == line["label"])
         if index < 3:  # at most the exact one, and not much less
             box = exact.ball(torch.from_numpy(x[index]), EPS, clip)
@@ -201,7 +203,7 @@ def test_a_nan_and_an_infinite_margin_are_read_again(tmp_path, monkeypatch):
     assert margins == [
         "nan",
         "-inf",
-        "0x1.999999999999ap-4",
+        "0x1.9999999980000p-4",
         "-0x0.0p+0",
         "0x0.0000000000001p-1022",
     ]
