@@ -8,15 +8,14 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
-#include <mutex>
-#include <new>
 #include <string>
 #include <vector>
 
 #include "cpu/conv2d.h"
 #include "cpu/linear.h"
 #include "cpu/loss.h"
+#include "cpu/memory.h"
+#include "cpu/network/graph.h"
 #include "cpu/network/network.h"
 #include "cpu/network/train.h"
 #include "cpu/peak.h"
@@ -121,63 +120,13 @@ bool loss_backward_py(const LinearShape& shape, int threads, const std::array<in
                            pointer<T>(out[2]), pointer<T>(out[3]), pointer<T>(out[4])});
 }
 
-// Memory for what the forward pass saves, kept from call to call: fresh pages would cost small
-// networks a tenth of their time. At most kKept blocks stay, so it is bounded by what was in use.
-class Buffer {
+// Memory for what the forward pass saves.
+class Buffer : public Memory {
  public:
-  explicit Buffer(size_t bytes) {
-    if (bytes == 0) bytes = 1;
-    const std::lock_guard<std::mutex> lock(mutex());
-    auto best = kept().end();  // the smallest that is large enough, and not much too large
-    for (auto it = kept().begin(); it != kept().end(); ++it)
-      if (it->bytes >= bytes && it->bytes / 2 <= bytes &&
-          (best == kept().end() || it->bytes < best->bytes))
-        best = it;
-    if (best != kept().end()) {
-      block_ = *best;
-      kept().erase(best);
-    } else {
-      block_ = {std::aligned_alloc(64, (bytes + 63) / 64 * 64), bytes};
-      if (!block_.data) throw std::bad_alloc();
-    }
-    size_ = bytes;
-  }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() {
-    const std::lock_guard<std::mutex> lock(mutex());
-    kept().push_back(block_);
-    if (kept().size() > kKept) {  // the one unused for longest
-      std::free(kept().front().data);
-      kept().erase(kept().begin());
-    }
-  }
+  using Memory::Memory;
   py::buffer_info view() {
-    return {static_cast<uint8_t*>(block_.data), static_cast<ssize_t>(size_)};
+    return {static_cast<uint8_t*>(data()), static_cast<ssize_t>(size())};
   }
-
- private:
-  struct Block {
-    void* data;
-    size_t bytes;
-  };
-  static constexpr size_t kKept = 2;
-  // Never destroyed: tensors may outlive this module.
-  static std::vector<Block>& kept() {
-    static auto* blocks = [] {
-      auto* made = new std::vector<Block>;
-      made->reserve(kKept + 1);  // so that a destructor need not
-      return made;
-    }();
-    return *blocks;
-  }
-  static std::mutex& mutex() {
-    static auto* instance = new std::mutex;
-    return *instance;
-  }
-
-  Block block_;
-  size_t size_;
 };
 
 template <class P>
@@ -225,6 +174,50 @@ void define_network(py::module_& m, const char* suffix) {
       .def_property_readonly("example_bytes", &Network<E>::example_bytes)
       .def("forward", &network_forward_py<E>, Unlocked())
       .def("backward", &network_backward_py<E>, Unlocked());
+}
+
+// Addresses of one kind for each node; 0: none.
+using Addresses = std::vector<int64_t>;
+
+template <class E>
+void graph_forward_py(const Graph<E>& graph, int threads, const std::array<Addresses, 4>& parameters,
+                      const std::array<Tensor, 3>& in, bool mean, int64_t saved,
+                      const std::array<int64_t, 6>& out,
+                      const std::array<Addresses, 2>& statistics) {
+  using T = Number<E>;
+  graph.forward({threads, pointers<const T>(parameters[0]), pointers<const T>(parameters[1]),
+                 pointers<const T>(parameters[2]), pointers<const T>(parameters[3]),
+                 tensor4<T>(in[0]), tensor4<T>(in[1]), tensor4<T>(in[2]), mean,
+                 pointer<std::byte>(saved), pointer<T>(out[0]), pointer<T>(out[1]),
+                 pointer<T>(out[2]), pointer<T>(out[3]), pointer<T>(out[4]), pointer<T>(out[5]),
+                 pointers<T>(statistics[0]), pointers<T>(statistics[1])});
+}
+
+template <class E>
+void graph_backward_py(const Graph<E>& graph, int threads,
+                       const std::array<Addresses, 3>& parameters, bool mean, int64_t saved,
+                       const std::array<Addresses, 2>& statistics,
+                       const std::array<int64_t, 8>& in, const std::array<int64_t, 3>& out,
+                       const std::array<Addresses, 4>& gradients) {
+  using T = Number<E>;
+  graph.backward({threads, pointers<const T>(parameters[0]), pointers<const T>(parameters[1]),
+                  pointers<const T>(parameters[2]), mean, pointer<const std::byte>(saved),
+                  pointers<const T>(statistics[0]), pointers<const T>(statistics[1]),
+                  pointer<const T>(in[0]), pointer<const T>(in[1]), pointer<const T>(in[2]),
+                  pointer<const T>(in[3]), pointer<const T>(in[4]), pointer<const T>(in[5]),
+                  pointer<const T>(in[6]), pointer<const T>(in[7]), pointer<T>(out[0]),
+                  pointer<T>(out[1]), pointer<T>(out[2]), pointers<T>(gradients[0]),
+                  pointers<T>(gradients[1]), pointers<T>(gradients[2]), pointers<T>(gradients[3])});
+}
+
+template <class E>
+void define_graph(py::module_& m, const char* suffix) {
+  using Unlocked = py::call_guard<py::gil_scoped_release>;
+  py::class_<Graph<E>>(m, (std::string("Graph_") + suffix).c_str(), py::module_local())
+      .def(py::init<const std::vector<Node>&>(), "nodes"_a)
+      .def_property_readonly("saved_bytes", &Graph<E>::saved_bytes)
+      .def("forward", &graph_forward_py<E>, Unlocked())
+      .def("backward", &graph_backward_py<E>, Unlocked());
 }
 
 // One step of training; the addresses of a parameter are those of its value and its two moments.
@@ -278,6 +271,7 @@ void define(py::module_& m, const char* suffix) {
   def("relu_forward_", &relu_forward_py<T>);
   def("relu_backward_", &relu_backward_py<T>);
   define_network<T>(m, suffix);
+  define_graph<T>(m, suffix);
 }
 
 // The geometry of layers, by the names that kernels/shape.py has. All classes are the module's own:
@@ -313,6 +307,19 @@ void define_shapes(py::module_& m) {
              return NetworkLayer{shape, relu, pool, fast};
            }),
            py::kw_only(), "shape"_a, "relu"_a, "pool"_a, "fast"_a);
+  py::enum_<NodeKind>(m, "NodeKind", py::module_local())
+      .value("affine", NodeKind::kAffine)
+      .value("pool", NodeKind::kPool)
+      .value("sum", NodeKind::kSum);
+  py::class_<Edge>(m, "Edge", py::module_local())
+      .def(py::init([](int64_t value, double slope) { return Edge{value, slope}; }), py::kw_only(),
+           "value"_a, "slope"_a);
+  py::class_<Node>(m, "Node", py::module_local())
+      .def(py::init([](NodeKind kind, const Shape& shape, bool fast, const Edge& a, const Edge& b,
+                       bool norm, double eps) {
+             return Node{kind, shape, fast, a, b, norm, eps};
+           }),
+           py::kw_only(), "kind"_a, "shape"_a, "fast"_a, "a"_a, "b"_a, "norm"_a, "eps"_a);
 }
 
 // Instruction sets of this CPU that a build may need, as the operating system lets them be used.
@@ -339,6 +346,7 @@ PYBIND11_MODULE(CIBP_MODULE, m) {
   define<float>(m, "float32");
   define<double>(m, "float64");
   define_network<BFloat16>(m, "bfloat16");
+  define_graph<BFloat16>(m, "bfloat16");
   define_train_step<float>(m, "float32");
   define_train_step<BFloat16>(m, "bfloat16");
   m.def("cpu_features", &cpu_features);

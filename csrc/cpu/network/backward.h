@@ -17,6 +17,7 @@
 #include "pool.h"
 #include "saved.h"
 #include "scatter.h"
+#include "sums.h"
 #include "winograd.h"
 
 namespace cibp {
@@ -69,33 +70,6 @@ std::vector<Number<E>> head_gradient(const NetworkBackward<Number<E>>& op, const
         to[depth] = op.grad_head_upper[from] - op.grad_head_lower[from];
       }
   return gradient;
-}
-
-// Adds one example's gradient of a bias, and of a ball's radius.
-template <int STREAMS, class G, class E>
-void add_bias_gradient(const Layer<E>& layer, const G* gradient, double* bias_sums,
-                       double* radius_sums) {
-  using T = Number<E>;
-  const Shape& s = layer.shape;
-  const Geometry& h = layer.gradient;
-  const int64_t channels = s.out_channels;
-  for (int64_t c = 0; c < layer.width(); c += kLanes<T>) {
-    Vec<T> totals[2] = {};
-    for (int64_t y = 0; y < s.out_height; ++y)
-      for (int64_t x = 0; x < s.out_width; ++x) {
-        const G* p = gradient + h.offset(y, x) + c;
-        totals[0] += numbers(p);
-        if constexpr (STREAMS > 1)
-          totals[0] += numbers(p + 2 * h.stream_stride());
-        else
-          totals[1] += numbers(p + h.stream_stride());
-      }
-    const int64_t count = std::min<int64_t>(kLanes<T>, channels - c);
-    for (int64_t i = 0; i < count; ++i) {
-      bias_sums[c + i] += static_cast<double>(totals[0][i]);
-      if constexpr (STREAMS == 1) radius_sums[c + i] += static_cast<double>(totals[1][i]);
-    }
-  }
 }
 
 // One example's gradient of the input of the first dense layer, into the padded image that the
@@ -169,6 +143,30 @@ void input_gradient(const Layer<E>& layer, int64_t images, const Number<E>* pane
   }
 }
 
+// The gradient of the network's input, of example n, from that of the first convolution's output.
+template <class E>
+void convolve_to_input(const NetworkPlan<E>& plan, const NetworkBackward<Number<E>>& op,
+                       const Number<E>* panels, int64_t n, const Number<E>* gradient) {
+  using T = Number<E>;
+  const Layer<E>& layer = plan.layers[0];
+  const Shape& s = layer.shape;
+  if (layer.scatter) {
+    const ScatterImage image(s);
+    T* const out = scratch<T>(Slot::kSource, image.size() + kLanes<T>);
+    scatter_input_gradient(layer, panels, gradient, out);
+    return unpack_gradient(plan, op, n, out, plan.input_at, image.stream_stride());
+  }
+  const int64_t pitch = round_up(s.in_channels, kLanes<T>);
+  const int64_t stream_stride = s.in_height * s.in_width * pitch;
+  T* const out = scratch<T>(Slot::kSource, S * stream_stride);
+  input_gradient(layer, 1, panels, gradient, plan.backward_max_pixels,
+                 [&](int64_t, int64_t pixel, int64_t channel, Vec<T>* streams) {
+                   T* to = out + pixel * pitch + channel;
+                   for (int k = 0; k < S; ++k) store<T>(to + k * stream_stride, streams[k]);
+                 });
+  unpack_gradient(plan, op, n, out, plan.input_at, stream_stride);
+}
+
 // The gradients of the dense layers; returns that of the first one's input, packed as it is, or
 // null where nobody wants it. grad_squares: by the sums of squares that the widths are made of.
 template <class E>
@@ -219,31 +217,20 @@ class Convolutions {
         grad_squares_(grad_squares),
         panels_(panels),
         wants_input_(wants_input),
-        wants_parameters_(wanted(op.grad_weights) || wanted(op.grad_biases)) {}
+        sums_(plan, op, plan.batch > 1 ? op.threads : 1) {}
 
   // gradient: of the input of the first dense layer.
   void run(const E* gradient) {
-    const int64_t batch = plan_.batch;
-    parts_ = batch > 1 ? op_.threads : 1;
-    sums_ = wants_parameters_ ? plan_.sums : 0;
-    plus_ = scratch<T>(Slot::kSumA, parts_ * sums_);
-    magnitude_ = scratch<T>(Slot::kSumB, parts_ * sums_);
-    bias_sums_.assign(static_cast<size_t>(parts_ * plan_.outputs), 0.0);
-    radius_sums_.assign(static_cast<size_t>(parts_ * layers_[0].shape.out_channels), 0.0);
-    parallel(parts_,
-             [&](int index, int parts) { examples(index, Part(batch, index, parts), gradient); });
-    if (wants_parameters_) add_up();
+    parallel(sums_.parts(), [&](int index, int parts) {
+      examples(index, Part(plan_.batch, index, parts), gradient);
+    });
+    sums_.add_up();
   }
 
  private:
-  static bool wanted(const std::vector<T*>& targets) {
-    return std::any_of(targets.begin(), targets.end(), [](const T* target) { return target; });
-  }
-
   // All layers of a part's examples.
   void examples(int index, const Part& part, const E* gradient) {
-    std::fill_n(plus_ + index * sums_, sums_, T{0});
-    std::fill_n(magnitude_ + index * sums_, sums_, T{0});
+    sums_.clear(index);
     T* const images = scratch<T>(Slot::kGradient, plan_.gradient_images + kBlock<T>);
     for (size_t i = 0; i < plan_.convolutions; ++i) {
       const Layer<E>& layer = layers_[i];
@@ -285,44 +272,18 @@ class Convolutions {
       const std::byte* const saved = op_.saved + layer.saved + n * layer.saved_size();
       if (i == 0) {  // which takes one example at a time
         if constexpr (std::is_same_v<G, T>) {
-          add_parameters(part, i, count, reinterpret_cast<const T*>(saved), gradients);
-          if (wants_input_) to_input(n, gradients);
+          sums_.add(part, i, count, reinterpret_cast<const T*>(saved), gradients);
+          if (wants_input_) convolve_to_input(plan_, op_, panels_, n, gradients);
         }
       } else if constexpr (std::is_same_v<G, E>) {
         const E* in = restore(layer, count, saved);
-        if (!layer.pool) add_parameters(part, i, count, in, gradients);
+        if (!layer.pool) sums_.add(part, i, count, in, gradients);
         with_gradients(i - 1, images, [&](auto* out) {
           to_previous(i, count, in, gradients, out);
           layers(part, i - 1, n, n + count, out, images);
         });
       }
       gradients += count * layer.gradient.size();
-    }
-  }
-
-  // Adds the gradients of weight and bias of `count` examples to the part's sums.
-  template <class G>
-  void add_parameters(int part, size_t i, int64_t count, const G* in, const G* gradients) {
-    if (!wants_parameters_) return;
-    const Layer<E>& layer = layers_[i];
-    T* const plus = plus_ + part * plan_.sums + layer.sums;
-    T* const magnitude = magnitude_ + part * plan_.sums + layer.sums;
-    const int64_t channels = layers_[0].shape.out_channels;
-    double* const bias = &bias_sums_[static_cast<size_t>(part * plan_.outputs + layer.bias)];
-    double* const radius = &radius_sums_[static_cast<size_t>(part * channels)];
-    if constexpr (std::is_same_v<G, E>)
-      if (layer.winograd.weight)
-        winograd_weight_gradient(layer, count, in, gradients, plus, magnitude);
-    for (int64_t k = 0; k < count; ++k, in += layer.in.size(), gradients += layer.gradient.size()) {
-      if constexpr (std::is_same_v<G, T>)
-        if (layer.in.streams == 1) {
-          convolve_weight_gradient<T, 1>(layer, in, gradients, plus, magnitude);
-          add_bias_gradient<1>(layer, gradients, bias, radius);
-          continue;
-        }
-      if (!layer.winograd.weight)
-        convolve_weight_gradient<G, S>(layer, in, gradients, plus, magnitude);
-      add_bias_gradient<S>(layer, gradients, bias, radius);
     }
   }
 
@@ -346,68 +307,13 @@ class Convolutions {
                    });
   }
 
-  // The gradient of the network's input, of example n.
-  void to_input(int64_t n, const T* gradient) const {
-    const Shape& s = layers_[0].shape;
-    if (layers_[0].scatter) {
-      const ScatterImage image(s);
-      T* const out = scratch<T>(Slot::kSource, image.size() + kLanes<T>);
-      scatter_input_gradient(layers_[0], panels_, gradient, out);
-      return unpack_gradient(plan_, op_, n, out, plan_.input_at, image.stream_stride());
-    }
-    const int64_t pitch = round_up(s.in_channels, kLanes<T>);
-    const int64_t stream_stride = s.in_height * s.in_width * pitch;
-    T* const out = scratch<T>(Slot::kSource, S * stream_stride);
-    input_gradient(layers_[0], 1, panels_, gradient, plan_.backward_max_pixels,
-                   [&](int64_t, int64_t pixel, int64_t channel, Vec<T>* streams) {
-                     T* to = out + pixel * pitch + channel;
-                     for (int k = 0; k < S; ++k) store<T>(to + k * stream_stride, streams[k]);
-                   });
-    unpack_gradient(plan_, op_, n, out, plan_.input_at, stream_stride);
-  }
-
-  // The gradients of weights and biases, from all parts' sums.
-  void add_up() const {
-    struct Item {  // a vector of a layer's output channels
-      size_t layer;
-      int64_t channel;
-    };
-    std::vector<Item> items;
-    for (size_t i = 0; i < plan_.convolutions; ++i)
-      for (int64_t o = 0; !layers_[i].pool && o < layers_[i].width(); o += kLanes<T>)
-        items.push_back({i, o});
-    parallel_for(op_.threads, static_cast<int64_t>(items.size()), [&](int64_t index) {
-      const auto [i, channel] = items[static_cast<size_t>(index)];
-      const Layer<E>& layer = layers_[i];
-      const WeightSums<T> all{plus_ + layer.sums, magnitude_ + layer.sums, plan_.sums, parts_};
-      if (T* target = op_.grad_weights[i]) {
-        if (layer.winograd.weight)
-          winograd_reduce(layer, op_.weights[i], all, channel, target);
-        else
-          convolve_reduce(layer, op_.weights[i], all, radius_sums_.data(), op_.ball_radius, channel,
-                          target);
-      }
-      const int64_t end = std::min<int64_t>(channel + kLanes<T>, layer.shape.out_channels);
-      for (int64_t o = channel; op_.grad_biases[i] && o < end; ++o) {
-        double total = 0;
-        for (int part = 0; part < parts_; ++part)
-          total += bias_sums_[static_cast<size_t>(part * plan_.outputs + layer.bias + o)];
-        op_.grad_biases[i][o] = static_cast<T>(total);
-      }
-    });
-  }
-
   const NetworkPlan<E>& plan_;
   const std::vector<Layer<E>>& layers_;
   const NetworkBackward<T>& op_;
   const std::vector<T>& grad_squares_;
   const T* const panels_;
-  const bool wants_input_, wants_parameters_;
-  int parts_ = 1;
-  int64_t sums_ = 0;                          // elements of a part's
-  T *plus_ = nullptr, *magnitude_ = nullptr;  // [parts][plan.sums]
-  std::vector<double> bias_sums_;             // [parts][plan.outputs]
-  std::vector<double> radius_sums_;           // [parts][channels of the first layer]
+  const bool wants_input_;
+  ParameterSums<E> sums_;
 };
 
 template <class E>

@@ -72,6 +72,7 @@ struct Passes {
 
 template <class E>
 struct Layer : NetworkLayer {
+  bool first;  // whether it reads what the network is given
   bool dense;
   bool points;  // whether the streams are three points
   Slack<Number<E>> slack;

@@ -37,7 +37,7 @@ const Number<E>* pack_weights(const NetworkPlan<E>& plan,
       });
     else if (backward && layer.scatter)
       pack_scatter<T>(layer.shape, weight, item.block, panel);
-    else if (item.layer == 0)
+    else if (layer.first)
       pack_panel<T>(layer.shape, weight, plan_of_pass, backward, item.block, panel);
     else
       pack_panel<E>(layer.shape, weight, plan_of_pass, backward, item.block, panel);

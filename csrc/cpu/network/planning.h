@@ -26,6 +26,7 @@ template <class E>
 Layer<E> planned_layer(const NetworkLayer& layer_given, bool first, Given given) {
   Layer<E> layer{};
   static_cast<NetworkLayer&>(layer) = layer_given;
+  layer.first = first;
   layer.points = given == Given::kPoints;
   const Shape& s = layer.shape;
   const int64_t padded = round_up(s.in_channels, kLanes<E>);
@@ -126,6 +127,20 @@ void place(NetworkPlan<E>& plan, size_t i) {
   }
 }
 
+// Where the pixels of the gradient of a network's input lie, as its first layer makes it.
+template <class E>
+std::vector<int64_t> input_places(const Layer<E>& first) {
+  const Shape& s = first.shape;
+  const ScatterImage image(s);
+  std::vector<int64_t> places;
+  for (int64_t y = 0; y < s.in_height; ++y)
+    for (int64_t x = 0; x < s.in_width; ++x)
+      places.push_back(first.scatter ? (y + s.padding_height) * image.row_stride() +
+                                           (x + s.padding_width) * image.channels
+                                     : (y * s.in_width + x) * round_up(s.in_channels, kLanes<E>));
+  return places;
+}
+
 template <class E>
 Network<E>::Network(const std::vector<NetworkLayer>& layers, Given given) {
   const auto plan = std::make_shared<NetworkPlan<E>>();
@@ -157,14 +172,7 @@ Network<E>::Network(const std::vector<NetworkLayer>& layers, Given given) {
   }
   while (!plan->layers[plan->convolutions].dense) ++plan->convolutions;
   for (size_t i = 0; i < plan->convolutions; ++i) place(*plan, i);
-  const Shape& s = layers[0].shape;
-  const ScatterImage image(s);
-  for (int64_t y = 0; y < s.in_height; ++y)
-    for (int64_t x = 0; x < s.in_width; ++x)
-      plan->input_at.push_back(plan->layers[0].scatter
-                                   ? (y + s.padding_height) * image.row_stride() +
-                                         (x + s.padding_width) * image.channels
-                                   : (y * s.in_width + x) * round_up(s.in_channels, kLanes<E>));
+  plan->input_at = input_places(plan->layers[0]);
   plan_ = plan;
 }
 

@@ -1,0 +1,366 @@
+"""A network that is more than a chain as one torch op, on the CPU (csrc/cpu/network/graph.h).
+
+Batch norm in training mode, sums of two branches, leaky ReLU. As in network.py, the op names its
+engine, since what it saves is laid out for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate, chain
+from math import prod
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cibp_fast.kernels.shape import Shape
+from cibp_fast.ops import backends
+from cibp_fast.ops.library import library
+from cibp_fast.ops.network import build_of
+
+__all__ = ["Edge", "Node", "graph"]
+
+KINDS = ("affine", "pool", "sum")
+
+
+class Edge(NamedTuple):
+    """Names what a node reads: a value behind an activation, x where x > 0 and slope x elsewhere.
+
+    value: 0 is what the network is given, k + 1 what node k makes. slope: 0 is ReLU, 1 none.
+    """
+
+    value: int
+    slope: float = 1.0
+
+
+class Node(NamedTuple):
+    """Describes what makes a value of others: an affine layer, average pooling or a sum of two.
+
+    Batch norm, with the statistics of the batch, may follow. The layers are as in `Stage`.
+    """
+
+    kind: str  # one of KINDS
+    shape: Shape  # of one example
+    a: Edge
+    b: Edge | None = None  # of a sum
+    norm: bool = False
+    eps: float = 0.0  # that batch norm adds to the variance
+    fast: bool = False
+
+    @property
+    def weighted(self) -> bool:
+        return self.kind == "affine"
+
+    @property
+    def output(self) -> tuple[int, ...]:
+        """Returns channels, height and width."""
+        return self.shape[4:7]
+
+
+Code = tuple[tuple[int, ...], tuple[float, ...]]  # nodes as whole numbers and others
+
+
+def coded(nodes: Sequence[Node]) -> Code:
+    """Returns the nodes as the op takes them; `decoded` reads them."""
+    whole, reals = [], []
+    for node in nodes:
+        shape, b = node.shape, node.b or Edge(0)
+        pairs = chain(shape.stride, shape.padding, shape.dilation)
+        flags = KINDS.index(node.kind), node.a.value, b.value, int(node.norm), int(node.fast)
+        whole.append((*shape[1:9], *pairs, shape.groups, *flags))
+        reals.append((node.a.slope, b.slope, node.eps))
+    return tuple(chain.from_iterable(whole)), tuple(chain.from_iterable(reals))
+
+
+@lru_cache(maxsize=256)
+def decoded(code: Code) -> tuple[Node, ...]:
+    """Returns the nodes that `coded` was given."""
+    whole, reals, size = *code, 8 + 6 + 1 + 5
+    nodes = []
+    for number, at in enumerate(range(0, len(whole), size)):
+        sizes, pairs = whole[at : at + 8], whole[at + 8 : at + 14]
+        groups, kind, a, b, norm, fast = whole[at + 14 : at + size]
+        slope_a, slope_b, eps = reals[3 * number : 3 * number + 3]
+        shape = Shape(1, *sizes, pairs[:2], pairs[2:4], pairs[4:], groups)
+        second = Edge(b, slope_b) if KINDS[kind] == "sum" else None
+        nodes.append(
+            Node(KINDS[kind], shape, Edge(a, slope_a), second, bool(norm), eps, bool(fast))
+        )
+    return tuple(nodes)
+
+
+class Parameters(NamedTuple):
+    """Holds the tensors of the nodes that have such, in order; None where a node has none."""
+
+    weights: list[Tensor]  # of affine nodes, in torch's order
+    biases: list[Tensor | None]  # of the same, [out_channels]
+    gammas: list[Tensor | None]  # of the nodes with a norm, [out_channels]
+    betas: list[Tensor | None]
+
+
+def graph(
+    lower: Tensor,
+    upper: Tensor,
+    nominal: Tensor,
+    code: Code,
+    parameters: Parameters,
+    mean: bool,
+    engine: str,
+) -> tuple[Any, ...]:
+    """Runs all nodes, on tensors that the engine takes; nothing is checked.
+
+    Args:
+        lower, upper, nominal: [N, C, H, W], of any strides; N at least 1.
+        code: `coded` of the nodes. The last one is affine and its kernel covers its input; graph.h
+            has what else holds.
+        mean: whether the widths are means over the units too, or over the batch only.
+        engine: as of `ops.network`.
+
+    Returns:
+        lower', upper', nominal': [N, classes]; what the last node reads as lower, upper: [N,
+        features]; [nodes], the mean or sum of (upper - lower)^2 over each node's value behind the
+        activation with which it is read, 0 where there is none, and of the last node's; copies of
+        the last node's weight and bias; and the statistics of the norms, means and biased
+        variances, [2, channels of all norms in turn], without a gradient.
+    """
+    return _Graph.apply(code, mean, engine, lower, upper, nominal, *chain(*parameters))
+
+
+class _Graph(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        code: Code,
+        mean: bool,
+        engine: str,
+        lower: Tensor,
+        upper: Tensor,
+        nominal: Tensor,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        parameters = _divided(tensors, decoded(code))
+        *outputs, statistics, packed = torch.ops.cibp_fast.graph_forward(
+            lower, upper, nominal, *parameters, *code, engine, mean
+        )
+        weights, _, gammas, betas = parameters
+        saved = (*outputs[:2], statistics, packed, *weights, *gammas, *betas)
+        ctx.save_for_backward(*saved)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(statistics)
+        ctx.code, ctx.mean, ctx.engine = code, mean, engine
+        weight, bias = weights[-1], parameters.biases[-1]
+        return *outputs, weight.clone(), None if bias is None else bias.clone(), statistics
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        backends.no_double_backward("graph")
+        backends.no_batched_backward("graph", gradients)
+        nodes = decoded(ctx.code)
+        lower_out, upper_out, statistics, packed, *tensors = ctx.saved_tensors
+        count, norms = sum(node.weighted for node in nodes), sum(node.norm for node in nodes)
+        weights, gammas = tensors[:count], tensors[count : count + norms]
+        *of_outputs, head_weight, head_bias, _ = gradients
+        wanted = ctx.needs_input_grad[3:]
+        inputs, found = torch.ops.cibp_fast.graph_backward(
+            *of_outputs,
+            lower_out,
+            upper_out,
+            statistics,
+            packed,
+            weights,
+            gammas,
+            tensors[count + norms :],
+            *ctx.code,
+            any(wanted[:3]),
+            wanted[3:],
+            ctx.engine,
+            ctx.mean,
+        )
+        for place, gradient in ((count - 1, head_weight), (2 * count - 1, head_bias)):
+            if gradient is not None and wanted[3:][place]:
+                found[place].add_(gradient)
+        grads = (g if want else None for g, want in zip((*inputs, *found), wanted, strict=True))
+        return None, None, None, *grads
+
+
+def _divided(tensors: Sequence[Any], nodes: Sequence[Node]) -> Parameters:
+    """Returns the tensors in the four kinds that they were chained of."""
+    sizes = [sum(node.weighted for node in nodes)] * 2 + [sum(node.norm for node in nodes)] * 2
+    ends = list(accumulate(sizes))
+    return Parameters(*(list(tensors[e - n : e]) for e, n in zip(ends, sizes, strict=True)))
+
+
+# Registration. Gradients that are not wanted are empty tensors, since an op cannot return None.
+
+library.define(
+    "graph_forward(Tensor lower, Tensor upper, Tensor nominal, Tensor[] weights, Tensor?[] biases, "
+    "Tensor?[] gammas, Tensor?[] betas, int[] whole, float[] reals, str engine, bool mean=False) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+library.define(
+    "graph_backward(Tensor? grad_lower, Tensor? grad_upper, Tensor? grad_nominal, "
+    "Tensor? grad_head_lower, Tensor? grad_head_upper, Tensor? grad_widths, Tensor lower_out, "
+    "Tensor upper_out, Tensor statistics, Tensor packed, Tensor[] weights, Tensor?[] gammas, "
+    "Tensor?[] betas, int[] whole, float[] reals, bool wants_input, bool[] wants_parameters, "
+    "str engine, bool mean=False) -> (Tensor[], Tensor[])"
+)
+
+
+class _Plan(NamedTuple):
+    """Holds what the calls of a graph need besides its tensors, made once."""
+
+    nodes: tuple[Node, ...]
+    network: Any  # csrc/cpu/network/graph.h: Graph
+    build: ModuleType  # that it is of
+
+    def placed(self, tensors: Sequence[Any], having: Sequence[bool]) -> list[int]:
+        """Returns an address a node, of the tensors of those that have one; 0 elsewhere."""
+        each = iter(tensors)
+        chosen = (next(each) if has else None for has in having)
+        return [0 if t is None or not t.numel() else t.data_ptr() for t in chosen]
+
+    def weighted(self, tensors: Sequence[Any]) -> list[int]:
+        return self.placed(tensors, [node.weighted for node in self.nodes])
+
+    def normed(self, tensors: Sequence[Any]) -> list[int]:
+        return self.placed(tensors, [node.norm for node in self.nodes])
+
+    def statistics(self, tensor: Tensor) -> list[list[int]]:
+        """Returns the addresses of means and variances."""
+        sizes = [node.output[0] for node in self.nodes if node.norm]
+        return [self.normed(row.split(sizes)) for row in tensor]
+
+
+@lru_cache(maxsize=64)
+def _plan(code: Code, batch: int, engine: str, dtype: torch.dtype) -> _Plan:
+    """Returns the plan of a graph, for tensors of this batch and dtype."""
+    nodes, (build, stored) = decoded(code), build_of(engine, dtype)
+
+    def edge(given: Edge | None) -> Any:
+        return build.Edge(**(given or Edge(0))._asdict())
+
+    made = [
+        build.Node(
+            kind=getattr(build.NodeKind, node.kind),
+            shape=build.Shape(**node.shape._replace(batch=batch)._asdict()),
+            fast=node.fast,
+            a=edge(node.a),
+            b=edge(node.b),
+            norm=node.norm,
+            eps=node.eps,
+        )
+        for node in nodes
+    ]
+    return _Plan(nodes, getattr(build, f"Graph_{stored}")(made), build)
+
+
+def _forward_outputs(nominal: Tensor, nodes: Sequence[Node]) -> list[Tensor]:
+    batch, last = nominal.shape[0], nodes[-1].shape
+    classes, features = last.out_channels, prod(last[1:4])
+    outputs = [nominal.new_empty(batch, size) for size in (classes,) * 3 + (features,) * 2]
+    channels = sum(node.output[0] for node in nodes if node.norm)
+    return [*outputs, nominal.new_empty(len(nodes)), nominal.new_empty(2, channels)]
+
+
+def _backward_outputs(
+    like: Tensor,
+    nodes: Sequence[Node],
+    weights: Sequence[Tensor],
+    wants_input: bool,
+    wants_parameters: Sequence[bool],
+) -> tuple[list[Tensor], list[Tensor]]:
+    shape = (like.shape[0], *nodes[0].shape[1:4])
+    channels = [(node.output[0],) for node in nodes if node.norm]
+    sizes = [*(w.shape for w in weights), *(w.shape[:1] for w in weights), *channels, *channels]
+    return [like.new_empty(shape if wants_input else (0,)) for _ in range(3)], [
+        like.new_empty(size if wanted else (0,))
+        for size, wanted in zip(sizes, wants_parameters, strict=True)
+    ]
+
+
+@torch.library.register_fake("cibp_fast::graph_forward", lib=library)
+def _graph_forward_fake(  # type: ignore[no-untyped-def]
+    lower, upper, nominal, weights, biases, gammas, betas, whole, reals, engine, mean=False
+):
+    code, batch = (tuple(whole), tuple(reals)), nominal.shape[0]
+    size = _plan(code, 1, engine, nominal.dtype).network.saved_bytes  # of one example, rounded up
+    return (
+        *_forward_outputs(nominal, decoded(code)),
+        nominal.new_empty(batch * size, dtype=torch.uint8),
+    )
+
+
+@torch.library.impl(library, "graph_forward", "CPU")
+def _graph_forward_kernel(  # type: ignore[no-untyped-def]
+    lower, upper, nominal, weights, biases, gammas, betas, whole, reals, engine, mean=False
+):
+    streams = {"lower": lower, "upper": upper, "nominal": nominal}
+    backends.refuse_freed("graph", **streams, weights=weights, biases=biases)
+    plan = _plan((tuple(whole), tuple(reals)), len(nominal), engine, nominal.dtype)
+    outputs = _forward_outputs(nominal, plan.nodes)
+    kept = [[None if t is None else t.contiguous() for t in each]
+            for each in (weights, biases, gammas, betas)]  # fmt: skip
+    packed = torch.frombuffer(plan.build.Buffer(plan.network.saved_bytes), dtype=torch.uint8)
+    *results, statistics = outputs
+    plan.network.forward(
+        backends.threads(),
+        [*map(plan.weighted, kept[:2]), *map(plan.normed, kept[2:])],
+        [(t.data_ptr(), *t.stride()) for t in (lower, upper, nominal)],
+        mean,
+        packed.data_ptr(),
+        [t.data_ptr() for t in results],
+        plan.statistics(statistics),
+    )
+    return *outputs, packed
+
+
+@torch.library.register_fake("cibp_fast::graph_backward", lib=library)
+def _graph_backward_fake(  # type: ignore[no-untyped-def]
+    grad_lower, grad_upper, grad_nominal, head_lower, head_upper, grad_widths, lower_out, upper_out,
+    statistics, packed, weights, gammas, betas, whole, reals, wants_input, wants_parameters, engine,
+    mean=False,
+):  # fmt: skip
+    nodes = decoded((tuple(whole), tuple(reals)))
+    return _backward_outputs(lower_out, nodes, weights, wants_input, wants_parameters)
+
+
+@torch.library.impl(library, "graph_backward", "CPU")
+def _graph_backward_kernel(  # type: ignore[no-untyped-def]
+    grad_lower, grad_upper, grad_nominal, head_lower, head_upper, grad_widths, lower_out, upper_out,
+    statistics, packed, weights, gammas, betas, whole, reals, wants_input, wants_parameters, engine,
+    mean=False,
+):  # fmt: skip
+    backends.refuse_freed("graph", lower=lower_out, upper=upper_out, weights=weights)
+    batch = len(lower_out)
+    plan = _plan((tuple(whole), tuple(reals)), batch, engine, lower_out.dtype)
+    nodes, last = plan.nodes, plan.nodes[-1].shape
+    inputs, found = _backward_outputs(lower_out, nodes, weights, wants_input, wants_parameters)
+
+    def dense(gradient: Tensor | None, size: int) -> Tensor:
+        return lower_out.new_zeros(batch, size) if gradient is None else gradient.contiguous()
+
+    classes, features = last.out_channels, prod(last[1:4])
+    through_head = head_lower is not None or head_upper is not None
+    tensors = [
+        *(lower_out, upper_out),
+        *(dense(gradient, classes) for gradient in (grad_lower, grad_upper, grad_nominal)),
+        *(dense(g, features) if through_head else None for g in (head_lower, head_upper)),
+        None if grad_widths is None else grad_widths.contiguous(),
+    ]
+    kept = [[None if t is None else t.contiguous() for t in each]
+            for each in (weights, gammas, betas)]  # fmt: skip
+    targets = _divided(found, nodes)
+    plan.network.backward(
+        backends.threads(),
+        [plan.weighted(kept[0]), *map(plan.normed, kept[1:])],
+        mean,
+        packed.data_ptr(),
+        plan.statistics(statistics),
+        [0 if t is None else t.data_ptr() for t in tensors],
+        [t.data_ptr() if wants_input else 0 for t in inputs],
+        [*map(plan.weighted, targets[:2]), *map(plan.normed, targets[2:])],
+    )
+    return inputs, found

@@ -1,0 +1,86 @@
+// A network that is more than a chain of affine layers with ReLU: batch norm in training mode, sums
+// of two branches, leaky ReLU, values that several layers read. Where network.h takes an example
+// through all layers at once, here each layer takes the whole batch: batch norm needs it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "network.h"
+
+namespace cibp {
+
+// What a node reads: a value behind an activation, x where x > 0 and slope x elsewhere.
+struct Edge {
+  int64_t value = 0;  // 0: what the network is given; k + 1: that of node k
+  double slope = 1;   // at least 0; 0: ReLU, 1: none
+};
+
+enum class NodeKind { kAffine, kPool, kSum };
+
+// A node's value is what it makes of what it reads, behind its batch norm.
+struct Node {
+  NodeKind kind = NodeKind::kAffine;
+  Shape shape;        // of a sum only the output's counts
+  bool fast = false;  // as in NetworkLayer
+  Edge a, b;          // b: of a sum
+  bool norm = false;  // batch norm, with the statistics of the nominal points of the batch
+  double eps = 0;     // that is added to the variance
+};
+
+template <class T>
+struct GraphForward {
+  int threads;
+  // [nodes], null where there is none: weights as in NetworkForward, the others [out_channels]
+  std::vector<const T*> weights, biases, gammas, betas;
+  Tensor4<const T> lower, upper, nominal;  // [N, C, H, W]
+  bool mean;                               // as in NetworkForward
+  // outputs
+  std::byte* saved;  // [Graph::saved_bytes], from a line of the cache on
+  T *lower_out, *upper_out, *nominal_out;  // [N, classes]
+  T *head_lower, *head_upper;              // [N, features of the last node]: what it reads
+  // [nodes] of (upper - lower)^2 of a node's value behind the activation with which it is read
+  // (the first that is one; 0 where none is), and of the last node's value; 0 at infinity
+  T* widths;
+  std::vector<T*> means, variances;  // [nodes] [out_channels], of norms: of the batch, biased
+};
+
+template <class T>
+struct GraphBackward {
+  int threads;
+  std::vector<const T*> weights, gammas, betas;  // as in the forward pass
+  bool mean;
+  const std::byte* saved;
+  std::vector<const T*> means, variances;
+  const T *lower_out, *upper_out;                   // [N, classes]
+  const T *grad_lower, *grad_upper, *grad_nominal;  // [N, classes]
+  const T *grad_head_lower, *grad_head_upper;       // [N, features], or null
+  const T* grad_widths;                             // [nodes], or null
+  // outputs; null: not wanted
+  T *grad_lower_in, *grad_upper_in, *grad_nominal_in;
+  std::vector<T*> grad_weights, grad_biases, grad_gammas, grad_betas;  // [nodes]
+};
+
+template <class E>
+struct GraphPlan;
+
+// As Network. What is given is boxes with a nominal point.
+template <class E>
+class Graph {
+ public:
+  // The batch is at least 1. The last node is affine and dense, without a norm, and nothing reads
+  // it; what is given is read by one node, which is affine. What dense nodes read is one pixel or
+  // flattened; only dense nodes and sums of such may read a dense one's value.
+  explicit Graph(const std::vector<Node>& nodes);
+
+  int64_t saved_bytes() const;
+  void forward(const GraphForward<Number<E>>& op) const;
+  void backward(const GraphBackward<Number<E>>& op) const;
+
+ private:
+  std::shared_ptr<const GraphPlan<E>> plan_;
+};
+
+}  // namespace cibp

@@ -1,0 +1,240 @@
+// Each node runs over the whole batch, the examples divided among the threads.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <vector>
+
+#include "../parallel.h"
+#include "dense.h"
+#include "forward.h"
+#include "graph_plan.h"
+#include "norm.h"
+#include "view.h"
+
+namespace cibp {
+
+// What a node reads by an edge.
+template <class E>
+View<E> view_of(const GraphPlan<E>& plan, const Edge& edge, const std::byte* saved,
+                const std::vector<Norm<Number<E>>>& norms) {
+  const auto k = static_cast<size_t>(edge.value - 1);
+  const NodePlan<E>& node = plan.nodes[k];
+  return {reinterpret_cast<const E*>(saved + node.saved), &node.place,
+          node.norm ? &norms[k] : nullptr, static_cast<Number<E>>(edge.slope)};
+}
+
+template <class E>
+class GraphForwardPass {
+  using T = Number<E>;
+
+ public:
+  GraphForwardPass(const GraphPlan<E>& plan, const GraphForward<T>& op)
+      : plan_(plan), op_(op), norms_(plan.nodes.size()), widths_(plan.nodes.size()) {}
+
+  void run() {
+    for (size_t i = 0; i < plan_.nodes.size(); ++i) {
+      const NodePlan<E>& node = plan_.nodes[i];
+      E* const out = reinterpret_cast<E*>(op_.saved + node.saved);
+      if (node.kind == NodeKind::kSum)
+        add(node, out);
+      else if (node.layer().dense)
+        dense(i, out);
+      else
+        convolve(i, out);
+      if (node.norm) normalize_node(i, out);
+    }
+    for (size_t i = 0; i < plan_.nodes.size(); ++i)
+      op_.widths[i] =
+          static_cast<T>(4 * widths_[i]) / width_divisor(plan_.nodes[i].place, op_.mean);
+  }
+
+ private:
+  // Calls body(n, count, squares of the first edge, of the second) for groups of examples.
+  template <class Body>
+  void for_examples(const NodePlan<E>& node, int64_t group, const Body& body) {
+    const int parts = plan_.batch > 1 ? op_.threads : 1;
+    std::vector<std::array<double, 2>> sums(static_cast<size_t>(parts));
+    parallel(parts, [&](int index, int of) {
+      std::array<double, 2> own{};
+      const Part part(plan_.batch, index, of);
+      for (int64_t n = part.begin; n < part.end; n += group)
+        body(n, std::min(group, part.end - n), own);
+      sums[static_cast<size_t>(index)] = own;
+    });
+    for (const auto& own : sums) {
+      if (node.counts) widths_[static_cast<size_t>(node.a.value - 1)] += own[0];
+      if (node.counts_b) widths_[static_cast<size_t>(node.b.value - 1)] += own[1];
+    }
+  }
+
+  // What the network is given, packed for the node that reads it: [N] images of numbers N.
+  void pack(const NodePlan<E>& node, int64_t n, T* image) const {
+    NetworkForward<T> given{};
+    given.lower = op_.lower;
+    given.upper = op_.upper;
+    given.nominal = op_.nominal;
+    pack_input(node.plan, given, n, image);
+  }
+
+  void convolve(size_t i, E* out) {
+    const NodePlan<E>& node = plan_.nodes[i];
+    const Layer<E>& layer = node.layer();
+    const T* panels = nullptr;
+    T* bias = scratch<T>(Slot::kBias, node.plan.biases);
+    std::fill_n(bias, node.plan.biases, T{0});
+    if (!layer.pool) {
+      panels = pack_weights(node.plan, {op_.weights[i]}, false, true, op_.threads);
+      if (op_.biases[i]) std::copy_n(op_.biases[i], layer.shape.out_channels, bias);
+    }
+    const int64_t most = node.plan.max_pixels, size = node.place.in.size();
+    if (layer.first) {
+      T* const input = reinterpret_cast<T*>(op_.saved + plan_.input);
+      return for_examples(node, 1, [&](int64_t n, int64_t, auto&) {
+        pack(node, n, input + n * layer.in.size());
+        forward_one(layer, panels, bias, bias, input + n * layer.in.size(), node.place, most,
+                    out + n * size);
+      });
+    }
+    const View<E> view = view_of(plan_, node.a, op_.saved, norms_);
+    for_examples(node, layer.group, [&](int64_t n, int64_t count, auto& squares) {
+      E* const images = scratch<E>(Slot::kStageOdd, layer.group * layer.in.size());
+      squares[0] += prepare(view, n, count, layer, images);
+      if (layer.winograd.forward) {
+        winograd_forward(layer, count, panels, bias, images, node.place, out + n * size);
+        return;
+      }
+      for (int64_t k = 0; k < count; ++k)
+        forward_one(layer, panels, bias, bias, images + k * layer.in.size(), node.place, most,
+                    out + (n + k) * size);
+    });
+  }
+
+  void dense(size_t i, E* out) {
+    const NodePlan<E>& node = plan_.nodes[i];
+    const Layer<E>& layer = node.layer();
+    E* in = nullptr;
+    if (layer.first) {
+      in = reinterpret_cast<E*>(op_.saved + plan_.input);
+      NetworkForward<T> given{};
+      given.threads = op_.threads;
+      given.lower = op_.lower;
+      given.upper = op_.upper;
+      given.nominal = op_.nominal;
+      pack_dense(node.plan, given, in);
+    } else {
+      in = scratch<E>(Slot::kStageEven, plan_.batch * layer.in.size());
+      const View<E> view = view_of(plan_, node.a, op_.saved, norms_);
+      for_examples(node, 1, [&](int64_t n, int64_t count, auto& squares) {
+        squares[0] += prepare(view, n, count, layer, in + n * layer.in.size());
+      });
+    }
+    T* bias = scratch<T>(Slot::kBias, node.plan.biases);
+    std::fill_n(bias, node.plan.biases, T{0});
+    if (op_.biases[i]) std::copy_n(op_.biases[i], layer.shape.out_channels, bias);
+    if (i + 1 == plan_.nodes.size()) {
+      head_bounds_of(node, in);
+      widths_[i] = dense_forward(layer, op_.weights[i], in, op_.threads, logits(layer, bias));
+      return;
+    }
+    const Geometry& g = node.place.in;
+    dense_forward(layer, op_.weights[i], in, op_.threads,
+                  [&](int64_t n, int64_t channel, Vec<T>* sums) {
+                    activate<E>(layer, load(bias + channel), sums);
+                    store_streams(out + n * g.size() + channel, g.stream_stride(), sums);
+                  });
+  }
+
+  // What dense_forward does with the sums of the last node.
+  auto logits(const Layer<E>& layer, const T* bias) const {
+    const int64_t classes = layer.shape.out_channels;
+    return [this, &layer, bias, classes](int64_t n, int64_t channel, Vec<T>* sums) {
+      activate<E>(layer, load(bias + channel), sums);
+      const int64_t valid = std::min<int64_t>(kLanes<T>, classes - channel);
+      const int64_t at = n * classes + channel;
+      const Vec<T> lower = sums[0] - sums[1], upper = sums[0] + sums[1];
+      store_some<T>(op_.lower_out + at, lower, valid);
+      store_some<T>(op_.upper_out + at, upper, valid);
+      store_some<T>(op_.nominal_out + at, sums[2], valid);
+      sums[1] = lower == upper ? Vec<T>{} : sums[1];  // as `difference`
+    };
+  }
+
+  // Average pooling needs no more than `convolve`; a sum reads both values as they lie.
+  void add(const NodePlan<E>& node, E* out) {
+    const View<E> a = view_of(plan_, node.a, op_.saved, norms_),
+                  b = view_of(plan_, node.b, op_.saved, norms_);
+    for_examples(node, 1, [&](int64_t n, int64_t, auto& squares) {
+      const int64_t base = n * a.size();
+      Vec<T> totals[2] = {};
+      for_vectors(node.place, [&](int64_t at, int64_t, int64_t channel) {
+        Vec<T> x[S], y[S];
+        load_value(a, a.value + base + at, channel, x);
+        load_value(b, b.value + base + at, channel, y);
+        bend<T>(a.slope, x);
+        bend<T>(b.slope, y);
+        totals[0] += x[1] * x[1];
+        totals[1] += y[1] * y[1];
+        for (int k = 0; k < S; ++k) x[k] += y[k];
+        store_streams(out + base + at, a.stride(), x);
+      });
+      for (size_t k = 0; k < 2; ++k) squares[k] += static_cast<double>(sum<T>(totals[k]));
+    });
+  }
+
+  // The statistics of a node's value, and its norm.
+  void normalize_node(size_t i, const E* value) {
+    const NodePlan<E>& node = plan_.nodes[i];
+    const int64_t pitch = node.place.in.pitch;
+    const int parts = plan_.batch > 1 ? op_.threads : 1;
+    std::vector<Moments> moments(static_cast<size_t>(parts), Moments(pitch));
+    parallel(parts, [&](int index, int of) {
+      Moments own(pitch);
+      const Part part(plan_.batch, index, of);
+      for (int64_t n = part.begin; n < part.end; ++n)
+        own.add(node.place, value + n * node.place.in.size());
+      moments[static_cast<size_t>(index)] = own;
+    });
+    Moments all(pitch);
+    for (const Moments& own : moments) all.add(own);
+    const int64_t channels = node.shape.out_channels;
+    for (int64_t c = 0; c < channels; ++c) {
+      op_.means[i][c] = static_cast<T>(all.mean(static_cast<size_t>(c)));
+      op_.variances[i][c] = static_cast<T>(all.variance(static_cast<size_t>(c)));
+    }
+    norms_[i] = norm_of(channels, pitch, node.eps, op_.means[i], op_.variances[i], op_.gammas[i],
+                        op_.betas[i]);
+  }
+
+  // The bounds of what the last node reads, in torch's order.
+  void head_bounds_of(const NodePlan<E>& node, const E* in) const {
+    const Layer<E>& layer = node.layer();
+    const int64_t pixels = static_cast<int64_t>(layer.in_offsets.size());
+    const int64_t channels = layer.shape.in_channels, stride = layer.in.stream_stride();
+    const bool relu = node.a.value > 0 && node.a.slope == 0;
+    parallel_for(op_.threads, plan_.batch, [&](int64_t n) {
+      for (int64_t p = 0; p < pixels; ++p) {
+        const E* from = in + n * layer.in.size() + layer.in_offsets[static_cast<size_t>(p)];
+        for (int64_t c = 0; c < channels; ++c) {
+          const T m = number(from[c]), r = number(from[c + stride]);
+          const int64_t to = (n * channels + c) * pixels + p;
+          op_.head_lower[to] = relu && m <= r ? T{0} : m - r;  // of infinite bounds m - r is NaN
+          op_.head_upper[to] = m + r;
+        }
+      }
+    });
+  }
+
+  const GraphPlan<E>& plan_;
+  const GraphForward<T>& op_;
+  std::vector<Norm<T>> norms_;
+  std::vector<double> widths_;
+};
+
+template <class E>
+void Graph<E>::forward(const GraphForward<Number<E>>& op) const {
+  GraphForwardPass<E>(*plan_, op).run();
+}
+
+}  // namespace cibp

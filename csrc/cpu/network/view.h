@@ -1,0 +1,152 @@
+// Values of a graph as they are read: behind batch norm and an activation.
+//
+// A value lies example by example, [row][stream][column][channel], without padding, as center,
+// radius and nominal (mu, r, nominal). After an activation they are (m, r, nominal) as in layers.h.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "../vec.h"
+#include "layers.h"
+
+namespace cibp {
+
+// What a batch norm makes of a value: (x - mean) scale + shift for each channel, padded by zeros.
+template <class T>
+struct Norm {
+  std::vector<T> mean, scale, shift;
+};
+
+template <class E>
+struct View {
+  const E* value;         // of the whole batch
+  const Layer<E>* place;  // whose `in` is how it lies
+  const Norm<Number<E>>* norm;
+  Number<E> slope;
+
+  int64_t size() const { return place->in.size(); }
+  int64_t stride() const { return place->in.stream_stride(); }
+  int64_t channels() const { return place->in.pitch; }
+};
+
+// The norm of one vector of streams, in place.
+template <class T>
+[[gnu::always_inline]] inline void normalize(const Norm<T>& norm, int64_t channel,
+                                             Vec<T>* streams) {
+  const Vec<T> mean = load(&norm.mean[static_cast<size_t>(channel)]),
+               scale = load(&norm.scale[static_cast<size_t>(channel)]),
+               shift = load(&norm.shift[static_cast<size_t>(channel)]);
+  streams[0] = (streams[0] - mean) * scale + shift;
+  streams[1] *= absolute<T>(scale);
+  streams[2] = (streams[2] - mean) * scale + shift;
+}
+
+// The streams of a value, at a place of its data, behind its norm.
+template <class E>
+[[gnu::always_inline]] inline void load_value(const View<E>& view, const E* from, int64_t channel,
+                                              Vec<Number<E>>* streams) {
+  load_streams(from, view.stride(), streams);
+  if (view.norm) normalize<Number<E>>(*view.norm, channel, streams);
+}
+
+// The activation of one vector of streams, in place.
+template <class T>
+[[gnu::always_inline]] inline void bend(T slope, Vec<T>* streams) {
+  if (slope == 1) return;
+  const Vec<T> mu = streams[0], r = streams[1], upper = mu + r, half = Vec<T>{} + T(0.5);
+  if (slope == 0) {
+    const Vec<T> both = positive<T>(upper) * half;
+    streams[0] = mu > r ? mu : both;
+    streams[1] = mu > r ? r : both;
+    streams[2] = positive<T>(streams[2]);
+    return;
+  }
+  const Vec<T> low = (mu - r) * slope, high = upper <= 0 ? upper * slope : upper;
+  streams[0] = mu > r ? mu : (low + high) * half;
+  streams[1] = mu > r ? r : (high - low) * half;
+  streams[2] = streams[2] <= 0 ? streams[2] * slope : streams[2];
+}
+
+// The gradient by what `bend` makes of `before` -> that by `before`, in place.
+template <class T>
+[[gnu::always_inline]] inline void unbend(T slope, const Vec<T>* before, Vec<T>* gradient) {
+  if (slope == 1) return;
+  const Vec<T> mu = before[0], r = before[1], upper = mu + r, g = gradient[0], h = gradient[1];
+  const Vec<T> nothing = upper * T(0);  // NaN stays NaN
+  const T same = (1 + slope) / 2, other = (1 - slope) / 2;
+  const auto dead = upper <= 0;
+  const auto chosen = [&](Vec<T> active, Vec<T> unstable) {
+    const Vec<T> below = slope == 0 ? Vec<T>{} : active * slope;
+    return mu > r ? active : dead ? below : nothing + unstable;
+  };
+  gradient[0] = chosen(g, g * same + h * other);
+  gradient[1] = chosen(h, g * other + h * same);
+  const Vec<T> point = gradient[2], low = slope == 0 ? Vec<T>{} : point * slope;
+  gradient[2] = before[2] <= 0 ? low : point;
+}
+
+// body(place in the data of an example, pixel, channel) for each vector of a value's channels.
+template <class E, class Body>
+void for_vectors(const Layer<E>& place, const Body& body) {
+  for (size_t p = 0; p < place.in_offsets.size(); ++p)
+    for (int64_t c = 0; c < place.in.pitch; c += kLanes<E>)
+      body(place.in_offsets[p] + c, static_cast<int64_t>(p), c);
+}
+
+// The images that a layer reads, of `count` examples from n on; returns the sum of r^2.
+template <class E>
+double prepare(const View<E>& view, int64_t n, int64_t count, const Layer<E>& layer, E* images) {
+  using T = Number<E>;
+  const Geometry& g = layer.in;
+  double total = 0;
+  for (int64_t k = 0; k < count; ++k, images += g.size()) {
+    if (!layer.dense) clear_padding(g, layer.shape.in_height, layer.shape.in_width, images);
+    const E* const value = view.value + (n + k) * view.size();
+    Vec<T> squares{};
+    for_vectors(*view.place, [&](int64_t from, int64_t pixel, int64_t channel) {
+      Vec<T> streams[S];
+      load_value(view, value + from, channel, streams);
+      bend<T>(view.slope, streams);
+      squares += streams[1] * streams[1];
+      store_streams(images + layer.in_offsets[static_cast<size_t>(pixel)] + channel,
+                    g.stream_stride(), streams);
+    });
+    total += static_cast<double>(sum<T>(squares));
+  }
+  return total;
+}
+
+// Where the gradient of a value goes: by (mu, r, nominal) behind its norm, and as it lies.
+template <class E>
+struct ViewGradient {
+  View<E> view;
+  E* data;          // null: nobody wants it
+  bool filled;      // whether there is something, to which this is added
+  Number<E> scale;  // of r in the width's gradient
+};
+
+// Takes the gradient of what was read, of one vector of example n; `from`: its place in the data.
+template <class E>
+[[gnu::always_inline]] inline void take(const ViewGradient<E>& to, int64_t n, int64_t from,
+                                        int64_t channel, Vec<Number<E>>* gradient) {
+  using T = Number<E>;
+  const int64_t at = n * to.view.size() + from;
+  if (to.view.slope != 1) {
+    Vec<T> before[S], after[S];
+    load_value(to.view, to.view.value + at, channel, before);
+    for (int k = 0; k < S; ++k) after[k] = before[k];
+    bend<T>(to.view.slope, after);
+    gradient[1] += to.scale * after[1];
+    unbend<T>(to.view.slope, before, gradient);
+  }
+  E* const out = to.data + at;
+  for (int k = 0; k < S; ++k) {
+    E* const p = out + k * to.view.stride();
+    const E* const there = p;
+    store_numbers(p, to.filled ? numbers(there) + gradient[k] : gradient[k]);
+  }
+}
+
+}  // namespace cibp
