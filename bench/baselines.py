@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from machine import captured, set_tf32
-from problems import CPU, EPS, KAPPA, WIDTH_WEIGHT, Problem, in_format
+from problems import CPU, EPS, KAPPA, NORMED, WIDTH_WEIGHT, Problem, in_format, walk
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -67,6 +67,17 @@ def four_products(layer: Any, lower: Tensor, upper: Tensor) -> Streams:
     )
 
 
+def normalized(norm: Any, lower: Tensor, upper: Tensor, nominal: Tensor) -> Streams:
+    """Sends the bounds through batch norm with the statistics of the nominal points."""
+    dims = [0, *range(2, nominal.dim())]
+    shape = [1, -1] + [1] * (nominal.dim() - 2)
+    mean, variance = nominal.mean(dims), nominal.var(dims, unbiased=False)
+    scale = (norm.weight * torch.rsqrt(variance + norm.eps)).view(shape)
+    center, radius = (upper + lower) / 2, (upper - lower) / 2 * scale.abs()
+    center = (center - mean.view(shape)) * scale + norm.bias.view(shape)
+    return center - radius, center + radius
+
+
 def product(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Computes the layer's convolution or matrix product with other weights."""
     if isinstance(layer, nn.Conv2d):
@@ -76,19 +87,26 @@ def product(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
 
 def naive(model: nn.Sequential, problem: Problem, affine: Any = two_passes) -> Step:
     """Computes the step as one writes it in eager PyTorch: bounds by `affine`."""
-    *hidden, last = model
+    *layers, last = model
+    hidden = nn.Sequential(*layers)
 
     def step(x: Tensor, y: Tensor) -> Terms:
-        lower, upper = problem.streams(x)
-        nominal, width = x, x.new_zeros(())
-        for module in hidden:
+        width = x.new_zeros(())
+
+        def leaf(module: Any, streams: Any) -> Any:
+            nonlocal width
+            lower, upper, nominal = streams
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 lower, upper = affine(module, lower, upper)
+            elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                lower, upper = normalized(module, lower, upper, nominal)
             else:
                 lower, upper = module(lower), module(upper)
-            nominal = module(nominal)
             if isinstance(module, nn.ReLU):
                 width = width + (upper - lower).square().mean()
+            return lower, upper, module(nominal)
+
+        lower, upper, nominal = walk(hidden, (*problem.streams(x), x), leaf)
         features = lower, upper
         lower, upper = affine(last, lower, upper)
         width = width + (upper - lower).square().mean()
@@ -156,7 +174,8 @@ def auto_lirpa(model: nn.Sequential, problem: Problem) -> Step:
         if net is None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of its tracing
-                net = auto_LiRPA.BoundedModule(_without_pad(model), torch.zeros_like(x))
+                net = auto_LiRPA.BoundedModule(_without_pad(model).eval(), torch.zeros_like(x))
+                net.train(problem.model in NORMED)
         lower, upper = problem.streams(x)
         box = auto_LiRPA.PerturbationLpNorm(norm=torch.inf, x_L=lower, x_U=upper)
         logits = net(auto_LiRPA.BoundedTensor(x, box))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ NETWORKS = {  # name: network, padding
     "large-same": ("large", "same"),
 }
 DATASETS = {"mnist": ((1, 28, 28), 100), "cifar10": ((3, 32, 32), 50)}  # input shape, batch
+NORMED = ("cnn7", "resnet")  # of width 64, with batch norm in training mode
 PLAIN = "plain"  # two 3x3 convolutions of as many channels as their input has, and linear
 POOLED = "pooled"  # the same with average pooling between them
 PRECISIONS = {"float32": 4, "tf32": 4, "bf16": 2}  # of a GPU, and bytes of a stored number
@@ -35,6 +36,62 @@ def input_shape(dataset: str) -> tuple[int, ...]:
     if dataset in DATASETS:
         return DATASETS[dataset][0]
     return tuple(map(int, dataset.split("x")))
+
+
+class Residual(nn.Module):
+    """Adds to two convolutions their input, or, where the shape changes, a third one of it."""
+
+    def __init__(self, channels: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        first, second = (normed(nn.Conv2d(c, outputs, 3, s, 1, bias=False))
+                         for c, s in ((channels, stride), (outputs, 1)))  # fmt: skip
+        self.main = nn.Sequential(*first, nn.ReLU(), *second)
+        same = channels == outputs and stride == 1
+        short = nn.Conv2d(channels, outputs, 1, stride, bias=False)
+        self.short = nn.Sequential(*([] if same else normed(short)))
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.main(x) + self.short(x))
+
+
+def normed(layer: nn.Conv2d | nn.Linear) -> list[nn.Module]:
+    """Returns the layer and batch norm."""
+    if isinstance(layer, nn.Linear):
+        return [layer, nn.BatchNorm1d(layer.out_features)]
+    return [layer, nn.BatchNorm2d(layer.out_channels)]
+
+
+def normed_network(name: str, shape: tuple[int, ...], width: int = 64) -> nn.Sequential:
+    """Makes the field's CNN7, or a residual network of as many layers, of torch's weights.
+
+    A layer before a norm has no bias: its gradient would be 0, and its relative error nothing.
+    """
+    channels, height, _ = shape
+
+    def convolution(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
+        return [*normed(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)), nn.ReLU()]
+
+    wide, layers = 2 * width, convolution(channels, width)
+    if name == "cnn7":
+        layers += convolution(width, width) + convolution(width, wide, 2)
+        layers += convolution(wide, wide) + convolution(wide, wide)
+    else:
+        layers += [Residual(width, width, 1), Residual(width, wide, 2)]
+    hidden = nn.Linear(wide * ((height + 1) // 2) ** 2, 512, bias=False)
+    return nn.Sequential(*layers, nn.Flatten(), *normed(hidden), nn.ReLU(), nn.Linear(512, 10))
+
+
+def walk(module: nn.Module, streams: Any, leaf: Callable[[nn.Module, Any], Any]) -> Any:
+    """Sends streams, a tuple of tensors, through a network, each layer by `leaf`."""
+    if isinstance(module, Residual):
+        sums = zip(walk(module.main, streams, leaf), walk(module.short, streams, leaf), strict=True)
+        return walk(module.relu, tuple(a + b for a, b in sums), leaf)
+    if isinstance(module, nn.Sequential):
+        for each in module:
+            streams = walk(each, streams, leaf)
+        return streams
+    return leaf(module, streams)
 
 
 def network(name: str, dataset: str) -> nn.Sequential:
@@ -54,11 +111,13 @@ def network(name: str, dataset: str) -> nn.Sequential:
         between = [nn.ReLU(), nn.AvgPool2d(pool)] if name == POOLED else [nn.ReLU()]
         last = nn.Linear(channels * pixels, 10)
         model = nn.Sequential(first, *between, second, nn.ReLU(), nn.Flatten(), last)
+    elif name in NORMED:
+        model = normed_network(name, (channels, height, width))
     else:
         kind, padding = NETWORKS[name]
         model = cf.models.NETS[kind]((channels, height, width), padding=padding)
     with torch.no_grad():
-        for module in model:
+        for module in model.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 products = module.weight[0].numel()
                 large = torch.rand_like(module.weight) < 4 / products
@@ -158,11 +217,16 @@ class Problem:
 
     def bytes(self, precision: str) -> int:
         """Counts the fewest, as the precision stores numbers, and 28 a parameter for Adam."""
-        model, x, found = self.network().to("meta"), self.data()[0].to("meta"), 0
-        for module in model:
+        model, inputs = self.network().to("meta"), {}
+        for module in model.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
-                found += PRECISIONS[precision] * numbers(module, x)
-            x = module(x)  # needs a gradient, but before the first layer
+                note = lambda layer, given: inputs.setdefault(layer, given[0])  # noqa: E731
+                module.register_forward_pre_hook(note)
+        model(self.data()[0].to("meta"))  # inputs need a gradient, but for the first layer's
+        copies = [(copy.deepcopy(layer), x) for layer, x in inputs.items()]
+        for layer, _ in copies:
+            layer._forward_pre_hooks.clear()
+        found = sum(PRECISIONS[precision] * numbers(layer, x) for layer, x in copies)
         return found + 28 * sum(each.numel() for each in model.parameters())
 
 
@@ -180,13 +244,20 @@ class Exact(NamedTuple):
         *hidden, last = model
         assert isinstance(last, nn.Linear)
         width = streams[0].new_zeros(())
-        for module in hidden:
+
+        def leaf(module: Any, streams: Any) -> Any:
+            nonlocal width
             if isinstance(module, (nn.Conv2d, nn.Linear)):
-                streams = affine_reference(module, *streams)[:3]
-            else:
-                streams = reference.activation(module, *streams)
+                return affine_reference(module, *streams)[:3]
+            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                parameters = module.weight, module.bias
+                return reference.batch_norm(*streams, None, None, *parameters, training=True)
+            streams = reference.activation(module, *streams)
             if isinstance(module, nn.ReLU):
                 width = width + reference.width(*streams[:2])
+            return streams
+
+        streams = walk(nn.Sequential(*hidden), streams, leaf)
         margins = reference.elided_margins(*streams[:2], last.weight, last.bias, y)
         lower, upper, logits, _ = affine_reference(last, *streams)
         worst = reference.elided_worst_logits(margins, y)

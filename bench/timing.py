@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from problems import DATASETS, NETWORKS
+from problems import DATASETS, NETWORKS, NORMED
 
 from cibp_fast.training.files import naming, write_atomic
 
@@ -63,7 +63,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of several benchmarks
         "type": number(1, 1024),  # beyond it the system may refuse to start them
         "help": "threads of a step (default: as many as torch takes)",
     },
-    "models": names(NETWORKS, "networks"),
+    "models": names([*NETWORKS, *NORMED], "networks"),
     "datasets": names(DATASETS, "data sets"),
     "device": {
         "choices": ("cpu", "cuda", "interpreter"),

@@ -124,9 +124,7 @@ bool loss_backward_py(const LinearShape& shape, int threads, const std::array<in
 class Buffer : public Memory {
  public:
   using Memory::Memory;
-  py::buffer_info view() {
-    return {static_cast<uint8_t*>(data()), static_cast<ssize_t>(size())};
-  }
+  py::buffer_info view() { return {static_cast<uint8_t*>(data()), static_cast<ssize_t>(size())}; }
 };
 
 template <class P>
@@ -180,9 +178,9 @@ void define_network(py::module_& m, const char* suffix) {
 using Addresses = std::vector<int64_t>;
 
 template <class E>
-void graph_forward_py(const Graph<E>& graph, int threads, const std::array<Addresses, 4>& parameters,
-                      const std::array<Tensor, 3>& in, bool mean, int64_t saved,
-                      const std::array<int64_t, 6>& out,
+void graph_forward_py(const Graph<E>& graph, int threads,
+                      const std::array<Addresses, 4>& parameters, const std::array<Tensor, 3>& in,
+                      bool mean, int64_t saved, const std::array<int64_t, 6>& out,
                       const std::array<Addresses, 2>& statistics) {
   using T = Number<E>;
   graph.forward({threads, pointers<const T>(parameters[0]), pointers<const T>(parameters[1]),
@@ -196,18 +194,33 @@ void graph_forward_py(const Graph<E>& graph, int threads, const std::array<Addre
 template <class E>
 void graph_backward_py(const Graph<E>& graph, int threads,
                        const std::array<Addresses, 3>& parameters, bool mean, int64_t saved,
-                       const std::array<Addresses, 2>& statistics,
-                       const std::array<int64_t, 8>& in, const std::array<int64_t, 3>& out,
+                       const std::array<Addresses, 2>& statistics, const std::array<int64_t, 8>& in,
+                       const std::array<int64_t, 3>& out,
                        const std::array<Addresses, 4>& gradients) {
   using T = Number<E>;
-  graph.backward({threads, pointers<const T>(parameters[0]), pointers<const T>(parameters[1]),
-                  pointers<const T>(parameters[2]), mean, pointer<const std::byte>(saved),
-                  pointers<const T>(statistics[0]), pointers<const T>(statistics[1]),
-                  pointer<const T>(in[0]), pointer<const T>(in[1]), pointer<const T>(in[2]),
-                  pointer<const T>(in[3]), pointer<const T>(in[4]), pointer<const T>(in[5]),
-                  pointer<const T>(in[6]), pointer<const T>(in[7]), pointer<T>(out[0]),
-                  pointer<T>(out[1]), pointer<T>(out[2]), pointers<T>(gradients[0]),
-                  pointers<T>(gradients[1]), pointers<T>(gradients[2]), pointers<T>(gradients[3])});
+  graph.backward({threads,
+                  pointers<const T>(parameters[0]),
+                  pointers<const T>(parameters[1]),
+                  pointers<const T>(parameters[2]),
+                  mean,
+                  pointer<const std::byte>(saved),
+                  pointers<const T>(statistics[0]),
+                  pointers<const T>(statistics[1]),
+                  pointer<const T>(in[0]),
+                  pointer<const T>(in[1]),
+                  pointer<const T>(in[2]),
+                  pointer<const T>(in[3]),
+                  pointer<const T>(in[4]),
+                  pointer<const T>(in[5]),
+                  pointer<const T>(in[6]),
+                  pointer<const T>(in[7]),
+                  pointer<T>(out[0]),
+                  pointer<T>(out[1]),
+                  pointer<T>(out[2]),
+                  pointers<T>(gradients[0]),
+                  pointers<T>(gradients[1]),
+                  pointers<T>(gradients[2]),
+                  pointers<T>(gradients[3])});
 }
 
 template <class E>
@@ -216,6 +229,7 @@ void define_graph(py::module_& m, const char* suffix) {
   py::class_<Graph<E>>(m, (std::string("Graph_") + suffix).c_str(), py::module_local())
       .def(py::init<const std::vector<Node>&>(), "nodes"_a)
       .def_property_readonly("saved_bytes", &Graph<E>::saved_bytes)
+      .def_property_readonly("example_bytes", &Graph<E>::example_bytes)
       .def("forward", &graph_forward_py<E>, Unlocked())
       .def("backward", &graph_backward_py<E>, Unlocked());
 }
@@ -316,9 +330,7 @@ void define_shapes(py::module_& m) {
            "value"_a, "slope"_a);
   py::class_<Node>(m, "Node", py::module_local())
       .def(py::init([](NodeKind kind, const Shape& shape, bool fast, const Edge& a, const Edge& b,
-                       bool norm, double eps) {
-             return Node{kind, shape, fast, a, b, norm, eps};
-           }),
+                       bool norm, double eps) { return Node{kind, shape, fast, a, b, norm, eps}; }),
            py::kw_only(), "kind"_a, "shape"_a, "fast"_a, "a"_a, "b"_a, "norm"_a, "eps"_a);
 }
 

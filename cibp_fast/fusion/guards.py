@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cibp_fast.fusion.program import (
+    ACTIVATIONS,
     CONVOLUTIONS,
     DROPOUTS,
     LINEARS,
@@ -25,7 +26,8 @@ from cibp_fast.models import Normalize
 # What a layer's stage depends on.
 _HYPERPARAMETERS: dict[type[nn.Module], tuple[str, ...]] = {
     **dict.fromkeys(CONVOLUTIONS, ("stride", "padding", "dilation", "groups", "padding_mode")),
-    **dict.fromkeys(LINEARS, ()),
+    **dict.fromkeys(NORMS, ("eps",)),
+    nn.LeakyReLU: ("negative_slope",),
     nn.AvgPool2d: (
         *("kernel_size", "stride", "padding"),
         *("ceil_mode", "count_include_pad", "divisor_override"),
@@ -43,13 +45,12 @@ def add_guards(model: nn.Module, program: Program) -> None:
     Where there are classes that are not torch's, whose forwards may read anything, a call compares
     the fingerprint as well.
     """
-    for affine in program.affine:
-        for layer in (*affine.before, affine.layer):
-            if names := _HYPERPARAMETERS[type(layer.module)]:
-                seen = tuple(map(deepcopy, operator.attrgetter(*names, "__class__")(layer.module)))
-                program.guards.append(
-                    Guard(operator.attrgetter(*names, "__class__"), layer.module, seen)
-                )
+    for layer, _ in program.calls:
+        if names := _HYPERPARAMETERS.get(type(layer.module)):
+            seen = tuple(map(deepcopy, operator.attrgetter(*names, "__class__")(layer.module)))
+            program.guards.append(
+                Guard(operator.attrgetter(*names, "__class__"), layer.module, seen)
+            )
     for _, module in tree("", model):
         program.torch_only &= of_torch(type(module))
         names = ("__class__", "forward", *_HOOKS)
@@ -188,6 +189,6 @@ ORIGINAL_CALLS = {
     kind: _original_calls(kind)
     for kind in (
         *(*CONVOLUTIONS, *LINEARS, *NORMS, *POOLS, *DROPOUTS),
-        *(nn.ReLU, nn.Flatten, nn.Identity, nn.ZeroPad2d, Normalize),
+        *(*ACTIVATIONS, nn.Flatten, nn.Identity, nn.ZeroPad2d, Normalize),
     )
 }

@@ -8,18 +8,22 @@ the parameters anew and runs all stages in one autograd node (ops/network.py).
 from __future__ import annotations
 
 import operator
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from cibp_fast.fusion.guards import fingerprint
-from cibp_fast.fusion.program import Layer, Program
+from cibp_fast.fusion.nodes import Nodes, nodes_for
+from cibp_fast.fusion.program import CONVOLUTIONS, LINEARS, NORMS, Layer, Program, Sum
 from cibp_fast.fusion.stages import folded, stages_for
 from cibp_fast.fusion.tracing import check_trace, trace
 from cibp_fast.interval import Interval, may_inspect
 from cibp_fast.layerwise import Bounds, bounds, check_arguments
+from cibp_fast.models import Normalize
 from cibp_fast.ops import backends
+from cibp_fast.ops.graph import Code, Parameters, coded, graph
 from cibp_fast.ops.library import failure
 from cibp_fast.ops.loss import Head
 from cibp_fast.ops.network import (
@@ -109,12 +113,13 @@ class FusedNetwork(nn.Module):
 
         Raises:
             TypeError: x or box has the wrong type, or a parameter another dtype than x.
+            FloatingPointError: the batch statistics of a norm are not finite.
             ValueError: as cf.bounds; and width is not "post", x is of another dtype or on another
                 device than the above, a parameter is elsewhere, a layer does not fit its input,
                 the model has changed to one that `fuse` cannot take or computes something else
                 than was traced, batch norm is in training mode
-                (use cf.bounds) or dropout is (which has no bounds), or the backend or precision
-                that was asked for cannot run there.
+                and has but one value per channel, or dropout is (which has no bounds), or the
+                backend or precision that was asked for cannot run there.
         """
         check_arguments(x, box, width, reduction)
         if width != "post":
@@ -136,14 +141,21 @@ class FusedNetwork(nn.Module):
             return self._unfused(why_not, x, box, width, reduction)
         program = self._current_program()
         fast = self.precision == "fast" and backend == "cpu"
-        plan, weights, biases = planned(program, x, fast)
+        precision = self.precision
         if backend == "cpu":
-            if self.precision not in CPU_PRECISIONS:
-                raise ValueError(f"precision={self.precision!r} is for a GPU, and x is on the CPU")
-            if self.precision == "bf16" and x.dtype != torch.float32:
+            if precision not in CPU_PRECISIONS:
+                raise ValueError(f"precision={precision!r} is for a GPU, and x is on the CPU")
+            if precision == "bf16" and x.dtype != torch.float32:
                 raise ValueError(f"precision='bf16' is for float32 tensors, and x is {x.dtype}")
-            precision = self.precision
-        else:
+        if (layer := needs_graph(program)) is not None:
+            if backend != "cpu" or not len(x):
+                why = f"{layer.name} ({type(layer.module).__name__}) has kernels on the CPU only"
+                if self.backend not in ("auto", "cpu"):
+                    raise ValueError(f"backend={self.backend!r} cannot run here: {why}")
+                return self._unfused(why, x, box, width, reduction)
+            return self._graph_bounds(program, x, box, reduction == "mean", fast)
+        plan, weights, biases = planned(program, x, fast)
+        if backend != "cpu":
             precision = "tf32" if self.precision == "fast" else self.precision
             if why_not := self._unchecked(plan, biases, x, precision):
                 return self._unfused(why_not, x, box, width, reduction)
@@ -160,6 +172,30 @@ class FusedNetwork(nn.Module):
         if plan.counted is not None:
             widths = widths[plan.counted]
         head = Head(head_lower, head_upper, weight, bias)
+        return Bounds(Interval._make(lower, upper, logits), widths, head, self.backend)
+
+    def _graph_bounds(
+        self, program: Program, x: Tensor, box: Interval, mean: bool, fast: bool
+    ) -> Bounds:
+        """Computes the bounds of a network that is more than a chain, on the CPU."""
+        plan, parameters = planned_graph(program, x, fast)
+        streams: Any = box.lower, box.upper, x
+        if program.normalize is not None:
+            box = _normalized(program.normalize, Interval._make(*streams))
+            streams = box.lower, box.upper, box.nominal
+        first = plan.made.nodes[0].shape
+        streams = [stream.reshape(len(x), *first[1:4]) for stream in streams]
+        engine = _engine("cpu", self.precision)
+        try:
+            lower, upper, logits, head_lower, head_upper, widths, weight, bias, statistics = graph(
+                streams[0], streams[1], streams[2], plan.code, parameters, mean, engine
+            )
+        except RuntimeError:
+            _refuse_freed(program)
+            raise
+        update_running_statistics(plan, statistics, len(x))
+        head = Head(head_lower, head_upper, weight, bias)
+        widths = widths[plan.made.counted]
         return Bounds(Interval._make(lower, upper, logits), widths, head, self.backend)
 
     def _selected(self, x: Tensor) -> tuple[str, str]:
@@ -179,6 +215,8 @@ class FusedNetwork(nn.Module):
         program = self._current_program()
         normalize = program.normalize and program.normalize.module
         plain = normalize is None or (backend == "cpu" and _constant(normalize, x.shape[1]))
+        if (layer := needs_graph(program)) is not None:
+            return f"{layer.name} ({type(layer.module).__name__}) is not for a step of kernels"
         if not plain or any(each.norm for each in program.affine):
             return "a layer is a normalization"
         plan, weights, biases = planned(program, x, self.precision == "fast" and backend == "cpu")
@@ -270,6 +308,23 @@ class Runnable(NamedTuple):
         return _engine(self.backend, self.precision)
 
 
+class GraphPlan(NamedTuple):
+    """Holds what the calls of a network that is more than a chain need, for examples of a shape."""
+
+    made: Nodes
+    code: Code
+    shapes: list[Any]  # of weights and biases, in turn
+
+
+def needs_graph(program: Program) -> Layer | None:
+    """Returns a layer for which the network needs the kernels of ops.graph; None: there is none."""
+    if program.graph:
+        kinds = (Sum, nn.LeakyReLU)
+        found = (layer for layer, _ in program.calls if type(layer.module) in kinds)
+        return next(found, program.calls[-1].layer)
+    return next((norm for norm in program.norms if norm.module.training), None)
+
+
 def _engine(backend: str, precision: str) -> str:
     if backend != "cpu":
         return f"{backend}-{precision}"
@@ -288,15 +343,7 @@ def planned(
     program: Program, x: Tensor, fast: bool = False
 ) -> tuple[Plan, list[Tensor], list[Tensor | None]]:
     """Returns the plan for inputs like x, with weights and biases; all are checked."""
-    for dropout in program.dropouts:
-        if dropout.module.training and dropout.module.p:
-            raise dropout.misfit(
-                "it is random in training mode, and a random network has no bounds, in "
-                "cf.bounds neither: call this layer's eval(), or set its p to 0"
-            )
-    if program.normalize is not None:
-        _tensors(program.normalize, x, ("mean", "std"))
-    parameters = [_tensors(affine.layer, x, ("weight",), ("bias",)) for affine in program.affine]
+    parameters = _parameters(program, x)
     shapes = [None if t is None else t.shape for pair in parameters for t in pair]
     key = x.shape[1:], fast
     plan = None if torch.compiler.is_compiling() else program.plans.get(key)
@@ -316,17 +363,101 @@ def planned(
         _refuse_freed(program)
     for i, affine in enumerate(program.affine):
         if affine.norm is not None:
-            _tensors(affine.norm, x, ("running_mean", "running_var"), ("weight", "bias"))
-            parameters[i] = folded(affine.norm, *parameters[i])
-    if new and not torch.compiler.is_compiling():
-        # a forward of torch's own depends on no types, and one of no examples or in a graph
-        # that is being captured shows nothing
-        checked = program.torch_only or (len(x) > 0 and may_inspect(x))
-        if checked and not program.torch_only:
-            check_trace(program, x)
-        if checked:
-            program.plans[key] = plan
+            parameters[i] = _folded(affine.norm, x, parameters[i])
+    if new:
+        _keep(program, key, plan, x)
     return plan, [weight for weight, _ in parameters], [bias for _, bias in parameters]
+
+
+def planned_graph(program: Program, x: Tensor, fast: bool) -> tuple[GraphPlan, Parameters]:
+    """Returns the plan for inputs like x of a network that is more than a chain, and its tensors;
+    all are checked.
+    """
+    parameters = _parameters(program, x)
+    shapes = [None if t is None else t.shape for pair in parameters for t in pair]
+    key = x.shape[1:], fast, *(norm.module.training for norm in program.norms)
+    plan = None if torch.compiler.is_compiling() else program.plans.get(key)
+    new = plan is None or plan.shapes != shapes
+    if plan is None or new:
+        made = nodes_for(program, x.shape[1:], parameters, fast)
+        plan = GraphPlan(made, coded(made.nodes), shapes)
+    if program.in_torch and not torch.compiler.is_compiling():
+        _refuse_freed(program)
+    for place, norm in plan.made.folded.items():
+        parameters[place] = _folded(norm, x, parameters[place])
+    pairs = [_tensors(norm, x, (), ("weight", "bias")) for norm in plan.made.norms]
+    for norm, node in plan.made.normed():
+        if len(x) * prod(node.output[1:]) < 2:
+            raise norm.misfit(
+                "in training mode it needs more than one value per channel, got one example of "
+                "one pixel: call its eval(), or give it more examples"
+            )
+    if new:
+        _keep(program, key, plan, x)
+    return plan, Parameters(
+        [weight for weight, _ in parameters],
+        [bias for _, bias in parameters],
+        [gamma for gamma, _ in pairs],
+        [beta for _, beta in pairs],
+    )
+
+
+@torch.no_grad()
+def update_running_statistics(plan: GraphPlan, statistics: Tensor, examples: int) -> None:
+    """Moves the running statistics as torch's batch norm does. statistics: of `ops.graph`.
+
+    Raises FloatingPointError where they are not finite, with nothing changed.
+    """
+    normed = plan.made.normed()
+    columns = statistics.split([node.output[0] for _, node in normed], 1)
+    if not torch.compiler.is_compiling() and not bool(statistics.isfinite().all()):
+        finite = [bool(column.isfinite().all()) for column in columns]
+        layer = normed[finite.index(False)][0]
+        raise FloatingPointError(
+            f"{layer.name} ({type(layer.module).__name__}): mean or variance of its batch is not "
+            "finite: x, or a parameter of a layer before it, is NaN, infinite or too large"
+        )
+    for (norm, node), (mean, variance) in zip(normed, columns, strict=True):
+        module = norm.module
+        module.num_batches_tracked.add_(1)
+        rate = module.momentum
+        if rate is None:  # a cumulative average
+            rate = 1.0 / float(module.num_batches_tracked)
+        points = examples * prod(node.output[1:])
+        module.running_mean.lerp_(mean, rate)
+        module.running_var.lerp_(variance * (points / (points - 1)), rate)
+
+
+def _parameters(program: Program, x: Tensor) -> list[tuple[Any, ...]]:
+    """Returns weight and bias of each affine layer, checked, and refuses what is random."""
+    for dropout in program.dropouts:
+        if dropout.module.training and dropout.module.p:
+            raise dropout.misfit(
+                "it is random in training mode, and a random network has no bounds, in "
+                "cf.bounds neither: call this layer's eval(), or set its p to 0"
+            )
+    if program.normalize is not None:
+        _tensors(program.normalize, x, ("mean", "std"))
+    return [_tensors(affine.layer, x, ("weight",), ("bias",)) for affine in program.affine]
+
+
+def _folded(norm: Layer, x: Tensor, pair: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """Returns weight and bias with the norm, in eval mode, behind them."""
+    _tensors(norm, x, ("running_mean", "running_var"), ("weight", "bias"))
+    return folded(norm, *pair)
+
+
+def _keep(program: Program, key: tuple[Any, ...], plan: Any, x: Tensor) -> None:
+    """Keeps a new plan for later calls, once the trace is checked."""
+    if torch.compiler.is_compiling():
+        return
+    # a forward of torch's own depends on no types, and one of no examples or in a graph that is
+    # being captured shows nothing
+    checked = program.torch_only or (len(x) > 0 and may_inspect(x))
+    if checked and not program.torch_only:
+        check_trace(program, x)
+    if checked:
+        program.plans[key] = plan
 
 
 def _tensors(
@@ -350,9 +481,10 @@ def _tensors(
 
 def _refuse_freed(program: Program) -> None:
     """Raises RuntimeError where the storage of a layer's tensor was freed, naming it."""
-    for affine in program.affine:
-        for layer in filter(None, (program.normalize, affine.layer, affine.norm)):
-            for name, tensor in (layer.module._parameters | layer.module._buffers).items():
+    for layer, _ in program.calls:
+        module = layer.module
+        if type(module) in (Normalize, *CONVOLUTIONS, *LINEARS, *NORMS):
+            for name, tensor in (module._parameters | module._buffers).items():
                 if tensor is not None and backends.freed(tensor):
                     raise RuntimeError(f"{layer.name}.{name} {backends.FREED}")
 
@@ -376,9 +508,12 @@ def fuse(model: nn.Module, precision: str = "float32", backend: str = "auto") ->
     torch's. torch.utils.checkpoint(use_reentrant=False) is taken, and saves nothing more here.
 
     Args:
-        model: a chain of Conv2d (groups=1, zero padding), Linear, ReLU, Flatten, AvgPool2d and
-            AdaptiveAvgPool2d, BatchNorm (in eval mode), ZeroPad2d, Identity and Dropout (in eval
-            mode), optionally behind a cibp_fast.models.Normalize, that ends in Linear.
+        model: Conv2d (groups=1, zero padding), Linear, ReLU, LeakyReLU, Flatten, AvgPool2d and
+            AdaptiveAvgPool2d, BatchNorm, ZeroPad2d, Identity and Dropout (in eval mode), and sums
+            of two values, optionally behind a cibp_fast.models.Normalize, that ends in Linear.
+            Batch norm in training mode takes the statistics of x, as cf.bounds does: gradients
+            reach x through them, and its running statistics follow. That, sums and LeakyReLU have
+            kernels on the CPU; on a GPU such a network runs layer by layer.
         precision: "float32", or "fast": Winograd convolutions of square kernels where they
             should be faster, with a few times the rounding (docs/training.md, "Precision"), and in
             float32 half the bytes saved for the backward pass, all but the network's input in
@@ -426,7 +561,10 @@ def of_torch_alone(model: Any, x: Tensor) -> FusedNetwork | None:
         if backends.select("auto", x.device, x.dtype)[0] != "cpu":
             return None
         fused = fused or fuse(model)
-        planned(fused._current_program(), x[:1])
+        program = fused._current_program()
+        if needs_graph(program) is not None:
+            return None
+        planned(program, x[:1])
     except (TypeError, ValueError, RuntimeError):  # the model itself says it better
         return None
     return fused if fused._program.torch_only else None

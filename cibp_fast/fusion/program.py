@@ -18,8 +18,17 @@ from cibp_fast.nn import IntervalConv2d, IntervalLinear
 CONVOLUTIONS = (nn.Conv2d, IntervalConv2d)
 LINEARS = (nn.Linear, IntervalLinear)
 NORMS = {nn.BatchNorm1d: LINEARS, nn.BatchNorm2d: CONVOLUTIONS}  # and what they follow
+ACTIVATIONS = (nn.ReLU, nn.LeakyReLU)
 POOLS = (nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d)
+
+
+class Sum(nn.Module):
+    """Adds two values: what `+` in a forward is."""
+
+    def forward(self, a: Any, b: Any) -> Any:
+        return a + b
+
 
 # The layers of torch whose functions have an interval rule: those that cf.bounds takes.
 _WITH_RULE = frozenset(
@@ -33,7 +42,7 @@ _WITH_RULE = frozenset(
         *("Softshrink", "Hardshrink", "Tanhshrink", "ZeroPad1d", "ZeroPad2d", "ConstantPad2d"),
         *("ReflectionPad2d", "ReplicationPad2d", "Dropout", "Dropout1d", "Dropout2d"),
     )
-) | {IntervalConv2d, IntervalLinear}
+) | {IntervalConv2d, IntervalLinear, Sum}
 _OPERATORS = {
     operator.add: torch.add,
     operator.sub: torch.sub,
@@ -98,6 +107,13 @@ def elsewhere(what: Any) -> str:
     return "; cf.bounds has a rule for it" if known else ""
 
 
+class Call(NamedTuple):
+    """Names a layer as a forward calls it, and the earlier calls whose results it takes."""
+
+    layer: Layer
+    sources: tuple[int, ...]  # -1: the model's input
+
+
 @dataclass
 class Affine:
     """Holds a convolution or linear layer, and the layers that go with it."""
@@ -125,9 +141,11 @@ class Program:
     """Holds the layers of a model, as it was traced."""
 
     model: nn.Module
-    layers: list[Layer]  # in the order of the pass; the same in groups:
+    calls: list[Call]  # in the order of the pass; the same in groups:
     normalize: Layer | None = None
     affine: list[Affine] = field(default_factory=list)
+    graph: bool = False  # whether it is more than a chain: nodes.py makes stages of the calls
+    norms: list[Layer] = field(default_factory=list)
     dropouts: list[Layer] = field(default_factory=list)
     in_torch: bool = False  # whether torch computes with some parameters before the op does
     # What it stays right for: all of it, and what a call compares.

@@ -29,25 +29,25 @@ def stages_for(
         padding = (0, 0, 0, 0)  # left, right, top, bottom
         for step in affine.before:
             if type(step.module) is nn.ZeroPad2d:
-                padding = _added(step, padding)
+                padding = added_padding(step, padding)
             elif type(step.module) is nn.Flatten:
-                shape = _flattened(step, shape)
+                shape = flattened(step, shape)
             else:
-                stage = _pooling_stage(step, shape)
+                stage = pooling_stage(step, shape)
                 if stage.kernel == (1, 1) and stage.input == stage.output:
                     continue
                 if stages[-1].dense:
                     raise step.error("it comes after a layer that covers its input")
                 stages.append(stage)
                 shape = image = stage.output
-        _check_fit(affine.layer, shape, weight, bias)
+        check_fit(affine.layer, shape, weight, bias)
         if affine.linear:
             if not stages:
                 image = (*shape, 1, 1)
             stage = Stage(Shape(1, *image, len(weight), 1, 1, *image[1:]), affine.relu)
         else:
             check_plain(affine.layer)
-            stage = _convolution_stage(affine, image, weight, padding)
+            stage = convolution_stage(affine, image, weight, padding)
         if stages and stages[-1].dense and not stage.dense:
             raise affine.layer.error(
                 "a convolution with several outputs comes after a layer that covers its input"
@@ -58,7 +58,7 @@ def stages_for(
     return [stage._replace(fast=True) for stage in stages] if fast else stages
 
 
-def _added(pad: Layer, padding: tuple[int, ...]) -> tuple[int, int, int, int]:
+def added_padding(pad: Layer, padding: tuple[int, ...]) -> tuple[int, int, int, int]:
     given = pad.integers("padding", 2, 4)
     if min(given) < 0:
         raise pad.error(f"padding must be at least 0, got {pad.module.padding}")
@@ -66,7 +66,7 @@ def _added(pad: Layer, padding: tuple[int, ...]) -> tuple[int, int, int, int]:
     return padding[0] + left, padding[1] + right, padding[2] + top, padding[3] + bottom
 
 
-def _flattened(flatten: Layer, shape: tuple[int, ...]) -> tuple[int, ...]:
+def flattened(flatten: Layer, shape: tuple[int, ...]) -> tuple[int, ...]:
     module, dims = flatten.module, len(shape) + 1
     ends = [dim + dims if dim < 0 else dim for dim in (module.start_dim, module.end_dim)]
     if ends != [1, dims - 1]:
@@ -80,7 +80,7 @@ def _flattened(flatten: Layer, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (features,)
 
 
-def _pooling_stage(pool: Layer, shape: tuple[int, ...]) -> Stage:
+def pooling_stage(pool: Layer, shape: tuple[int, ...]) -> Stage:
     module = pool.module
     if len(shape) != 3:
         raise pool.misfit(f"it takes images [N, C, H, W], got {['N', *shape]}")
@@ -118,7 +118,7 @@ def _output_size(pool: Layer, size: Sequence[int]) -> tuple[int, ...]:
     return tuple([int(n if w is None else w) for w, n in zip(wanted, size, strict=True)])
 
 
-def _check_fit(layer: Layer, shape: tuple[int, ...], weight: Tensor, bias: Tensor | None) -> None:
+def check_fit(layer: Layer, shape: tuple[int, ...], weight: Tensor, bias: Tensor | None) -> None:
     """Raises ValueError where parameters do not fit each other or the layer's input."""
     dims = 1 if type(layer.module) in LINEARS else 3
     fits = len(shape) == dims and weight.dim() == dims + 1 and weight.shape[1] == shape[0]
@@ -128,7 +128,7 @@ def _check_fit(layer: Layer, shape: tuple[int, ...], weight: Tensor, bias: Tenso
         raise layer.misfit(f"bias {list(bias.shape)} does not fit weight {list(weight.shape)}")
 
 
-def _convolution_stage(
+def convolution_stage(
     affine: Affine, image: tuple[int, ...], weight: Tensor, padding: tuple[int, ...]
 ) -> Stage:
     """Makes the stage of a convolution.
@@ -157,11 +157,6 @@ def _convolution_stage(
 def folded(norm: Layer, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Returns weight and bias of an affine layer with the batch norm behind it."""
     module = norm.module
-    if module.training:
-        raise norm.misfit(
-            "in training mode it needs the statistics of the batch: use cf.bounds, which takes "
-            "those of the nominal points, or this layer's eval() to train with its running ones"
-        )
     if module.running_mean.shape != weight.shape[:1]:
         raise norm.misfit(f"it has {len(module.running_mean)} channels, its input {len(weight)}")
     scale = torch.rsqrt(module.running_var + module.eps)

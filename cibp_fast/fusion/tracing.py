@@ -1,4 +1,4 @@
-"""A model as a chain of layers: its forward is traced once, and what a trace loses is refused."""
+"""A model as calls of layers: its forward is traced once, and what a trace loses is refused."""
 
 from __future__ import annotations
 
@@ -28,14 +28,17 @@ from cibp_fast.fusion.guards import (
     tree,
 )
 from cibp_fast.fusion.program import (
+    ACTIVATIONS,
     CONVOLUTIONS,
     DROPOUTS,
     LINEARS,
     NORMS,
     POOLS,
     Affine,
+    Call,
     Layer,
     Program,
+    Sum,
     check_plain,
     elsewhere,
 )
@@ -43,8 +46,10 @@ from cibp_fast.interval import Interval
 from cibp_fast.models import Normalize
 from cibp_fast.ops import backends
 
-_FUNCTIONS = {
+_FUNCTIONS: dict[Any, str] = {
     **dict.fromkeys((F.relu, torch.relu, torch.relu_, "relu", "relu_"), "relu"),
+    **dict.fromkeys((F.leaky_relu, F.leaky_relu_), "leaky_relu"),
+    **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), "add"),
     **dict.fromkeys((torch.flatten, "flatten"), "flatten"),
     **dict.fromkeys((torch.reshape, "reshape"), "reshape"),
     "view": "view",
@@ -52,9 +57,9 @@ _FUNCTIONS = {
 _SIZES = {"reshape": "shape", "view": "size"}  # the names of their arguments
 
 _SUPPORTED = (
-    "supported are chains of Conv2d (groups=1, padded with zeros), Linear, ReLU, Flatten, "
-    "AvgPool2d and AdaptiveAvgPool2d, BatchNorm, ZeroPad2d, Identity and Dropout, behind a "
-    "cibp_fast.models.Normalize or not, that end in Linear"
+    "supported are Conv2d (groups=1, padded with zeros), Linear, ReLU, LeakyReLU, Flatten, "
+    "AvgPool2d and AdaptiveAvgPool2d, BatchNorm, ZeroPad2d, Identity and Dropout, and sums of two, "
+    "behind a cibp_fast.models.Normalize or not, that end in Linear"
 )
 
 _LOCK = threading.RLock()  # what a tracing changes in nn.Module is the whole process's
@@ -86,7 +91,7 @@ def _trace(model: nn.Module) -> Program:
                 "fuse would not run; cf.bounds would"
             )
     seen = fingerprint(model)
-    program = _group(model, _layers(model))
+    program = _grouped(model, _calls(model))
     program.fingerprint = seen
     add_guards(model, program)
     return program
@@ -105,17 +110,32 @@ def check_trace(program: Program, x: Tensor) -> None:
     x = x.detach()[:_COMPARED]
     for kind, given in (("tensors", x), ("Intervals", Interval._make(x - 1, x + 1, x))):
         out = given.clone()  # the forward may write into its input
-        with backends.ask("torch"):
+        with backends.ask("torch"), _running_statistics(program):
             expected = program.model(given.clone())
-            for layer in program.layers:
-                out = layer.module(out)
+        with backends.ask("torch"), _running_statistics(program):
+            results = [out]  # that of call k at k + 1
+            for layer, sources in program.calls:
+                results.append(layer.module(*(results[source + 1] for source in sources)))
+            out = results[-1]
         if not (type(out) is type(expected) and _close(out, expected)):
-            names = ", ".join(layer.name for layer in program.layers)
+            names = ", ".join(call.layer.name for call in program.calls)
             raise _forward_error(
                 program.model,
                 f"on {kind} it computes something else than the layers that it called at the "
                 f"tracing ({names}); does it ask for the type of its input, or catch errors?",
             )
+
+
+@contextmanager
+def _running_statistics(program: Program) -> Iterator[None]:
+    """Puts back the running statistics that batch norm in training mode changes inside."""
+    modules = [norm.module for norm in program.norms if norm.module.training]
+    kept = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, before in kept:
+            buffer.copy_(before)
 
 
 def _close(a: Any, b: Any) -> bool:
@@ -283,14 +303,16 @@ def _same(a: Any, b: Any) -> bool:
     return a is b or (type(a) is type(b) and isinstance(a, PLAIN) and a == b)
 
 
-def _layers(model: nn.Module) -> list[Layer]:
-    """Returns the layers in the order of the pass."""
+def _calls(model: nn.Module) -> list[Call]:
+    """Returns the calls of the layers in the order of the pass."""
     if _Tracer(True).is_leaf_module(model, "model"):
-        return [Layer("the model", model)]
-    layers, others = (_chain(model, _graph(model, gradients)) for gradients in (True, False))
-    if [each.identity for each in layers] != [each.identity for each in others]:
+        return [Call(Layer("the model", model), (-1,))]
+    calls, others = (_calls_of(model, _graph(model, gradients)) for gradients in (True, False))
+    if [(*c.layer.identity, c.sources) for c in calls] != [
+        (*c.layer.identity, c.sources) for c in others
+    ]:
         raise _forward_error(model, "it does other things where gradients are disabled")
-    return layers
+    return calls
 
 
 def _forward_error(model: nn.Module, why: str) -> ValueError:
@@ -332,32 +354,36 @@ def _graph(model: nn.Module, gradients: bool) -> fx.Graph:
     return graph
 
 
-def _chain(model: nn.Module, graph: fx.Graph) -> list[Layer]:
-    """Returns the layers of a traced forward, in the order of the pass."""
+def _calls_of(model: nn.Module, graph: fx.Graph) -> list[Call]:
+    """Returns the calls of a traced forward, in the order of the pass."""
     *nodes, output = graph.nodes
-    layers: list[Layer] = []
-    used = {output}
-    node = output.args[0]
-    while True:
+    found: dict[fx.Node, tuple[Layer, list[Any]]] = {}
+    wanted = [output.args[0]]
+    while wanted:
+        node = wanted.pop()
         if not isinstance(node, fx.Node):
             raise ValueError(
                 f"fuse needs a model that returns one tensor, and the forward of "
                 f"{type(model).__name__} returns a {type(node).__name__}"
             )
-        used.add(node)
-        if node is nodes[0]:
-            break
-        layer, source = _layer(model, node)
-        layers.append(layer)
-        node = source
-    for unused in nodes:
-        if unused not in used and not _is_size(unused):
-            raise _not_in_chain(model, unused)
-    return layers[::-1]
+        if node is not nodes[0] and node not in found:
+            found[node] = _layer(model, node)
+            wanted += found[node][1]
+    for unused in nodes[1:]:
+        if unused not in found and not _is_size(unused):
+            raise _not_taken(model, unused)
+    places = {nodes[0]: -1}
+    calls = []
+    for node in nodes:
+        if node in found:
+            layer, sources = found[node]
+            calls.append(Call(layer, tuple([places[source] for source in sources])))
+            places[node] = len(calls) - 1
+    return calls
 
 
-def _layer(model: nn.Module, node: fx.Node) -> tuple[Layer, Any]:
-    """Returns the layer that a node is, and the node of its input."""
+def _layer(model: nn.Module, node: fx.Node) -> tuple[Layer, list[Any]]:
+    """Returns the layer that a node is, and the nodes of its inputs."""
     arguments: dict[str, Any] = {"input": node.args[0] if node.args else None, **node.kwargs}
     source: Any = arguments.pop("input")
     others: tuple[Any, ...] = node.args[1:]
@@ -365,15 +391,22 @@ def _layer(model: nn.Module, node: fx.Node) -> tuple[Layer, Any]:
         layer = Layer(str(node.target), model.get_submodule(str(node.target)))
         if others or arguments or not isinstance(source, fx.Node):
             raise layer.misfit("it takes more than its input")
-        return layer, source
+        return layer, [source]
     name = _FUNCTIONS.get(node.target)
     arguments.pop("inplace", None)
     if name == "relu" and len(others) <= 1 and not arguments:
-        return Layer(f"the call of {name}", nn.ReLU()), source
+        return Layer(f"the call of {name}", nn.ReLU()), [source]
+    if name == "leaky_relu" and len(others) <= 2 and arguments.keys() <= {"negative_slope"}:
+        slope = others[0] if others else arguments.get("negative_slope", 0.01)
+        return Layer(f"the call of {name}", nn.LeakyReLU(slope)), [source]
+    if name == "add":
+        second = others[0] if others else arguments.pop("other", None)
+        if len(others) <= 1 and not arguments and isinstance(second, fx.Node):
+            return Layer("the call of add", Sum()), [source, second]
     if name == "flatten":
         dims = {"start_dim": 0, "end_dim": -1}
         dims.update(zip(dims, others, strict=False))
-        return Layer("the call of flatten", nn.Flatten(**(dims | arguments))), source
+        return Layer("the call of flatten", nn.Flatten(**(dims | arguments))), [source]
     if name in ("view", "reshape"):
         if arguments.keys() == {_SIZES[name]} and not others:
             others = (arguments.pop(_SIZES[name]),)
@@ -383,8 +416,8 @@ def _layer(model: nn.Module, node: fx.Node) -> tuple[Layer, Any]:
             known = isinstance(features, int) and features > 0
             if (_is_size(batch) and (known or features == -1)) or (batch == -1 and known):
                 layer = Layer(f"the call of {name}", nn.Flatten(), features if known else None)
-                return layer, source
-    raise _not_in_chain(model, node)
+                return layer, [source]
+    raise _not_taken(model, node)
 
 
 def _is_size(value: Any) -> bool:
@@ -400,7 +433,7 @@ def _is_size(value: Any) -> bool:
     return False
 
 
-def _not_in_chain(model: nn.Module, node: fx.Node) -> ValueError:
+def _not_taken(model: nn.Module, node: fx.Node) -> ValueError:
     if node.op == "call_module":
         name = str(node.target)
         return Layer(name, model.get_submodule(name)).error(
@@ -414,9 +447,49 @@ def _not_in_chain(model: nn.Module, node: fx.Node) -> ValueError:
     )
 
 
-def _group(model: nn.Module, layers: list[Layer]) -> Program:
-    """Groups the layers into affine ones and what goes with each."""
-    program = Program(model, layers)
+def _grouped(model: nn.Module, calls: list[Call]) -> Program:
+    """Groups the layers into affine ones and what goes with each; of what is no chain, only the
+    affine ones are told apart.
+    """
+    program = Program(model, calls)
+    chain = all(call.sources == (place - 1,) for place, call in enumerate(calls))
+    activations = {type(call.layer.module) for call in calls} & set(ACTIVATIONS)
+    program.graph = not chain or nn.LeakyReLU in activations
+    if program.graph:
+        _sort(program)
+    else:
+        _group(program)
+    program.norms = [call.layer for call in calls if type(call.layer.module) in NORMS]
+    program.in_torch = bool(program.normalize or program.norms)
+    return program
+
+
+def _sort(program: Program) -> None:
+    """Finds the layers with parameters in a network that is no chain; nodes.py checks the rest."""
+    for place, call in enumerate(program.calls):
+        layer, kind = call.layer, type(call.layer.module)
+        if kind is Normalize:
+            if place > 0 or any(-1 in call.sources for call in program.calls[1:]):
+                raise layer.error("it must be the first layer, and the only one of the input")
+            program.normalize = layer
+        elif kind in (*CONVOLUTIONS, *LINEARS):
+            if kind in CONVOLUTIONS:
+                check_plain(layer)
+            program.affine.append(Affine(layer, []))
+        elif kind in DROPOUTS:
+            program.dropouts.append(layer)
+        elif kind is Sum and -1 in call.sources:
+            raise layer.error("it reads the network's input")
+        elif kind not in _OTHERS:
+            raise layer.error(_SUPPORTED)
+
+
+_OTHERS = (*NORMS, *ACTIVATIONS, *POOLS, Sum, nn.ZeroPad2d, nn.Flatten, nn.Identity)
+
+
+def _group(program: Program) -> None:
+    """Groups the layers of a chain."""
+    layers = [call.layer for call in program.calls]
     before: list[Layer] = []  # what the next affine layer will take with it
     directly = False  # whether nothing came since the last affine layer
 
@@ -465,5 +538,3 @@ def _group(model: nn.Module, layers: list[Layer]) -> Program:
     if last is None or not last.linear or last.relu or last.norm or before:
         end = layers[-1] if layers else Layer("the model", nn.Identity())
         raise end.error("the network must end in Linear")
-    program.in_torch = bool(program.normalize or any(affine.norm for affine in program.affine))
-    return program

@@ -19,7 +19,7 @@ from torch import Tensor
 from cibp_fast.kernels.shape import Shape
 from cibp_fast.ops import backends
 from cibp_fast.ops.library import library
-from cibp_fast.ops.network import build_of
+from cibp_fast.ops.network import build_of, saved_bytes
 
 __all__ = ["Edge", "Node", "graph"]
 
@@ -286,11 +286,9 @@ def _graph_forward_fake(  # type: ignore[no-untyped-def]
     lower, upper, nominal, weights, biases, gammas, betas, whole, reals, engine, mean=False
 ):
     code, batch = (tuple(whole), tuple(reals)), nominal.shape[0]
-    size = _plan(code, 1, engine, nominal.dtype).network.saved_bytes  # of one example, rounded up
-    return (
-        *_forward_outputs(nominal, decoded(code)),
-        nominal.new_empty(batch * size, dtype=torch.uint8),
-    )
+    size = saved_bytes(_plan(code, 1, engine, nominal.dtype).network, batch)
+    outputs = _forward_outputs(nominal, decoded(code))
+    return *outputs, nominal.new_empty(size, dtype=torch.uint8)
 
 
 @torch.library.impl(library, "graph_forward", "CPU")

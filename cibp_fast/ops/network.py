@@ -371,6 +371,12 @@ def build_of(engine: str, dtype: torch.dtype) -> tuple[ModuleType, str]:
     return backends.builds()[isa], stored
 
 
+def saved_bytes(network: Any, batch: int) -> int:
+    """Returns how much a CPU network made for any batch saves of one of this size."""
+    line = 64  # of the cache: where each thing that is saved begins; csrc/cpu/network/planning.h
+    return sum(-(-batch * each // line) * line for each in network.example_bytes)
+
+
 def kernel_layers(build: ModuleType, stages: Sequence[Stage], batch: int) -> list[Any]:
     """Returns the stages as a CPU module takes them."""
     return [
@@ -430,8 +436,7 @@ def _network_forward_fake(  # type: ignore[no-untyped-def]
         size = 0
     else:
         plan = _plan(numbers, 1, _given(ball_radius), engine, nominal.dtype)
-        line = 64  # of the cache: where each stage's input begins; csrc/cpu/network/planning.h
-        size = sum(-(-batch * each // line) * line for each in plan.network.example_bytes)
+        size = saved_bytes(plan.network, batch)
     return *_forward_outputs(nominal, stages), nominal.new_empty(size, dtype=torch.uint8)
 
 

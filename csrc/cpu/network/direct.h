@@ -247,7 +247,7 @@ void convolve_reduce(const Layer<E>& layer, const Number<E>* weight,
   }
 }
 
-// One example's input gradient; finish(pixel, channel of the vector, streams).
+// One example's input gradient; finish(pixel, channel of the vector, streams), once for each.
 template <class G, class E, class Finish>
 void convolve_input_gradient(const Layer<E>& layer, const Number<E>* panels, const G* gradient,
                              Number<E>* product, const Finish& finish) {
@@ -260,8 +260,8 @@ void convolve_input_gradient(const Layer<E>& layer, const Number<E>* panels, con
       const int64_t rows = s.kernel_height * s.kernel_width * layer.backward.channels;
       convolve_strip<G, S, V>(layer.backward, strip, h, gradient, s.in_width,
                               panels + layer.backward_panel + c * rows, layer.points, product,
-                              [&](int64_t pixel, int v, bool, Vec<T>* streams) {
-                                finish(pixel, c + v * kLanes<T>, streams);
+                              [&](int64_t pixel, int v, bool counts, Vec<T>* streams) {
+                                if (counts) finish(pixel, c + v * kLanes<T>, streams);
                               });
     });
 }

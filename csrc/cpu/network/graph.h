@@ -38,7 +38,7 @@ struct GraphForward {
   Tensor4<const T> lower, upper, nominal;  // [N, C, H, W]
   bool mean;                               // as in NetworkForward
   // outputs
-  std::byte* saved;  // [Graph::saved_bytes], from a line of the cache on
+  std::byte* saved;                        // [Graph::saved_bytes], from a line of the cache on
   T *lower_out, *upper_out, *nominal_out;  // [N, classes]
   T *head_lower, *head_upper;              // [N, features of the last node]: what it reads
   // [nodes] of (upper - lower)^2 of a node's value behind the activation with which it is read
@@ -76,6 +76,7 @@ class Graph {
   explicit Graph(const std::vector<Node>& nodes);
 
   int64_t saved_bytes() const;
+  std::vector<int64_t> example_bytes() const;  // of each thing that is saved, per example
   void forward(const GraphForward<Number<E>>& op) const;
   void backward(const GraphBackward<Number<E>>& op) const;
 

@@ -58,9 +58,8 @@ class GraphBackwardPass {
     const NodePlan<E>& node = plan_.nodes[k];
     const bool filled = gradients_[k] != nullptr;
     if (!filled)
-      gradients_[k] = std::make_unique<Memory>(static_cast<size_t>(plan_.batch) *
-                                               static_cast<size_t>(node.place.in.size()) *
-                                               sizeof(E));
+      gradients_[k] = std::make_unique<Memory>(
+          static_cast<size_t>(plan_.batch) * static_cast<size_t>(node.place.in.size()) * sizeof(E));
     const T scale = counts && op_.grad_widths
                         ? T(8) * op_.grad_widths[k] / width_divisor(node.place, op_.mean)
                         : T{0};
@@ -119,8 +118,8 @@ class GraphBackwardPass {
   void last() {
     const size_t i = plan_.nodes.size() - 1;
     const NodePlan<E>& node = plan_.nodes[i];
-    const T squares = op_.grad_widths ? op_.grad_widths[i] / width_divisor(node.place, op_.mean)
-                                      : T{0};
+    const T squares =
+        op_.grad_widths ? op_.grad_widths[i] / width_divisor(node.place, op_.mean) : T{0};
     const int64_t pitch = spread_pitch<E>(node.layer().width());
     const NetworkBackward<T> op = of_layer(i);
     const std::vector<E> logits = logits_gradient(node.plan, op, squares, pitch);
@@ -137,9 +136,8 @@ class GraphBackwardPass {
     if (!layer.first) {
       E* const images = scratch<E>(Slot::kStageEven, plan_.batch * layer.in.size());
       const View<E> view = view_of(plan_, node.a, op_.saved, norms_);
-      parallel_for(op_.threads, plan_.batch, [&](int64_t n) {
-        prepare(view, n, 1, layer, images + n * layer.in.size());
-      });
+      parallel_for(op_.threads, plan_.batch,
+                   [&](int64_t n) { prepare(view, n, 1, layer, images + n * layer.in.size()); });
       in = images;
     }
     E* const out = wants_input
@@ -167,9 +165,9 @@ class GraphBackwardPass {
     parallel_for(op_.threads, plan_.batch, [&](int64_t n) {
       for_vectors(place, [&](int64_t from, int64_t pixel, int64_t channel) {
         Vec<T> streams[S];
-        load_streams(out + n * layer.in.size() + layer.in_offsets[static_cast<size_t>(pixel)] +
-                         channel,
-                     layer.in.stream_stride(), streams);
+        load_streams(
+            out + n * layer.in.size() + layer.in_offsets[static_cast<size_t>(pixel)] + channel,
+            layer.in.stream_stride(), streams);
         take(to, n, from, channel, streams);
       });
     });

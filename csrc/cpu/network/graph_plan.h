@@ -28,6 +28,15 @@ struct GraphPlan {
   int64_t batch;
   int64_t input = 0;  // where the packed input of the node that reads what is given is saved
   int64_t saved_bytes = 0;
+  std::vector<int64_t> example_bytes;
+
+  // Makes room for so many bytes an example; returns where it begins.
+  int64_t save(int64_t bytes) {
+    const int64_t begin = saved_bytes;
+    saved_bytes += round_up(batch * bytes, kLine);
+    example_bytes.push_back(bytes);
+    return begin;
+  }
 };
 
 // How the outputs of a shape lie as a value.
@@ -62,8 +71,8 @@ Graph<E>::Graph(const std::vector<Node>& nodes) {
       node.counts_b = count(given.b);
     } else {
       const bool pool = given.kind == NodeKind::kPool, first = given.a.value == 0;
-      Layer<E> layer = planned_layer<E>({given.shape, false, pool, given.fast}, first,
-                                        Given::kBoxes);
+      Layer<E> layer =
+          planned_layer<E>({given.shape, false, pool, given.fast}, first, Given::kBoxes);
       layer.rounded = false;
       layer.element = first && !layer.dense ? sizeof(Number<E>) : sizeof(E);
       layer.scatter = first && !layer.dense && scatters<Number<E>>(layer.shape);
@@ -72,10 +81,7 @@ Graph<E>::Graph(const std::vector<Node>& nodes) {
         if (layer.winograd.any())
           layer.group = std::min(plan->batch, Winograd<E>(given.shape).group(layer.in.size()));
       }
-      if (first) {
-        plan->input = plan->saved_bytes;
-        plan->saved_bytes += round_up(plan->batch * layer.saved_size(), kLine);
-      }
+      if (first) plan->input = plan->save(layer.saved_size());
       node.plan.biases = layer.width() + kBlock<E>;
       node.plan.input_at = input_places<E>(layer);
       node.plan.layers.push_back(std::move(layer));
@@ -84,9 +90,8 @@ Graph<E>::Graph(const std::vector<Node>& nodes) {
         cibp::place(node.plan, 0);
       }
     }
-    node.saved = plan->saved_bytes;
     if (plan->nodes.size() + 1 < nodes.size())  // the last one's is what the graph returns
-      plan->saved_bytes += round_up(plan->batch * node.place.in.size() * int64_t{sizeof(E)}, kLine);
+      node.saved = plan->save(node.place.in.size() * int64_t{sizeof(E)});
     plan->nodes.push_back(std::move(node));
   }
   plan_ = plan;
@@ -95,6 +100,11 @@ Graph<E>::Graph(const std::vector<Node>& nodes) {
 template <class E>
 int64_t Graph<E>::saved_bytes() const {
   return plan_->saved_bytes;
+}
+
+template <class E>
+std::vector<int64_t> Graph<E>::example_bytes() const {
+  return plan_->example_bytes;
 }
 
 }  // namespace cibp

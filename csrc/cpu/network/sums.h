@@ -134,10 +134,10 @@ class ParameterSums {
   const NetworkBackward<T>& op_;
   const int parts_;
   const bool wanted_;
-  const int64_t size_;              // elements of a part's
+  const int64_t size_;                // elements of a part's
   T *const plus_, *const magnitude_;  // [parts][size]
-  std::vector<double> bias_sums_;   // [parts][plan.outputs]
-  std::vector<double> radius_sums_;  // [parts][channels of the first layer]
+  std::vector<double> bias_sums_;     // [parts][plan.outputs]
+  std::vector<double> radius_sums_;   // [parts][channels of the first layer]
 };
 
 }  // namespace cibp

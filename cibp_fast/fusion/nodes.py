@@ -1,0 +1,204 @@
+"""The nodes of a network that is more than a chain, for inputs of a shape (`ops.graph`)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from cibp_fast.fusion.program import (
+    ACTIVATIONS,
+    DROPOUTS,
+    LINEARS,
+    NORMS,
+    POOLS,
+    Affine,
+    Call,
+    Layer,
+    Program,
+    Sum,
+)
+from cibp_fast.fusion.stages import (
+    added_padding,
+    check_fit,
+    convolution_stage,
+    flattened,
+    pooling_stage,
+)
+from cibp_fast.kernels.shape import Shape
+from cibp_fast.models import Normalize
+from cibp_fast.ops.graph import Edge, Node
+
+NO_PADDING = (0, 0, 0, 0)  # left, right, top, bottom
+
+
+class _Read(NamedTuple):
+    """Says how the result of a call is read: a node's value, and what lies between."""
+
+    value: int  # as in Edge
+    shape: tuple[int, ...]  # of an example, as the model has it
+    image: tuple[int, ...]  # the same, before flattening
+    slope: float = 1.0
+    padding: tuple[int, ...] = NO_PADDING
+
+
+class Nodes(NamedTuple):
+    """Holds the nodes of a network, and which layers they are."""
+
+    nodes: tuple[Node, ...]
+    norms: list[Layer]  # of the nodes that have one, in their order
+    folded: dict[int, Layer]  # by the affine layer's place among those: the norm to fold into it
+    counted: list[int]  # the nodes whose widths count, in the order of the activations
+
+    def normed(self) -> list[tuple[Layer, Node]]:
+        """Returns each norm with its node."""
+        return list(zip(self.norms, (node for node in self.nodes if node.norm), strict=True))
+
+
+def nodes_for(
+    program: Program, shape: Sequence[int], parameters: Sequence[tuple[Any, ...]], fast: bool
+) -> Nodes:
+    """Returns the nodes for examples of this shape and these weights and biases.
+
+    Raises ValueError where a layer does not fit, or is at a place that there are no kernels for,
+    naming it.
+    """
+    return _Builder(program, shape, parameters, fast).build()
+
+
+class _Builder:
+    def __init__(
+        self,
+        program: Program,
+        shape: Sequence[int],
+        parameters: Sequence[tuple[Any, ...]],
+        fast: bool,
+    ) -> None:
+        given = tuple([int(size) for size in shape])
+        self.program, self.fast = program, fast
+        self.affine = iter(enumerate(zip(program.affine, parameters, strict=True)))
+        self.readers = Counter(source for _, sources in program.calls for source in sources)
+        self.reads = [_Read(0, given, given)]  # of the input, and then of each call
+        self.nodes: list[Node] = []
+        self.norms: dict[int, Layer] = {}  # by node
+        self.folded: dict[int, Layer] = {}
+        self.made: dict[int, int] = {}  # a node's place among the affine layers
+        self.activated: list[int] = []  # values, in the order of their activations
+
+    def build(self) -> Nodes:
+        for call in self.program.calls:
+            sources = [self.reads[source + 1] for source in call.sources]
+            self.reads.append(self._read(call, *sources))
+        end, last = self.reads[-1], self.program.calls[-1].layer
+        plain = end.slope == 1 and end.value - 1 not in self.norms and end.padding == NO_PADDING
+        if type(last.module) not in LINEARS or not plain or self._is_read(end.value):
+            raise last.error("the network must end in Linear")
+        first = [node for node in self.nodes if 0 in _values(node)]
+        if len(first) != 1 or first[0].kind != "affine":
+            raise Layer("the model", self.program.model).misfit(
+                "one convolution or linear layer alone must read its input; cf.bounds takes it"
+            )
+        counted = [value - 1 for value in self.activated] + [len(self.nodes) - 1]
+        norms = [self.norms[node] for node in sorted(self.norms)]
+        return Nodes(tuple(self.nodes), norms, self.folded, counted)
+
+    def _is_read(self, value: int) -> bool:
+        return any(value in _values(node) for node in self.nodes)
+
+    def _read(self, call: Call, source: _Read, *others: _Read) -> _Read:
+        """Returns what a call makes of its sources; adds a node where it needs one."""
+        layer, kind = call.layer, type(call.layer.module)
+        if kind in (nn.Identity, Normalize, *DROPOUTS):
+            return source
+        if kind is nn.ZeroPad2d:
+            return source._replace(padding=added_padding(layer, source.padding))
+        padded = any(read.padding != NO_PADDING for read in (source, *others))
+        if padded and kind in (*ACTIVATIONS, *NORMS, nn.Flatten, *POOLS, Sum):
+            raise layer.error("it comes after padding, which a convolution must follow")
+        if kind is nn.Flatten:
+            return source._replace(shape=flattened(layer, source.shape))
+        if kind in ACTIVATIONS:
+            return self._activated(layer, source)
+        if kind in NORMS:
+            return self._normed(call, source)
+        if kind in POOLS:
+            stage = pooling_stage(layer, source.shape)
+            if stage.kernel == (1, 1) and stage.input == stage.output:
+                return source
+            return self._add(Node("pool", stage.shape, _edge(source)), stage.output)
+        if kind is Sum:
+            return self._sum(layer, source, others[0])
+        return self._affine(layer, source)
+
+    def _add(self, node: Node, shape: tuple[int, ...]) -> _Read:
+        self.nodes.append(node)
+        return _Read(len(self.nodes), shape, node.output)
+
+    def _activated(self, layer: Layer, source: _Read) -> _Read:
+        slope = float(getattr(layer.module, "negative_slope", 0.0))
+        if not 0 <= slope < 1:
+            raise layer.error(f"negative_slope must be at least 0 and below 1, got {slope}")
+        if source.value == 0 or source.slope != 1:
+            raise layer.error("it must follow a layer with a value of its own")
+        if source.value in self.activated:
+            raise layer.error("another activation has the same input")
+        self.activated.append(source.value)
+        return source._replace(slope=slope)
+
+    def _normed(self, call: Call, source: _Read) -> _Read:
+        layer, node = call.layer, source.value - 1
+        if layer.module.running_mean is None:
+            raise layer.misfit("it has no running statistics")
+        alone = self.readers[call.sources[0]] == 1 and source.slope == 1
+        if node < 0 or not alone or node in self.norms or node in self.folded:
+            raise layer.error("it must be the only one to read the layer before it")
+        channels = self.nodes[node].output[0]
+        if len(layer.module.running_mean) != channels:
+            found = len(layer.module.running_mean)
+            raise layer.misfit(f"it has {found} channels, its input {channels}")
+        flat = type(layer.module) is nn.BatchNorm1d
+        if flat == (len(source.shape) == 3):
+            raise layer.misfit(f"it does not take inputs {['N', *source.shape]}")
+        if flat and source.image != (*source.shape, 1, 1):
+            raise layer.error("it comes after flattening")
+        if layer.module.training:
+            self.norms[node] = layer
+            self.nodes[node] = self.nodes[node]._replace(norm=True, eps=float(layer.module.eps))
+        elif node in self.made:
+            self.folded[self.made[node]] = layer
+        else:
+            raise layer.error("in eval mode it must follow a convolution or linear layer")
+        return source
+
+    def _sum(self, layer: Layer, a: _Read, b: _Read) -> _Read:
+        if 0 in (a.value, b.value):
+            raise layer.error("it reads the network's input")
+        if a.shape != b.shape or a.image != b.image:
+            raise layer.error(f"it adds {list(a.shape)} and {list(b.shape)}")
+        shape = Shape(1, *a.image, *a.image, 1, 1)
+        return self._add(Node("sum", shape, _edge(a), _edge(b)), a.shape)
+
+    def _affine(self, layer: Layer, source: _Read) -> _Read:
+        place, (affine, (weight, bias)) = next(self.affine)
+        check_fit(layer, source.shape, weight, bias)
+        if affine.linear:
+            if source.padding != NO_PADDING:
+                raise layer.error("it comes after padding, which a convolution must follow")
+            image = source.image if self.nodes else (*source.shape, 1, 1)
+            shape = Shape(1, *image, len(weight), 1, 1, *image[1:])
+            out: tuple[int, ...] = (len(weight),)
+        else:
+            stage = convolution_stage(Affine(layer, []), source.image, weight, source.padding)
+            shape, out = stage.shape, stage.output
+        self.made[len(self.nodes)] = place
+        return self._add(Node("affine", shape, _edge(source), fast=self.fast), out)
+
+
+def _edge(read: _Read) -> Edge:
+    return Edge(read.value, read.slope)
+
+
+def _values(node: Node) -> list[int]:
+    return [edge.value for edge in (node.a, node.b) if edge is not None]

@@ -1,0 +1,441 @@
+"""Networks that are more than a chain: norms in training mode, sums of branches, leaky ReLU."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fusions import compare, inputs, passes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import pairs
+from tolerances import poisoned_memory
+from torch import Tensor, nn
+
+import cibp_fast as cf
+from cibp_fast import Interval
+from cibp_fast.fusion.network import needs_graph
+from cibp_fast.kernels.shape import Shape
+from cibp_fast.ops.graph import Edge, Node, coded, decoded
+from cibp_fast.ops.network import cpu_engine
+
+F32 = torch.float32
+
+
+def close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """Checks all results; gradients relative to the largest: that of a bias before a norm is 0."""
+    least = max(float(v.abs().max()) for k, v in expected.items() if k.startswith("gradient"))
+    gradients = [
+        {k: v for k, v in r.items() if k.startswith("gradient")} for r in (found, expected)
+    ]
+    compare(*gradients, tolerance, least)
+    compare(
+        *({k: v for k, v in r.items() if k not in gradients[0]} for r in (found, expected)),
+        tolerance,
+    )
+
+
+def norms(model: nn.Module) -> list[Any]:
+    return [m for m in model.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
+
+
+def with_signs(model: nn.Module) -> nn.Module:
+    """Gives batch norms weights of both signs, biases and running statistics."""
+    for norm in norms(model):
+        for tensor in (norm.weight, norm.bias, norm.running_mean):
+            if tensor is not None:
+                nn.init.normal_(tensor)
+        if norm.running_var is not None:
+            nn.init.uniform_(norm.running_var, 0.5, 2.0)
+    return model.double()
+
+
+class Residual(nn.Module):
+    """Adds to two convolutions their input, or, where the shape changes, a third one of it."""
+
+    def __init__(self, channels: int, outputs: int, stride: int, norm: bool, slope: float) -> None:
+        super().__init__()
+        self.slope = slope
+
+        def layer(count: int, kernel: int, stride: int, padding: int) -> nn.Sequential:
+            convolution = nn.Conv2d(count, outputs, kernel, stride, padding, bias=not norm)
+            return nn.Sequential(convolution, nn.BatchNorm2d(outputs) if norm else nn.Identity())
+
+        self.one, self.two = layer(channels, 3, stride, 1), layer(outputs, 3, 1, 1)
+        same = channels == outputs and stride == 1
+        self.short = nn.Identity() if same else layer(channels, 1, stride, 0)
+
+    def bend(self, x: Any) -> Any:
+        return F.leaky_relu(x, self.slope) if self.slope else F.relu(x)
+
+    def forward(self, x: Any) -> Any:
+        return self.bend(self.two(self.bend(self.one(x))) + self.short(x))
+
+
+class PreActivation(nn.Module):
+    """Puts norm and ReLU before the convolutions; the sum is read with and without them."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, channels, 3, padding=1)
+        self.relu = nn.ReLU()
+        self.a, self.b = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        self.end = nn.Linear(channels * 6 * 5, 3)
+
+    def forward(self, x: Any) -> Any:
+        x = self.first(x)
+        x = self.a(self.relu(x)).add(x)
+        x = torch.add(x, self.b(F.relu(x)))
+        return self.end(torch.flatten(x, 1))
+
+
+def convolutional(*layers: nn.Module) -> nn.Module:
+    """Returns the layers of images [2, 8, 7], a hidden linear one with a norm, and a last one."""
+    features = nn.Sequential(*layers, nn.Flatten())
+    with torch.no_grad():
+        count = features.eval()(torch.zeros(2, 2, 8, 7)).shape[1]
+    tail = (nn.Linear(count, 9), nn.BatchNorm1d(9), nn.ReLU(), nn.Linear(9, 3))
+    return with_signs(nn.Sequential(features, *tail)).train()
+
+
+NETS: dict[str, Callable[[], nn.Module]] = {
+    "norm": lambda: convolutional(nn.Conv2d(2, 5, 3), nn.BatchNorm2d(5), nn.ReLU()),
+    "norms": lambda: convolutional(
+        *(nn.Conv2d(2, 18, 3, padding=1, bias=False), nn.BatchNorm2d(18), nn.ReLU()),
+        *(nn.Conv2d(18, 33, 3, 2, padding=1), nn.BatchNorm2d(33, eps=0.1), nn.ReLU()),
+        *(nn.Conv2d(33, 4, 2), nn.BatchNorm2d(4, affine=False), nn.ReLU()),
+    ),
+    "norms without ReLU": lambda: convolutional(
+        *(nn.Conv2d(2, 5, 3), nn.BatchNorm2d(5), nn.Conv2d(5, 4, 2), nn.BatchNorm2d(4)),
+    ),
+    "pooling": lambda: convolutional(
+        *(nn.Conv2d(2, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU(), nn.AvgPool2d(2)),
+        *(nn.Conv2d(5, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.AvgPool2d(2, 1, 1)),
+    ),
+    "padding": lambda: convolutional(
+        *(nn.ZeroPad2d((0, 1, 2, 0)), nn.Conv2d(2, 5, 3), nn.BatchNorm2d(5), nn.ReLU()),
+        *(nn.ZeroPad2d(1), nn.Conv2d(5, 3, 2, dilation=2)),
+    ),
+    "cumulative average": lambda: convolutional(
+        nn.Conv2d(2, 5, 3), nn.BatchNorm2d(5, momentum=None), nn.ReLU()
+    ),
+    "leaky ReLU": lambda: convolutional(nn.Conv2d(2, 5, 3), nn.LeakyReLU(0.2)),
+    "leaky ReLU of slope 0": lambda: convolutional(nn.Conv2d(2, 5, 3), nn.LeakyReLU(0.0)),
+    "residual": lambda: convolutional(
+        *(nn.Conv2d(2, 5, 3), nn.ReLU(), Residual(5, 5, 1, False, 0.0)),
+    ),
+    "residual with norms": lambda: convolutional(
+        *(nn.Conv2d(2, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU()),
+        *(Residual(6, 6, 1, True, 0.0), Residual(6, 17, 2, True, 0.1)),
+        nn.AdaptiveAvgPool2d(1),
+    ),
+    "pre-activation": lambda: with_signs(PreActivation(5)),
+    "dense": lambda: with_signs(
+        nn.Sequential(nn.Flatten(), nn.Linear(60, 40), nn.BatchNorm1d(40), nn.ReLU(),
+                      nn.Linear(40, 7), nn.LeakyReLU(0.3), nn.Linear(7, 3))
+    ).train(),
+}  # fmt: skip
+SHAPES = {"pre-activation": (2, 6, 5), "dense": (3, 5, 4)}
+
+
+def made(name: str) -> tuple[nn.Module, tuple[int, ...]]:
+    torch.manual_seed(3)
+    return NETS[name](), SHAPES.get(name, (2, 8, 7))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", NETS)
+def test_networks(isa: str, name: str, training: bool) -> None:
+    """Checks values, all gradients and running statistics against cf.bounds in float64."""
+    model, shape = made(name)
+    model.train(training)
+    streams = inputs(4, *shape)
+    assert needs_graph(cf.fuse(model)._program) is not None or not training
+    with poisoned_memory():
+        close(*passes(model, *streams), 1e-11)
+    model, expected = made(name)[0].train(training), made(name)[0].train(training)
+    x, lower, upper = streams
+    for _ in range(3):
+        cf.fuse(model).bounds(x, Interval(lower, upper))
+        cf.bounds(expected, x, Interval(lower, upper))
+    for key, value in expected.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-12, atol=1e-13)
+
+
+@st.composite
+def networks(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...]]:
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    channels, size = draw(st.integers(1, 18)), draw(pairs(4, 9))
+    shape = (draw(st.sampled_from([2, 3, 5])), channels, *size)
+    layers: list[nn.Module] = []
+    image = torch.zeros(shape)
+    for _ in range(draw(st.integers(1, 4))):
+        outputs, stride = draw(st.integers(1, 34)), draw(st.integers(1, 2))
+        norm, slope = draw(st.booleans()), draw(st.sampled_from([0.0, 0.1, 0.9]))
+        if layers and draw(st.booleans()):
+            outputs = draw(st.sampled_from([channels, outputs]))
+            block: list[nn.Module] = [Residual(channels, outputs, stride, norm, slope)]
+        else:
+            kernel, padding = draw(pairs(1, 3)), draw(pairs(0, 2))
+            bias = draw(st.booleans())
+            block = [nn.Conv2d(channels, outputs, kernel, stride, padding, bias=bias)]
+            block += [nn.BatchNorm2d(outputs)] * norm
+            block += [draw(st.sampled_from([nn.ReLU(), nn.LeakyReLU(slope), nn.Identity()]))]
+        try:
+            image = nn.Sequential(*block).eval()(image)
+        except RuntimeError:  # the kernel is larger than the image
+            continue
+        layers += block
+        channels = outputs
+    layers += [nn.Flatten(), nn.Linear(image[0].numel(), 20)]
+    layers += [nn.BatchNorm1d(20), nn.ReLU()] * draw(st.booleans())
+    model = with_signs(nn.Sequential(*layers, nn.Linear(20, 3)))
+    for norm in norms(model):
+        norm.train(draw(st.booleans()))
+    return model, shape
+
+
+@settings(max_examples=80, deadline=None)
+@given(networks())
+def test_random_networks(network: tuple[nn.Module, tuple[int, ...]]) -> None:
+    model, shape = network
+    close(*passes(model, *inputs(*shape)), 1e-10)
+
+
+@pytest.mark.parametrize("precision", ["float32", "fast", "bf16"])
+def test_precisions(precision: str) -> None:
+    """Checks float32 tensors against float64: the whole, relative in the 2-norm."""
+    limits = {"float32": 2e-5, "fast": 5e-5, "bf16": 0.1}
+    torch.manual_seed(5)
+    layers = [nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()]
+    layers += [nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()]
+    layers += [Residual(32, 48, 2, True, 0.0), nn.Flatten(), nn.Linear(48 * 64, 64)]
+    model = nn.Sequential(*layers, nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 10))
+    streams = inputs(16, 3, 16, 16, dtype=F32, radius=0.01)
+    found = passes(model, *streams, precision=precision)[0]
+    exact = passes(copy.deepcopy(model).double(), *(s.double() for s in streams))[1]
+    for key, value in exact.items():
+        if "bias" in key and key not in ("gradient of 11.bias",) and value.norm() < 1e-6:
+            continue  # of a layer before a norm: 0 but for rounding
+        finite = value.isfinite()
+        error = (found[key].double() - value)[finite].norm() / value[finite].norm()
+        assert error <= limits[precision], (key, error)
+
+
+def test_an_example_depends_on_the_others_by_their_nominal_points_alone() -> None:
+    """Checks that no example's box reaches another one's bounds, bit for bit."""
+    model, shape = made("residual with norms")
+    x, lower, upper = inputs(5, *shape)
+    before = cf.fuse(model).bounds(x, Interval(lower, upper))
+    wider = upper.clone()
+    wider[1:] += 1.0
+    after = cf.fuse(model).bounds(x, Interval(lower, wider))
+    assert torch.equal(before.logits, after.logits)
+    for stream in ("lower", "upper"):
+        one, two = getattr(before.box, stream), getattr(after.box, stream)
+        assert torch.equal(one[0], two[0]) and not torch.equal(one[1:], two[1:])
+    moved = x.clone()
+    moved[1:] += 1.0
+    after = cf.fuse(model).bounds(moved, Interval(lower, upper))
+    assert not torch.equal(before.box.lower[0], after.box.lower[0])
+
+
+def test_evaluation_takes_running_statistics() -> None:
+    """Checks that after training each example is bounded by itself."""
+    model, shape = made("residual with norms")
+    x, lower, upper = inputs(5, *shape)
+    fused = cf.fuse(model)
+    fused.bounds(x, Interval(lower, upper))
+    fused.eval()
+    state = copy.deepcopy(model.state_dict())
+    whole = fused.bounds(x, Interval(lower, upper)).box
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    for row in range(5):
+        one = slice(row, row + 1)
+        alone = fused.bounds(x[one], Interval(lower[one], upper[one])).box
+        torch.testing.assert_close(alone.lower, whole.lower[one], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["norms", "residual with norms", "dense"])
+def test_threads_repeat(name: str) -> None:
+    """Checks that numbers are the same bit for bit with as many threads, and close with others."""
+    model, shape = made(name)
+    streams = inputs(7, *shape)
+    before = torch.get_num_threads()
+    found = {}
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            runs = [passes(model, *streams)[0] for _ in range(2)]
+            assert all(torch.equal(runs[0][key], value) for key, value in runs[1].items())
+            found[threads] = runs[0]
+    finally:
+        torch.set_num_threads(before)
+    for other in (2, 3, 8):
+        close(found[other], found[1], 1e-11)
+
+
+def test_what_is_saved() -> None:
+    """Checks that half as many bytes are saved as layer by layer, but for the input's."""
+    model = convolutional(
+        *(nn.Conv2d(2, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()),
+        *(nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()),
+        *(nn.Conv2d(32, 64, 3, 2, padding=1), nn.BatchNorm2d(64), nn.ReLU()),
+    )
+    x, lower, upper = inputs(8, 2, 8, 7)
+    sizes = []
+    for bounds in (cf.fuse(model).bounds, lambda *a: cf.bounds(model, *a)):
+        saved: dict[int, int] = {}
+
+        def note(tensor: Tensor, saved: dict[int, int] = saved) -> Tensor:
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            bounds(x, Interval(lower, upper)).widths.sum()
+        sizes.append(sum(saved.values()) - sum(p.nbytes for p in model.parameters()))
+    assert 0 < sizes[0] <= 0.54 * sizes[1]
+
+
+def test_nan_stays() -> None:
+    """Checks that NaN of one example reaches all through a norm, and no others without one."""
+    model, shape = made("residual")
+    model.eval()
+    x, lower, upper = inputs(3, *shape)
+    for stream in (x, lower, upper):
+        stream[1, 0, 0, 0] = torch.nan
+    out = cf.fuse(model).bounds(x, Interval(lower, upper, validate=False))
+    assert out.box.lower[1].isnan().all() and out.logits[1].isnan().all()
+    assert out.box.lower[[0, 2]].isfinite().all()
+    model.train()
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(FloatingPointError, match=r"BatchNorm.*not finite"):
+        cf.fuse(model).bounds(x, Interval(lower, upper, validate=False))
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_no_examples() -> None:
+    model, shape = made("residual")
+    x = torch.zeros(0, *shape).double()
+    out = cf.fuse(model.eval()).bounds(x, Interval(x, x))
+    assert out.logits.shape == (0, 3)
+
+
+class Two(nn.Module):
+    """Holds layers for the forwards of REFUSED."""
+
+    def __init__(self, body: Callable[[Any, Any], Any]) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(2, 3, 3, padding=1)
+        self.c, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.end, self.body = nn.Linear(3 * 8 * 7, 3), body
+
+    def forward(self, x: Any) -> Any:
+        return self.body(self, x)
+
+
+REFUSED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
+    "two readers of the input": (
+        lambda m, x: m.end((m.a(x) + m.b(x)).flatten(1)),
+        "one convolution or linear layer alone must read its input",
+    ),
+    "a norm beside another reader": (
+        lambda m, x: m.end((m.norm(y := m.a(x)) + y).flatten(1)),
+        r"norm \(BatchNorm2d\): it must be the only one to read the layer before it",
+    ),
+    "two activations of a value": (
+        lambda m, x: m.end((F.relu(y := m.a(x)) + F.leaky_relu(y)).flatten(1)),
+        "another activation has the same input",
+    ),
+    "an activation of an activation": (
+        lambda m, x: m.end((m.c(y := F.relu(F.leaky_relu(m.a(x)))) + y).flatten(1)),
+        "it must follow a layer with a value of its own",
+    ),
+    "a slope of 1": (
+        lambda m, x: m.end(F.leaky_relu(m.a(x), 1).flatten(1)),
+        r"negative_slope must be at least 0 and below 1, got 1.0",
+    ),
+    "a sum of two shapes": (
+        lambda m, x: m.end((m.a(x) + m.a(x).flatten(1)).flatten(1)),
+        "it adds",
+    ),
+    "ends in a sum": (
+        lambda m, x: (y := m.end(m.a(x).flatten(1))) + y,
+        "the network must end in Linear",
+    ),
+    "a norm of a sum in eval mode": (
+        lambda m, x: m.end(m.norm.eval()(m.c(y := m.a(x)) + y).flatten(1)),
+        "in eval mode it must follow a convolution or linear layer",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_forwards(name: str) -> None:
+    body, message = REFUSED[name]
+    x = torch.rand(3, 2, 8, 7)
+    model = Two(body)
+    if "eval" in name:
+        model.norm.eval()
+    with pytest.raises(ValueError, match=message):
+        cf.fuse(model).bounds(x, Interval.ball(x, 0.1))
+
+
+def test_backends_without_kernels() -> None:
+    model, shape = made("norm")
+    x = torch.rand(3, *shape)
+    model.float()
+    with pytest.raises(ValueError, match=r"backend='triton'"):
+        cf.fuse(model, backend="triton").bounds(x, Interval.ball(x, 0.1))
+
+
+def test_a_step_of_training() -> None:
+    """Checks some steps against cf.bounds', in float64."""
+    found, expected = (made("residual with norms")[0] for _ in range(2))
+    ways = cf.fuse(found).bounds, lambda *args: cf.bounds(expected, *args)
+    x, y = torch.rand(6, 2, 8, 7).double(), torch.arange(6) % 3
+    losses = []
+    for model, bounds in zip((found, expected), ways, strict=True):
+        descent = torch.optim.SGD(model.parameters(), 1e-4)
+        for _ in range(4):
+            out = bounds(x, Interval.ball(x, 0.05))
+            loss = cf.losses.terms(out, y, elide=True).total(0.5, 1e-4)
+            descent.zero_grad()
+            loss.backward()
+            descent.step()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+    for key, value in expected.state_dict().items():
+        if "num_batches" not in key:
+            torch.testing.assert_close(found.state_dict()[key], value, rtol=1e-8, atol=1e-8)
+
+
+def test_the_code_of_nodes() -> None:
+    shape = Shape(1, 3, 9, 8, 5, 4, 4, 3, 2, (2, 1), (1, 0), (1, 2))
+    nodes = (
+        Node("affine", shape, Edge(0), norm=True, eps=1e-3, fast=True),
+        Node("sum", shape, Edge(1, 0.0), Edge(1, 0.25)),
+        Node("pool", shape._replace(groups=5), Edge(2)),
+    )
+    assert decoded(coded(nodes)) == nodes
+
+
+def test_the_op_is_registered_as_it_runs() -> None:
+    """Checks the fake op and the schema by torch's own test."""
+    nodes = (
+        Node("affine", Shape(1, 2, 5, 4, 3, 5, 4, 3, 3, padding=(1, 1)), Edge(0), norm=True),
+        Node("affine", Shape(1, 3, 5, 4, 2, 1, 1, 5, 4), Edge(1, 0.0)),
+    )
+    x = torch.rand(3, 2, 5, 4).double()
+    weights = [torch.rand(3, 2, 3, 3).double(), torch.rand(2, 60).double()]
+    arguments = (x, x, x, weights, [None, None], [None], [None], *coded(nodes), cpu_engine())
+    torch.library.opcheck(
+        torch.ops.cibp_fast.graph_forward.default,
+        arguments,
+        test_utils=("test_schema", "test_faketensor"),
+    )
