@@ -69,14 +69,16 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'cibp_fast' has no attribute {name!r}")
-    home, attribute = _HOMES[name]
-    module = import_module(f"cibp_fast.{home}")
-    value = module if attribute is None else getattr(module, attribute)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # to which every name would seem to be there
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module 'cibp_fast' has no attribute {name!r}")
+        home, attribute = _HOMES[name]
+        module = import_module(f"cibp_fast.{home}")
+        value = module if attribute is None else getattr(module, attribute)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:
