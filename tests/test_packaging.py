@@ -98,7 +98,7 @@ for name in {OPTIONAL!r}:
 import cibp_fast as cf
 assert "torch" not in sys.modules
 import torch
-training = {{"config", "train"}}
+training = {{"config", "Errors", "evaluate", "load", "train"}}
 for name in set(cf.__all__) - training:
     getattr(cf, name)
 for name in training:
