@@ -182,12 +182,17 @@ class Config(BaseModel):
         return [name for name in own | others if own.get(name) != others.get(name)]
 
     @property
+    def network(self) -> str:
+        """Names the network: an own one without its module."""
+        return self.net
+
+    @property
     def name(self) -> str:
         """Names it as a preset: `{dataset}-{net}-{eps}-{method}[-normalized]`."""
         count = in_255ths(self.eps)
         eps = f"{self.eps:g}" if count is None else f"{count}of255"
         space = "-normalized" if self.eps_space == "normalized" else ""
-        return f"{self.dataset}-{self.net}-{eps}-{self.method}{space}"
+        return f"{self.dataset}-{self.network}-{eps}-{self.method}{space}"
 
     @property
     def folder(self) -> str:
@@ -292,6 +297,10 @@ class OwnConfig(Config):
                         f"itself, not {getattr(self, name)}"
                     )
         return self
+
+    @property
+    def network(self) -> str:
+        return re.split("[.:]", self.net)[-1]
 
     @property
     def folder(self) -> str:

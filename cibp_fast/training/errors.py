@@ -89,9 +89,10 @@ def evaluate(
 
     Args:
         model: module or function from [N, ...] to logits [N, classes] that takes an Interval too.
-        data: images and labels, a pair of tensors x [N, ...] and y [N]; a map-style torch Dataset
-            of pairs; or a DataLoader, whose batches (x, y) are taken as they are. uint8 images are
-            divided by 255. All else is in the space that the model takes, and that eps measures.
+        data: images and labels, a pair of tensors x [N, ...] and y [N] int64; a map-style torch
+            Dataset of pairs; a part of a data set of ours, `cf.data.load("mnist").test`; or a
+            DataLoader, whose batches (x, y) are taken as they are. uint8 images are divided by 255.
+            All else is in the space that the model takes, and that eps measures.
         eps: radius of the boxes, a number, or with sound=False also one for each channel, as in
             `cf.Interval.ball`.
         clip: range of the data that boxes are cut to, as in `cf.Interval.ball`; None: none.

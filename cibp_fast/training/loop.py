@@ -102,7 +102,7 @@ def train(
 
     with ExitStack() as stack:
         dataset = processes.together(load)
-        if not model is data is loss is None:
+        if any(each is not None for each in (model, data, loss)):
             config = own.recorded(config, dataset, data is not None, model, loss)
         run_dir = default_run_dir(config) if run_dir is None else Path(run_dir)
         dataset = dataset.to(processes.device)

@@ -410,7 +410,7 @@ def _folder_name(members: list[_Run], common: str) -> str:
 def _task(groups: list[_Group]) -> str:
     """Names the data set, the networks and the radius, `8/255` where that says it best."""
     config = groups[0].config
-    nets = list(dict.fromkeys(group.config.net for group in groups))
+    nets = list(dict.fromkeys(group.config.network for group in groups))
     count = in_255ths(config.eps)
     eps = f"{config.eps:.4g}" if count is None else f"{count}/255"
     space = "" if config.eps_space == "pixel" else f" ({config.eps_space})"

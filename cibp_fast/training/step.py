@@ -81,6 +81,7 @@ class Objective(nn.Module):
                     config.width,
                     config.width_reduction,
                     backend=self.backend,
+                    layers=own_loss is not None,  # which may want them
                 )
             if own_loss is None:
                 parts = losses.terms(out, y, elide=config.elide)
@@ -102,8 +103,8 @@ class Objective(nn.Module):
 def rehearse(objective: Objective, x: Tensor, y: Tensor) -> None:
     """Computes the loss of a user's network, or a user's loss, and its gradients, once.
 
-    Nothing changes by it, but that a network whose bounds `fuse` cannot compute goes layer by layer
-    from now on.
+    Nothing changes by it, but that a network whose bounds `fuse` cannot compute, or a loss that
+    wants the boxes of layers, goes layer by layer from now on.
 
     Args:
         objective: of the training.
@@ -138,8 +139,8 @@ def rehearse(objective: Objective, x: Tensor, y: Tensor) -> None:
         raise ValueError(f"{what} fails on {len(x)} examples of the data: {problem}") from error
     finally:
         with torch.no_grad():
-            for name, value in model.named_buffers():
-                value.copy_(buffers[name])
+            for name, value in buffers.items():
+                model.get_buffer(name).copy_(value)
     if objective.fused is None and config.precision != "float32":
         raise ValueError(
             f"precision must be float32 for a network that cf.fuse does not take, not "
@@ -160,13 +161,12 @@ class Adam:
 
     def step(self, lr: float) -> None:
         """Changes the parameters by their gradients, which it removes."""
-        state = zip(self.parameters, self.firsts, self.seconds, self.steps, strict=True)
-        used = [each for each in state if each[0].grad is not None]
-        parameters, firsts, seconds, steps = ([each[i] for each in used] for i in range(4))
-        gradients: list[Any] = [p.grad for p in parameters]
+        gradients: list[Any] = [
+            torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters
+        ]
         with torch.no_grad():
             adam(
-                parameters, gradients, firsts, seconds, [], steps, fused=True,
+                self.parameters, gradients, self.firsts, self.seconds, [], self.steps, fused=True,
                 amsgrad=False, beta1=0.9, beta2=0.999, lr=lr, weight_decay=0.0, eps=1e-8,
                 maximize=False,
             )  # fmt: skip

@@ -77,7 +77,10 @@ def test_a_run_of_ones_own(tmp_path):
     assert (config.input_shape, config.classes) == ((1, 8, 8), 3)
     assert re.fullmatch(r"uint8 \[60, 1, 8, 8\] sha256 [0-9a-f]{64}", config.data[0])
     assert Config.from_json(config.to_json()) == config
+    assert config.name == f"{config.dataset}-Residual-2of255-cibp"
+    assert config.folder.startswith(config.name) and config.folder.endswith("-seed0")
     assert len(runs.read_metrics(tmp_path)[-1]["widths"]) == 3
+    assert cli.main(["plot", str(tmp_path), "-o", str(tmp_path / "curves.png")]) == 0
 
     state = torch.get_rng_state()
     model, loaded = cf.load(tmp_path, Residual)
@@ -211,6 +214,22 @@ def test_a_loss_of_ones_own(tmp_path):
     wanted = torch.autograd.grad(squares(out, y, 0.25), list(step.model.parameters()))
     for parameter, gradient in zip(step.model.parameters(), wanted, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_loss_of_layers(tmp_path):
+    """Gives the loss the boxes of the layers, also of a network that could be one op."""
+    seen = []
+
+    def crossing(out, y, kappa):
+        seen.append(list(out.layers))
+        box = out.layers["0"]  # the convolution
+        return cf.losses.nominal_loss(out, y) + (box.upper.relu() * (-box.lower).relu()).mean()
+
+    cf.train(tiny(2, width="all"), tmp_path / "all", model=chain, data=DATA, loss=crossing)
+    assert seen == [["0", "1", "logits"]] * 3  # once to try it
+    with pytest.raises(ValueError, match=r"model, or loss, fails .*KeyError: '0'"):
+        cf.train(tiny(2), tmp_path / "post", model=chain, data=DATA, loss=crossing)
+    assert seen[-1] == ["1", "logits"]
 
 
 def test_a_chain_of_bytes_takes_the_kernels_step_with_the_same_numbers(tmp_path, monkeypatch):
