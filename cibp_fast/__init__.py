@@ -21,12 +21,16 @@ if TYPE_CHECKING:
     from cibp_fast.nn import IntervalConv2d, IntervalLinear
     from cibp_fast.training import config, schedules
     from cibp_fast.training import datasets as data
+    from cibp_fast.training.checkpoints import load_weights
+    from cibp_fast.training.errors import Errors, evaluate
     from cibp_fast.training.loop import train
+    from cibp_fast.training.runs import load
 
 # Each name's module; where the name is the whole module, as (module, None). An Interval comes with
 # the rules by which models take it.
 _HOMES: dict[str, tuple[str, str | None]] = {
     "Bounds": ("layerwise", "Bounds"),
+    "Errors": ("training.errors", "Errors"),
     "FusedNetwork": ("fusion", "FusedNetwork"),
     "Interval": ("rules", "Interval"),
     "IntervalConv2d": ("nn", "IntervalConv2d"),
@@ -38,8 +42,11 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "certify": ("certificates", "certify"),
     "config": ("training.config", None),
     "data": ("training.datasets", None),
+    "evaluate": ("training.errors", "evaluate"),
     "functional": ("functional", None),
     "fuse": ("fusion", "fuse"),
+    "load": ("training.runs", "load"),
+    "load_weights": ("training.checkpoints", "load_weights"),
     "losses": ("losses", None),
     "models": ("models", None),
     "schedules": ("training.schedules", None),
@@ -48,6 +55,7 @@ _HOMES: dict[str, tuple[str, str | None]] = {
 
 __all__ = [
     "Bounds",
+    "Errors",
     "FusedNetwork",
     "Interval",
     "IntervalConv2d",
@@ -60,8 +68,11 @@ __all__ = [
     "certify",
     "config",
     "data",
+    "evaluate",
     "functional",
     "fuse",
+    "load",
+    "load_weights",
     "losses",
     "models",
     "schedules",
@@ -69,14 +80,16 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'cibp_fast' has no attribute {name!r}")
-    home, attribute = _HOMES[name]
-    module = import_module(f"cibp_fast.{home}")
-    value = module if attribute is None else getattr(module, attribute)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # to which every name would seem to be there
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module 'cibp_fast' has no attribute {name!r}")
+        home, attribute = _HOMES[name]
+        module = import_module(f"cibp_fast.{home}")
+        value = module if attribute is None else getattr(module, attribute)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cibp_fast._graphs import capturing, graphed, reuse_graphs
-from cibp_fast.certificates import CLIP, boxes, check_examples, evaluation, running
+from cibp_fast.certificates import CLIP, boxes, check_examples, evaluation, running, share
 from cibp_fast.fusion import of_torch_alone
 from cibp_fast.interval import Interval
 from cibp_fast.layerwise import check_labels, predict
@@ -36,12 +36,16 @@ BETA1, BETA2, ADDED = 0.9, 0.999, 1e-8
 class Attack:
     """Holds what PGD found for N examples.
 
-    adversarial: [N, ...], a misclassified point of the box where one was found, else x.
+    adversarial: [N, ...], a misclassified point of the box where one was found; else x, or, if
+        asked for, the point of the largest loss.
     found: [N] bool.
     """
 
     adversarial: Tensor
     found: Tensor
+
+    def __repr__(self) -> str:
+        return f"Attack({share(self.found, 'broken')})"
 
 
 def pgd(
@@ -58,6 +62,7 @@ def pgd(
     batch_size: int = 500,
     step: str = "sign",
     loss: str = "auto",
+    worst: bool = False,
 ) -> Attack:
     """Searches the box `Interval.ball(x, eps, clip)` for misclassified points: l-infinity PGD.
 
@@ -104,6 +109,9 @@ def pgd(
             only where the model's own are. "cross_entropy": all steps climb -log softmax(z)_y. Its
             gradient is the logsumexp's times 1 - softmax(z)_y, so it has the same sign; but in
             float32 it saturates: it is inexact, and then 0, where z_y is far above the others.
+        worst: for an example that is not broken give, in place of x, the point of the largest loss
+            among all that any start has visited, x among them: the cross-entropy if that is the
+            loss, else max_t z_t - z_y of the wrong classes t. What is broken does not change.
 
     Warns (RuntimeWarning) where the steps together are shorter than the box's greatest width, which
     is 2 eps unless clip cuts it, or where the logits have no gradient by x.
@@ -135,6 +143,7 @@ def pgd(
             raise ValueError("eps must give a box of finite width, got an infinite one")
         lengths = _lengths(x, eps, lower, upper, steps, step_size)
         adversarial, found = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        heights = x.new_full((len(x),), -torch.inf) if worst else None  # the losses there
     random = torch.Generator().manual_seed(seed)
     with (
         torch.inference_mode(False),
@@ -175,8 +184,10 @@ def pgd(
                     lengths[chosen].where(noise > 0.5, -lengths[chosen]),
                     batch_size,
                     step,
+                    loss,
                     adversarial[chosen],
                     found[chosen],
+                    None if heights is None else heights[chosen],
                 )
     return Attack(adversarial, found)
 
@@ -257,16 +268,21 @@ def _descend(
     drift: Tensor,  # [B, ...]
     batch_size: int,
     step: str,
+    loss: str,
     # outputs, updated in place
     adversarial: Tensor,  # [B, ...]
     found: Tensor,  # [B]
+    heights: Tensor | None,  # [B], of the losses of adversarial's points; None: it keeps x
 ) -> None:
     """Takes the steps from one start, for the examples that are not found yet."""
-    one_step = _adam_step if step == "adam" else _step
-    take, last = graphed(one_step, climbed), graphed(_last, climbed)
+    ways: tuple[Any, Any] = (_adam_step if step == "adam" else _step, _last)
+    if heights is not None:
+        ways = _WATCHED[step, loss == "cross_entropy"]
+    take, last = (graphed(way, climbed) for way in ways)
     burst = _burst(point)
     left = (~found).nonzero().flatten()
     point, y, lower, upper, drift = (each[left] for each in (point, y, lower, upper, drift))
+    best = [] if heights is None else [adversarial[left], heights[left]]
     moments = _moments(point) if step == "adam" else []
     for target, times in _bursts(phases, burst):
         if not len(left):
@@ -274,21 +290,25 @@ def _descend(
         size = len(left) if burst == 1 else _size(len(left), batch_size)
         broken = torch.zeros_like(left, dtype=torch.bool)
         fixed = (y, target[left], lower, upper, drift) if times else (y,)
-        moving = (point, broken, *moments) if times else (point, broken)
+        moving = (point, broken, *best, *moments) if times else (point, broken, *best)
         inputs = [_padded(each, size) for each in (*moving, *fixed)]
         outputs = take(*inputs, times=times) if times else last(*inputs)
-        point, broken, *moments = (each[: len(left)] for each in outputs)
+        point, broken, *others = (each[: len(left)] for each in outputs)
+        best, moments = others[: len(best)], others[len(best) :]
         if climbed is not model and broken.any():
             claimed = broken.clone()
             broken[claimed] = predict(model(point[claimed])) != y[claimed]
             if not torch.equal(broken, claimed):  # it would stay there
-                take, last = graphed(one_step, model), graphed(_last, model)
+                take, last = (graphed(way, model) for way in ways)
+        if heights is not None:
+            adversarial[left], heights[left] = best
         hit = broken.nonzero().flatten()
         if len(hit):
             adversarial[left[hit]], found[left[hit]] = point[hit], True
             kept = (~broken).nonzero().flatten()
-            rest = (left, point, y, lower, upper, drift, *moments)
-            left, point, y, lower, upper, drift, *moments = (each[kept] for each in rest)
+            rest = (left, point, y, lower, upper, drift)
+            left, point, y, lower, upper, drift = (each[kept] for each in rest)
+            best, moments = ([each[kept] for each in part] for part in (best, moments))
 
 
 def _bursts(phases: list[tuple[Tensor, int]], burst: int) -> Iterator[tuple[Tensor, int]]:
@@ -427,6 +447,48 @@ def _last(
 ) -> tuple[Tensor, Tensor]:
     """Returns what `_step` does, without taking the step."""
     return point, broken | (predict(model(point)) != y)
+
+
+def _watched(way: Callable[..., tuple[Tensor, ...]], entropy: bool) -> Any:
+    """Returns `_step`, `_adam_step` or `_last`, which also carries the best point and its loss.
+
+    entropy: the loss is the cross-entropy, else the lead of the strongest wrong class.
+    """
+
+    def watched(
+        model: Callable[[Tensor], Tensor],
+        point: Tensor,  # [B, ...], as best
+        broken: Tensor,  # [B]
+        best: Tensor,
+        height: Tensor,  # [B], the loss at best
+        *rest: Tensor,  # of the way
+    ) -> tuple[Tensor, ...]:
+        seen: list[Tensor] = []
+
+        def looked(x: Tensor) -> Tensor:
+            logits = model(x)
+            seen.append(logits.detach())
+            return logits
+
+        moved, broken, *moments = way(looked, point, broken, *rest)
+        (logits,) = seen
+        y = rest[len(moments)]
+        own = logits.gather(1, y[:, None])[:, 0]
+        others = logits.logsumexp(1) if entropy else _without(logits, y).amax(1)
+        found = (others - own).to(height.dtype)
+        higher = found > height
+        best = torch.where(_as_rows(higher, point), point, best)
+        return moved, broken, best, found.where(higher, height), *moments
+
+    return watched
+
+
+# of a step's name and whether the loss is the cross-entropy; each once, as graphs are kept by them
+_WATCHED = {
+    (name, entropy): (_watched(way, entropy), _watched(_last, entropy))
+    for name, way in (("sign", _step), ("adam", _adam_step))
+    for entropy in (False, True)
+}
 
 
 def _gradient(logits: Tensor, y: Tensor, target: Tensor, point: Tensor) -> Tensor:

@@ -39,6 +39,8 @@ class Certificate:
             +inf at y.
         predicted: [N] int64, the class of the nominal logits; -1 where a logit is NaN.
         sound: whether the bounds hold in floating point.
+        semantics: what they are about then: "real" or "float32" (see `certify`); "" if not sound.
+        eps: the radius, where it is one number.
     """
 
     verified: Tensor
@@ -46,6 +48,13 @@ class Certificate:
     margins: Tensor
     predicted: Tensor
     sound: bool
+    semantics: str = ""
+    eps: float | None = None
+
+    def __repr__(self) -> str:
+        at = "" if self.eps is None else f" at eps {self.eps:.4g}"
+        means = f"sound: {self.semantics}" if self.sound else "sound: false, ordinary bounds"
+        return f"Certificate({share(self.verified, 'verified')}{at}; {means})"
 
 
 def certify(
@@ -131,7 +140,9 @@ def certify(
     others = all_margins.scatter(1, y[:, None], 0.0)
     margin = all_margins.amin(1)  # amin, not min over a mask: it propagates NaN
     verified = (margin > 0) & others.isfinite().all(1) & (all_predicted == y)
-    return Certificate(verified, margin, all_margins, all_predicted, sound)
+    radius = float(eps) if isinstance(eps, Real) else None
+    about = semantics if sound else ""
+    return Certificate(verified, margin, all_margins, all_predicted, sound, about, radius)
 
 
 def certified_radius(
@@ -191,6 +202,15 @@ def certified_radius(
         high = middle.where(searched & ~found, high)
         low = middle.where(found, low)
     return low
+
+
+def share(chosen: Tensor, what: str) -> str:
+    """Describes which of N examples [N] bool are chosen, in a few words."""
+    total = len(chosen)
+    if not total or not may_inspect(chosen):
+        return f"{total} examples"
+    count = int(chosen.sum())
+    return f"{count:,} of {total:,} {what}, {100 * count / total:.2f} %"
 
 
 def boxes(x: Tensor, eps: Any, clip: Any) -> Interval:

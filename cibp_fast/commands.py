@@ -22,6 +22,7 @@ from cibp_fast.options import (
     Changes,
     Command,
     FlagCreatePairsOff,
+    Model,
     N,
     OnData,
     Positional,
@@ -115,6 +116,7 @@ class Train(OnData):
       cibp-fast train --preset mnist5k-medium-0.2-ibp --seed 1
       cibp-fast train --steps 400 --lr-decay-at none --eps-ramp 0,150 --kappa-ramp 30,400
       cibp-fast train --epochs 10 --eps 8/255
+      cibp-fast train --preset cifar10-small-2/255-cibp --model nets:residual --run-dir runs/own
 
     Attributes:
         run_dir: run folder
@@ -125,6 +127,8 @@ class Train(OnData):
             (cpu), Triton's (triton), those with CUDA C++ kernels where there are any (cuda), or
             none (torch)
         epochs: training epochs, in place of --steps
+        model: package.module:factory of an own network, in place of the preset's: a function of
+            (input_shape, classes), or of nothing, that returns a torch.nn.Module of pixels
         recipe: Each replaces what the preset says; in brackets, what the default preset does.
     """
 
@@ -137,6 +141,7 @@ class Train(OnData):
     seeds: Annotated[int, N] = 1
     backend: Literal["auto", "torch", "cpu", "triton", "cuda"] = "auto"
     epochs: Annotated[int | None, N, arg(help_behavior_hint="")] = None
+    model: Model = None
     recipe: Recipe = field(default_factory=dict)
 
     def run(self) -> None:
@@ -147,6 +152,9 @@ class Train(OnData):
         configs = [config.replace(seed=config.seed + index) for index in range(self.seeds)]
         from cibp_fast.training import loop
 
+        factory = own_factory(self.model)
+        if factory is not None and self.run_dir is None:
+            raise ValueError("run_dir must be given, with --run-dir, where --model is")
         run_dirs = [loop.default_run_dir(config) for config in configs]
         if self.run_dir is not None:
             parts = [f"seed{config.seed}" for config in configs] if self.seeds > 1 else [""]
@@ -155,6 +163,7 @@ class Train(OnData):
             f"{config.name} seed {config.seed}": loop.train(
                 config,
                 run_dir,
+                model=factory,
                 data_root=self.data_root,
                 verify_data=not self.unverified_data,
                 device=self.device,
@@ -263,23 +272,30 @@ class OnNetworks(OnData):
         run_dir: folder that `cibp-fast train` wrote, after --seeds a run's or that of all; or with
             --preset a file of weights
         preset: RUN_DIR is a file of weights, .safetensors, .pt or .pth, of the network that this
-            preset trains
+            preset trains; of another program, too
+        model: package.module:factory of the own network that was trained, or whose weights these
+            are
     """
 
     run_dir: Annotated[Positional[Path], arg(metavar="RUN_DIR", help_behavior_hint="")]
     preset: Annotated[str | None, word("NAME", str), arg(help_behavior_hint="")] = None
+    model: Model = None
 
     def networks(self) -> list[Network]:
         """Returns the trained networks: several of a folder of seeds."""
-        from cibp_fast.training import runs
+        from cibp_fast.training import checkpoints, own, runs
 
+        factory = own_factory(self.model)
         if self.preset is not None:
-            return [runs.read_weights(self.run_dir, preset(self.preset))]
-        if self.run_dir.suffix in runs.WEIGHTS and self.run_dir.is_file():
+            config = preset(self.preset)
+            if factory is not None:
+                config = own.on_data_set(config, factory)
+            return [runs.read_weights(self.run_dir, config, factory)]
+        if self.run_dir.suffix in checkpoints.SUFFIXES and self.run_dir.is_file():
             raise ValueError(
                 f"{self.run_dir} is a file of weights: name its network with --preset NAME"
             )
-        return [runs.read_network(each) for each in runs.of_seeds(self.run_dir)]
+        return [runs.read_network(each, factory) for each in runs.of_seeds(self.run_dir)]
 
     def network(self) -> Network:
         """Returns the only one. Raises ValueError of a folder of seeds."""
@@ -296,6 +312,11 @@ class OnNetworks(OnData):
         from cibp_fast.training import datasets
         from cibp_fast.training.distributed import available
 
+        if config.dataset not in datasets.DATASETS:
+            raise ValueError(
+                f"{self.run_dir} is a run of data that only Python has: take cf.load and "
+                "cf.evaluate, cf.certify or cf.attacks.pgd there"
+            )
         where, verify = available(device), not self.unverified_data
         split = datasets.load(config.dataset, self.data_root, verify=verify).test
         count = len(split) if count is None else count
@@ -588,6 +609,13 @@ COMMANDS: dict[str, type[Command]] = {
     kind.__name__.lower(): kind
     for kind in (Info, Quickstart, Train, Reproduce, Certify, Audit, Attack, Export, Plot)
 }
+
+
+def own_factory(text: str | None) -> Callable[..., Any] | None:
+    """Returns what --model names, None where it was not given."""
+    from cibp_fast.training import own
+
+    return None if text is None else own.imported(text)
 
 
 def _table(results: Mapping[str, dict[str, Any]]) -> str:

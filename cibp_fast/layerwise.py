@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,7 +14,7 @@ from cibp_fast.interval import Interval, may_inspect, shares_memory
 from cibp_fast.ops import backends
 from cibp_fast.ops.backends import no_autocast
 from cibp_fast.ops.loss import label_error
-from cibp_fast.recorder import Head, Recorder, recording
+from cibp_fast.recorder import Head, Output, Recorder, recording
 
 __all__ = ["Bounds", "bounds"]
 
@@ -34,6 +34,8 @@ class Bounds:
         widths: [K], the width of each layer in the order of the pass, the logits' last.
         elided: whether `margins` looks through the last layer (the model ends in a linear one).
         backend: the backend that was asked for; margins and losses obey it too.
+        layers: the box of each layer that `widths` counts, in its order, by name, where `cf.bounds`
+            was asked to keep them.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Bounds:
         head: Head | None,
         backend: str = "auto",
         half: bool = False,
+        layers: Mapping[str, Interval] | None = None,
     ) -> None:
         if box.nominal is None:
             raise ValueError(
@@ -54,6 +57,25 @@ class Bounds:
         self.backend = backend
         self._head = head
         self._half = half  # whether a layer was computed in half precision
+        self._layers = layers
+
+    def __repr__(self) -> str:
+        logits = self.logits
+        what = f"Bounds(logits: {list(logits.shape)} {logits.dtype} on {logits.device}; "
+        many = f"{len(self.widths)} width{'' if len(self.widths) == 1 else 's'}"
+        if not may_inspect(self.widths):
+            return f"{what}{many})"
+        widths = ", ".join(f"{width:.4g}" for width in self.widths.tolist())
+        return f"{what}{many}: {widths}; sum {self.width.item():.4g})"
+
+    @property
+    def layers(self) -> Mapping[str, Interval]:
+        if self._layers is None:
+            raise ValueError(
+                "layers must be asked for, as cf.bounds(model, x, box, layers=True): no box of a "
+                "layer was kept, and a fused network keeps none"
+            )
+        return self._layers
 
     @property
     def width(self) -> Tensor:
@@ -227,6 +249,7 @@ def bounds(
     reduction: str = "mean",
     *,
     backend: str = "auto",
+    layers: bool = False,
 ) -> Bounds:
     """Runs `model` on the box, layer by layer, with x as the nominal point that travels with it.
 
@@ -248,6 +271,11 @@ def bounds(
         backend: the backend of all layers, margins and losses, as in `cf.functional`: "auto", or
             one that must run. "torch" is plain PyTorch, which has second and forward-mode
             derivatives and takes torch.func.
+        layers: keep the box of each layer that counts, in memory: `Bounds.layers`, a mapping from
+            the layer's name to an Interval. A module is named as in `model.named_modules()`, such
+            as "features.3"; what a module computes beside its own modules, such as F.relu, by that
+            module and its kind, such as "block.activation"; one that comes again has "#2", "#3",
+            ... at its end. The last is "logits".
 
     Raises:
         TypeError: x or box has the wrong type, or an op of the model has no interval rule.
@@ -257,11 +285,11 @@ def bounds(
     """
     check_arguments(x, box, width, reduction)
     backends.select_layer(backend, x.device, x.dtype)
-    recorder = Recorder(*_WIDTHS[width], backend=backends.asked(backend))
+    recorder = Recorder(*_WIDTHS[width], backend=backends.asked(backend), keep=layers)
     # All in x's dtype; a model that switches autocast on is refused (see Interval).
     with no_autocast(x.device):
         asked = nullcontext() if backend == "auto" else backends.ask(backend)
-        with recording(recorder), asked:
+        with recording(recorder), asked, recorder.following(model):
             out = model(Interval(box.lower, box.upper, x, validate=False))
         return _of_pass(out, recorder, x, box, reduction, backend)
 
@@ -281,8 +309,10 @@ def _of_pass(
     layers, origin = recorder.layers, out._origin
     recorded = None if origin is None else origin.layer
     if recorded is None:
-        recorded = recorder.add(out.lower, out.upper)
+        recorded = recorder.add(out.lower, out.upper, nominal=out.nominal)
     layers.append(layers.pop(recorded))
+    if recorder.outputs is not None:
+        del recorder.outputs[recorded]
     head = None if origin is None else origin.head
     if head is not None:
         lower, upper, weight, bias = head
@@ -301,4 +331,17 @@ def _of_pass(
             for layer in layers
         ]
     )
-    return Bounds(out, widths, head, backend, recorder.half)
+    boxes = None if recorder.outputs is None else _by_name(recorder.outputs) | {"logits": out}
+    return Bounds(out, widths, head, backend, recorder.half, boxes)
+
+
+def _by_name(outputs: Sequence[Output]) -> dict[str, Interval]:
+    """Returns the boxes of layers by names of which there are no two."""
+    boxes: dict[str, Interval] = {}
+    for name, lower, upper, nominal in outputs:
+        count, unique = 1, name
+        while unique in boxes or unique == "logits":
+            count += 1
+            unique = f"{name}#{count}"
+        boxes[unique] = Interval._make(lower, upper, nominal)
+    return boxes

@@ -26,6 +26,7 @@ __all__ = [
     "Changes",
     "Command",
     "FlagCreatePairsOff",
+    "Model",
     "N",
     "OnData",
     "Positional",
@@ -53,6 +54,9 @@ def word(metavar: str, read: Callable[[str], Any]) -> PrimitiveConstructorSpec[A
 
 
 N, DIR = word("N", int), word("DIR", Path)
+Model = Annotated[
+    str | None, word("MODULE:FACTORY", str), arg(metavar="MODULE:FACTORY", help_behavior_hint="")
+]
 
 
 def _changes(hints: Mapping[str, str]) -> Any:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cibp_fast._autograd import backward_pass, function_around
 from cibp_fast.ops.arithmetic import is_half
 from cibp_fast.ops.loss import Head
 
 __all__ = [
-    *("Head", "Layer", "Origin", "Pass", "Recorder"),
+    *("Head", "Layer", "Origin", "Output", "Pass", "Recorder"),
     *("ACTIVE", "note", "recording", "wanted"),
 ]
 
@@ -43,11 +43,27 @@ class Layer(NamedTuple):
     batch: int
 
 
-class Recorder:
-    """Collects the widths of layers of the wanted kinds, "affine" and "activation", in order."""
+class Output(NamedTuple):
+    """Holds the box of a layer's output."""
 
-    def __init__(self, *kinds: str, backend: str = "auto") -> None:
+    name: str
+    lower: Tensor  # [N, ...], as upper
+    upper: Tensor
+    nominal: Tensor | None
+
+
+class Recorder:
+    """Collects the widths of layers of the wanted kinds, "affine" and "activation", in order.
+
+    keep: collect their outputs too, which costs their memory.
+    """
+
+    def __init__(self, *kinds: str, backend: str = "auto", keep: bool = False) -> None:
         self.layers: list[Layer] = []
+        self.outputs: list[Output] | None = [] if keep else None  # as the layers
+        self.path: list[
+            tuple[str, bool]
+        ] = []  # the modules that run, by name; whether it has none inside
         self.half = False  # whether a layer's output, of any kind, was of half precision
         if torch.compiler.is_compiling():
             self.made_in, self.gradients = Pass(kinds, -1, backend), True
@@ -56,13 +72,50 @@ class Recorder:
         # Whether gradients may be wanted. Inside a Function torch disables them, whoever wants them
         self.gradients = torch.is_grad_enabled() or function_around() is not None
 
-    def add(self, lower: Tensor, upper: Tensor, squares: Tensor | None = None) -> int:
+    def add(
+        self,
+        lower: Tensor,
+        upper: Tensor,
+        squares: Tensor | None = None,
+        name: str = "",
+        nominal: Tensor | None = None,
+    ) -> int:
         """Appends the layer whose output is lower, upper [N, ...], and returns its index."""
         if squares is None:
             # two bounds at the same infinity, as of a masked class, differ by NaN and have no width
             squares = (upper - lower).where(lower != upper, 0.0).square().sum()
         self.layers.append(Layer(squares, lower.numel(), lower.shape[0] if lower.dim() else 1))
+        if self.outputs is not None:
+            self.outputs.append(Output(name, lower, upper, nominal))
         return len(self.layers) - 1
+
+    def name(self, kind: str) -> str:
+        """Names a layer by the module that runs; one that a module calls beside its own modules,
+        such as F.relu, by that module and the kind.
+        """
+        within, alone = self.path[-1] if self.path else ("", False)
+        return within if alone and within else f"{within}.{kind}".removeprefix(".")
+
+    @contextmanager
+    def following(self, model: Any) -> Iterator[None]:
+        """Keeps the path of a model's modules inside the block, if outputs are kept."""
+        with ExitStack() as stack:
+            if self.outputs is not None and isinstance(model, nn.Module):
+                for name, module in model.named_modules():
+                    place = (name, not any(module.children()))
+
+                    def enter(*_: Any, place: tuple[str, bool] = place) -> None:
+                        if ACTIVE.recorder is self:  # not in another thread
+                            self.path.append(place)
+
+                    def leave(*_: Any) -> None:
+                        if ACTIVE.recorder is self:
+                            self.path.pop()
+
+                    stack.callback(module.register_forward_pre_hook(enter, prepend=True).remove)
+                    handle = module.register_forward_hook(leave, always_call=True)
+                    stack.callback(handle.remove)
+            yield
 
 
 class _Active(threading.local):
@@ -93,10 +146,14 @@ def note(
     upper: Tensor,
     squares: Tensor | None = None,
     head: Head | None = None,
+    nominal: Tensor | None = None,
 ) -> Origin | None:
     """Tells the recorder, if there is one, of a layer's output; returns where it comes from."""
     recorder = ACTIVE.recorder
     if recorder is None:
         return None
     recorder.half |= is_half(lower.dtype)
-    return Origin(recorder.add(lower, upper, squares) if wanted(kind) else None, head)
+    if not wanted(kind):
+        return Origin(None, head)
+    name = "" if recorder.outputs is None else recorder.name(kind)
+    return Origin(recorder.add(lower, upper, squares, name, nominal), head)

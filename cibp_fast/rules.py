@@ -118,7 +118,7 @@ def _require(holds: bool, name: str, argument: str, value: Any, allowed: str) ->
 def _layer(kind: str, result: Sequence[Any], head: Head | None = None) -> Interval:
     """Returns an op's lower, upper, nominal and width as an Interval, and notes the layer."""
     lower, upper, nominal, squares = result
-    return Interval._make(lower, upper, nominal, note(kind, lower, upper, squares, head))
+    return Interval._make(lower, upper, nominal, note(kind, lower, upper, squares, head, nominal))
 
 
 @_rule("conv2d")
@@ -273,7 +273,7 @@ def _batch_norm(
         shift = 0.0 if bias is None else bias.view(channels)
         lower, upper = ((end - mean) * scale + shift for end in (box.lower, box.upper))
         out = Interval._make(lower, upper, norm(nominal))  # updates the running statistics
-    out._origin = note("affine", out.lower, out.upper)
+    out._origin = note("affine", out.lower, out.upper, nominal=out.nominal)
     return out
 
 
@@ -286,7 +286,7 @@ def _activation(
 ) -> Interval:
     """Runs a non-decreasing activation, in place or not, and notes the layer."""
     out = _each(function, input, *args, **kwargs)
-    out._origin = note("activation", out.lower, out.upper)
+    out._origin = note("activation", out.lower, out.upper, nominal=out.nominal)
     return input._assign(out) if inplace else out
 
 
@@ -361,7 +361,8 @@ def _softplus(input: Interval, beta: float = 1.0, threshold: float = 20.0) -> In
     held = (input.lower <= step) & (input.upper > step)
     lower = torch.where(held, out.lower.clamp(max=step), out.lower)
     upper = torch.where(held, out.upper.clamp(min=peak), out.upper)
-    return Interval._make(lower, upper, out.nominal, note("activation", lower, upper))
+    origin = note("activation", lower, upper, nominal=out.nominal)
+    return Interval._make(lower, upper, out.nominal, origin)
 
 
 def _dropout(

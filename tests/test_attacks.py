@@ -680,3 +680,56 @@ def test_what_is_broken_takes_no_part_any_more(step):
     # before each step and after the last one: the third breaks after one step, and so on
     assert start == [5, 4, 2, 1, 1, 1, 1]
     assert counts[8:] == [1] * 7  # the second start
+
+
+@pytest.mark.parametrize("step", attacks.STEPS)
+@pytest.mark.parametrize("loss", attacks.LOSSES)
+@pytest.mark.parametrize("batch_size", [3, 500])
+def test_the_point_of_the_largest_loss(step, loss, batch_size):
+    """Compares with all points that the attack shows the model, those of every start."""
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
+    x = torch.rand(8, 4)
+    y = model(x).argmax(1)
+    seen = []
+
+    def spied(points):
+        logits = model(points)
+        seen.append((points.detach().clone(), logits.detach()))
+        return logits
+
+    options = {"step": step, "loss": loss, "steps": 6, "restarts": 3, "step_size": 0.05}
+    found = pgd(spied, x, y, 0.15, worst=True, batch_size=batch_size, **options)
+    plain = pgd(model, x, y, 0.15, batch_size=batch_size, **options)
+    assert torch.equal(found.found, plain.found) and 0 < found.found.sum() < 8
+    assert torch.equal(found.adversarial[found.found], plain.adversarial[found.found])
+    assert torch.equal(plain.adversarial[~found.found], x[~found.found])
+
+    def height(logits, label):
+        if loss == "cross_entropy":
+            return torch.nn.functional.cross_entropy(
+                logits, label.expand(len(logits)), reduction="none"
+            )
+        others = logits.clone()
+        others[:, label] = -torch.inf
+        return others.amax(1) - logits[:, label]
+
+    points = torch.cat([each for each, _ in seen])
+    logits = torch.cat([each for _, each in seen])
+    for i in (~found.found).nonzero().flatten():
+        best = height(model(found.adversarial[i : i + 1]), y[i]).item()
+        assert best > height(model(x[i : i + 1]), y[i]).item()
+        inside = ((points - x[i]).abs() <= 0.15 + 1e-6).all(1)  # its own points, and few others'
+        own = height(logits[inside], y[i]).max().item()
+        assert best == pytest.approx(own, rel=1e-5)
+        assert (points == found.adversarial[i]).all(1).any()
+
+
+def test_the_worst_point_is_the_corner_of_a_linear_model():
+    model, x = _Difference(0.9), torch.full((2, 4), 0.5)
+    y = torch.tensor([0, 0])
+    attack = pgd(model, x, y, 0.1, steps=20, restarts=0, worst=True)
+    assert not attack.found.any()
+    torch.testing.assert_close(attack.adversarial, x + 0.1)
+    attack = pgd(model, x, y, 0.1, steps=0, restarts=0, worst=True)
+    assert torch.equal(attack.adversarial, x)

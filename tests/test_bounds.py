@@ -255,3 +255,96 @@ def test_bad_input() -> None:
         z = x.to(dtype)
         with pytest.raises(ValueError, match=message):
             cf.bounds(network().to(dtype), z, cf.Interval.ball(z, 0.1), backend=backend)
+
+
+class Blocks(nn.Module):
+    """A block with an activation that is no module, used twice, and a module that is shared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(6, 5), nn.ReLU(inplace=True))
+        self.block, self.relu = Block(), nn.ReLU()
+        self.last = nn.Linear(5, CLASSES)
+
+    def forward(self, x):
+        x = self.relu(self.first(x) - 0.1)
+        return self.last(self.relu(self.block(self.block(x))))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(5, 5)
+
+    def forward(self, x):
+        out = torch.tanh(self.inner(x))
+        out += x
+        return out
+
+
+def test_boxes_of_layers_by_name() -> None:
+    model = Blocks().double()
+    x = torch.rand(3, 6).double()
+    box = cf.Interval.ball(x, 0.1)
+    first = model.first(box)
+    shared = (first - 0.1).relu()
+    inner = model.block.inner(shared)
+    active = torch.tanh(inner)
+    second = active + shared
+    inner2 = model.block.inner(second)
+    active2 = torch.tanh(inner2)
+    shared2 = (active2 + second).relu()
+    last = model.last(shared2)
+    post = {
+        "first.1": first,
+        "relu": shared,
+        "block.activation": active,
+        "block.activation#2": active2,
+        "relu#2": shared2,
+        "logits": last,
+    }
+    affine = {"first.0": model.first[0](box), "block.inner": inner, "block.inner#2": inner2}
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    every = "first.0 first.1 relu block.inner block.activation block.inner#2 block.activation#2"
+    for width, names in {
+        "post": list(post),
+        "pre": [*affine, "logits"],
+        "all": f"{every} relu#2 logits".split(),
+    }.items():
+        out = cf.bounds(model, x, box, width, layers=True)
+        assert list(out.layers) == names and len(out.widths) == len(names)
+        assert torch.equal(out.widths, cf.bounds(model, x, box, width).widths)
+        for name, found in out.layers.items():
+            wanted = (post | affine)[name]
+            for stream in ("lower", "upper"):
+                torch.testing.assert_close(getattr(found, stream), getattr(wanted, stream))
+        squares = [(each.upper - each.lower).square().mean() for each in out.layers.values()]
+        torch.testing.assert_close(torch.stack(squares), out.widths)
+    assert hooks == [len(module._forward_hooks) for module in model.modules()]
+    nominal = out.layers["first.0"].nominal
+    assert nominal is not None and torch.equal(nominal, model.first[0](x))
+
+
+def test_boxes_of_a_function_and_of_a_model_that_fails() -> None:
+    linear = nn.Linear(6, CLASSES)
+    x = torch.rand(2, 6)
+    box = cf.Interval.ball(x, 0.1)
+    out = cf.bounds(lambda x: linear(x.relu()), x, box, layers=True)
+    assert list(out.layers) == ["activation", "logits"]
+    model = nn.Sequential(linear, nn.ReLU(), nn.Linear(3, 2))
+    with pytest.raises(ValueError, match="needs inputs of 3 features"):
+        cf.bounds(model, x, box, layers=True)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    asked = r"layers must be asked for, as cf.bounds\(model, x, box, layers=True\)"
+    for plain in (cf.bounds(linear, x, box), cf.fuse(nn.Sequential(linear)).bounds(x, box)):
+        with pytest.raises(ValueError, match=asked):
+            plain.layers  # noqa: B018
+
+
+def test_what_bounds_print() -> None:
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU(), nn.Linear(2, 2, bias=False))
+    for parameter in model.parameters():
+        nn.init.eye_(parameter)
+    out = cf.bounds(model, torch.full((3, 2), 0.5), cf.Interval.ball(torch.full((3, 2), 0.5), 0.25))
+    text = "Bounds(logits: [3, 2] torch.float32 on cpu; 2 widths: 0.25, 0.25; sum 0.5)"
+    assert repr(out) == text

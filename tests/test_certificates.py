@@ -285,3 +285,19 @@ def test_radius_per_example_and_clip_per_channel():
     channels = x.shape[1]
     clipped = cf.certify(model, x, y, 0.3, clip=([0.0] * channels, [1.0] * channels), sound=False)
     torch.testing.assert_close(clipped.margins, cf.certify(model, x, y, 0.3, sound=False).margins)
+
+
+def test_what_a_certificate_prints():
+    model = torch.nn.Linear(1, 2, bias=False)
+    model.weight.data = torch.tensor([[1.0], [-1.0]])
+    x, y = torch.tensor([[0.5], [0.2], [0.9]]), torch.zeros(3, dtype=torch.int64)
+    certificate = cf.certify(model, x, y, 0.3)
+    assert repr(certificate) == "Certificate(2 of 3 verified, 66.67 % at eps 0.3; sound: real)"
+    box = cf.Interval.ball(x, 0.1)
+    assert repr(cf.certify(model, x, y, box, semantics="float32")) == (
+        "Certificate(3 of 3 verified, 100.00 %; sound: float32)"
+    )
+    assert "sound: false, ordinary bounds" in repr(cf.certify(model, x, y, 0.3, sound=False))
+    assert "0 examples" in repr(cf.certify(model, x[:0], y[:0], 0.3))
+    attack = cf.attacks.pgd(model, x, y, 0.3, steps=2, restarts=0, clip=None)
+    assert repr(attack) == "Attack(1 of 3 broken, 33.33 %)"

@@ -240,6 +240,7 @@ def test_the_spelling_that_long_runs_use(trained):
         precision="fast",
     )
     assert run_dir == Path("here") and options == {
+        "model": None,
         "data_root": Path("elsewhere"),
         "verify_data": True,
         "device": "cpu",

@@ -46,6 +46,24 @@ def test_typed_package_is_installed() -> None:
     assert typed == {name for name in vars(portable) if not name.startswith("__")}
 
 
+def test_a_wrong_name_is_an_error_of_types(tmp_path: Path) -> None:
+    code = "import cibp_fast as cf\n\nprint(cf.certfy)\nprint(cf.certify, cf.attacks.pgd)\n"
+    (tmp_path / "user.py").write_text(code)
+    settings = "[mypy]\n[mypy-torch.*,numpy.*]\nfollow_imports = skip\n"  # seconds
+    (tmp_path / "mypy.ini").write_text(settings)
+    root = Path(cf.__file__).parents[1]
+    where = {} if root.name == "site-packages" else {"MYPYPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "user.py"],
+        cwd=tmp_path,
+        env=os.environ | where,
+        capture_output=True,
+        text=True,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("user.py")]
+    assert len(lines) == 1 and "user.py:3: error:" in lines[0] and '"certfy"' in lines[0], done
+
+
 def test_portable_kernels_are_built() -> None:
     portable = importlib.import_module("cibp_fast._cpu_portable")
     assert portable.vector_bytes == 16
@@ -80,7 +98,7 @@ for name in {OPTIONAL!r}:
 import cibp_fast as cf
 assert "torch" not in sys.modules
 import torch
-training = {{"config", "train"}}
+training = {{"config", "Errors", "evaluate", "load", "train"}}
 for name in set(cf.__all__) - training:
     getattr(cf, name)
 for name in training:

@@ -27,7 +27,9 @@ def epoch_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields an epoch's (x [B, C, H, W] float32 in [0, 1], y [B]), shuffled by (seed, epoch) alone.
+    """Yields an epoch's (x [B, C, H, W] float32, y [B]), shuffled by (seed, epoch) alone.
+
+    Bytes become pixels in [0, 1]; images of floating point are taken as they are.
 
     A last batch smaller than batch_size is left out (its examples come in other epochs' batches),
     so that every step sees the same shapes.
@@ -54,7 +56,7 @@ def epoch_batches(
             crop = _crop_one_by_one if images.device.type == "cpu" else _crop_at_once
             padded, (top, left) = F.pad(images, [CROP_PADDING] * 4), corners[:, here]
             images = crop(padded, top, left, flip[here])
-        yield images.to(torch.float32) / 255, split.labels[chosen]  # as Split.pixels
+        yield to_pixels(images), split.labels[chosen]
 
 
 class Draw(NamedTuple):

@@ -174,11 +174,17 @@ class Config(BaseModel):
 
     def replace(self, **changes: Any) -> Config:
         """Returns the Config with these fields changed. Raises ValueError as the constructor."""
-        return Config(**dict(self) | changes)
+        return type(self)(**dict(self) | changes)
 
     def differences(self, other: Config) -> list[str]:
         """Returns the names of the fields in which the two differ."""
-        return [name for name, value in self if value != getattr(other, name)]
+        own, others = dict(self), dict(other)
+        return [name for name in own | others if own.get(name) != others.get(name)]
+
+    @property
+    def network(self) -> str:
+        """Names the network: an own one without its module."""
+        return self.net
 
     @property
     def name(self) -> str:
@@ -186,7 +192,7 @@ class Config(BaseModel):
         count = in_255ths(self.eps)
         eps = f"{self.eps:g}" if count is None else f"{count}of255"
         space = "-normalized" if self.eps_space == "normalized" else ""
-        return f"{self.dataset}-{self.net}-{eps}-{self.method}{space}"
+        return f"{self.dataset}-{self.network}-{eps}-{self.method}{space}"
 
     @property
     def folder(self) -> str:
@@ -220,7 +226,7 @@ class Config(BaseModel):
     @property
     def eps_pixel(self) -> float | tuple[float, ...]:
         """Gives eps in pixels of [0, 1]; one for each channel where eps_space is normalized."""
-        if self.eps_space == "pixel":
+        if self.eps_space == "pixel":  # of own data, in their units
             return self.eps
         from cibp_fast.training.datasets import CHANNEL_STATS
 
@@ -256,7 +262,79 @@ class Config(BaseModel):
             raise ValueError(
                 f"format must be from 1 to {FORMAT}, not {format!r}: a newer cibp_fast wrote it?"
             )
-        return cls(**values)
+        return (OwnConfig if values.keys() & OWN_FIELDS else cls)(**values)
+
+
+class OwnConfig(Config):
+    """Holds the same of a run of a user's own network, data or loss, as far as it can be recorded.
+
+    `own` makes one; the loop fills in what it is given.
+    """
+
+    dataset: str = "own"  # type: ignore[assignment]
+    """a data set's name, or own-, and the beginning of the data's SHA-256"""
+    net: str = "own"  # type: ignore[assignment]
+    """one of the paper's networks, or module:factory, or module.class of a network"""
+    method: Literal["nominal", "ibp", "cibp", "own"] = "own"  # type: ignore[assignment]
+    """loss: ours by name, or own"""
+    loss: str = ""
+    """module:function of an own loss"""
+    input_shape: tuple[Count, ...] = ()
+    """of an example"""
+    classes: Whole = 0
+    """from 0 to the largest label"""
+    data: tuple[str, ...] = ()
+    """of own data: dtype, shape and SHA-256 of the training and the test examples"""
+
+    @model_validator(mode="after")
+    def _is_trained(self) -> OwnConfig:
+        if self.net not in get_args(Net):
+            for name in ("padding", "init"):
+                default = Config.model_fields[name].default
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f"{name} must be {default} for an own network, which decides about it "
+                        f"itself, not {getattr(self, name)}"
+                    )
+        return self
+
+    @property
+    def network(self) -> str:
+        return re.split("[.:]", self.net)[-1]
+
+    @property
+    def folder(self) -> str:
+        name = re.sub(r"[^\w.-]+", "-", self.name)
+        return f"{name}-{hashlib.sha256(self.to_json().encode()).hexdigest()[:10]}-seed{self.seed}"
+
+
+OWN_FIELDS = OwnConfig.model_fields.keys() - Config.model_fields.keys()
+
+
+def own(eps: float | str, steps: int, method: str = "cibp", **fields: Any) -> OwnConfig:
+    """Returns a recipe to train one's own network with, on one's own data.
+
+    It is that of the presets of mnist5k, stretched to the number of steps: eps grows from 0 in the
+    first 37.5 %, kappa falls to 0.5 from 7.5 % on, Adam's learning rate 1e-3 falls to a tenth at 70
+    and 90 %; and the final attack has 40 steps and 1 restart.
+
+    Args:
+        eps: the radius, in the units of the data; also as text, "8/255".
+        steps: of training; an epoch has as many as the training examples have whole batches.
+        method: "cibp", "ibp" or "nominal"; of no effect beside an own loss.
+        fields: of the Config, in place of the recipe's, such as batch_size=50, lr=5e-4, seed=1 or
+            clip=None.
+
+    Raises:
+        ValueError: an unknown field, or a bad value.
+    """
+    if type(steps) is not int or steps < 1:
+        raise ValueError(f"steps must be a whole number, 1 or more, not {steps!r}")
+    known = Config.model_fields.keys() - {"dataset", "net"}
+    for name in fields.keys() - known:
+        raise ValueError(f"unknown field {name!r}{did_you_mean(name, known)}")
+    base = recipe("mnist5k", "small", method, 0.0)
+    return OwnConfig(**scaled(base, steps) | {"dataset": "own", "net": "own", "eps": eps} | fields)
 
 
 def in_255ths(eps: float) -> int | None:
@@ -373,7 +451,7 @@ def counted(count: int, noun: str) -> str:
 
 def choices(name: str) -> tuple[str, ...]:
     """Returns what the field can be, where it is one of some words; else nothing."""
-    kind = Config.model_fields[name].annotation
+    kind = (OwnConfig.model_fields | Config.model_fields)[name].annotation
     return get_args(kind) if get_origin(kind) is Literal else ()
 
 
@@ -394,7 +472,8 @@ def one_line(error: ValidationError, values: Mapping[str, Any] | None = None) ->
     if values is not None:
         words = _listed(tuple(map(repr, choices(name))) or ("True", "False"))
         given = repr(values[name]) if isinstance(values[name], str) else as_text(values[name])
-        return f"{name} must be {Config.model_fields[name].title or words}, not {given}"
+        title = (OwnConfig.model_fields | Config.model_fields)[name].title
+        return f"{name} must be {title or words}, not {given}"
     if message.startswith("Input"):
         message += f", not {problem['input']!r}"
     return re.sub(r"^\w+ should", f"{name} must", message)

@@ -35,7 +35,9 @@ SPLIT_SEED = 0  # the held-out digits of mnist5k are the same for every training
 
 @dataclass(frozen=True)
 class Split:
-    """Images [N, C, H, W] uint8 and their classes [N] int64."""
+    """Holds images [N, C, H, W] uint8, or a user's of any shape and floating point; and their
+    classes [N] int64.
+    """
 
     images: Tensor
     labels: Tensor
@@ -47,7 +49,7 @@ class Split:
         return Split(self.images[chosen], self.labels[chosen])
 
     def pixels(self) -> Tensor:
-        """Returns all images as float32 in [0, 1], [N, C, H, W]."""
+        """Returns all images, [N, C, H, W]: uint8 as float32 in [0, 1], others as they are."""
         return to_pixels(self.images)
 
     def to(self, device: torch.device | str) -> Split:
@@ -313,8 +315,11 @@ def _svhn(file: bytes, path: Path) -> tuple[bytes, np.ndarray, np.ndarray]:
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """Returns uint8 images as float32 in [0, 1], of the same shape: `images / 255`."""
-    return images.to(torch.float32) / 255
+    """Returns uint8 images as float32 in [0, 1], of the same shape: `images / 255`.
+
+    Others, which a user has made, are returned as they are.
+    """
+    return images if images.is_floating_point() else images.to(torch.float32) / 255
 
 
 _idx_source = partial(Source, (1, 28, 28), (60_000, 10_000), read=_idx)

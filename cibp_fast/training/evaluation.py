@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -103,48 +105,107 @@ def _counts(
     options: dict[str, Any],  # of pgd
     folder: str | Path,  # of evidence
 ) -> Tensor:  # [4] int64
-    """Counts this process's examples that are wrong, attacked, not verified, and verified yet
-    attacked.
-    """
+    """Counts this process's examples as `count` does."""
     starts = range(0, len(split), config.eval_batch_size)[processes.rank :: processes.size]
-    counts = torch.zeros(4, dtype=torch.int64, device=split.images.device)
     description = "evaluating" if attack else "evaluating the epoch"
-    doing = f"evaluation with eval_batch_size={config.eval_batch_size}"
     prepare = runs.to_input(config).to(split.images.device)
-    network, sound = model, semantics is not None
-    with evaluation(model), reuse_graphs(), enough_memory(doing, "take a smaller one"):
-        # traced once for all batches
-        model = of_torch_alone(model, prepare(split[:1].pixels())) or model
+
+    def batches() -> Iterator[tuple[int, Tensor, Tensor]]:
         for first in bar(starts, description, "batch", shown=processes.first):
             part = split[first : first + config.eval_batch_size]
-            x, y = prepare(part.pixels()), part.labels
-            size = config.eval_batch_size
-            found = certify(
-                model, x, y, config.eps, config.clip, sound, semantics or "real", batch_size=size
-            )
+            yield first, prepare(part.pixels()), part.labels
+
+    settings = Settings(
+        eps=config.eps,
+        clip=config.clip,
+        batch_size=config.eval_batch_size,
+        restarts=config.pgd_restarts,
+        verified_restarts=config.pgd_verified_restarts,
+        seed=config.seed,
+        pgd={"steps": config.pgd_steps, "step_size": config.pgd_step_size, **options},
+    )
+    doing = f"evaluation with eval_batch_size={config.eval_batch_size}"
+    with enough_memory(doing, "take a smaller one"):
+        counts = count(model, batches(), settings, attack, semantics, folder)
+    return counts.to(split.images.device)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Holds what the counts of an evaluation depend on.
+
+    Attributes:
+        eps, clip: the boxes, as in `cf.certify`.
+        batch_size: examples at a time of a batch.
+        restarts: of PGD, for examples that the bounds do not verify.
+        verified_restarts: the same for those that they verify.
+        seed: with a batch's first example, of PGD's starts.
+        pgd: the rest of its options.
+    """
+
+    eps: Any
+    clip: Any
+    batch_size: int
+    restarts: int
+    verified_restarts: int
+    seed: int
+    pgd: dict[str, Any]
+
+
+def count(
+    model: Any,
+    batches: Iterable[tuple[int, Tensor, Tensor]],
+    settings: Settings,
+    attack: bool,
+    semantics: str | None,
+    folder: str | Path,
+) -> Tensor:
+    """Counts the examples that are wrong, attacked, not verified, and verified yet attacked.
+
+    Args:
+        model: network that takes the batches, in whatever mode: it is evaluated in evaluation mode.
+        batches: the number of the first example, x [B, ...] and labels y [B], of each.
+        settings: of the bounds and of PGD.
+        attack, semantics, folder: as attack, semantics and evidence of `evaluate`.
+
+    Returns:
+        [4] int64.
+
+    Raises:
+        As `evaluate`.
+    """
+    counts: Tensor | None = None
+    network, sound = model, semantics is not None
+    with evaluation(model), reuse_graphs():
+        for first, x, y in batches:
+            if counts is None:
+                counts = torch.zeros(4, dtype=torch.int64, device=x.device)
+                model = of_torch_alone(network, x) or network  # traced once for all batches
+            eps, clip, size = settings.eps, settings.clip, settings.batch_size
+            found = certify(model, x, y, eps, clip, sound, semantics or "real", batch_size=size)
             if attack:
                 with own_arithmetic(x.device):  # as PGD and the certificate
                     (predicted,) = graphed(_predicted, model)(x)
                 wrong = predicted != y
                 attacked, points = wrong.clone(), x.clone()
                 for group, restarts in (
-                    (~found.verified, config.pgd_restarts),
-                    (found.verified, config.pgd_verified_restarts),
+                    (~found.verified, settings.restarts),
+                    (found.verified, settings.verified_restarts),
                 ):
                     chosen = group.nonzero().flatten()
                     broken = pgd(
                         model,
                         x[chosen],
                         y[chosen],
-                        config.eps,
-                        steps=config.pgd_steps,
+                        eps,
                         restarts=restarts,
-                        step_size=config.pgd_step_size,
-                        clip=config.clip,
+                        clip=clip,
                         # the batch's own, so that it does not matter which process attacks it
-                        seed=int(np.random.SeedSequence((config.seed, first)).generate_state(1)[0]),
+                        seed=int(
+                            np.random.SeedSequence((settings.seed, first)).generate_state(1)[0]
+                        ),
                         batch_size=size,
-                        **options,
+                        **settings.pgd,
                     )
                     attacked[chosen] |= broken.found
                     points[chosen] = broken.adversarial
@@ -159,14 +220,14 @@ def _counts(
                         y=int(y[row]),
                         margins=found.margins[row],
                         semantics=semantics,
-                        eps=config.eps,
-                        clip=config.clip,
+                        eps=eps,
+                        clip=clip,
                         point=points[row : row + 1],
                     )
                     check(network, model, claim, folder)
             counted = (wrong, attacked, ~found.verified, both)
             counts += torch.stack([each.sum() for each in counted])
-    return counts
+    return torch.zeros(4, dtype=torch.int64) if counts is None else counts
 
 
 def provable(model: nn.Module) -> str | None:

@@ -7,23 +7,27 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, get_args
 
 import torch
+from torch import Tensor, nn
 
 from cibp_fast.environment import hardware, versions
+from cibp_fast.layerwise import Bounds
 from cibp_fast.ops import backends
-from cibp_fast.training import datasets, runs
-from cibp_fast.training.config import Config
+from cibp_fast.training import datasets, own, runs
+from cibp_fast.training.config import Config, Dataset, Net, OwnConfig
 from cibp_fast.training.distributed import World, world
 from cibp_fast.training.evaluation import evaluate, provable
 from cibp_fast.training.progress import Progress
-from cibp_fast.training.step import LOGGED, Step, fastest
+from cibp_fast.training.step import LOGGED, Step, fastest, rehearse
 
 SAVE_SECONDS = 120.0  # between checkpoints inside an epoch; each epoch ends with one too
+REHEARSED = 4  # examples with which a user's network and loss are tried
 POLL_STEPS = 10  # after so many steps several processes agree on whether to save or stop
 
 
@@ -31,6 +35,9 @@ def train(
     config: Config,
     run_dir: str | Path | None = None,
     *,
+    model: nn.Module | Callable[..., nn.Module] | None = None,
+    data: tuple[Any, Any] | datasets.Dataset | None = None,
+    loss: Callable[[Bounds, Tensor, float], Tensor] | None = None,
     data_root: str | Path | None = None,
     verify_data: bool = True,
     device: str = "cpu",
@@ -39,40 +46,73 @@ def train(
 ) -> dict[str, Any]:
     """Trains and evaluates one network, fills the run folder, and returns its result.json.
 
-    run_dir: `default_run_dir(config)` where None. A run of the same config that the folder holds
-    goes on, bitwise as if it had never stopped; one that has finished is not trained again. The
-    same config and numbers of threads and processes give the same numbers bitwise on the same
-    machine. data_root, verify_data: see `datasets.load`. device: `cpu` or `cuda`. backend: of the
-    bounds, as for `fuse`; with Triton's kernels a step of one process is one CUDA graph, where the
-    config allows it (interval method, width post, elide, a first layer that takes images; on the
-    CPU, in Triton's interpreter, the same kernels one by one). Under torchrun each
-    process takes its share of every batch, and the first one writes the run. SIGINT and SIGTERM
-    let the step finish, save the state and raise KeyboardInterrupt; without overwrite the same call
-    then goes on. Torch's global random state is left as it was.
+    A run of the same config that the folder holds goes on, bitwise as if it had never stopped; one
+    that has finished is not trained again. The same config and numbers of threads and processes
+    give the same numbers bitwise on the same machine. Under torchrun each process takes its share
+    of every batch, and the first one writes the run. SIGINT and SIGTERM let the step finish, save
+    the state and raise KeyboardInterrupt; without overwrite the same call then goes on. Torch's
+    global random state is left as it was.
 
-    Raises ValueError where the config does not fit the data, FileExistsError where the folder holds
-    a run of another config and not overwrite, or other files, FileNotFoundError where it holds a
-    run that has lost a file, BlockingIOError where another process trains in it,
-    OSError where it cannot be written (all before training starts, the last one whenever it
-    happens), FloatingPointError where the loss is no longer finite (the metrics are kept) or the
-    attack breaks an example that ordinary bounds verify (the result is kept), and Contradiction
-    where it refutes a sound certificate (the network and the evidence are kept).
+    A network, data or a loss of one's own replace those of the config, which then records them by
+    name and SHA-256 (docs/own.md). Whoever goes on with such a run gives the same again: weights
+    and buffers come from the run, and those of another network are refused.
+
+    Args:
+        config: `cf.config.preset(name)`, or for one's own network and data `cf.config.own(...)`.
+        run_dir: folder of the run; None: `default_run_dir(config)`, below runs/.
+        model: a network, which is trained in place and in the modes that it has, or a function that
+            makes one, of `(input_shape, classes)` or of nothing: it is called with the config's
+            seed. It maps [N, *input_shape] to logits [N, classes], of a Tensor and of an Interval.
+        data: (train, test), each of them a pair of tensors, images [N, ...] and labels [N] int64,
+            or a map-style torch Dataset, which is read once into memory. uint8 images are divided
+            by 255; floating-point ones are taken as they are, as float32, and eps and clip are
+            in their units.
+        loss: function of (out, y, kappa), the `Bounds` of a batch, its labels [N] and the weight of
+            the nominal loss at that step; it returns a 0-dim tensor with a gradient.
+        data_root, verify_data: of the config's data set, see `cf.data.load`.
+        device: `cpu` or `cuda`.
+        backend: of the bounds, as for `fuse`; with Triton's kernels a step of one process is one
+            CUDA graph, where the config allows it (interval method, width post, elide, a first
+            layer that takes images; on the CPU, in Triton's interpreter, the same kernels one by
+            one).
+        overwrite: replace the run that the folder holds.
+
+    Raises:
+        TypeError: model, data or loss is of another kind.
+        ValueError: the config, the network, the loss or the backend does not fit the data, which is
+            tried before anything is written; or a file of the run is damaged.
+        FileExistsError: the folder holds a run of another config and not overwrite, or other files.
+        FileNotFoundError: it holds a run that has lost a file.
+        BlockingIOError: another process trains in it.
+        OSError: it cannot be written. All these before training starts, this one whenever it
+            happens.
+        FloatingPointError: the loss is no longer finite (the metrics are kept), or the attack
+            breaks an example that ordinary bounds verify (the result is kept).
+        Contradiction: it refutes a sound certificate (the network and the evidence are kept).
     """
-    run_dir = default_run_dir(config) if run_dir is None else Path(run_dir)
+    if loss is not None and not callable(loss):
+        raise TypeError(f"loss must be a function of (out, y, kappa), not a {type(loss).__name__}")
+    _require_own(config, model, data, loss)
     processes = world(device)
+
+    def load() -> datasets.Dataset:
+        if data is not None:
+            return own.dataset(data)
+        return datasets.load(config.dataset, data_root, verify=verify_data)
+
     with ExitStack() as stack:
-        dataset = processes.together(
-            lambda: datasets.load(config.dataset, data_root, verify=verify_data).to(
-                processes.device
-            )
-        )
+        dataset = processes.together(load)
+        if any(each is not None for each in (model, data, loss)):
+            config = own.recorded(config, dataset, data is not None, model, loss)
+        run_dir = default_run_dir(config) if run_dir is None else Path(run_dir)
+        dataset = dataset.to(processes.device)
         _check(config, dataset, processes, backend)
-        training = _Training(config, dataset, processes, backend)
+        training = _Training(config, dataset, processes, backend, model, loss)
 
         def open_run() -> tuple[dict[str, Any] | None, runs.Checkpoint | None]:
             stack.enter_context(runs.locked(run_dir))
             runs.claim(run_dir, config, overwrite)
-            result, checkpoint = runs.read_progress(run_dir)
+            result, checkpoint = runs.read_progress(run_dir, model)
             if result is checkpoint is None and runs.read_epochs(run_dir):
                 print(
                     f"The run in {run_dir} has no {runs.CHECKPOINT}: it starts anew.",
@@ -103,6 +143,18 @@ def default_run_dir(config: Config) -> Path:
     return Path("runs") / config.folder
 
 
+def _require_own(config: Config, model: Any, data: Any, loss: Any) -> None:
+    """Raises ValueError where a config of one's own lacks what it cannot hold."""
+    if isinstance(config, OwnConfig):
+        for name, given, needed in (
+            ("model", model, config.net not in get_args(Net)),
+            ("data", data, config.dataset not in get_args(Dataset)),
+            ("loss", loss, config.method == "own"),
+        ):
+            if given is None and needed:
+                raise ValueError(f"{name} must be given with a config of one's own, and is None")
+
+
 def _check(
     config: Config, dataset: datasets.Dataset, processes: World, backend: str = "auto"
 ) -> None:
@@ -128,8 +180,20 @@ def _check(
     on_gpu = processes.device.type == "cuda" or backend in ("triton", "cuda")
     if config.precision == "tf32" and not on_gpu:
         raise ValueError("precision 'tf32' is for a GPU; on the CPU take 'fast' or 'bf16'")
-    if config.clip is not None and not config.clip[0] <= 0 < 1 <= config.clip[1]:
-        raise ValueError(f"clip must contain the pixels' 0 to 1, or be none, not {config.clip}")
+    least, greatest = 0.0, 1.0
+    images = [part.images for part in (dataset.train, dataset.test)]
+    own_units = images[0].is_floating_point()
+    if own_units:
+        least = min(float(each.min()) for each in images)
+        greatest = max(float(each.max()) for each in images)
+    if config.clip is not None and not config.clip[0] <= least <= greatest <= config.clip[1]:
+        data = f"data's {least:.4g} to {greatest:.4g}" if own_units else "pixels' 0 to 1"
+        raise ValueError(f"clip must contain the {data}, or be none, not {config.clip}")
+    if config.augmentation != "none" and images[0].dim() != 4:
+        raise ValueError(
+            f"augmentation must be none for examples {list(images[0].shape[1:])}, which are no "
+            f"images [channels, height, width], not {config.augmentation}"
+        )
 
 
 def _trained(training: _Training, run_dir: Path) -> dict[str, Any]:
@@ -177,11 +241,21 @@ class _Training:
     """Holds the state of a run between two steps."""
 
     def __init__(
-        self, config: Config, dataset: datasets.Dataset, processes: World, backend: str = "auto"
+        self,
+        config: Config,
+        dataset: datasets.Dataset,
+        processes: World,
+        backend: str = "auto",
+        model: Any = None,
+        loss: Any = None,
     ) -> None:
         self.config, self.dataset, self.processes = config, dataset, processes
-        self.step = Step(config, dataset.train, processes, backend)
+        self.step = Step(config, dataset.train, processes, backend, model, loss)
         self.model, self.loss = self.step.model, self.step.loss
+        if isinstance(config, OwnConfig):
+            own.check(self.model, config, processes)
+            few = dataset.train[: min(config.batch_size, REHEARSED)]
+            rehearse(self.step.objective, self.step.prepare(few.pixels()), few.labels)
         self.epoch_steps = self.step.epoch_steps
         self.done = 0  # steps
         self.started = time.perf_counter()

@@ -24,11 +24,11 @@ from cibp_fast.training import runs
 from cibp_fast.training.config import Config, in_255ths
 from cibp_fast.training.files import write_atomic
 
-METHOD_LABELS = {"nominal": "nominal", "ibp": "IBP", "cibp": "constrained IBP"}
+METHOD_LABELS = {"nominal": "nominal", "ibp": "IBP", "cibp": "constrained IBP", "own": "own loss"}
 
 # A method has its colour in every figure: of Okabe and Ito's, which are told apart under every
 # common colour blindness. What is not a method's curve is grey.
-METHOD_COLOURS = {"cibp": "#0072B2", "ibp": "#D55E00", "nominal": "#009E73"}
+METHOD_COLOURS = {"cibp": "#0072B2", "ibp": "#D55E00", "nominal": "#009E73", "own": "#CC79A7"}
 GREY = "#8C8C8C"
 SHADES = (0.5, 0.9, 0.15, 0.7, 0.3)  # of a method's runs, in turn: light is 0, itself 0.5, dark 1
 
@@ -410,7 +410,7 @@ def _folder_name(members: list[_Run], common: str) -> str:
 def _task(groups: list[_Group]) -> str:
     """Names the data set, the networks and the radius, `8/255` where that says it best."""
     config = groups[0].config
-    nets = list(dict.fromkeys(group.config.net for group in groups))
+    nets = list(dict.fromkeys(group.config.network for group in groups))
     count = in_255ths(config.eps)
     eps = f"{config.eps:.4g}" if count is None else f"{count}/255"
     space = "" if config.eps_space == "pixel" else f" ({config.eps_space})"

@@ -28,10 +28,12 @@ def describe(config: Config, epoch_steps: int) -> str:
     of_255 = ", ".join(f"{255 * eps:.3g}" for eps in pixels)
     space = "" if config.eps_space == "pixel" else " in normalised pixels"
     clip = "not clipped" if config.clip is None else f"clipped to {list(config.clip)}"
+    # the units of a user's own data are the user's
+    unit = "" if getattr(config, "data", ()) else f" ({of_255} of 255)"
     return (
         f"{config.name}, seed {config.seed}: {counted(config.steps, 'step')} of "
         f"{counted(config.batch_size, 'example')}, "
-        f"{epoch_steps} an epoch; eps {config.eps:.4g}{space} ({of_255} of 255), {clip}"
+        f"{epoch_steps} an epoch; eps {config.eps:.4g}{space}{unit}, {clip}"
     )
 
 

@@ -8,20 +8,28 @@ run that did not finish. What needs torch imports it where it is called: plots n
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from safetensors import SafetensorError, safe_open
 from typing_extensions import NotRequired, TypedDict  # pydantic takes typing's from 3.12 on
 
 from cibp_fast.training import missing
-from cibp_fast.training.config import Config, Count, Number, Share, Whole, one_line
+from cibp_fast.training.config import (
+    Config,
+    Count,
+    Net,
+    Number,
+    OwnConfig,
+    Share,
+    Whole,
+    one_line,
+)
 from cibp_fast.training.files import make_folder, naming, write_atomic, write_json
 
 try:
@@ -36,7 +44,6 @@ if TYPE_CHECKING:
 
 STATE = "state"  # the folder of the checkpoint
 CHECKPOINT = f"{STATE}/checkpoint.safetensors"
-WEIGHTS = (".safetensors", ".pt", ".pth")  # files of weights alone
 ANEW = "start anew with overwrite (--overwrite), or remove the run"
 # In the order in which overwriting removes them: what remains where that is cut short is no
 # finished run, and if it goes on it is from a checkpoint that has its metrics, or from the start.
@@ -89,7 +96,7 @@ class Network:
 
     name: str  # of its folder or file
     config: Config  # of its training; for a foreign network, of the preset that names it
-    model: nn.Sequential
+    model: nn.Module
     weights: bytes  # a file of safetensors, its state_dict
 
 
@@ -115,7 +122,7 @@ def claim(run_dir: Path, config: Config, overwrite: bool = False) -> None:
             )
         there = read_config(run_dir)
         differences = [
-            f"{name} {getattr(there, name)} there, {getattr(config, name)} now"
+            f"{name} {getattr(there, name, None)} there, {getattr(config, name, None)} now"
             for name in there.differences(config)
         ]
         if differences:
@@ -192,7 +199,13 @@ def write_model(run_dir: Path, model: nn.Module) -> None:
     """Writes model.safetensors, the network's state_dict."""
     import safetensors.torch
 
-    write_atomic(run_dir / "model.safetensors", safetensors.torch.save(model.state_dict()))
+    content = safetensors.torch.save(_apart(model.state_dict()))
+    write_atomic(run_dir / "model.safetensors", content)
+
+
+def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns tensors as safetensors takes them: in one piece each, and none a part of another."""
+    return {name: value.detach().clone().contiguous() for name, value in state.items()}
 
 
 def write_checkpoint(run_dir: Path, checkpoint: Checkpoint) -> None:
@@ -201,7 +214,7 @@ def write_checkpoint(run_dir: Path, checkpoint: Checkpoint) -> None:
 
     tensors = {"totals": checkpoint.totals}
     for kind, values in (("model", checkpoint.model), ("optimizer", checkpoint.optimizer)):
-        tensors |= {f"{kind}.{name}": value for name, value in values.items()}
+        tensors |= {f"{kind}.{name}": value for name, value in _apart(values).items()}
     facts = {name: getattr(checkpoint, name) for name in FACTS}
     content = safetensors.torch.save(tensors, {"checkpoint": json.dumps(facts)})
     make_folder(run_dir / STATE)
@@ -275,16 +288,18 @@ def read_result(run_dir: Path) -> dict[str, Any] | None:
     return None
 
 
-def read_progress(run_dir: Path) -> tuple[dict[str, Any] | None, Checkpoint | None]:
+def read_progress(
+    run_dir: Path, model: Any = None
+) -> tuple[dict[str, Any] | None, Checkpoint | None]:
     """Returns the result of a run that has finished, else the checkpoint of one that can go on.
 
-    Both are None where there is none yet. Raises as `read_config`, also where a file is gone that
-    such a run must have.
+    Both are None where there is none yet. model: as for `read_network`. Raises as `read_config`,
+    also where a file is gone that such a run must have.
     """
     result = read_result(run_dir)
     if result is not None:
         read_metrics(run_dir)
-        read_model(run_dir)
+        read_model(run_dir, model)
         return result, None
     checkpoint = read_checkpoint(run_dir)
     # The first checkpoint may come after the first epoch's record, but not after the second's.
@@ -294,28 +309,55 @@ def read_progress(run_dir: Path) -> tuple[dict[str, Any] | None, Checkpoint | No
     return None, checkpoint
 
 
-def read_model(run_dir: Path) -> nn.Sequential:
+def read_model(run_dir: Path, model: Any = None) -> nn.Module:
     """Returns the run's trained network. Raises OSError or ValueError as `read_config`."""
-    return read_network(run_dir).model
+    return read_network(run_dir, model).model
 
 
-def read_network(run_dir: Path) -> Network:
-    """Returns the run's trained network, as `read_model`, with what belongs to it."""
+def load(run_dir: str | Path, model: Any = None) -> tuple[nn.Module, Config]:
+    """Returns a run's trained network, in evaluation mode, and its Config.
+
+    Nothing of the folder is executed: weights are read from safetensors.
+
+    Args:
+        run_dir: folder that `cf.train` or `cibp-fast train` wrote.
+        model: of a run of one's own network, that network, whose weights are replaced, or the
+            factory that makes it: what `cf.train` was given.
+
+    Raises:
+        FileNotFoundError: it is no folder of a run that has a trained network.
+        OSError: a file cannot be read.
+        ValueError: a file is damaged, the run is of one's own network and model is None, or model
+            is another network, of whose tensors the names or shapes are named.
+        TypeError: model is neither a network nor a factory.
+    """
+    network = read_network(Path(run_dir), model)
+    return network.model.eval(), network.config
+
+
+def read_network(run_dir: Path, model: Any = None) -> Network:
+    """Returns the run's trained network, as `read_model`, with what belongs to it.
+
+    model: of a run of a user's own network, that network or its factory.
+    """
     import safetensors.torch
+    import torch
 
     config, path = read_config(run_dir), run_dir / "model.safetensors"
-    model = build_model(config)
+    if model is not None and not _is_own(config):
+        raise ValueError(f"model must be left out for {run_dir}, a run of the network {config.net}")
+    with torch.random.fork_rng(devices=[]):  # the weights are of no use
+        model = build_model(config, model)
     with _reading(path, " does not hold this run's network"):
         weights = path.read_bytes()
         _load(model, safetensors.torch.load(weights))
     return Network(Path(os.path.abspath(run_dir)).name, config, model, weights)
 
 
-def read_weights(path: Path, config: Config) -> Network:
-    """Returns the config's network with the weights of a file, a state_dict of float32 tensors.
+def read_weights(path: Path, config: Config, model: Any = None) -> Network:
+    """Returns the config's network with the weights of a file, which may be of another program.
 
-    path: a .safetensors file, or a .pt or .pth file as torch.save makes it of a state_dict. Of
-    these only tensors are read: nothing in the file is executed.
+    path: as for `checkpoints.load_weights`. model: a user's own network or its factory.
 
     Raises OSError where it cannot be read, ValueError where it is no such file, or is of another
     network, naming the tensors that are missing or do not fit.
@@ -323,29 +365,16 @@ def read_weights(path: Path, config: Config) -> Network:
     import safetensors.torch
     import torch
 
-    if path.suffix not in WEIGHTS:
-        raise ValueError(f"{path} must be a file of weights, {', '.join(WEIGHTS)}")
-    with naming("read", path):
-        content = path.read_bytes()
-    try:
-        if path.suffix == ".safetensors":
-            state = safetensors.torch.load(content)
-        else:
-            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can raise nearly anything
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"{path} is damaged, or holds more than tensors, of which nothing was run: {why}"
-        ) from error
-    model = build_model(config)
-    try:
-        _load(model, state)
-    except (ValueError, RuntimeError) as error:
-        why = str(error).splitlines()[0]
-        raise ValueError(f"{path} does not hold the network of {config.name}: {why}") from error
-    if path.suffix != ".safetensors":
-        content = safetensors.torch.save(model.state_dict())
-    return Network(path.stem, config, model, content)
+    from cibp_fast.training import checkpoints
+
+    with torch.random.fork_rng(devices=[]):
+        network = build_model(config, model)
+    checkpoints.load_weights(network, path)
+    content = path.read_bytes() if path.suffix == ".safetensors" else b""
+    state = _apart(network.state_dict())
+    if not content or safetensors.torch.load(content).keys() != state.keys():
+        content = safetensors.torch.save(state)
+    return Network(path.stem, config, network, content)
 
 
 def _load(model: nn.Module, state: Any) -> None:
@@ -382,17 +411,33 @@ def _load(model: nn.Module, state: Any) -> None:
     model.load_state_dict(state)
 
 
-def build_model(config: Config) -> nn.Sequential:
+def _is_own(config: Config) -> bool:
+    """Returns whether a run is of a user's own network."""
+    return config.net not in get_args(Net)
+
+
+def build_model(config: Config, model: Any = None) -> nn.Module:
     """Builds the config's network with fresh weights, from torch's global random state.
 
-    It takes what `to_input` makes of pixels: in eps_space pixel a network for CIFAR-10 or SVHN
-    begins by normalising them.
+    It takes what `to_input` makes of pixels: in eps_space pixel one of the paper's networks for
+    CIFAR-10 or SVHN begins by normalising them.
+
+    model: a user's own network, which is returned, or its factory, which is called. Raises
+    ValueError where the config is of one and there is none, and as `own.build`.
     """
     from torch import nn
 
     from cibp_fast import models
+    from cibp_fast.training import own
     from cibp_fast.training.datasets import CHANNEL_STATS, INPUT_SHAPES
 
+    if isinstance(config, OwnConfig) and _is_own(config):
+        if model is None:
+            raise ValueError(
+                f"model must be given, the network or its factory, since the run is of one's own "
+                f"({config.net})"
+            )
+        return own.build(model, config.input_shape, config.classes)
     model = models.NETS[config.net](INPUT_SHAPES[config.dataset], padding=config.padding)
     models.initialize(model, config.init)
     if config.dataset in CHANNEL_STATS and config.eps_space == "pixel":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -18,9 +18,9 @@ from cibp_fast.fusion import FusedNetwork, fuse
 from cibp_fast.fusion.network import Runnable
 from cibp_fast.interval import Interval
 from cibp_fast.layerwise import bounds, predict
-from cibp_fast.training import runs
+from cibp_fast.training import own, runs
 from cibp_fast.training.batches import draw, epoch_batches, epoch_plan, pixel_table
-from cibp_fast.training.config import Config
+from cibp_fast.training.config import Config, OwnConfig
 from cibp_fast.training.datasets import Split
 from cibp_fast.training.distributed import World
 
@@ -28,16 +28,32 @@ LOGGED = ("loss", "nominal", "robust", "width", "train_error")  # then come the 
 
 
 class Objective(nn.Module):
-    """Computes the config's loss of a batch: a module, which DistributedDataParallel can wrap."""
+    """Computes the config's loss of a batch: a module, which DistributedDataParallel can wrap.
+
+    own_loss: of the user, in place of the config's.
+    """
 
     fused: FusedNetwork | None
 
-    def __init__(self, model: nn.Module, config: Config, backend: str = "auto") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config,
+        backend: str = "auto",
+        own_loss: Callable[..., Tensor] | None = None,
+    ) -> None:
         super().__init__()
-        self.model, self.config = model, config
+        self.model, self.config, self.backend = model, config, backend
+        self.own_loss = (own_loss,)  # in a tuple: where it is a module it is none of this one's
         # as one op where it can be; not a submodule, since its parameters are the model's
         fused = config.width == "post" and config.method != "nominal"
-        net = fuse(model, config.precision, backend) if fused else None
+        if fused and isinstance(config, OwnConfig):
+            try:
+                net = None if own.changes(model) else fuse(model, config.precision, backend)
+            except ValueError:  # of a layer: cf.bounds may take it
+                net = None
+        else:
+            net = fuse(model, config.precision, backend) if fused else None
         object.__setattr__(self, "fused", net)
 
     def forward(self, x: Tensor, y: Tensor, eps: float, kappa: float) -> tuple[Tensor, Tensor]:
@@ -46,7 +62,7 @@ class Objective(nn.Module):
         That is `LOGGED` and the K widths (mean or sum, as configured); for the nominal method
         robust and width are NaN and there are no widths, since it computes no bounds.
         """
-        config = self.config
+        config, (own_loss,) = self.config, self.own_loss
         if config.method == "nominal":
             logits = self.model(x)
             loss = losses.nominal_loss(logits, y)
@@ -58,9 +74,25 @@ class Objective(nn.Module):
             if self.fused is not None:
                 out = self.fused.bounds(x, box, reduction=config.width_reduction)
             else:
-                out = bounds(self.model, x, box, config.width, config.width_reduction)
-            parts = losses.terms(out, y, elide=config.elide)
-            loss = parts.total(kappa, config.width_weight)
+                out = bounds(
+                    self.model,
+                    x,
+                    box,
+                    config.width,
+                    config.width_reduction,
+                    backend=self.backend,
+                    layers=own_loss is not None,  # which may want them
+                )
+            if own_loss is None:
+                parts = losses.terms(out, y, elide=config.elide)
+                loss = parts.total(kappa, config.width_weight)
+            else:
+                loss = own_loss(out, y, kappa)
+                if not isinstance(loss, Tensor) or loss.dim():
+                    found = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+                    raise ValueError(f"loss must return a 0-dim tensor, not {found}")
+                with torch.no_grad():  # to be logged
+                    parts = losses.terms(out, y, elide=config.elide and out.elided)
             logits, widths = out.logits, out.widths
         with torch.no_grad():
             error = (predict(logits) != y).mean(dtype=loss.dtype)
@@ -68,11 +100,59 @@ class Objective(nn.Module):
         return loss, logged.double()
 
 
+def rehearse(objective: Objective, x: Tensor, y: Tensor) -> None:
+    """Computes the loss of a user's network, or a user's loss, and its gradients, once.
+
+    Nothing changes by it, but that a network whose bounds `fuse` cannot compute, or a loss that
+    wants the boxes of layers, goes layer by layer from now on.
+
+    Args:
+        objective: of the training.
+        x: [B, ...], a few examples as the network takes them. y: [B], their labels.
+
+    Raises:
+        ValueError: the network or the loss fails, saying how, or the loss is no 0-dim tensor with a
+            gradient.
+    """
+    config, model = objective.config, objective.model
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+
+    def attempt() -> None:
+        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+            loss, _ = objective(x, y, config.eps * config.eps_train_ratio, config.kappa_end)
+        if not loss.requires_grad:
+            raise ValueError("the loss must have a gradient by the network's parameters")
+        wanted = [each for each in model.parameters() if each.requires_grad]
+        torch.autograd.grad(loss, wanted, allow_unused=True)
+
+    try:
+        try:
+            attempt()
+        except (TypeError, ValueError, RuntimeError):
+            if objective.fused is None:
+                raise
+            object.__setattr__(objective, "fused", None)
+            attempt()
+    except Exception as error:
+        what = "model" if objective.own_loss[0] is None else "model, or loss,"
+        problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        raise ValueError(f"{what} fails on {len(x)} examples of the data: {problem}") from error
+    finally:
+        with torch.no_grad():
+            for name, value in buffers.items():
+                model.get_buffer(name).copy_(value)
+    if objective.fused is None and config.precision != "float32":
+        raise ValueError(
+            f"precision must be float32 for a network that cf.fuse does not take, not "
+            f"{config.precision!r}"
+        )
+
+
 class Adam:
     """Equals torch.optim.Adam by the fused kernel: an Optimizer imports torch's compiler, 3 s."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.parameters: list[Tensor] = list(model.parameters())
+        self.parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         self.firsts = [torch.zeros_like(p) for p in self.parameters]  # moments
         self.seconds = [torch.zeros_like(p) for p in self.parameters]
         self.steps = [
@@ -81,7 +161,9 @@ class Adam:
 
     def step(self, lr: float) -> None:
         """Changes the parameters by their gradients, which it removes."""
-        gradients: list[Any] = [p.grad for p in self.parameters]
+        gradients: list[Any] = [
+            torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters
+        ]
         with torch.no_grad():
             adam(
                 self.parameters, gradients, self.firsts, self.seconds, [], self.steps, fused=True,
@@ -102,10 +184,10 @@ class Adam:
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Takes the state. Raises KeyError for what is missing, ValueError for another shape."""
-        for name, own in self.state().items():
-            if state[name].shape != own.shape:
-                raise ValueError(f"optimizer.{name} must be {list(own.shape)}")
-            own.copy_(state[name])
+        for name, value in self.state().items():
+            if state[name].shape != value.shape:
+                raise ValueError(f"optimizer.{name} must be {list(value.shape)}")
+            value.copy_(state[name])
 
 
 class Step:
@@ -119,13 +201,21 @@ class Step:
         totals: float64 [5 + K], what is logged (see `Objective`) of the epoch's steps so far.
     """
 
-    def __init__(self, config: Config, examples: Split, processes: World, backend: str) -> None:
+    def __init__(
+        self,
+        config: Config,
+        examples: Split,
+        processes: World,
+        backend: str,
+        model: Any = None,
+        loss: Callable[..., Tensor] | None = None,
+    ) -> None:
         self.config, self.examples, self.processes = config, examples, processes
         self.backend = backend
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.model = runs.build_model(config).to(processes.device)
-        self.objective = Objective(self.model, config, backend).to(processes.device)
+            self.model = runs.build_model(config, model).to(processes.device)
+        self.objective = Objective(self.model, config, backend, loss).to(processes.device)
         self.loss = processes.wrap(self.objective)
         self.adam = Adam(self.model)
         self.totals = torch.zeros((), dtype=torch.float64)
@@ -203,6 +293,8 @@ def fastest(step: Step, done: int) -> Step | KernelStep:
     images = step.examples.images
     if fused is None or not config.elide or step.processes.size > 1 or done >= config.steps:
         return step
+    if isinstance(config, OwnConfig) and _not_by_kernels(step):
+        return step
     like = images[: config.batch_size].float()
     found = fused._runnable(like)
     if not isinstance(found, str) and found.backend == "cpu":
@@ -222,6 +314,18 @@ def fastest(step: Step, done: int) -> Step | KernelStep:
         why = captured
     print(f"A step is not one CUDA graph of Triton's kernels: {why}.", file=sys.stderr)
     return step
+
+
+def _not_by_kernels(step: Step) -> bool:
+    """Returns whether something of the user's own is beyond the kernels of a whole step."""
+    images, adam = step.examples.images, step.adam
+    frozen = len(adam.parameters) < len(list(step.model.parameters()))
+    return (
+        step.objective.own_loss[0] is not None
+        or images.dtype != torch.uint8
+        or images.dim() != 4
+        or frozen
+    )
 
 
 def _twice(found: Runnable) -> bool:

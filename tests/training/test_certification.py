@@ -622,22 +622,24 @@ def test_a_malicious_file_is_not_executed(tmp_path, capsys, toy_data, old_format
 
 def test_weights_that_do_not_fit_are_named(tmp_path, capsys, toy_data, toy_run):
     state = safetensors.torch.load((toy_run / "model.safetensors").read_bytes())
-    does_not_hold = f"does not hold the network of {TOY_PRESET}: "
+    does_not_hold = "does not hold this network: "
     less = {name: value for name, value in state.items() if name != "5.bias"}
     shape = "7.weight must be float32 [10, 100], not float32 [9, 100]"
     dtype = "7.weight must be float32 [10, 100], not float64 [10, 100]"
-    prefixed = {f"module.{name}": value for name, value in state.items()}
+    others = {f"module.a{name}": value for name, value in state.items()}
     for content, problem in (
-        (less, f"{does_not_hold}missing: 5.bias"),
-        (state | {"9.bias": torch.zeros(2)}, f"{does_not_hold}not of this network: 9.bias"),
+        (less, f"{does_not_hold}missing: 5.bias float32 [100]"),
+        (
+            state | {"9.bias": torch.zeros(2)},
+            f"{does_not_hold}not of this network: 9.bias float32 [2]",
+        ),
         (state | {"7.weight": state["7.weight"][:9]}, f"{does_not_hold}misfitting: {shape}"),
         (state | {"7.weight": state["7.weight"].double()}, f"{does_not_hold}misfitting: {dtype}"),
         (
-            prefixed,
-            f"{does_not_hold}missing: 0.weight, 0.bias, 2.weight and 5 more; not of this network: "
-            "module.0.bias, module.0.weight, module.2.bias and 5 more",
+            others | {"b": torch.zeros(1)},
+            f"{does_not_hold}missing: 0.weight float32 [16, 1, 4, 4] (nearest: module.a0.weight)",
         ),
-        ({"state_dict": state}, "it is no state_dict, which has a tensor for each name"),
+        ({"state": state}, "it is no state_dict, which has a tensor for each name"),
         ([1, 2], "it is no state_dict, which has a tensor for each name"),
         (state["5.bias"], "it is no state_dict, which has a tensor for each name"),
         (state | {"5.bias": state["5.bias"].to_sparse()}, does_not_hold),
@@ -669,7 +671,7 @@ def test_files_that_are_no_weights(tmp_path, capsys, toy_data, toy_run):
         ("text.safetensors", "text.safetensors is damaged"),
         ("folder.pt", "folder.pt: Is a directory"),
         ("missing.pt", "missing.pt: No such file"),
-        ("weights.bin", "weights.bin must be a file of weights, .safetensors, .pt, .pth"),
+        ("weights.bin", "weights.bin must be a file of weights, .safetensors, .pt, .pth, .ckpt"),
     ):
         words = ("certify", tmp_path / file, "--preset", TOY_PRESET)
         assert problem in error_line(capsys, *words)
