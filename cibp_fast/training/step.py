@@ -18,7 +18,7 @@ from cibp_fast.fusion import FusedNetwork, fuse
 from cibp_fast.fusion.network import Runnable
 from cibp_fast.interval import Interval
 from cibp_fast.layerwise import bounds, predict
-from cibp_fast.training import own, runs
+from cibp_fast.training import runs
 from cibp_fast.training.batches import draw, epoch_batches, epoch_plan, pixel_table
 from cibp_fast.training.config import Config, OwnConfig
 from cibp_fast.training.datasets import Split
@@ -49,7 +49,7 @@ class Objective(nn.Module):
         fused = config.width == "post" and config.method != "nominal"
         if fused and isinstance(config, OwnConfig):
             try:
-                net = None if own.changes(model) else fuse(model, config.precision, backend)
+                net = fuse(model, config.precision, backend)
             except ValueError:  # of a layer: cf.bounds may take it
                 net = None
         else:

@@ -250,6 +250,26 @@ def test_a_chain_of_bytes_takes_the_kernels_step_with_the_same_numbers(tmp_path,
         torch.testing.assert_close(states[1][name], value, rtol=1e-3, atol=1e-4)
 
 
+class Ordered(Residual):
+    """The same with its norm where `fuse` takes it: behind a convolution."""
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        return self.last((x + self.norm(self.inner(x)).relu()).flatten(1))
+
+
+def test_batch_norm_and_sums_are_one_op_with_the_same_numbers(tmp_path):
+    config = tiny(10, width_weight=1e-3)
+    records = []
+    for way in ("auto", "torch"):
+        cf.train(config, tmp_path / way, model=Ordered, data=DATA, backend=way)
+        records.append(runs.read_metrics(tmp_path / way)[-1])
+    one, other = (record["widths"] + [record["loss"]] for record in records)
+    assert one == pytest.approx(other, rel=1e-3) and one != other
+    step = Step(config, own.dataset(DATA).train, loop.world("cpu"), "auto", Ordered)
+    assert step.objective.fused is not None and isinstance(fastest(step, 0), Step)
+
+
 def test_a_network_is_trained_in_place_and_frozen_weights_stay(tmp_path):
     torch.manual_seed(5)
     model = chain((1, 8, 8), 3)
