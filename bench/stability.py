@@ -293,14 +293,13 @@ PANELS = {
     "mnist-medium-0.4-cibp": (
         ("width term", "width", None, True),
         ("fifth layer: units alive, of 512", "alive", 4, False),
-        ("test error, %", "test_error", None, False),
+        ("loss", "loss", None, False),
     ),
 }
-STYLES = {  # of the ways
-    "ours float32": {"color": plotting.METHOD_COLOURS["cibp"]},
-    "ours float64": {"color": plotting.METHOD_COLOURS["cibp"], "linestyle": (0, (4, 1.5))},
-    "plain float32": {"color": plotting.METHOD_COLOURS["ibp"]},
-    "plain float64": {"color": plotting.METHOD_COLOURS["ibp"], "linestyle": (0, (4, 1.5))},
+STYLES: dict[str, dict[str, Any]] = {  # thin over thick, since two ways may be the same
+    f"{by} {dtype}": {"color": plotting.METHOD_COLOURS[colour], "linewidth": width, **dashes}
+    for by, colour, width in (("ours", "cibp", 3), ("plain", "ibp", 1.2))
+    for dtype, dashes in (("float32", {}), ("float64", {"linestyle": (0, (4, 1.5))}))
 }
 
 
@@ -325,22 +324,23 @@ def draw(table: Path, output: Path) -> None:
             for row in own:
                 lines.setdefault((row["way"], row["seed"], row["start"]), []).append(row)
             for axes, (title, shown, layer, logarithmic) in zip(column, PANELS[name], strict=True):
-                for (way, seed, _), points in lines.items():
+                for (way, *_), points in lines.items():
                     curve = [(int(row["step"]), _value(row, shown, layer)) for row in points]
                     curve = [(step, value) for step, value in curve if value is not None]
-                    width = 1.8 if seed == own[0]["seed"] else 0.9
-                    axes.plot(*zip(*curve, strict=True), linewidth=width, **STYLES[way])
+                    axes.plot(*zip(*curve, strict=True), **STYLES[way])
                 axes.set_ylabel(title)
                 axes.grid(axis="y", alpha=0.3)
                 if logarithmic:
                     axes.set_yscale("log")
+                if layer is not None:
+                    axes.yaxis.get_major_locator().set_params(integer=True)
                 if shown == "black":
                     axes.axhline(0, color=plotting.GREY, linewidth=1)
             seeds = sorted({row["seed"] for row in own})
             column[0].set_title(f"{name}, seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}")
             column[-1].set_xlabel("step")
             column[-1].xaxis.set_major_formatter("{x:,.0f}")
-        handles = [Line2D([], [], linewidth=2, label=way, **STYLES[way]) for way in WAYS]
+        handles = [Line2D([], [], label=way, **STYLES[way]) for way in WAYS]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(WAYS))
         content = BytesIO()
         figure.savefig(content, format="png", dpi=150)
