@@ -299,12 +299,13 @@ def collect(
     where: Row,
     output: Path | None,
     columns: Mapping[str, str] = COLUMNS,
+    kept: Sequence[Row] = (),
 ) -> None:
     """Measures cases, each a title and what returns its rows; prints and writes them.
 
-    where: is added to each row. columns: of `show`.
+    where: is added to each row. columns: of `show`. kept: rows of the table before, written first.
     """
-    found: list[Row] = []
+    found = list(kept)
     for title, rows in cases:
         print(f"\n{title}", flush=True)
         own = rows()

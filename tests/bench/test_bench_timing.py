@@ -21,7 +21,7 @@ from processes import python
 from torch.utils._python_dispatch import TorchDispatchMode
 
 BENCH = Path(__file__).parents[2] / "bench"
-SCRIPTS = ("step", "layer", "epochs", "numerics", "tune", "gpu_session", "report")
+SCRIPTS = ("step", "layer", "epochs", "stability", "numerics", "tune", "gpu_session", "report")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
@@ -59,6 +59,11 @@ def test_help_teaches(name: str, capsys: pytest.CaptureFixture[str]) -> None:
         ("epochs", "--epochs 2", "epochs: must be a whole number, 3 or more, not 2"),
         ("epochs", "--presets mnist", "unknown preset 'mnist'"),
         ("epochs", "--device cuda", "device cuda: backend='triton' cannot run: torch "),
+        ("stability", "--figure stability.png", "figure needs --output, the table to draw"),
+        ("stability", "--change lr", "change: must be field=value, not lr"),
+        ("stability", "--change lr=fast", "lr must be a number from 0 to 1e18, not 'fast'"),
+        ("stability", "--change elide=False", "elide must be True for the plain loop"),
+        ("stability", "--start 60000", "has 60000 steps, fewer than --start and --steps"),
         ("numerics", "--device cpu", "device must be cuda or interpreter"),
         ("tune", "", "device cuda: backend='triton' cannot run: torch "),
         ("gpu_session", "", "device cuda: backend='triton' cannot run: torch "),
