@@ -295,6 +295,51 @@ def training() -> list[str]:
     return block(about, head, body, rows, "training")
 
 
+def costs() -> list[str]:
+    rows = read("costs")
+    ways = ("naive", "compile")
+    body = []
+    for (name,), own in by(rows).items():
+        ours = own["train_step"]
+        ratios = [cell(own[each], "fused_ratio") for each in ways]
+        memory = ", ".join(cell(own[each], "peak_bytes", mib) for each in ("train_step", *ways))
+        body.append([name, cell(ours, "ms", digits), *ratios, memory])
+    head = ["network, data, batch", "ms", *(CONTENDERS[each] for each in ways)]
+    head.append(f"peak MiB: ours, {', '.join(CONTENDERS[each] for each in ways)}")
+    about = (
+        "A step of these runs, IBP or constrained IBP, with Adam, in float32 on one thread. The ms "
+        "column is ours, the others are factors of it. Peak: by how much a step raises the memory "
+        "of its process:"
+    )
+    return block(about, head, body, rows, "costs")
+
+
+def norms() -> list[str]:
+    rows = read("norms")
+    ways = [
+        name for name in CONTENDERS if name != "fused" and name in {r["contender"] for r in rows}
+    ]
+    body = []
+    for (name,), own in by(rows).items():
+        ours = own["fused"]
+        speed = f"{cell(ours, 'effective_gflops', '{:.0f}'.format)} "
+        speed += cell(ours, "effective_to_peak", "({:.2f})".format)
+        errors = (cell(own[each], "gradient_error", "{:.1e}".format) for each in ("fused", *ways))
+        ratios = [cell(own[each], "fused_ratio") for each in ways]
+        saved = ", ".join(cell(own[each], "saved_bytes", mib) for each in ("fused", *ways))
+        body.append([name, cell(ours, "ms", digits), speed, *ratios, saved, ", ".join(errors)])
+    names = ", ".join(CONTENDERS[each] for each in ways)
+    head = ["network, data, batch", "ms", "effective GFLOP/s (to peak)"]
+    head += [CONTENDERS[each] for each in ways]
+    head += [f"saved MiB: `cf.fuse`, {names}", "worst gradient's error, in this order"]
+    about = (
+        "A step with batch norm in training mode, without Adam: CNN7 of width 64, and a residual "
+        "network of as many layers. The ms column is `cf.fuse` in float32, the others are factors "
+        "of it:"
+    )
+    return block(about, head, body, rows, "norms")
+
+
 def batches() -> list[str]:
     rows = read("batch_*threads")
     sizes = sorted({int(row["batch"]) for row in rows})
@@ -541,6 +586,8 @@ BLOCKS = [
     load,
     layers,
     loop,
+    costs,
+    norms,
     certificates,
     widths,
     audits,
