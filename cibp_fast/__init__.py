@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cibp_fast.interval import Interval, UnsupportedOpError
     from cibp_fast.layerwise import Bounds, bounds
     from cibp_fast.nn import IntervalConv2d, IntervalLinear
+    from cibp_fast.rules import register_rule, unregister_rule
     from cibp_fast.training import config, schedules
     from cibp_fast.training import datasets as data
     from cibp_fast.training.loop import train
@@ -42,8 +43,10 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "fuse": ("fusion", "fuse"),
     "losses": ("losses", None),
     "models": ("models", None),
+    "register_rule": ("rules", "register_rule"),
     "schedules": ("training.schedules", None),
     "train": ("training.loop", "train"),
+    "unregister_rule": ("rules", "unregister_rule"),
 }
 
 __all__ = [
@@ -64,8 +67,10 @@ __all__ = [
     "fuse",
     "losses",
     "models",
+    "register_rule",
     "schedules",
     "train",
+    "unregister_rule",
 ]
 
 
