@@ -36,11 +36,11 @@ AFFINE = {
     "batch norm 2d": (lambda: nn.BatchNorm2d(5), (4, 5, 3, 3)),
     "batch norm without affine": (lambda: nn.BatchNorm2d(5, affine=False), (4, 5, 3, 3)),
     "batch norm 3d": (lambda: nn.BatchNorm3d(3), (2, 3, 2, 3, 2)),
-    "conv3d": (lambda: nn.Conv3d(2, 4, (1, 3, 2), (1, 2, 1), (0, 1, 2), 2, 2), (2, 2, 3, 7, 6)),
-    "conv3d same": (lambda: nn.Conv3d(2, 3, 3, padding="same", bias=False), (2, 2, 3, 4, 4)),
+    "conv3d": (lambda: nn.Conv3d(2, 4, (1, 3, 2), (1, 2, 1), (0, 1, 2), 2, 2), (1, 2, 3, 7, 6)),
+    "conv3d same": (lambda: nn.Conv3d(2, 3, 3, padding="same", bias=False), (2, 2, 2, 3, 3)),
     "conv3d circular": (
         lambda: nn.Conv3d(2, 3, 3, padding=1, padding_mode="circular"),
-        (2, 2, 3, 4, 4),
+        (1, 2, 2, 3, 3),
     ),
     "conv3d unbatched": (lambda: nn.Conv3d(2, 3, 2), (2, 3, 4, 4)),
     "transposed 1d": (lambda: nn.ConvTranspose1d(4, 6, 3, 2, 1, 1, 2), (2, 4, 5)),
@@ -333,7 +333,14 @@ def test_activations_are_tight(name: str) -> None:
     torch.testing.assert_close(out.upper, values.amax(-1, True), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["conv2d", "linear", "batch norm 2d", "max_pool2d", *ACTIVATIONS])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("conv2d", "linear", "batch norm 2d", "max_pool2d", "conv3d", "transposed 2d of all"),
+        *("layer norm", "group norm", "instance norm", "rms norm", "softmax", "log_softmax", "glu"),
+        *("upsample bilinear", "pixel shuffle", *ACTIVATIONS),
+    ],
+)
 def test_nan_stays(name: str) -> None:
     make, shape = MODULES[name]
     module = prepared(make())

@@ -26,8 +26,7 @@ _KINDS = ("activation", "affine", None)
 class _Own(NamedTuple):
     """Holds a user's rule, and what undoes its registration."""
 
-    rule: Rule
-    name: str
+    rule: Rule  # with checks
     sound: bool
     targets: tuple[Callable[..., Any], ...]  # its keys in RULES
     forward: Any = None  # that of the class of modules before
@@ -99,9 +98,10 @@ def register_rule(
     targets = _targets(name, function)
     if any(target in RULES for target in targets):
         raise ValueError(f"{name} has a rule of cibp_fast's own, which cannot be replaced")
-    RULES.update(dict.fromkeys(targets, _checked(name, function, rule, counts)))
-    SEVERAL.update(RULES[target] for target in targets)
-    _OWN[function] = _Own(rule, name, sound, targets)
+    checked = _checked(name, function, rule, counts)
+    RULES.update(dict.fromkeys(targets, checked))
+    SEVERAL.add(checked)
+    _OWN[function] = _Own(checked, sound, targets)
     return rule
 
 
@@ -115,7 +115,8 @@ def unregister_rule(function: Any) -> None:
     if own is None:
         raise ValueError(f"{_name(function)} has no rule that cf.register_rule registered")
     for target in own.targets:
-        SEVERAL.discard(RULES.pop(target))
+        del RULES[target]
+    SEVERAL.discard(own.rule)
     if own.forward is not None:
         inherited, forward = own.forward
         if inherited:
@@ -125,7 +126,10 @@ def unregister_rule(function: Any) -> None:
 
 
 def sound_rule(kind: type) -> Rule | None:
-    """Returns the rule of a class of modules that its user registered with sound=True, or None."""
+    """Returns the checked rule of a class of modules, called as `rule(module, input)`.
+
+    None unless its user registered it with sound=True.
+    """
     own = _OWN.get(kind)
     return own.rule if own is not None and own.sound else None
 
@@ -169,7 +173,7 @@ def _register_class(name: str, kind: type, rule: Rule, sound: bool, counts: str 
         return forward(self, *args, **kwargs)
 
     kind.forward = dispatching
-    _OWN[kind] = _Own(rule, name, sound, (), (inherited, forward))
+    _OWN[kind] = _Own(checked, sound, (), (inherited, forward))
 
 
 def _checked(name: str, function: Callable[..., Any], rule: Rule, counts: str | None) -> Rule:
