@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from cibp_fast.interval import Interval, UnsupportedOpError
     from cibp_fast.layerwise import Bounds, bounds
     from cibp_fast.nn import IntervalConv2d, IntervalLinear
+    from cibp_fast.rules import register_rule, unregister_rule
     from cibp_fast.training import config, schedules
     from cibp_fast.training import datasets as data
     from cibp_fast.training.checkpoints import load_weights
@@ -49,8 +50,10 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "load_weights": ("training.checkpoints", "load_weights"),
     "losses": ("losses", None),
     "models": ("models", None),
+    "register_rule": ("rules", "register_rule"),
     "schedules": ("training.schedules", None),
     "train": ("training.loop", "train"),
+    "unregister_rule": ("rules", "unregister_rule"),
 }
 
 __all__ = [
@@ -75,8 +78,10 @@ __all__ = [
     "load_weights",
     "losses",
     "models",
+    "register_rule",
     "schedules",
     "train",
+    "unregister_rule",
 ]
 
 

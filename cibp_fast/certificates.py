@@ -72,8 +72,10 @@ def certify(
     """Bounds the model over every example's box, in evaluation mode, by intervals.
 
     With `sound` the margins are float64, and hold in spite of all rounding (docs/soundness.md), for
-    models of torch.nn.Sequential, Conv2d, Linear, ReLU, BatchNorm, average and max pooling,
-    Flatten, ZeroPad2d, Identity, Dropout and cibp_fast.models.Normalize that end in a linear layer.
+    models of torch.nn.Sequential, Conv2d, ConvTranspose2d, Linear, ReLU, LeakyReLU, PReLU,
+    BatchNorm, average and max pooling, Flatten, ZeroPad2d, Identity, Dropout,
+    cibp_fast.models.Normalize and what `register_rule` was told is sound, that end in a linear
+    layer.
     eps and clip are taken as given, not rounded to x's dtype. It is done on the CPU: in one op, in
     x's dtype, where the layers are torch's Conv2d, Linear, ReLU and what moves numbers. In float64,
     layer by layer, where they are not, and for examples that this op does not quite verify.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cibp_fast._checks import refuse_where
 from cibp_fast.models import Normalize
 from cibp_fast.nn import IntervalConv2d, IntervalLinear
-from cibp_fast.soundness import chain
+from cibp_fast.soundness import as_convolution, chain, slope_of, spread_out
 
 
 class Undecidable(ValueError):
@@ -171,6 +171,23 @@ def _convolution(layer: Any, x: _Numbers) -> _Numbers:
     return _joined(results, (1, layer.out_channels, rows, columns))
 
 
+def _transposed(layer: Any, x: _Numbers) -> _Numbers:
+    """Spreads the pixels out and takes the convolution that the layer equals."""
+    channels, height, width = x.numerators.shape[1:]
+    # which pixel is where; 0 is between and around them
+    numbered = torch.arange(1.0, height * width + 1, dtype=torch.float64).view(1, 1, height, width)
+    places = spread_out(layer, numbered)[0, 0].long().numpy()
+    image = np.zeros((channels, height * width + 1), dtype=object)
+    image[:, 1:] = x.numerators.reshape(channels, -1)
+    return _convolution(as_convolution(layer), _Numbers(image[None, :, places], x.denominator))
+
+
+def _bent(layer: Any, x: _Numbers) -> _Numbers:
+    slope = _exact(slope_of(layer, x.numerators.ndim))
+    factor = np.where(x.numerators < 0, slope.numerators, slope.denominator)
+    return _Numbers(x.numerators * factor, x.denominator * slope.denominator)
+
+
 def _joined(parts: list[_Numbers], shape: tuple[int, ...]) -> _Numbers:
     """Returns the parts [pixels, outputs] as one of the shape [1, all outputs, H, W]."""
     common = lcm(*(part.denominator for part in parts))
@@ -213,6 +230,8 @@ def _moved(layer: nn.Module, x: _Numbers) -> _Numbers:
 _RULES: dict[type[nn.Module], Callable[[Any, _Numbers], _Numbers]] = {
     **dict.fromkeys((nn.Conv2d, IntervalConv2d), _convolution),
     **dict.fromkeys((nn.Linear, IntervalLinear), _linear),
+    nn.ConvTranspose2d: _transposed,
+    **dict.fromkeys((nn.LeakyReLU, nn.PReLU), _bent),
     **dict.fromkeys((nn.AvgPool2d, nn.AdaptiveAvgPool2d), _average),
     **dict.fromkeys((nn.ReLU, nn.MaxPool2d, nn.Flatten, nn.Identity), _moved),
     **dict.fromkeys((nn.ZeroPad2d, nn.Dropout), _moved),

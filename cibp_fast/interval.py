@@ -2,7 +2,8 @@
 
 Torch functions find their interval rule in the table `RULES`, which `cibp_fast.rules` fills. So
 `model(box)` works for any model of known layers, and bounds `model(x)` for every `x` with
-`lower <= x <= upper`. A function without a rule raises `UnsupportedOpError`.
+`lower <= x <= upper`. A function without a rule raises `UnsupportedOpError`;
+`cibp_fast.register_rule` gives it one.
 """
 
 from __future__ import annotations
@@ -33,14 +34,12 @@ SEVERAL: set[Rule] = set()  # the rules that take more than one Interval
 IN_PLACE: set[Callable[..., Any]] = set()  # the functions with a rule that write into their input
 
 _SUPPORTED = (
-    "supported are conv1d and conv2d, linear, batch_norm, average and max pooling, the monotone "
-    "activations of torch.nn, dropout in eval mode, pad, cat, stack, chunk, split, indexing, "
-    "reshaping and permuting, mean, sum, + and -, and * and / by numbers and tensors"
+    "supported are convolutions and transposed ones, linear, matmul and einsum, the norms, "
+    "pooling and activations of torch.nn, softmax, dropout in eval mode, interpolate, pad, cat, "
+    "stack, chunk, split, where, indexing, reshaping and permuting, mean, sum, amax and amin, + - "
+    "* / **, and exp, log, sqrt, sin and the like; cf.register_rule takes a rule of your own"
 )
-_NOT_MONOTONE = {
-    *("gelu", "silu", "silu_", "mish", "mish_", "hardswish", "hardswish_", "softmax", "softmin"),
-    *("log_softmax", "gumbel_softmax", "glu", "normalize", "abs", "square", "sin", "cos"),
-}
+_NOT_MONOTONE = {"gumbel_softmax", "normalize", "tan", "cumprod", "prod", "var", "std", "norm"}
 _WRITES = {"__setitem__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__"}
 
 
@@ -417,11 +416,16 @@ class Interval:
     def __neg__(self) -> Interval:
         return self._dispatch(torch.neg, self)
 
+    def __abs__(self) -> Interval:
+        return self._dispatch(torch.abs, self)
+
     __getitem__ = _operator(Tensor.__getitem__)
     __add__ = __radd__ = _operator(torch.add)
     __sub__, __rsub__ = _operator(torch.sub), _operator(torch.sub, swapped=True)
     __mul__ = __rmul__ = _operator(torch.mul)
     __truediv__, __rtruediv__ = _operator(torch.div), _operator(torch.div, swapped=True)
+    __matmul__, __rmatmul__ = _operator(torch.matmul), _operator(torch.matmul, swapped=True)
+    __pow__, __ipow__ = _operator(torch.pow), _operator(Tensor.pow_)
     __iadd__, __isub__ = _operator(Tensor.add_), _operator(Tensor.sub_)
     __imul__, __itruediv__ = _operator(Tensor.mul_), _operator(Tensor.div_)
 
@@ -449,12 +453,12 @@ class Interval:
 
 # Set here and not in the class: a class that defines __eq__ loses the hash by identity.
 _BINARY = {
-    **{"pow": "**", "matmul": "@", "floordiv": "//", "mod": "%", "divmod": "divmod"},
+    **{"floordiv": "//", "mod": "%", "divmod": "divmod"},
     **{"and": "&", "or": "|", "xor": "^", "lshift": "<<", "rshift": ">>"},
 }
 for _method, _symbol in {
     **{"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "contains": "in"},
-    **{"abs": "abs", "invert": "~", "pos": "unary +", "round": "round"},
+    **{"invert": "~", "pos": "unary +", "round": "round", "rpow": "**"},
     **_BINARY,
     **{f"r{method}": symbol for method, symbol in _BINARY.items()},
 }.items():

@@ -1,7 +1,7 @@
 """Bounds that hold in floating point. Each rule is proven in docs/soundness.md, under its letter.
 
 They are those of the network in exact arithmetic on its stored weights, or of all its evaluations
-in float32. By rules A to F, which are here, boxes are in float64, and steps outward make up for
+in float32. By all rules but G, which are here, boxes are in float64, and steps outward make up for
 all rounding: to either neighbour, and of numbers too small for float64, whether they are flushed to
 zero or not. So no setting of the processor, in any thread, makes them wrong. Rule G is in
 csrc/cpu/network/sound.h; `fits_one_op` says which networks it takes, and `doubt` which of its
@@ -25,6 +25,7 @@ from cibp_fast.interval import Interval
 from cibp_fast.models import Normalize
 from cibp_fast.nn import IntervalConv2d, IntervalLinear
 from cibp_fast.ops import backends
+from cibp_fast.rules.custom import sound_rule
 
 U = 2.0**-52  # of float64, rounded to any neighbour
 U32 = 2.0**-24  # of float32, rounded to nearest
@@ -127,8 +128,13 @@ def _refuse_changed(name: str, module: nn.Module) -> None:
 def _check(name: str, layer: nn.Module, float32: bool) -> None:
     why = ""
     tensors = [*layer.parameters(), *layer.buffers()]
-    if type(layer) not in _RULES and type(layer) not in _LINEARS:
+    own = sound_rule(type(layer)) is not None
+    if type(layer) not in _RULES and type(layer) not in _LINEARS and not own:
         why = "has no sound rule"
+    elif own:
+        why = "has no sound rule in float32, but its user's for exact arithmetic" if float32 else ""
+    elif isinstance(layer, nn.LeakyReLU) and not _in_weights_range(layer.negative_slope):
+        why = f"has a negative_slope beyond {_RANGE[0]:.3g} to {_RANGE[1]:.3g}"
     elif isinstance(layer, nn.AvgPool2d) and layer.divisor_override is not None:
         why = "has a divisor_override"
     elif isinstance(layer, nn.MaxPool2d) and layer.return_indices:
@@ -154,13 +160,24 @@ def _check(name: str, layer: nn.Module, float32: bool) -> None:
         size = double(weight.detach()).abs()
         if ((size > greatest) | ((size > 0) & (size < least))).any():
             why = f"has weights beyond {least:.3g} to {greatest:.3g}"
-        elif weight.dim() > 1 and prod(weight.shape[1:]) > _MOST:
+        elif weight.dim() > 1 and _terms(layer) > _MOST:
             why = f"has sums of more than {_MOST} products"
     if why:
         raise ValueError(
             f"certify(sound=True) cannot take {name} ({type(layer).__name__}), which {why}: "
             f"{_INSTEAD}"
         )
+
+
+def _in_weights_range(slope: float) -> bool:
+    return slope == 0 or _RANGE[0] <= abs(slope) <= _RANGE[1]
+
+
+def _terms(layer: Any) -> int:
+    """Returns the number of products in each sum of an affine layer."""
+    if isinstance(layer, nn.ConvTranspose2d):
+        return layer.in_channels // layer.groups * prod(layer.kernel_size)
+    return prod(layer.weight.shape[1:])
 
 
 def _variance(layer: Any) -> Tensor:
@@ -198,7 +215,7 @@ def margins(chain: Chain, lower: Tensor, upper: Tensor, y: Tensor) -> Tensor:
     box = Box(*(double(end.detach().cpu()) for end in (lower, upper)))
     with torch.no_grad(), _sums():
         for layer in chain.layers[:-1]:
-            box = _RULES[type(layer)](layer, box, chain.float32)
+            box = _RULES.get(type(layer), _own)(layer, box, chain.float32)
         return _head(chain.layers[-1], box, y.cpu(), chain.float32).to(y.device)
 
 
@@ -309,6 +326,43 @@ def _convolution(layer: Any, box: Box, float32: bool) -> Box:
     return _affine(box, products, sums, _bias(layer, 2), prod(weight.shape[1:]), float32)
 
 
+def _transposed(layer: Any, box: Box, float32: bool) -> Box:
+    spread = Box(*(spread_out(layer, end) for end in box))
+    return _convolution(as_convolution(layer), spread, float32)
+
+
+def as_convolution(layer: nn.ConvTranspose2d) -> nn.Conv2d:
+    """Returns the convolution of `spread_out` pixels that a transposed convolution equals."""
+    into, out, kernel = layer.in_channels, layer.out_channels, layer.kernel_size
+    weight = layer.weight.detach().flip(2, 3)
+    groups = weight.view(layer.groups, into // layer.groups, -1, *kernel).transpose(1, 2)
+    conv = nn.utils.skip_init(
+        nn.Conv2d,
+        *(into, out, kernel),
+        dilation=layer.dilation,
+        groups=layer.groups,
+        bias=layer.bias is not None,
+        dtype=weight.dtype,
+    )
+    conv.weight.data = groups.reshape(conv.weight.shape)
+    if layer.bias is not None:
+        conv.bias.data = layer.bias.detach()
+    return conv
+
+
+def spread_out(layer: Any, x: Tensor) -> Tensor:
+    """Puts pixels [N, C, H, W] a stride apart, with zeros between and around them."""
+    sizes = [(size - 1) * s + 1 for size, s in zip(x.shape[2:], layer.stride, strict=True)]
+    apart = x.new_zeros(*x.shape[:2], *sizes)
+    apart[..., :: layer.stride[0], :: layer.stride[1]] = x
+    top, left = (
+        d * (k - 1) - p
+        for d, k, p in zip(layer.dilation, layer.kernel_size, layer.padding, strict=True)
+    )
+    below, right = layer.output_padding
+    return F.pad(apart, (left, left + right, top, top + below))
+
+
 def _linear(layer: Any, box: Box, float32: bool) -> Box:
     weight, bias = double(layer.weight.detach().cpu()), _bias(layer, 0)
     sums, count = weight.abs().sum(1), weight.shape[1]
@@ -375,6 +429,42 @@ def _relu(layer: Any, box: Box, float32: bool) -> Box:
     return Box(*(F.relu(end) for end in box))  # NaN stays
 
 
+def _bent(layer: Any, box: Box, float32: bool) -> Box:  # rule H
+    """Takes x where it is at least 0, else its product with a slope of any sign."""
+    slope = slope_of(layer, box.lower.dim()).cpu()
+    values = [torch.where(end < 0, end * slope, end) for end in box]
+    lower, upper = down(torch.minimum(*values)), up(torch.maximum(*values))
+    lower = torch.where((box.lower < 0) & (box.upper > 0), lower.clamp(max=0.0), lower)
+    if float32:
+        size = torch.maximum(*(end.abs() for end in box))
+        product = up(size * slope.abs())
+        error = up(4 * U32 * product + 4 * TINY32 * (1 + size + slope.abs()))
+        error = error.where((product < MAX32) & (slope.abs() < MAX32), torch.inf)
+        error = torch.where(box.lower < 0, error, 0.0)
+        lower, upper = down(lower - error), up(upper + error)
+    return Box(lower, upper)
+
+
+def slope_of(layer: Any, dims: int) -> Tensor:
+    """Returns the factor of numbers below 0, float64, which broadcasts to [N, C, ...]."""
+    if isinstance(layer, nn.LeakyReLU):
+        return torch.tensor(layer.negative_slope, dtype=torch.float64)
+    return double(layer.weight.detach()).view(-1, *[1] * (dims - 2))
+
+
+def _own(layer: Any, box: Box, float32: bool) -> Box:  # rule I
+    """Runs the rule that the user registered for a class of modules, with sound=True."""
+    rule = sound_rule(type(layer))
+    assert rule is not None  # see _check
+    out = rule(layer, Interval._make(*box, None))
+    if out.dtype != torch.float64 or out.shape[:1] != box.lower.shape[:1]:
+        raise ValueError(
+            f"the rule of {type(layer).__name__} must return float64 bounds "
+            f"[{len(box.lower)}, ...], got {out.dtype} {list(out.shape)}"
+        )
+    return Box(out.lower, out.upper)
+
+
 def _head(layer: Any, box: Box, y: Tensor, float32: bool) -> Tensor:  # rule F
     weight, bias = double(layer.weight.detach().cpu()), _bias(layer, 0)
     features = weight.shape[1]
@@ -401,15 +491,24 @@ def _head(layer: Any, box: Box, y: Tensor, float32: bool) -> Tensor:  # rule F
 
 _LINEARS = (nn.Linear, IntervalLinear)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-_IMAGES = (nn.Conv2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.MaxPool2d, nn.ZeroPad2d)
+_IMAGES = (
+    nn.Conv2d,
+    nn.ConvTranspose2d,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.MaxPool2d,
+    nn.ZeroPad2d,
+)
 _MOVES = (nn.Flatten, nn.Identity, nn.ZeroPad2d, nn.MaxPool2d, nn.Dropout)
 _RULES: dict[type[nn.Module], Callable[[Any, Box, bool], Box]] = {
     **dict.fromkeys((nn.Conv2d, IntervalConv2d), _convolution),
     **dict.fromkeys(_LINEARS, _linear),
+    nn.ConvTranspose2d: _transposed,
     **dict.fromkeys((nn.AvgPool2d, nn.AdaptiveAvgPool2d), _average),
     **dict.fromkeys(_NORMS, _batch_norm),
     **dict.fromkeys(_MOVES, _monotone),
     nn.ReLU: _relu,
+    **dict.fromkeys((nn.LeakyReLU, nn.PReLU), _bent),
     Normalize: _normalize,
 }
 # as they are now: one that is put in their place later is refused

@@ -33,7 +33,22 @@ ACTIVATIONS = {
     "softshrink": lambda: nn.Softshrink(0.3),
     "hardshrink": lambda: nn.Hardshrink(0.3),
     "tanhshrink": nn.Tanhshrink,
+    "leaky relu with a negative slope": lambda: nn.LeakyReLU(-0.7),
+    "prelu with a negative slope": lambda: nn.PReLU(init=-0.4),
+    "rrelu with a negative slope": lambda: nn.RReLU(-0.5, -0.1),
+    "elu with a negative alpha": lambda: nn.ELU(-0.8),
+    "gelu": nn.GELU,
+    "gelu by tanh": lambda: nn.GELU("tanh"),
+    "silu": nn.SiLU,
+    "silu in place": lambda: nn.SiLU(inplace=True),
+    "mish": nn.Mish,
+    "hardswish": nn.Hardswish,
+    "hardswish in place": lambda: nn.Hardswish(inplace=True),
 }
+NORMS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+)
 # float64 bounds of sums of a few hundred terms of size 1: rounding stays far below
 SLACK = 1e-11
 
@@ -48,11 +63,12 @@ def prepared(module: nn.Module) -> nn.Module:
     module.double().eval()
     with torch.no_grad():
         for each in module.modules():
-            if isinstance(each, nn.BatchNorm1d | nn.BatchNorm2d) and each.track_running_stats:
+            if getattr(each, "running_mean", None) is not None:
                 each.running_mean.normal_()
                 each.running_var.uniform_(0.5, 2)
-                if each.affine:
-                    each.weight.normal_()
+            if isinstance(each, NORMS) and getattr(each, "weight", None) is not None:
+                each.weight.normal_()
+                if getattr(each, "bias", None) is not None:
                     each.bias.normal_()
     return module
 

@@ -63,6 +63,54 @@ def _average(layer: Any, image: Array) -> Array:
     return np.array([patches.mean(1).reshape(grid) for patches, grid in channels])
 
 
+def _grouped(layer: Any) -> list[nn.Conv2d]:
+    """Returns the convolutions that work beside each other in one of several groups."""
+    size = layer.in_channels // layer.groups, layer.out_channels // layer.groups
+    parts = []
+    for group in range(layer.groups):
+        rows = slice(group * size[1], (group + 1) * size[1])
+        geometry = layer.kernel_size, layer.stride, layer.padding
+        part = nn.Conv2d(*size, *geometry, bias=layer.bias is not None, dtype=layer.weight.dtype)
+        part.weight.data = layer.weight.data[rows]
+        if layer.bias is not None:
+            part.bias.data = layer.bias.data[rows]
+        parts.append(part)
+    return parts
+
+
+def _joined(parts: Sequence[nn.Conv2d], lower: Array, upper: Array) -> tuple[Array, Array]:
+    channels = [np.split(end, len(parts)) for end in (lower, upper)]
+    found = [bounds(part, *ends) for part, *ends in zip(parts, *channels, strict=True)]
+    low, high = (np.concatenate(ends) for ends in zip(*found, strict=True))
+    return low, high
+
+
+def _transposed(layer: Any, lower: Array, upper: Array) -> tuple[Array, Array]:
+    """Adds each pixel's products to the outputs that it reaches, one after another."""
+    center, radius, weight = (lower + upper) / 2, (upper - lower) / 2, exact(layer.weight)
+    channels, height, width = lower.shape
+    kernel, stride, dilation = layer.kernel_size, layer.stride, layer.dilation
+    rows, columns = (
+        (size - 1) * s - 2 * p + d * (k - 1) + extra + 1
+        for size, s, p, d, k, extra in zip(
+            *((height, width), stride, layer.padding, dilation, kernel, layer.output_padding),
+            strict=True,
+        )
+    )
+    value, reach = (np.full((layer.out_channels, rows, columns), Fraction(0)) for _ in range(2))
+    if layer.bias is not None:
+        value += exact(layer.bias)[:, None, None]
+    into, out = channels // layer.groups, layer.out_channels // layer.groups
+    for c, y, x, i, j in np.ndindex(channels, height, width, *kernel):
+        row = y * stride[0] - layer.padding[0] + i * dilation[0]
+        column = x * stride[1] - layer.padding[1] + j * dilation[1]
+        if 0 <= row < rows and 0 <= column < columns:
+            outputs = slice(c // into * out, (c // into + 1) * out)
+            value[outputs, row, column] += weight[c, :, i, j] * center[c, y, x]
+            reach[outputs, row, column] += abs(weight[c, :, i, j]) * radius[c, y, x]
+    return value - reach, value + reach
+
+
 def bounds(layer: nn.Module, lower: Array, upper: Array) -> tuple[Array, Array]:
     """Returns the exact interval bounds of a layer's output, for one example's box."""
     if isinstance(layer, nn.Flatten):
@@ -81,6 +129,8 @@ def bounds(layer: nn.Module, lower: Array, upper: Array) -> tuple[Array, Array]:
         bias = exact(layer.bias) if layer.bias is not None else Fraction(0)
         return _affine(lower, upper, exact(layer.weight), bias)
     if isinstance(layer, nn.Conv2d):
+        if layer.groups > 1:
+            return _joined(_grouped(layer), lower, upper)
         weight = exact(layer.weight).reshape(layer.out_channels, -1)
         bias = exact(layer.bias) if layer.bias is not None else Fraction(0)
         shape = layer.kernel_size, layer.stride, layer.padding
@@ -89,6 +139,18 @@ def bounds(layer: nn.Module, lower: Array, upper: Array) -> tuple[Array, Array]:
         return tuple(  # type: ignore[return-value]
             np.array(end).T.reshape(-1, *grid) for end in zip(*found, strict=True)
         )
+    if isinstance(layer, nn.ConvTranspose2d):
+        return _transposed(layer, lower, upper)
+    if isinstance(layer, nn.LeakyReLU | nn.PReLU):
+        slope = layer.negative_slope if isinstance(layer, nn.LeakyReLU) else layer.weight
+        factor = (
+            exact(slope.view(-1, *[1] * (lower.ndim - 1)))
+            if isinstance(slope, Tensor)
+            else Fraction(slope)
+        )
+        ends = [np.where(end < 0, end * factor, end) for end in (lower, upper)]
+        inside = np.where((lower < 0) & (upper > 0), Fraction(0), ends[0])
+        return np.minimum(np.minimum(*ends), inside), np.maximum(*ends)
     if isinstance(layer, nn.AvgPool2d):
         return _average(layer, lower), _average(layer, upper)
     if isinstance(layer, nn.BatchNorm2d):

@@ -101,7 +101,7 @@ def test_queries() -> None:
     assert (box.dtype, box.device.type, box.is_cuda) == (torch.float64, "cpu", False)
     with pytest.raises(UnsupportedOpError):
         box.requires_grad_()
-    assert hasattr(box, "flatten") and not hasattr(box, "softmax")
+    assert hasattr(box, "flatten") and not hasattr(box, "cumprod")
     assert {box: 1}[box] == 1 and hash(box) != hash(random_box(2, 3))  # a key by identity
     box = Interval(torch.tensor([1.0, -3e38, 3e38]), torch.tensor([2.0, 3e38, 3e38]))
     assert torch.equal(box.center, torch.tensor([1.5, 0.0, 3e38])) and box.width[0] == 1
@@ -125,7 +125,7 @@ def test_meta_boxes_have_no_values_to_check() -> None:
 
 OPERATORS = {
     **{"==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le},
-    **{">": operator.gt, ">=": operator.ge, "**": operator.pow, "@": operator.matmul},
+    **{">": operator.gt, ">=": operator.ge},
     **{"//": operator.floordiv, "%": operator.mod, "divmod": divmod, "&": operator.and_},
     **{"|": operator.or_, "^": operator.xor, "<<": operator.lshift, ">>": operator.rshift},
 }
@@ -149,13 +149,11 @@ def test_operators_without_a_rule(name: str, other) -> None:
     ("name", "call"),
     {
         "in": lambda box: 1.0 in box,
-        "abs": abs,
         "~": operator.invert,
         "unary +": operator.pos,
         "round": round,
         "==": lambda box: box == random_box(2, 3),
         "//": lambda box: operator.ifloordiv(box, 2),
-        "**": lambda box: operator.ipow(box, 2),
     }.items(),
 )
 def test_other_operators_without_a_rule(name: str, call) -> None:

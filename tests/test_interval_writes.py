@@ -44,14 +44,13 @@ def test_in_place_arithmetic_in_a_model() -> None:
         cf.certify(model, x, torch.tensor([0]), 0.01, clip=None, sound=False)
 
 
-@pytest.mark.parametrize("name", [*AUGMENTED, "__imatmul__"])
+@pytest.mark.parametrize("name", AUGMENTED)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64], ids=str)
 def test_augmented_assignment(name: str, dtype: torch.dtype) -> None:
     tensor = torch.ones(3, 3, dtype=dtype)
     view, box = tensor[:1], random_box(3, 3)
-    with pytest.raises((RuntimeError, TypeError)) as caught:  # neither may be turned into a result
+    with pytest.raises(RuntimeError):  # it may not be turned into a result
         getattr(operator, name)(tensor, box)
-    assert name == "__imatmul__" or isinstance(caught.value, RuntimeError)
     with pytest.raises((RuntimeError, TypeError)):
         getattr(operator, name)(view, box[:1])
     with pytest.raises((RuntimeError, TypeError)):
@@ -160,8 +159,11 @@ def test_boxes_change_in_place_by_tensors() -> None:
     box /= change
     box += random_box(2, 3)
     assert box is same
-    with pytest.raises(TypeError):
-        box **= 2
+    kept = box.lower.clone(), box.upper.clone()
+    box **= 3
+    assert box is same and torch.equal(same.lower, kept[0] ** 3)
+    box @= torch.ones(3, 3).double()  # a new one, as of a tensor
+    assert box is not same and torch.equal(same.upper, kept[1] ** 3)
 
 
 @pytest.mark.parametrize(
@@ -175,9 +177,6 @@ def test_boxes_change_in_place_by_tensors() -> None:
         "index beside another": lambda t, box: t[torch.tensor(0), box],
         "index of a box": lambda t, box: box[box],
         "index in a tuple": lambda t, box: box[0, box],
-        "where": lambda t, box: torch.where(t > 0, t, box),
-        "where as a method": lambda t, box: t.where(t > 0, box),
-        "maximum": lambda t, box: torch.maximum(t, box),
         "equal": lambda t, box: torch.equal(t, box),
         "allclose": lambda t, box: torch.allclose(t, box),
         "==": lambda t, box: t == box,
@@ -187,9 +186,7 @@ def test_boxes_change_in_place_by_tensors() -> None:
         "sorted": lambda t, box: sorted([box, random_box(2, 3)]),
         "any": lambda t, box: any([box]),
         "**": lambda t, box: t**box,
-        "@": lambda t, box: t @ box,
         "full": lambda t, box: torch.full((2,), box),
-        "like": lambda t, box: torch.zeros_like(box),
         "numpy **": lambda t, box: np.ones(3) ** box,
         "numpy index": lambda t, box: np.ones((2, 3))[box],
         "numpy where": lambda t, box: np.where(np.ones((2, 3)) > 0, 1.0, box),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import cibp_fast as cf
 from cibp_fast import soundness
 
+Network = tuple[nn.Sequential, Tensor]
 SOURCE = Path(soundness.__file__).read_text()
 
 
@@ -44,7 +45,7 @@ def scaled(layer: Any, random: np.random.Generator) -> Any:
     return layer
 
 
-def network(random: np.random.Generator) -> tuple[nn.Sequential, Tensor]:
+def network(random: np.random.Generator) -> Network:
     """Returns a small network and 3 points for it."""
     kind = random.integers(3)
     dtype = torch.float64 if random.integers(2) else torch.float32
@@ -73,21 +74,28 @@ def network(random: np.random.Generator) -> tuple[nn.Sequential, Tensor]:
     return nn.Sequential(*layers, scaled(nn.Linear(features, 3, dtype=dtype), random)).eval(), x
 
 
-def cases(count: int, seed: int = 0) -> Iterator[tuple[nn.Sequential, Tensor, Tensor, Tensor]]:
+def cases(
+    count: int, seed: int = 0, make: Callable[[np.random.Generator], Network] = network
+) -> Iterator[tuple[nn.Sequential, Tensor, Tensor, Tensor]]:
     """Yields networks with boxes [3, ...] and labels [3]."""
     for i in range(count):
         random = np.random.default_rng((seed, i))
         torch.manual_seed(i)
-        model, x = network(random)
+        model, x = make(random)
         x = x * 10.0 ** random.integers(-20, 20) if random.integers(2) else x
         radius = x.abs() * random.choice([0.0, 1e-7, 1e-3, 1.0, 1e6])
         yield model, x - radius, x + radius, torch.arange(3)
 
 
-def judged(module: Any, count: int, seed: int = 0) -> tuple[int, int, int]:
+def judged(
+    module: Any,
+    count: int,
+    seed: int = 0,
+    make: Callable[[np.random.Generator], Network] = network,
+) -> tuple[int, int, int]:
     """Returns how many margins were looked at, are above the exact ones, and are not finite."""
     totals = np.zeros(3, int)
-    for model, lower, upper, y in cases(count, seed):
+    for model, lower, upper, y in cases(count, seed, make):
         found = module.margins(module.chain(model, False), lower, upper, y)
         for n, label in enumerate(y.tolist()):
             right = exact.margins(model, lower[n], upper[n], label)

@@ -34,13 +34,24 @@ class Sum(nn.Module):
 _WITH_RULE = frozenset(
     getattr(nn, name)
     for name in (
-        *("Conv1d", "Conv2d", "Linear", "BatchNorm1d", "BatchNorm2d", "Flatten", "Unflatten"),
-        *("AvgPool1d", "AvgPool2d", "AdaptiveAvgPool1d", "AdaptiveAvgPool2d", "Identity"),
-        *("MaxPool1d", "MaxPool2d", "AdaptiveMaxPool1d", "AdaptiveMaxPool2d"),
-        *("ReLU", "ReLU6", "LeakyReLU", "PReLU", "ELU", "SELU", "CELU", "Threshold"),
-        *("Sigmoid", "LogSigmoid", "Tanh", "Softplus", "Softsign", "Hardtanh", "Hardsigmoid"),
-        *("Softshrink", "Hardshrink", "Tanhshrink", "ZeroPad1d", "ZeroPad2d", "ConstantPad2d"),
-        *("ReflectionPad2d", "ReplicationPad2d", "Dropout", "Dropout1d", "Dropout2d"),
+        *("Conv1d", "Conv2d", "Conv3d", "Linear", "Identity"),
+        *("ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"),
+        *("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "LayerNorm", "GroupNorm", "RMSNorm"),
+        *("InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d"),
+        *("AvgPool1d", "AvgPool2d", "AvgPool3d", "MaxPool1d", "MaxPool2d", "MaxPool3d"),
+        *("AdaptiveAvgPool1d", "AdaptiveAvgPool2d", "AdaptiveAvgPool3d"),
+        *("AdaptiveMaxPool1d", "AdaptiveMaxPool2d", "AdaptiveMaxPool3d"),
+        *("ReLU", "ReLU6", "LeakyReLU", "PReLU", "RReLU", "ELU", "SELU", "CELU", "Threshold"),
+        *("GELU", "SiLU", "Mish", "Hardswish", "GLU", "Softmax", "Softmax2d", "LogSoftmax"),
+        *("Softmin", "Sigmoid", "LogSigmoid", "Tanh", "Softplus", "Softsign", "Hardtanh"),
+        *("Hardsigmoid", "Softshrink", "Hardshrink", "Tanhshrink"),
+        *("Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout"),
+        *("ZeroPad1d", "ZeroPad2d", "ZeroPad3d", "ConstantPad1d", "ConstantPad2d", "ConstantPad3d"),
+        *("ReflectionPad1d", "ReflectionPad2d", "ReflectionPad3d", "ReplicationPad1d"),
+        *("ReplicationPad2d", "ReplicationPad3d", "CircularPad1d", "CircularPad2d"),
+        *("CircularPad3d", "Flatten", "Unflatten", "Fold", "Unfold"),
+        *("PixelShuffle", "PixelUnshuffle", "ChannelShuffle"),
+        *("Upsample", "UpsamplingNearest2d", "UpsamplingBilinear2d"),
     )
 ) | {IntervalConv2d, IntervalLinear, Sum}
 _OPERATORS = {

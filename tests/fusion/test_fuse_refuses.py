@@ -202,9 +202,9 @@ def test_refused_models(name: str) -> None:
 
 
 UNKNOWN: dict[str, Callable[[], nn.Module]] = {
-    "without a rule": lambda: nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3)),
-    "not monotone": lambda: nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 3)),
-    "softmax": lambda: Branches(lambda m, x: m.fc(F.softmax(x.flatten(1), 1))),
+    "without a rule": lambda: nn.Sequential(CONV, nn.LocalResponseNorm(2), nn.Flatten(), FC),
+    "not monotone": lambda: Branches(lambda m, x: m.fc(torch.tan(x.flatten(1)))),
+    "normalize": lambda: Branches(lambda m, x: m.fc(F.normalize(x.flatten(1)))),
     "matmul": lambda: Branches(lambda m, x: m.fc(x.flatten(1)) @ x),
     **{name: partial(made, name) for name in ("subclass", "control flow", "tuple")},
 }
@@ -224,15 +224,19 @@ def test_cf_bounds_is_not_recommended_where_it_is_not_known_to_work(name: str) -
 def test_layers_said_to_have_a_rule(kind: type[nn.Module]) -> None:
     """Checks that each bounds its own output."""
     name = kind.__name__
+    dims = int(name[-2]) if name.endswith(("1d", "2d", "3d")) else 0
     arguments: dict[str, tuple[Any, ...]] = {
-        **dict.fromkeys(("Conv2d", "IntervalConv2d", "Conv1d"), (4, 3, 2)),
-        **dict.fromkeys(("Linear", "IntervalLinear"), (4, 3)),
-        **dict.fromkeys(("BatchNorm1d", "BatchNorm2d"), (4,)),
-        **{"Unflatten": (1, (2, 2)), "Threshold": (0.5, 0.1), "ConstantPad2d": (1, 0.5)},
+        **{"Linear": (4, 3), "IntervalLinear": (4, 3), "Unflatten": (1, (2, 2))},
+        **{"Threshold": (0.5, 0.1), "LayerNorm": (4,), "RMSNorm": (4,), "GroupNorm": (2, 4)},
+        **{"Fold": (3, 2), "Unfold": (2,), "PixelShuffle": (2,), "PixelUnshuffle": (2,)},
+        **{"ChannelShuffle": (2,), "Upsample": (None, 2), "UpsamplingNearest2d": (None, 2)},
+        **{"UpsamplingBilinear2d": (None, 2), f"ConstantPad{dims}d": (1, 0.5)},
     }
-    default = (2,) if "Pool" in name else (1,) if "Pad" in name else ()
+    default: tuple[Any, ...] = (2,) if "Pool" in name else (1,) if "Pad" in name else ()
+    default = (4, 3, 2) if "Conv" in name else (4,) if "Norm" in name else default
     module = kind(*arguments.get(name, default)).eval()
-    shape = (3, 4, 6, 6) if name.endswith("2d") else (3, 4, 6) if name.endswith("1d") else (3, 4)
+    images = 2 if name in ("Unfold", "PixelShuffle", "PixelUnshuffle", "ChannelShuffle") else dims
+    shape = (3, 4, 4) if name in ("Fold", "Upsample") else (3, 4, *[6] * images)
     x = torch.randn(shape)
     out = module(Interval.ball(x, 0.1, None))
     assert (out.lower <= module(x)).all() and (module(x) <= out.upper).all()
