@@ -30,7 +30,7 @@ import machine
 import problems
 import timing
 import torch
-from baselines import CONTENDERS, GPU_CONTENDERS, Contender
+from baselines import CONTENDERS, GPU_CONTENDERS, Contender, OwnStep
 from problems import DATASETS, PLAIN, PRECISIONS, Exact, Problem
 from timing import Call, Row
 
@@ -73,7 +73,8 @@ def peak_growth(problem: Problem, contender: Contender, memory_format: str, thre
     """Returns the bytes by which a step raises this process's resident memory (Linux only).
 
     To be called in a process of its own. What the first steps leave behind is not in it, except for
-    the memory that the op keeps from one forward pass to the next: that is given back before.
+    the memory that the op keeps from one forward pass to the next: that is given back before, and
+    what a step of our own keeps for its backward passes is added.
     """
     torch.set_num_threads(threads)
     step = contender.step(problem, memory_format)
@@ -87,7 +88,8 @@ def peak_growth(problem: Problem, contender: Contender, memory_format: str, thre
     reset_peak()
     before = resident("VmRSS")
     step.call()
-    return resident("VmHWM") - before
+    kept_bytes = step.saved_bytes() if isinstance(step, OwnStep) else 0
+    return resident("VmHWM") - before + kept_bytes
 
 
 def reset_peak() -> None:

@@ -19,7 +19,7 @@ from cibp_fast.recorder import Head, Output, Recorder, recording
 __all__ = ["Bounds", "bounds"]
 
 # width -> the kinds of layers that count
-_WIDTHS = {"post": ("activation",), "pre": ("affine",), "all": ("affine", "activation")}
+WIDTHS = {"post": ("activation",), "pre": ("affine",), "all": ("affine", "activation")}
 _REDUCTIONS = ("mean", "sum")
 _AT_ONCE = 2**22  # elements of weight differences that margins hold in memory
 _SMALL = 2**18  # so many take less time than a kernel for each class
@@ -225,8 +225,8 @@ def check_labels(y: Tensor, classes: int) -> None:
 
 def check_arguments(x: Tensor, box: Interval, width: str, reduction: str) -> None:
     """Raises the TypeErrors and ValueErrors of `bounds` about these arguments."""
-    if width not in _WIDTHS:
-        raise ValueError(f"width must be one of {', '.join(map(repr, _WIDTHS))}; got {width!r}")
+    if width not in WIDTHS:
+        raise ValueError(f"width must be one of {', '.join(map(repr, WIDTHS))}; got {width!r}")
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
     if not isinstance(box, Interval):
@@ -285,7 +285,7 @@ def bounds(
     """
     check_arguments(x, box, width, reduction)
     backends.select_layer(backend, x.device, x.dtype)
-    recorder = Recorder(*_WIDTHS[width], backend=backends.asked(backend), keep=layers)
+    recorder = Recorder(*WIDTHS[width], backend=backends.asked(backend), keep=layers)
     # All in x's dtype; a model that switches autocast on is refused (see Interval).
     with no_autocast(x.device):
         asked = nullcontext() if backend == "auto" else backends.ask(backend)

@@ -330,8 +330,11 @@ void define_shapes(py::module_& m) {
            "value"_a, "slope"_a);
   py::class_<Node>(m, "Node", py::module_local())
       .def(py::init([](NodeKind kind, const Shape& shape, bool fast, const Edge& a, const Edge& b,
-                       bool norm, double eps) { return Node{kind, shape, fast, a, b, norm, eps}; }),
-           py::kw_only(), "kind"_a, "shape"_a, "fast"_a, "a"_a, "b"_a, "norm"_a, "eps"_a);
+                       bool norm, bool fixed, double eps) {
+             return Node{kind, shape, fast, a, b, norm, fixed, eps};
+           }),
+           py::kw_only(), "kind"_a, "shape"_a, "fast"_a, "a"_a, "b"_a, "norm"_a, "fixed"_a,
+           "eps"_a);
 }
 
 // Instruction sets of this CPU that a build may need, as the operating system lets them be used.

@@ -20,7 +20,7 @@ from cibp_fast.fusion.program import CONVOLUTIONS, LINEARS, NORMS, Layer, Progra
 from cibp_fast.fusion.stages import folded, stages_for
 from cibp_fast.fusion.tracing import check_trace, trace
 from cibp_fast.interval import Interval, may_inspect
-from cibp_fast.layerwise import Bounds, bounds, check_arguments
+from cibp_fast.layerwise import WIDTHS, Bounds, bounds, check_arguments
 from cibp_fast.models import Normalize
 from cibp_fast.ops import backends
 from cibp_fast.ops.graph import Code, Parameters, coded, graph
@@ -108,13 +108,13 @@ class FusedNetwork(nn.Module):
         Args:
             x: [N, ...], float32, or float64 on the CPU; the nominal point.
             box: Interval of x's shape.
-            width: "post"; the other widths of cf.bounds are not recorded here.
+            width: as for cf.bounds; on a GPU all but "post" go layer by layer.
             reduction: as for cf.bounds.
 
         Raises:
             TypeError: x or box has the wrong type, or a parameter another dtype than x.
             FloatingPointError: the batch statistics of a norm are not finite.
-            ValueError: as cf.bounds; and width is not "post", x is of another dtype or on another
+            ValueError: as cf.bounds; and x is of another dtype or on another
                 device than the above, a parameter is elsewhere, a layer does not fit its input,
                 the model has changed to one that `fuse` cannot take or computes something else
                 than was traced, batch norm is in training mode
@@ -122,11 +122,6 @@ class FusedNetwork(nn.Module):
                 backend or precision that was asked for cannot run there.
         """
         check_arguments(x, box, width, reduction)
-        if width != "post":
-            raise ValueError(
-                f"fuse records widths after activations only: width must be 'post', got {width!r}; "
-                "cf.bounds takes it"
-            )
         device = x.device
         if device.type not in ("cpu", "cuda") or x.dtype not in backends.KERNEL_DTYPES:
             raise ValueError(
@@ -147,13 +142,15 @@ class FusedNetwork(nn.Module):
                 raise ValueError(f"precision={precision!r} is for a GPU, and x is on the CPU")
             if precision == "bf16" and x.dtype != torch.float32:
                 raise ValueError(f"precision='bf16' is for float32 tensors, and x is {x.dtype}")
-        if (layer := needs_graph(program)) is not None:
+        layer = needs_graph(program)
+        if layer is not None or width != "post":
             if backend != "cpu" or not len(x):
-                why = f"{layer.name} ({type(layer.module).__name__}) has kernels on the CPU only"
+                what = f"width={width!r}" if layer is None else layer.described
+                why = f"{what} has kernels on the CPU only"
                 if self.backend not in ("auto", "cpu"):
                     raise ValueError(f"backend={self.backend!r} cannot run here: {why}")
                 return self._unfused(why, x, box, width, reduction)
-            return self._graph_bounds(program, x, box, reduction == "mean", fast)
+            return self._graph_bounds(program, x, box, width, reduction == "mean", fast)
         plan, weights, biases = planned(program, x, fast)
         if backend != "cpu":
             precision = "tf32" if self.precision == "fast" else self.precision
@@ -175,9 +172,9 @@ class FusedNetwork(nn.Module):
         return Bounds(Interval._make(lower, upper, logits), widths, head, self.backend)
 
     def _graph_bounds(
-        self, program: Program, x: Tensor, box: Interval, mean: bool, fast: bool
+        self, program: Program, x: Tensor, box: Interval, width: str, mean: bool, fast: bool
     ) -> Bounds:
-        """Computes the bounds of a network that is more than a chain, on the CPU."""
+        """Computes the bounds of any network, and any widths, on the CPU."""
         plan, parameters = planned_graph(program, x, fast)
         streams: Any = box.lower, box.upper, x
         if program.normalize is not None:
@@ -188,14 +185,15 @@ class FusedNetwork(nn.Module):
         engine = _engine("cpu", self.precision)
         try:
             lower, upper, logits, head_lower, head_upper, widths, weight, bias, statistics = graph(
-                streams[0], streams[1], streams[2], plan.code, parameters, mean, engine
+                *(streams[0], streams[1], streams[2], given_statistics(plan, x)),
+                *(plan.code, parameters, mean, engine),
             )
         except RuntimeError:
             _refuse_freed(program)
             raise
         update_running_statistics(plan, statistics, len(x))
         head = Head(head_lower, head_upper, weight, bias)
-        widths = widths[plan.made.counted]
+        widths = widths.flatten()[plan.made.counted(WIDTHS[width])]
         return Bounds(Interval._make(lower, upper, logits), widths, head, self.backend)
 
     def _selected(self, x: Tensor) -> tuple[str, str]:
@@ -216,7 +214,7 @@ class FusedNetwork(nn.Module):
         normalize = program.normalize and program.normalize.module
         plain = normalize is None or (backend == "cpu" and _constant(normalize, x.shape[1]))
         if (layer := needs_graph(program)) is not None:
-            return f"{layer.name} ({type(layer.module).__name__}) is not for a step of kernels"
+            return f"{layer.described} is not for a step of kernels"
         if not plain or any(each.norm for each in program.affine):
             return "a layer is a normalization"
         plan, weights, biases = planned(program, x, self.precision == "fast" and backend == "cpu")
@@ -383,11 +381,12 @@ def planned_graph(program: Program, x: Tensor, fast: bool) -> tuple[GraphPlan, P
         plan = GraphPlan(made, coded(made.nodes), shapes)
     if program.in_torch and not torch.compiler.is_compiling():
         _refuse_freed(program)
-    for place, norm in plan.made.folded.items():
-        parameters[place] = _folded(norm, x, parameters[place])
-    pairs = [_tensors(norm, x, (), ("weight", "bias")) for norm in plan.made.norms]
+    pairs = [
+        _tensors(norm, x, ("running_mean", "running_var"), ("weight", "bias"))[2:]
+        for norm in plan.made.norms
+    ]
     for norm, node in plan.made.normed():
-        if len(x) * prod(node.output[1:]) < 2:
+        if not node.fixed and len(x) * prod(node.output[1:]) < 2:
             raise norm.misfit(
                 "in training mode it needs more than one value per channel, got one example of "
                 "one pixel: call its eval(), or give it more examples"
@@ -400,6 +399,17 @@ def planned_graph(program: Program, x: Tensor, fast: bool) -> tuple[GraphPlan, P
         [gamma for gamma, _ in pairs],
         [beta for _, beta in pairs],
     )
+
+
+def given_statistics(plan: GraphPlan, x: Tensor) -> Tensor:
+    """Returns the running statistics of the norms that take these, [2, channels of all in turn]."""
+    columns = [
+        torch.stack([norm.module.running_mean, norm.module.running_var])
+        if node.fixed
+        else x.new_zeros(2, node.output[0])
+        for norm, node in plan.made.normed()
+    ]
+    return torch.cat(columns, 1) if columns else x.new_zeros(2, 0)
 
 
 @torch.no_grad()
@@ -418,6 +428,8 @@ def update_running_statistics(plan: GraphPlan, statistics: Tensor, examples: int
             "finite: x, or a parameter of a layer before it, is NaN, infinite or too large"
         )
     for (norm, node), (mean, variance) in zip(normed, columns, strict=True):
+        if node.fixed:
+            continue
         module = norm.module
         module.num_batches_tracked.add_(1)
         rate = module.momentum

@@ -45,12 +45,18 @@ class _Read(NamedTuple):
 
 
 class Nodes(NamedTuple):
-    """Holds the nodes of a network, and which layers they are."""
+    """Holds the nodes of a network, which norms they have, and whose widths may count."""
 
     nodes: tuple[Node, ...]
     norms: list[Layer]  # of the nodes that have one, in their order
-    folded: dict[int, Layer]  # by the affine layer's place among those: the norm to fold into it
-    counted: list[int]  # the nodes whose widths count, in the order of the activations
+    layers: list[tuple[str, int]]  # in their order, kind and place in the widths of `ops.graph`
+
+    def counted(self, kinds: Sequence[str]) -> list[int]:
+        """Returns the places in the flattened widths of the layers of these kinds, and the logits.
+
+        kinds: of "affine" and "activation", as of `cf.bounds`' recorder.
+        """
+        return [place for kind, place in self.layers if kind in kinds] + [len(self.nodes) - 1]
 
     def normed(self) -> list[tuple[Layer, Node]]:
         """Returns each norm with its node."""
@@ -78,14 +84,12 @@ class _Builder:
     ) -> None:
         given = tuple([int(size) for size in shape])
         self.program, self.fast = program, fast
-        self.affine = iter(enumerate(zip(program.affine, parameters, strict=True)))
+        self.affine = iter(zip(program.affine, parameters, strict=True))
         self.readers = Counter(source for _, sources in program.calls for source in sources)
         self.reads = [_Read(0, given, given)]  # of the input, and then of each call
         self.nodes: list[Node] = []
         self.norms: dict[int, Layer] = {}  # by node
-        self.folded: dict[int, Layer] = {}
-        self.made: dict[int, int] = {}  # a node's place among the affine layers
-        self.activated: list[int] = []  # values, in the order of their activations
+        self.layers: list[tuple[str, int, int]] = []  # kind, row and node in the widths
 
     def build(self) -> Nodes:
         for call in self.program.calls:
@@ -100,9 +104,12 @@ class _Builder:
             raise Layer("the model", self.program.model).misfit(
                 "one convolution or linear layer alone must read its input; cf.bounds takes it"
             )
-        counted = [value - 1 for value in self.activated] + [len(self.nodes) - 1]
+        count = len(self.nodes)
         norms = [self.norms[node] for node in sorted(self.norms)]
-        return Nodes(tuple(self.nodes), norms, self.folded, counted)
+        layers = [
+            (k, row * count + node) for k, row, node in self.layers if (row, node) != (0, count - 1)
+        ]
+        return Nodes(tuple(self.nodes), norms, layers)
 
     def _is_read(self, value: int) -> bool:
         return any(value in _values(node) for node in self.nodes)
@@ -142,9 +149,10 @@ class _Builder:
             raise layer.error(f"negative_slope must be at least 0 and below 1, got {slope}")
         if source.value == 0 or source.slope != 1:
             raise layer.error("it must follow a layer with a value of its own")
-        if source.value in self.activated:
+        noted = ("activation", 2, source.value - 1)
+        if noted in self.layers:
             raise layer.error("another activation has the same input")
-        self.activated.append(source.value)
+        self.layers.append(noted)
         return source._replace(slope=slope)
 
     def _normed(self, call: Call, source: _Read) -> _Read:
@@ -152,7 +160,7 @@ class _Builder:
         if layer.module.running_mean is None:
             raise layer.misfit("it has no running statistics")
         alone = self.readers[call.sources[0]] == 1 and source.slope == 1
-        if node < 0 or not alone or node in self.norms or node in self.folded:
+        if node < 0 or not alone or node in self.norms:
             raise layer.error("it must be the only one to read the layer before it")
         channels = self.nodes[node].output[0]
         if len(layer.module.running_mean) != channels:
@@ -163,13 +171,11 @@ class _Builder:
             raise layer.misfit(f"it does not take inputs {['N', *source.shape]}")
         if flat and source.image != (*source.shape, 1, 1):
             raise layer.error("it comes after flattening")
-        if layer.module.training:
-            self.norms[node] = layer
-            self.nodes[node] = self.nodes[node]._replace(norm=True, eps=float(layer.module.eps))
-        elif node in self.made:
-            self.folded[self.made[node]] = layer
-        else:
-            raise layer.error("in eval mode it must follow a convolution or linear layer")
+        self.norms[node] = layer
+        self.nodes[node] = self.nodes[node]._replace(
+            norm=True, fixed=not layer.module.training, eps=float(layer.module.eps)
+        )
+        self.layers.append(("affine", 1, node))
         return source
 
     def _sum(self, layer: Layer, a: _Read, b: _Read) -> _Read:
@@ -181,7 +187,7 @@ class _Builder:
         return self._add(Node("sum", shape, _edge(a), _edge(b)), a.shape)
 
     def _affine(self, layer: Layer, source: _Read) -> _Read:
-        place, (affine, (weight, bias)) = next(self.affine)
+        affine, (weight, bias) = next(self.affine)
         check_fit(layer, source.shape, weight, bias)
         if affine.linear:
             if source.padding != NO_PADDING:
@@ -192,7 +198,7 @@ class _Builder:
         else:
             stage = convolution_stage(Affine(layer, []), source.image, weight, source.padding)
             shape, out = stage.shape, stage.output
-        self.made[len(self.nodes)] = place
+        self.layers.append(("affine", 0, len(self.nodes)))
         return self._add(Node("affine", shape, _edge(source), fast=self.fast), out)
 
 

@@ -80,9 +80,13 @@ class Layer(NamedTuple):
         """Makes the error of a layer of a kind, or at a place, that there are no kernels for."""
         return self.misfit(why + elsewhere(type(self.module)))
 
+    @property
+    def described(self) -> str:
+        return f"{self.name} ({type(self.module).__name__})"
+
     def misfit(self, why: str) -> ValueError:
         """Makes the error of a layer that cannot run as it is; `why` may say what to use."""
-        return ValueError(f"fuse cannot take {self.name} ({type(self.module).__name__}): {why}")
+        return ValueError(f"fuse cannot take {self.described}: {why}")
 
     def integers(self, name: str, *counts: int) -> tuple[int, ...]:
         """Returns a hyperparameter: an int, or a sequence of so many, as torch takes them.

@@ -39,7 +39,8 @@ class Edge(NamedTuple):
 class Node(NamedTuple):
     """Describes what makes a value of others: an affine layer, average pooling or a sum of two.
 
-    Batch norm, with the statistics of the batch, may follow. The layers are as in `Stage`.
+    Batch norm may follow, with the statistics of the batch or, where it is fixed, with given ones.
+    The layers are as in `Stage`.
     """
 
     kind: str  # one of KINDS
@@ -47,6 +48,7 @@ class Node(NamedTuple):
     a: Edge
     b: Edge | None = None  # of a sum
     norm: bool = False
+    fixed: bool = False
     eps: float = 0.0  # that batch norm adds to the variance
     fast: bool = False
 
@@ -69,8 +71,8 @@ def coded(nodes: Sequence[Node]) -> Code:
     for node in nodes:
         shape, b = node.shape, node.b or Edge(0)
         pairs = chain(shape.stride, shape.padding, shape.dilation)
-        flags = KINDS.index(node.kind), node.a.value, b.value, int(node.norm), int(node.fast)
-        whole.append((*shape[1:9], *pairs, shape.groups, *flags))
+        flags = KINDS.index(node.kind), node.a.value, b.value, node.norm, node.fixed, node.fast
+        whole.append((*shape[1:9], *pairs, shape.groups, *map(int, flags)))
         reals.append((node.a.slope, b.slope, node.eps))
     return tuple(chain.from_iterable(whole)), tuple(chain.from_iterable(reals))
 
@@ -78,17 +80,16 @@ def coded(nodes: Sequence[Node]) -> Code:
 @lru_cache(maxsize=256)
 def decoded(code: Code) -> tuple[Node, ...]:
     """Returns the nodes that `coded` was given."""
-    whole, reals, size = *code, 8 + 6 + 1 + 5
+    whole, reals, size = *code, 8 + 6 + 1 + 6
     nodes = []
     for number, at in enumerate(range(0, len(whole), size)):
         sizes, pairs = whole[at : at + 8], whole[at + 8 : at + 14]
-        groups, kind, a, b, norm, fast = whole[at + 14 : at + size]
+        groups, kind, a, b, norm, fixed, fast = whole[at + 14 : at + size]
         slope_a, slope_b, eps = reals[3 * number : 3 * number + 3]
         shape = Shape(1, *sizes, pairs[:2], pairs[2:4], pairs[4:], groups)
         second = Edge(b, slope_b) if KINDS[kind] == "sum" else None
-        nodes.append(
-            Node(KINDS[kind], shape, Edge(a, slope_a), second, bool(norm), eps, bool(fast))
-        )
+        flags = bool(norm), bool(fixed), eps, bool(fast)
+        nodes.append(Node(KINDS[kind], shape, Edge(a, slope_a), second, *flags))
     return tuple(nodes)
 
 
@@ -105,6 +106,7 @@ def graph(
     lower: Tensor,
     upper: Tensor,
     nominal: Tensor,
+    statistics: Tensor,
     code: Code,
     parameters: Parameters,
     mean: bool,
@@ -114,6 +116,8 @@ def graph(
 
     Args:
         lower, upper, nominal: [N, C, H, W], of any strides; N at least 1.
+        statistics: [2, channels of all norms in turn], means and variances; those of norms that
+            are not fixed are not read.
         code: `coded` of the nodes. The last one is affine and its kernel covers its input; graph.h
             has what else holds.
         mean: whether the widths are means over the units too, or over the batch only.
@@ -121,12 +125,13 @@ def graph(
 
     Returns:
         lower', upper', nominal': [N, classes]; what the last node reads as lower, upper: [N,
-        features]; [nodes], the mean or sum of (upper - lower)^2 over each node's value behind the
-        activation with which it is read, 0 where there is none, and of the last node's; copies of
-        the last node's weight and bias; and the statistics of the norms, means and biased
-        variances, [2, channels of all norms in turn], without a gradient.
+        features]; [3, nodes], the mean or sum of (upper - lower)^2 over what each node makes (0 of
+        pooling and sums), over its value, behind its norm, and over that behind the activation with
+        which it is read, or 0; copies of the last node's weight and bias; and the statistics with
+        those of the batch, variances biased, without a gradient.
     """
-    return _Graph.apply(code, mean, engine, lower, upper, nominal, *chain(*parameters))
+    streams = lower, upper, nominal
+    return _Graph.apply(code, mean, engine, statistics, *streams, *chain(*parameters))
 
 
 class _Graph(torch.autograd.Function):
@@ -136,6 +141,7 @@ class _Graph(torch.autograd.Function):
         code: Code,
         mean: bool,
         engine: str,
+        given: Tensor,
         lower: Tensor,
         upper: Tensor,
         nominal: Tensor,
@@ -143,7 +149,7 @@ class _Graph(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         parameters = _divided(tensors, decoded(code))
         *outputs, statistics, packed = torch.ops.cibp_fast.graph_forward(
-            lower, upper, nominal, *parameters, *code, engine, mean
+            lower, upper, nominal, given, *parameters, *code, engine, mean
         )
         weights, _, gammas, betas = parameters
         saved = (*outputs[:2], statistics, packed, *weights, *gammas, *betas)
@@ -163,7 +169,7 @@ class _Graph(torch.autograd.Function):
         count, norms = sum(node.weighted for node in nodes), sum(node.norm for node in nodes)
         weights, gammas = tensors[:count], tensors[count : count + norms]
         *of_outputs, head_weight, head_bias, _ = gradients
-        wanted = ctx.needs_input_grad[3:]
+        wanted = ctx.needs_input_grad[4:]
         inputs, found = torch.ops.cibp_fast.graph_backward(
             *of_outputs,
             lower_out,
@@ -183,7 +189,7 @@ class _Graph(torch.autograd.Function):
             if gradient is not None and wanted[3:][place]:
                 found[place].add_(gradient)
         grads = (g if want else None for g, want in zip((*inputs, *found), wanted, strict=True))
-        return None, None, None, *grads
+        return None, None, None, None, *grads
 
 
 def _divided(tensors: Sequence[Any], nodes: Sequence[Node]) -> Parameters:
@@ -196,9 +202,9 @@ def _divided(tensors: Sequence[Any], nodes: Sequence[Node]) -> Parameters:
 # Registration. Gradients that are not wanted are empty tensors, since an op cannot return None.
 
 library.define(
-    "graph_forward(Tensor lower, Tensor upper, Tensor nominal, Tensor[] weights, Tensor?[] biases, "
-    "Tensor?[] gammas, Tensor?[] betas, int[] whole, float[] reals, str engine, bool mean=False) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "graph_forward(Tensor lower, Tensor upper, Tensor nominal, Tensor given, Tensor[] weights, "
+    "Tensor?[] biases, Tensor?[] gammas, Tensor?[] betas, int[] whole, float[] reals, str engine, "
+    "bool mean=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 library.define(
     "graph_backward(Tensor? grad_lower, Tensor? grad_upper, Tensor? grad_nominal, "
@@ -250,6 +256,7 @@ def _plan(code: Code, batch: int, engine: str, dtype: torch.dtype) -> _Plan:
             a=edge(node.a),
             b=edge(node.b),
             norm=node.norm,
+            fixed=node.fixed,
             eps=node.eps,
         )
         for node in nodes
@@ -261,8 +268,7 @@ def _forward_outputs(nominal: Tensor, nodes: Sequence[Node]) -> list[Tensor]:
     batch, last = nominal.shape[0], nodes[-1].shape
     classes, features = last.out_channels, prod(last[1:4])
     outputs = [nominal.new_empty(batch, size) for size in (classes,) * 3 + (features,) * 2]
-    channels = sum(node.output[0] for node in nodes if node.norm)
-    return [*outputs, nominal.new_empty(len(nodes)), nominal.new_empty(2, channels)]
+    return [*outputs, nominal.new_empty(3, len(nodes))]
 
 
 def _backward_outputs(
@@ -283,36 +289,35 @@ def _backward_outputs(
 
 @torch.library.register_fake("cibp_fast::graph_forward", lib=library)
 def _graph_forward_fake(  # type: ignore[no-untyped-def]
-    lower, upper, nominal, weights, biases, gammas, betas, whole, reals, engine, mean=False
+    lower, upper, nominal, given, weights, biases, gammas, betas, whole, reals, engine, mean=False
 ):
     code, batch = (tuple(whole), tuple(reals)), nominal.shape[0]
     size = saved_bytes(_plan(code, 1, engine, nominal.dtype).network, batch)
     outputs = _forward_outputs(nominal, decoded(code))
-    return *outputs, nominal.new_empty(size, dtype=torch.uint8)
+    return *outputs, torch.empty_like(given), nominal.new_empty(size, dtype=torch.uint8)
 
 
 @torch.library.impl(library, "graph_forward", "CPU")
 def _graph_forward_kernel(  # type: ignore[no-untyped-def]
-    lower, upper, nominal, weights, biases, gammas, betas, whole, reals, engine, mean=False
+    lower, upper, nominal, given, weights, biases, gammas, betas, whole, reals, engine, mean=False
 ):
     streams = {"lower": lower, "upper": upper, "nominal": nominal}
     backends.refuse_freed("graph", **streams, weights=weights, biases=biases)
     plan = _plan((tuple(whole), tuple(reals)), len(nominal), engine, nominal.dtype)
-    outputs = _forward_outputs(nominal, plan.nodes)
+    outputs, statistics = _forward_outputs(nominal, plan.nodes), given.clone()
     kept = [[None if t is None else t.contiguous() for t in each]
             for each in (weights, biases, gammas, betas)]  # fmt: skip
     packed = torch.frombuffer(plan.build.Buffer(plan.network.saved_bytes), dtype=torch.uint8)
-    *results, statistics = outputs
     plan.network.forward(
         backends.threads(),
         [*map(plan.weighted, kept[:2]), *map(plan.normed, kept[2:])],
         [(t.data_ptr(), *t.stride()) for t in (lower, upper, nominal)],
         mean,
         packed.data_ptr(),
-        [t.data_ptr() for t in results],
+        [t.data_ptr() for t in outputs],
         plan.statistics(statistics),
     )
-    return *outputs, packed
+    return *outputs, statistics, packed
 
 
 @torch.library.register_fake("cibp_fast::graph_backward", lib=library)

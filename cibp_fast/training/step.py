@@ -46,7 +46,7 @@ class Objective(nn.Module):
         self.model, self.config, self.backend = model, config, backend
         self.own_loss = (own_loss,)  # in a tuple: where it is a module it is none of this one's
         # as one op where it can be; not a submodule, since its parameters are the model's
-        fused = config.width == "post" and config.method != "nominal"
+        fused = config.method != "nominal"
         if fused and isinstance(config, OwnConfig):
             try:
                 net = fuse(model, config.precision, backend)
@@ -72,7 +72,7 @@ class Objective(nn.Module):
             # pixels are in the clip (`loop._check`): to look would be to wait for a GPU
             box = Interval.ball(x, eps, config.clip, validate=False)
             if self.fused is not None:
-                out = self.fused.bounds(x, box, reduction=config.width_reduction)
+                out = self.fused.bounds(x, box, config.width, config.width_reduction)
             else:
                 out = bounds(
                     self.model,
@@ -292,6 +292,8 @@ def fastest(step: Step, done: int) -> Step | KernelStep:
     config, fused = step.config, step.objective.fused
     images = step.examples.images
     if fused is None or not config.elide or step.processes.size > 1 or done >= config.steps:
+        return step
+    if config.width != "post":
         return step
     if isinstance(config, OwnConfig) and _not_by_kernels(step):
         return step

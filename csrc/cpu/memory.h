@@ -48,7 +48,7 @@ class Memory {
     void* data;
     size_t bytes;
   };
-  static constexpr size_t kKept = 4;
+  static constexpr size_t kKept = 8;
   // Never destroyed: tensors may outlive this module.
   static std::vector<Block>& kept() {
     static auto* blocks = [] {

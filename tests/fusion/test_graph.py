@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fusions import compare, inputs, passes
+from fusions import F64, compare, inputs, passes, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import pairs
@@ -164,6 +164,37 @@ def test_networks(isa: str, name: str, training: bool) -> None:
         cf.bounds(expected, x, Interval(lower, upper))
     for key, value in expected.state_dict().items():
         torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("width", ["pre", "all"])
+@pytest.mark.parametrize("name", [*NETS, "a norm of a sum", "chain"])
+def test_widths(name: str, width: str) -> None:
+    """Checks widths of all layers, and gradients that come from them alone, against cf.bounds."""
+    if name == "chain":
+        model, shape = small(), (2, 9, 7)
+    elif name == "a norm of a sum":
+        model = with_signs(Two(lambda m, x: m.end(F.relu(m.norm(m.c(y := m.a(x)) + y)).flatten(1))))
+        del model.b
+        shape = (2, 8, 7)
+    else:
+        model, shape = made(name)
+    for training in (True, False):
+        model.train(training)
+        x, lower, upper = inputs(4, *shape)
+        for reduction in ("mean", "sum"):
+            leaves = [t.clone().requires_grad_() for t in (x, lower, upper)]
+            box = Interval(*leaves[1:], validate=False)
+            found = []
+            for bounds in (cf.fuse(model).bounds, lambda *a: cf.bounds(model, *a)):
+                widths = bounds(leaves[0], box, width, reduction).widths
+                loss = (widths * torch.linspace(1, 2, len(widths), dtype=F64)).log().sum()
+                wanted = [*leaves, *model.parameters()]
+                found.append([widths, *torch.autograd.grad(loss, wanted, allow_unused=True,
+                                                           materialize_grads=True)])  # fmt: skip
+            least = max(float(g.abs().max()) for g in found[1][1:])
+            for one, other in zip(*found, strict=True):
+                scale = max(least, float(other.abs().max()))
+                torch.testing.assert_close(one, other, rtol=0, atol=1e-10 * scale)
 
 
 @st.composite
@@ -368,10 +399,6 @@ REFUSED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
         lambda m, x: (y := m.end(m.a(x).flatten(1))) + y,
         "the network must end in Linear",
     ),
-    "a norm of a sum in eval mode": (
-        lambda m, x: m.end(m.norm.eval()(m.c(y := m.a(x)) + y).flatten(1)),
-        "in eval mode it must follow a convolution or linear layer",
-    ),
 }
 
 
@@ -380,8 +407,6 @@ def test_refused_forwards(name: str) -> None:
     body, message = REFUSED[name]
     x = torch.rand(3, 2, 8, 7)
     model = Two(body)
-    if "eval" in name:
-        model.norm.eval()
     with pytest.raises(ValueError, match=message):
         cf.fuse(model).bounds(x, Interval.ball(x, 0.1))
 
@@ -418,7 +443,7 @@ def test_a_step_of_training() -> None:
 def test_the_code_of_nodes() -> None:
     shape = Shape(1, 3, 9, 8, 5, 4, 4, 3, 2, (2, 1), (1, 0), (1, 2))
     nodes = (
-        Node("affine", shape, Edge(0), norm=True, eps=1e-3, fast=True),
+        Node("affine", shape, Edge(0), norm=True, fixed=True, eps=1e-3, fast=True),
         Node("sum", shape, Edge(1, 0.0), Edge(1, 0.25)),
         Node("pool", shape._replace(groups=5), Edge(2)),
     )
@@ -431,9 +456,9 @@ def test_the_op_is_registered_as_it_runs() -> None:
         Node("affine", Shape(1, 2, 5, 4, 3, 5, 4, 3, 3, padding=(1, 1)), Edge(0), norm=True),
         Node("affine", Shape(1, 3, 5, 4, 2, 1, 1, 5, 4), Edge(1, 0.0)),
     )
-    x = torch.rand(3, 2, 5, 4).double()
+    x, given = torch.rand(3, 2, 5, 4).double(), torch.zeros(2, 3).double()
     weights = [torch.rand(3, 2, 3, 3).double(), torch.rand(2, 60).double()]
-    arguments = (x, x, x, weights, [None, None], [None], [None], *coded(nodes), cpu_engine())
+    arguments = (x, x, x, given, weights, [None, None], [None], [None], *coded(nodes), cpu_engine())
     torch.library.opcheck(
         torch.ops.cibp_fast.graph_forward.default,
         arguments,

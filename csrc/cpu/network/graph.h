@@ -23,11 +23,12 @@ enum class NodeKind { kAffine, kPool, kSum };
 // A node's value is what it makes of what it reads, behind its batch norm.
 struct Node {
   NodeKind kind = NodeKind::kAffine;
-  Shape shape;        // of a sum only the output's counts
-  bool fast = false;  // as in NetworkLayer
-  Edge a, b;          // b: of a sum
-  bool norm = false;  // batch norm, with the statistics of the nominal points of the batch
-  double eps = 0;     // that is added to the variance
+  Shape shape;         // of a sum only the output's counts
+  bool fast = false;   // as in NetworkLayer
+  Edge a, b;           // b: of a sum
+  bool norm = false;   // batch norm, with the statistics of the nominal points of the batch
+  bool fixed = false;  // or with statistics that are given
+  double eps = 0;      // that is added to the variance
 };
 
 template <class T>
@@ -41,10 +42,11 @@ struct GraphForward {
   std::byte* saved;                        // [Graph::saved_bytes], from a line of the cache on
   T *lower_out, *upper_out, *nominal_out;  // [N, classes]
   T *head_lower, *head_upper;              // [N, features of the last node]: what it reads
-  // [nodes] of (upper - lower)^2 of a node's value behind the activation with which it is read
-  // (the first that is one; 0 where none is), and of the last node's value; 0 at infinity
+  // [3, nodes] of (upper - lower)^2: of what a node makes (0 of pooling and sums), of its value
+  // behind its norm, and behind the (first) activation with which it is read, or 0; 0 at infinity
   T* widths;
-  std::vector<T*> means, variances;  // [nodes] [out_channels], of norms: of the batch, biased
+  // [nodes] [out_channels], of norms: of the batch, biased; of fixed ones they are read
+  std::vector<T*> means, variances;
 };
 
 template <class T>
@@ -57,7 +59,7 @@ struct GraphBackward {
   const T *lower_out, *upper_out;                   // [N, classes]
   const T *grad_lower, *grad_upper, *grad_nominal;  // [N, classes]
   const T *grad_head_lower, *grad_head_upper;       // [N, features], or null
-  const T* grad_widths;                             // [nodes], or null
+  const T* grad_widths;                             // [3, nodes], or null
   // outputs; null: not wanted
   T *grad_lower_in, *grad_upper_in, *grad_nominal_in;
   std::vector<T*> grad_weights, grad_biases, grad_gammas, grad_betas;  // [nodes]
@@ -71,8 +73,7 @@ template <class E>
 class Graph {
  public:
   // The batch is at least 1. The last node is affine and dense, without a norm, and nothing reads
-  // it; what is given is read by one node, which is affine. What dense nodes read is one pixel or
-  // flattened; only dense nodes and sums of such may read a dense one's value.
+  // it; what is given is read by one node, which is affine.
   explicit Graph(const std::vector<Node>& nodes);
 
   int64_t saved_bytes() const;

@@ -53,41 +53,63 @@ class GraphBackwardPass {
   E* gradient(size_t i) const { return static_cast<E*>(gradients_[i]->data()); }
 
   // The gradient of what a node reads by an edge, into that of the value.
-  ViewGradient<E> target(const Edge& edge, bool counts) {
+  ViewGradient<E> target(const Edge& edge, const Counted& counted) {
     const auto k = static_cast<size_t>(edge.value - 1);
     const NodePlan<E>& node = plan_.nodes[k];
     const bool filled = gradients_[k] != nullptr;
     if (!filled)
       gradients_[k] = std::make_unique<Memory>(
           static_cast<size_t>(plan_.batch) * static_cast<size_t>(node.place.in.size()) * sizeof(E));
-    const T scale = counts && op_.grad_widths
-                        ? T(8) * op_.grad_widths[k] / width_divisor(node.place, op_.mean)
-                        : T{0};
-    return {view_of(plan_, edge, op_.saved, norms_), gradient(k), filled, scale};
+    return {view_of(plan_, edge, op_.saved, norms_), gradient(k), filled,
+            counted.normed ? of_width(1, k) : T{0}, counted.activated ? of_width(2, k) : T{0}};
+  }
+
+  // What r is multiplied by in the gradient of a width of node i; row: as in GraphForward.
+  T of_width(size_t row, size_t i) const {
+    if (!op_.grad_widths) return T{0};
+    const size_t nodes = plan_.nodes.size();
+    return T(8) * op_.grad_widths[row * nodes + i] / width_divisor(plan_.nodes[i].place, op_.mean);
   }
 
   NormGradient<T> through_norm(size_t i) const {
     const NodePlan<E>& node = plan_.nodes[i];
-    return norm_gradient<E>(node.place, plan_.batch, op_.threads, norms_[i], node.eps,
-                            op_.variances[i], value(i), gradient(i), op_.grad_gammas[i],
-                            op_.grad_betas[i]);
+    NormGradient<T> by = norm_gradient<E>(node.place, plan_.batch, op_.threads, norms_[i], node.eps,
+                                          op_.variances[i], value(i), gradient(i),
+                                          op_.grad_gammas[i], op_.grad_betas[i]);
+    if (node.fixed) {
+      std::fill(by.constant.begin(), by.constant.end(), T{0});
+      std::fill(by.linear.begin(), by.linear.end(), T{0});
+    }
+    return by;
   }
 
-  // The gradient by what a node makes, its norm left behind; in place.
+  // The gradient by what a node makes, of one vector, from that by its value; in place.
+  void finish(size_t i, const NormGradient<T>& by, T width, int64_t channel, const E* from,
+              Vec<T>* gradient) const {
+    const NodePlan<E>& node = plan_.nodes[i];
+    if (!node.norm && width == 0) return;
+    Vec<T> made[S];
+    load_streams(from, node.place.in.stream_stride(), made);
+    if (node.norm) denormalize<T>(norms_[i], by, channel, made, gradient);
+    gradient[1] += width * made[1];
+  }
+
+  // The same of a whole value.
   const E* finished(size_t i) const {
     const NodePlan<E>& node = plan_.nodes[i];
     E* const all = gradient(i);
-    if (!node.norm) return all;
-    const NormGradient<T> by = through_norm(i);
+    const T width = node.kind == NodeKind::kAffine ? of_width(0, i) : T{0};
+    if (!node.norm && width == 0) return all;
+    NormGradient<T> by;
+    if (node.norm) by = through_norm(i);
     const E* const values = value(i);
     parallel_for(op_.threads, plan_.batch, [&](int64_t n) {
       for_vectors(node.place, [&](int64_t from, int64_t, int64_t channel) {
         const int64_t at = n * node.place.in.size() + from;
         const int64_t stride = node.place.in.stream_stride();
-        Vec<T> v[S], d[S];
-        load_streams(values + at, stride, v);
+        Vec<T> d[S];
         load_streams(all + at, stride, d);
-        denormalize<T>(norms_[i], by, channel, v, d);
+        finish(i, by, width, channel, values + at, d);
         for (int k = 0; k < S; ++k) store_numbers(all + at + k * stride, d[k]);
       });
     });
@@ -118,8 +140,7 @@ class GraphBackwardPass {
   void last() {
     const size_t i = plan_.nodes.size() - 1;
     const NodePlan<E>& node = plan_.nodes[i];
-    const T squares =
-        op_.grad_widths ? op_.grad_widths[i] / width_divisor(node.place, op_.mean) : T{0};
+    const T squares = of_width(0, i) / T(8);
     const int64_t pitch = spread_pitch<E>(node.layer().width());
     const NetworkBackward<T> op = of_layer(i);
     const std::vector<E> logits = logits_gradient(node.plan, op, squares, pitch);
@@ -136,8 +157,10 @@ class GraphBackwardPass {
     if (!layer.first) {
       E* const images = scratch<E>(Slot::kStageEven, plan_.batch * layer.in.size());
       const View<E> view = view_of(plan_, node.a, op_.saved, norms_);
-      parallel_for(op_.threads, plan_.batch,
-                   [&](int64_t n) { prepare(view, n, 1, layer, images + n * layer.in.size()); });
+      parallel_for(op_.threads, plan_.batch, [&](int64_t n) {
+        Widths unused;
+        prepare(view, n, 1, layer, images + n * layer.in.size(), unused);
+      });
       in = images;
     }
     E* const out = wants_input
@@ -160,7 +183,7 @@ class GraphBackwardPass {
                         layer.in.stream_stride());
       return;
     }
-    const ViewGradient<E> to = target(node.a, node.counts);
+    const ViewGradient<E> to = target(node.a, node.counted_a);
     const Layer<E>& place = *to.view.place;
     parallel_for(op_.threads, plan_.batch, [&](int64_t n) {
       for_vectors(place, [&](int64_t from, int64_t pixel, int64_t channel) {
@@ -184,7 +207,7 @@ class GraphBackwardPass {
     if (!layer.pool) panels = pack_weights(node.plan, op.weights, true, wants_input, op_.threads);
     ParameterSums<E> sums(node.plan, op, plan_.batch > 1 ? op_.threads : 1);
     ViewGradient<E> to{};
-    if (!layer.first) to = target(node.a, node.counts);
+    if (!layer.first) to = target(node.a, node.counted_a);
     parallel(sums.parts(), [&](int index, int of) {
       sums.clear(index);
       const Part part(plan_.batch, index, of);
@@ -201,7 +224,8 @@ class GraphBackwardPass {
         const E* gradients = gradient_images<E>(i, by, n, count);
         if (!layer.pool) {
           E* const images = scratch<E>(Slot::kStageOdd, layer.group * layer.in.size());
-          prepare(to.view, n, count, layer, images);
+          Widths unused;
+          prepare(to.view, n, count, layer, images, unused);
           sums.add(index, 0, count, images, gradients);
         }
         input_gradient(layer, count, panels, gradients, node.plan.backward_max_pixels,
@@ -223,6 +247,7 @@ class GraphBackwardPass {
     const Layer<E>& layer = node.layer();
     const Geometry& h = layer.gradient;
     const int64_t size = node.place.in.size(), stride = node.place.in.stream_stride();
+    const T width = node.kind == NodeKind::kAffine ? of_width(0, i) : T{0};
     G* const images = scratch<G>(Slot::kGradient, layer.group * h.size() + kBlock<E>);
     for (int64_t k = 0; k < count; ++k) {
       G* const image = images + k * h.size();
@@ -232,11 +257,7 @@ class GraphBackwardPass {
       for_vectors(node.place, [&](int64_t at, int64_t pixel, int64_t channel) {
         Vec<T> d[S];
         load_streams(from + at, stride, d);
-        if (node.norm) {
-          Vec<T> v[S];
-          load_streams(values + at, stride, v);
-          denormalize<T>(norms_[i], by, channel, v, d);
-        }
+        finish(i, by, width, channel, values + at, d);
         G* const to = image + layer.gradient_offsets[static_cast<size_t>(pixel)] + channel;
         for (int k2 = 0; k2 < S; ++k2) store_numbers(to + k2 * h.stream_stride(), d[k2]);
       });
@@ -247,7 +268,7 @@ class GraphBackwardPass {
   void add(size_t i) {
     const NodePlan<E>& node = plan_.nodes[i];
     const E* const all = finished(i);
-    const ViewGradient<E> a = target(node.a, node.counts), b = target(node.b, node.counts_b);
+    const ViewGradient<E> a = target(node.a, node.counted_a), b = target(node.b, node.counted_b);
     parallel_for(op_.threads, plan_.batch, [&](int64_t n) {
       for_vectors(node.place, [&](int64_t from, int64_t, int64_t channel) {
         for (const ViewGradient<E>* to : {&a, &b}) {

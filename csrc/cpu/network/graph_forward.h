@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -31,41 +30,55 @@ class GraphForwardPass {
 
  public:
   GraphForwardPass(const GraphPlan<E>& plan, const GraphForward<T>& op)
-      : plan_(plan), op_(op), norms_(plan.nodes.size()), widths_(plan.nodes.size()) {}
+      : plan_(plan), op_(op), norms_(plan.nodes.size()), widths_(3 * plan.nodes.size()) {}
 
   void run() {
     for (size_t i = 0; i < plan_.nodes.size(); ++i) {
       const NodePlan<E>& node = plan_.nodes[i];
       E* const out = reinterpret_cast<E*>(op_.saved + node.saved);
       if (node.kind == NodeKind::kSum)
-        add(node, out);
+        add(i, out);
       else if (node.layer().dense)
         dense(i, out);
       else
         convolve(i, out);
       if (node.norm) normalize_node(i, out);
     }
-    for (size_t i = 0; i < plan_.nodes.size(); ++i)
-      op_.widths[i] =
-          static_cast<T>(4 * widths_[i]) / width_divisor(plan_.nodes[i].place, op_.mean);
+    for (size_t i = 0; i < widths_.size(); ++i)
+      op_.widths[i] = static_cast<T>(4 * widths_[i]) /
+                      width_divisor(plan_.nodes[i % plan_.nodes.size()].place, op_.mean);
   }
 
  private:
-  // Calls body(n, count, squares of the first edge, of the second) for groups of examples.
+  // What a part of the examples adds to the widths: of what both edges read, and of what is made.
+  struct Sums {
+    Widths a, b;
+    double made = 0;
+  };
+
+  void count(const Edge& edge, const Counted& counted, const Widths& widths) {
+    const size_t nodes = plan_.nodes.size(), k = static_cast<size_t>(edge.value - 1);
+    if (counted.normed) widths_[nodes + k] += widths.normed;
+    if (counted.activated) widths_[2 * nodes + k] += widths.activated;
+  }
+
+  // Calls body(n, count, sums) for groups of examples.
   template <class Body>
-  void for_examples(const NodePlan<E>& node, int64_t group, const Body& body) {
+  void for_examples(size_t i, int64_t group, const Body& body) {
     const int parts = plan_.batch > 1 ? op_.threads : 1;
-    std::vector<std::array<double, 2>> sums(static_cast<size_t>(parts));
+    std::vector<Sums> sums(static_cast<size_t>(parts));
     parallel(parts, [&](int index, int of) {
-      std::array<double, 2> own{};
+      Sums own;
       const Part part(plan_.batch, index, of);
       for (int64_t n = part.begin; n < part.end; n += group)
         body(n, std::min(group, part.end - n), own);
       sums[static_cast<size_t>(index)] = own;
     });
-    for (const auto& own : sums) {
-      if (node.counts) widths_[static_cast<size_t>(node.a.value - 1)] += own[0];
-      if (node.counts_b) widths_[static_cast<size_t>(node.b.value - 1)] += own[1];
+    const NodePlan<E>& node = plan_.nodes[i];
+    for (const Sums& own : sums) {
+      count(node.a, node.counted_a, own.a);
+      count(node.b, node.counted_b, own.b);
+      widths_[i] += own.made;
     }
   }
 
@@ -91,23 +104,24 @@ class GraphForwardPass {
     const int64_t most = node.plan.max_pixels, size = node.place.in.size();
     if (layer.first) {
       T* const input = reinterpret_cast<T*>(op_.saved + plan_.input);
-      return for_examples(node, 1, [&](int64_t n, int64_t, auto&) {
+      return for_examples(i, 1, [&](int64_t n, int64_t, Sums& sums) {
         pack(node, n, input + n * layer.in.size());
-        forward_one(layer, panels, bias, bias, input + n * layer.in.size(), node.place, most,
-                    out + n * size);
+        sums.made += forward_one(layer, panels, bias, bias, input + n * layer.in.size(), node.place,
+                                 most, out + n * size);
       });
     }
     const View<E> view = view_of(plan_, node.a, op_.saved, norms_);
-    for_examples(node, layer.group, [&](int64_t n, int64_t count, auto& squares) {
+    for_examples(i, layer.group, [&](int64_t n, int64_t count, Sums& sums) {
       E* const images = scratch<E>(Slot::kStageOdd, layer.group * layer.in.size());
-      squares[0] += prepare(view, n, count, layer, images);
-      if (layer.winograd.forward) {
-        winograd_forward(layer, count, panels, bias, images, node.place, out + n * size);
-        return;
-      }
-      for (int64_t k = 0; k < count; ++k)
-        forward_one(layer, panels, bias, bias, images + k * layer.in.size(), node.place, most,
-                    out + (n + k) * size);
+      prepare(view, n, count, layer, images, sums.a);
+      double made = 0;
+      if (layer.winograd.forward)
+        made = winograd_forward(layer, count, panels, bias, images, node.place, out + n * size);
+      else
+        for (int64_t k = 0; k < count; ++k)
+          made += forward_one(layer, panels, bias, bias, images + k * layer.in.size(), node.place,
+                              most, out + (n + k) * size);
+      if (!layer.pool) sums.made += made;
     });
   }
 
@@ -126,8 +140,8 @@ class GraphForwardPass {
     } else {
       in = scratch<E>(Slot::kStageEven, plan_.batch * layer.in.size());
       const View<E> view = view_of(plan_, node.a, op_.saved, norms_);
-      for_examples(node, 1, [&](int64_t n, int64_t count, auto& squares) {
-        squares[0] += prepare(view, n, count, layer, in + n * layer.in.size());
+      for_examples(i, 1, [&](int64_t n, int64_t count, Sums& sums) {
+        prepare(view, n, count, layer, in + n * layer.in.size(), sums.a);
       });
     }
     T* bias = scratch<T>(Slot::kBias, node.plan.biases);
@@ -139,11 +153,11 @@ class GraphForwardPass {
       return;
     }
     const Geometry& g = node.place.in;
-    dense_forward(layer, op_.weights[i], in, op_.threads,
-                  [&](int64_t n, int64_t channel, Vec<T>* sums) {
-                    activate<E>(layer, load(bias + channel), sums);
-                    store_streams(out + n * g.size() + channel, g.stream_stride(), sums);
-                  });
+    widths_[i] = dense_forward(
+        layer, op_.weights[i], in, op_.threads, [&](int64_t n, int64_t channel, Vec<T>* sums) {
+          activate<E>(layer, load(bias + channel), sums);
+          store_streams(out + n * g.size() + channel, g.stream_stride(), sums);
+        });
   }
 
   // What dense_forward does with the sums of the last node.
@@ -162,29 +176,37 @@ class GraphForwardPass {
   }
 
   // Average pooling needs no more than `convolve`; a sum reads both values as they lie.
-  void add(const NodePlan<E>& node, E* out) {
+  void add(size_t i, E* out) {
+    const NodePlan<E>& node = plan_.nodes[i];
     const View<E> a = view_of(plan_, node.a, op_.saved, norms_),
                   b = view_of(plan_, node.b, op_.saved, norms_);
-    for_examples(node, 1, [&](int64_t n, int64_t, auto& squares) {
+    for_examples(i, 1, [&](int64_t n, int64_t, Sums& sums) {
       const int64_t base = n * a.size();
-      Vec<T> totals[2] = {};
+      Vec<T> of_a[2] = {}, of_b[2] = {};
       for_vectors(node.place, [&](int64_t at, int64_t, int64_t channel) {
         Vec<T> x[S], y[S];
-        load_value(a, a.value + base + at, channel, x);
-        load_value(b, b.value + base + at, channel, y);
-        bend<T>(a.slope, x);
-        bend<T>(b.slope, y);
-        totals[0] += x[1] * x[1];
-        totals[1] += y[1] * y[1];
+        read(a, a.value + base + at, channel, x, of_a);
+        read(b, b.value + base + at, channel, y, of_b);
         for (int k = 0; k < S; ++k) x[k] += y[k];
         store_streams(out + base + at, a.stride(), x);
       });
-      for (size_t k = 0; k < 2; ++k) squares[k] += static_cast<double>(sum<T>(totals[k]));
+      sums.a.normed += static_cast<double>(sum<T>(of_a[0]));
+      sums.a.activated += static_cast<double>(sum<T>(of_a[1]));
+      sums.b.normed += static_cast<double>(sum<T>(of_b[0]));
+      sums.b.activated += static_cast<double>(sum<T>(of_b[1]));
     });
   }
 
   // The statistics of a node's value, and its norm.
   void normalize_node(size_t i, const E* value) {
+    const NodePlan<E>& node = plan_.nodes[i];
+    const int64_t pitch = node.place.in.pitch, channels = node.shape.out_channels;
+    if (!node.fixed) statistics(i, value);
+    norms_[i] = norm_of<T>(channels, pitch, node.eps, op_.means[i], op_.variances[i], op_.gammas[i],
+                           op_.betas[i]);
+  }
+
+  void statistics(size_t i, const E* value) const {
     const NodePlan<E>& node = plan_.nodes[i];
     const int64_t pitch = node.place.in.pitch;
     const int parts = plan_.batch > 1 ? op_.threads : 1;
@@ -198,13 +220,10 @@ class GraphForwardPass {
     });
     Moments all(pitch);
     for (const Moments& own : moments) all.add(own);
-    const int64_t channels = node.shape.out_channels;
-    for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t c = 0; c < node.shape.out_channels; ++c) {
       op_.means[i][c] = static_cast<T>(all.mean(static_cast<size_t>(c)));
       op_.variances[i][c] = static_cast<T>(all.variance(static_cast<size_t>(c)));
     }
-    norms_[i] = norm_of(channels, pitch, node.eps, op_.means[i], op_.variances[i], op_.gammas[i],
-                        op_.betas[i]);
   }
 
   // The bounds of what the last node reads, in torch's order.

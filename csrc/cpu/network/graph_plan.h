@@ -11,13 +11,17 @@
 
 namespace cibp {
 
+struct Counted {
+  bool normed = false, activated = false;
+};
+
 template <class E>
 struct NodePlan : Node {
   NetworkPlan<E> plan;  // of its layer, the only one
   Layer<E> place;       // whose `in` is how the node's value lies
   int64_t saved = 0;    // where that is, in bytes
-  bool counts = false;  // whether the width of what its first edge reads is its to count
-  bool counts_b = false;
+  // whether the widths behind norm and activation of what its edges read are its to count
+  Counted counted_a, counted_b;
 
   const Layer<E>& layer() const { return plan.layers[0]; }
 };
@@ -53,12 +57,14 @@ template <class E>
 Graph<E>::Graph(const std::vector<Node>& nodes) {
   const auto plan = std::make_shared<GraphPlan<E>>();
   plan->batch = nodes[0].shape.batch;
-  std::vector<bool> counted(nodes.size() + 1);
+  std::vector<Counted> counted(nodes.size() + 1);
   const auto count = [&](const Edge& edge) {  // the first time that a value is read so
-    if (edge.value == 0 || edge.slope == 1 || counted[static_cast<size_t>(edge.value)])
-      return false;
-    counted[static_cast<size_t>(edge.value)] = true;
-    return true;
+    Counted& before = counted[static_cast<size_t>(edge.value)];
+    const Counted own{edge.value > 0 && !before.normed,
+                      edge.value > 0 && edge.slope != 1 && !before.activated};
+    before.normed |= own.normed;
+    before.activated |= own.activated;
+    return own;
   };
   for (const Node& given : nodes) {
     NodePlan<E> node{};
@@ -66,9 +72,9 @@ Graph<E>::Graph(const std::vector<Node>& nodes) {
     node.plan.given = Given::kBoxes;
     node.plan.batch = node.plan.points = plan->batch;
     node.place = value_place<E>(given.shape);
-    node.counts = count(given.a);
+    node.counted_a = count(given.a);
     if (given.kind == NodeKind::kSum) {
-      node.counts_b = count(given.b);
+      node.counted_b = count(given.b);
     } else {
       const bool pool = given.kind == NodeKind::kPool, first = given.a.value == 0;
       Layer<E> layer =

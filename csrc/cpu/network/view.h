@@ -95,36 +95,49 @@ void for_vectors(const Layer<E>& place, const Body& body) {
       body(place.in_offsets[p] + c, static_cast<int64_t>(p), c);
 }
 
-// The images that a layer reads, of `count` examples from n on; returns the sum of r^2.
+// Sums of r^2 of what is read.
+struct Widths {
+  double normed = 0, activated = 0;  // behind the norm, and behind the activation
+};
+
+// Reads one vector of an example's streams, behind norm and activation; adds r^2 of both.
 template <class E>
-double prepare(const View<E>& view, int64_t n, int64_t count, const Layer<E>& layer, E* images) {
+[[gnu::always_inline]] inline void read(const View<E>& view, const E* from, int64_t channel,
+                                        Vec<Number<E>>* streams, Vec<Number<E>>* squares) {
+  load_value(view, from, channel, streams);
+  squares[0] += streams[1] * streams[1];
+  bend<Number<E>>(view.slope, streams);
+  squares[1] += streams[1] * streams[1];
+}
+
+// The images that a layer reads, of `count` examples from n on.
+template <class E>
+void prepare(const View<E>& view, int64_t n, int64_t count, const Layer<E>& layer, E* images,
+             Widths& widths) {
   using T = Number<E>;
   const Geometry& g = layer.in;
-  double total = 0;
   for (int64_t k = 0; k < count; ++k, images += g.size()) {
     if (!layer.dense) clear_padding(g, layer.shape.in_height, layer.shape.in_width, images);
     const E* const value = view.value + (n + k) * view.size();
-    Vec<T> squares{};
+    Vec<T> squares[2] = {};
     for_vectors(*view.place, [&](int64_t from, int64_t pixel, int64_t channel) {
       Vec<T> streams[S];
-      load_value(view, value + from, channel, streams);
-      bend<T>(view.slope, streams);
-      squares += streams[1] * streams[1];
+      read(view, value + from, channel, streams, squares);
       store_streams(images + layer.in_offsets[static_cast<size_t>(pixel)] + channel,
                     g.stream_stride(), streams);
     });
-    total += static_cast<double>(sum<T>(squares));
+    widths.normed += static_cast<double>(sum<T>(squares[0]));
+    widths.activated += static_cast<double>(sum<T>(squares[1]));
   }
-  return total;
 }
 
 // Where the gradient of a value goes: by (mu, r, nominal) behind its norm, and as it lies.
 template <class E>
 struct ViewGradient {
   View<E> view;
-  E* data;          // null: nobody wants it
-  bool filled;      // whether there is something, to which this is added
-  Number<E> scale;  // of r in the width's gradient
+  E* data;                      // null: nobody wants it
+  bool filled;                  // whether there is something, to which this is added
+  Number<E> normed, activated;  // of r in the gradients of the widths behind norm and activation
 };
 
 // Takes the gradient of what was read, of one vector of example n; `from`: its place in the data.
@@ -133,13 +146,14 @@ template <class E>
                                         int64_t channel, Vec<Number<E>>* gradient) {
   using T = Number<E>;
   const int64_t at = n * to.view.size() + from;
-  if (to.view.slope != 1) {
+  if (to.view.slope != 1 || to.normed != 0) {
     Vec<T> before[S], after[S];
     load_value(to.view, to.view.value + at, channel, before);
     for (int k = 0; k < S; ++k) after[k] = before[k];
     bend<T>(to.view.slope, after);
-    gradient[1] += to.scale * after[1];
+    gradient[1] += to.activated * after[1];
     unbend<T>(to.view.slope, before, gradient);
+    gradient[1] += to.normed * before[1];
   }
   E* const out = to.data + at;
   for (int k = 0; k < S; ++k) {
