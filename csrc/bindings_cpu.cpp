@@ -330,9 +330,8 @@ void define_shapes(py::module_& m) {
            "value"_a, "slope"_a);
   py::class_<Node>(m, "Node", py::module_local())
       .def(py::init([](NodeKind kind, const Shape& shape, bool fast, const Edge& a, const Edge& b,
-                       bool norm, bool fixed, double eps) {
-             return Node{kind, shape, fast, a, b, norm, fixed, eps};
-           }),
+                       bool norm, bool fixed,
+                       double eps) { return Node{kind, shape, fast, a, b, norm, fixed, eps}; }),
            py::kw_only(), "kind"_a, "shape"_a, "fast"_a, "a"_a, "b"_a, "norm"_a, "fixed"_a,
            "eps"_a);
 }
