@@ -174,8 +174,11 @@ def auto_lirpa(model: nn.Sequential, problem: Problem) -> Step:
         if net is None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of its tracing
-                net = auto_LiRPA.BoundedModule(_without_pad(model).eval(), torch.zeros_like(x))
-                net.train(problem.model in NORMED)
+                plain = _without_pad(model)
+                if problem.model in NORMED:
+                    plain.eval()  # while it is traced
+                net = auto_LiRPA.BoundedModule(plain, torch.zeros_like(x))
+                net.train()
         lower, upper = problem.streams(x)
         box = auto_LiRPA.PerturbationLpNorm(norm=torch.inf, x_L=lower, x_U=upper)
         logits = net(auto_LiRPA.BoundedTensor(x, box))

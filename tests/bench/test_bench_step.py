@@ -7,6 +7,7 @@ import csv
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,19 @@ def _quick() -> Iterator[None]:
 @pytest.fixture(scope="module", params=PROBLEMS, ids=lambda p: f"{p.model}-{p.dataset}-{p.batch}")
 def exact(request: pytest.FixtureRequest) -> tuple[Problem, Exact]:
     return request.param, Exact.of(request.param)
+
+
+@pytest.mark.parametrize("model", problems.NORMED)
+@pytest.mark.parametrize("name", ["fused", "layers", "naive", "auto_lirpa"])
+def test_networks_with_norms(model: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "auto_lirpa":
+        pytest.importorskip("auto_LiRPA")
+    narrow = partial(problems.normed_network, width=4)
+    monkeypatch.setattr(problems, "normed_network", narrow)
+    problem = Problem(model, "3x10x10", 4)
+    errors = Exact.of(problem).errors(CONTENDERS[name].step(problem))
+    problems.check(errors, 1e-3)
+    assert problem.flops() > 0 and problem.bytes("float32") > 0
 
 
 @pytest.fixture(scope="module")
