@@ -146,6 +146,60 @@ class Network_float32:
         /,
     ) -> None: ...
 
+class NodeKind(Enum):
+    affine = 0
+    pool = 1
+    sum = 2
+
+class Edge:
+    def __init__(self, *, value: int, slope: float) -> None: ...
+
+class Node:
+    def __init__(
+        self,
+        *,
+        kind: NodeKind,
+        shape: Shape,
+        fast: bool,
+        a: Edge,
+        b: Edge,
+        norm: bool,
+        fixed: bool,
+        eps: float,
+    ) -> None: ...
+
+class Graph_float32:
+    """csrc/cpu/network/graph.h: Graph. What a node has not has the address 0."""
+
+    def __init__(self, nodes: Sequence[Node]) -> None: ...
+    @property
+    def saved_bytes(self) -> int: ...
+    @property
+    def example_bytes(self) -> list[int]: ...  # of each thing that is saved
+    def forward(
+        self,
+        threads: int,
+        parameters: Sequence[Sequence[int]],  # weights, biases, gammas and betas of each node
+        tensors: Sequence[Sequence[int]],  # 3
+        mean: bool,
+        saved: int,
+        outputs: Sequence[int],  # 6
+        statistics: Sequence[Sequence[int]],  # means and variances of each node
+        /,
+    ) -> None: ...
+    def backward(
+        self,
+        threads: int,
+        parameters: Sequence[Sequence[int]],  # weights, gammas and betas of each node
+        mean: bool,
+        saved: int,
+        statistics: Sequence[Sequence[int]],
+        inputs: Sequence[int],  # 8 data pointers
+        outputs: Sequence[int],  # 3
+        gradients: Sequence[Sequence[int]],  # as the parameters of forward
+        /,
+    ) -> None: ...
+
 class TrainStep_float32:
     """csrc/cpu/network/train.h: TrainStep. Absent parameters have zeros."""
 
@@ -195,5 +249,7 @@ loss_forward_float64 = loss_forward_float32
 loss_backward_float64 = loss_backward_float32
 Network_float64 = Network_float32
 Network_bfloat16 = Network_float32
+Graph_float64 = Graph_float32
+Graph_bfloat16 = Graph_float32
 TrainStep_bfloat16 = TrainStep_float32
 peak_flops_float64 = peak_flops_float32

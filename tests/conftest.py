@@ -42,11 +42,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _reproducible() -> Iterator[None]:
     sys.setrecursionlimit(RECURSION_LIMIT)
-    threads = torch.get_num_threads()
+    threads, path = torch.get_num_threads(), [*sys.path]
     torch.manual_seed(0)
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+    sys.path[:] = path  # --model adds the current folder
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <new>
 #include <vector>
@@ -29,6 +30,9 @@ class Memory {
       if (!block_.data) throw std::bad_alloc();
     }
     size_ = bytes;
+#ifdef CIBP_POISON  // tests: whatever is read before it is written turns the result into NaN
+    std::memset(block_.data, 0xff, bytes);
+#endif
   }
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
@@ -48,7 +52,11 @@ class Memory {
     void* data;
     size_t bytes;
   };
+#ifdef CIBP_POISON  // tests: a new block each time, so that ASan sees what lies outside it
+  static constexpr size_t kKept = 0;
+#else
   static constexpr size_t kKept = 8;
+#endif
   // Never destroyed: tensors may outlive this module.
   static std::vector<Block>& kept() {
     static auto* blocks = [] {

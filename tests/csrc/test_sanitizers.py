@@ -41,6 +41,18 @@ FEW = (
     "fusion/test_fuse.py::test_random_chains",
     "fusion/test_fuse.py::test_fast_equals_cf_bounds_in_float64",
     "fusion/test_fuse.py::test_frozen_parameters",
+    *(
+        f"fusion/test_graph.py::test_networks[portable-{name}-True]"
+        for name in (
+            "norms",
+            "pooling",
+            "padding",
+            "residual with norms",
+            "pre-activation",
+            "dense",
+        )
+    ),
+    "fusion/test_graph.py::test_precisions",
     "fusion/test_saved.py::test_memory_full_of_nan[portable-fast-every stage]",
     "fusion/test_saved.py::test_memory_full_of_nan[portable-bf16-every stage]",
     "fusion/test_bf16.py::test_winograd_of_numbers_that_need_no_rounding",
@@ -54,6 +66,7 @@ THREADS = (
     "ops/test_loss.py::test_repeats_are_bitwise_equal",
     "fusion/test_fuse.py::test_fast_equals_cf_bounds_in_float64[portable-3-1-1]",
     "fusion/test_fuse.py::test_fast_equals_cf_bounds_in_float64[portable-4-2-1]",
+    "fusion/test_graph.py::test_threads_repeat[residual with norms]",
     "fusion/test_saved.py::test_memory_full_of_nan[portable-fast-every stage]",
     "fusion/test_saved.py::test_memory_full_of_nan[portable-float64-every stage]",
     "training/test_cpu_step.py::test_repeats_are_bitwise_equal_at_each_number_of_threads",

@@ -670,8 +670,6 @@ def test_parameters_elsewhere() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"width": "pre"}, ValueError, "after activations only: .*'pre'.*cf.bounds takes it"),
-        ({"width": "all"}, ValueError, "'all'"),
         ({"width": "no"}, ValueError, "width must be one of"),
         ({"reduction": "no"}, ValueError, "reduction must be"),
         ({"box": X}, TypeError, "box must be an Interval"),

@@ -374,7 +374,7 @@ class Squared(nn.Module):
         self.linear = nn.Linear(64, 3)
 
     def forward(self, x):
-        return self.linear(x.flatten(1)).cumsum(1)
+        return self.linear(x.flatten(1)).cumprod(1)
 
 
 @pytest.mark.parametrize(
@@ -393,7 +393,7 @@ class Squared(nn.Module):
             ValueError,
             "dropout has no interval rule: it is random in training mode",
         ),
-        ({"model": Squared}, ValueError, "fails on 4 examples of the data: .*cumsum"),
+        ({"model": Squared}, ValueError, "fails on 4 examples of the data: .*cumprod"),
         ({"model": None}, ValueError, "model must be given with a config of one's own"),
         ({"data": None}, ValueError, "data must be given with a config of one's own"),
         ({"data": DATA[0]}, TypeError, r"data must be a pair \(train, test\)"),

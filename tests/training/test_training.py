@@ -16,8 +16,8 @@ from cibp_fast.ops import loss
 from cibp_fast.training import datasets, evaluation, loop, runs
 from cibp_fast.training.batches import epoch_batches
 from cibp_fast.training.config import preset
-from cibp_fast.training.distributed import World
-from cibp_fast.training.step import Objective
+from cibp_fast.training.distributed import ALONE, World
+from cibp_fast.training.step import Objective, Step, fastest
 
 
 @pytest.fixture(autouse=True)
@@ -290,12 +290,15 @@ def test_the_loss_is_that_of_the_layers(monkeypatch, precision, tolerance):
         assert (one - other).norm() <= tolerance * other.norm()
 
 
-def test_widths_before_activations_run_layer_by_layer():
+def test_widths_before_activations_are_one_op_but_no_step_of_kernels():
     config = preset("mnist5k-small-0.1-cibp", width="pre")
-    loss = Objective(runs.build_model(config), config)
-    assert loss.fused is None
-    value, _ = loss(torch.rand(2, 1, 28, 28), torch.arange(2), 0.1, 0.5)
-    assert value.isfinite()
+    step = Step(config, load_toy("mnist5k").train, ALONE, "auto")
+    assert step.objective.fused is not None and fastest(step, 0) is step
+    x, y = torch.rand(2, 1, 28, 28), torch.arange(2)
+    value, _ = step.objective(x, y, 0.1, 0.5)
+    out = cf.bounds(step.model, x, cf.Interval.ball(x, 0.1, config.clip), "pre")
+    expected = cf.losses.terms(out, y, elide=True).total(0.5, config.width_weight)
+    torch.testing.assert_close(value, expected)
 
 
 @pytest.mark.parametrize("method", ["nominal", "cibp"])
