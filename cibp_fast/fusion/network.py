@@ -114,12 +114,11 @@ class FusedNetwork(nn.Module):
         Raises:
             TypeError: x or box has the wrong type, or a parameter another dtype than x.
             FloatingPointError: the batch statistics of a norm are not finite.
-            ValueError: as cf.bounds; and x is of another dtype or on another
-                device than the above, a parameter is elsewhere, a layer does not fit its input,
-                the model has changed to one that `fuse` cannot take or computes something else
-                than was traced, batch norm is in training mode
-                and has but one value per channel, or dropout is (which has no bounds), or the
-                backend or precision that was asked for cannot run there.
+            ValueError: as cf.bounds; and x is of another dtype or on another device than the above,
+                a parameter is elsewhere, a layer does not fit its input, the model has changed to
+                one that `fuse` cannot take or computes something else than was traced, batch norm
+                is in training mode and has but one value per channel, or dropout is (which has no
+                bounds), or the backend or precision that was asked for cannot run there.
         """
         check_arguments(x, box, width, reduction)
         device = x.device
@@ -373,7 +372,7 @@ def planned_graph(program: Program, x: Tensor, fast: bool) -> tuple[GraphPlan, P
     """
     parameters = _parameters(program, x)
     shapes = [None if t is None else t.shape for pair in parameters for t in pair]
-    key = x.shape[1:], fast, *(norm.module.training for norm in program.norms)
+    key = "graph", x.shape[1:], fast, *(norm.module.training for norm in program.norms)
     plan = None if torch.compiler.is_compiling() else program.plans.get(key)
     new = plan is None or plan.shapes != shapes
     if plan is None or new:
@@ -416,20 +415,23 @@ def given_statistics(plan: GraphPlan, x: Tensor) -> Tensor:
 def update_running_statistics(plan: GraphPlan, statistics: Tensor, examples: int) -> None:
     """Moves the running statistics as torch's batch norm does. statistics: of `ops.graph`.
 
-    Raises FloatingPointError where they are not finite, with nothing changed.
+    Raises FloatingPointError where those of the batch are not finite, with nothing changed.
     """
     normed = plan.made.normed()
     columns = statistics.split([node.output[0] for _, node in normed], 1)
+    of_batch = [
+        (norm, node, column)
+        for (norm, node), column in zip(normed, columns, strict=True)
+        if not node.fixed
+    ]
     if not torch.compiler.is_compiling() and not bool(statistics.isfinite().all()):
-        finite = [bool(column.isfinite().all()) for column in columns]
-        layer = normed[finite.index(False)][0]
-        raise FloatingPointError(
-            f"{layer.name} ({type(layer.module).__name__}): mean or variance of its batch is not "
-            "finite: x, or a parameter of a layer before it, is NaN, infinite or too large"
-        )
-    for (norm, node), (mean, variance) in zip(normed, columns, strict=True):
-        if node.fixed:
-            continue
+        for norm, _, column in of_batch:
+            if not bool(column.isfinite().all()):
+                raise FloatingPointError(
+                    f"{norm.described}: mean or variance of its batch is not finite: x, or a "
+                    "parameter of a layer before it, is NaN, infinite or too large"
+                )
+    for norm, node, (mean, variance) in of_batch:
         module = norm.module
         module.num_batches_tracked.add_(1)
         rate = module.momentum

@@ -197,6 +197,32 @@ def test_widths(name: str, width: str) -> None:
                 torch.testing.assert_close(one, other, rtol=0, atol=1e-10 * scale)
 
 
+def test_plans_of_both_kinds_stay_apart() -> None:
+    """Checks a chain whose calls ask for other widths in turn, and its modes."""
+    model = nn.Sequential(
+        nn.Conv2d(2, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten(), nn.Linear(210, 3)
+    ).double()
+    plain = small()
+    for net, (x, lower, upper) in ((model, inputs(4, 2, 9, 8)), (plain, inputs(4, 2, 9, 7))):
+        fused = cf.fuse(net)
+        for training in (False, True, False):
+            fused.train(training)
+            for width in ("post", "pre", "all", "post"):
+                found = fused.bounds(x, Interval(lower, upper), width)
+                expected = cf.bounds(net, x, Interval(lower, upper), width)
+                torch.testing.assert_close(found.widths, expected.widths)
+                torch.testing.assert_close(found.box.lower, expected.box.lower)
+
+
+def test_running_statistics_that_are_not_finite_are_no_error() -> None:
+    """Checks that a norm in eval mode gives NaN, as torch's."""
+    model, shape = made("residual with norms")
+    model.eval()
+    norms(model)[0].running_mean.fill_(torch.nan)
+    x, lower, upper = inputs(3, *shape)
+    assert cf.fuse(model).bounds(x, Interval(lower, upper)).logits.isnan().all()
+
+
 @st.composite
 def networks(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...]]:
     torch.manual_seed(draw(st.integers(0, 2**16)))
