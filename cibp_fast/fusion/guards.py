@@ -27,7 +27,8 @@ from cibp_fast.models import Normalize
 _HYPERPARAMETERS: dict[type[nn.Module], tuple[str, ...]] = {
     **dict.fromkeys(CONVOLUTIONS, ("stride", "padding", "dilation", "groups", "padding_mode")),
     **dict.fromkeys(NORMS, ("eps",)),
-    nn.LeakyReLU: ("negative_slope",),
+    nn.ReLU: ("inplace",),
+    nn.LeakyReLU: ("negative_slope", "inplace"),
     nn.AvgPool2d: (
         *("kernel_size", "stride", "padding"),
         *("ceil_mode", "count_include_pad", "divisor_override"),

@@ -102,8 +102,8 @@ class FusedNetwork(nn.Module):
         clip=None)`, with eps a number or one per channel, of the same x costs less where the first
         layer is a convolution without padding. Units and classes that a bias of -infinity masks
         stay masked, and have no width, as in cf.bounds. Where hidden bounds overflow, NaN (which
-        verifies nothing) may stand for an infinite margin of cf.bounds: behind pooling, in
-        precision "fast", and on a GPU.
+        verifies nothing) may stand for an infinite margin of cf.bounds: behind pooling and leaky
+        ReLU, in precision "fast", and on a GPU.
 
         Args:
             x: [N, ...], float32, or float64 on the CPU; the nominal point.
@@ -317,8 +317,7 @@ def needs_graph(program: Program) -> Layer | None:
     """Returns a layer for which the network needs the kernels of ops.graph; None: there is none."""
     if program.graph:
         kinds = (Sum, nn.LeakyReLU)
-        found = (layer for layer, _ in program.calls if type(layer.module) in kinds)
-        return next(found, program.calls[-1].layer)
+        return next(layer for layer, _ in program.calls if type(layer.module) in kinds)
     return next((norm for norm in program.norms if norm.module.training), None)
 
 

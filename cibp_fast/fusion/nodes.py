@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +14,6 @@ from cibp_fast.fusion.program import (
     NORMS,
     POOLS,
     Affine,
-    Call,
     Layer,
     Program,
     Sum,
@@ -40,6 +38,8 @@ class _Read(NamedTuple):
     value: int  # as in Edge
     shape: tuple[int, ...]  # of an example, as the model has it
     image: tuple[int, ...]  # the same, before flattening
+    memory: int  # results that share it have the same number: what changes one changes all
+    normed: bool = False  # whether it is behind the value's batch norm
     slope: float = 1.0
     padding: tuple[int, ...] = NO_PADDING
 
@@ -85,16 +85,20 @@ class _Builder:
         given = tuple([int(size) for size in shape])
         self.program, self.fast = program, fast
         self.affine = iter(zip(program.affine, parameters, strict=True))
-        self.readers = Counter(source for _, sources in program.calls for source in sources)
-        self.reads = [_Read(0, given, given)]  # of the input, and then of each call
+        self.reads = [_Read(0, given, given, 0)]  # of the input, and then of each call
+        self.changed: dict[int, _Read] = {}  # by memory, what the last change in place made of it
+        self.uses: list[tuple[Layer, _Read]] = []  # what the nodes read
         self.nodes: list[Node] = []
         self.norms: dict[int, Layer] = {}  # by node
         self.layers: list[tuple[str, int, int]] = []  # kind, row and node in the widths
 
     def build(self) -> Nodes:
         for call in self.program.calls:
-            sources = [self.reads[source + 1] for source in call.sources]
-            self.reads.append(self._read(call, *sources))
+            sources = [self._current(self.reads[source + 1]) for source in call.sources]
+            self.reads.append(self._result(call.layer, *sources))
+        for layer, read in self.uses:
+            if read.normed != (read.value - 1 in self.norms):
+                raise layer.error("it reads a layer before its batch norm, and others behind it")
         end, last = self.reads[-1], self.program.calls[-1].layer
         plain = end.slope == 1 and end.value - 1 not in self.norms and end.padding == NO_PADDING
         if type(last.module) not in LINEARS or not plain or self._is_read(end.value):
@@ -114,9 +118,24 @@ class _Builder:
     def _is_read(self, value: int) -> bool:
         return any(value in _values(node) for node in self.nodes)
 
-    def _read(self, call: Call, source: _Read, *others: _Read) -> _Read:
+    def _current(self, read: _Read) -> _Read:
+        """Returns a result as it is now, where a later call has changed it in place."""
+        now = self.changed.get(read.memory, read)
+        return read._replace(value=now.value, normed=now.normed, slope=now.slope)
+
+    def _result(self, layer: Layer, source: _Read, *others: _Read) -> _Read:
+        """Returns what a call makes of its sources, and notes where it changes one in place."""
+        made = self._made(layer, source, *others)
+        if getattr(layer.module, "inplace", False) and type(layer.module) not in DROPOUTS:
+            made = made._replace(memory=source.memory)
+            self.changed[source.memory] = made
+        elif type(layer.module) not in (nn.Identity, nn.Flatten, *DROPOUTS):
+            made = made._replace(memory=len(self.reads))
+        return made
+
+    def _made(self, layer: Layer, source: _Read, *others: _Read) -> _Read:
         """Returns what a call makes of its sources; adds a node where it needs one."""
-        layer, kind = call.layer, type(call.layer.module)
+        kind = type(layer.module)
         if kind in (nn.Identity, Normalize, *DROPOUTS):
             return source
         if kind is nn.ZeroPad2d:
@@ -129,19 +148,23 @@ class _Builder:
         if kind in ACTIVATIONS:
             return self._activated(layer, source)
         if kind in NORMS:
-            return self._normed(call, source)
+            return self._normed(layer, source)
         if kind in POOLS:
             stage = pooling_stage(layer, source.shape)
             if stage.kernel == (1, 1) and stage.input == stage.output:
                 return source
-            return self._add(Node("pool", stage.shape, _edge(source)), stage.output)
+            return self._add(Node("pool", stage.shape, self._edge(layer, source)), stage.output)
         if kind is Sum:
             return self._sum(layer, source, others[0])
         return self._affine(layer, source)
 
     def _add(self, node: Node, shape: tuple[int, ...]) -> _Read:
         self.nodes.append(node)
-        return _Read(len(self.nodes), shape, node.output)
+        return _Read(len(self.nodes), shape, node.output, 0)
+
+    def _edge(self, layer: Layer, read: _Read) -> Edge:
+        self.uses.append((layer, read))
+        return Edge(read.value, read.slope)
 
     def _activated(self, layer: Layer, source: _Read) -> _Read:
         slope = float(getattr(layer.module, "negative_slope", 0.0))
@@ -155,13 +178,12 @@ class _Builder:
         self.layers.append(noted)
         return source._replace(slope=slope)
 
-    def _normed(self, call: Call, source: _Read) -> _Read:
-        layer, node = call.layer, source.value - 1
+    def _normed(self, layer: Layer, source: _Read) -> _Read:
+        node = source.value - 1
         if layer.module.running_mean is None:
             raise layer.misfit("it has no running statistics")
-        alone = self.readers[call.sources[0]] == 1 and source.slope == 1
-        if node < 0 or not alone or node in self.norms:
-            raise layer.error("it must be the only one to read the layer before it")
+        if node < 0 or source.slope != 1 or node in self.norms:
+            raise layer.error("it must follow a layer, or a sum, that no other norm follows")
         channels = self.nodes[node].output[0]
         if len(layer.module.running_mean) != channels:
             found = len(layer.module.running_mean)
@@ -176,7 +198,7 @@ class _Builder:
             norm=True, fixed=not layer.module.training, eps=float(layer.module.eps)
         )
         self.layers.append(("affine", 1, node))
-        return source
+        return source._replace(normed=True)
 
     def _sum(self, layer: Layer, a: _Read, b: _Read) -> _Read:
         if 0 in (a.value, b.value):
@@ -184,7 +206,8 @@ class _Builder:
         if a.shape != b.shape or a.image != b.image:
             raise layer.error(f"it adds {list(a.shape)} and {list(b.shape)}")
         shape = Shape(1, *a.image, *a.image, 1, 1)
-        return self._add(Node("sum", shape, _edge(a), _edge(b)), a.shape)
+        edges = self._edge(layer, a), self._edge(layer, b)
+        return self._add(Node("sum", shape, edges[0], edges[1]), a.shape)
 
     def _affine(self, layer: Layer, source: _Read) -> _Read:
         affine, (weight, bias) = next(self.affine)
@@ -199,11 +222,7 @@ class _Builder:
             stage = convolution_stage(Affine(layer, []), source.image, weight, source.padding)
             shape, out = stage.shape, stage.output
         self.layers.append(("affine", 0, len(self.nodes)))
-        return self._add(Node("affine", shape, _edge(source), fast=self.fast), out)
-
-
-def _edge(read: _Read) -> Edge:
-    return Edge(read.value, read.slope)
+        return self._add(Node("affine", shape, self._edge(layer, source), fast=self.fast), out)
 
 
 def _values(node: Node) -> list[int]:

@@ -24,10 +24,14 @@ DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d)
 
 
 class Sum(nn.Module):
-    """Adds two values: what `+` in a forward is."""
+    """Adds two values: what `+` in a forward is, or, in place, `+=`."""
+
+    def __init__(self, inplace: bool = False) -> None:
+        super().__init__()
+        self.inplace = inplace
 
     def forward(self, a: Any, b: Any) -> Any:
-        return a + b
+        return a.add_(b) if self.inplace else a + b
 
 
 # The layers of torch whose functions have an interval rule: those that cf.bounds takes.

@@ -54,6 +54,7 @@ _FUNCTIONS: dict[Any, str] = {
     **dict.fromkeys((torch.reshape, "reshape"), "reshape"),
     "view": "view",
 }
+_IN_PLACE = (torch.relu_, "relu_", F.leaky_relu_, operator.iadd, "add_")
 _SIZES = {"reshape": "shape", "view": "size"}  # the names of their arguments
 
 _SUPPORTED = (
@@ -393,16 +394,18 @@ def _layer(model: nn.Module, node: fx.Node) -> tuple[Layer, list[Any]]:
             raise layer.misfit("it takes more than its input")
         return layer, [source]
     name = _FUNCTIONS.get(node.target)
-    arguments.pop("inplace", None)
+    inplace = bool(arguments.pop("inplace", node.target in _IN_PLACE))
     if name == "relu" and len(others) <= 1 and not arguments:
-        return Layer(f"the call of {name}", nn.ReLU()), [source]
+        inplace |= bool(others and others[0])
+        return Layer(f"the call of {name}", nn.ReLU(inplace)), [source]
     if name == "leaky_relu" and len(others) <= 2 and arguments.keys() <= {"negative_slope"}:
         slope = others[0] if others else arguments.get("negative_slope", 0.01)
-        return Layer(f"the call of {name}", nn.LeakyReLU(slope)), [source]
+        inplace |= bool(others[1:] and others[1])
+        return Layer(f"the call of {name}", nn.LeakyReLU(slope, inplace)), [source]
     if name == "add":
         second = others[0] if others else arguments.pop("other", None)
         if len(others) <= 1 and not arguments and isinstance(second, fx.Node):
-            return Layer("the call of add", Sum()), [source, second]
+            return Layer("the call of add", Sum(inplace)), [source, second]
     if name == "flatten":
         dims = {"start_dim": 0, "end_dim": -1}
         dims.update(zip(dims, others, strict=False))

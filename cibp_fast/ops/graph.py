@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import accumulate, chain
+from itertools import chain
 from math import prod
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -130,8 +130,9 @@ def graph(
         which it is read, or 0; copies of the last node's weight and bias; and the statistics with
         those of the batch, variances biased, without a gradient.
     """
+    counts = len(parameters.weights), len(parameters.gammas)
     streams = lower, upper, nominal
-    return _Graph.apply(code, mean, engine, statistics, *streams, *chain(*parameters))
+    return _Graph.apply(code, counts, mean, engine, statistics, *streams, *chain(*parameters))
 
 
 class _Graph(torch.autograd.Function):
@@ -139,6 +140,7 @@ class _Graph(torch.autograd.Function):
     def forward(
         ctx: Any,
         code: Code,
+        counts: tuple[int, int],
         mean: bool,
         engine: str,
         given: Tensor,
@@ -147,7 +149,7 @@ class _Graph(torch.autograd.Function):
         nominal: Tensor,
         *tensors: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        parameters = _divided(tensors, decoded(code))
+        parameters = _divided(tensors, counts)
         *outputs, statistics, packed = torch.ops.cibp_fast.graph_forward(
             lower, upper, nominal, given, *parameters, *code, engine, mean
         )
@@ -156,7 +158,7 @@ class _Graph(torch.autograd.Function):
         ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(statistics)
-        ctx.code, ctx.mean, ctx.engine = code, mean, engine
+        ctx.code, ctx.counts, ctx.mean, ctx.engine = code, counts, mean, engine
         weight, bias = weights[-1], parameters.biases[-1]
         return *outputs, weight.clone(), None if bias is None else bias.clone(), statistics
 
@@ -164,12 +166,11 @@ class _Graph(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         backends.no_double_backward("graph")
         backends.no_batched_backward("graph", gradients)
-        nodes = decoded(ctx.code)
         lower_out, upper_out, statistics, packed, *tensors = ctx.saved_tensors
-        count, norms = sum(node.weighted for node in nodes), sum(node.norm for node in nodes)
+        count, norms = ctx.counts
         weights, gammas = tensors[:count], tensors[count : count + norms]
         *of_outputs, head_weight, head_bias, _ = gradients
-        wanted = ctx.needs_input_grad[4:]
+        wanted = ctx.needs_input_grad[5:]
         inputs, found = torch.ops.cibp_fast.graph_backward(
             *of_outputs,
             lower_out,
@@ -189,14 +190,20 @@ class _Graph(torch.autograd.Function):
             if gradient is not None and wanted[3:][place]:
                 found[place].add_(gradient)
         grads = (g if want else None for g, want in zip((*inputs, *found), wanted, strict=True))
-        return None, None, None, None, *grads
+        return None, None, None, None, None, *grads
 
 
-def _divided(tensors: Sequence[Any], nodes: Sequence[Node]) -> Parameters:
-    """Returns the tensors in the four kinds that they were chained of."""
-    sizes = [sum(node.weighted for node in nodes)] * 2 + [sum(node.norm for node in nodes)] * 2
-    ends = list(accumulate(sizes))
-    return Parameters(*(list(tensors[e - n : e]) for e, n in zip(ends, sizes, strict=True)))
+def _divided(tensors: Sequence[Any], counts: tuple[int, int]) -> Parameters:
+    """Returns the tensors in the four kinds that they were chained of.
+
+    counts: of the nodes with weights, and of those with norms.
+    """
+    rest = list(tensors)
+    weights, biases, gammas, betas = (
+        [rest.pop(0) for _ in range(count)]
+        for count in (counts[0], counts[0], counts[1], counts[1])
+    )
+    return Parameters(weights, biases, gammas, betas)
 
 
 # Registration. Gradients that are not wanted are empty tensors, since an op cannot return None.
@@ -355,7 +362,7 @@ def _graph_backward_kernel(  # type: ignore[no-untyped-def]
     ]
     kept = [[None if t is None else t.contiguous() for t in each]
             for each in (weights, gammas, betas)]  # fmt: skip
-    targets = _divided(found, nodes)
+    targets = _divided(found, (len(weights), len(gammas)))
     plan.network.backward(
         backends.threads(),
         [plan.weighted(kept[0]), *map(plan.normed, kept[1:])],

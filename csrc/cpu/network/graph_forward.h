@@ -175,7 +175,7 @@ class GraphForwardPass {
     };
   }
 
-  // Average pooling needs no more than `convolve`; a sum reads both values as they lie.
+  // A sum reads both values as they lie.
   void add(size_t i, E* out) {
     const NodePlan<E>& node = plan_.nodes[i];
     const View<E> a = view_of(plan_, node.a, op_.saved, norms_),

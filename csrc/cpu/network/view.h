@@ -28,7 +28,6 @@ struct View {
 
   int64_t size() const { return place->in.size(); }
   int64_t stride() const { return place->in.stream_stride(); }
-  int64_t channels() const { return place->in.pitch; }
 };
 
 // The norm of one vector of streams, in place.
@@ -135,7 +134,7 @@ void prepare(const View<E>& view, int64_t n, int64_t count, const Layer<E>& laye
 template <class E>
 struct ViewGradient {
   View<E> view;
-  E* data;                      // null: nobody wants it
+  E* data;
   bool filled;                  // whether there is something, to which this is added
   Number<E> normed, activated;  // of r in the gradients of the widths behind norm and activation
 };
