@@ -32,7 +32,7 @@ def wrong_bias() -> nn.Module:
 
 
 X = torch.rand(3, 2, 9, 8)
-WHOLE, FC = nn.Conv2d(2, 3, (9, 8)), nn.Linear(3, 3)
+WHOLE, FC = nn.Conv2d(2, 3, (9, 8)), nn.Linear(8, 3)
 
 
 def pooled(pool: nn.Module, features: int) -> nn.Module:
