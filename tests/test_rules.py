@@ -408,6 +408,7 @@ def test_nominal_is_carried_where_all_operands_have_one() -> None:
         "tan": torch.tan,
         "lp_pool2d": nn.LPPool2d(2, 2),
         "interpolate with mode='bicubic'": nn.Upsample(scale_factor=2, mode="bicubic"),
+        "interpolate with mode='lanczos'": lambda x: F.interpolate(x, 2, mode="lanczos"),
         "batch_norm": lambda x: torch.batch_norm(
             x, None, None, torch.zeros(3).double(), torch.ones(3).double(), False, 0.1, 1e-5, False
         ),
@@ -466,6 +467,10 @@ def test_refused_by_name(name: str, call) -> None:
         "celu is monotone for alpha > 0": nn.CELU(-1.0),
         "value": nn.Threshold(0.0, 1.0),
         "beta": nn.Softplus(beta=-1.0),
+        "glu: dim 1 must have an even size, got 3": lambda x: F.glu(x, 1),
+        "attn_mask must be None where is_causal": lambda x: F.scaled_dot_product_attention(
+            x, x, x, torch.ones(4, 4).bool(), is_causal=True
+        ),
         "divisor_override": nn.AvgPool2d(2, divisor_override=-4),
         "stride 1": lambda x: F.conv2d(x, torch.ones(1, 3, 2, 2).double(), None, 2, "same"),
         "padding must be": lambda x: F.conv2d(x, torch.ones(1, 3, 2, 2).double(), None, 1, "full"),

@@ -198,6 +198,9 @@ def _softmax(
     if not low.numel():
         return Interval._make(low, high, nominal, note("activation", low, high, nominal=nominal))
     lost = (low.amax(dim, True) == -math.inf) | (high.amax(dim, True) == math.inf)
+    # shifted by one number the softmax is the same, and the least numbers of the dtype no mask
+    base = low.detach().amax(dim, True).masked_fill(lost, 0.0)
+    low, high = low - base, high - base
     lower, upper = (
         of(own - _others(rivals, dim)).masked_fill(lost, math.nan)
         for own, rivals in ((low, high), (high, low))
@@ -212,7 +215,7 @@ def _others(z: Tensor, dim: int) -> Tensor:
     which the difference takes at most half away. Where it is, the sum over j != k.
     """
     floor = torch.finfo(z.dtype).min / 4  # for -inf, whose gradients are NaN
-    z = z.clamp(min=floor)
+    z = z.clamp(floor, -floor)
     most, where = z.max(dim, True)
     largest = torch.zeros_like(z, dtype=torch.bool).scatter(dim, where, True)
     rest = z.masked_fill(largest, floor).logsumexp(dim, True)
@@ -231,6 +234,9 @@ for _name, _of, _sign in (
 
 @rule("glu")
 def _glu(input: Interval, dim: int = -1) -> Interval:
+    size = input.shape[dim]
+    if size % 2:
+        raise ValueError(f"glu: dim {dim} must have an even size, got {size}")
     first, second = (view(lambda x, i=i: x.chunk(2, dim)[i], input) for i in (0, 1))
     out = corners(operator.mul, "glu", first, each(torch.sigmoid, second))
     out._origin = note("activation", out.lower, out.upper, nominal=out.nominal)
@@ -258,6 +264,8 @@ def _attention(
         raise UnsupportedOpError(name, "dropout_p > 0 is random")
     if enable_gqa:
         raise UnsupportedOpError(name, "enable_gqa=True is not supported")
+    if is_causal and attn_mask is not None:
+        raise ValueError(f"{name}: attn_mask must be None where is_causal=True")
     scores = torch.matmul(query, key.transpose(-2, -1))
     scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
     if is_causal:

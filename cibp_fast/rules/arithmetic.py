@@ -118,9 +118,15 @@ for _name in (
     rule(_name)(partial(each, getattr(torch, _name)))
 
 
+def _not_negative(name: str, box: Interval) -> Interval:
+    """Returns `within` from 0 on, with 0 in place of -0, whose inverse is -inf."""
+    box = within(name, box, 0.0)
+    return Interval._make(box.lower + 0.0, box.upper + 0.0, box.nominal)
+
+
 @rule("rsqrt")
 def _rsqrt(input: Interval) -> Interval:
-    return extremes(torch.rsqrt, within("rsqrt", input, 0.0))
+    return extremes(torch.rsqrt, _not_negative("rsqrt", input))
 
 
 @rule("reciprocal")
@@ -144,7 +150,7 @@ def _pow(input: Interval, exponent: Any) -> Interval:
         raise UnsupportedOpError(f"pow with a {type(exponent).__name__} as exponent")
     power = as_float(exponent)
     if not power.is_integer():
-        input = within("pow", input, 0.0)
+        input = _not_negative("pow", input)
     elif power < 0:
         input = single_sign("pow", input)
     return extremes(lambda x: torch.pow(x, power), input, *((0.0,) if power >= 0 else ()))

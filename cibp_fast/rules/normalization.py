@@ -91,7 +91,7 @@ def _rms_norm(
     if nominal is not None:
         nominal = F.rms_norm(nominal, normalized_shape, weight, eps)
     dims = [-1 - i for i in range(len(normalized_shape))]
-    eps = torch.finfo(input.dtype).eps if eps is None else eps
+    eps = torch.finfo(_computed_in(input)).eps if eps is None else eps
     return _scaled(_standardized(input, dims, eps, centered=False), weight, None, nominal)
 
 
@@ -162,6 +162,11 @@ def _scaled(
     )
 
 
+def _computed_in(box: Interval) -> torch.dtype:
+    """Returns the dtype in which torch computes norms: float32 for half precision."""
+    return torch.promote_types(box.dtype, torch.float32)
+
+
 def _standardized(
     box: Interval, dims: list[int], eps: float, centered: bool = True
 ) -> tuple[Tensor, Tensor]:
@@ -173,7 +178,8 @@ def _standardized(
     the mean), so no bound is beyond +-sqrt(n - 1). The bounds of a box without radius are exact. Of
     a small box of 64 numbers they were 1.2 times as wide as the range, of 16 1.3 times, on average.
     """
-    center, spread = box.center, box.radius
+    wide = each(Tensor.to, box, _computed_in(box))
+    center, spread = wide.center, wide.radius
     count = math.prod([box.shape[dim] for dim in dims])
     radius = spread
     if centered:
@@ -186,12 +192,15 @@ def _standardized(
     mixed = (center.abs() * spread).mean(dims, True)
     most = square + 2 * mixed + spread.square().mean(dims, True)
     tiny = torch.finfo(square.dtype).tiny
-    least = (square - mixed).clamp(min=0).square() / square.clamp(min=tiny)
+    kept = (square - mixed).clamp(min=0)
+    least = kept * (kept / square.clamp(min=tiny))  # kept * kept might overflow
 
     def end(d: Tensor, sign: int) -> Tensor:
         """Returns the greatest (of sign 1) or least quotient for the end d of the deviation."""
         own = d.square() / max(count - centered, 1)
         small = torch.maximum(least, own)  # the variance that moves the quotient away from 0
-        return d * torch.rsqrt(torch.where(sign * d > 0, small, most) + eps)
+        small = small.masked_fill(small == math.inf, math.nan)  # of squares that overflow
+        quotient = d * torch.rsqrt(torch.where(sign * d > 0, small, most) + eps)
+        return quotient.to(box.dtype)
 
     return end(center - radius, -1), end(center + radius, 1)
