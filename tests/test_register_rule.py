@@ -233,6 +233,11 @@ def test_nan_is_no_wrong_bound() -> None:
             TypeError,
             "<lambda> is a plain function, .*wrap_torch_function",
         ),
+        (
+            lambda: cf.register_rule(torch.Tensor.erfinv_, cubed_rule),
+            ValueError,
+            "erfinv_ writes into its input, .* register erfinv",
+        ),
         (lambda: cf.register_rule(len, cubed_rule), TypeError, "len is a plain function"),
         (lambda: cf.register_rule(Layer(), cubed_rule), TypeError, "is a plain function"),
         (

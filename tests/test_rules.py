@@ -137,6 +137,8 @@ FUNCTIONS = {
     "sigmoid_": lambda x: torch.sigmoid_(x),
     "threshold_": lambda x: F.threshold_(x, 0.2, -0.7),
     "dropout1d": lambda x: F.dropout1d(x, training=False),
+    "torch.dropout": lambda x: torch.dropout(x, p=0.5, train=False),
+    "torch.alpha_dropout": lambda x: torch.alpha_dropout(x, 0.5, False),
     "dropout3d": lambda x: F.dropout3d(x[None, None], training=False),
     "feature_alpha_dropout": lambda x: F.feature_alpha_dropout(x, training=False),
     "clamp_": lambda x: x.clamp_(max=0.1),
@@ -432,6 +434,7 @@ def test_nominal_is_carried_where_all_operands_have_one() -> None:
         "bool": bool,
         "dropout": nn.Dropout(0.5),
         "alpha_dropout": nn.AlphaDropout(0.5),
+        "dropout has .* random": lambda x: torch.dropout(x, 0.5, train=True),
         "rrelu": nn.RReLU(),
         "linear has no interval rule: only its input": lambda x: F.linear(
             torch.ones(2, 4).double(), x
@@ -502,6 +505,35 @@ def test_refused_parameters(argument: str, call) -> None:
         call(box)
     with pytest.raises(TypeError, match=r"weight is torch\.float32, lower is torch\.float64"):
         nn.Conv2d(3, 2, 3)(box)
+
+
+@pytest.mark.parametrize(
+    ("message", "call"),
+    {
+        r"layer_norm: box must be \[..., 5\], got \[2, 4, 3\]": lambda x: F.layer_norm(x, (5,)),
+        r"layer_norm: bias must be \[3\], got \[1\]": lambda x: F.layer_norm(
+            x, (3,), None, torch.zeros(1).double()
+        ),
+        r"rms_norm: weight must be \[4, 3\], got \[3\]": lambda x: F.rms_norm(
+            x, (4, 3), torch.ones(3).double()
+        ),
+        "group_norm: num_groups must divide the 4 channels, got 3": lambda x: F.group_norm(x, 3),
+        r"group_norm: weight must be \[4\], got \[1\]": lambda x: F.group_norm(
+            x, 2, torch.ones(1).double()
+        ),
+        r"instance_norm: bias must be \[4\], got \[1\]": lambda x: F.instance_norm(
+            x, bias=torch.ones(1).double()
+        ),
+    }.items(),
+)
+def test_norms_refuse_shapes_that_torch_refuses(message: str, call) -> None:
+    """Also where no nominal point goes through torch's own norm."""
+    box = random_box(2, 4, 3)
+    with pytest.raises(RuntimeError):
+        call(box.nominal)
+    for given in (box, Interval(box.lower, box.upper)):
+        with pytest.raises(ValueError, match=message):
+            call(given)
 
 
 FORMS = {

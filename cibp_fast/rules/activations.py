@@ -161,8 +161,9 @@ def _dropout(
     p: float = 0.5,
     training: bool = True,
     inplace: bool = False,
+    train: bool | None = None,  # as torch.dropout calls it
 ) -> Interval:
-    if training and p > 0:
+    if (training if train is None else train) and p > 0:
         name = function.__name__
         raise UnsupportedOpError(name, "it is random in training mode; call model.eval()")
     return input

@@ -73,7 +73,8 @@ def register_rule(
     Raises:
         TypeError: function or rule is not callable, or a plain function, which an Interval runs
             through without asking for a rule.
-        ValueError: function has a rule already, counts is none of these, or `sound` of a function.
+        ValueError: function has a rule already or works in place, counts is none of these, or
+            `sound` of a function.
             The rule itself raises, when it runs, where it returns anything else.
     """
     if counts not in _KINDS:
@@ -137,6 +138,11 @@ def _targets(name: str, function: Callable[..., Any]) -> tuple[Callable[..., Any
     """Returns the functions that torch asks with for the rule of a function."""
     named = tuple(dict.fromkeys(functions(getattr(function, "__name__", ""))))
     if function in named:
+        if name.endswith("_"):
+            raise ValueError(
+                f"{name} writes into its input, which the result of a rule does not: register "
+                f"{name.rstrip('_')}"
+            )
         return named
     if isinstance(function, CustomOpDef):
         function = function._opoverload.overloadpacket

@@ -72,10 +72,10 @@ def _layer_norm(
     eps: float = 1e-5,
 ) -> Interval:
     """Bounds F.layer_norm; see `_standardized` for how closely."""
+    dims = _last_dims("layer_norm", input, normalized_shape, weight=weight, bias=bias)
     nominal = input.nominal
     if nominal is not None:
         nominal = F.layer_norm(nominal, normalized_shape, weight, bias, eps)
-    dims = [-1 - i for i in range(len(normalized_shape))]
     return _scaled(_standardized(input, dims, eps), weight, bias, nominal)
 
 
@@ -87,10 +87,10 @@ def _rms_norm(
     eps: float | None = None,
 ) -> Interval:
     """Bounds F.rms_norm; see `_standardized` for how closely."""
+    dims = _last_dims("rms_norm", input, normalized_shape, weight=weight)
     nominal = input.nominal
     if nominal is not None:
         nominal = F.rms_norm(nominal, normalized_shape, weight, eps)
-    dims = [-1 - i for i in range(len(normalized_shape))]
     eps = torch.finfo(_computed_in(input)).eps if eps is None else eps
     return _scaled(_standardized(input, dims, eps, centered=False), weight, None, nominal)
 
@@ -104,6 +104,12 @@ def _group_norm(
     eps: float = 1e-5,
 ) -> Interval:
     """Bounds F.group_norm; see `_standardized` for how closely."""
+    channels = input.shape[1]
+    if channels % num_groups:
+        raise ValueError(
+            f"group_norm: num_groups must divide the {channels} channels, got {num_groups}"
+        )
+    _check_shapes("group_norm", [channels], weight=weight, bias=bias)
     nominal = input.nominal
     if nominal is not None:
         nominal = F.group_norm(nominal, num_groups, weight, bias, eps)
@@ -124,11 +130,30 @@ def _instance_norm(
     """Bounds F.instance_norm: by running statistics as batch norm, else as a group a channel."""
     if not use_input_stats:
         return _batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    _check_shapes("instance_norm", [input.shape[1]], weight=weight, bias=bias)
     nominal = input.nominal
     if nominal is not None:
         statistics = (running_mean, running_var)  # which it updates
         nominal = F.instance_norm(nominal, *statistics, weight, bias, True, momentum, eps)
     return _by_channels(input, input.shape[1], weight, bias, eps, nominal)
+
+
+def _last_dims(
+    name: str, box: Interval, normalized_shape: Sequence[int], **scales: Tensor | None
+) -> list[int]:
+    """Returns the dimensions of normalized_shape, counted from the last one."""
+    shape = list(normalized_shape)
+    if list(box.shape[-len(shape) :]) != shape:
+        last = ", ".join(map(str, shape))
+        raise ValueError(f"{name}: box must be [..., {last}], got {list(box.shape)}")
+    _check_shapes(name, shape, **scales)
+    return [-1 - i for i in range(len(shape))]
+
+
+def _check_shapes(name: str, shape: list[int], **scales: Tensor | None) -> None:
+    for what, scale in scales.items():
+        if scale is not None and list(scale.shape) != shape:
+            raise ValueError(f"{name}: {what} must be {shape}, got {list(scale.shape)}")
 
 
 def _by_channels(
