@@ -132,7 +132,7 @@ def test_classes_of_modules() -> None:
 @pytest.mark.parametrize("counts", ["activation", "affine", None])
 @pytest.mark.parametrize("of", ["function", "class"])
 def test_counted_in_the_widths(counts: str | None, of: str) -> None:
-    """Once, whatever rules the rule itself calls."""
+    """Counts it once, whatever rules the rule itself calls."""
 
     def rule(*args: Any) -> Interval:
         x = args[-1]

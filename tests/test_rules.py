@@ -303,6 +303,12 @@ FUNCTIONS = {
     "attention of a mask of bools": lambda x: F.scaled_dot_product_attention(
         x, x, x, torch.tensor([True, False, True])
     ),
+    "attention of rows that see nothing": lambda x: F.scaled_dot_product_attention(
+        x, x, x + 3, torch.tensor([[True, False, True], [False] * 3, [True] * 3])
+    ),
+    "attention of rows that see nothing, by -inf": lambda x: F.scaled_dot_product_attention(
+        x, x, x + 3, torch.tensor([[0.0], [-torch.inf], [1.0]]).double().expand(3, 3)
+    ),
     "causal attention": lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True),
     "attention with constant queries": lambda x: F.scaled_dot_product_attention(
         torch.ones(2, 2, 4).double(), x, x

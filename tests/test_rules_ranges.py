@@ -147,7 +147,7 @@ def test_softmax_is_exact(name: str, size: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_softmax_of_the_least_numbers(dtype: torch.dtype) -> None:
-    """Masks that are written as the least number, and not -inf, leave the softmax of a row."""
+    """Compares them with torch's: masks may be the least number of the dtype, and not -inf."""
     least, greatest = torch.finfo(dtype).min, torch.finfo(dtype).max
     rows = [[least] * 3, [least, least, -torch.inf], [least, least, 0.0], [greatest] * 3]
     x = torch.tensor([*rows, [least, greatest, 0.0], [least / 2, least, least]], dtype=dtype)
@@ -234,7 +234,7 @@ def test_norms_of_large_numbers(name: str, dtype: torch.dtype, size: float) -> N
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_rms_norm_takes_torchs_eps(dtype: torch.dtype) -> None:
-    """Where none is given: it counts beside small numbers."""
+    """Compares small numbers, beside which eps counts, where none is given."""
     x = torch.tensor([[0.005, -0.003, 0.0]], dtype=dtype)
     out, value = F.rms_norm(Interval(x, x), (3,)), F.rms_norm(x, (3,))
     close = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 0}
@@ -285,6 +285,12 @@ SMOOTH: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
     "quotient": (lambda x: x / (x.flip(0) + 9), (2, 3)),
     "glu": (nn.GLU(1), (2, 4)),
     "attention": (lambda x: F.scaled_dot_product_attention(x, x, x), (1, 3, 2)),
+    "attention of a row that sees nothing": (
+        lambda x: F.scaled_dot_product_attention(
+            x, x, x, torch.tensor([[True, True], [False, False]])
+        ),
+        (1, 2, 2),
+    ),
 }
 
 
@@ -366,7 +372,7 @@ def test_boxes_without_dimensions(function: Any) -> None:
 
 @pytest.mark.parametrize("function", [torch.rsqrt, lambda x: x**-0.5, lambda x: x**-1.5])
 def test_roots_of_a_box_that_ends_in_a_negative_zero(function: Any) -> None:
-    """It holds numbers just above 0, of which the root's inverse is as large as one likes."""
+    """Takes boxes that hold numbers just above 0, whose inverse roots have no upper bound."""
     for box in (
         -Interval(torch.tensor([-4.0]), torch.tensor([0.0])),
         Interval(torch.tensor([-0.0]), torch.tensor([4.0])),

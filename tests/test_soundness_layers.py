@@ -209,7 +209,7 @@ def test_all_other_layers_are_refused_by_name(layer: nn.Module, semantics: str) 
 
 @pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
 def test_the_weights_tell_the_geometry_and_not_attributes_beside_them(kind: Any) -> None:
-    """A convolution runs by its weights' shape, whatever kernel_size and out_channels say."""
+    """Changes weights to a shape that kernel_size and out_channels do not tell."""
     torch.manual_seed(0)
     x, y = torch.rand(1, 2, 5, 5).double(), torch.tensor([0])
     for weight in (torch.randn(2, 2, 1, 3).double(), torch.randn(2, 2, 2, 2).double()):

@@ -239,7 +239,7 @@ def _glu(input: Interval, dim: int = -1) -> Interval:
     if size % 2:
         raise ValueError(f"glu: dim {dim} must have an even size, got {size}")
     first, second = (view(lambda x, i=i: x.chunk(2, dim)[i], input) for i in (0, 1))
-    out = corners(operator.mul, "glu", first, each(torch.sigmoid, second))
+    out = corners("glu", operator.mul, first, each(torch.sigmoid, second))
     out._origin = note("activation", out.lower, out.upper, nominal=out.nominal)
     return out
 
@@ -272,17 +272,22 @@ def _attention(
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if attn_mask is not None and attn_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attn_mask, -math.inf)
-    elif attn_mask is not None:
-        scores = scores + attn_mask
-    weights, values = streams(name, torch.softmax(scores, -1)), streams(name, value)
+        zeros = torch.zeros_like(attn_mask, dtype=scores.dtype)
+        attn_mask = zeros.masked_fill(~attn_mask, -math.inf)
+    if attn_mask is None:
+        shares = torch.softmax(scores, -1)
+    else:
+        blind = (attn_mask == -math.inf).all(-1, True)  # rows that see nothing: torch gives 0
+        shares = torch.softmax(scores + attn_mask, -1).masked_fill(blind, 0.0)
+    weights, values = streams(name, shares), streams(name, value)
     with own_arithmetic(value.device):
         lower = _least_sum(weights[0], weights[1], values[0])
         upper = -_least_sum(weights[0], weights[1], -values[1])
         given = weights[2] is not None and values[2] is not None
         nominal = weights[2] @ values[2] if given else None
     lower = torch.maximum(lower, values[0].amin(-2, True))
-    return Interval._make(lower, torch.minimum(upper, values[1].amax(-2, True)), nominal)
+    out = Interval._make(lower, torch.minimum(upper, values[1].amax(-2, True)), nominal)
+    return out if attn_mask is None else out.masked_fill(blind, 0.0)
 
 
 def _least_sum(low: Tensor, high: Tensor, values: Tensor) -> Tensor:
