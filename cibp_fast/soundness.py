@@ -135,7 +135,8 @@ def _methods(kind: type[nn.Module]) -> list[Any]:
 
 def _check(name: str, layer: nn.Module, float32: bool) -> None:
     why = ""
-    tensors = [*layer.parameters(), *layer.buffers()]
+    plain = [value for value in vars(layer).values() if isinstance(value, Tensor)]
+    tensors = [*layer.parameters(), *layer.buffers(), *plain]
     own = sound_rule(type(layer)) is not None
     if type(layer) not in _RULES and type(layer) not in _LINEARS and not own:
         why = "has no sound rule"

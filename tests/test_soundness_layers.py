@@ -262,6 +262,22 @@ def test_methods_put_in_place_of_torchs_are_refused(
         cf.certify(model, torch.rand(1, 1, 2, 2), torch.tensor([0]), 0.1)
 
 
+def test_weights_of_another_class_that_are_no_parameters_are_refused() -> None:
+    class Negated(Tensor):
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            out = super().__torch_function__(func, types, args, kwargs or {})
+            return -out if func is nn.functional.linear else out
+
+    layer = nn.Linear(4, 4)
+    weight = layer.weight.detach().as_subclass(Negated)
+    del layer.weight
+    layer.weight = weight
+    model = nn.Sequential(layer, nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=r"cannot take 0 \(Linear\), which has a Negated"):
+        cf.certify(model, torch.rand(1, 4), torch.tensor([0]), 0.1)
+
+
 class Halved(nn.Module):
     def forward(self, x: Any) -> Any:
         return torch.ldexp(x, torch.tensor(-1))
