@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
-from math import lcm
+from math import lcm, prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -150,25 +150,25 @@ def _convolution(layer: Any, x: _Numbers) -> _Numbers:
     channels, height, width = x.numerators.shape[1:]
     # which pixel is where in each patch; 0 is the padding
     numbered = torch.arange(1.0, height * width + 1, dtype=torch.float64).view(1, 1, height, width)
-    numbered = F.pad(numbered, layer._reversed_padding_repeated_twice)
-    places = F.unfold(numbered, layer.kernel_size, layer.dilation, 0, layer.stride)
-    patches = places[0].T.long().numpy()  # [pixels, KH * KW]
-    rows, columns = layer(torch.zeros(1, channels, height, width).to(layer.weight)).shape[2:]
+    outputs, _, *kernel = layer.weight.shape
+    taps = torch.eye(prod(kernel), dtype=torch.float64).view(-1, 1, *kernel)
+    places = F.conv2d(numbered, taps, None, layer.stride, layer.padding, layer.dilation)[0]
+    patches = places.flatten(1).T.long().numpy()  # [pixels, KH * KW]
     image = np.zeros((channels, height * width + 1), dtype=object)
     image[:, 1:] = x.numerators.reshape(channels, -1)
     weight = _exact(layer.weight.flatten(1))
     results = []
     for group in range(layer.groups):
-        inputs, outputs = (
+        read, made = (
             slice(group * count // layer.groups, (group + 1) * count // layer.groups)
-            for count in (layer.in_channels, layer.out_channels)
+            for count in (channels, outputs)
         )
-        seen = image[inputs][:, patches].transpose(1, 0, 2)  # [pixels, C, KH * KW]
-        part = _Numbers(weight.numerators[outputs], weight.denominator)
-        bias = None if layer.bias is None else layer.bias[outputs]
+        seen = image[read][:, patches].transpose(1, 0, 2)  # [pixels, C, KH * KW]
+        part = _Numbers(weight.numerators[made], weight.denominator)
+        bias = None if layer.bias is None else layer.bias[made]
         flat = _Numbers(seen.reshape(len(patches), -1), x.denominator)
         results.append(_products(flat, part, bias))
-    return _joined(results, (1, layer.out_channels, rows, columns))
+    return _joined(results, (1, outputs, *places.shape[1:]))
 
 
 def _transposed(layer: Any, x: _Numbers) -> _Numbers:

@@ -116,18 +116,27 @@ def _layers(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _refuse_changed(name: str, module: nn.Module) -> None:
-    own = vars(module).keys() & {"forward", "_conv_forward"}
-    kind = type(module)
-    if any(hooks_of(module)) or own or kind.forward is not _FORWARDS.get(kind, kind.forward):
+    own = vars(module).keys() & set(_METHODS)
+    methods = _methods(type(module))
+    if any(hooks_of(module)) or own or methods != _ORIGINAL.get(type(module), methods):
         raise ValueError(
             f"certify(sound=True) cannot take {name}, which has hooks or a forward of its own: "
             f"{_INSTEAD}"
         )
 
 
+# what runs where a layer is called
+_METHODS = ("__call__", "_call_impl", "forward", "_conv_forward", "_output_padding")
+
+
+def _methods(kind: type[nn.Module]) -> list[Any]:
+    return [getattr(kind, name, None) for name in _METHODS]
+
+
 def _check(name: str, layer: nn.Module, float32: bool) -> None:
     why = ""
-    tensors = [*layer.parameters(), *layer.buffers()]
+    plain = [value for value in vars(layer).values() if isinstance(value, Tensor)]
+    tensors = [*layer.parameters(), *layer.buffers(), *plain]
     own = sound_rule(type(layer)) is not None
     if type(layer) not in _RULES and type(layer) not in _LINEARS and not own:
         why = "has no sound rule"
@@ -176,7 +185,7 @@ def _in_weights_range(slope: float) -> bool:
 def _terms(layer: Any) -> int:
     """Returns the number of products in each sum of an affine layer."""
     if isinstance(layer, nn.ConvTranspose2d):
-        return layer.in_channels // layer.groups * prod(layer.kernel_size)
+        return layer.weight[:, 0].numel() // layer.groups
     return prod(layer.weight.shape[1:])
 
 
@@ -333,12 +342,12 @@ def _transposed(layer: Any, box: Box, float32: bool) -> Box:
 
 def as_convolution(layer: nn.ConvTranspose2d) -> nn.Conv2d:
     """Returns the convolution of `spread_out` pixels that a transposed convolution equals."""
-    into, out, kernel = layer.in_channels, layer.out_channels, layer.kernel_size
     weight = layer.weight.detach().flip(2, 3)
-    groups = weight.view(layer.groups, into // layer.groups, -1, *kernel).transpose(1, 2)
+    into, out, *kernel = weight.shape  # not of the layer's attributes, which may be others
+    groups = weight.view(layer.groups, into // layer.groups, out, *kernel).transpose(1, 2)
     conv = nn.utils.skip_init(
         nn.Conv2d,
-        *(into, out, kernel),
+        *(into, out * layer.groups, tuple(kernel)),
         dilation=layer.dilation,
         groups=layer.groups,
         bias=layer.bias is not None,
@@ -357,7 +366,7 @@ def spread_out(layer: Any, x: Tensor) -> Tensor:
     apart[..., :: layer.stride[0], :: layer.stride[1]] = x
     top, left = (
         d * (k - 1) - p
-        for d, k, p in zip(layer.dilation, layer.kernel_size, layer.padding, strict=True)
+        for d, k, p in zip(layer.dilation, layer.weight.shape[2:], layer.padding, strict=True)
     )
     below, right = layer.output_padding
     return F.pad(apart, (left, left + right, top, top + below))
@@ -511,6 +520,6 @@ _RULES: dict[type[nn.Module], Callable[[Any, Box, bool], Box]] = {
     **dict.fromkeys((nn.LeakyReLU, nn.PReLU), _bent),
     Normalize: _normalize,
 }
-# as they are now: one that is put in their place later is refused
+# their methods as they are now: one that is put in their place later is refused
 _KINDS: tuple[type[nn.Module], ...] = (FusedNetwork, nn.Sequential, *_RULES)
-_FORWARDS: dict[type[nn.Module], Any] = {kind: kind.forward for kind in _KINDS}
+_ORIGINAL = {kind: _methods(kind) for kind in _KINDS}

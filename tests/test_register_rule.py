@@ -132,7 +132,7 @@ def test_classes_of_modules() -> None:
 @pytest.mark.parametrize("counts", ["activation", "affine", None])
 @pytest.mark.parametrize("of", ["function", "class"])
 def test_counted_in_the_widths(counts: str | None, of: str) -> None:
-    """Once, whatever rules the rule itself calls."""
+    """Counts it once, whatever rules the rule itself calls."""
 
     def rule(*args: Any) -> Interval:
         x = args[-1]
@@ -232,6 +232,11 @@ def test_nan_is_no_wrong_bound() -> None:
             lambda: cf.register_rule(lambda x: x, cubed_rule),
             TypeError,
             "<lambda> is a plain function, .*wrap_torch_function",
+        ),
+        (
+            lambda: cf.register_rule(torch.Tensor.erfinv_, cubed_rule),
+            ValueError,
+            "erfinv_ writes into its input, .* register erfinv",
         ),
         (lambda: cf.register_rule(len, cubed_rule), TypeError, "len is a plain function"),
         (lambda: cf.register_rule(Layer(), cubed_rule), TypeError, "is a plain function"),

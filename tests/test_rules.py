@@ -137,6 +137,8 @@ FUNCTIONS = {
     "sigmoid_": lambda x: torch.sigmoid_(x),
     "threshold_": lambda x: F.threshold_(x, 0.2, -0.7),
     "dropout1d": lambda x: F.dropout1d(x, training=False),
+    "torch.dropout": lambda x: torch.dropout(x, p=0.5, train=False),
+    "torch.alpha_dropout": lambda x: torch.alpha_dropout(x, 0.5, False),
     "dropout3d": lambda x: F.dropout3d(x[None, None], training=False),
     "feature_alpha_dropout": lambda x: F.feature_alpha_dropout(x, training=False),
     "clamp_": lambda x: x.clamp_(max=0.1),
@@ -301,6 +303,12 @@ FUNCTIONS = {
     "attention of a mask of bools": lambda x: F.scaled_dot_product_attention(
         x, x, x, torch.tensor([True, False, True])
     ),
+    "attention of rows that see nothing": lambda x: F.scaled_dot_product_attention(
+        x, x, x + 3, torch.tensor([[True, False, True], [False] * 3, [True] * 3])
+    ),
+    "attention of rows that see nothing, by -inf": lambda x: F.scaled_dot_product_attention(
+        x, x, x + 3, torch.tensor([[0.0], [-torch.inf], [1.0]]).double().expand(3, 3)
+    ),
     "causal attention": lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True),
     "attention with constant queries": lambda x: F.scaled_dot_product_attention(
         torch.ones(2, 2, 4).double(), x, x
@@ -408,6 +416,7 @@ def test_nominal_is_carried_where_all_operands_have_one() -> None:
         "tan": torch.tan,
         "lp_pool2d": nn.LPPool2d(2, 2),
         "interpolate with mode='bicubic'": nn.Upsample(scale_factor=2, mode="bicubic"),
+        "interpolate with mode='lanczos'": lambda x: F.interpolate(x, 2, mode="lanczos"),
         "batch_norm": lambda x: torch.batch_norm(
             x, None, None, torch.zeros(3).double(), torch.ones(3).double(), False, 0.1, 1e-5, False
         ),
@@ -431,6 +440,7 @@ def test_nominal_is_carried_where_all_operands_have_one() -> None:
         "bool": bool,
         "dropout": nn.Dropout(0.5),
         "alpha_dropout": nn.AlphaDropout(0.5),
+        "dropout has .* random": lambda x: torch.dropout(x, 0.5, train=True),
         "rrelu": nn.RReLU(),
         "linear has no interval rule: only its input": lambda x: F.linear(
             torch.ones(2, 4).double(), x
@@ -466,6 +476,10 @@ def test_refused_by_name(name: str, call) -> None:
         "celu is monotone for alpha > 0": nn.CELU(-1.0),
         "value": nn.Threshold(0.0, 1.0),
         "beta": nn.Softplus(beta=-1.0),
+        "glu: dim 1 must have an even size, got 3": lambda x: F.glu(x, 1),
+        "attn_mask must be None where is_causal": lambda x: F.scaled_dot_product_attention(
+            x, x, x, torch.ones(4, 4).bool(), is_causal=True
+        ),
         "divisor_override": nn.AvgPool2d(2, divisor_override=-4),
         "stride 1": lambda x: F.conv2d(x, torch.ones(1, 3, 2, 2).double(), None, 2, "same"),
         "padding must be": lambda x: F.conv2d(x, torch.ones(1, 3, 2, 2).double(), None, 1, "full"),
@@ -497,6 +511,35 @@ def test_refused_parameters(argument: str, call) -> None:
         call(box)
     with pytest.raises(TypeError, match=r"weight is torch\.float32, lower is torch\.float64"):
         nn.Conv2d(3, 2, 3)(box)
+
+
+@pytest.mark.parametrize(
+    ("message", "call"),
+    {
+        r"layer_norm: box must be \[..., 5\], got \[2, 4, 3\]": lambda x: F.layer_norm(x, (5,)),
+        r"layer_norm: bias must be \[3\], got \[1\]": lambda x: F.layer_norm(
+            x, (3,), None, torch.zeros(1).double()
+        ),
+        r"rms_norm: weight must be \[4, 3\], got \[3\]": lambda x: F.rms_norm(
+            x, (4, 3), torch.ones(3).double()
+        ),
+        "group_norm: num_groups must divide the 4 channels, got 3": lambda x: F.group_norm(x, 3),
+        r"group_norm: weight must be \[4\], got \[1\]": lambda x: F.group_norm(
+            x, 2, torch.ones(1).double()
+        ),
+        r"instance_norm: bias must be \[4\], got \[1\]": lambda x: F.instance_norm(
+            x, bias=torch.ones(1).double()
+        ),
+    }.items(),
+)
+def test_norms_refuse_shapes_that_torch_refuses(message: str, call) -> None:
+    """Also where no nominal point goes through torch's own norm."""
+    box = random_box(2, 4, 3)
+    with pytest.raises(RuntimeError):
+        call(box.nominal)
+    for given in (box, Interval(box.lower, box.upper)):
+        with pytest.raises(ValueError, match=message):
+            call(given)
 
 
 FORMS = {

@@ -145,6 +145,23 @@ def test_softmax_is_exact(name: str, size: float) -> None:
     torch.testing.assert_close(single.upper.double(), wide.upper, **rounding)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_softmax_of_the_least_numbers(dtype: torch.dtype) -> None:
+    """Compares them with torch's: masks may be the least number of the dtype, and not -inf."""
+    least, greatest = torch.finfo(dtype).min, torch.finfo(dtype).max
+    rows = [[least] * 3, [least, least, -torch.inf], [least, least, 0.0], [greatest] * 3]
+    x = torch.tensor([*rows, [least, greatest, 0.0], [least / 2, least, least]], dtype=dtype)
+    close = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 0}
+    for function in (F.softmax, F.log_softmax):
+        out, value = function(Interval(x, x), dim=1), function(x, dim=1)
+        torch.testing.assert_close(out.lower, value, **close)
+        torch.testing.assert_close(out.upper, value, **close)
+    one = F.softmax(Interval(x[:, :1], x[:, :1]), dim=1)
+    assert (one.lower == 1).all() and (one.upper == 1).all()
+    wide = F.softmax(Interval(torch.full_like(x, least), torch.full_like(x, greatest)), dim=1)
+    assert (wide.lower == 0).all() and (wide.upper == 1).all()
+
+
 def test_softmax_of_masks_and_of_one() -> None:
     """-inf takes no part and has no gradient; only -inf, and +inf, are NaN as in torch."""
     x = torch.tensor([[1.0, -torch.inf, 2.0], [-torch.inf, -torch.inf, 0.5]]).requires_grad_()
@@ -194,6 +211,45 @@ def test_norms_of_wide_boxes_stay_bounded() -> None:
     assert torch.equal(out.lower, -out.upper) or (out.lower >= -3 - 1e-12).all()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [(torch.float16, 30.0), (torch.float16, 1e3), (torch.float32, 1e10), (torch.float32, 1e18)],
+)
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+def test_norms_of_large_numbers(name: str, dtype: torch.dtype, size: float) -> None:
+    """Compares them with float64, where no square overflows; boxes with and without a radius."""
+    function = getattr(F, name)
+    torch.manual_seed(0)
+    x = (size * torch.randn(8, 16)).to(dtype)
+    for share in (0.0, 0.01, 4.0):
+        radius = share * size * torch.rand(8, 16).to(dtype)
+        box = Interval(x - radius, x + radius)
+        out = function(box, (16,), eps=1e-5)
+        wide = function(Interval(box.lower.double(), box.upper.double()), (16,), eps=1e-5)
+        close = {"rtol": 4 * torch.finfo(dtype).eps, "atol": 64 * torch.finfo(dtype).eps}
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.lower.double(), wide.lower, **close)
+        torch.testing.assert_close(out.upper.double(), wide.upper, **close)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_rms_norm_takes_torchs_eps(dtype: torch.dtype) -> None:
+    """Compares small numbers, beside which eps counts, where none is given."""
+    x = torch.tensor([[0.005, -0.003, 0.0]], dtype=dtype)
+    out, value = F.rms_norm(Interval(x, x), (3,)), F.rms_norm(x, (3,))
+    close = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 0}
+    torch.testing.assert_close(out.lower, value, **close)
+    torch.testing.assert_close(out.upper, value, **close)
+
+
+def test_norms_whose_squares_overflow_verify_nothing() -> None:
+    x = torch.tensor([[0.0, 0.0, 0.0, 0.0]])
+    for radius in (1e20, 3e38):
+        out = F.layer_norm(Interval(x - radius, x + radius), (4,))
+        value = 3**0.5  # of one number at its upper end, all others at their lower ends
+        assert not (out.upper < value).any() and not (out.lower > -value).any()
+
+
 def test_products_of_two_boxes() -> None:
     """Elementwise they are exact, of matrices at most 1.5 times as wide as exact ones are."""
     a, b = random_box(5, 4, 6), random_box(5, 6, 3)
@@ -229,12 +285,18 @@ SMOOTH: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
     "quotient": (lambda x: x / (x.flip(0) + 9), (2, 3)),
     "glu": (nn.GLU(1), (2, 4)),
     "attention": (lambda x: F.scaled_dot_product_attention(x, x, x), (1, 3, 2)),
+    "attention of a row that sees nothing": (
+        lambda x: F.scaled_dot_product_attention(
+            x, x, x, torch.tensor([[True, True], [False, False]])
+        ),
+        (1, 2, 2),
+    ),
 }
 
 
 @pytest.mark.parametrize("name", SMOOTH)
 def test_gradients(name: str) -> None:
-    """Of both bounds, in both ends and in the parameters, by differences."""
+    """Compares those of both bounds, to both ends and to the parameters, with differences."""
     function, shape = SMOOTH[name]
     torch.manual_seed(3)
     lower, radius = torch.randn(shape).double(), 0.1 + 0.5 * torch.rand(shape).double()
@@ -306,6 +368,17 @@ def test_boxes_without_dimensions(function: Any) -> None:
     out = function(box)
     assert out.shape == () and out.lower <= function(box.nominal) <= out.upper
     assert F.softmax(box, dim=0).lower == 1
+
+
+@pytest.mark.parametrize("function", [torch.rsqrt, lambda x: x**-0.5, lambda x: x**-1.5])
+def test_roots_of_a_box_that_ends_in_a_negative_zero(function: Any) -> None:
+    """Takes boxes that hold numbers just above 0, whose inverse roots have no upper bound."""
+    for box in (
+        -Interval(torch.tensor([-4.0]), torch.tensor([0.0])),
+        Interval(torch.tensor([-0.0]), torch.tensor([4.0])),
+    ):
+        out = function(box)
+        assert out.upper == torch.inf and 0 < out.lower <= function(torch.tensor([4.0]))
 
 
 def test_counted_layers() -> None:

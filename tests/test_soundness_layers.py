@@ -207,6 +207,77 @@ def test_all_other_layers_are_refused_by_name(layer: nn.Module, semantics: str) 
         cf.certify(model, torch.rand(1, 4), torch.tensor([0]), 0.1, semantics=semantics)
 
 
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_the_weights_tell_the_geometry_and_not_attributes_beside_them(kind: Any) -> None:
+    """Changes weights to a shape that kernel_size and out_channels do not tell."""
+    torch.manual_seed(0)
+    x, y = torch.rand(1, 2, 5, 5).double(), torch.tensor([0])
+    for weight in (torch.randn(2, 2, 1, 3).double(), torch.randn(2, 2, 2, 2).double()):
+        layer = kind(2, 4, (3, 1), dtype=torch.float64)
+        layer.weight, layer.bias = nn.Parameter(weight), None
+        features = layer(x).numel()
+        model = nn.Sequential(layer, nn.Flatten(), nn.Linear(features, 2).double())
+        logits = model(x)[0].detach()
+        found = exact.logits(model, x)
+        assert [float(v) for v in found] == pytest.approx(logits.tolist())
+        margin = cf.certify(model, x, y, 0.0, None).margins[0, 1]
+        assert margin.item() == pytest.approx((logits[0] - logits[1]).item())
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+def test_exact_logits_after_the_padding_was_changed() -> None:
+    torch.manual_seed(0)
+    x = torch.rand(1, 2, 6, 6).double()
+    for padding in ((1, 0), "same", "valid"):
+        layer = nn.Conv2d(2, 2, (3, 2), dtype=torch.float64)
+        layer.padding = padding
+        model = nn.Sequential(layer, nn.Flatten(), nn.Linear(layer(x).numel(), 2).double())
+        found = [float(v) for v in exact.logits(model, x)]
+        assert found == pytest.approx(model(x)[0].tolist())
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (nn.Conv2d, "_conv_forward"),
+        (nn.ConvTranspose2d, "_output_padding"),
+        (nn.Linear, "__call__"),
+        (nn.PReLU, "forward"),
+        (nn.LeakyReLU, "_call_impl"),
+    ],
+)
+@pytest.mark.parametrize("of", ["class", "layer"])
+def test_methods_put_in_place_of_torchs_are_refused(
+    kind: Any, name: str, of: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 2, 1), nn.ConvTranspose2d(2, 2, 1), nn.PReLU(2), nn.LeakyReLU()),
+        *(nn.Flatten(), nn.Linear(8, 4), nn.Linear(4, 2)),
+    )
+    at, layer = next((i, each) for i, each in enumerate(model) if type(each) is kind)
+    original = getattr(layer, name)
+    owner = kind if of == "class" else layer
+    monkeypatch.setattr(owner, name, lambda *args: original(*args), raising=False)
+    with pytest.raises(ValueError, match=rf"cannot take {at}, .* or a forward of its own"):
+        cf.certify(model, torch.rand(1, 1, 2, 2), torch.tensor([0]), 0.1)
+
+
+def test_weights_of_another_class_that_are_no_parameters_are_refused() -> None:
+    class Negated(Tensor):
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            out = super().__torch_function__(func, types, args, kwargs or {})
+            return -out if func is nn.functional.linear else out
+
+    layer = nn.Linear(4, 4)
+    weight = layer.weight.detach().as_subclass(Negated)
+    del layer.weight
+    layer.weight = weight
+    model = nn.Sequential(layer, nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=r"cannot take 0 \(Linear\), which has a Negated"):
+        cf.certify(model, torch.rand(1, 4), torch.tensor([0]), 0.1)
+
+
 class Halved(nn.Module):
     def forward(self, x: Any) -> Any:
         return torch.ldexp(x, torch.tensor(-1))
@@ -251,6 +322,16 @@ def test_a_users_rule_is_taken_on_their_word(removed: None) -> None:
     torch.testing.assert_close(found.margins, expected, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match=r"1 \(Halved\), which has no sound rule in float32"):
         cf.certify(model, x, y, 0.01, semantics="float32")
+
+
+def test_a_users_rule_is_of_the_forward_that_it_was_registered_for(
+    removed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cf.register_rule(Halved, lambda module, x: (x.lower / 2, x.upper / 2), sound=True)
+    model = nn.Sequential(nn.Linear(4, 4), Halved(), nn.Linear(4, 2))
+    monkeypatch.setattr(Halved, "forward", lambda self, x: 4 * x)
+    with pytest.raises(ValueError, match=r"cannot take 1 \(Halved\), which has no sound rule"):
+        cf.certify(model, torch.rand(1, 4), torch.tensor([0]), 0.1)
 
 
 @pytest.mark.parametrize(

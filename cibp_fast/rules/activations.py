@@ -161,8 +161,9 @@ def _dropout(
     p: float = 0.5,
     training: bool = True,
     inplace: bool = False,
+    train: bool | None = None,  # as torch.dropout calls it
 ) -> Interval:
-    if training and p > 0:
+    if (training if train is None else train) and p > 0:
         name = function.__name__
         raise UnsupportedOpError(name, "it is random in training mode; call model.eval()")
     return input
@@ -198,6 +199,9 @@ def _softmax(
     if not low.numel():
         return Interval._make(low, high, nominal, note("activation", low, high, nominal=nominal))
     lost = (low.amax(dim, True) == -math.inf) | (high.amax(dim, True) == math.inf)
+    # shifted by one number the softmax is the same, and the least numbers of the dtype no mask
+    base = low.detach().amax(dim, True).masked_fill(lost, 0.0)
+    low, high = low - base, high - base
     lower, upper = (
         of(own - _others(rivals, dim)).masked_fill(lost, math.nan)
         for own, rivals in ((low, high), (high, low))
@@ -212,7 +216,7 @@ def _others(z: Tensor, dim: int) -> Tensor:
     which the difference takes at most half away. Where it is, the sum over j != k.
     """
     floor = torch.finfo(z.dtype).min / 4  # for -inf, whose gradients are NaN
-    z = z.clamp(min=floor)
+    z = z.clamp(floor, -floor)
     most, where = z.max(dim, True)
     largest = torch.zeros_like(z, dtype=torch.bool).scatter(dim, where, True)
     rest = z.masked_fill(largest, floor).logsumexp(dim, True)
@@ -231,8 +235,11 @@ for _name, _of, _sign in (
 
 @rule("glu")
 def _glu(input: Interval, dim: int = -1) -> Interval:
+    size = input.shape[dim]
+    if size % 2:
+        raise ValueError(f"glu: dim {dim} must have an even size, got {size}")
     first, second = (view(lambda x, i=i: x.chunk(2, dim)[i], input) for i in (0, 1))
-    out = corners(operator.mul, "glu", first, each(torch.sigmoid, second))
+    out = corners("glu", operator.mul, first, each(torch.sigmoid, second))
     out._origin = note("activation", out.lower, out.upper, nominal=out.nominal)
     return out
 
@@ -258,22 +265,29 @@ def _attention(
         raise UnsupportedOpError(name, "dropout_p > 0 is random")
     if enable_gqa:
         raise UnsupportedOpError(name, "enable_gqa=True is not supported")
+    if is_causal and attn_mask is not None:
+        raise ValueError(f"{name}: attn_mask must be None where is_causal=True")
     scores = torch.matmul(query, key.transpose(-2, -1))
     scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if attn_mask is not None and attn_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attn_mask, -math.inf)
-    elif attn_mask is not None:
-        scores = scores + attn_mask
-    weights, values = streams(name, torch.softmax(scores, -1)), streams(name, value)
+        zeros = torch.zeros_like(attn_mask, dtype=scores.dtype)
+        attn_mask = zeros.masked_fill(~attn_mask, -math.inf)
+    if attn_mask is None:
+        shares = torch.softmax(scores, -1)
+    else:
+        blind = (attn_mask == -math.inf).all(-1, True)  # rows that see nothing: torch gives 0
+        shares = torch.softmax(scores + attn_mask, -1).masked_fill(blind, 0.0)
+    weights, values = streams(name, shares), streams(name, value)
     with own_arithmetic(value.device):
         lower = _least_sum(weights[0], weights[1], values[0])
         upper = -_least_sum(weights[0], weights[1], -values[1])
         given = weights[2] is not None and values[2] is not None
         nominal = weights[2] @ values[2] if given else None
     lower = torch.maximum(lower, values[0].amin(-2, True))
-    return Interval._make(lower, torch.minimum(upper, values[1].amax(-2, True)), nominal)
+    out = Interval._make(lower, torch.minimum(upper, values[1].amax(-2, True)), nominal)
+    return out if attn_mask is None else out.masked_fill(blind, 0.0)
 
 
 def _least_sum(low: Tensor, high: Tensor, values: Tensor) -> Tensor:

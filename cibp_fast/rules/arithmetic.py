@@ -51,7 +51,7 @@ def _mul(input: Any, other: Any) -> Interval:
     if input is other:
         return extremes(torch.square, input, 0.0)
     if isinstance(input, Interval) and isinstance(other, Interval):
-        return corners(operator.mul, "mul", input, other)
+        return corners("mul", operator.mul, input, other)
     box, factor = (input, other) if isinstance(input, Interval) else (other, input)
     return _scaled(operator.mul, box, factor)
 
@@ -61,7 +61,7 @@ def _div(input: Any, other: Any, *, rounding_mode: str | None = None) -> Interva
     if rounding_mode is not None:
         raise UnsupportedOpError("div", "rounding_mode is not supported")
     if isinstance(other, Interval):
-        return corners(operator.truediv, "div", input, single_sign("div", other))
+        return corners("div", operator.truediv, input, single_sign("div", other))
     return _scaled(operator.truediv, input, other)
 
 
@@ -118,9 +118,15 @@ for _name in (
     rule(_name)(partial(each, getattr(torch, _name)))
 
 
+def _not_negative(name: str, box: Interval) -> Interval:
+    """Returns `within` from 0 on, with 0 in place of -0, whose inverse is -inf."""
+    box = within(name, box, 0.0)
+    return Interval._make(box.lower + 0.0, box.upper + 0.0, box.nominal)
+
+
 @rule("rsqrt")
 def _rsqrt(input: Interval) -> Interval:
-    return extremes(torch.rsqrt, within("rsqrt", input, 0.0))
+    return extremes(torch.rsqrt, _not_negative("rsqrt", input))
 
 
 @rule("reciprocal")
@@ -144,7 +150,7 @@ def _pow(input: Interval, exponent: Any) -> Interval:
         raise UnsupportedOpError(f"pow with a {type(exponent).__name__} as exponent")
     power = as_float(exponent)
     if not power.is_integer():
-        input = within("pow", input, 0.0)
+        input = _not_negative("pow", input)
     elif power < 0:
         input = single_sign("pow", input)
     return extremes(lambda x: torch.pow(x, power), input, *((0.0,) if power >= 0 else ()))
@@ -153,7 +159,7 @@ def _pow(input: Interval, exponent: Any) -> Interval:
 def _wave(function: Callable[[Tensor], Tensor], first: float, input: Interval) -> Interval:
     """Bounds a sine or cosine, which is 1 at `first` + 2 pi k and -1 halfway between.
 
-    The exact range. Beyond +-2^26, where float64 can no longer tell the phase well, it is [-1, 1].
+    Gives the exact range; beyond +-2^26, where float64 no longer tells the phase well, [-1, 1].
     """
     out = extremes(function, input)
     lower, upper = input.lower.detach().double(), input.upper.detach().double()

@@ -29,7 +29,8 @@ class _Own(NamedTuple):
     rule: Rule  # with checks
     sound: bool
     targets: tuple[Callable[..., Any], ...]  # its keys in RULES
-    forward: Any = None  # that of the class of modules before
+    forward: Any = None  # that of the class of modules, which runs the rule
+    before: Any = None  # the class's own forward before, or None if it inherited one
 
 
 _OWN: dict[Any, _Own] = {}
@@ -72,7 +73,8 @@ def register_rule(
     Raises:
         TypeError: function or rule is not callable, or a plain function, which an Interval runs
             through without asking for a rule.
-        ValueError: function has a rule already, counts is none of these, or `sound` of a function.
+        ValueError: function has a rule already or works in place, counts is none of these, or
+            `sound` of a function.
             The rule itself raises, when it runs, where it returns anything else.
     """
     if counts not in _KINDS:
@@ -117,27 +119,30 @@ def unregister_rule(function: Any) -> None:
     for target in own.targets:
         del RULES[target]
     SEVERAL.discard(own.rule)
-    if own.forward is not None:
-        inherited, forward = own.forward
-        if inherited:
-            del function.forward
-        else:
-            function.forward = forward
+    if own.before is not None:
+        function.forward = own.before
+    elif own.forward is not None:
+        del function.forward
 
 
-def sound_rule(kind: type) -> Rule | None:
+def sound_rule(kind: type[nn.Module]) -> Rule | None:
     """Returns the checked rule of a class of modules, called as `rule(module, input)`.
 
-    None unless its user registered it with sound=True.
+    None unless its user registered it with sound=True, and has not replaced its forward since.
     """
     own = _OWN.get(kind)
-    return own.rule if own is not None and own.sound else None
+    return own.rule if own is not None and own.sound and kind.forward is own.forward else None
 
 
 def _targets(name: str, function: Callable[..., Any]) -> tuple[Callable[..., Any], ...]:
     """Returns the functions that torch asks with for the rule of a function."""
     named = tuple(dict.fromkeys(functions(getattr(function, "__name__", ""))))
     if function in named:
+        if name.endswith("_"):
+            raise ValueError(
+                f"{name} writes into its input, which the result of a rule does not: register "
+                f"{name.rstrip('_')}"
+            )
         return named
     if isinstance(function, CustomOpDef):
         function = function._opoverload.overloadpacket
@@ -163,7 +168,7 @@ def _register_class(name: str, kind: type, rule: Rule, sound: bool, counts: str 
         )
     if kind is nn.Module or kind.__module__.startswith(("torch.nn.", "cibp_fast.")):
         raise ValueError(f"{name} is a class of {kind.__module__}: register one of your own")
-    forward, inherited = kind.forward, "forward" not in vars(kind)
+    forward = kind.forward
     checked = _checked(name, forward, rule, counts)
 
     @functools.wraps(forward)
@@ -172,8 +177,8 @@ def _register_class(name: str, kind: type, rule: Rule, sound: bool, counts: str 
             return run_rule(name, checked, (self, *args), kwargs)
         return forward(self, *args, **kwargs)
 
+    _OWN[kind] = _Own(checked, sound, (), dispatching, vars(kind).get("forward"))
     kind.forward = dispatching
-    _OWN[kind] = _Own(checked, sound, (), (inherited, forward))
 
 
 def _checked(name: str, function: Callable[..., Any], rule: Rule, counts: str | None) -> Rule:

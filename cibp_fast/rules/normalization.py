@@ -72,10 +72,10 @@ def _layer_norm(
     eps: float = 1e-5,
 ) -> Interval:
     """Bounds F.layer_norm; see `_standardized` for how closely."""
+    dims = _last_dims("layer_norm", input, normalized_shape, weight=weight, bias=bias)
     nominal = input.nominal
     if nominal is not None:
         nominal = F.layer_norm(nominal, normalized_shape, weight, bias, eps)
-    dims = [-1 - i for i in range(len(normalized_shape))]
     return _scaled(_standardized(input, dims, eps), weight, bias, nominal)
 
 
@@ -87,11 +87,11 @@ def _rms_norm(
     eps: float | None = None,
 ) -> Interval:
     """Bounds F.rms_norm; see `_standardized` for how closely."""
+    dims = _last_dims("rms_norm", input, normalized_shape, weight=weight)
     nominal = input.nominal
     if nominal is not None:
         nominal = F.rms_norm(nominal, normalized_shape, weight, eps)
-    dims = [-1 - i for i in range(len(normalized_shape))]
-    eps = torch.finfo(input.dtype).eps if eps is None else eps
+    eps = torch.finfo(_computed_in(input)).eps if eps is None else eps
     return _scaled(_standardized(input, dims, eps, centered=False), weight, None, nominal)
 
 
@@ -104,6 +104,12 @@ def _group_norm(
     eps: float = 1e-5,
 ) -> Interval:
     """Bounds F.group_norm; see `_standardized` for how closely."""
+    channels = input.shape[1]
+    if channels % num_groups:
+        raise ValueError(
+            f"group_norm: num_groups must divide the {channels} channels, got {num_groups}"
+        )
+    _check_shapes("group_norm", [channels], weight=weight, bias=bias)
     nominal = input.nominal
     if nominal is not None:
         nominal = F.group_norm(nominal, num_groups, weight, bias, eps)
@@ -124,11 +130,30 @@ def _instance_norm(
     """Bounds F.instance_norm: by running statistics as batch norm, else as a group a channel."""
     if not use_input_stats:
         return _batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    _check_shapes("instance_norm", [input.shape[1]], weight=weight, bias=bias)
     nominal = input.nominal
     if nominal is not None:
         statistics = (running_mean, running_var)  # which it updates
         nominal = F.instance_norm(nominal, *statistics, weight, bias, True, momentum, eps)
     return _by_channels(input, input.shape[1], weight, bias, eps, nominal)
+
+
+def _last_dims(
+    name: str, box: Interval, normalized_shape: Sequence[int], **scales: Tensor | None
+) -> list[int]:
+    """Returns the dimensions of normalized_shape, counted from the last one."""
+    shape = list(normalized_shape)
+    if list(box.shape[-len(shape) :]) != shape:
+        last = ", ".join(map(str, shape))
+        raise ValueError(f"{name}: box must be [..., {last}], got {list(box.shape)}")
+    _check_shapes(name, shape, **scales)
+    return [-1 - i for i in range(len(shape))]
+
+
+def _check_shapes(name: str, shape: list[int], **scales: Tensor | None) -> None:
+    for what, scale in scales.items():
+        if scale is not None and list(scale.shape) != shape:
+            raise ValueError(f"{name}: {what} must be {shape}, got {list(scale.shape)}")
 
 
 def _by_channels(
@@ -162,6 +187,11 @@ def _scaled(
     )
 
 
+def _computed_in(box: Interval) -> torch.dtype:
+    """Returns the dtype in which torch computes norms: float32 for half precision."""
+    return torch.promote_types(box.dtype, torch.float32)
+
+
 def _standardized(
     box: Interval, dims: list[int], eps: float, centered: bool = True
 ) -> tuple[Tensor, Tensor]:
@@ -173,7 +203,8 @@ def _standardized(
     the mean), so no bound is beyond +-sqrt(n - 1). The bounds of a box without radius are exact. Of
     a small box of 64 numbers they were 1.2 times as wide as the range, of 16 1.3 times, on average.
     """
-    center, spread = box.center, box.radius
+    wide = each(Tensor.to, box, _computed_in(box))
+    center, spread = wide.center, wide.radius
     count = math.prod([box.shape[dim] for dim in dims])
     radius = spread
     if centered:
@@ -186,12 +217,15 @@ def _standardized(
     mixed = (center.abs() * spread).mean(dims, True)
     most = square + 2 * mixed + spread.square().mean(dims, True)
     tiny = torch.finfo(square.dtype).tiny
-    least = (square - mixed).clamp(min=0).square() / square.clamp(min=tiny)
+    kept = (square - mixed).clamp(min=0)
+    least = kept * (kept / square.clamp(min=tiny))  # kept * kept might overflow
 
     def end(d: Tensor, sign: int) -> Tensor:
         """Returns the greatest (of sign 1) or least quotient for the end d of the deviation."""
         own = d.square() / max(count - centered, 1)
         small = torch.maximum(least, own)  # the variance that moves the quotient away from 0
-        return d * torch.rsqrt(torch.where(sign * d > 0, small, most) + eps)
+        small = small.masked_fill(small == math.inf, math.nan)  # of squares that overflow
+        quotient = d * torch.rsqrt(torch.where(sign * d > 0, small, most) + eps)
+        return quotient.to(box.dtype)
 
     return end(center - radius, -1), end(center + radius, 1)

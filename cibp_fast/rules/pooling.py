@@ -46,9 +46,9 @@ def _interpolate(
     *args: Any,
     **kwargs: Any,
 ) -> Interval:
-    if mode == "bicubic":
+    if mode in ("bicubic", "lanczos"):
         raise UnsupportedOpError(
-            "interpolate with mode='bicubic'", "it has negative weights; use 'bilinear'"
+            f"interpolate with mode={mode!r}", "it has negative weights; use 'bilinear'"
         )
     return each(F.interpolate, input, size, scale_factor, mode, *args, **kwargs)
 

@@ -124,7 +124,7 @@ def extremes(function: Callable[[Tensor], Tensor], input: Interval, *turns: floa
     )
 
 
-def corners(function: Callable[[Any, Any], Tensor], name: str, input: Any, other: Any) -> Interval:
+def corners(name: str, function: Callable[[Any, Any], Tensor], input: Any, other: Any) -> Interval:
     """Bounds an elementwise function that is monotone, in either direction, in both operands."""
     first, second = streams(name, input), streams(name, other)
     values = [function(a, b) for a, b in product(first[:2], second[:2])]
