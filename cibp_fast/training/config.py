@@ -282,7 +282,7 @@ class OwnConfig(Config):
     input_shape: tuple[Count, ...] = ()
     """of an example"""
     classes: Whole = 0
-    """from 0 to the largest label"""
+    """from 0 to the largest label, two or more"""
     data: tuple[str, ...] = ()
     """of own data: dtype, shape and SHA-256 of the training and the test examples"""
 

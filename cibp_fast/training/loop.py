@@ -101,6 +101,8 @@ def train(
         return datasets.load(config.dataset, data_root, verify=verify_data)
 
     with ExitStack() as stack:
+        devices = [processes.device] if processes.device.type == "cuda" else []
+        stack.enter_context(torch.random.fork_rng(devices=devices))
         dataset = processes.together(load)
         if any(each is not None for each in (model, data, loss)):
             config = own.recorded(config, dataset, data is not None, model, loss)

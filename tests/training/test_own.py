@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -336,6 +337,24 @@ class Lists(torch.utils.data.Dataset):
         return [[0.0]], 0
 
 
+class Examples(torch.utils.data.Dataset):
+    """Three examples, made by a function of the number."""
+
+    def __init__(self, make) -> None:
+        self.make = make
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index):
+        return self.make(index)
+
+
+class Unmeasured(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
 IMAGES, LABELS = DATA[0]
 
 
@@ -356,12 +375,109 @@ IMAGES, LABELS = DATA[0]
         ((IMAGES / 0.0, LABELS), ValueError, "images of train must be finite"),
         ((IMAGES[..., :7], LABELS), ValueError, "train and test must be alike"),
         ((IMAGES / 255, LABELS), ValueError, "train and test must be alike"),
+        (datasets.Split(IMAGES, LABELS - 1), ValueError, "labels of train must be 0 or more, no"),
+        (datasets.Split(IMAGES, LABELS.int()), TypeError, "labels of train must be int64, not to"),
+        (Unmeasured(), TypeError, "train must have a length, and a Unmeasured of unknown length"),
+        ({"image": IMAGES}, ValueError, r"train\[0\] cannot be read: KeyError: 0"),
+        (
+            Examples(lambda i: Path("/no").stat()),
+            ValueError,
+            r"train\[0\] cannot be read: FileNotFound",
+        ),
+        (Examples(lambda i: {"x": 1, "y": 2}), ValueError, r"is no pair \(image, label\): a dict"),
+        (
+            Examples(lambda i: (IMAGES[i], "one")),
+            TypeError,
+            r"train\[0\] must have one whole numbe",
+        ),
+        (Examples(lambda i: (IMAGES[i], None)), TypeError, "as its label, not a NoneType"),
+        (Examples(lambda i: (IMAGES[i], LABELS[:i])), TypeError, r"as its label, not \[0\]"),
+        (
+            [(image, 0) for image in IMAGES],
+            TypeError,
+            r"not a list of tuple, tuple, tuple, tuple, \.\.\.: single examples are for a",
+        ),
     ],
 )
 def test_data_that_do_not_fit(tmp_path, train, error, message):
     with pytest.raises(error, match=message):
         cf.train(tiny(), tmp_path / "run", model=Residual, data=(train, DATA[1]))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_whole_data_set_is_checked_as_its_parts_are(tmp_path):
+    x, y = in_floats(DATA)[0]
+    parts = [datasets.Split(x.double(), y), datasets.Split(*in_floats(DATA)[1])]
+    found = own.dataset(datasets.Dataset("mine", *parts))
+    assert found.name == "mine" and found.train.images.dtype == torch.float32
+    with pytest.raises(ValueError, match="labels of test must be 0 or more, not -1"):
+        own.dataset(datasets.Dataset("mine", parts[0], datasets.Split(x, y - 1)))
+    with pytest.raises(TypeError, match=r"train must be a part of a data set, its .train or .test"):
+        own.dataset((found, found))
+
+
+def test_a_factory_of_data_of_one_class_makes_two_logits(tmp_path):
+    one = tuple((images[labels == 0], labels[labels == 0]) for images, labels in DATA)
+    assert cf.train(tiny(2), tmp_path, model=chain, data=one)["examples"] == 10
+    assert runs.read_config(tmp_path).classes == 2
+
+
+def dropping(input_shape, classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.Dropout(), nn.Linear(20, classes))
+
+
+def shaken(out, y, kappa):
+    return cf.losses.nominal_loss(out, y) * torch.rand(())
+
+
+@pytest.mark.parametrize("random", ["dropout", "loss"])
+def test_what_is_drawn_follows_from_the_step(tmp_path, monkeypatch, random):
+    """Runs with dropout, or with a random loss, agree, also where one was stopped in between."""
+    given = {"model": dropping if random == "dropout" else chain, "data": DATA}
+    given["loss"] = None if random == "dropout" else shaken
+    config = tiny(10, method="nominal")
+    cf.train(config, tmp_path / "whole", **given)
+    save = loop._Training.save
+
+    def stopped(self, run_dir):
+        save(self, run_dir)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop._Training, "save", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        cf.train(config, tmp_path / "stopped", **given)
+    monkeypatch.undo()
+    state = torch.get_rng_state()
+    torch.rand(7)
+    now = torch.get_rng_state()
+    cf.train(config, tmp_path / "stopped", **given)
+    assert torch.equal(torch.get_rng_state(), now) and not torch.equal(now, state)
+    files = {(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "stopped")}
+    assert len(files) == 1
+
+
+def test_what_a_network_or_loss_writes_into_is_not_the_users(tmp_path):
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(64, 3)
+
+        def forward(self, x):
+            x -= 0.5
+            return self.linear(x.flatten(1))
+
+    def zeroing(out, y, kappa):
+        loss = -(out.logits * nn.functional.one_hot(y, 3)).sum()
+        y.zero_()
+        return loss
+
+    data = in_floats(DATA)
+    before = [(images.clone(), labels.clone()) for images, labels in data]
+    cf.train(tiny(2), tmp_path / "loss", model=chain, data=data, loss=zeroing)
+    config = tiny(2, method="nominal", clip=None)
+    cf.train(config, tmp_path / "model", model=Shifted, data=data)
+    for (images, labels), (old_images, old_labels) in zip(data, before, strict=True):
+        assert torch.equal(images, old_images) and torch.equal(labels, old_labels)
 
 
 def failing(input_shape, classes):
@@ -381,6 +497,7 @@ class Squared(nn.Module):
     ("change", "error", "message"),
     [
         ({"model": failing}, ValueError, "test_own:failing failed: KeyError: 'no such thing"),
+        ({"model": lambda: sys.exit(3)}, ValueError, "test_own:<lambda> failed: SystemExit: 3"),
         ({"model": lambda a: a}, ValueError, r"<lambda>\(a\) must take \(input_shape, classes\)"),
         ({"model": lambda: 3}, ValueError, "must return a torch.nn.Module, not a int"),
         ({"model": "nets:chain"}, TypeError, "model must be a torch.nn.Module or a function"),
@@ -394,11 +511,21 @@ class Squared(nn.Module):
             "dropout has no interval rule: it is random in training mode",
         ),
         ({"model": Squared}, ValueError, "fails on 4 examples of the data: .*cumprod"),
+        (
+            {"model": Squared, "config": {"method": "nominal"}},  # whose evaluation has bounds
+            ValueError,
+            "fails on 4 examples of the data: .*cumprod",
+        ),
         ({"model": None}, ValueError, "model must be given with a config of one's own"),
         ({"data": None}, ValueError, "data must be given with a config of one's own"),
         ({"data": DATA[0]}, TypeError, r"data must be a pair \(train, test\)"),
         ({"loss": 3}, TypeError, r"loss must be a function of \(out, y, kappa\), not a int"),
-        ({"loss": lambda *_: torch.ones(2)}, ValueError, r"must return a 0-dim tensor, not \[2\]"),
+        ({"loss": lambda *_: torch.ones(2)}, ValueError, r"a 0-dim tensor of floats, not .* \[2\]"),
+        (
+            {"loss": lambda out, y, _: y.sum()},
+            ValueError,
+            r"loss must return a 0-dim tensor of floats, not torch.int64 \[\]",
+        ),
         (
             {"loss": lambda out, *_: out.width.detach()},
             ValueError,
@@ -497,6 +624,9 @@ def broken():
 
 def number():
     return 3
+
+net = residual((1, 28, 28), 10)
+count = 3
 """
 
 
@@ -505,6 +635,8 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend("")  # which is undone after the test
     Path("my_nets.py").write_text(NETS)
+    Path("exiting.py").write_text("import sys\n\nsys.exit(4)\n")
+    Path("statistics.py").write_text(NETS)  # Python's own comes first, which the error shows
     given = ["--model", "my_nets:residual"]
     recipe = ["--preset", "mnist5k-small-0.001-cibp", "--steps", "12", "--batch-size", "16"]
     recipe += ["--pgd-steps", "2", "--eval-batch-size", "25"]
@@ -534,6 +666,10 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
             ["certify", "run", "--model", "my_nets:number"],
             "must return a torch.nn.Module, not a int",
         ),
+        (["certify", "run", "--model", "my_nets:net"], "and my_nets:net is a Sequential"),
+        (["certify", "run", "--model", "my_nets:count"], "and my_nets:count is a int"),
+        (["certify", "run", "--model", "exiting:net"], "cannot be imported: SystemExit: 4"),
+        (["certify", "run", "--model", "statistics:net"], "statistics.py) has no net"),
     ):
         assert cli.main(words) == 2
         captured = capsys.readouterr()
