@@ -263,6 +263,19 @@ def _made(model: Any, shape: Shape, classes: int) -> nn.Module:
     return made
 
 
+def require_new(model: Any, config: OwnConfig) -> None:
+    """Raises ValueError where a factory returns one network each time, which several runs would
+    share.
+    """
+    with torch.random.fork_rng(devices=[]):
+        one, other = (build(model, config.input_shape, config.classes) for _ in range(2))
+    if one is other:
+        raise ValueError(
+            f"model must make a new network each time it is called, and {name_of(model)} returned "
+            "the same one again"
+        )
+
+
 def classes_of(model: nn.Module, shape: Shape, device: torch.device) -> int:
     """Returns the number of a network's logits for one example.
 

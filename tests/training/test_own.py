@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import re
@@ -252,7 +251,7 @@ def test_a_chain_of_bytes_takes_the_kernels_step_with_the_same_numbers(tmp_path,
 
 
 class Ordered(Residual):
-    """The same with its norm where `fuse` takes it: behind a convolution."""
+    """Has its norm behind a convolution, where `fuse` takes it."""
 
     def forward(self, x):
         x = self.stem(x).relu()
@@ -611,77 +610,6 @@ def test_the_page_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     own_loss = names["squared_margins"]
     result = cf.train(config, "runs/2", model=names["Residual"], data=data, loss=own_loss)
     assert result["method"] == "own"
-
-
-NETS = """
-from torch import nn
-
-def residual(input_shape, classes):
-    return nn.Sequential(nn.Flatten(), nn.Linear(784, 20), nn.ReLU(), nn.Linear(20, classes))
-
-def broken():
-    raise RuntimeError("no luck")
-
-def number():
-    return 3
-
-net = residual((1, 28, 28), 10)
-count = 3
-"""
-
-
-def test_the_command_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(datasets, "load", load_toy)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend("")  # which is undone after the test
-    Path("my_nets.py").write_text(NETS)
-    Path("exiting.py").write_text("import sys\n\nsys.exit(4)\n")
-    Path("statistics.py").write_text(NETS)  # Python's own comes first, which the error shows
-    given = ["--model", "my_nets:residual"]
-    recipe = ["--preset", "mnist5k-small-0.001-cibp", "--steps", "12", "--batch-size", "16"]
-    recipe += ["--pgd-steps", "2", "--eval-batch-size", "25"]
-    assert cli.main(["train", *recipe, *given, "--run-dir", "run"]) == 0
-    config = runs.read_config(Path("run"))
-    assert (config.dataset, config.net) == ("mnist5k", "my_nets:residual")
-    assert runs.read_result(Path("run"))["sound"]
-    for command in ("certify", "attack"):
-        assert cli.main([command, "run", *given, "--examples", "8"]) == 0
-    weights = ["certify", "run/model.safetensors", "--preset", "mnist5k-small-0.001-cibp", *given]
-    capsys.readouterr()
-    assert cli.main([*weights, "--examples", "8", "--output", "out"]) == 0
-    assert "of 8 held-out examples" in capsys.readouterr().out
-    assert json.loads(Path("out/result.json").read_text())["network"][0] == {"layer": "flatten"}
-
-    for words, problem in (
-        (["certify", "run"], "error: --model must be given, the network or its factory"),
-        (["train", *recipe, *given], "--run-dir must be given|run_dir must be given"),
-        (["certify", "run", "--model", "nowhere:net"], "'nowhere:net' has none (nowhere)"),
-        (["certify", "run", "--model", "my_nets:residuals"], "did you mean 'residual'?"),
-        (["certify", "run", "--model", "my_nets"], "must be package.module:factory, not 'my_nets'"),
-        (
-            ["certify", "run", "--model", "my_nets:broken"],
-            "my_nets:broken failed: RuntimeError: no",
-        ),
-        (
-            ["certify", "run", "--model", "my_nets:number"],
-            "must return a torch.nn.Module, not a int",
-        ),
-        (["certify", "run", "--model", "my_nets:net"], "and my_nets:net is a Sequential"),
-        (["certify", "run", "--model", "my_nets:count"], "and my_nets:count is a int"),
-        (["certify", "run", "--model", "exiting:net"], "cannot be imported: SystemExit: 4"),
-        (["certify", "run", "--model", "statistics:net"], "statistics.py) has no net"),
-    ):
-        assert cli.main(words) == 2
-        captured = capsys.readouterr()
-        assert any(each in captured.err for each in problem.split("|")), captured.err
-        assert captured.err.count("\n") == 1
-
-
-def test_the_command_line_has_not_the_data_of_python(tmp_path, capsys, monkeypatch):
-    cf.train(tiny(1), tmp_path / "run", model=chain, data=DATA)
-    words = ["certify", str(tmp_path / "run"), "--model", "test_own:chain"]
-    assert cli.main(words) == 2
-    assert "is a run of data that only Python has" in capsys.readouterr().err
 
 
 def test_presets_are_as_they_were(tmp_path, monkeypatch):
