@@ -274,8 +274,8 @@ class OnNetworks(OnData):
     Attributes:
         run_dir: folder that `cibp-fast train` wrote, after --seeds a run's or that of all; or with
             --preset a file of weights
-        preset: RUN_DIR is a file of weights, .safetensors, .pt or .pth, of the network that this
-            preset trains; of another program, too
+        preset: RUN_DIR is a file of weights, .safetensors, .pt, .pth or .ckpt, of the network that
+            this preset trains; of another program, too
         model: package.module:factory of the own network that was trained, or whose weights these
             are
     """

@@ -78,7 +78,7 @@ def train(
         overwrite: replace the run that the folder holds.
 
     Raises:
-        TypeError: model, data or loss is of another kind.
+        TypeError: config, model, data or loss is of another kind.
         ValueError: the config, the network, the loss or the backend does not fit the data, which is
             tried before anything is written; or a file of the run is damaged.
         FileExistsError: the folder holds a run of another config and not overwrite, or other files.
@@ -90,6 +90,11 @@ def train(
             breaks an example that ordinary bounds verify (the result is kept).
         Contradiction: it refutes a sound certificate (the network and the evidence are kept).
     """
+    if not isinstance(config, Config):
+        raise TypeError(
+            "config must be what cf.config.preset or cf.config.own gives, not a "
+            f"{type(config).__name__}"
+        )
     if loss is not None and not callable(loss):
         raise TypeError(f"loss must be a function of (out, y, kappa), not a {type(loss).__name__}")
     _require_own(config, model, data, loss)

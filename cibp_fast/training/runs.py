@@ -419,7 +419,8 @@ def _is_own(config: Config) -> bool:
 def build_model(config: Config, model: Any = None) -> nn.Module:
     """Builds the config's network with fresh weights, from torch's global random state.
 
-    It takes what `to_input` makes of pixels: in eps_space pixel one of the paper's networks for
+    It has the shape of the data set, or of the user's data. It takes what `to_input` makes of
+    pixels: in eps_space pixel one of the paper's networks for
     CIFAR-10 or SVHN begins by normalising them.
 
     model: a user's own network, which is returned, or its factory, which is called. Raises
@@ -431,14 +432,19 @@ def build_model(config: Config, model: Any = None) -> nn.Module:
     from cibp_fast.training import own
     from cibp_fast.training.datasets import CHANNEL_STATS, INPUT_SHAPES
 
-    if isinstance(config, OwnConfig) and _is_own(config):
+    shape: Sequence[int]
+    if isinstance(config, OwnConfig):
+        shape, classes = config.input_shape, config.classes
+    else:
+        shape, classes = INPUT_SHAPES[config.dataset], own.CLASSES
+    if _is_own(config):
         if model is None:
             raise ValueError(
                 f"model must be given, the network or its factory, since the run is of one's own "
                 f"({config.net})"
             )
-        return own.build(model, config.input_shape, config.classes)
-    model = models.NETS[config.net](INPUT_SHAPES[config.dataset], padding=config.padding)
+        return own.build(model, shape, classes)
+    model = models.NETS[config.net](shape, classes, config.padding)
     models.initialize(model, config.init)
     if config.dataset in CHANNEL_STATS and config.eps_space == "pixel":
         return nn.Sequential(models.Normalize(*CHANNEL_STATS[config.dataset]), *model)

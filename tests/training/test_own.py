@@ -415,6 +415,20 @@ def test_a_whole_data_set_is_checked_as_its_parts_are(tmp_path):
         own.dataset((found, found))
 
 
+@pytest.mark.parametrize("floats", [False, True])
+def test_a_presets_network_takes_the_shape_of_own_data(tmp_path, floats):
+    large = tuple((images.repeat(1, 3, 4, 4), labels) for images, labels in DATA)  # 3 x 32 x 32
+    config = preset("mnist5k-small-0.001-cibp", **SHORT | {"batch_size": 12})
+    result = cf.train(config, tmp_path / "run", data=in_floats(large) if floats else large)
+    assert result["examples"] == 30 and result["sound"]
+    model, loaded = cf.load(tmp_path / "run")
+    assert loaded.net == "small" and loaded.input_shape == (3, 32, 32)
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 3)
+    with pytest.raises(ValueError, match=r"input_shape \(1, 2, 2\) is too small for this network"):
+        cf.train(config, tmp_path / "small", data=tuple((x[..., :2, :2], y) for x, y in DATA))
+    assert not (tmp_path / "small").exists()
+
+
 def test_a_factory_of_data_of_one_class_makes_two_logits(tmp_path):
     one = tuple((images[labels == 0], labels[labels == 0]) for images, labels in DATA)
     assert cf.train(tiny(2), tmp_path, model=chain, data=one)["examples"] == 10
@@ -549,6 +563,12 @@ def test_what_does_not_fit_is_one_error_and_nothing_half_done(tmp_path, change, 
     config = tiny(**change.pop("config", {}))
     with pytest.raises(error, match=message):
         cf.train(config, tmp_path / "run", **{"model": Residual, "data": DATA} | change)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_config_is_no_name(tmp_path):
+    with pytest.raises(TypeError, match=r"config must be what cf.config.preset or .* not a str"):
+        cf.train("mnist5k-small-0.1-cibp", tmp_path / "run", model=chain, data=DATA)
     assert not (tmp_path / "run").exists()
 
 
