@@ -276,11 +276,12 @@ class _Training:
     def restore(self, checkpoint: runs.Checkpoint, path: Path) -> None:
         """Takes the state of an earlier session. Raises ValueError naming path where it misfits."""
         try:
-            self.model.load_state_dict(checkpoint.model)
-            self.step.adam.load(checkpoint.optimizer)
+            runs.check_weights(self.model, checkpoint.model)
             totals = checkpoint.totals.reshape(checkpoint.processes, -1).to(self.processes.device)
             if checkpoint.step > self.config.steps:
                 raise ValueError(f"its step {checkpoint.step} is beyond {self.config.steps}")
+            self.step.adam.load(checkpoint.optimizer)
+            self.model.load_state_dict(checkpoint.model)  # last: it may be the user's
         except (RuntimeError, ValueError, KeyError) as error:
             raise ValueError(
                 f"{path} does not fit this run's network ({' '.join(str(error).splitlines()[:2])}):"

@@ -469,6 +469,24 @@ def test_what_is_drawn_follows_from_the_step(tmp_path, monkeypatch, random):
     assert len(files) == 1
 
 
+def test_a_network_that_does_not_fit_a_stopped_run_stays_as_it_was(tmp_path, monkeypatch):
+    save = loop._Training.save
+
+    def stopped(self, run_dir):
+        save(self, run_dir)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop._Training, "save", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        cf.train(tiny(), tmp_path, model=chain((1, 8, 8), 3), data=DATA)
+    model = chain((1, 8, 8), 4)  # which only the last layer shows
+    before = [value.clone() for value in model.parameters()]
+    with pytest.raises(ValueError, match=r"does not fit this run's network .*3.weight"):
+        cf.train(tiny(), tmp_path, model=model, data=DATA)
+    for value, old in zip(model.parameters(), before, strict=True):
+        assert torch.equal(value, old)
+
+
 def test_what_a_network_or_loss_writes_into_is_not_the_users(tmp_path):
     class Shifted(nn.Module):
         def __init__(self) -> None:
