@@ -127,8 +127,20 @@ def mib(size: float) -> str:
     return f"{size / 2**20:.1f}"
 
 
+def listed(
+    own: Mapping[str, Row], names: Iterable[str], key: str, form: Callable[[float], str]
+) -> str:
+    return ", ".join(cell(own[each], key, form) for each in names)
+
+
 def mebibytes(own: Mapping[str, Row], key: str) -> str:
-    return ", ".join(cell(own[each], key, mib) for each in ("fused", "fast", "naive"))
+    return listed(own, ("fused", "fast", "naive"), key, mib)
+
+
+def speed(row: Row) -> str:
+    """Returns the effective GFLOP/s, and in brackets their share of the peak."""
+    share = cell(row, "effective_to_peak", "({:.2f})".format)
+    return f"{cell(row, 'effective_gflops', '{:.0f}'.format)} {share}"
 
 
 def processor(row: Row) -> str:
@@ -256,13 +268,9 @@ def steps() -> list[str]:
         rows, results = step_table(file)
         body = []
         for which, own in results.items():
-            speed = cell(own["fused"], "effective_gflops", "{:.0f}".format)
-            share = cell(own["fused"], "effective_to_peak", "({:.2f})".format)
-            ratios = (cell(own[each], "fused_ratio") for each in others)
+            ours, ratios = own["fused"], (cell(own[each], "fused_ratio") for each in others)
             memory = (mebibytes(own, key) for key in ("saved_bytes", "peak_bytes"))
-            body.append(
-                [which, cell(own["fused"], "ms", digits), f"{speed} {share}", *ratios, *memory]
-            )
+            body.append([which, cell(ours, "ms", digits), speed(ours), *ratios, *memory])
         notes = sorted({f"`{row['contender']}`: {row['note']}" for row in rows if row["note"]})
         *made, last = block(f"**{rows[0]['cpu']}, {processor(rows[0])}.**", head, body, rows, file)
         peak = f"Peak {float(rows[0]['peak_gflops']):.0f} GFLOP/s. "
@@ -275,15 +283,10 @@ def training() -> list[str]:
     body = []
     for (name,), own in by(rows).items():
         ours = own["train_step"]
-        speed = cell(ours, "effective_gflops", "{:.0f}".format)
-        share = cell(ours, "effective_to_peak", "({:.2f})".format)
         ratios = (cell(own[each], "fused_ratio") for each in TRAINING if each != "train_step")
-        errors = (
-            cell(own[each], "gradient_error", "{:.1e}".format)
-            for each in ("train_step", "train_step_bf16", "naive_bf16")
-        )
-        ms = cell(ours, "ms", digits)
-        body.append([name, ms, f"{speed} {share}", *ratios, ", ".join(errors)])
+        compared = ("train_step", "train_step_bf16", "naive_bf16")
+        errors = listed(own, compared, "gradient_error", "{:.1e}".format)
+        body.append([name, cell(ours, "ms", digits), speed(ours), *ratios, errors])
     head = ["network, data, batch", "ms", "effective GFLOP/s (to peak)"]
     head += [text for name, text in TRAINING.items() if name != "train_step"]
     head.append("worst gradient's error: float32, bf16, autocast")
@@ -302,7 +305,7 @@ def costs() -> list[str]:
     for (name,), own in by(rows).items():
         ours = own["train_step"]
         ratios = [cell(own[each], "fused_ratio") for each in ways]
-        memory = ", ".join(cell(own[each], "peak_bytes", mib) for each in ("train_step", *ways))
+        memory = listed(own, ("train_step", *ways), "peak_bytes", mib)
         body.append([name, cell(ours, "ms", digits), *ratios, memory])
     head = ["network, data, batch", "ms", *(CONTENDERS[each] for each in ways)]
     head.append(f"peak MiB: ours, {', '.join(CONTENDERS[each] for each in ways)}")
@@ -321,13 +324,11 @@ def norms() -> list[str]:
     ]
     body = []
     for (name,), own in by(rows).items():
-        ours = own["fused"]
-        speed = f"{cell(ours, 'effective_gflops', '{:.0f}'.format)} "
-        speed += cell(ours, "effective_to_peak", "({:.2f})".format)
-        errors = (cell(own[each], "gradient_error", "{:.1e}".format) for each in ("fused", *ways))
+        ours, every = own["fused"], ("fused", *ways)
+        errors = listed(own, every, "gradient_error", "{:.1e}".format)
         ratios = [cell(own[each], "fused_ratio") for each in ways]
-        saved = ", ".join(cell(own[each], "saved_bytes", mib) for each in ("fused", *ways))
-        body.append([name, cell(ours, "ms", digits), speed, *ratios, saved, ", ".join(errors)])
+        saved = listed(own, every, "saved_bytes", mib)
+        body.append([name, cell(ours, "ms", digits), speed(ours), *ratios, saved, errors])
     names = ", ".join(CONTENDERS[each] for each in ways)
     head = ["network, data, batch", "ms", "effective GFLOP/s (to peak)"]
     head += [CONTENDERS[each] for each in ways]

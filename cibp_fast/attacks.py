@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class Attack:
     """Holds what PGD found for N examples.
 
     adversarial: [N, ...], a misclassified point of the box where one was found; else x, or, if
-        asked for, the point of the largest loss.
+        asked for, the point of the box with the largest loss.
     found: [N] bool.
     """
 
@@ -119,14 +120,7 @@ def pgd(
     Raises TypeError or ValueError for inputs that do not fit, or a box that is not finite,
     RuntimeError inside a capture, and torch.OutOfMemoryError where a GPU's memory is too small.
     """
-    for name, choice, allowed in (("step", step, STEPS), ("loss", loss, LOSSES)):
-        if choice not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {choice!r}")
-    for name, value in (("steps", steps), ("restarts", restarts), ("step_size", step_size)):
-        if value is not None and not value >= 0:  # NaN is not
-            raise ValueError(f"{name} must be 0 or more, not {value}")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be from 0 to 2**63 - 1, not {seed}")
+    check_options(step, loss, step_size, seed, steps=steps, restarts=restarts)
     check_examples(x, y, batch_size)
     if x.is_cuda and capturing():
         raise RuntimeError(
@@ -142,7 +136,8 @@ def pgd(
         if (upper - lower).isinf().any():
             raise ValueError("eps must give a box of finite width, got an infinite one")
         lengths = _lengths(x, eps, lower, upper, steps, step_size)
-        adversarial, found = x.clone(), torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        found = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        adversarial = (x.clamp(lower, upper) if worst else x).clone()
         heights = x.new_full((len(x),), -torch.inf) if worst else None  # the losses there
     random = torch.Generator().manual_seed(seed)
     with (
@@ -158,7 +153,7 @@ def pgd(
             chosen = slice(first, first + batch_size)
             low, high, labels = lower[chosen], upper[chosen], y[chosen]
             nearest = x[chosen].clamp(low, high)
-            logits = model(nearest)
+            logits = model(nearest.clone())  # which it may write into
             if logits.dim() != 2 or len(logits) != len(nearest):
                 raise ValueError(
                     f"model must give logits [N, classes], not {list(logits.shape)} for "
@@ -190,6 +185,26 @@ def pgd(
                     None if heights is None else heights[chosen],
                 )
     return Attack(adversarial, found)
+
+
+def check_options(step: Any, loss: Any, step_size: Any, seed: Any, **counts: Any) -> None:
+    """Raises TypeError or ValueError of the options of `pgd`.
+
+    counts: by name those that are whole numbers of 0 or more.
+    """
+    for name, choice, allowed in (("step", step, STEPS), ("loss", loss, LOSSES)):
+        if choice not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {choice!r}")
+    for name, value in (counts | {"seed": seed}).items():
+        if not isinstance(value, Integral):
+            raise TypeError(f"{name} must be a whole number, not {value!r}")
+    if step_size is not None and not isinstance(step_size, Real):
+        raise TypeError(f"step_size must be a number or None, not {step_size!r}")
+    for name, value in (counts | {"step_size": step_size}).items():
+        if value is not None and not value >= 0:  # NaN is not
+            raise ValueError(f"{name} must be 0 or more, not {value}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be from 0 to 2**63 - 1, not {seed}")
 
 
 def _lengths(
@@ -413,7 +428,7 @@ def _look(
     """
     with torch.enable_grad():
         point = point.detach().requires_grad_()
-        logits = model(point)
+        logits = model(point.clone())
         broken = broken | (predict(logits.detach()) != y)
         if point.device.type == "cpu" and broken.all():
             return broken, None
@@ -446,7 +461,7 @@ def _last(
     y: Tensor,  # [B]
 ) -> tuple[Tensor, Tensor]:
     """Returns what `_step` does, without taking the step."""
-    return point, broken | (predict(model(point)) != y)
+    return point, broken | (predict(model(point.clone())) != y)
 
 
 def _watched(way: Callable[..., tuple[Tensor, ...]], entropy: bool) -> Any:

@@ -292,7 +292,7 @@ def _layered(
     y: Tensor,  # [N]
 ) -> tuple[Tensor, Tensor]:  # margins [N, classes] and predicted [N]
     with torch.no_grad():
-        logits = model(x)
+        logits = model(x.clone())  # which it may write into
     if logits.dim() != 2 or len(logits) != len(x):
         raise ValueError(
             f"model must return logits [{len(x)}, classes], got {list(logits.shape)} for x "

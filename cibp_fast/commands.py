@@ -34,6 +34,7 @@ from cibp_fast.options import (
 from cibp_fast.training.config import (
     PRESET_GRAMMAR,
     Config,
+    OwnConfig,
     counted,
     epoch_steps,
     parse,
@@ -150,11 +151,13 @@ class Train(OnData):
         if not 1 <= self.seeds <= MOST_SEEDS:
             raise ValueError(f"seeds must be from 1 to {MOST_SEEDS}, not {self.seeds}")
         configs = [config.replace(seed=config.seed + index) for index in range(self.seeds)]
-        from cibp_fast.training import loop
+        from cibp_fast.training import loop, own
 
         factory = own_factory(self.model)
         if factory is not None and self.run_dir is None:
-            raise ValueError("run_dir must be given, with --run-dir, where --model is")
+            raise ValueError("run_dir must be given where --model is")
+        if factory is not None and self.seeds > 1:
+            own.require_new(factory, own.on_data_set(config, factory))
         run_dirs = [loop.default_run_dir(config) for config in configs]
         if self.run_dir is not None:
             parts = [f"seed{config.seed}" for config in configs] if self.seeds > 1 else [""]
@@ -271,8 +274,8 @@ class OnNetworks(OnData):
     Attributes:
         run_dir: folder that `cibp-fast train` wrote, after --seeds a run's or that of all; or with
             --preset a file of weights
-        preset: RUN_DIR is a file of weights, .safetensors, .pt or .pth, of the network that this
-            preset trains; of another program, too
+        preset: RUN_DIR is a file of weights, .safetensors, .pt, .pth or .ckpt, of the network that
+            this preset trains; of another program, too
         model: package.module:factory of the own network that was trained, or whose weights these
             are
     """
@@ -295,7 +298,10 @@ class OnNetworks(OnData):
             raise ValueError(
                 f"{self.run_dir} is a file of weights: name its network with --preset NAME"
             )
-        return [runs.read_network(each, factory) for each in runs.of_seeds(self.run_dir)]
+        found = [runs.read_network(each, factory) for each in runs.of_seeds(self.run_dir)]
+        if factory is not None and len(found) > 1 and isinstance(found[0].config, OwnConfig):
+            own.require_new(factory, found[0].config)
+        return found
 
     def network(self) -> Network:
         """Returns the only one. Raises ValueError of a folder of seeds."""

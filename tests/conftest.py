@@ -98,3 +98,11 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     with backends.use_isa(request.param):
         assert backends.kernels().__name__.endswith(request.param)
         yield request.param
+
+
+@pytest.fixture(params=["as on a CPU", "as on a GPU"])
+def pgd_way(request, monkeypatch):
+    """Lets PGD go step by step on the examples left, or several steps of a padded batch."""
+    if request.param == "as on a GPU":
+        monkeypatch.setattr("cibp_fast.attacks._burst", lambda point: 4)
+    return request.param

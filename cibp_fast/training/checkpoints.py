@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import difflib
 import io
+import pickle
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from cibp_fast.models import Normalize
 from cibp_fast.training.files import naming
@@ -25,6 +27,7 @@ KEYS = (
     *("params", "parameters", "ema", "module"),
 )
 MOST = 3  # names of a kind in an error
+LONGEST = 80  # letters of a name there
 COUNTER = "num_batches_tracked"  # of batch norm, of no effect in evaluation
 
 
@@ -45,11 +48,18 @@ def load_weights(model: nn.Module, path: str | Path, key: str | None = None) -> 
             the only one of the usual keys that has tensors.
 
     Raises:
+        TypeError: model is no network.
         OSError: the file cannot be read.
         ValueError: it is damaged, or holds more than tensors and plain values; there are no tensors
             there; or they do not fit, with the names that lack or are too many, the nearest name of
-            each, and the shapes.
+            each, and the shapes; or model has lazy layers that have no weights yet.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not a {type(model).__name__}")
+    if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
+        raise ValueError(
+            "model must have its weights: call it once, for its lazy layers to get them"
+        )
     path = Path(path)
     state = _tensors(read(path), key, path)
     try:
@@ -75,19 +85,23 @@ def read(path: Path) -> Any:
         if path.suffix == ".safetensors":
             return safetensors.torch.load(content)
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can raise nearly anything
-        why = (str(error).splitlines() or [type(error).__name__])[0]
+    except pickle.UnpicklingError as error:  # torch's own text advises to run what is there
         raise ValueError(
-            f"{path} is damaged, or holds more than tensors, of which nothing was run: {why}"
+            f"{path} is damaged, or holds more than tensors, of which nothing was run: where it is "
+            "a whole network, save its state_dict() in its place"
         ) from error
+    except Exception as error:  # a damaged file can raise nearly anything
+        why = (str(error).splitlines() or [type(error).__name__])[0].partition(". ")[0]
+        raise ValueError(f"{path} is damaged: {why}") from error
 
 
 def _tensors(content: Any, key: str | None, path: Path) -> dict[str, Tensor]:
     """Returns the state_dict of a file's content."""
     if key is not None:
         if not isinstance(content, Mapping) or key not in content:
-            there = ", ".join(map(str, content)) if isinstance(content, Mapping) else "none"
-            raise ValueError(f"{path} has no key {key!r}; its keys are {there[:200]}")
+            keys = [_shown(str(each)) for each in content] if isinstance(content, Mapping) else []
+            there = ", ".join(keys)[:200] or "none"
+            raise ValueError(f"{path} has no key {key!r}; its keys are {there}")
         content = content[key]
         if not _is_state(content):
             raise ValueError(f"{path}: {key!r} is no state_dict, which has a tensor for each name")
@@ -145,7 +159,7 @@ def _matched(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     if fits:
         (first, _), (other, _) = ordered[0]
         warnings.warn(
-            f"the names of the file are not the network's ({other} for {first}): the "
+            f"the names of the file are not the network's ({_shown(other)} for {first}): the "
             f"{len(ordered)} tensors are matched by their order, in which all shapes agree",
             UserWarning,
             stacklevel=4,
@@ -191,7 +205,7 @@ def _front(state: Mapping[str, Tensor]) -> list[str]:
 
 def _misfits(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
     return [
-        f"{name} must be {_form(own[name])}, not {_form(state[name])}"
+        f"{_shown(name)} must be {_form(own[name])}, not {_form(state[name])}"
         for name in own
         if name in state and _form(state[name]) != _form(own[name])
     ]
@@ -202,25 +216,34 @@ def _difference(own: Mapping[str, Tensor], optional: set[str], state: dict[str, 
     renamed = max(_renamings(own, state), key=lambda each: len(own.keys() & each.keys()))
     missing = [name for name in own if name not in renamed and name not in optional]
     extra = sorted(name for name in renamed if name not in own)
-    described = (
-        ("missing", [f"{name} {_form(own[name])}{_nearest(name, extra)}" for name in missing]),
-        (
-            "not of this network",
-            [f"{name} {_form(renamed[name])}{_nearest(name, missing)}" for name in extra],
-        ),
-        ("misfitting", _misfits(own, renamed)),
+
+    def described(name: str, of: Mapping[str, Tensor], others: list[str]) -> str:
+        return f"{_shown(name)} {_form(of[name])}{_nearest(name, others)}"
+
+    problems = (
+        ("missing", missing, lambda name: described(name, own, extra)),
+        ("not of this network", extra, lambda name: described(name, renamed, missing)),
+        ("misfitting", _misfits(own, renamed), str),
     )
-    return "; ".join(_listed(problem, names) for problem, names in described if names)
+    return "; ".join(_listed(*problem) for problem in problems if problem[1])
 
 
-def _listed(problem: str, names: list[str]) -> str:
+def _listed(problem: str, names: list[str], described: Callable[[str], str] = str) -> str:
+    """Lists the first names, described: to look for the nearest of thousands takes long."""
     more = f" and {len(names) - MOST} more" * (len(names) > MOST)
-    return f"{problem}: {', '.join(names[:MOST])}{more}"
+    return f"{problem}: {', '.join(map(described, names[:MOST]))}{more}"
 
 
 def _nearest(name: str, names: list[str]) -> str:
-    close = difflib.get_close_matches(name, names, n=1)
-    return f" (nearest: {close[0]})" if close else ""
+    short = [each for each in names if len(each) <= LONGEST]
+    close = difflib.get_close_matches(name, short, n=1) if len(name) <= LONGEST else []
+    return f" (nearest: {_shown(close[0])})" if close else ""
+
+
+def _shown(name: str) -> str:
+    """Returns a name of the file as one line that is not too long."""
+    name = name if name.isprintable() else repr(name)
+    return name if len(name) <= LONGEST else f"{name[:LONGEST]}..."
 
 
 def _last(name: str) -> str:
@@ -229,4 +252,5 @@ def _last(name: str) -> str:
 
 def _form(tensor: Tensor) -> str:
     layout = "" if tensor.layout == torch.strided else f" {tensor.layout}"
+    layout += " without data" * tensor.is_meta
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}{layout}"

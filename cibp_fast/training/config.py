@@ -282,7 +282,7 @@ class OwnConfig(Config):
     input_shape: tuple[Count, ...] = ()
     """of an example"""
     classes: Whole = 0
-    """from 0 to the largest label"""
+    """from 0 to the largest label, two or more"""
     data: tuple[str, ...] = ()
     """of own data: dtype, shape and SHA-256 of the training and the test examples"""
 
@@ -321,7 +321,7 @@ def own(eps: float | str, steps: int, method: str = "cibp", **fields: Any) -> Ow
     Args:
         eps: the radius, in the units of the data; also as text, "8/255".
         steps: of training; an epoch has as many as the training examples have whole batches.
-        method: "cibp", "ibp" or "nominal"; of no effect beside an own loss.
+        method: "cibp", "ibp" or "nominal"; of no effect beside an own loss, as width_weight.
         fields: of the Config, in place of the recipe's, such as batch_size=50, lr=5e-4, seed=1 or
             clip=None.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from numbers import Real
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cibp_fast._graphs import enough_memory
+from cibp_fast.attacks import check_options
 from cibp_fast.certificates import CLIP, SEMANTICS
 from cibp_fast.training import own
 from cibp_fast.training.evaluation import Settings, count
@@ -124,7 +126,18 @@ def evaluate(
             f"eps must be a number, or one for each channel, not a {type(eps).__name__}; boxes of "
             "each example are for cf.certify and cf.attacks.pgd"
         )
-    ends = () if clip is None else tuple(clip)
+    options = {"step": step, "loss": loss, "step_size": step_size}
+    check_options(
+        **options, seed=seed, steps=steps, restarts=restarts, verified_restarts=verified_restarts
+    )
+    ends: tuple[Any, ...] = ()
+    with suppress(TypeError):  # no pair: refused as a box is made of it
+        ends = () if clip is None else tuple(clip)
+    for name, value in (("eps", eps), *(("clip", end) for end in ends)):
+        if isinstance(value, Tensor) and value.dim() > 1 and len(value) > 1:
+            raise ValueError(
+                f"{name} must be the same for all examples, not of shape {list(value.shape)}"
+            )
     if sound and not all(isinstance(each, Real) for each in (eps, *ends)):
         raise ValueError(
             "eps and the ends of clip must be numbers with sound=True, where a broken certificate "
@@ -151,7 +164,7 @@ def evaluate(
         restarts=restarts,
         verified_restarts=verified_restarts,
         seed=seed,
-        pgd={"steps": steps, "step_size": step_size, "step": step, "loss": loss},
+        pgd={"steps": steps, **options},
     )
     about = semantics if sound else ""
     with enough_memory("cf.evaluate", "take smaller batches"):

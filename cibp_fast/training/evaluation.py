@@ -243,4 +243,4 @@ def provable(model: nn.Module) -> str | None:
 
 
 def _predicted(model: nn.Module, x: Tensor) -> tuple[Tensor]:
-    return (predict(model(x)),)
+    return (predict(model(x.clone())),)  # which it may write into

@@ -78,7 +78,7 @@ def train(
         overwrite: replace the run that the folder holds.
 
     Raises:
-        TypeError: model, data or loss is of another kind.
+        TypeError: config, model, data or loss is of another kind.
         ValueError: the config, the network, the loss or the backend does not fit the data, which is
             tried before anything is written; or a file of the run is damaged.
         FileExistsError: the folder holds a run of another config and not overwrite, or other files.
@@ -90,6 +90,11 @@ def train(
             breaks an example that ordinary bounds verify (the result is kept).
         Contradiction: it refutes a sound certificate (the network and the evidence are kept).
     """
+    if not isinstance(config, Config):
+        raise TypeError(
+            "config must be what cf.config.preset or cf.config.own gives, not a "
+            f"{type(config).__name__}"
+        )
     if loss is not None and not callable(loss):
         raise TypeError(f"loss must be a function of (out, y, kappa), not a {type(loss).__name__}")
     _require_own(config, model, data, loss)
@@ -101,6 +106,8 @@ def train(
         return datasets.load(config.dataset, data_root, verify=verify_data)
 
     with ExitStack() as stack:
+        devices = [processes.device] if processes.device.type == "cuda" else []
+        stack.enter_context(torch.random.fork_rng(devices=devices))
         dataset = processes.together(load)
         if any(each is not None for each in (model, data, loss)):
             config = own.recorded(config, dataset, data is not None, model, loss)
@@ -269,11 +276,12 @@ class _Training:
     def restore(self, checkpoint: runs.Checkpoint, path: Path) -> None:
         """Takes the state of an earlier session. Raises ValueError naming path where it misfits."""
         try:
-            self.model.load_state_dict(checkpoint.model)
-            self.step.adam.load(checkpoint.optimizer)
+            runs.check_weights(self.model, checkpoint.model)
             totals = checkpoint.totals.reshape(checkpoint.processes, -1).to(self.processes.device)
             if checkpoint.step > self.config.steps:
                 raise ValueError(f"its step {checkpoint.step} is beyond {self.config.steps}")
+            self.step.adam.load(checkpoint.optimizer)
+            self.model.load_state_dict(checkpoint.model)  # last: it may be the user's
         except (RuntimeError, ValueError, KeyError) as error:
             raise ValueError(
                 f"{path} does not fit this run's network ({' '.join(str(error).splitlines()[:2])}):"

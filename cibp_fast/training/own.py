@@ -8,6 +8,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from cibp_fast.training.progress import bar
 
 Shape = Sequence[int]  # of an example
 CLASSES = 10  # of every data set that comes by name
+MOST = 4  # members of a tuple or list that an error names
 
 
 def dataset(data: Any) -> Dataset:
@@ -31,15 +33,14 @@ def dataset(data: Any) -> Dataset:
 
     Raises TypeError or ValueError as that, and where the two do not fit each other.
     """
-    if isinstance(data, Dataset):
-        return data
-    if not isinstance(data, (tuple, list)) or len(data) != 2 or isinstance(data[0], Tensor):
+    parts = (data.train, data.test) if isinstance(data, Dataset) else data
+    if not isinstance(parts, (tuple, list)) or len(parts) != 2 or isinstance(parts[0], Tensor):
         raise TypeError(
             "data must be a pair (train, test), each of them a pair of tensors (images, labels) or "
             f"a torch Dataset, not {_described(data)}"
         )
     train, test = (
-        _stored(split(name, part)) for name, part in zip(("train", "test"), data, strict=True)
+        _stored(split(name, part)) for name, part in zip(("train", "test"), parts, strict=True)
     )
     shapes = [list(part.images.shape[1:]) for part in (train, test)]
     if shapes[0] != shapes[1] or train.images.dtype != test.images.dtype:
@@ -47,6 +48,8 @@ def dataset(data: Any) -> Dataset:
             f"train and test must be alike, not {train.images.dtype} {shapes[0]} and "
             f"{test.images.dtype} {shapes[1]}"
         )
+    if isinstance(data, Dataset):
+        return Dataset(data.name, train, test)
     name = hashlib.sha256("".join(map(described, (train, test))).encode()).hexdigest()[:8]
     return Dataset(f"own-{name}", train, test)
 
@@ -64,11 +67,16 @@ def split(name: str, data: Any) -> Split:
         TypeError: data is something else, or has no length.
         ValueError: it is empty, shapes do not fit, a label is negative, or an image is not finite.
     """
+    if isinstance(data, Dataset):
+        raise TypeError(f"{name} must be a part of a data set, its .train or .test, not all of it")
     if isinstance(data, Split):
-        return data
-    if isinstance(data, (tuple, list)):
+        images, labels = data.images, data.labels
+    elif isinstance(data, (tuple, list)):
         if len(data) != 2 or not all(isinstance(each, Tensor) for each in data):
-            raise TypeError(f"{name} must be a pair of tensors, not {_described(data)}")
+            raise TypeError(
+                f"{name} must be a pair of tensors, not {_described(data)}: single examples are "
+                "for a torch Dataset"
+            )
         images, labels = data
     else:
         images, labels = _read(name, data)
@@ -92,7 +100,7 @@ def length(name: str, data: Any) -> int:
     """Returns the length. Raises TypeError where it is not known."""
     try:
         return len(data)
-    except TypeError:
+    except (TypeError, NotImplementedError):
         raise TypeError(
             f"{name} must have a length, and a {type(data).__name__} of unknown length was given"
         ) from None
@@ -112,9 +120,12 @@ def _read(name: str, data: Any) -> tuple[Tensor, Tensor]:
     labels: list[Tensor] = []
     for index in bar(range(count), f"reading {name}", "example"):
         try:
-            image, label = data[index]
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{name}[{index}] is no pair (image, label): {error}") from error
+            example = data[index]
+        except Exception as error:
+            raise ValueError(f"{name}[{index}] cannot be read: {_line(error)}") from error
+        if not isinstance(example, (tuple, list)) or len(example) != 2:
+            raise ValueError(f"{name}[{index}] is no pair (image, label): {_described(example)}")
+        image, label = example
         if not isinstance(image, Tensor):
             raise TypeError(
                 f"{name}[{index}] must have a tensor as its image, not a {type(image).__name__}; "
@@ -126,10 +137,20 @@ def _read(name: str, data: Any) -> tuple[Tensor, Tensor]:
                 f"{list(image.shape)}, {name}[0] {images[0].dtype} {list(images[0].shape)}"
             )
         images.append(image)
-        labels.append(torch.as_tensor(label))
+        labels.append(_label(f"{name}[{index}]", label))
     if not images:
         raise ValueError(f"{name} must hold one example or more, and it is empty")
     return torch.stack(images), torch.stack(labels)
+
+
+def _label(where: str, label: Any) -> Tensor:
+    """Returns the label as a tensor, 0-dim. Raises TypeError where it is no number."""
+    with suppress(TypeError, ValueError, RuntimeError):
+        made = torch.as_tensor(label)
+        if not made.dim():
+            return made
+    found = list(label.shape) if isinstance(label, Tensor) else _described(label)
+    raise TypeError(f"{where} must have one whole number as its label, not {found}")
 
 
 def _stored(examples: Split) -> Split:
@@ -159,7 +180,8 @@ def name_of(thing: Any) -> str:
 def imported(text: str) -> Callable[..., Any]:
     """Returns what `package.module:factory` names, with modules of the current folder, too.
 
-    Raises ValueError where there is no such module or name, or the module fails.
+    Raises ValueError where there is no such module or name, the module fails, or what is named
+    makes nothing.
     """
     where, _, name = text.partition(":")
     if not where or not name.isidentifier():
@@ -177,12 +199,19 @@ def imported(text: str) -> Callable[..., Any]:
             f"model must name a module that Python finds, here or installed: {text!r} has none "
             f"({missing})"
         ) from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"model: the module {where} cannot be imported: {_line(error)}") from error
     if not hasattr(module, name):
         names = [each for each in vars(module) if not each.startswith("_")]
-        raise ValueError(f"model: {where} has no {name}{did_you_mean(name, names)}")
-    return getattr(module, name)
+        file = getattr(module, "__file__", None) or "built in"
+        raise ValueError(f"model: {where} ({file}) has no {name}{did_you_mean(name, names)}")
+    found = getattr(module, name)
+    if isinstance(found, nn.Module) or not callable(found):
+        raise ValueError(
+            f"model must name a function or class that makes a network, and {text} is "
+            f"{_described(found)}"
+        )
+    return found
 
 
 def build(model: Any, shape: Shape, classes: int) -> nn.Module:
@@ -225,13 +254,26 @@ def _made(model: Any, shape: Shape, classes: int) -> nn.Module:
         # a function of C has no signature: nothing, then
     try:
         made = model(*arguments)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"model: {name_of(model)} failed: {_line(error)}") from error
     if not isinstance(made, nn.Module):
         raise ValueError(
             f"model: {name_of(model)} must return a torch.nn.Module, not {_described(made)}"
         )
     return made
+
+
+def require_new(model: Any, config: OwnConfig) -> None:
+    """Raises ValueError where a factory returns one network each time, which several runs would
+    share.
+    """
+    with torch.random.fork_rng(devices=[]):
+        one, other = (build(model, config.input_shape, config.classes) for _ in range(2))
+    if one is other:
+        raise ValueError(
+            f"model must make a new network each time it is called, and {name_of(model)} returned "
+            "the same one again"
+        )
 
 
 def classes_of(model: nn.Module, shape: Shape, device: torch.device) -> int:
@@ -302,7 +344,7 @@ def recorded(config: Config, examples: Dataset, own_data: bool, model: Any, loss
     fields["input_shape"] = tuple(examples.train.images.shape[1:])
     labels = (examples.train.labels, examples.test.labels)
     largest = max(int(each.max()) for each in labels)
-    fields["classes"] = largest + 1 if own_data else CLASSES
+    fields["classes"] = max(largest + 1, 2) if own_data else CLASSES
     return OwnConfig(**fields)
 
 
@@ -313,5 +355,6 @@ def _line(error: BaseException) -> str:
 
 def _described(value: Any) -> str:
     if isinstance(value, (tuple, list)):
-        return f"a {type(value).__name__} of {', '.join(type(each).__name__ for each in value)}"
+        kinds = [type(each).__name__ for each in value[:MOST]] + ["..."] * (len(value) > MOST)
+        return f"a {type(value).__name__} of {', '.join(kinds) or 'nothing'}"
     return f"a {type(value).__name__}"

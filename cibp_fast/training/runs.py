@@ -350,7 +350,9 @@ def read_network(run_dir: Path, model: Any = None) -> Network:
         model = build_model(config, model)
     with _reading(path, " does not hold this run's network"):
         weights = path.read_bytes()
-        _load(model, safetensors.torch.load(weights))
+        state = safetensors.torch.load(weights)
+        check_weights(model, state)
+        model.load_state_dict(state)
     return Network(Path(os.path.abspath(run_dir)).name, config, model, weights)
 
 
@@ -377,8 +379,11 @@ def read_weights(path: Path, config: Config, model: Any = None) -> Network:
     return Network(path.stem, config, network, content)
 
 
-def _load(model: nn.Module, state: Any) -> None:
-    """Sets the model's parameters and buffers. Raises ValueError of tensors that do not fit it."""
+def check_weights(model: nn.Module, state: Any) -> None:
+    """Raises ValueError unless the state has a tensor for each of the model's, and no other.
+
+    A `load_state_dict` that fails has loaded what fits.
+    """
     import torch
 
     if not isinstance(state, Mapping) or not all(
@@ -408,7 +413,6 @@ def _load(model: nn.Module, state: Any) -> None:
                 if names
             )
         )
-    model.load_state_dict(state)
 
 
 def _is_own(config: Config) -> bool:
@@ -419,7 +423,8 @@ def _is_own(config: Config) -> bool:
 def build_model(config: Config, model: Any = None) -> nn.Module:
     """Builds the config's network with fresh weights, from torch's global random state.
 
-    It takes what `to_input` makes of pixels: in eps_space pixel one of the paper's networks for
+    It has the shape of the data set, or of the user's data. It takes what `to_input` makes of
+    pixels: in eps_space pixel one of the paper's networks for
     CIFAR-10 or SVHN begins by normalising them.
 
     model: a user's own network, which is returned, or its factory, which is called. Raises
@@ -431,14 +436,19 @@ def build_model(config: Config, model: Any = None) -> nn.Module:
     from cibp_fast.training import own
     from cibp_fast.training.datasets import CHANNEL_STATS, INPUT_SHAPES
 
-    if isinstance(config, OwnConfig) and _is_own(config):
+    shape: Sequence[int]
+    if isinstance(config, OwnConfig):
+        shape, classes = config.input_shape, config.classes
+    else:
+        shape, classes = INPUT_SHAPES[config.dataset], own.CLASSES
+    if _is_own(config):
         if model is None:
             raise ValueError(
                 f"model must be given, the network or its factory, since the run is of one's own "
                 f"({config.net})"
             )
-        return own.build(model, config.input_shape, config.classes)
-    model = models.NETS[config.net](INPUT_SHAPES[config.dataset], padding=config.padding)
+        return own.build(model, shape, classes)
+    model = models.NETS[config.net](shape, classes, padding=config.padding)
     models.initialize(model, config.init)
     if config.dataset in CHANNEL_STATS and config.eps_space == "pixel":
         return nn.Sequential(models.Normalize(*CHANNEL_STATS[config.dataset]), *model)

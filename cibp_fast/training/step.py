@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
 from cibp_fast import losses
 from cibp_fast._graphs import enough_memory
+from cibp_fast.certificates import certify
 from cibp_fast.fusion import FusedNetwork, fuse
 from cibp_fast.fusion.network import Runnable
 from cibp_fast.interval import Interval
@@ -88,9 +90,11 @@ class Objective(nn.Module):
                 loss = parts.total(kappa, config.width_weight)
             else:
                 loss = own_loss(out, y, kappa)
-                if not isinstance(loss, Tensor) or loss.dim():
-                    found = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-                    raise ValueError(f"loss must return a 0-dim tensor, not {found}")
+                if not isinstance(loss, Tensor) or loss.dim() or not loss.is_floating_point():
+                    found = type(loss).__name__
+                    if isinstance(loss, Tensor):
+                        found = f"{loss.dtype} {list(loss.shape)}"
+                    raise ValueError(f"loss must return a 0-dim tensor of floats, not {found}")
                 with torch.no_grad():  # to be logged
                     parts = losses.terms(out, y, elide=config.elide and out.elided)
             logits, widths = out.logits, out.widths
@@ -101,10 +105,11 @@ class Objective(nn.Module):
 
 
 def rehearse(objective: Objective, x: Tensor, y: Tensor) -> None:
-    """Computes the loss of a user's network, or a user's loss, and its gradients, once.
+    """Computes the loss of a user's network, or a user's loss, its gradients, and the bounds of an
+    evaluation, once.
 
-    Nothing changes by it, but that a network whose bounds `fuse` cannot compute, or a loss that
-    wants the boxes of layers, goes layer by layer from now on.
+    Nothing changes by it but torch's random state, and that a network whose bounds `fuse` cannot
+    compute, or a loss that wants the boxes of layers, goes layer by layer from now on.
 
     Args:
         objective: of the training.
@@ -118,8 +123,9 @@ def rehearse(objective: Objective, x: Tensor, y: Tensor) -> None:
     buffers = {name: value.clone() for name, value in model.named_buffers()}
 
     def attempt() -> None:
-        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-            loss, _ = objective(x, y, config.eps * config.eps_train_ratio, config.kappa_end)
+        # copies: a model or loss may write into what it is given, which is the user's
+        eps = config.eps * config.eps_train_ratio
+        loss, _ = objective(x.clone(), y.clone(), eps, config.kappa_end)
         if not loss.requires_grad:
             raise ValueError("the loss must have a gradient by the network's parameters")
         wanted = [each for each in model.parameters() if each.requires_grad]
@@ -133,6 +139,7 @@ def rehearse(objective: Objective, x: Tensor, y: Tensor) -> None:
                 raise
             object.__setattr__(objective, "fused", None)
             attempt()
+        certify(model, x.clone(), y, config.eps, config.clip, sound=False)
     except Exception as error:
         what = "model" if objective.own_loss[0] is None else "model, or loss,"
         problem = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
@@ -238,18 +245,26 @@ class Step:
             world_size=self.processes.size,
         )
         end = epoch * self.epoch_steps
-        steps = range(end - self.epoch_steps + first, end)
-        self._following = zip(
-            batches, [[each(at) for each in self.schedules] for at in steps], strict=True
-        )
+        self._following = zip(batches, range(end - self.epoch_steps + first, end), strict=True)
 
     def __call__(self) -> None:
         """Takes the step of the next batch."""
-        (pixels, y), (eps, kappa, lr) = next(self._following)
+        (pixels, y), at = next(self._following)
+        eps, kappa, lr = (each(at) for each in self.schedules)
+        if isinstance(self.config, OwnConfig):
+            self._seed(at)
         loss, logged = self.loss(self.prepare(pixels), y, eps, kappa)
         loss.backward()
         self.adam.step(lr)
         self.totals = self.totals + logged
+
+    def _seed(self, at: int) -> None:
+        """Makes what a user's network or loss draws, as dropout does, follow from the step."""
+        entropy = (self.config.seed, at, self.processes.rank)
+        number = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+        torch.default_generator.manual_seed(number)
+        if self.processes.device.type == "cuda":
+            torch.cuda.manual_seed(number)
 
     def memory(self) -> AbstractContextManager[None]:
         """Says what to do where a GPU's memory is too small."""

@@ -148,10 +148,10 @@ def test_a_network_that_flattens_its_input_is_refused() -> None:
 # Runs
 
 
-def _network(in_shape: Sequence[int], padding: str) -> nn.Sequential:
+def _network(in_shape: Sequence[int], classes: int, padding: str) -> nn.Sequential:
     """Stands in for the paper's small network: of its layers, but quick."""
     convolution = nn.Conv2d(1, 3, 5, stride=4)
-    return nn.Sequential(convolution, nn.ReLU(), nn.Flatten(), nn.Linear(3 * 6 * 6, 10))
+    return nn.Sequential(convolution, nn.ReLU(), nn.Flatten(), nn.Linear(3 * 6 * 6, classes))
 
 
 def _load(name: str, root: object = None, *, verify: bool = True) -> datasets.Dataset:

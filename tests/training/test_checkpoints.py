@@ -166,9 +166,58 @@ def test_what_does_not_fit_is_named_with_the_nearest(tmp_path):
 def test_a_file_of_code_is_not_run(tmp_path):
     path = tmp_path / "whole.pt"
     torch.save(Residual(), path)
-    with pytest.raises(ValueError, match="holds more than tensors, of which nothing was run"):
+    with pytest.raises(
+        ValueError, match="holds more than tensors, of which nothing was ru"
+    ) as error:
         cf.load_weights(Residual(), path)
+    assert "weights_only" not in str(error.value)  # torch's advice is to run it
     with pytest.raises(ValueError, match="must be a file of weights"):
         cf.load_weights(Residual(), tmp_path / "weights.bin")
     with pytest.raises(OSError, match=r"nothing.pt: No such file"):
         cf.load_weights(Residual(), tmp_path / "nothing.pt")
+
+
+def test_a_network_stays_as_it_was_where_a_tensor_has_no_data(tmp_path):
+    state = trained(network()).state_dict()
+    state["6.bias"] = state["6.bias"].to("meta")
+    model = network()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=r"6.bias must be float32 \[3\], not float32 \[3\] without"
+    ):
+        cf.load_weights(model, saved(state, tmp_path / "weights.pt"))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_errors_are_one_short_line_whatever_the_names(tmp_path):
+    state = trained(network()).state_dict()
+    names = ("z" * 100_000, "two\nlines", *(f"{i}.{'q' * 500}" for i in range(2000)))
+    path = saved(state | dict.fromkeys(names, torch.zeros(1)), tmp_path / "weights.pt")
+    with pytest.raises(ValueError) as error:
+        cf.load_weights(network(), path)
+    assert len(str(error.value)) < 600 and "and 1999 more" in str(error.value)
+    path = saved({"two\nlines": torch.zeros(1)}, tmp_path / "lines.pt")
+    with pytest.raises(ValueError, match=r"not of this network: 'two\\nlines' float32") as error:
+        cf.load_weights(network(), path)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"has no key 'net'; its keys are 0.weight, 0.bias, 1.wei"):
+        cf.load_weights(network(), saved(state, tmp_path / "top.pt"), key="net")
+
+
+def test_an_error_does_not_compare_thousands_of_names(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "difflib.get_close_matches", lambda name, *_, **__: calls.append(name) or []
+    )
+    state = {f"blocks.{i}.scale": torch.zeros(2) for i in range(50)}
+    with pytest.raises(ValueError, match=r"not of this network: .* and 4. more"):
+        cf.load_weights(network(), saved(state, tmp_path / "weights.pt"))
+    assert len(calls) == 6  # three that are missing, three that are too many
+
+
+def test_what_is_no_network_or_has_no_weights_yet(tmp_path):
+    path = saved(trained(network()).state_dict(), tmp_path / "weights.pt")
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, not a str"):
+        cf.load_weights("small", path)
+    with pytest.raises(ValueError, match="model must have its weights: call it once"):
+        cf.load_weights(nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), path)

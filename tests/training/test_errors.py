@@ -107,9 +107,39 @@ def test_eps_by_channel_is_for_ordinary_bounds():
         ({"batch_size": 0}, ValueError, "batch_size must be a whole number, 1 or more, not 0"),
         ({"step": "newton"}, ValueError, "step must be one of sign, adam, not 'newton'"),
         ({"model": Residual()}, ValueError, "sound"),
+        ({"clip": 5}, ValueError, r"clip must be \(least, greatest\) or None, got 5"),
+        ({"seed": -1}, ValueError, r"seed must be from 0 to 2\*\*63 - 1, not -1"),
+        ({"steps": 1.5}, TypeError, "^steps must be a whole number, not 1.5"),
+        ({"verified_restarts": -1}, ValueError, "^verified_restarts must be 0 or more, not -1"),
+        ({"data": {"x": X}}, ValueError, r"data\[0\] cannot be read: KeyError: 0"),
+        (
+            {"eps": torch.full((len(X), 1), 0.1), "sound": False, "batch_size": len(X)},
+            ValueError,
+            r"eps must be the same for all examples, not of shape \[",
+        ),
     ],
 )
 def test_bad_input(change, error, message):
     given = {"model": nn.Sequential(nn.Linear(1, 2)), "data": (X, Y), "eps": 0.1} | change
     with pytest.raises(error, match=message):
         cf.evaluate(**given)
+
+
+@pytest.mark.parametrize("sound", [True, False])
+def test_a_model_may_write_into_what_it_is_given(sound):
+    def model(inplace: bool) -> nn.Module:
+        linear = nn.Linear(4, 2)
+        with torch.no_grad():
+            linear.weight.copy_(torch.tensor([[1.0, -1, 1, -1], [-1, 1, -1, 1]]))
+        return nn.Sequential(nn.ReLU(inplace=inplace), linear)
+
+    torch.manual_seed(0)
+    x, y = torch.rand(40, 4) - 0.5, torch.arange(40) % 2
+    before = x.clone()
+    options = {"clip": None, "sound": sound, "steps": 5, "restarts": 1, "step_size": None}
+    torch.manual_seed(1)
+    found = cf.evaluate(model(True), (x, y), 0.1, **options)
+    assert torch.equal(x, before)
+    torch.manual_seed(1)
+    assert found == cf.evaluate(model(False), (x, y), 0.1, **options)
+    assert 0 < found.test_error < found.verified_error < 1

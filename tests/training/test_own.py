@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import re
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -251,7 +251,7 @@ def test_a_chain_of_bytes_takes_the_kernels_step_with_the_same_numbers(tmp_path,
 
 
 class Ordered(Residual):
-    """The same with its norm where `fuse` takes it: behind a convolution."""
+    """Has its norm behind a convolution, where `fuse` takes it."""
 
     def forward(self, x):
         x = self.stem(x).relu()
@@ -336,6 +336,24 @@ class Lists(torch.utils.data.Dataset):
         return [[0.0]], 0
 
 
+class Examples(torch.utils.data.Dataset):
+    """Three examples, made by a function of the number."""
+
+    def __init__(self, make) -> None:
+        self.make = make
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index):
+        return self.make(index)
+
+
+class Unmeasured(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
 IMAGES, LABELS = DATA[0]
 
 
@@ -356,12 +374,141 @@ IMAGES, LABELS = DATA[0]
         ((IMAGES / 0.0, LABELS), ValueError, "images of train must be finite"),
         ((IMAGES[..., :7], LABELS), ValueError, "train and test must be alike"),
         ((IMAGES / 255, LABELS), ValueError, "train and test must be alike"),
+        (datasets.Split(IMAGES, LABELS - 1), ValueError, "labels of train must be 0 or more, no"),
+        (datasets.Split(IMAGES, LABELS.int()), TypeError, "labels of train must be int64, not to"),
+        (Unmeasured(), TypeError, "train must have a length, and a Unmeasured of unknown length"),
+        ({"image": IMAGES}, ValueError, r"train\[0\] cannot be read: KeyError: 0"),
+        (
+            Examples(lambda i: Path("/no").stat()),
+            ValueError,
+            r"train\[0\] cannot be read: FileNotFound",
+        ),
+        (Examples(lambda i: {"x": 1, "y": 2}), ValueError, r"is no pair \(image, label\): a dict"),
+        (
+            Examples(lambda i: (IMAGES[i], "one")),
+            TypeError,
+            r"train\[0\] must have one whole numbe",
+        ),
+        (Examples(lambda i: (IMAGES[i], None)), TypeError, "as its label, not a NoneType"),
+        (Examples(lambda i: (IMAGES[i], LABELS[:i])), TypeError, r"as its label, not \[0\]"),
+        (
+            [(image, 0) for image in IMAGES],
+            TypeError,
+            r"not a list of tuple, tuple, tuple, tuple, \.\.\.: single examples are for a",
+        ),
     ],
 )
 def test_data_that_do_not_fit(tmp_path, train, error, message):
     with pytest.raises(error, match=message):
         cf.train(tiny(), tmp_path / "run", model=Residual, data=(train, DATA[1]))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_whole_data_set_is_checked_as_its_parts_are(tmp_path):
+    x, y = in_floats(DATA)[0]
+    parts = [datasets.Split(x.double(), y), datasets.Split(*in_floats(DATA)[1])]
+    found = own.dataset(datasets.Dataset("mine", *parts))
+    assert found.name == "mine" and found.train.images.dtype == torch.float32
+    with pytest.raises(ValueError, match="labels of test must be 0 or more, not -1"):
+        own.dataset(datasets.Dataset("mine", parts[0], datasets.Split(x, y - 1)))
+    with pytest.raises(TypeError, match=r"train must be a part of a data set, its .train or .test"):
+        own.dataset((found, found))
+
+
+@pytest.mark.parametrize("floats", [False, True])
+def test_a_presets_network_takes_the_shape_of_own_data(tmp_path, floats):
+    large = tuple((images.repeat(1, 3, 4, 4), labels) for images, labels in DATA)  # 3 x 32 x 32
+    config = preset("mnist5k-small-0.001-cibp", **SHORT | {"batch_size": 12})
+    result = cf.train(config, tmp_path / "run", data=in_floats(large) if floats else large)
+    assert result["examples"] == 30 and result["sound"]
+    model, loaded = cf.load(tmp_path / "run")
+    assert loaded.net == "small" and loaded.input_shape == (3, 32, 32)
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 3)
+    with pytest.raises(ValueError, match=r"input_shape \(1, 2, 2\) is too small for this network"):
+        cf.train(config, tmp_path / "small", data=tuple((x[..., :2, :2], y) for x, y in DATA))
+    assert not (tmp_path / "small").exists()
+
+
+def test_a_factory_of_data_of_one_class_makes_two_logits(tmp_path):
+    one = tuple((images[labels == 0], labels[labels == 0]) for images, labels in DATA)
+    assert cf.train(tiny(2), tmp_path, model=chain, data=one)["examples"] == 10
+    assert runs.read_config(tmp_path).classes == 2
+
+
+def dropping(input_shape, classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.Dropout(), nn.Linear(20, classes))
+
+
+def shaken(out, y, kappa):
+    return cf.losses.nominal_loss(out, y) * torch.rand(())
+
+
+@pytest.mark.parametrize("random", ["dropout", "loss"])
+def test_what_is_drawn_follows_from_the_step(tmp_path, monkeypatch, random):
+    """Runs with dropout, or with a random loss, agree, also where one was stopped in between."""
+    given = {"model": dropping if random == "dropout" else chain, "data": DATA}
+    given["loss"] = None if random == "dropout" else shaken
+    config = tiny(10, method="nominal")
+    cf.train(config, tmp_path / "whole", **given)
+    save = loop._Training.save
+
+    def stopped(self, run_dir):
+        save(self, run_dir)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop._Training, "save", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        cf.train(config, tmp_path / "stopped", **given)
+    monkeypatch.undo()
+    state = torch.get_rng_state()
+    torch.rand(7)
+    now = torch.get_rng_state()
+    cf.train(config, tmp_path / "stopped", **given)
+    assert torch.equal(torch.get_rng_state(), now) and not torch.equal(now, state)
+    files = {(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "stopped")}
+    assert len(files) == 1
+
+
+def test_a_network_that_does_not_fit_a_stopped_run_stays_as_it_was(tmp_path, monkeypatch):
+    save = loop._Training.save
+
+    def stopped(self, run_dir):
+        save(self, run_dir)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop._Training, "save", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        cf.train(tiny(), tmp_path, model=chain((1, 8, 8), 3), data=DATA)
+    model = chain((1, 8, 8), 4)  # which only the last layer shows
+    before = [value.clone() for value in model.parameters()]
+    with pytest.raises(ValueError, match=r"does not fit this run's network .*3.weight"):
+        cf.train(tiny(), tmp_path, model=model, data=DATA)
+    for value, old in zip(model.parameters(), before, strict=True):
+        assert torch.equal(value, old)
+
+
+def test_what_a_network_or_loss_writes_into_is_not_the_users(tmp_path):
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(64, 3)
+
+        def forward(self, x):
+            x -= 0.5
+            return self.linear(x.flatten(1))
+
+    def zeroing(out, y, kappa):
+        loss = -(out.logits * nn.functional.one_hot(y, 3)).sum()
+        y.zero_()
+        return loss
+
+    data = in_floats(DATA)
+    before = [(images.clone(), labels.clone()) for images, labels in data]
+    cf.train(tiny(2), tmp_path / "loss", model=chain, data=data, loss=zeroing)
+    config = tiny(2, method="nominal", clip=None)
+    cf.train(config, tmp_path / "model", model=Shifted, data=data)
+    for (images, labels), (old_images, old_labels) in zip(data, before, strict=True):
+        assert torch.equal(images, old_images) and torch.equal(labels, old_labels)
 
 
 def failing(input_shape, classes):
@@ -381,6 +528,7 @@ class Squared(nn.Module):
     ("change", "error", "message"),
     [
         ({"model": failing}, ValueError, "test_own:failing failed: KeyError: 'no such thing"),
+        ({"model": lambda: sys.exit(3)}, ValueError, "test_own:<lambda> failed: SystemExit: 3"),
         ({"model": lambda a: a}, ValueError, r"<lambda>\(a\) must take \(input_shape, classes\)"),
         ({"model": lambda: 3}, ValueError, "must return a torch.nn.Module, not a int"),
         ({"model": "nets:chain"}, TypeError, "model must be a torch.nn.Module or a function"),
@@ -394,11 +542,21 @@ class Squared(nn.Module):
             "dropout has no interval rule: it is random in training mode",
         ),
         ({"model": Squared}, ValueError, "fails on 4 examples of the data: .*cumprod"),
+        (
+            {"model": Squared, "config": {"method": "nominal"}},  # whose evaluation has bounds
+            ValueError,
+            "fails on 4 examples of the data: .*cumprod",
+        ),
         ({"model": None}, ValueError, "model must be given with a config of one's own"),
         ({"data": None}, ValueError, "data must be given with a config of one's own"),
         ({"data": DATA[0]}, TypeError, r"data must be a pair \(train, test\)"),
         ({"loss": 3}, TypeError, r"loss must be a function of \(out, y, kappa\), not a int"),
-        ({"loss": lambda *_: torch.ones(2)}, ValueError, r"must return a 0-dim tensor, not \[2\]"),
+        ({"loss": lambda *_: torch.ones(2)}, ValueError, r"a 0-dim tensor of floats, not .* \[2\]"),
+        (
+            {"loss": lambda out, y, _: y.sum()},
+            ValueError,
+            r"loss must return a 0-dim tensor of floats, not torch.int64 \[\]",
+        ),
         (
             {"loss": lambda out, *_: out.width.detach()},
             ValueError,
@@ -423,6 +581,12 @@ def test_what_does_not_fit_is_one_error_and_nothing_half_done(tmp_path, change, 
     config = tiny(**change.pop("config", {}))
     with pytest.raises(error, match=message):
         cf.train(config, tmp_path / "run", **{"model": Residual, "data": DATA} | change)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_config_is_no_name(tmp_path):
+    with pytest.raises(TypeError, match=r"config must be what cf.config.preset or .* not a str"):
+        cf.train("mnist5k-small-0.1-cibp", tmp_path / "run", model=chain, data=DATA)
     assert not (tmp_path / "run").exists()
 
 
@@ -484,68 +648,6 @@ def test_the_page_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     own_loss = names["squared_margins"]
     result = cf.train(config, "runs/2", model=names["Residual"], data=data, loss=own_loss)
     assert result["method"] == "own"
-
-
-NETS = """
-from torch import nn
-
-def residual(input_shape, classes):
-    return nn.Sequential(nn.Flatten(), nn.Linear(784, 20), nn.ReLU(), nn.Linear(20, classes))
-
-def broken():
-    raise RuntimeError("no luck")
-
-def number():
-    return 3
-"""
-
-
-def test_the_command_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(datasets, "load", load_toy)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend("")  # which is undone after the test
-    Path("my_nets.py").write_text(NETS)
-    given = ["--model", "my_nets:residual"]
-    recipe = ["--preset", "mnist5k-small-0.001-cibp", "--steps", "12", "--batch-size", "16"]
-    recipe += ["--pgd-steps", "2", "--eval-batch-size", "25"]
-    assert cli.main(["train", *recipe, *given, "--run-dir", "run"]) == 0
-    config = runs.read_config(Path("run"))
-    assert (config.dataset, config.net) == ("mnist5k", "my_nets:residual")
-    assert runs.read_result(Path("run"))["sound"]
-    for command in ("certify", "attack"):
-        assert cli.main([command, "run", *given, "--examples", "8"]) == 0
-    weights = ["certify", "run/model.safetensors", "--preset", "mnist5k-small-0.001-cibp", *given]
-    capsys.readouterr()
-    assert cli.main([*weights, "--examples", "8", "--output", "out"]) == 0
-    assert "of 8 held-out examples" in capsys.readouterr().out
-    assert json.loads(Path("out/result.json").read_text())["network"][0] == {"layer": "flatten"}
-
-    for words, problem in (
-        (["certify", "run"], "error: --model must be given, the network or its factory"),
-        (["train", *recipe, *given], "--run-dir must be given|run_dir must be given"),
-        (["certify", "run", "--model", "nowhere:net"], "'nowhere:net' has none (nowhere)"),
-        (["certify", "run", "--model", "my_nets:residuals"], "did you mean 'residual'?"),
-        (["certify", "run", "--model", "my_nets"], "must be package.module:factory, not 'my_nets'"),
-        (
-            ["certify", "run", "--model", "my_nets:broken"],
-            "my_nets:broken failed: RuntimeError: no",
-        ),
-        (
-            ["certify", "run", "--model", "my_nets:number"],
-            "must return a torch.nn.Module, not a int",
-        ),
-    ):
-        assert cli.main(words) == 2
-        captured = capsys.readouterr()
-        assert any(each in captured.err for each in problem.split("|")), captured.err
-        assert captured.err.count("\n") == 1
-
-
-def test_the_command_line_has_not_the_data_of_python(tmp_path, capsys, monkeypatch):
-    cf.train(tiny(1), tmp_path / "run", model=chain, data=DATA)
-    words = ["certify", str(tmp_path / "run"), "--model", "test_own:chain"]
-    assert cli.main(words) == 2
-    assert "is a run of data that only Python has" in capsys.readouterr().err
 
 
 def test_presets_are_as_they_were(tmp_path, monkeypatch):

@@ -58,10 +58,10 @@ def _config(augmentation: str) -> Config:
     return preset("mnist5k-small-0.001-cibp", **SHORTER, augmentation=augmentation)
 
 
-def _network(in_shape: Sequence[int], padding: str) -> nn.Sequential:
+def _network(in_shape: Sequence[int], classes: int, padding: str) -> nn.Sequential:
     """Stands in for the paper's small network: of its layers, but quick."""
     convolution = nn.Conv2d(1, 3, 5, stride=4)
-    return nn.Sequential(convolution, nn.ReLU(), nn.Flatten(), nn.Linear(3 * 6 * 6, 10))
+    return nn.Sequential(convolution, nn.ReLU(), nn.Flatten(), nn.Linear(3 * 6 * 6, classes))
 
 
 def _load(name: str, root: object = None, *, verify: bool = True) -> datasets.Dataset:
@@ -311,7 +311,10 @@ def _without(values, key):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: {"model": {"0.weight": torch.zeros(1)}}, ".*issing key"),
+        (
+            lambda c: {"model": {"0.weight": torch.zeros(1)}},
+            "missing: 0.bias, 2.weight, .* misfitting: 0.weight must be",
+        ),
         (lambda c: {"optimizer": c.optimizer | {"0.exp_avg": torch.zeros(3)}}, "0.exp_avg must be"),
         (lambda c: {"optimizer": _without(c.optimizer, "0.exp_avg_sq")}, "exp_avg_sq"),
         (lambda c: {"optimizer": {}}, "0"),
