@@ -17,6 +17,7 @@ from cibp_fast.fusion.program import (
     Layer,
     Program,
     Sum,
+    is_grouped,
 )
 from cibp_fast.fusion.stages import (
     added_padding,
@@ -57,6 +58,11 @@ class Nodes(NamedTuple):
         kinds: of "affine" and "activation", as of `cf.bounds`' recorder.
         """
         return [place for kind, place in self.layers if kind in kinds] + [len(self.nodes) - 1]
+
+    def activated(self) -> list[int]:
+        """Returns the nodes that an activation follows, in the order of these."""
+        count = len(self.nodes)
+        return [place % count for kind, place in self.layers if kind == "activation"]
 
     def normed(self) -> list[tuple[Layer, Node]]:
         """Returns each norm with its node."""
@@ -221,8 +227,16 @@ class _Builder:
         else:
             stage = convolution_stage(Affine(layer, []), source.image, weight, source.padding)
             shape, out = stage.shape, stage.output
+        kind = "affine"
+        if is_grouped(layer):
+            groups = layer.module.groups
+            if (source.image[0], len(weight)) != (groups, groups):
+                raise layer.misfit(f"weight {list(weight.shape)} does not fit its groups {groups}")
+            if source.value == 0:
+                raise layer.error("it is depthwise, and reads the network's input")
+            kind, shape = "depthwise", shape._replace(groups=groups)
         self.layers.append(("affine", 0, len(self.nodes)))
-        return self._add(Node("affine", shape, self._edge(layer, source), fast=self.fast), out)
+        return self._add(Node(kind, shape, self._edge(layer, source), fast=self.fast), out)
 
 
 def _values(node: Node) -> list[int]:

@@ -175,11 +175,20 @@ class Program:
     plans: dict[tuple[Any, ...], Any] = field(default_factory=dict)  # what network.py makes of it
 
 
+def is_grouped(layer: Layer) -> bool:
+    """Returns whether it is a convolution of several groups."""
+    return type(layer.module) in CONVOLUTIONS and layer.module.groups != 1
+
+
 def check_plain(layer: Layer) -> None:
     """Raises ValueError where there are no kernels for a convolution of this kind."""
     module = layer.module
-    if module.groups != 1:
-        raise layer.error(f"groups must be 1, got {module.groups}")
+    groups, channels = module.groups, (module.in_channels, module.out_channels)
+    if groups != 1 and channels != (groups, groups):
+        raise layer.error(
+            f"groups must be 1, or as many as input and output channels, got {groups} for "
+            f"{channels[0]} and {channels[1]}"
+        )
     if module.padding_mode != "zeros":
         raise layer.error(f"padding_mode must be 'zeros', got {module.padding_mode!r}")
     if not isinstance(module.padding, str):

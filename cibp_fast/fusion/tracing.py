@@ -41,6 +41,7 @@ from cibp_fast.fusion.program import (
     Sum,
     check_plain,
     elsewhere,
+    is_grouped,
 )
 from cibp_fast.interval import Interval
 from cibp_fast.models import Normalize
@@ -58,9 +59,9 @@ _IN_PLACE = (torch.relu_, "relu_", F.leaky_relu_, operator.iadd, "add_")
 _SIZES = {"reshape": "shape", "view": "size"}  # the names of their arguments
 
 _SUPPORTED = (
-    "supported are Conv2d (groups=1, padded with zeros), Linear, ReLU, LeakyReLU, Flatten, "
-    "AvgPool2d and AdaptiveAvgPool2d, BatchNorm, ZeroPad2d, Identity and Dropout, and sums of two, "
-    "behind a cibp_fast.models.Normalize or not, that end in Linear"
+    "supported are Conv2d (padded with zeros, in one group or depthwise), Linear, ReLU, LeakyReLU, "
+    "Flatten, AvgPool2d and AdaptiveAvgPool2d, BatchNorm, ZeroPad2d, Identity and Dropout, and "
+    "sums of two, behind a cibp_fast.models.Normalize or not, that end in Linear"
 )
 
 _LOCK = threading.RLock()  # what a tracing changes in nn.Module is the whole process's
@@ -457,7 +458,8 @@ def _grouped(model: nn.Module, calls: list[Call]) -> Program:
     program = Program(model, calls)
     chain = all(call.sources == (place - 1,) for place, call in enumerate(calls))
     activations = {type(call.layer.module) for call in calls} & set(ACTIVATIONS)
-    program.graph = not chain or nn.LeakyReLU in activations
+    grouped = any(is_grouped(call.layer) for call in calls)
+    program.graph = not chain or nn.LeakyReLU in activations or grouped
     if program.graph:
         _sort(program)
     else:

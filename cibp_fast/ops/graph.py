@@ -23,7 +23,8 @@ from cibp_fast.ops.network import build_of, saved_bytes
 
 __all__ = ["Edge", "Node", "graph"]
 
-KINDS = ("affine", "pool", "sum")
+KINDS = ("affine", "pool", "sum", "depthwise")
+MOMENTS = 8  # as in csrc/cpu/network/moments.h
 
 
 class Edge(NamedTuple):
@@ -37,7 +38,8 @@ class Edge(NamedTuple):
 
 
 class Node(NamedTuple):
-    """Describes what makes a value of others: an affine layer, average pooling or a sum of two.
+    """Describes what makes a value of others: an affine layer, average pooling, a sum of two, or a
+    depthwise convolution, which has as many groups as channels.
 
     Batch norm may follow, with the statistics of the batch or, where it is fixed, with given ones.
     The layers are as in `Stage`.
@@ -54,7 +56,7 @@ class Node(NamedTuple):
 
     @property
     def weighted(self) -> bool:
-        return self.kind == "affine"
+        return self.kind in ("affine", "depthwise")
 
     @property
     def output(self) -> tuple[int, ...]:
@@ -111,6 +113,7 @@ def graph(
     parameters: Parameters,
     mean: bool,
     engine: str,
+    moments: bool = False,
 ) -> tuple[Any, ...]:
     """Runs all nodes, on tensors that the engine takes; nothing is checked.
 
@@ -122,17 +125,22 @@ def graph(
             has what else holds.
         mean: whether the widths are means over the units too, or over the batch only.
         engine: as of `ops.network`.
+        moments: whether they are wanted.
 
     Returns:
         lower', upper', nominal': [N, classes]; what the last node reads as lower, upper: [N,
         features]; [3, nodes], the mean or sum of (upper - lower)^2 over what each node makes (0 of
         pooling and sums), over its value, behind its norm, and over that behind the activation with
-        which it is read, or 0; copies of the last node's weight and bias; and the statistics with
-        those of the batch, variances biased, without a gradient.
+        which it is read, or 0; copies of the last node's weight and bias; the statistics with
+        those of the batch, variances biased, without a gradient; and [MOMENTS, nodes] float64, of
+        the box of each node's value, behind its norm, if it is read with an activation, else 0 (or
+        of no elements, if not wanted): with center c, radius r and bounds l, u the means over batch
+        and units of r, c, [l > 0], c [l > 0], c^2 [l > 0], [u < 0], c [u < 0] and c^2 [u < 0].
     """
     counts = len(parameters.weights), len(parameters.gammas)
     streams = lower, upper, nominal
-    return _Graph.apply(code, counts, mean, engine, statistics, *streams, *chain(*parameters))
+    options = mean, engine, moments
+    return _Graph.apply(code, counts, options, statistics, *streams, *chain(*parameters))
 
 
 class _Graph(torch.autograd.Function):
@@ -141,17 +149,16 @@ class _Graph(torch.autograd.Function):
         ctx: Any,
         code: Code,
         counts: tuple[int, int],
-        mean: bool,
-        engine: str,
+        options: tuple[bool, str, bool],
         given: Tensor,
         lower: Tensor,
         upper: Tensor,
         nominal: Tensor,
         *tensors: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        parameters = _divided(tensors, counts)
-        *outputs, statistics, packed = torch.ops.cibp_fast.graph_forward(
-            lower, upper, nominal, given, *parameters, *code, engine, mean
+        parameters, (mean, engine, wants_moments) = _divided(tensors, counts), options
+        *outputs, moments, statistics, packed = torch.ops.cibp_fast.graph_forward(
+            lower, upper, nominal, given, *parameters, *code, engine, mean, wants_moments
         )
         weights, _, gammas, betas = parameters
         saved = (*outputs[:2], statistics, packed, *weights, *gammas, *betas)
@@ -160,7 +167,8 @@ class _Graph(torch.autograd.Function):
         ctx.mark_non_differentiable(statistics)
         ctx.code, ctx.counts, ctx.mean, ctx.engine = code, counts, mean, engine
         weight, bias = weights[-1], parameters.biases[-1]
-        return *outputs, weight.clone(), None if bias is None else bias.clone(), statistics
+        bias = None if bias is None else bias.clone()
+        return *outputs, weight.clone(), bias, statistics, moments
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
@@ -169,10 +177,11 @@ class _Graph(torch.autograd.Function):
         lower_out, upper_out, statistics, packed, *tensors = ctx.saved_tensors
         count, norms = ctx.counts
         weights, gammas = tensors[:count], tensors[count : count + norms]
-        *of_outputs, head_weight, head_bias, _ = gradients
-        wanted = ctx.needs_input_grad[5:]
+        *of_outputs, head_weight, head_bias, _, of_moments = gradients
+        wanted = ctx.needs_input_grad[4:]
         inputs, found = torch.ops.cibp_fast.graph_backward(
             *of_outputs,
+            of_moments,
             lower_out,
             upper_out,
             statistics,
@@ -190,7 +199,7 @@ class _Graph(torch.autograd.Function):
             if gradient is not None and wanted[3:][place]:
                 found[place].add_(gradient)
         grads = (g if want else None for g, want in zip((*inputs, *found), wanted, strict=True))
-        return None, None, None, None, None, *grads
+        return None, None, None, None, *grads
 
 
 def _divided(tensors: Sequence[Any], counts: tuple[int, int]) -> Parameters:
@@ -211,14 +220,15 @@ def _divided(tensors: Sequence[Any], counts: tuple[int, int]) -> Parameters:
 library.define(
     "graph_forward(Tensor lower, Tensor upper, Tensor nominal, Tensor given, Tensor[] weights, "
     "Tensor?[] biases, Tensor?[] gammas, Tensor?[] betas, int[] whole, float[] reals, str engine, "
-    "bool mean=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "bool mean=False, bool moments=False) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 library.define(
     "graph_backward(Tensor? grad_lower, Tensor? grad_upper, Tensor? grad_nominal, "
-    "Tensor? grad_head_lower, Tensor? grad_head_upper, Tensor? grad_widths, Tensor lower_out, "
-    "Tensor upper_out, Tensor statistics, Tensor packed, Tensor[] weights, Tensor?[] gammas, "
-    "Tensor?[] betas, int[] whole, float[] reals, bool wants_input, bool[] wants_parameters, "
-    "str engine, bool mean=False) -> (Tensor[], Tensor[])"
+    "Tensor? grad_head_lower, Tensor? grad_head_upper, Tensor? grad_widths, Tensor? grad_moments, "
+    "Tensor lower_out, Tensor upper_out, Tensor statistics, Tensor packed, Tensor[] weights, "
+    "Tensor?[] gammas, Tensor?[] betas, int[] whole, float[] reals, bool wants_input, "
+    "bool[] wants_parameters, str engine, bool mean=False) -> (Tensor[], Tensor[])"
 )
 
 
@@ -271,11 +281,16 @@ def _plan(code: Code, batch: int, engine: str, dtype: torch.dtype) -> _Plan:
     return _Plan(nodes, getattr(build, f"Graph_{stored}")(made), build)
 
 
-def _forward_outputs(nominal: Tensor, nodes: Sequence[Node]) -> list[Tensor]:
+def _forward_outputs(nominal: Tensor, nodes: Sequence[Node], moments: bool) -> list[Tensor]:
     batch, last = nominal.shape[0], nodes[-1].shape
     classes, features = last.out_channels, prod(last[1:4])
     outputs = [nominal.new_empty(batch, size) for size in (classes,) * 3 + (features,) * 2]
-    return [*outputs, nominal.new_empty(3, len(nodes))]
+    sizes = (MOMENTS if moments else 0, len(nodes))
+    return [
+        *outputs,
+        nominal.new_empty(3, len(nodes)),
+        nominal.new_empty(sizes, dtype=torch.float64),
+    ]
 
 
 def _backward_outputs(
@@ -296,22 +311,24 @@ def _backward_outputs(
 
 @torch.library.register_fake("cibp_fast::graph_forward", lib=library)
 def _graph_forward_fake(  # type: ignore[no-untyped-def]
-    lower, upper, nominal, given, weights, biases, gammas, betas, whole, reals, engine, mean=False
-):
+    lower, upper, nominal, given, weights, biases, gammas, betas, whole, reals, engine, mean=False,
+    moments=False,
+):  # fmt: skip
     code, batch = (tuple(whole), tuple(reals)), nominal.shape[0]
     size = saved_bytes(_plan(code, 1, engine, nominal.dtype).network, batch)
-    outputs = _forward_outputs(nominal, decoded(code))
+    outputs = _forward_outputs(nominal, decoded(code), moments)
     return *outputs, torch.empty_like(given), nominal.new_empty(size, dtype=torch.uint8)
 
 
 @torch.library.impl(library, "graph_forward", "CPU")
 def _graph_forward_kernel(  # type: ignore[no-untyped-def]
-    lower, upper, nominal, given, weights, biases, gammas, betas, whole, reals, engine, mean=False
-):
+    lower, upper, nominal, given, weights, biases, gammas, betas, whole, reals, engine, mean=False,
+    moments=False,
+):  # fmt: skip
     streams = {"lower": lower, "upper": upper, "nominal": nominal}
     backends.refuse_freed("graph", **streams, weights=weights, biases=biases)
     plan = _plan((tuple(whole), tuple(reals)), len(nominal), engine, nominal.dtype)
-    outputs, statistics = _forward_outputs(nominal, plan.nodes), given.clone()
+    outputs, statistics = _forward_outputs(nominal, plan.nodes, moments), given.clone()
     kept = [[None if t is None else t.contiguous() for t in each]
             for each in (weights, biases, gammas, betas)]  # fmt: skip
     packed = torch.frombuffer(plan.build.Buffer(plan.network.saved_bytes), dtype=torch.uint8)
@@ -321,7 +338,8 @@ def _graph_forward_kernel(  # type: ignore[no-untyped-def]
         [(t.data_ptr(), *t.stride()) for t in (lower, upper, nominal)],
         mean,
         packed.data_ptr(),
-        [t.data_ptr() for t in outputs],
+        [t.data_ptr() for t in outputs[:-1]],
+        outputs[-1].data_ptr() if moments else 0,
         plan.statistics(statistics),
     )
     return *outputs, statistics, packed
@@ -329,9 +347,9 @@ def _graph_forward_kernel(  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("cibp_fast::graph_backward", lib=library)
 def _graph_backward_fake(  # type: ignore[no-untyped-def]
-    grad_lower, grad_upper, grad_nominal, head_lower, head_upper, grad_widths, lower_out, upper_out,
-    statistics, packed, weights, gammas, betas, whole, reals, wants_input, wants_parameters, engine,
-    mean=False,
+    grad_lower, grad_upper, grad_nominal, head_lower, head_upper, grad_widths, grad_moments,
+    lower_out, upper_out, statistics, packed, weights, gammas, betas, whole, reals, wants_input,
+    wants_parameters, engine, mean=False,
 ):  # fmt: skip
     nodes = decoded((tuple(whole), tuple(reals)))
     return _backward_outputs(lower_out, nodes, weights, wants_input, wants_parameters)
@@ -339,9 +357,9 @@ def _graph_backward_fake(  # type: ignore[no-untyped-def]
 
 @torch.library.impl(library, "graph_backward", "CPU")
 def _graph_backward_kernel(  # type: ignore[no-untyped-def]
-    grad_lower, grad_upper, grad_nominal, head_lower, head_upper, grad_widths, lower_out, upper_out,
-    statistics, packed, weights, gammas, betas, whole, reals, wants_input, wants_parameters, engine,
-    mean=False,
+    grad_lower, grad_upper, grad_nominal, head_lower, head_upper, grad_widths, grad_moments,
+    lower_out, upper_out, statistics, packed, weights, gammas, betas, whole, reals, wants_input,
+    wants_parameters, engine, mean=False,
 ):  # fmt: skip
     backends.refuse_freed("graph", lower=lower_out, upper=upper_out, weights=weights)
     batch = len(lower_out)
@@ -360,6 +378,8 @@ def _graph_backward_kernel(  # type: ignore[no-untyped-def]
         *(dense(g, features) if through_head else None for g in (head_lower, head_upper)),
         None if grad_widths is None else grad_widths.contiguous(),
     ]
+    if grad_moments is not None:
+        grad_moments = grad_moments.contiguous()
     kept = [[None if t is None else t.contiguous() for t in each]
             for each in (weights, gammas, betas)]  # fmt: skip
     targets = _divided(found, (len(weights), len(gammas)))
@@ -370,6 +390,7 @@ def _graph_backward_kernel(  # type: ignore[no-untyped-def]
         packed.data_ptr(),
         plan.statistics(statistics),
         [0 if t is None else t.data_ptr() for t in tensors],
+        0 if grad_moments is None else grad_moments.data_ptr(),
         [t.data_ptr() if wants_input else 0 for t in inputs],
         [*map(plan.weighted, targets[:2]), *map(plan.normed, targets[2:])],
     )

@@ -18,7 +18,8 @@ struct Edge {
   double slope = 1;   // at least 0; 0: ReLU, 1: none
 };
 
-enum class NodeKind { kAffine, kPool, kSum };
+// A depthwise one has as many groups as channels, input and output.
+enum class NodeKind { kAffine, kPool, kSum, kDepthwise };
 
 // A node's value is what it makes of what it reads, behind its batch norm.
 struct Node {
@@ -45,6 +46,9 @@ struct GraphForward {
   // [3, nodes] of (upper - lower)^2: of what a node makes (0 of pooling and sums), of its value
   // behind its norm, and behind the (first) activation with which it is read, or 0; 0 at infinity
   T* widths;
+  // [kMoments, nodes], or null: means over batch and units of what moments.h sums up, of its value
+  // behind its norm, if it is read with an activation, or 0
+  double* moments;
   // [nodes] [out_channels], of norms: of the batch, biased; of fixed ones they are read
   std::vector<T*> means, variances;
 };
@@ -60,6 +64,7 @@ struct GraphBackward {
   const T *grad_lower, *grad_upper, *grad_nominal;  // [N, classes]
   const T *grad_head_lower, *grad_head_upper;       // [N, features], or null
   const T* grad_widths;                             // [3, nodes], or null
+  const double* grad_moments;                       // [kMoments, nodes], or null
   // outputs; null: not wanted
   T *grad_lower_in, *grad_upper_in, *grad_nominal_in;
   std::vector<T*> grad_weights, grad_biases, grad_gammas, grad_betas;  // [nodes]
@@ -73,7 +78,7 @@ template <class E>
 class Graph {
  public:
   // The batch is at least 1. The last node is affine and dense, without a norm, and nothing reads
-  // it; what is given is read by one node, which is affine.
+  // it; all others are read; what is given is read by one node, which is affine, not depthwise.
   explicit Graph(const std::vector<Node>& nodes);
 
   int64_t saved_bytes() const;

@@ -24,6 +24,11 @@ struct NodePlan : Node {
   Counted counted_a, counted_b;
 
   const Layer<E>& layer() const { return plan.layers[0]; }
+  bool weighted() const { return kind == NodeKind::kAffine || kind == NodeKind::kDepthwise; }
+  double units() const {  // of the whole batch
+    return static_cast<double>(shape.batch * shape.out_channels * shape.out_height *
+                               shape.out_width);
+  }
 };
 
 template <class E>
@@ -76,7 +81,8 @@ Graph<E>::Graph(const std::vector<Node>& nodes) {
     if (given.kind == NodeKind::kSum) {
       node.counted_b = count(given.b);
     } else {
-      const bool pool = given.kind == NodeKind::kPool, first = given.a.value == 0;
+      const bool pool = given.kind != NodeKind::kAffine;  // planned as one
+      const bool first = given.a.value == 0;
       Layer<E> layer =
           planned_layer<E>({given.shape, false, pool, given.fast}, first, Given::kBoxes);
       layer.rounded = false;
