@@ -327,9 +327,17 @@ void define_shapes(py::module_& m) {
       .value("pool", NodeKind::kPool)
       .value("sum", NodeKind::kSum)
       .value("depthwise", NodeKind::kDepthwise);
+  py::enum_<Curve>(m, "Curve", py::module_local())
+      .value("leaky", Curve::kLeaky)
+      .value("hardtanh", Curve::kHardtanh)
+      .value("exponential", Curve::kExponential)
+      .value("sigmoid", Curve::kSigmoid)
+      .value("tanh", Curve::kTanh);
   py::class_<Edge>(m, "Edge", py::module_local())
-      .def(py::init([](int64_t value, double slope) { return Edge{value, slope}; }), py::kw_only(),
-           "value"_a, "slope"_a);
+      .def(py::init([](int64_t value, Curve curve, const std::array<double, 3>& numbers) {
+             return Edge{value, {curve, numbers[0], numbers[1], numbers[2]}};
+           }),
+           py::kw_only(), "value"_a, "curve"_a, "numbers"_a);
   py::class_<Node>(m, "Node", py::module_local())
       .def(py::init([](NodeKind kind, const Shape& shape, bool fast, const Edge& a, const Edge& b,
                        bool norm, bool fixed,

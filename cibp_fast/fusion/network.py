@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cibp_fast.fusion.guards import fingerprint
 from cibp_fast.fusion.nodes import Nodes, nodes_for
 from cibp_fast.fusion.program import (
+    ACTIVATIONS,
     CONVOLUTIONS,
     LINEARS,
     NORMS,
@@ -221,7 +222,7 @@ class FusedNetwork(nn.Module):
         update_running_statistics(plan, statistics, len(x))
         head = Head(head_lower, head_upper, weight, bias)
         widths = widths.flatten()[plan.made.counted(WIDTHS[width])]
-        found = Moments(*means[:, plan.made.activated()]) if moments else None
+        found = Moments(*means[:, plan.made.bent]) if moments else None
         box = Interval._make(lower, upper, logits)
         return Bounds(box, widths, head, self.backend, moments=found)
 
@@ -348,7 +349,7 @@ class GraphPlan(NamedTuple):
 def needs_graph(program: Program) -> Layer | None:
     """Returns a layer for which the network needs the kernels of ops.graph; None: there is none."""
     if program.graph:
-        kinds = (Sum, nn.LeakyReLU)
+        kinds = (Sum, *set(ACTIVATIONS) - {nn.ReLU})
         layers = (layer for layer, _ in program.calls)
         return next(each for each in layers if type(each.module) in kinds or is_grouped(each))
     return next((norm for norm in program.norms if norm.module.training), None)
@@ -555,13 +556,14 @@ def fuse(model: nn.Module, precision: str = "float32", backend: str = "auto") ->
 
     Args:
         model: Conv2d (padded with zeros; in one group, or depthwise with as many outputs as
-            inputs), Linear, ReLU, LeakyReLU, Flatten, AvgPool2d and AdaptiveAvgPool2d, BatchNorm,
-            ZeroPad2d, Identity and Dropout (in eval mode), and sums of two values, optionally
-            behind a cibp_fast.models.Normalize, that ends in Linear.
+            inputs), Linear, ReLU, LeakyReLU, ReLU6, Hardtanh, ELU, CELU, SELU, Sigmoid, Tanh,
+            Flatten, AvgPool2d and AdaptiveAvgPool2d, BatchNorm, ZeroPad2d, Identity and Dropout (in
+            eval mode), and sums of two values, optionally behind a cibp_fast.models.Normalize, that
+            ends in Linear.
             Batch norm in training mode takes the statistics of x, as cf.bounds does: gradients
-            reach x through them, and its running statistics follow. That, sums, LeakyReLU and
-            depthwise convolutions have kernels on the CPU; on a GPU such a network runs layer by
-            layer.
+            reach x through them, and its running statistics follow. That, sums,
+            depthwise convolutions and all activations but ReLU have kernels on the CPU; on a GPU
+            such a network runs layer by layer.
         precision: "float32", or "fast": Winograd convolutions of square kernels where they
             should be faster, with a few times the rounding (docs/training.md, "Precision"), and in
             float32 half the bytes saved for the backward pass, all but the network's input in

@@ -18,7 +18,10 @@ from cibp_fast.nn import IntervalConv2d, IntervalLinear
 CONVOLUTIONS = (nn.Conv2d, IntervalConv2d)
 LINEARS = (nn.Linear, IntervalLinear)
 NORMS = {nn.BatchNorm1d: LINEARS, nn.BatchNorm2d: CONVOLUTIONS}  # and what they follow
-ACTIVATIONS = (nn.ReLU, nn.LeakyReLU)
+ACTIVATIONS = (
+    *(nn.ReLU, nn.LeakyReLU, nn.ReLU6, nn.Hardtanh),
+    *(nn.ELU, nn.CELU, nn.SELU, nn.Sigmoid, nn.Tanh),
+)
 POOLS = (nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d)
 

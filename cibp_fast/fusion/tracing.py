@@ -50,18 +50,29 @@ from cibp_fast.ops import backends
 _FUNCTIONS: dict[Any, str] = {
     **dict.fromkeys((F.relu, torch.relu, torch.relu_, "relu", "relu_"), "relu"),
     **dict.fromkeys((F.leaky_relu, F.leaky_relu_), "leaky_relu"),
+    F.relu6: "relu6",
+    **dict.fromkeys((F.hardtanh, F.hardtanh_), "hardtanh"),
+    **dict.fromkeys((F.elu, F.elu_), "elu"),
+    **dict.fromkeys((F.celu, torch.celu, F.celu_, torch.celu_), "celu"),
+    **dict.fromkeys((F.selu, torch.selu, F.selu_, torch.selu_), "selu"),
+    **dict.fromkeys((F.sigmoid, torch.sigmoid, "sigmoid"), "sigmoid"),
+    **dict.fromkeys((F.tanh, torch.tanh, "tanh"), "tanh"),
     **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), "add"),
     **dict.fromkeys((torch.flatten, "flatten"), "flatten"),
     **dict.fromkeys((torch.reshape, "reshape"), "reshape"),
     "view": "view",
 }
-_IN_PLACE = (torch.relu_, "relu_", F.leaky_relu_, operator.iadd, "add_")
+_IN_PLACE = (
+    *(torch.relu_, "relu_", operator.iadd, "add_", F.leaky_relu_, F.hardtanh_, F.elu_),
+    *(F.celu_, torch.celu_, F.selu_, torch.selu_),
+)
 _SIZES = {"reshape": "shape", "view": "size"}  # the names of their arguments
 
 _SUPPORTED = (
     "supported are Conv2d (padded with zeros, in one group or depthwise), Linear, ReLU, LeakyReLU, "
-    "Flatten, AvgPool2d and AdaptiveAvgPool2d, BatchNorm, ZeroPad2d, Identity and Dropout, and "
-    "sums of two, behind a cibp_fast.models.Normalize or not, that end in Linear"
+    "ReLU6, Hardtanh, ELU, CELU, SELU, Sigmoid, Tanh, Flatten, AvgPool2d and AdaptiveAvgPool2d, "
+    "BatchNorm, ZeroPad2d, Identity and Dropout, and sums of two, behind a "
+    "cibp_fast.models.Normalize or not, that end in Linear"
 )
 
 _LOCK = threading.RLock()  # what a tracing changes in nn.Module is the whole process's
@@ -396,13 +407,13 @@ def _layer(model: nn.Module, node: fx.Node) -> tuple[Layer, list[Any]]:
         return layer, [source]
     name = _FUNCTIONS.get(node.target)
     inplace = bool(arguments.pop("inplace", node.target in _IN_PLACE))
-    if name == "relu" and len(others) <= 1 and not arguments:
-        inplace |= bool(others and others[0])
-        return Layer(f"the call of {name}", nn.ReLU(inplace)), [source]
-    if name == "leaky_relu" and len(others) <= 2 and arguments.keys() <= {"negative_slope"}:
-        slope = others[0] if others else arguments.get("negative_slope", 0.01)
-        inplace |= bool(others[1:] and others[1])
-        return Layer(f"the call of {name}", nn.LeakyReLU(slope, inplace)), [source]
+    if name in _OF_ACTIVATIONS:
+        kind, *names = _OF_ACTIVATIONS[name]
+        given = dict(zip((*names, "inplace"), others, strict=False))
+        if len(others) <= len(names) + 1 and arguments.keys() <= set(names) - given.keys():
+            if given.pop("inplace", False) or inplace:
+                arguments["inplace"] = True
+            return Layer(f"the call of {name}", kind(**given, **arguments)), [source]
     if name == "add":
         second = others[0] if others else arguments.pop("other", None)
         if len(others) <= 1 and not arguments and isinstance(second, fx.Node):
@@ -422,6 +433,20 @@ def _layer(model: nn.Module, node: fx.Node) -> tuple[Layer, list[Any]]:
                 layer = Layer(f"the call of {name}", nn.Flatten(), features if known else None)
                 return layer, [source]
     raise _not_taken(model, node)
+
+
+# of a function its layer, and the names of its arguments between the input and "inplace"
+_OF_ACTIVATIONS: dict[Any, Any] = {
+    "relu": (nn.ReLU,),
+    "leaky_relu": (nn.LeakyReLU, "negative_slope"),
+    "relu6": (nn.ReLU6,),
+    "hardtanh": (nn.Hardtanh, "min_val", "max_val"),
+    "elu": (nn.ELU, "alpha"),
+    "celu": (nn.CELU, "alpha"),
+    "selu": (nn.SELU,),
+    "sigmoid": (nn.Sigmoid,),
+    "tanh": (nn.Tanh,),
+}
 
 
 def _is_size(value: Any) -> bool:
@@ -459,7 +484,7 @@ def _grouped(model: nn.Module, calls: list[Call]) -> Program:
     chain = all(call.sources == (place - 1,) for place, call in enumerate(calls))
     activations = {type(call.layer.module) for call in calls} & set(ACTIVATIONS)
     grouped = any(is_grouped(call.layer) for call in calls)
-    program.graph = not chain or nn.LeakyReLU in activations or grouped
+    program.graph = not chain or grouped or bool(activations - {nn.ReLU})
     if program.graph:
         _sort(program)
     else:

@@ -1,6 +1,7 @@
 """A network that is more than a chain as one torch op, on the CPU (csrc/cpu/network/graph.h).
 
-Batch norm in training mode, sums of two branches, leaky ReLU. As in network.py, the op names its
+Batch norm in training mode, sums of two branches, depthwise convolutions, activations that do not
+fall. As in network.py, the op names its
 engine, since what it saves is laid out for that.
 """
 
@@ -21,20 +22,39 @@ from cibp_fast.ops import backends
 from cibp_fast.ops.library import library
 from cibp_fast.ops.network import build_of, saved_bytes
 
-__all__ = ["Edge", "Node", "graph"]
+__all__ = ["NONE", "Activation", "Edge", "Node", "graph"]
 
 KINDS = ("affine", "pool", "sum", "depthwise")
 MOMENTS = 8  # as in csrc/cpu/network/moments.h
 
 
-class Edge(NamedTuple):
-    """Names what a node reads: a value behind an activation, x where x > 0 and slope x elsewhere.
+CURVES = ("leaky", "hardtanh", "exponential", "sigmoid", "tanh")
 
-    value: 0 is what the network is given, k + 1 what node k makes. slope: 0 is ReLU, 1 none.
+
+class Activation(NamedTuple):
+    """Names a function that does not fall: of one of CURVES, and what it depends on.
+
+    leaky: x where x > 0, a x elsewhere; a = 0 is ReLU, 1 none. hardtanh: x within [a, b], and the
+    nearer end elsewhere. exponential: c x where x > 0, a (exp(b x) - 1) elsewhere.
+    """
+
+    curve: str = "leaky"
+    a: float = 1.0
+    b: float = 0.0
+    c: float = 0.0
+
+
+NONE = Activation()
+
+
+class Edge(NamedTuple):
+    """Names what a node reads: a value behind an activation.
+
+    value: 0 is what the network is given, k + 1 what node k makes.
     """
 
     value: int
-    slope: float = 1.0
+    activation: Activation = NONE
 
 
 class Node(NamedTuple):
@@ -73,25 +93,29 @@ def coded(nodes: Sequence[Node]) -> Code:
     for node in nodes:
         shape, b = node.shape, node.b or Edge(0)
         pairs = chain(shape.stride, shape.padding, shape.dilation)
-        flags = KINDS.index(node.kind), node.a.value, b.value, node.norm, node.fixed, node.fast
-        whole.append((*shape[1:9], *pairs, shape.groups, *map(int, flags)))
-        reals.append((node.a.slope, b.slope, node.eps))
+        flags = KINDS.index(node.kind), node.norm, node.fixed, node.fast
+        edges = [(each.value, CURVES.index(each.activation.curve)) for each in (node.a, b)]
+        whole.append((*shape[1:9], *pairs, shape.groups, *map(int, flags), *chain(*edges)))
+        reals.append((*node.a.activation[1:], *b.activation[1:], node.eps))
     return tuple(chain.from_iterable(whole)), tuple(chain.from_iterable(reals))
 
 
 @lru_cache(maxsize=256)
 def decoded(code: Code) -> tuple[Node, ...]:
     """Returns the nodes that `coded` was given."""
-    whole, reals, size = *code, 8 + 6 + 1 + 6
+    whole, reals, size = *code, 8 + 6 + 1 + 4 + 4
     nodes = []
     for number, at in enumerate(range(0, len(whole), size)):
         sizes, pairs = whole[at : at + 8], whole[at + 8 : at + 14]
-        groups, kind, a, b, norm, fixed, fast = whole[at + 14 : at + size]
-        slope_a, slope_b, eps = reals[3 * number : 3 * number + 3]
+        groups, kind, norm, fixed, fast, a, curve_a, b, curve_b = whole[at + 14 : at + size]
+        *numbers, eps = reals[7 * number : 7 * number + 7]
         shape = Shape(1, *sizes, pairs[:2], pairs[2:4], pairs[4:], groups)
-        second = Edge(b, slope_b) if KINDS[kind] == "sum" else None
+        first = Edge(a, Activation(CURVES[curve_a], *numbers[:3]))
+        second = Edge(b, Activation(CURVES[curve_b], *numbers[3:]))
         flags = bool(norm), bool(fixed), eps, bool(fast)
-        nodes.append(Node(KINDS[kind], shape, Edge(a, slope_a), second, *flags))
+        nodes.append(
+            Node(KINDS[kind], shape, first, second if KINDS[kind] == "sum" else None, *flags)
+        )
     return tuple(nodes)
 
 
@@ -263,7 +287,8 @@ def _plan(code: Code, batch: int, engine: str, dtype: torch.dtype) -> _Plan:
     nodes, (build, stored) = decoded(code), build_of(engine, dtype)
 
     def edge(given: Edge | None) -> Any:
-        return build.Edge(**(given or Edge(0))._asdict())
+        value, (curve, *numbers) = given or Edge(0)
+        return build.Edge(value=value, curve=getattr(build.Curve, curve), numbers=numbers)
 
     made = [
         build.Node(

@@ -20,10 +20,11 @@ import cibp_fast as cf
 from cibp_fast import Interval
 from cibp_fast.fusion.network import needs_graph
 from cibp_fast.kernels.shape import Shape
-from cibp_fast.ops.graph import Edge, Node, coded, decoded
+from cibp_fast.ops.graph import Activation, Edge, Node, coded, decoded
 from cibp_fast.ops.network import cpu_engine
 
 F32 = torch.float32
+RELU = Activation("leaky", 0.0)
 
 
 def close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
@@ -93,6 +94,26 @@ class PreActivation(nn.Module):
         return self.end(torch.flatten(x, 1))
 
 
+class Curves(nn.Module):
+    """Calls activations by torch's functions and methods."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(9))
+        self.end = nn.Linear(6, 3)
+
+    def forward(self, x: Any) -> Any:
+        x = self.layers[0](x).sigmoid()
+        x = torch.tanh(self.layers[1](x))
+        x = F.elu(self.layers[2](x), 0.5) + x
+        x = F.celu(self.layers[3](x), alpha=2.0, inplace=True)
+        x = torch.selu_(self.layers[4](x))
+        x = F.relu6(self.layers[5](x), True)
+        x = F.hardtanh(self.layers[6](x), -0.5, max_val=0.3)
+        x = F.leaky_relu(self.layers[7](x), negative_slope=0.3)
+        return self.end(F.elu_(self.layers[8](x)))
+
+
 def convolutional(*layers: nn.Module) -> nn.Module:
     """Returns the layers of images [2, 8, 7], a hidden linear one with a norm, and a last one."""
     features = nn.Sequential(*layers, nn.Flatten())
@@ -141,12 +162,19 @@ NETS: dict[str, Callable[[], nn.Module]] = {
         *(nn.Conv2d(7, 7, (2, 3), padding=(2, 1), dilation=(2, 1), groups=7), nn.ReLU()),
         *(nn.Conv2d(7, 7, 3, (3, 1), padding=2, groups=7), nn.AvgPool2d(2, 1)),
     ),
+    # torch divides by alpha in float32 in CELU's gradient: here by a power of two
+    "curves": lambda: convolutional(
+        *(nn.Conv2d(2, 5, 3), nn.Sigmoid(), nn.Conv2d(5, 6, 1), nn.Tanh(), nn.Conv2d(6, 4, 2)),
+        *(nn.ELU(0.7), nn.Conv2d(4, 6, 1), nn.CELU(2.0), nn.Conv2d(6, 5, 2), nn.BatchNorm2d(5)),
+        *(nn.SELU(), nn.Conv2d(5, 4, 1), nn.ReLU6(), nn.Conv2d(4, 4, 1), nn.Hardtanh(-0.2, 0.6)),
+    ),
+    "curves of functions": lambda: with_signs(Curves()),
     "dense": lambda: with_signs(
         nn.Sequential(nn.Flatten(), nn.Linear(60, 40), nn.BatchNorm1d(40), nn.ReLU(),
                       nn.Linear(40, 7), nn.LeakyReLU(0.3), nn.Linear(7, 3))
     ).train(),
 }  # fmt: skip
-SHAPES = {"pre-activation": (2, 6, 5), "dense": (3, 5, 4)}
+SHAPES = {"curves of functions": (6,), "pre-activation": (2, 6, 5), "dense": (3, 5, 4)}
 
 
 def made(name: str) -> tuple[nn.Module, tuple[int, ...]]:
@@ -291,6 +319,7 @@ def networks(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...]]:
     for _ in range(draw(st.integers(1, 4))):
         outputs, stride = draw(st.integers(1, 34)), draw(st.integers(1, 2))
         norm, slope = draw(st.booleans()), draw(st.sampled_from([0.0, 0.1, 0.9]))
+        curve = draw(st.sampled_from([nn.ReLU(), nn.LeakyReLU(slope), nn.Tanh(), nn.ELU()]))
         if layers and draw(st.booleans()):
             outputs = draw(st.sampled_from([channels, outputs]))
             block: list[nn.Module] = [Residual(channels, outputs, stride, norm, slope)]
@@ -303,7 +332,7 @@ def networks(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...]]:
                 nn.Conv2d(channels, outputs, kernel, stride, padding, groups=groups, bias=bias)
             ]
             block += [nn.BatchNorm2d(outputs)] * norm
-            block += [draw(st.sampled_from([nn.ReLU(), nn.LeakyReLU(slope), nn.Identity()]))]
+            block += [draw(st.sampled_from([curve, nn.Identity()]))]
         try:
             image = nn.Sequential(*block).eval()(image)
         except RuntimeError:  # the kernel is larger than the image
@@ -701,8 +730,8 @@ def test_the_code_of_nodes() -> None:
     shape = Shape(1, 3, 9, 8, 5, 4, 4, 3, 2, (2, 1), (1, 0), (1, 2))
     nodes = (
         Node("affine", shape, Edge(0), norm=True, fixed=True, eps=1e-3, fast=True),
-        Node("sum", shape, Edge(1, 0.0), Edge(1, 0.25)),
-        Node("pool", shape._replace(groups=5), Edge(2)),
+        Node("sum", shape, Edge(1, RELU), Edge(1, Activation("leaky", 0.25))),
+        Node("pool", shape._replace(groups=5), Edge(2, Activation("exponential", 0.5, 2.0, 3.0))),
     )
     assert decoded(coded(nodes)) == nodes
 
@@ -711,7 +740,7 @@ def test_the_op_is_registered_as_it_runs() -> None:
     """Checks the fake op and the schema by torch's own test."""
     nodes = (
         Node("affine", Shape(1, 2, 5, 4, 3, 5, 4, 3, 3, padding=(1, 1)), Edge(0), norm=True),
-        Node("affine", Shape(1, 3, 5, 4, 2, 1, 1, 5, 4), Edge(1, 0.0)),
+        Node("affine", Shape(1, 3, 5, 4, 2, 1, 1, 5, 4), Edge(1, RELU)),
     )
     x, given = torch.rand(3, 2, 5, 4).double(), torch.zeros(2, 3).double()
     weights = [torch.rand(3, 2, 3, 3).double(), torch.rand(2, 60).double()]

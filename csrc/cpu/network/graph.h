@@ -12,10 +12,28 @@
 
 namespace cibp {
 
-// What a node reads: a value behind an activation, x where x > 0 and slope x elsewhere.
+// An activation that does not fall.
+enum class Curve {
+  kLeaky,        // x where x > 0, a x elsewhere; a = 0: ReLU, a = 1: none
+  kHardtanh,     // x within [a, b], and the nearer end elsewhere
+  kExponential,  // c x where x > 0, a (exp(b x) - 1) elsewhere
+  kSigmoid,
+  kTanh,
+};
+
+template <class T>
+struct Activation {
+  Curve curve = Curve::kLeaky;
+  T a = 1, b = 0, c = 0;
+
+  bool none() const { return curve == Curve::kLeaky && a == 1; }
+  bool relu() const { return curve == Curve::kLeaky && a == 0; }
+};
+
+// What a node reads: a value behind an activation.
 struct Edge {
   int64_t value = 0;  // 0: what the network is given; k + 1: that of node k
-  double slope = 1;   // at least 0; 0: ReLU, 1: none
+  Activation<double> activation;
 };
 
 // A depthwise one has as many groups as channels, input and output.

@@ -19,10 +19,14 @@ namespace cibp {
 template <class E>
 View<E> view_of(const GraphPlan<E>& plan, const Edge& edge, const std::byte* saved,
                 const std::vector<Norm<Number<E>>>& norms) {
+  using T = Number<E>;
   const auto k = static_cast<size_t>(edge.value - 1);
   const NodePlan<E>& node = plan.nodes[k];
-  return {reinterpret_cast<const E*>(saved + node.saved), &node.place,
-          node.norm ? &norms[k] : nullptr, static_cast<Number<E>>(edge.slope)};
+  return {reinterpret_cast<const E*>(saved + node.saved),
+          &node.place,
+          node.norm ? &norms[k] : nullptr,
+          {edge.activation.curve, static_cast<T>(edge.activation.a),
+           static_cast<T>(edge.activation.b), static_cast<T>(edge.activation.c)}};
 }
 
 template <class E>
@@ -250,7 +254,7 @@ class GraphForwardPass {
     const Layer<E>& layer = node.layer();
     const int64_t pixels = static_cast<int64_t>(layer.in_offsets.size());
     const int64_t channels = layer.shape.in_channels, stride = layer.in.stream_stride();
-    const bool relu = node.a.value > 0 && node.a.slope == 0;
+    const bool relu = node.a.value > 0 && node.a.activation.relu();
     parallel_for(op_.threads, plan_.batch, [&](int64_t n) {
       for (int64_t p = 0; p < pixels; ++p) {
         const E* from = in + n * layer.in.size() + layer.in_offsets[static_cast<size_t>(p)];

@@ -66,7 +66,7 @@ Graph<E>::Graph(const std::vector<Node>& nodes) {
   const auto count = [&](const Edge& edge) {  // the first time that a value is read so
     Counted& before = counted[static_cast<size_t>(edge.value)];
     const Counted own{edge.value > 0 && !before.normed,
-                      edge.value > 0 && edge.slope != 1 && !before.activated};
+                      edge.value > 0 && !edge.activation.none() && !before.activated};
     before.normed |= own.normed;
     before.activated |= own.activated;
     return own;

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../vec.h"
+#include "activation.h"
 #include "layers.h"
 #include "moments.h"
 
@@ -63,7 +64,7 @@ struct View {
   const E* value;         // of the whole batch
   const Layer<E>* place;  // whose `in` is how it lies
   const Norm<Number<E>>* norm;
-  Number<E> slope;
+  Activation<Number<E>> activation;
 
   int64_t size() const { return place->in.size(); }
   int64_t stride() const { return place->in.stream_stride(); }
@@ -87,42 +88,6 @@ template <class E>
                                               Vec<Number<E>>* streams) {
   load_streams(from, view.stride(), streams);
   if (view.norm) normalize<Number<E>>(*view.norm, channel, streams);
-}
-
-// The activation of one vector of streams, in place.
-template <class T>
-[[gnu::always_inline]] inline void bend(T slope, Vec<T>* streams) {
-  if (slope == 1) return;
-  const Vec<T> mu = streams[0], r = streams[1], upper = mu + r, half = Vec<T>{} + T(0.5);
-  if (slope == 0) {
-    const Vec<T> both = positive<T>(upper) * half;
-    streams[0] = mu > r ? mu : both;
-    streams[1] = mu > r ? r : both;
-    streams[2] = positive<T>(streams[2]);
-    return;
-  }
-  const Vec<T> low = (mu - r) * slope, high = upper <= 0 ? upper * slope : upper;
-  streams[0] = mu > r ? mu : (low + high) * half;
-  streams[1] = mu > r ? r : (high - low) * half;
-  streams[2] = streams[2] <= 0 ? streams[2] * slope : streams[2];
-}
-
-// The gradient by what `bend` makes of `before` -> that by `before`, in place.
-template <class T>
-[[gnu::always_inline]] inline void unbend(T slope, const Vec<T>* before, Vec<T>* gradient) {
-  if (slope == 1) return;
-  const Vec<T> mu = before[0], r = before[1], upper = mu + r, g = gradient[0], h = gradient[1];
-  const Vec<T> nothing = upper * T(0);  // NaN stays NaN
-  const T same = (1 + slope) / 2, other = (1 - slope) / 2;
-  const auto dead = upper <= 0;
-  const auto chosen = [&](Vec<T> active, Vec<T> unstable) {
-    const Vec<T> below = slope == 0 ? Vec<T>{} : active * slope;
-    return mu > r ? active : dead ? below : nothing + unstable;
-  };
-  gradient[0] = chosen(g, g * same + h * other);
-  gradient[1] = chosen(h, g * other + h * same);
-  const Vec<T> point = gradient[2], low = slope == 0 ? Vec<T>{} : point * slope;
-  gradient[2] = before[2] <= 0 ? low : point;
 }
 
 // body(place in the data of an example, pixel, channel) for each vector of a value's channels.
@@ -162,7 +127,7 @@ template <class E>
   load_value(view, from, channel, streams);
   seen.normed += streams[1] * streams[1];
   if (seen.wants_moments) add_moments<T>(streams, seen.moments);
-  bend<T>(view.slope, streams);
+  bend<T>(view.activation, streams);
   seen.activated += streams[1] * streams[1];
 }
 
@@ -205,13 +170,13 @@ template <class E>
                                         NormSums<Number<E>>* sums) {
   using T = Number<E>;
   const int64_t at = n * to.view.size() + from;
-  if (to.view.slope != 1 || to.normed != 0) {
+  if (!to.view.activation.none() || to.normed != 0) {
     Vec<T> before[S], after[S];
     load_value(to.view, to.view.value + at, channel, before);
     for (int k = 0; k < S; ++k) after[k] = before[k];
-    bend<T>(to.view.slope, after);
+    bend<T>(to.view.activation, after);
     gradient[1] += to.activated * after[1];
-    unbend<T>(to.view.slope, before, gradient);
+    unbend<T>(to.view.activation, before, gradient);
     gradient[1] += to.normed * before[1];
     if (to.moments) to.moments->add_to(channel, before, gradient);
   }
