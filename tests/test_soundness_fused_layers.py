@@ -157,7 +157,7 @@ def cases(count: int, seed: int) -> Iterator[tuple[Any, ...]]:
         if random.integers(3) == 0:
             x = x[:1].expand(3, *shape)
         eps = float(random.choice([0.0, 1e-45, 1e-20, 1e-7, 1e-3, 0.4, 1e6]))
-        fits = soundness.fits_one_op(soundness.chain(model, float32)) and of_torch_alone(model, x)
+        fits = soundness.fits_one_op(soundness.graph(model, float32)) and of_torch_alone(model, x)
         if fits and problem(model, shape, float32, eps).products <= MOST:
             yield random, model, shape, float32, x, eps
 

@@ -27,7 +27,7 @@ from cibp_fast.certificates import Certificate, certify, evaluation
 from cibp_fast.environment import hardware, versions
 from cibp_fast.models import Normalize
 from cibp_fast.ops import backends
-from cibp_fast.soundness import chain
+from cibp_fast.soundness import graph
 from cibp_fast.training import runs
 from cibp_fast.training.config import counted
 from cibp_fast.training.datasets import Split
@@ -116,7 +116,7 @@ def layers(model: nn.Module, semantics: str = "real") -> list[dict[str, Any]]:
     name in the format.
     """
     with evaluation(model):
-        found = chain(model, semantics == "float32").layers
+        found = graph(model, semantics == "float32").layers
     names = {module: name for name, module in model.named_modules()}
     return [each for layer in found for each in _layer(layer, names[layer])]
 

@@ -17,7 +17,7 @@ from cibp_fast.certificates import certify, evaluation
 from cibp_fast.fusion import of_torch_alone
 from cibp_fast.layerwise import predict
 from cibp_fast.ops.arithmetic import own_arithmetic
-from cibp_fast.soundness import chain
+from cibp_fast.soundness import graph
 from cibp_fast.training import datasets, runs
 from cibp_fast.training.config import Config
 from cibp_fast.training.distributed import ALONE, World
@@ -236,7 +236,7 @@ def provable(model: nn.Module) -> str | None:
     """
     try:
         with evaluation(model):
-            chain(model, float32=False)
+            graph(model, float32=False)
     except ValueError:
         return None
     return "real"
