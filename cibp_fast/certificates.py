@@ -75,7 +75,8 @@ def certify(
     models of torch.nn.Sequential, Conv2d, ConvTranspose2d, Linear, ReLU, LeakyReLU, PReLU,
     BatchNorm, average and max pooling, Flatten, ZeroPad2d, Identity, Dropout,
     cibp_fast.models.Normalize and what `register_rule` was told is sound, that end in a linear
-    layer.
+    layer. A forward of their own is traced, and may call these and add two values of one shape, as
+    residual networks do.
     eps and clip are taken as given, not rounded to x's dtype. It is done on the CPU: in one op, in
     x's dtype, where the layers are torch's Conv2d, Linear, ReLU and what moves numbers. In float64,
     layer by layer, where they are not, and for examples that this op does not quite verify.
@@ -107,7 +108,8 @@ def certify(
     Raises:
         TypeError: x or y is no tensor of the kind above, or half precision without allow_half.
         ValueError: shapes, devices or labels do not fit, there are fewer than two classes,
-            arguments contradict each other, or a layer, which is named, has no sound rule.
+            arguments contradict each other, a layer, which is named, has no sound rule, or a
+            forward does something that its trace does not show.
         RuntimeError: the model switches autocast on.
         torch.OutOfMemoryError: a GPU's memory is too small.
     """
