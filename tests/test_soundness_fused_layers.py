@@ -83,7 +83,7 @@ def numbers(random: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> 
 def problem(model: nn.Sequential, shape: tuple[int, ...], float32: bool, eps: float) -> Any:
     """Returns what the checker makes of the network; without clip."""
     found, tensors = checker.Problem(float32, Fraction(eps), []), {}
-    grid = np.arange(int(np.prod(shape))).reshape(shape)
+    grids = [(0, np.arange(int(np.prod(shape))).reshape(shape))]
     for place, layer in enumerate(model):
         names = {}
         for name in ("weight", "bias", "mean", "std"):
@@ -111,7 +111,7 @@ def problem(model: nn.Sequential, shape: tuple[int, ...], float32: bool, eps: fl
         else:
             specs = [{"layer": type(layer).__name__.lower(), **names}]
         for spec in specs:
-            grid = checker.add(found, spec, tensors, grid)
+            checker.add(found, spec, tensors, grids)
     return found
 
 

@@ -250,6 +250,23 @@ def test_a_chain_of_bytes_takes_the_kernels_step_with_the_same_numbers(tmp_path,
         torch.testing.assert_close(states[1][name], value, rtol=1e-3, atol=1e-4)
 
 
+class Broadcasting(Residual):
+    """Adds values of two shapes, for which there is no sound rule, as an example alone shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        return self.last((self.inner(self.norm(x)) + self.pool(x)).flatten(1))
+
+
+def test_a_run_without_a_proof_says_so(tmp_path):
+    result = cf.train(tiny(60), tmp_path, model=Broadcasting, data=DATA)
+    assert not result["sound"] and result["semantics"] is None
+
+
 class Ordered(Residual):
     """Has its norm behind a convolution, where `fuse` takes it."""
 
