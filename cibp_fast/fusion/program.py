@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -134,6 +134,24 @@ class Call(NamedTuple):
 
     layer: Layer
     sources: tuple[int, ...]  # -1: the model's input
+
+
+T = TypeVar("T")
+
+
+def run_calls(calls: Sequence[Call], given: T, function: Callable[..., T]) -> T:
+    """Returns the last result of `function(call, *results of its sources)`, which runs once a call.
+
+    given: the model's input. A result is kept until its last use.
+    """
+    last = {source: place for place, call in enumerate(calls) for source in call.sources}
+    results, made = {-1: given}, given
+    for place, call in enumerate(calls):
+        made = function(call, *[results[source] for source in call.sources])
+        for source in {each for each in call.sources if last[each] == place}:
+            del results[source]
+        results[place] = made
+    return made
 
 
 @dataclass

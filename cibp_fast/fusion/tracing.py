@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from numbers import Integral
@@ -84,7 +84,31 @@ def trace(model: nn.Module) -> Program:
         return _trace(model)
 
 
+@untraced
+def calls_in(model: nn.Module, is_layer: Callable[[nn.Module], bool]) -> list[Call]:
+    """Returns the calls of a model's forward in their order, of layers of any kind.
+
+    is_layer: says which modules are layers beside those of torch; the others' forwards are traced.
+
+    Raises ValueError where hooks or methods that were replaced would run, and where a trace loses
+    what the forward does; but for whether it does the same for tensors (`forwards.py`).
+    """
+    with _LOCK:
+        _refuse_changed(model)
+        return _calls(model, is_layer)
+
+
 def _trace(model: nn.Module) -> Program:
+    _refuse_changed(model)
+    seen = fingerprint(model)
+    program = _grouped(model, _calls(model))
+    program.fingerprint = seen
+    add_guards(model, program)
+    return program
+
+
+def _refuse_changed(model: nn.Module) -> None:
+    """Raises ValueError where something runs beside the modules' forwards, or in their place."""
     if any(global_hooks()):
         raise ValueError(
             "fuse cannot run global module hooks, and there are some (as "
@@ -103,11 +127,6 @@ def _trace(model: nn.Module) -> Program:
                 "its class has a __call__ or a forward that was put in place of torch's, which "
                 "fuse would not run; cf.bounds would"
             )
-    seen = fingerprint(model)
-    program = _grouped(model, _calls(model))
-    program.fingerprint = seen
-    add_guards(model, program)
-    return program
 
 
 _COMPARED = 4  # examples: layer by layer in torch they take as long as 50 in a fused call
@@ -166,12 +185,20 @@ def _close(a: Any, b: Any) -> bool:
     return torch.allclose(a, b, rtol=0.0, atol=scale, equal_nan=True)
 
 
+class _Proxy(fx.Proxy):
+    """Notes `a += b` as what changes a, which fx takes for `a = a + b`."""
+
+    def __iadd__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+
 class _Tracer(fx.Tracer):
     """Traces a forward, and notes what it does that a graph of its calls does not hold."""
 
-    def __init__(self, gradients: bool) -> None:
+    def __init__(self, gradients: bool, is_layer: Callable[[nn.Module], bool]) -> None:
         super().__init__()
         self.gradients = gradients  # whether they are enabled around the forward
+        self.is_layer = is_layer
         self.lost = ""
         self._modes = torch._C._len_torch_function_stack()
         self._saving = _saved_tensors_hooks()
@@ -182,6 +209,7 @@ class _Tracer(fx.Tracer):
         return (
             isinstance(module, known)
             or type(module) is Normalize
+            or self.is_layer(module)
             or super().is_leaf_module(module, module_qualified_name)
         )
 
@@ -190,6 +218,9 @@ class _Tracer(fx.Tracer):
         defaults.
         """
         return root_fn, [self.root, self.create_proxy("placeholder", "input", (), {})]
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def create_arg(self, a: Any) -> Any:
         plain = isinstance(a, Integral) and not isinstance(a, bool)  # of numpy as well
@@ -316,11 +347,15 @@ def _same(a: Any, b: Any) -> bool:
     return a is b or (type(a) is type(b) and isinstance(a, PLAIN) and a == b)
 
 
-def _calls(model: nn.Module) -> list[Call]:
+def _calls(
+    model: nn.Module, is_layer: Callable[[nn.Module], bool] = lambda module: False
+) -> list[Call]:
     """Returns the calls of the layers in the order of the pass."""
-    if _Tracer(True).is_leaf_module(model, "model"):
+    if _Tracer(True, is_layer).is_leaf_module(model, "model"):
         return [Call(Layer("the model", model), (-1,))]
-    calls, others = (_calls_of(model, _graph(model, gradients)) for gradients in (True, False))
+    calls, others = (
+        _calls_of(model, _graph(model, gradients, is_layer)) for gradients in (True, False)
+    )
     if [(*c.layer.identity, c.sources) for c in calls] != [
         (*c.layer.identity, c.sources) for c in others
     ]:
@@ -335,7 +370,7 @@ def _forward_error(model: nn.Module, why: str) -> ValueError:
     )
 
 
-def _graph(model: nn.Module, gradients: bool) -> fx.Graph:
+def _graph(model: nn.Module, gradients: bool, is_layer: Callable[[nn.Module], bool]) -> fx.Graph:
     """Returns the calls of a model's forward."""
     attributes, in_place = _Attributes(model), _InPlace()
     with ExitStack() as stack:
@@ -344,7 +379,7 @@ def _graph(model: nn.Module, gradients: bool) -> fx.Graph:
         stack.enter_context(torch.set_grad_enabled(gradients))
         for device in filter(torch.is_autocast_enabled, _AUTOCAST):
             stack.enter_context(torch.autocast(device, enabled=False))
-        tracer = _Tracer(gradients)
+        tracer = _Tracer(gradients, is_layer)
         stack.enter_context(in_place)
         stack.enter_context(_patched(tracer))
         failure: Exception | None = None
