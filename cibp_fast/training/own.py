@@ -19,12 +19,11 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from cibp_fast.certificates import evaluation
 from cibp_fast.training.config import Config, OwnConfig, did_you_mean
-from cibp_fast.training.datasets import INPUT_SHAPES, Dataset, Split
+from cibp_fast.training.datasets import CLASSES, INPUT_SHAPES, Dataset, Split
 from cibp_fast.training.distributed import World
 from cibp_fast.training.progress import bar
 
 Shape = Sequence[int]  # of an example
-CLASSES = 10  # of every data set that comes by name
 MOST = 4  # members of a tuple or list that an error names
 
 
@@ -327,7 +326,7 @@ def changes(model: nn.Module) -> bool:
 def on_data_set(config: Config, model: Any) -> OwnConfig:
     """Returns the config with an own network for its data set, which need not be there."""
     shape = INPUT_SHAPES[config.dataset]
-    fields = dict(config) | {"net": name_of(model), "input_shape": shape, "classes": CLASSES}
+    fields = dict(config) | {"net": name_of(model), "input_shape": shape, "classes": CLASSES[config.dataset]}
     return OwnConfig(**fields)
 
 
@@ -344,7 +343,7 @@ def recorded(config: Config, examples: Dataset, own_data: bool, model: Any, loss
     fields["input_shape"] = tuple(examples.train.images.shape[1:])
     labels = (examples.train.labels, examples.test.labels)
     largest = max(int(each.max()) for each in labels)
-    fields["classes"] = max(largest + 1, 2) if own_data else CLASSES
+    fields["classes"] = max(largest + 1, 2) if own_data else CLASSES[config.dataset]
     return OwnConfig(**fields)
 
 

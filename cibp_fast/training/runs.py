@@ -434,13 +434,13 @@ def build_model(config: Config, model: Any = None) -> nn.Module:
 
     from cibp_fast import models
     from cibp_fast.training import own
-    from cibp_fast.training.datasets import CHANNEL_STATS, INPUT_SHAPES
+    from cibp_fast.training.datasets import CHANNEL_STATS, CLASSES, INPUT_SHAPES
 
     shape: Sequence[int]
     if isinstance(config, OwnConfig):
         shape, classes = config.input_shape, config.classes
     else:
-        shape, classes = INPUT_SHAPES[config.dataset], own.CLASSES
+        shape, classes = INPUT_SHAPES[config.dataset], CLASSES[config.dataset]
     if _is_own(config):
         if model is None:
             raise ValueError(
