@@ -1,15 +1,20 @@
-"""The paper's three networks (Table 1), as plain `nn.Sequential` of torch's own modules.
+"""Networks as `nn.Sequential`: the paper's three (Table 1), and two of certified training.
 
-Table 1 leaves the padding open. `"valid"` (none) is the authors' code for all three; Gowal et al.
-use `"same"` for the large one, in TensorFlow's sense: at stride 2 on an even size it pads 0 before
-and 1 after, which no symmetric convolution padding can say, so those layers get an `nn.ZeroPad2d`
-in front.
+Table 1 leaves the padding of `small`, `medium` and `large` open. `"valid"` (none) is the authors'
+code for all three; Gowal et al. use `"same"` for the large one, in TensorFlow's sense: at stride 2
+on an even size it pads 0 before and 1 after, which no symmetric convolution padding can say, so
+those layers get an `nn.ZeroPad2d` in front.
+
+`cnn7` and `resnet` have batch norm, and a `width` that multiplies all channels. They are those of
+Shi et al., Fast Certified Robust Training with Short Warmup (arXiv 2103.17268), and of its code.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +22,7 @@ from torch import Tensor, nn
 from cibp_fast.interval import Interval
 
 PADDINGS = ("valid", "same")
-INITS = ("torch", "orthogonal")
+INITS = ("torch", "orthogonal", "ibp")
 
 Shape = tuple[int, int, int]  # channels, height, width
 Conv = tuple[int, int, int]  # output channels, kernel size, stride
@@ -53,20 +58,111 @@ def large(input_shape: Shape, classes: int = 10, padding: str = "valid") -> nn.S
     return _network(input_shape, convs, [200], classes, padding)
 
 
-NETS: dict[str, Callable[..., nn.Sequential]] = {"small": small, "medium": medium, "large": large}
+def cnn7(input_shape: Shape, classes: int = 10, width: int = 64) -> nn.Sequential:
+    """Builds the CNN7 of Shi et al. and of nearly all certified training since, with batch norm.
+
+    Five 3x3 convolutions, padding 1, of width, width, 2 width (stride 2), 2 width and 2 width
+    channels, fc 8 width, fc `classes`; a batch norm before each ReLU. The first linear layer has
+    512 units at width 64; that it grows with the width is ours, the source keeps 512.
+
+    Maps [N, *input_shape] to logits [N, classes]. 17,192,650 parameters on (3, 32, 32). Raises
+    ValueError for a shape, classes or width it cannot build.
+    """
+    _check(input_shape, classes)
+    _check_width(width)
+    channels, *size = input_shape
+    layers: list[nn.Module] = []
+    for out_channels, stride in ((width, 1), (width, 1), *((2 * width, s) for s in (2, 1, 1))):
+        layers += [*_convolution(channels, out_channels, 3, stride), nn.ReLU()]
+        channels = out_channels
+    return nn.Sequential(*layers, *_head(channels, _halved(size, 1), 8 * width, classes))
+
+
+def resnet(input_shape: Shape, classes: int = 10, width: int = 16) -> nn.Sequential:
+    """Builds the Wide-ResNet of Shi et al.: three blocks that are `Residual`, with batch norm.
+
+    conv `width` 3x3 s1; blocks of 8 width, 16 width (stride 2) and 32 width (stride 2) channels;
+    fc 32 width, fc `classes`. Width 16 is the source's, in whose code it is `wide_resnet_8`; other
+    widths, with which the linear layer grows, and other image sizes are ours. The source draws its
+    initial weights as He et al. do; here they are torch's (see `initialize`).
+
+    Maps [N, *input_shape] to logits [N, classes]. 21,547,882 parameters on (3, 32, 32). Raises
+    ValueError for a shape, classes or width it cannot build.
+    """
+    _check(input_shape, classes)
+    _check_width(width)
+    channels, *size = input_shape
+    layers: list[nn.Module] = [*_convolution(channels, width, 3, 1), nn.ReLU()]
+    channels = width
+    for out_channels, stride in ((8 * width, 1), (16 * width, 2), (32 * width, 2)):
+        branch = nn.Sequential(
+            *_convolution(channels, out_channels, 3, stride),
+            nn.ReLU(),
+            *_convolution(out_channels, out_channels, 3, 1),
+        )
+        layers.append(
+            Residual(branch, nn.Sequential(*_convolution(channels, out_channels, 1, stride)))
+        )
+        channels = out_channels
+    return nn.Sequential(*layers, *_head(channels, _halved(size, 2), 32 * width, classes))
+
+
+NETS: dict[str, Callable[..., nn.Sequential]] = {
+    **{"small": small, "medium": medium, "large": large},  # these take `padding`
+    **{"cnn7": cnn7, "resnet": resnet},  # and these `width`
+}
+
+
+class Residual(nn.Module):
+    """Computes `relu(branch(x) + shortcut(x))` of a Tensor or an Interval.
+
+    branch, shortcut: modules whose results have the same shape.
+    """
+
+    def __init__(self, branch: nn.Module, shortcut: nn.Module) -> None:
+        super().__init__()
+        self.branch, self.shortcut, self.relu = branch, shortcut, nn.ReLU()
+
+    def forward(self, x: Any) -> Any:
+        return self.relu(self.branch(x) + self.shortcut(x))
+
+
+def _convolution(channels: int, out_channels: int, kernel: int, stride: int) -> list[nn.Module]:
+    convolution = nn.Conv2d(channels, out_channels, kernel, stride, padding=kernel // 2)
+    return [convolution, nn.BatchNorm2d(out_channels)]
+
+
+def _head(channels: int, pixels: int, hidden: int, classes: int) -> list[nn.Module]:
+    """Returns the layers from the last convolution's ReLU to the logits."""
+    linear = nn.Linear(channels * pixels, hidden)
+    return [nn.Flatten(), linear, nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, classes)]
+
+
+def _halved(size: Sequence[int], times: int) -> int:
+    """Returns the number of pixels of height x width after layers of stride 2."""
+    return math.prod(-(-each // 2**times) for each in size)
+
+
+def _check_width(width: int) -> None:
+    if width < 1:
+        raise ValueError(f"width must be at least 1, not {width}")
+
+
+def _check(input_shape: Shape, classes: int) -> None:
+    if len(input_shape) != 3 or min(input_shape) < 1:
+        raise ValueError(
+            f"input_shape must be (channels, height, width), each at least 1, not {input_shape}"
+        )
+    if classes < 2:
+        raise ValueError(f"classes must be at least 2, not {classes}")
 
 
 def _network(
     input_shape: Shape, convs: Sequence[Conv], hidden: Sequence[int], classes: int, padding: str
 ) -> nn.Sequential:
-    if len(input_shape) != 3 or min(input_shape) < 1:
-        raise ValueError(
-            f"input_shape must be (channels, height, width), each at least 1, not {input_shape}"
-        )
+    _check(input_shape, classes)
     if padding not in PADDINGS:
         raise ValueError(f"padding must be one of {', '.join(PADDINGS)}, not {padding!r}")
-    if classes < 2:
-        raise ValueError(f"classes must be at least 2, not {classes}")
     channels, height, width = input_shape
     layers: list[nn.Module] = []
     for out_channels, kernel, stride in convs:
@@ -123,15 +219,56 @@ def initialize(model: nn.Module, init: str) -> None:
     """Draws the weights of a network of torch's layers from torch's global random state.
 
     `"torch"` leaves torch's own, which are there already. `"orthogonal"` is Gowal et al.'s:
-    orthogonal weights, of a convolution as a matrix [out, in * kh * kw], and biases 0. Raises
-    ValueError for another name.
+    orthogonal weights, of a convolution as a matrix [out, in * kh * kw], and biases 0. `"ibp"` is
+    `ibp_`. Raises ValueError for another name.
     """
     if init not in INITS:
         raise ValueError(f"init must be one of {', '.join(INITS)}, not {init!r}")
-    if init == "torch":
+    if init == "ibp":
+        ibp_(model)
+    if init != "orthogonal":
         return
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             nn.init.orthogonal_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+
+_AFFINE = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+
+@torch.no_grad()
+def ibp_(model: nn.Module) -> nn.Module:
+    """Draws weights that keep the mean width of boxes, in place; returns the model.
+
+    Shi et al. (arXiv 2103.17268, section 3.2): each weight of a convolution or linear layer is
+    normal with mean 0 and standard deviation sqrt(2 pi) / fan_in, but for the last such layer of
+    `model.modules()`. That one, and all biases, stay as they are, as do layers of other kinds. As
+    in the source's code, weights that read a sum are halved: in an `nn.Sequential` those of a layer
+    that follows a `Residual`, and those of both paths of a `Residual` that does.
+    """
+    after_sums = {
+        layer
+        for chain in model.modules()
+        if isinstance(chain, nn.Sequential)
+        for before, after in pairwise(chain)
+        if isinstance(before, Residual)
+        for layer in _readers(after)
+    }
+    layers: list[Any] = [each for each in model.modules() if isinstance(each, _AFFINE)]
+    for layer in layers[:-1]:
+        std = math.sqrt(2 * math.pi) / layer.weight[0].numel()
+        nn.init.normal_(layer.weight, std=std / 2 if layer in after_sums else std)
+    return model
+
+
+def _readers(module: nn.Module) -> Iterator[nn.Module]:
+    """Yields the convolutions and linear layers that read a module's input directly."""
+    if isinstance(module, _AFFINE):
+        yield module
+    elif isinstance(module, nn.Sequential) and len(module):
+        yield from _readers(module[0])
+    elif isinstance(module, Residual):
+        yield from _readers(module.branch)
+        yield from _readers(module.shortcut)

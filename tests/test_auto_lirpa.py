@@ -98,13 +98,23 @@ def test_random_networks(dtype: torch.dtype) -> None:
         assert difference(model, cf.Interval.ball(x, eps), y) < TOLERANCES[dtype], seed
 
 
-@pytest.mark.parametrize(("name", "data"), [*product(cf.models.NETS, SHAPES)])
+@pytest.mark.parametrize(("name", "data"), [*product(["small", "medium", "large"], SHAPES)])
 def test_networks_of_the_paper(name: str, data: str) -> None:
     """Compares in float64, where a wrong term of any size would show."""
     x = torch.rand(1, *SHAPES[data], dtype=torch.float64)
     model, y = cf.models.NETS[name](SHAPES[data]).double(), torch.tensor([3])
     box = cf.Interval.ball(x, 0.1)
     assert difference(model, box, y) < TOLERANCES[torch.float64]
+
+
+@pytest.mark.parametrize(("name", "width"), [("cnn7", 4), ("resnet", 1)])
+def test_networks_with_batch_norm(name: str, width: int) -> None:
+    """With statistics of a batch, which take both out of where they cannot be told from none."""
+    model = cf.models.NETS[name]((3, 16, 16), width=width).double()
+    model(torch.rand(8, 3, 16, 16, dtype=torch.float64))
+    model.eval()
+    x, y = torch.rand(2, 3, 16, 16, dtype=torch.float64), torch.tensor([3, 8])
+    assert difference(model, cf.Interval.ball(x, 0.01), y) < TOLERANCES[torch.float64]
 
 
 @pytest.mark.parametrize("name", ["small", "medium"])

@@ -62,10 +62,14 @@ def _batch_norms():
 
 
 NETS = {
-    f"{name} {padding}": lambda make=make, padding=padding: make((3, 32, 32), padding=padding)
-    for name, make in models.NETS.items()
+    f"{make.__name__} {padding}": lambda make=make, padding=padding: make(
+        (3, 32, 32), padding=padding
+    )
+    for make in (models.small, models.medium, models.large)
     for padding in models.PADDINGS
 }
+NETS["cnn7"] = lambda: models.cnn7((3, 32, 32))
+NETS["resnet"] = lambda: models.resnet((3, 32, 32))
 NETS["with batch norm, pooling and dropout"] = _batch_norms
 NETS["with other activations, not ending in a linear layer"] = lambda: nn.Sequential(
     *(nn.Flatten(), nn.Linear(3072, 9), nn.PReLU(), nn.Softplus(), nn.Linear(9, 10), nn.Tanh()),

@@ -215,6 +215,8 @@ IMAGE = (3, 32, 32)
 # name -> what makes it, and the shape of an example
 ZOO: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "the paper's small network": (lambda: cf.models.small((3, 32, 32)), IMAGE),
+    "CNN7 (`cf.models.cnn7`)": (lambda: cf.models.cnn7((3, 32, 32), width=8), IMAGE),
+    "Wide-ResNet (`cf.models.resnet`)": (lambda: cf.models.resnet((3, 32, 32), width=2), IMAGE),
     "VGG with average pooling": (partial(vgg, nn.AvgPool2d, norm=False), IMAGE),
     "VGG with average pooling and batch norm": (partial(vgg, nn.AvgPool2d), IMAGE),
     "VGG with max pooling and batch norm": (vgg, IMAGE),

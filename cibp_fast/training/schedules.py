@@ -21,12 +21,7 @@ class LinearRamp:
     def __post_init__(self) -> None:
         _require_finite(self, "from_value", self.from_value)
         _require_finite(self, "to_value", self.to_value)
-        if self.start < 0:
-            raise ValueError(f"LinearRamp start must be 0 or more, not {self.start}")
-        if self.end < self.start:
-            raise ValueError(
-                f"LinearRamp ends (step {self.end}) before it starts (step {self.start})"
-            )
+        _require_order(self, self.start, self.end)
 
     def __call__(self, step: int) -> float:
         if step >= self.end:
@@ -35,6 +30,46 @@ class LinearRamp:
             return self.from_value
         fraction = (step - self.start) / (self.end - self.start)
         return self.from_value + fraction * (self.to_value - self.from_value)
+
+
+@dataclass(frozen=True)
+class SmoothedRamp:
+    """Stays 0 up to step `start`, rises like a power, then linearly, to `to_value` at step `end`.
+
+    The power (step - start) ** exponent holds up to `middle`, a share of the steps, rounded down;
+    the line goes on with its slope there. auto_LiRPA's SmoothedScheduler, in steps from 0.
+    start == end is a jump: `to_value` from that step on.
+    """
+
+    start: int
+    end: int
+    to_value: float
+    middle: float = 0.25
+    exponent: float = 4.0
+
+    def __post_init__(self) -> None:
+        _require_finite(self, "to_value", self.to_value)
+        _require_finite(self, "exponent", self.exponent)
+        _require_order(self, self.start, self.end)
+        if not 0 <= self.middle <= 1:
+            raise ValueError(f"SmoothedRamp middle must be in [0, 1], not {self.middle}")
+        if self.exponent < 1:
+            raise ValueError(f"SmoothedRamp exponent must be at least 1, not {self.exponent}")
+
+    def __call__(self, step: int) -> float:
+        if step >= self.end:
+            return self.to_value
+        if step <= self.start:
+            return 0.0
+        done, steps = step - self.start, self.end - self.start
+        bend = int(self.middle * steps)  # steps of the power
+        # the height is `bend` after the power, and `whole` at the end
+        whole = bend + self.exponent * (steps - bend)
+        if done < bend:
+            height = bend * (done / bend) ** self.exponent
+        else:
+            height = bend + self.exponent * (done - bend)
+        return self.to_value * (height / whole)
 
 
 @dataclass(frozen=True)
@@ -62,3 +97,11 @@ class StepDecay:
 def _require_finite(schedule: object, name: str, value: float) -> None:
     if not math.isfinite(value):
         raise ValueError(f"{type(schedule).__name__} {name} must be finite, not {value}")
+
+
+def _require_order(schedule: object, start: int, end: int) -> None:
+    name = type(schedule).__name__
+    if start < 0:
+        raise ValueError(f"{name} start must be 0 or more, not {start}")
+    if end < start:
+        raise ValueError(f"{name} ends (step {end}) before it starts (step {start})")
