@@ -31,7 +31,6 @@ import torch
 from torch import Tensor
 
 from cibp_fast.training.files import write_atomic
-from cibp_fast.training.progress import bar
 
 SPLIT_SEED = 0  # the held-out digits of mnist5k are the same for every training seed
 
@@ -405,12 +404,14 @@ def _read_tiny_imagenet(folder: Path) -> dict[str, np.ndarray]:
             f"{folder.parent.absolute()}, from {DATASETS['tinyimagenet'].url}, or name another data "
             "folder with --data-root or CIBP_FAST_DATA"
         )
+    from cibp_fast.training.progress import bar
+
     try:
         image_module = importlib.import_module("PIL.Image")
     except ImportError as error:
         raise ImportError(
             "the images of tinyimagenet are read by the package Pillow, which is not installed: "
-            "pip install Pillow"
+            "pip install 'cibp-fast[tinyimagenet]' or pip install Pillow"
         ) from error
 
     def pixels(paths: list[Path]) -> np.ndarray:

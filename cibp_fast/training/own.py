@@ -21,6 +21,7 @@ from cibp_fast.certificates import evaluation
 from cibp_fast.training.config import Config, OwnConfig, did_you_mean
 from cibp_fast.training.datasets import CLASSES, INPUT_SHAPES, Dataset, Split
 from cibp_fast.training.distributed import World
+from cibp_fast.training.presets import OF_ATTACK
 from cibp_fast.training.progress import bar
 
 Shape = Sequence[int]  # of an example
@@ -311,6 +312,10 @@ def check(model: nn.Module, config: OwnConfig, processes: World) -> None:
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             raise ValueError(f"model must have tensors alone in its state_dict, and not {name}")
+
+
+def require_one_process(model: nn.Module, processes: World) -> None:
+    """Raises ValueError where several processes would train a batch norm."""
     if processes.size > 1 and changes(model):
         raise ValueError(
             "model must have no batch norm in training mode where several processes train, since "
@@ -340,6 +345,8 @@ def recorded(config: Config, examples: Dataset, own_data: bool, model: Any, loss
         fields["net"] = name_of(model)
     if loss is not None:
         fields |= {"method": "own", "loss": name_of(loss), "width_weight": 0.0}
+        # of no effect then
+        fields |= {each: Config.model_fields[each].default for each in ("alpha", *OF_ATTACK)}
     fields["input_shape"] = tuple(examples.train.images.shape[1:])
     labels = (examples.train.labels, examples.test.labels)
     largest = max(int(each.max()) for each in labels)
