@@ -547,13 +547,16 @@ def _intervals(values: Iterable[Any]) -> Iterator[Interval]:
 def _computed_again(task: int, boxes: list[Interval], rule: Rule, *args: Any, **kwargs: Any) -> Any:
     """Runs the rule in a backward pass, where torch.utils.checkpoint repeats a part of the forward.
 
-    It must save the same tensors for the gradient as the forward pass did, those of the widths that
-    `bounds` recorded among them, and from the same values.
+    It must save the same tensors for the gradient as the forward pass did, those of the widths and
+    moments that `bounds` recorded among them, and from the same values.
     """
     given = [box for box in boxes if box._pass is None or box._pass.task != task]
     passes = [box._pass for box in boxes if box._pass is not None]
     seen = [box._seen for box in given]
-    recorder = Recorder(*passes[0].kinds, backend=passes[0].backend) if passes else Recorder()
+    recorder = Recorder()
+    if passes:
+        kinds, _, backend, moments = passes[0]
+        recorder = Recorder(*kinds, backend=backend, moments=moments)
     with recording(recorder), backends.ask(recorder.made_in.backend):
         out = rule(*args, **kwargs)
     if seen != [box._seen for box in given] or any(box._overwritten for box in given):

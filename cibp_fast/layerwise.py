@@ -14,9 +14,9 @@ from cibp_fast.interval import Interval, may_inspect, shares_memory
 from cibp_fast.ops import backends
 from cibp_fast.ops.backends import no_autocast
 from cibp_fast.ops.loss import label_error
-from cibp_fast.recorder import Head, Output, Recorder, recording
+from cibp_fast.recorder import Head, Moments, Output, Recorder, recording
 
-__all__ = ["Bounds", "bounds"]
+__all__ = ["Bounds", "Moments", "bounds"]
 
 # width -> the kinds of layers that count
 WIDTHS = {"post": ("activation",), "pre": ("affine",), "all": ("affine", "activation")}
@@ -36,6 +36,7 @@ class Bounds:
         backend: the backend that was asked for; margins and losses obey it too.
         layers: the box of each layer that `widths` counts, in its order, by name, where `cf.bounds`
             was asked to keep them.
+        moments: means of the boxes that enter the ReLUs, where they were asked for.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Bounds:
         backend: str = "auto",
         half: bool = False,
         layers: Mapping[str, Interval] | None = None,
+        moments: Moments | None = None,
     ) -> None:
         if box.nominal is None:
             raise ValueError(
@@ -58,6 +60,7 @@ class Bounds:
         self._head = head
         self._half = half  # whether a layer was computed in half precision
         self._layers = layers
+        self._moments = moments
 
     def __repr__(self) -> str:
         logits = self.logits
@@ -76,6 +79,15 @@ class Bounds:
                 "layer was kept, and a fused network keeps none"
             )
         return self._layers
+
+    @property
+    def moments(self) -> Moments:
+        if self._moments is None:
+            raise ValueError(
+                "moments must be asked for, as cf.bounds(model, x, box, moments=True): none were "
+                "computed"
+            )
+        return self._moments
 
     @property
     def width(self) -> Tensor:
@@ -250,6 +262,7 @@ def bounds(
     *,
     backend: str = "auto",
     layers: bool = False,
+    moments: bool = False,
 ) -> Bounds:
     """Runs `model` on the box, layer by layer, with x as the nominal point that travels with it.
 
@@ -276,6 +289,8 @@ def bounds(
             as "features.3"; what a module computes beside its own modules, such as F.relu, by that
             module and its kind, such as "block.activation"; one that comes again has "#2", "#3",
             ... at its end. The last is "logits".
+        moments: compute means of the boxes that enter each ReLU and leaky ReLU, for
+            `losses.shi_regularizer`: `Bounds.moments`, a `Moments` of float64 tensors [R].
 
     Raises:
         TypeError: x or box has the wrong type, or an op of the model has no interval rule.
@@ -285,7 +300,9 @@ def bounds(
     """
     check_arguments(x, box, width, reduction)
     backends.select_layer(backend, x.device, x.dtype)
-    recorder = Recorder(*WIDTHS[width], backend=backends.asked(backend), keep=layers)
+    recorder = Recorder(
+        *WIDTHS[width], backend=backends.asked(backend), keep=layers, moments=moments
+    )
     # All in x's dtype; a model that switches autocast on is refused (see Interval).
     with no_autocast(x.device):
         asked = nullcontext() if backend == "auto" else backends.ask(backend)
@@ -332,7 +349,15 @@ def _of_pass(
         ]
     )
     boxes = None if recorder.outputs is None else _by_name(recorder.outputs) | {"logits": out}
-    return Bounds(out, widths, head, backend, recorder.half, boxes)
+    return Bounds(out, widths, head, backend, recorder.half, boxes, _moments(recorder, x))
+
+
+def _moments(recorder: Recorder, x: Tensor) -> Moments | None:
+    if recorder.moments is None:
+        return None
+    if not recorder.moments:
+        return Moments(*x.new_zeros(len(Moments._fields), 0, dtype=torch.float64))
+    return Moments(*torch.stack(recorder.moments, 1))
 
 
 def _by_name(outputs: Sequence[Output]) -> dict[str, Interval]:

@@ -15,8 +15,8 @@ from cibp_fast.ops.arithmetic import is_half
 from cibp_fast.ops.loss import Head
 
 __all__ = [
-    *("Head", "Layer", "Origin", "Output", "Pass", "Recorder"),
-    *("ACTIVE", "note", "recording", "wanted"),
+    *("Head", "Layer", "Moments", "Origin", "Output", "Pass", "Recorder"),
+    *("ACTIVE", "note", "note_input", "recording", "wanted"),
 ]
 
 
@@ -33,6 +33,7 @@ class Pass(NamedTuple):
     kinds: tuple[str, ...]  # of layers whose widths are wanted
     task: int  # the backward pass that it is a part of, or -1
     backend: str = "auto"  # that was asked for
+    moments: bool = False  # whether those of ReLUs' inputs are wanted
 
 
 class Layer(NamedTuple):
@@ -52,23 +53,45 @@ class Output(NamedTuple):
     nominal: Tensor | None
 
 
+class Moments(NamedTuple):
+    """Holds means over batch and units of the boxes that enter the ReLUs, each float64, [R].
+
+    With bounds l and u, center c = (l + u) / 2 and radius r = (u - l) / 2, for the R ReLUs and
+    leaky ReLUs in the order of the pass. [.] is 1 where it holds, and 0. Gradients reach l and u
+    through c and r.
+    """
+
+    radius: Tensor  # mean r
+    center: Tensor  # mean c
+    active: Tensor  # mean [l > 0]
+    active_center: Tensor  # mean c [l > 0]
+    active_square: Tensor  # mean c^2 [l > 0]
+    inactive: Tensor  # mean [u < 0]
+    inactive_center: Tensor  # mean c [u < 0]
+    inactive_square: Tensor  # mean c^2 [u < 0]
+
+
 class Recorder:
     """Collects the widths of layers of the wanted kinds, "affine" and "activation", in order.
 
-    keep: collect their outputs too, which costs their memory.
+    keep: collect their outputs too, which costs their memory. moments: collect those of the boxes
+    that enter ReLUs and leaky ReLUs.
     """
 
-    def __init__(self, *kinds: str, backend: str = "auto", keep: bool = False) -> None:
+    def __init__(
+        self, *kinds: str, backend: str = "auto", keep: bool = False, moments: bool = False
+    ) -> None:
         self.layers: list[Layer] = []
         self.outputs: list[Output] | None = [] if keep else None  # as the layers
+        self.moments: list[Tensor] | None = [] if moments else None  # each [8], as in Moments
         self.path: list[
             tuple[str, bool]
         ] = []  # the modules that run, by name; whether it has none inside
         self.half = False  # whether a layer's output, of any kind, was of half precision
         if torch.compiler.is_compiling():
-            self.made_in, self.gradients = Pass(kinds, -1, backend), True
+            self.made_in, self.gradients = Pass(kinds, -1, backend, moments), True
             return
-        self.made_in = Pass(kinds, backward_pass(), backend)
+        self.made_in = Pass(kinds, backward_pass(), backend, moments)
         # Whether gradients may be wanted. Inside a Function torch disables them, whoever wants them
         self.gradients = torch.is_grad_enabled() or function_around() is not None
 
@@ -157,3 +180,19 @@ def note(
         return Origin(None, head)
     name = "" if recorder.outputs is None else recorder.name(kind)
     return Origin(recorder.add(lower, upper, squares, name, nominal), head)
+
+
+def note_input(lower: Tensor, upper: Tensor) -> None:
+    """Tells the recorder, if there is one that wants them, of the bounds that enter a ReLU."""
+    recorder = ACTIVE.recorder
+    if recorder is None or recorder.moments is None:
+        return
+    active, inactive = lower > 0, upper < 0
+    lower, upper = lower.double(), upper.double()
+    center = 0.5 * lower + 0.5 * upper
+    masked = lower.isinf() & (lower == upper)  # such a box has no radius, as it has no width
+    parts = [(0.5 * upper - 0.5 * lower).masked_fill(masked, 0.0), center]
+    for mask in (active, inactive):
+        inside = center.where(mask, 0.0)
+        parts += [mask.double(), inside, inside.square()]
+    recorder.moments.append(torch.stack([part.mean() for part in parts]))

@@ -16,7 +16,7 @@ from cibp_fast import ops
 from cibp_fast._checks import may_inspect
 from cibp_fast.interval import RULES, Interval, UnsupportedOpError
 from cibp_fast.ops.arithmetic import own_arithmetic
-from cibp_fast.recorder import note, wanted
+from cibp_fast.recorder import note, note_input, wanted
 from cibp_fast.rules.affine import layer
 from cibp_fast.rules.table import (
     corners,
@@ -54,6 +54,7 @@ for _name in (
 
 @rule("relu")
 def _relu(input: Interval, inplace: bool = False) -> Interval:
+    note_input(input.lower, input.upper)
     streams = (input.lower, input.upper, input.nominal)
     out = layer("activation", ops.relu(*streams, width=wanted("activation")))
     return input._assign(out) if inplace else out
@@ -91,6 +92,7 @@ def _gelu(input: Interval, approximate: str = "none") -> Interval:
 
 @rule("leaky_relu")
 def _leaky_relu(input: Interval, negative_slope: float = 0.01, inplace: bool = False) -> Interval:
+    note_input(input.lower, input.upper)
     return _bent(F.leaky_relu, negative_slope >= 0, input, negative_slope, inplace=inplace)
 
 
