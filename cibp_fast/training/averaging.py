@@ -1,4 +1,4 @@
-"""What an evaluation may take in place of the last step's numbers: mean weights, exact statistics."""
+"""What an evaluation may take for the last step's numbers: mean weights, exact statistics."""
 
 from __future__ import annotations
 

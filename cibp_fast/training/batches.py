@@ -95,7 +95,7 @@ def _farthest(augmentation: str, images: Tensor) -> int:
 
 
 def _padded(images: Tensor, far: int, edge: bool) -> Tensor:
-    """Returns images [B, C, H, W] with `far` pixels more on each side: black, or copies of the edge."""
+    """Returns images [B, C, H, W] with `far` pixels more on each side: black, or of the edge."""
     if not edge:
         return F.pad(images, [far] * 4)
     for axis in (2, 3):
@@ -113,7 +113,10 @@ def _crop_one_by_one(
     height: int,
     width: int,
 ) -> Tensor:
-    """Returns the crops [B, C, height, width]. On a CPU copying images is faster than single elements."""
+    """Returns the crops [B, C, height, width].
+
+    On a CPU copying images is faster than single elements.
+    """
     source = padded.numpy()
     crops = np.empty((*source.shape[:2], height, width), source.dtype)
     corners = zip(source, top.tolist(), left.tolist(), flip.tolist(), strict=True)

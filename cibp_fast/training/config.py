@@ -73,9 +73,9 @@ class Config(BaseModel):
     net_width: Whole = 0
     """channels of the first layer of cnn7 and resnet; 0: the network's own number, 64 and 16"""
     method: Method
-    """loss: nominal, IBP, constrained IBP (cibp), or of later papers: IBP after a warm-up (shi), its
-    mixtures with the loss at an attack's points (of margins: cc, of losses: mtl, of their powers:
-    exp), or IBP of a small box around these (sabr)"""
+    """loss: nominal, IBP, constrained IBP (cibp), or of later papers: IBP after a warm-up (shi),
+    mixed with the loss at an attack's points (of margins: cc, of losses: mtl, of their powers:
+    exp), or of a small box around these (sabr)"""
     padding: Literal["valid", "same"] = "valid"
     """padding of the convolutions"""
     init: Literal["torch", "orthogonal", "ibp"] = "torch"
@@ -111,10 +111,10 @@ class Config(BaseModel):
     kappa_end: Share
     """final kappa, the weight of the nominal loss (the robust one has 1 - kappa)"""
     alpha: Share = 1.0
-    """of cc, mtl and exp: the share of the bounds in the loss, the attack's points have 1 - alpha; of
-    sabr: the radius of the small box, as a part of the attack's"""
+    """of cc, mtl and exp: the share of the bounds in the loss, the attack's points have 1 - alpha;
+    of sabr: the radius of the small box, as a part of the attack's"""
     width_weight: Number
-    """weight of the width term (lambda): above 0 for cibp, 0 for ibp and nominal, either for others"""
+    """weight of the width term (lambda): above 0 for cibp, 0 for ibp and nominal"""
     regularizer: Number = 0.0
     """weight of Shi et al.'s regularizer at the beginning; it falls to 0 as eps grows"""
     l1: Number = 0.0
@@ -130,8 +130,8 @@ class Config(BaseModel):
     attack_ratio: Number = 1.0
     """radius of its box, as a multiple of the training eps"""
     statistics: Literal["clean", "adversarial"] = "clean"
-    """points of which batch norms take the batch's statistics: the examples, or, of cc, mtl, exp and
-    sabr alone, those that the attack found"""
+    """points of which batch norms take a batch's statistics: the examples, or, of cc, mtl, exp and
+    sabr, those that the attack found"""
     elide: bool = True
     """bound the logits' differences through the last layer in the loss (nominal: no effect)"""
     precision: Literal["float32", "fast", "tf32", "bf16"] = "float32"
@@ -141,17 +141,17 @@ class Config(BaseModel):
     clip_norm: Number = 0.0
     """greatest norm of all gradients of a step together, which are scaled to it; 0: any"""
     average_from: Whole = 0
-    """step from which on the weights of all steps are averaged: the network that is evaluated in the
-    end, and saved, has their mean; 0: those of the last step"""
+    """step from which on all weights are averaged: the network that is evaluated in the end, and
+    saved, has their mean; 0: none are"""
     reestimate: bool = False
-    """compute the statistics of batch norms over all training examples for each evaluation, in place
-    of their running means (as after averaging, always)"""
+    """for each evaluation, compute the statistics of batch norms over all training examples (as
+    after averaging, always)"""
     seed: Whole = 0
     """seed of the initial weights, the batches and the attacks' starts"""
 
     validation: Whole = 0
-    """training examples held out, always the same ones: all errors are of these then, in place of the
-    test set"""
+    """training examples held out, always the same ones: all errors are of these then, and not of
+    the test set"""
 
     eval_every: Count = 1
     """epochs between evaluations of test and verified error"""
@@ -332,9 +332,7 @@ class OwnConfig(Config):
     """a data set's name, or own-, and the beginning of the data's SHA-256"""
     net: str = "own"  # type: ignore[assignment]
     """one of the paper's networks, or module:factory, or module.class of a network"""
-    method: Literal[  # type: ignore[assignment]
-        "nominal", "ibp", "cibp", "shi", "cc", "mtl", "exp", "sabr", "own"
-    ] = "own"
+    method: Method | Literal["own"] = "own"  # type: ignore[assignment]
     """loss: ours by name, or own"""
     loss: str = ""
     """module:function of an own loss"""
@@ -555,7 +553,7 @@ PRESET_GRAMMAR = (
     "A preset is dataset-net-eps-method[-gowal][-fast-ramp][-same][-normalized]: "
     f"dataset {_listed(get_args(Dataset))}; net {_listed(get_args(Net))}; "
     "eps as 0.1, 8/255 or 8of255; "
-    f"method {_listed(get_args(Method))}; of the first three, -gowal for the recipe of Gowal et al. "
-    "instead of the paper's, and -normalized for eps in normalised pixels "
-    f"({_listed(NORMALIZED, 'and')}). Which recipes there are of the others: docs/recipes.md."
+    f"method {_listed(get_args(Method))} (recipes of the last five: docs/recipes.md); -gowal for "
+    "the recipe of Gowal et al. instead of the paper's; -normalized for eps in normalised pixels "
+    f"({_listed(NORMALIZED, 'and')})."
 )

@@ -83,8 +83,7 @@ class Dataset:
             return self
         if count >= len(self.train):
             raise ValueError(
-                f"validation must be less than the {len(self.train)} training examples, "
-                f"not {count}"
+                f"validation must be less than the {len(self.train)} training examples, not {count}"
             )
         order = np.random.default_rng(SPLIT_SEED).permutation(len(self.train))
         held, kept = torch.from_numpy(order).split([count, len(order) - count])
@@ -360,29 +359,31 @@ _ANNOTATIONS = "val/val_annotations.txt"
 def _tiny_imagenet(folder: Path, verify: bool) -> tuple[Split, Split]:
     """Reads TinyImageNet's training and validation images (the test set's labels are not public).
 
-    A class is the place of its WordNet id among all of them, sorted. What was read is kept in one
-    file beside the images, `CACHE`, which is read the next time.
+    A class is the place of its WordNet id among all of them, sorted. Where all images are there
+    they are kept in one file beside them, `CACHE`, which is read the next time.
 
     There are no official hashes of the 110,000 images; their number and form are checked, and with
     verify=False the number gives a UserWarning alone.
     """
-    cache = folder / CACHE
-    if not cache.is_file():
-        arrays = _read_tiny_imagenet(folder)
-        content = io.BytesIO()
-        np.savez(content, **arrays)
-        try:
-            write_atomic(cache, content.getvalue())
-        except OSError as error:  # of a folder that may not be written: it is read anew each time
-            warnings.warn(f"the images are not kept for the next time: {error}", stacklevel=3)
-    else:
+    cache, source = folder / CACHE, DATASETS["tinyimagenet"]
+    parts = ("train_x", "train_y", "test_x", "test_y")
+    if cache.is_file():
         with _damage(cache), np.load(cache, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("train_x", "train_y", "test_x", "test_y")}
-    source, splits = DATASETS["tinyimagenet"], []
+            arrays = {name: file[name] for name in parts}
+    else:
+        arrays = _read_tiny_imagenet(folder)
+        if tuple(len(arrays[name]) for name in parts[::2]) == source.sizes:
+            try:
+                write_atomic(cache, lambda file: np.savez(file, allow_pickle=False, **arrays))
+            except OSError as error:  # of a folder that may not be written
+                warnings.warn(f"the images are not kept for the next time: {error}", stacklevel=3)
+    splits = []
     for part, official in zip(("train", "test"), source.sizes, strict=True):
         images, labels = arrays[f"{part}_x"], arrays[f"{part}_y"]
         with _damage(cache):
-            form = f"{part}: images {images.dtype} {list(images.shape)}, labels {list(labels.shape)}"
+            form = (
+                f"{part}: images {images.dtype} {list(images.shape)}, labels {list(labels.shape)}"
+            )
             fits = images.shape == (len(labels), *source.shape) and images.dtype == np.uint8
             _require(fits and labels.shape == (len(labels),), form)
             _require(labels.max(initial=0) < source.classes, f"label {labels.max(initial=0)}")
@@ -401,8 +402,8 @@ def _read_tiny_imagenet(folder: Path) -> dict[str, np.ndarray]:
     if missing is not None:
         raise FileNotFoundError(
             f"{missing.absolute()} is missing: put the official folder {folder.name}, unpacked, in "
-            f"{folder.parent.absolute()}, from {DATASETS['tinyimagenet'].url}, or name another data "
-            "folder with --data-root or CIBP_FAST_DATA"
+            f"{folder.parent.absolute()}, from {DATASETS['tinyimagenet'].url}, or name another "
+            "data folder with --data-root or CIBP_FAST_DATA"
         )
     from cibp_fast.training.progress import bar
 

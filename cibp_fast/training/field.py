@@ -1,34 +1,25 @@
-"""Training with an attack inside: CC-IBP, MTL-IBP, Exp-IBP and SABR.
-
-A step is in the order of the expressive losses' code (De Palma et al., arXiv 2305.13991), which the
-numbers of its recipes depend on: the batch goes through the network in training mode, so that the
-running statistics of batch norms move; the attack sees these, in evaluation mode; then bounds and
-logits are computed at once with the attack's points as the nominal ones, whose statistics the
-norms take, and the running statistics move again. With statistics "clean" they are always the
-batch's (SABR's own code, and CTBench's), which moves them once, after the attack.
-"""
+"""The attack in training of CC-IBP, MTL-IBP, Exp-IBP and SABR: its starts, its steps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from cibp_fast import losses
-from cibp_fast.certificates import evaluation
 from cibp_fast.interval import Interval
-from cibp_fast.layerwise import Bounds
 from cibp_fast.training.config import Config
 
 LOSSES = {"cc": losses.cc_ibp_loss, "mtl": losses.mtl_ibp_loss, "exp": losses.exp_ibp_loss}
 NOISE = 1 << 31  # with seed and step: the attack's starts; not what else is drawn with these
 
 
-def noise(config: Config, step: int, shape: torch.Size, rank: int = 0, processes: int = 1) -> Tensor:
+def noise(
+    config: Config, step: int, shape: torch.Size, rank: int = 0, processes: int = 1
+) -> Tensor:
     """Draws where in its box each example's attack starts, uniform in [0, 1), on the CPU.
 
     It follows from the config's seed and the number of the step. The processes' parts, each of
@@ -88,56 +79,3 @@ def climb(
     with torch.no_grad():
         loss = cross_entropy(logits(point), y, reduction="none")
     return look()[0]
-
-
-def attacked_terms(
-    model: nn.Module,
-    logits: Callable[[Tensor], Tensor],
-    bounds: Callable[..., Bounds],
-    config: Config,
-    x: Tensor,
-    y: Tensor,
-    box: Interval,
-    eps: float,
-    start: Tensor,
-    nominal: bool,
-) -> tuple[Bounds, Tensor, losses.Terms, Interval]:
-    """Takes a step's passes, for a method of `ATTACKED`.
-
-    Args:
-        model: the network, in the modes of training.
-        logits: the same function of points, in evaluation mode.
-        bounds: of the network, as `cf.bounds(model, ...)`: function of (x, box).
-        config: with what belongs to the method.
-        x: [B, ...]. y: labels [B].
-        box: around x, of radius eps.
-        eps: of training at this step, above 0.
-        start: as in `climb`.
-        nominal: whether the nominal loss needs a gradient.
-
-    Returns:
-        The bounds; the logits [B, classes] at x; the terms of the loss, of which `robust` is the
-        method's own loss; and the box of the bounds, which of SABR is the small one.
-    """
-    around = Interval.ball(x, eps * config.attack_ratio, config.clip, validate=False)
-    adversarial = config.statistics == "adversarial"
-    if adversarial:
-        with torch.set_grad_enabled(nominal):
-            at_x = model(x)
-    with evaluation(model):
-        point = climb(
-            logits, around, y, start, steps=config.attack_steps, step_size=config.attack_step_size
-        )
-    if config.method == "sabr":
-        box = losses.sabr_box(around, point, config.alpha)
-    out = bounds(point if adversarial else x, box)
-    if not adversarial:
-        at_x = out.logits
-    if config.method == "sabr":
-        loss = losses.terms(out, y, elide=config.elide).robust
-    else:
-        at_point = out.logits
-        if not adversarial:  # with the batch's statistics: of a box that is a point
-            at_point = bounds(x, Interval(point, point)).box.center
-        loss = LOSSES[config.method](out, y, at_point, alpha=config.alpha)
-    return out, at_x, losses.Terms(losses.nominal_loss(at_x, y), loss, out.width), box

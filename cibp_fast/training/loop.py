@@ -178,7 +178,10 @@ def _check(
             f"not {config.batch_size}"
         )
     if processes.size > 1:
-        for what, found in (("method exp", config.method == "exp"), ("regularizer", config.regularizer)):
+        for what, found in (
+            ("method exp", config.method == "exp"),
+            ("regularizer", config.regularizer),
+        ):
             if found:
                 raise ValueError(
                     f"{what} must not be taken where {processes.size} processes train: it is of "

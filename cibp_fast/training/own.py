@@ -331,7 +331,11 @@ def changes(model: nn.Module) -> bool:
 def on_data_set(config: Config, model: Any) -> OwnConfig:
     """Returns the config with an own network for its data set, which need not be there."""
     shape = INPUT_SHAPES[config.dataset]
-    fields = dict(config) | {"net": name_of(model), "input_shape": shape, "classes": CLASSES[config.dataset]}
+    fields = dict(config) | {
+        "net": name_of(model),
+        "input_shape": shape,
+        "classes": CLASSES[config.dataset],
+    }
     return OwnConfig(**fields)
 
 

@@ -30,8 +30,8 @@ METHOD_LABELS = {
     "sabr": "SABR",
 }
 
-# A method has its colour in every figure: of Okabe and Ito's, and two of Tol's, which are told apart
-# under every common colour blindness. What is not a method's curve is grey.
+# A method has its colour in every figure: of Okabe and Ito's, and two of Tol's, which are told
+# apart under every common colour blindness. What is not a method's curve is grey.
 METHOD_COLOURS = {
     **{"cibp": "#0072B2", "ibp": "#D55E00", "nominal": "#009E73", "own": "#CC79A7"},
     **{"shi": "#E69F00", "cc": "#56B4E9", "mtl": "#F0E442", "exp": "#882255", "sabr": "#44AA99"},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 FIELD = ("shi", "cc", "mtl", "exp", "sabr")  # methods of later papers, with recipes of their own
@@ -65,7 +65,9 @@ _GOWAL: dict[str, dict[str, Any]] = {
 EXPRESSIVE = "De Palma et al., arXiv 2305.13991: README of alessandrodepalma/expressive-losses"
 SHI = "Shi et al., arXiv 2103.17268: README of shizhouxing/Fast-Certified-Robust-Training"
 SABR = "Müller et al., arXiv 2210.04871: the paper's appendix"
-OURS = "ours: the times of MNIST's recipe, fewer steps; coefficients that interval bounds can verify"
+OURS = (
+    "ours: the times of MNIST's recipe, fewer steps; coefficients that interval bounds can verify"
+)
 
 
 @dataclass(frozen=True)
@@ -79,14 +81,14 @@ class Setting:
         source: what the numbers are of.
         examples: of the training set; with batch_size they make an epoch's steps.
         epochs: of the training.
-        warm_up: epochs with eps 0.
-        growth: epochs in which eps grows after that.
+        growth: epochs in which eps grows, after the warm-up.
         decays: epochs after which the learning rate falls to a fifth.
+        warm_up: epochs with eps 0.
         regularizer: its weight at the beginning.
         train_ratio, attack_ratio: multiples of eps in training, and of that one in the attack.
         attack: its steps, and their size in half-widths.
         statistics: of the methods that attack, the points whose statistics batch norms take.
-        further: fields of the Config that differ from those of the others.
+        eval_every: epochs between evaluations.
     """
 
     dataset: str
@@ -95,16 +97,16 @@ class Setting:
     source: str
     examples: int
     epochs: int
-    warm_up: int
     growth: int
     decays: tuple[int, int]
+    warm_up: int = 0
     batch_size: int = 128
     regularizer: float = 0.5
     train_ratio: float = 1.0
     attack_ratio: float = 1.0
     attack: tuple[int, float] = (1, 10.0)
     statistics: str = "adversarial"
-    further: Mapping[str, Any] = field(default_factory=dict)
+    eval_every: int = 10
 
     @property
     def radius(self) -> float | None:
@@ -134,7 +136,7 @@ class Setting:
             "regularizer": self.regularizer,
             "l1": l1,
             "clip_norm": 10.0,
-            "eval_every": 10,
+            "eval_every": self.eval_every,
             "pgd_steps": 40,
             "pgd_restarts": 1,
             "pgd_step_size": None,
@@ -142,48 +144,45 @@ class Setting:
         if method in ATTACKED:
             values = (*self.attack, self.attack_ratio, self.statistics)
             fields |= {"alpha": alpha} | dict(zip(OF_ATTACK, values, strict=True))
-        return fields | dict(self.further)
+        return fields
 
 
 _MNIST_TIMES: dict[str, Any] = {
     "examples": 60_000,
     "batch_size": 256,
     "epochs": 70,
-    "warm_up": 0,
     "growth": 20,
     "decays": (50, 60),
 }
+_SABR_MNIST = _MNIST_TIMES | {"warm_up": 1, "attack": (8, 0.5), "statistics": "clean"}
 _CIFAR10_TIMES: dict[str, Any] = {"examples": 50_000, "warm_up": 1, "growth": 80}
-_LONG = {"epochs": 160, "decays": (120, 140)}
 _TINY: dict[str, Any] = {"examples": 100_000, "warm_up": 1, "regularizer": 0.2}
+_LONG: dict[str, Any] = {"epochs": 160, "decays": (120, 140)}
 
 SETTINGS = (
     Setting("mnist", "any", {"shi": (0, 1)}, SHI, **_MNIST_TIMES),
     Setting(
-        *("mnist", "0.1", {"cc": (2e-6, 0.1), "mtl": (1e-5, 0.01)}, EXPRESSIVE),
+        "mnist",
+        "0.1",
+        {"cc": (2e-6, 0.1), "mtl": (1e-5, 0.01)},
+        EXPRESSIVE,
         **_MNIST_TIMES,
         train_ratio=2.0,
     ),
     Setting(
-        *("mnist", "0.3", {"cc": (3e-6, 0.3), "mtl": (1e-6, 0.08)}, EXPRESSIVE),
+        "mnist",
+        "0.3",
+        {"cc": (3e-6, 0.3), "mtl": (1e-6, 0.08)},
+        EXPRESSIVE,
         **_MNIST_TIMES,
         train_ratio=1.334,
     ),
-    Setting(
-        *("mnist", "0.1", {"sabr": (1e-5, 0.4)}, SABR),
-        **_MNIST_TIMES | {"warm_up": 1},
-        attack=(8, 0.5),
-        statistics="clean",
-    ),
-    Setting(
-        *("mnist", "0.3", {"sabr": (1e-6, 0.6)}, SABR),
-        **_MNIST_TIMES | {"warm_up": 1},
-        attack=(8, 0.5),
-        statistics="clean",
-    ),
+    Setting("mnist", "0.1", {"sabr": (1e-5, 0.4)}, SABR, **_SABR_MNIST),
+    Setting("mnist", "0.3", {"sabr": (1e-6, 0.6)}, SABR, **_SABR_MNIST),
     Setting("cifar10", "any", {"shi": (0, 1)}, SHI, **_CIFAR10_TIMES, **_LONG),
     Setting(
-        *("cifar10", "2/255"),
+        "cifar10",
+        "2/255",
         {"cc": (3e-6, 0.01), "mtl": (3e-6, 0.004), "exp": (4e-6, 0.095), "sabr": (3e-6, 0.03)},
         EXPRESSIVE,
         **_CIFAR10_TIMES,
@@ -192,7 +191,8 @@ SETTINGS = (
         attack=(8, 0.25),
     ),
     Setting(
-        *("cifar10", "8/255"),
+        "cifar10",
+        "8/255",
         {"cc": (0, 0.5), "mtl": (1e-7, 0.5), "exp": (0, 0.5), "sabr": (0, 0.6)},
         EXPRESSIVE,
         **_CIFAR10_TIMES,
@@ -200,14 +200,11 @@ SETTINGS = (
         decays=(180, 220),
     ),
     Setting(
-        *("tinyimagenet", "any", {"shi": (0, 1)}, SHI),
-        **_TINY,
-        epochs=80,
-        growth=20,
-        decays=(61, 71),
+        "tinyimagenet", "any", {"shi": (0, 1)}, SHI, **_TINY, epochs=80, growth=20, decays=(61, 71)
     ),
     Setting(
-        *("tinyimagenet", "1/255"),
+        "tinyimagenet",
+        "1/255",
         {"cc": (5e-5, 0.01), "mtl": (5e-5, 0.01), "exp": (5e-5, 0.04)},
         EXPRESSIVE,
         **_TINY,
@@ -215,7 +212,10 @@ SETTINGS = (
         growth=80,
     ),
     Setting(
-        *("tinyimagenet", "1/255", {"sabr": (1e-6, 0.4)}, SABR),
+        "tinyimagenet",
+        "1/255",
+        {"sabr": (1e-6, 0.4)},
+        SABR,
         **_TINY,
         epochs=180,
         growth=80,
@@ -224,16 +224,16 @@ SETTINGS = (
         statistics="clean",
     ),
     Setting(
-        *("mnist5k", "any"),
+        "mnist5k",
+        "any",
         {"shi": (0, 1), **dict.fromkeys(ATTACKED, (1e-6, 0.5))},
         OURS,
         examples=4_000,
         batch_size=100,
         epochs=75,
-        warm_up=0,
         growth=21,
         decays=(54, 64),
-        further={"eval_every": 5},
+        eval_every=5,
     ),
 )
 _OWN_WIDTH = {"mnist5k": 8}  # of cnn7 and resnet there, in place of the network's own
@@ -264,11 +264,8 @@ def unavailable(
             known = dict.fromkeys(each.dataset for each in of_method)
             return f"{method} has recipes for {', '.join(known)}"
         if not any(each.radius in (None, eps) for each in found):
-            known = [each.eps for each in found]
-            return (
-                f"{method} has recipes for {dataset} at eps {' and '.join(known)}: take one of "
-                "them, and change its eps"
-            )
+            radii = " and ".join(each.eps for each in found)
+            return f"{method} has recipes for {dataset} at eps {radii}: take one, and set eps too"
         return ""
     if gowal and dataset == "mnist5k":
         return "mnist5k has one recipe, without -gowal"

@@ -452,9 +452,9 @@ def build_model(config: Config, model: Any = None) -> nn.Module:
                 f"({config.net})"
             )
         return own.build(model, shape, classes)
-    shaped = {"width": config.net_width} if config.net_width else {}
-    if config.net not in WIDE:
-        shaped = {"padding": config.padding}
+    shaped: dict[str, Any] = {"padding": config.padding}
+    if config.net in WIDE:
+        shaped = {"width": config.net_width} if config.net_width else {}
     model = models.NETS[config.net](shape, classes, **shaped)
     models.initialize(model, config.init)
     if config.dataset in CHANNEL_STATS and config.eps_space == "pixel":

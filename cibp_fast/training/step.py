@@ -90,10 +90,7 @@ class Objective(nn.Module):
             compute = partial(self._bounds, moments=weight > 0)
             if config.method in ATTACKED and eps > 0:
                 assert start is not None
-                out, logits, parts, box = field.attacked_terms(
-                    *(self.model, self._logits(x), compute, config, x, y, box, eps, start),
-                    nominal=kappa > 0,
-                )
+                out, logits, parts, box = self._attacked(x, y, box, eps, kappa, start, compute)
                 loss = parts.total(kappa, config.width_weight)
             elif own_loss is None:
                 out = compute(x, box)
@@ -121,6 +118,55 @@ class Objective(nn.Module):
             logged = torch.cat([torch.stack([loss, *parts, error]), widths])
         return loss, logged.double()
 
+    def _attacked(
+        self,
+        x: Tensor,  # [B, ...]
+        y: Tensor,  # [B]
+        box: Interval,  # around x
+        eps: float,
+        kappa: float,
+        start: Tensor,  # [B, ...]
+        compute: Callable[..., Bounds],  # of (x, box)
+    ) -> tuple[Bounds, Tensor, losses.Terms, Interval]:
+        """Returns bounds, logits [B, classes] at x, the terms of the loss with the method's own one
+        as `robust`, and the box of the bounds, which of SABR is a small one.
+
+        A step is in the order of the expressive losses' code (De Palma et al., arXiv 2305.13991):
+        the batch goes through the network, which moves the running statistics of batch norms; the
+        attack sees these, in evaluation mode; then bounds and logits are computed with the attack's
+        points as the nominal ones, of which the norms take the statistics, and the running ones
+        move again. With statistics "clean" they are always those of the batch, as in SABR's own
+        code and in CTBench, and move after the attack.
+        """
+        config = self.config
+        adversarial = config.statistics == "adversarial"
+        if adversarial:
+            with torch.set_grad_enabled(kappa > 0):
+                logits = self.model(x)
+        around = Interval.ball(x, eps * config.attack_ratio, config.clip, validate=False)
+        with evaluation(self.model):
+            point = field.climb(
+                self._logits(x),
+                around,
+                y,
+                start,
+                steps=config.attack_steps,
+                step_size=config.attack_step_size,
+            )
+        if config.method == "sabr":
+            box = losses.sabr_box(around, point, config.alpha)
+        out = compute(point if adversarial else x, box)
+        if not adversarial:
+            logits = out.logits
+        if config.method == "sabr":
+            loss = losses.terms(out, y, elide=config.elide).robust
+        else:
+            at_point = out.logits
+            if not adversarial:  # by the batch's statistics: as the bounds of a single point
+                at_point = self._bounds(x, Interval(point, point), moments=False).box.center
+            loss = field.LOSSES[config.method](out, y, at_point, alpha=config.alpha)
+        return out, logits, losses.Terms(losses.nominal_loss(logits, y), loss, out.width), box
+
     def _bounds(self, x: Tensor, box: Interval, moments: bool) -> Bounds:
         """Computes the bounds of the network around x [B, ...], by `fuse` where it takes them."""
         config, (own_loss,) = self.config, self.own_loss
@@ -143,9 +189,8 @@ class Objective(nn.Module):
         A chain of torch's layers is one op on the CPU; it is traced once.
         """
         if not self._points:
-            with evaluation(self.model):
-                own = isinstance(self.config, OwnConfig)
-                one_op = None if own else of_torch_alone(self.model, x)
+            own = isinstance(self.config, OwnConfig)
+            one_op = None if own else of_torch_alone(self.model, x)
             self._points = (self.model if one_op is None else one_op._logits,)
         return self._points[0]
 
