@@ -64,7 +64,7 @@ _GOWAL: dict[str, dict[str, Any]] = {
 
 EXPRESSIVE = "De Palma et al., arXiv 2305.13991: README of alessandrodepalma/expressive-losses"
 SHI = "Shi et al., arXiv 2103.17268: README of shizhouxing/Fast-Certified-Robust-Training"
-SABR = "Müller et al., arXiv 2210.04871: the paper's appendix"
+SABR = "Müller et al., arXiv 2210.04871"
 OURS = (
     "ours: the times of MNIST's recipe, fewer steps; coefficients that interval bounds can verify"
 )

@@ -164,7 +164,8 @@ class Objective(nn.Module):
             at_point = out.logits
             if not adversarial:  # by the batch's statistics: as the bounds of a single point
                 at_point = self._bounds(x, Interval(point, point), moments=False).box.center
-            loss = field.LOSSES[config.method](out, y, at_point, alpha=config.alpha)
+            mixed = field.LOSSES[config.method]
+            loss = mixed(out, y, at_point, alpha=config.alpha, elide=config.elide)
         return out, logits, losses.Terms(losses.nominal_loss(logits, y), loss, out.width), box
 
     def _bounds(self, x: Tensor, box: Interval, moments: bool) -> Bounds:
