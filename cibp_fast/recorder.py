@@ -57,7 +57,8 @@ class Moments(NamedTuple):
     """Holds means over batch and units of the boxes that enter the ReLUs, each float64, [R].
 
     With bounds l and u, center c = (l + u) / 2 and radius r = (u - l) / 2, for the R ReLUs and
-    leaky ReLUs in the order of the pass. [.] is 1 where it holds, and 0. Gradients reach l and u
+    leaky ReLUs in the order of the pass. [.] is 1 where it holds, and 0. Where both bounds are the
+    same infinity, as in a unit that a bias of -infinity masks, c = r = 0. Gradients reach l and u
     through c and r.
     """
 
@@ -189,9 +190,12 @@ def note_input(lower: Tensor, upper: Tensor) -> None:
         return
     active, inactive = lower > 0, upper < 0
     lower, upper = lower.double(), upper.double()
-    center = 0.5 * lower + 0.5 * upper
-    masked = lower.isinf() & (lower == upper)  # such a box has no radius, as it has no width
-    parts = [(0.5 * upper - 0.5 * lower).masked_fill(masked, 0.0), center]
+    masked = lower.isinf() & (lower == upper)
+    center, radius = (
+        part.masked_fill(masked, 0.0)
+        for part in (0.5 * lower + 0.5 * upper, 0.5 * upper - 0.5 * lower)
+    )
+    parts = [radius, center]
     for mask in (active, inactive):
         inside = center.where(mask, 0.0)
         parts += [mask.double(), inside, inside.square()]

@@ -139,11 +139,14 @@ def test_classes_without_units(bounds: tuple[list[float], list[float]], dtype: A
     )
 
 
-def test_a_masked_unit_has_no_radius() -> None:
-    ends = torch.tensor([[-torch.inf, 1.0]])
+def test_a_masked_unit_has_no_radius_and_no_center() -> None:
+    ends = torch.tensor([[-torch.inf, 1.0]], requires_grad=True)
     found = entering(ends, ends)
-    assert found.radius.item() == 0 and found.center.item() == -torch.inf
+    assert found.radius.item() == 0 and found.center.item() == 0.5
     assert found.active_center.item() == 0.5 and found.inactive.item() == 0.5
+    assert found.inactive_center.item() == found.inactive_square.item() == 0
+    torch.stack(found).sum().backward()
+    assert ends.grad.tolist() == [[0, 2.0]]  # of center, active_center and, doubly, its square
 
 
 def test_what_is_no_relu_of_the_model_has_none() -> None:
