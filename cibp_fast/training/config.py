@@ -395,7 +395,8 @@ def own(eps: float | str, steps: int, method: str = "cibp", **fields: Any) -> Ow
     for name in fields.keys() - known:
         raise ValueError(f"unknown field {name!r}{did_you_mean(name, known)}")
     if method not in get_args(Method):
-        raise ValueError(f"method must be {_listed(get_args(Method))}, not {method!r}")
+        words = _listed(tuple(map(repr, get_args(Method))))
+        raise ValueError(f"method must be {words}, not {method!r}")
     base = recipe("mnist5k", "small", method, 0.0)
     base |= {"dataset": "own", "net": "own", "eps": eps, "init": "torch"}
     return OwnConfig(**scaled(base, steps) | fields)

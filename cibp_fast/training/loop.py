@@ -273,7 +273,6 @@ class _Training:
         self.step = Step(config, dataset.train, processes, backend, model, loss)
         self.model, self.loss = self.step.model, self.step.loss
         self.average = averaging.Average(self.model, config.average_from)
-        own.require_one_process(self.model, processes)
         if isinstance(config, OwnConfig):
             own.check(self.model, config, processes)
             few = dataset.train[: min(config.batch_size, REHEARSED)]

@@ -346,7 +346,7 @@ def recorded(config: Config, examples: Dataset, own_data: bool, model: Any, loss
         fields["dataset"] = examples.name
         fields["data"] = (described(examples.train), described(examples.test))
     if model is not None:
-        fields["net"] = name_of(model)
+        fields |= {"net": name_of(model), "net_width": 0}
     if loss is not None:
         fields |= {"method": "own", "loss": name_of(loss), "width_weight": 0.0}
         # of no effect then

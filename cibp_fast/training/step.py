@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.optim.adam import adam
 
 from cibp_fast import losses
@@ -22,7 +23,7 @@ from cibp_fast.fusion.network import Runnable
 from cibp_fast.interval import Interval
 from cibp_fast.layerwise import Bounds, bounds, predict
 from cibp_fast.models import Normalize
-from cibp_fast.training import field, runs
+from cibp_fast.training import field, own, runs
 from cibp_fast.training.batches import draw, epoch_batches, epoch_plan, pixel_table
 from cibp_fast.training.config import Config, OwnConfig
 from cibp_fast.training.datasets import Split
@@ -141,8 +142,7 @@ class Objective(nn.Module):
         config = self.config
         adversarial = config.statistics == "adversarial"
         if adversarial:
-            with torch.set_grad_enabled(kappa > 0):
-                logits = self.model(x)
+            logits = self._passed(x, gradient=kappa > 0)
         around = Interval.ball(x, eps * config.attack_ratio, config.clip, validate=False)
         with evaluation(self.model):
             point = field.climb(
@@ -167,6 +167,19 @@ class Objective(nn.Module):
             mixed = field.LOSSES[config.method]
             loss = mixed(out, y, at_point, alpha=config.alpha, elide=config.elide)
         return out, logits, losses.Terms(losses.nominal_loss(logits, y), loss, out.width), box
+
+    def _passed(self, x: Tensor, gradient: bool) -> Tensor:
+        """Returns the network's logits [B, classes] at x [B, ...], and moves running statistics."""
+        if not gradient:
+            with torch.no_grad():
+                return self.model(x)
+        # in copies: the backward pass of batch norm refuses statistics that later passes move
+        moved = {name: value.clone() for name, value in self.model.named_buffers()}
+        logits = functional_call(self.model, moved, (x,))
+        with torch.no_grad():
+            for name, value in self.model.named_buffers():
+                value.copy_(moved[name])
+        return logits
 
     def _bounds(self, x: Tensor, box: Interval, moments: bool) -> Bounds:
         """Computes the bounds of the network around x [B, ...], by `fuse` where it takes them."""
@@ -228,13 +241,13 @@ def rehearse(objective: Objective, x: Tensor, y: Tensor) -> None:
 
     def attempt() -> None:
         # copies: a model or loss may write into what it is given, which is the user's
-        eps = config.eps * config.eps_train_ratio
-        start = torch.full_like(x, 0.5)
-        loss, _ = objective(x.clone(), y.clone(), eps, config.kappa_end, start)
-        if not loss.requires_grad:
-            raise ValueError("the loss must have a gradient by the network's parameters")
-        wanted = [each for each in model.parameters() if each.requires_grad]
-        torch.autograd.grad(loss, wanted, allow_unused=True)
+        eps, start = config.eps * config.eps_train_ratio, torch.full_like(x, 0.5)
+        for radius in (0.5 * eps, eps) if config.regularizer else (eps,):
+            loss, _ = objective(x.clone(), y.clone(), radius, config.kappa_end, start)
+            if not loss.requires_grad:
+                raise ValueError("the loss must have a gradient by the network's parameters")
+            wanted = [each for each in model.parameters() if each.requires_grad]
+            torch.autograd.grad(loss, wanted, allow_unused=True)
 
     try:
         try:
@@ -332,6 +345,7 @@ class Step:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.model = runs.build_model(config, model).to(processes.device)
+        own.require_one_process(self.model, processes)
         self.objective = Objective(self.model, config, backend, loss).to(processes.device)
         self.loss = processes.wrap(self.objective)
         self.adam = Adam(self.model)
