@@ -336,7 +336,7 @@ def on_data_set(config: Config, model: Any) -> OwnConfig:
         "input_shape": shape,
         "classes": CLASSES[config.dataset],
     }
-    return OwnConfig(**fields)
+    return OwnConfig(**fields | {"init": "torch", "net_width": 0})  # its own affair
 
 
 def recorded(config: Config, examples: Dataset, own_data: bool, model: Any, loss: Any) -> OwnConfig:
