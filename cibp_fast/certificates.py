@@ -21,7 +21,7 @@ from cibp_fast.fusion import FusedNetwork, of_torch_alone
 from cibp_fast.interval import Interval
 from cibp_fast.layerwise import bounds, check_labels, predict
 from cibp_fast.ops.arithmetic import is_half, own_arithmetic
-from cibp_fast.soundness import Box, Chain
+from cibp_fast.soundness import Box, Graph
 
 SEMANTICS = ("real", "float32")
 CLIP = (0.0, 1.0)  # unless the user says otherwise
@@ -75,7 +75,8 @@ def certify(
     models of torch.nn.Sequential, Conv2d, ConvTranspose2d, Linear, ReLU, LeakyReLU, PReLU,
     BatchNorm, average and max pooling, Flatten, ZeroPad2d, Identity, Dropout,
     cibp_fast.models.Normalize and what `register_rule` was told is sound, that end in a linear
-    layer.
+    layer. A forward of their own is traced, and may call these and add two values of one shape, as
+    residual networks do.
     eps and clip are taken as given, not rounded to x's dtype. It is done on the CPU: in one op, in
     x's dtype, where the layers are torch's Conv2d, Linear, ReLU and what moves numbers. In float64,
     layer by layer, where they are not, and for examples that this op does not quite verify.
@@ -107,7 +108,8 @@ def certify(
     Raises:
         TypeError: x or y is no tensor of the kind above, or half precision without allow_half.
         ValueError: shapes, devices or labels do not fit, there are fewer than two classes,
-            arguments contradict each other, or a layer, which is named, has no sound rule.
+            arguments contradict each other, a layer, which is named, has no sound rule, or a
+            forward does something that its trace does not show.
         RuntimeError: the model switches autocast on.
         torch.OutOfMemoryError: a GPU's memory is too small.
     """
@@ -124,13 +126,13 @@ def certify(
         _refuse_half(model, x)
     with evaluation(model), running("certify", model, x, batch_size), reuse_graphs():
         if sound:
-            layers = soundness.chain(model, semantics == "float32")
-            soundness.check_input(layers, x)
-            fused = of_torch_alone(model, x) if soundness.fits_one_op(layers) else None
+            graph = soundness.graph(model, semantics == "float32")
+            soundness.check_input(graph, x)
+            fused = of_torch_alone(model, x) if soundness.fits_one_op(graph) else None
             if fused is not None:
-                found = _in_one_op(fused, layers, x, y, eps, clip, batch_size)
+                found = _in_one_op(fused, graph, x, y, eps, clip, batch_size)
             else:
-                layered, size = partial(_layered, model, layers), min(batch_size, SOUND_IN_CACHE)
+                layered, size = partial(_layered, model, graph), min(batch_size, SOUND_IN_CACHE)
                 found = _by_batches(layered, size, x, *_outward(x, eps, clip), y)
         else:
             box, fused = boxes(x, eps, clip), of_torch_alone(model, x)
@@ -285,26 +287,25 @@ def _by_batches(
 
 def _layered(
     model: Any,
-    layers: Chain,
+    graph: Graph,
     x: Tensor,  # [N, ...]
     lower: Tensor,  # [N, ...] float64, as upper
     upper: Tensor,
     y: Tensor,  # [N]
 ) -> tuple[Tensor, Tensor]:  # margins [N, classes] and predicted [N]
-    with torch.no_grad():
-        logits = model(x.clone())  # which it may write into
+    logits = soundness.forward(graph, model, x)
     if logits.dim() != 2 or len(logits) != len(x):
         raise ValueError(
             f"model must return logits [{len(x)}, classes], got {list(logits.shape)} for x "
             f"{list(x.shape)}"
         )
     check_labels(y, logits.shape[1])
-    return soundness.margins(layers, lower, upper, y), predict(logits)
+    return soundness.margins(graph, lower, upper, y), predict(logits)
 
 
 def _in_one_op(
     fused: FusedNetwork,
-    layers: Chain,
+    graph: Graph,
     x: Tensor,  # [N, ...]
     y: Tensor,  # [N]
     eps: Any,
@@ -312,7 +313,7 @@ def _in_one_op(
     batch_size: int,
 ) -> tuple[Tensor, Tensor]:  # margins [N, classes] and predicted [N]
     """Bounds all examples in x's dtype; again in float64, layer by layer, what that leaves open."""
-    semantics = "float32" if layers.float32 else "real"
+    semantics = "float32" if graph.float32 else "real"
     exact = isinstance(eps, Interval)
 
     def features(x: Tensor, lower: Tensor, upper: Tensor) -> tuple[Tensor, ...]:
@@ -323,9 +324,9 @@ def _in_one_op(
     ends = box.lower.detach(), box.upper.detach()
     lower, upper, logits = _by_batches(features, size, x.detach(), *ends)
     check_labels(y, logits.shape[1])
-    margins, predicted = soundness.head(layers, Box(lower, upper), y), predict(logits)
+    margins, predicted = soundness.head(graph, Box(lower, upper), y), predict(logits)
     left = (~(margins.amin(1) > 0) & (predicted == y)).nonzero().flatten()  # NaN too
-    doubt = soundness.doubt(layers, Box(lower[left], upper[left]), y[left], margins[left])
+    doubt = soundness.doubt(graph, Box(lower[left], upper[left]), y[left], margins[left])
     near = ~(margins[left].amin(1) < -doubt)
     left, doubt = left[near], doubt[near]
     ordinary = partial(_bounded, fused, True, False)
@@ -336,13 +337,13 @@ def _in_one_op(
     size = min(batch_size, SOUND_IN_CACHE)
     for first in range(0, len(left), size):
         rows = left[first : first + size]
-        found = _again(layers, x, y, eps, clip, rows)
+        found = _again(graph, x, y, eps, clip, rows)
         margins[rows] = torch.fmax(found, margins[rows])  # the one that is not NaN
     return margins, predicted
 
 
 def _again(
-    layers: Chain,
+    graph: Graph,
     x: Tensor,  # [N, ...]
     y: Tensor,  # [N]
     eps: Any,
@@ -363,7 +364,7 @@ def _again(
         box = Box(eps.lower[rows], eps.upper[rows])
     else:
         box = _outward(x[rows], of(eps), None if clip is None else [of(end) for end in clip])
-    return soundness.margins(layers, *box, y[rows])
+    return soundness.margins(graph, *box, y[rows])
 
 
 def widened(box: Box) -> Box:

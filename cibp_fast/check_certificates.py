@@ -8,7 +8,8 @@ Exit code 0: all margins that were checked are confirmed. 1: some are refuted. 2
 max(x - eps, clip[0]) <= x' <= min(x + eps, clip[1]), for the network in exact arithmetic (real) or
 for all its float32 evaluations (float32). The judge M is the margin of interval propagation with
 nothing rounded: a box [l, u] becomes W(l + u)/2 + b -+ |W|(u - l)/2 in an affine layer, and
-[max(l, 0), max(u, 0)] in a ReLU; at the end M = min over j of b_y - b_j + sum min((W_y - W_j) l,
+[max(l, 0), max(u, 0)] in a ReLU; those of two values that are added are added, as if the values
+did not depend on each other; at the end M = min over j of b_y - b_j + sum min((W_y - W_j) l,
 (W_y - W_j) u). m <= M is confirmed.
 
 **float32.** Let v = 2^-24, t = 2^-126, g = k v / (1 - k v). Of n products and a bias, summed in any
@@ -19,18 +20,23 @@ taken as 0 by |w_i| s_i (s_i: the largest |x_i| < t of the box), |w_i| |x_i|, or
 Since w x -+ g |w| |x| is monotone in x, the box is that of [l - g |l| - s, u + g |u| + s] in exact
 arithmetic. At the end (W_y - W_j) x - g (|W_y| + |W_j|) |x| is concave: an end of the box has the
 least. (x - mean) / std has k = 2, and x, mean and difference below t: 3 t (1 + g) / std + t more.
-M is -infinity where a std is below t, or a sum may reach 2^127 and might overflow, since its
+Of a and r that are added, the result passes one rounding, v |a + r|, and up to 3 numbers are below
+t: 4 t (1 + g). If a is the sum of a layer, r may also be one term more in it: then k and p of that
+layer are larger by 1, and r is off by g |r|. The largest of v |a + r| and g |r| (and g |a| with g
+of r) is taken. M is -infinity where |a| or |r| may reach 2^125, a std is below t, or a sum may
+reach 2^127 with r and might overflow, since its
 (sum |w_i| max(|l_i|, |u_i|) + |b| + p t)(1 + g) does, or (|x| + |mean|)(1 + 1 / std)(1 + g).
 
 **float64.** First M is enclosed in float64, U = 2^-53, in any order of sums, fused or not. An array
 `error` bounds |l - exact l| and |u - exact u|. W takes it to |W| error, a ReLU to itself (and to 0
-where u + error <= 0). In an affine layer a term passes n + 3 roundings: halved sum of ends, n of
-the dot product, + b, -+ |W|(u - l)/2. That adds (n + 3) U (|W|(|l + u| + |u - l|)/2 + |b|);
-float32's terms are roundings more, and s is part of the error. Results below TINY = 2^-1022 are off
-by less than TINY, counted generously. Errors are sums of positive terms, rounded by far less than
-the factor ROOM = 1 + 2^-20, which also makes up for k U / (1 - k U) > k U, as k < 2^23. What is not
-finite, or might overflow in float32, proves nothing here. Where m lies between the bounds, M itself
-is computed in fractions, and its products in integers over one denominator.
+where u + error <= 0). Those of a and r add up, times 1 + 2 g, with 8 roundings. In an affine layer
+a term passes n + 3 roundings: halved sum of ends, n of the dot product, + b, -+ |W|(u - l)/2. That
+adds (n + 3) U (|W|(|l + u| + |u - l|)/2 + |b|); float32's terms are roundings more, and s is part
+of the error. Results below TINY = 2^-1022 are off by less than TINY, counted generously. Errors are
+sums of positive terms, rounded by far less than the factor ROOM = 1 + 2^-20, which also makes up
+for k U / (1 - k U) > k U, as k < 2^23. What is not finite, or might overflow in float32, proves
+nothing here. Where m lies between the bounds, M itself is computed in fractions, and its products
+in integers over one denominator.
 
 **Sample.** Of a network of more than 30 million products an example only 100 are checked, unless
 --sample says otherwise (0: all): those i for which the SHA-256 of the text "A B C i" is least, with
@@ -79,7 +85,15 @@ class BadInput(Exception):
 
 @dataclass
 class Layer:
-    """Holds an affine layer, a normalization (no index; weight is std, bias mean), or a ReLU."""
+    """Holds an affine layer, a normalization (no index; weight is std, bias mean), a ReLU
+    or a sum of two values.
+
+    Values have numbers: 0 is the input, n + 1 the result of problem.layers[n].
+    """
+
+    source: int = 0  # the value that it takes
+    added: tuple[int, Array, Array] | None = None  # to it, and the features of both; -1: a zero
+    joined: bool = False  # whether its sums may have one term more, as k and operations say
 
     weight: Array = None  # [groups, outputs / groups, n]
     bias: Array = None  # [features after it]
@@ -99,8 +113,7 @@ class Layer:
             parts = [each.numerator * (common // each.denominator) for each in rows.flat]
             rows, (weight, e) = np.array(parts, object).reshape(rows.shape), integers(weight)
             unit = Fraction(2) ** e / common
-        rows = np.concatenate([rows, np.zeros((len(rows), 1), rows.dtype)], axis=1)[:, self.index]
-        rows = rows.reshape(-1, *self.index.shape[1:])
+        rows = features(rows, self.index).reshape(-1, *self.index.shape[1:])
         first = len(rows) // (1 + len(sizes))
         signed = [rows[:first, i] @ each.T for i, each in enumerate(weight)]
         others = [rows[first:, i] @ abs(each.T) for i, each in enumerate(weight)]
@@ -108,6 +121,11 @@ class Layer:
         out = out.reshape(-1, len(self.index), out.shape[1]).swapaxes(1, 2)
         out = out.reshape(len(out), -1)
         return np.split(out * unit if rows.dtype == object else out, 1 + len(sizes))
+
+
+def features(x: Array, index: Array) -> Array:
+    """Returns features of x [N, features], [N, *index.shape]; -1: a zero."""
+    return np.concatenate([x, np.zeros((len(x), 1), x.dtype)], axis=1)[:, index]
 
 
 @dataclass
@@ -121,6 +139,11 @@ class Problem:
     cells: int = 1  # numbers of one example in its largest layer
     products: int = 0  # of one example
 
+    def roundings(self, value: int) -> int:
+        """Returns k of the affine layer whose result a value is; 0: it is of another."""
+        layer = self.layers[value - 1] if value else Layer()
+        return layer.k if layer.index is not None else 0
+
 
 def integers(values: Array) -> tuple[Array, int]:
     """Returns Python's integers i and e with values = i 2^e, for float64 values [...]."""
@@ -131,6 +154,30 @@ def integers(values: Array) -> tuple[Array, int]:
     bits = int(np.bitwise_or.reduce(found.ravel())) or 1
     zeros = (bits & -bits).bit_length() - 1
     return found >> zeros, least - 53 + zeros
+
+
+def total(problem: Problem, layer: Layer, values: list[Any], one: Any) -> tuple[Array, ...]:
+    """Returns lower, upper and error of a sum, and whether it cannot overflow in float32, [N].
+
+    one: Fraction, or float, as in `bounds`. values: lower, upper and error of each.
+    """
+    assert layer.added
+    float32, t, (other, *indices) = problem.float32, one(T), layer.added
+    pair = zip((layer.source, other), indices, strict=True)
+    sides = [[features(each, index) for each in values[place]] for place, index in pair]
+    a, r = (np.maximum(abs(low), abs(high)) + error for low, high, error in sides)
+    lower, upper, error = map(sum, zip(*sides, strict=True))
+    ks = 1, problem.roundings(layer.source), problem.roundings(other)
+    v, *g = (one(float32 * Fraction(k, 2**24 - k)) for k in ks)
+    most, joined = max(v, *g), np.maximum(g[0] * r, g[1] * a)
+    small = float32 * 4 * t * (1 + most)
+    lower = lower - np.maximum(v * abs(lower), joined) - small
+    upper = upper + np.maximum(v * abs(upper), joined) + small
+    if one is float:
+        size = np.maximum(abs(lower), abs(upper)) + joined + small
+        error = ROOM * ((1 + 2 * most) * error + 8 * U * size) + 8 * TINY
+    fits = (np.maximum(a, r) < one(TOP / (8 if one is float else 4))).all(1)
+    return lower, upper, error, fits | (not float32)
 
 
 def bounds(problem: Problem, x: Array, y: Array, exact: bool) -> tuple[Array, Array]:
@@ -146,10 +193,17 @@ def bounds(problem: Problem, x: Array, y: Array, exact: bool) -> tuple[Array, Ar
     error = 0 * x if exact else (eps > 0) * (ROOM * U * np.maximum(abs(lower), abs(upper)) + TINY)
     for least, most in zip(clip, clip, strict=True):  # once, or not at all
         lower, upper = np.maximum(lower, least), np.minimum(upper, most)
+    values = [(lower, upper, error)]
     for layer in problem.layers:
+        lower, upper, error = values[layer.source]
+        if layer.added:
+            *found, fits = total(problem, layer, values, one)
+            values.append(tuple(found))
+            overflow |= ~fits
+            continue
         if layer.weight is None:  # a ReLU
             error = np.where(upper + error <= 0, 0 * error, error)
-            lower, upper = np.maximum(lower, 0), np.maximum(upper, 0)
+            values.append((np.maximum(lower, 0), np.maximum(upper, 0), error))
             continue
         g, bias = one(float32 * Fraction(layer.k, 2**24 - layer.k)), put(layer.bias)
         tiny, tiny_bias = (float32 & (abs(each) < T) for each in (layer.weight, layer.bias))
@@ -164,6 +218,7 @@ def bounds(problem: Problem, x: Array, y: Array, exact: bool) -> tuple[Array, Ar
             if not exact:
                 size = np.maximum(abs(lower), abs(upper)) + small
                 error = ROOM * ((1 + g) * (error + 4 * TINY) / std + 8 * U * size) + 8 * TINY
+            values.append((lower, upper, error))
             continue
         s = np.where((lower < t) & (upper > -t), np.minimum(size, t), 0) if exact * float32 else 0
         low, high = lower - s - g * abs(lower), upper + s + g * abs(upper)
@@ -185,6 +240,7 @@ def bounds(problem: Problem, x: Array, y: Array, exact: bool) -> tuple[Array, Ar
         if not exact:
             error = ROOM * (sums[0] + r * (abs(bias) + fault + small) + 2 * lost)
             error = np.where(np.isfinite(middle + reach), error + (8 * terms + 16) * TINY, math.inf)
+        values.append((lower, upper, error))
     weight = put(layer.weight[0])
     gap, r = np.where(tiny[0], 1, g) * abs(weight), ROOM * U * (terms + 2 + 4 * float32)
     least, most = np.full((2, len(x)), math.inf, object if exact else np.float64)
@@ -276,11 +332,18 @@ def tensors(content: bytes) -> dict[str, Array]:
     return found
 
 
-def add(problem: Problem, spec: dict[str, Any], found: dict[str, Array], grid: Array) -> Array:
-    """Adds the layer for an input of the features with the numbers in grid; returns those after it.
+def add(
+    problem: Problem, spec: dict[str, Any], found: dict[str, Array], grids: list[tuple[int, Array]]
+) -> None:
+    """Adds a layer, and its grid: the number of a value, and those of the features in it.
 
     Flattening and padding only change the grid, where -1 is a zero.
+
+    grids: of the input and of each layer before.
     """
+    sources = whole(spec.pop("of", [len(grids) - 2]), -1, 2 if spec["layer"] == "add" else 1)
+    require(max(sources) < len(grids) - 1, f"it takes {sources}, which do not come before it")
+    (source, grid), *others = (grids[each + 1] for each in sources)
 
     def tensor(name: str, *shape: int) -> Array:
         key = spec.pop(name)
@@ -291,7 +354,8 @@ def add(problem: Problem, spec: dict[str, Any], found: dict[str, Array], grid: A
         return value.astype(np.float64)
 
     shape: Any = ()
-    kind, layer, biased = spec.pop("layer"), Layer(), spec.get("bias") is not None
+    kind, biased = spec.pop("layer"), spec.get("bias") is not None
+    layer = Layer(source=source)
     if kind in ("zero_pad2d", "conv2d"):
         top, left, *ends = whole(spec.pop("padding"), 0, 2 if kind == "conv2d" else 4)
         left, right, top, bottom = [top, left, *ends] if ends else [left, left, top, top]
@@ -302,6 +366,16 @@ def add(problem: Problem, spec: dict[str, Any], found: dict[str, Array], grid: A
         both = (tensor(name, len(grid), 1, 1) for name in ("std", "mean"))
         layer.weight, layer.bias = (np.repeat(each, grid[0].size) for each in both)
         require((layer.weight > 0).all(), "std is not above 0")
+    elif kind == "add":
+        (second, other), size = others[0], grid.size
+        require(grid.shape == other.shape, f"it adds {grid.shape} and {other.shape}")
+        for value in {source, second} - {0}:  # a layer whose sums may have one term more
+            before = problem.layers[value - 1]
+            if before.index is not None and not before.joined:
+                before.joined, before.k = True, before.k + 1
+                before.operations += 1
+        layer.added = second, grid.ravel(), other.ravel()
+        grid, problem.cells = np.arange(size).reshape(grid.shape), max(problem.cells, size)
     elif kind == "flatten":
         grid = grid.reshape(-1)
     elif kind == "linear":
@@ -329,8 +403,10 @@ def add(problem: Problem, spec: dict[str, Any], found: dict[str, Array], grid: A
         problem.products += grid.size * terms
         problem.cells = max(problem.cells, layer.index.size, grid.size)
     require(not spec, f"this checker does not know {sorted(spec)}")
-    problem.layers += [] if kind in ("flatten", "zero_pad2d") else [layer]
-    return grid
+    if kind not in ("flatten", "zero_pad2d"):
+        problem.layers.append(layer)
+        source = len(problem.layers)
+    grids.append((source, grid))
 
 
 def unpack(archive: zipfile.ZipFile, name: str, dtype: str, *shape: int) -> Array:
@@ -365,13 +441,14 @@ def read(folder: Path, **files: Path | None) -> tuple[Problem, Array, Array, Arr
             whole(result["inputs"]["shape"], 1),
         )
         require(math.prod(shape[1:]) <= MOST_CELLS, f"inputs.shape is {shape}")
-        grid = np.arange(math.prod(shape[1:])).reshape(shape[1:])
+        grids = [(0, np.arange(math.prod(shape[1:])).reshape(shape[1:]))]
         with reading(weights):
             found = tensors(load(weights, result["weights"]["sha256"]))
         require(result["network"], "network has no layers")
         for place, spec in enumerate(result["network"]):
             with reading(f"{source}: layer {place} {spec}"):
-                grid = add(problem, dict(spec), found, grid)
+                add(problem, dict(spec), found, grids)
+        grid = grids[-1][1]
         require(spec["layer"] == "linear" and len(grid) > 1, "it ends in no linear layer")
     with reading(inputs), zipfile.ZipFile(io.BytesIO(load(inputs))) as archive:
         x, y = unpack(archive, "x.npy", "<f4", *shape), unpack(archive, "y.npy", "<i8", shape[0])

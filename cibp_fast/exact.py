@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cibp_fast._checks import refuse_where
+from cibp_fast.fusion.program import Call, Sum, run_calls
 from cibp_fast.models import Normalize
 from cibp_fast.nn import IntervalConv2d, IntervalLinear
-from cibp_fast.soundness import as_convolution, chain, slope_of, spread_out
+from cibp_fast.soundness import as_convolution, graph, slope_of, spread_out
 
 
 class Undecidable(ValueError):
@@ -48,17 +49,20 @@ def logits(model: nn.Module, x: Tensor) -> list[Fraction]:
         Undecidable: a layer is of another kind, or a number is infinite or NaN.
     """
     try:
-        layers = chain(model, float32=False).layers
+        calls = graph(model, float32=False).calls
     except ValueError as error:
         raise Undecidable(str(error)) from error
-    numbers = _exact(x)
     with torch.no_grad():
-        for layer in layers:
-            if type(layer) not in _RULES:
-                raise Undecidable(f"a {type(layer).__name__} has no exact value")
-            numbers = _RULES[type(layer)](layer, numbers)
+        numbers = run_calls(calls, _exact(x), _result)
     values = numbers.numerators.ravel()
     return [Fraction(int(value), numbers.denominator) for value in values]
+
+
+def _result(call: Call, *inputs: _Numbers) -> _Numbers:
+    layer = call.layer.module
+    if type(layer) not in _RULES:
+        raise Undecidable(f"a {type(layer).__name__} has no exact value")
+    return _RULES[type(layer)](layer, *inputs)
 
 
 def point_inside(
@@ -216,6 +220,14 @@ def _normalize(layer: Any, x: _Numbers) -> _Numbers:
     return _Numbers(above * (divisor // std.numerators), common * divisor)
 
 
+def _sum(layer: Any, a: _Numbers, b: _Numbers) -> _Numbers:
+    if a.numerators.shape != b.numerators.shape:
+        raise Undecidable(f"a sum is of {a.numerators.shape} and {b.numerators.shape}")
+    common = lcm(a.denominator, b.denominator)
+    first, second = (each.numerators * (common // each.denominator) for each in (a, b))
+    return _Numbers(first + second, common)
+
+
 def _moved(layer: nn.Module, x: _Numbers) -> _Numbers:
     """Has the layer, which moves, copies or compares numbers with each other or 0, do it with their
     ranks: integers in the same order, and 0 for 0.
@@ -227,7 +239,7 @@ def _moved(layer: nn.Module, x: _Numbers) -> _Numbers:
     return _Numbers(ordered[out.long().numpy() + zero], x.denominator)
 
 
-_RULES: dict[type[nn.Module], Callable[[Any, _Numbers], _Numbers]] = {
+_RULES: dict[type[nn.Module], Callable[..., _Numbers]] = {
     **dict.fromkeys((nn.Conv2d, IntervalConv2d), _convolution),
     **dict.fromkeys((nn.Linear, IntervalLinear), _linear),
     nn.ConvTranspose2d: _transposed,
@@ -236,4 +248,5 @@ _RULES: dict[type[nn.Module], Callable[[Any, _Numbers], _Numbers]] = {
     **dict.fromkeys((nn.ReLU, nn.MaxPool2d, nn.Flatten, nn.Identity), _moved),
     **dict.fromkeys((nn.ZeroPad2d, nn.Dropout), _moved),
     Normalize: _normalize,
+    Sum: _sum,
 }

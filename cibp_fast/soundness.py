@@ -10,8 +10,9 @@ results are computed again by the other rules.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
@@ -20,12 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cibp_fast.fusion import FusedNetwork
-from cibp_fast.fusion.guards import global_hooks, hooks_of
+from cibp_fast.fusion.forwards import checked_forward
+from cibp_fast.fusion.guards import global_hooks, hooks_of, tree
+from cibp_fast.fusion.program import Call, Layer, Sum, run_calls
+from cibp_fast.fusion.tracing import calls_in
 from cibp_fast.interval import Interval
 from cibp_fast.models import Normalize
 from cibp_fast.nn import IntervalConv2d, IntervalLinear
 from cibp_fast.ops import backends
-from cibp_fast.rules.custom import sound_rule
+from cibp_fast.rules.custom import has_rule, sound_rule
 
 U = 2.0**-52  # of float64, rounded to any neighbour
 U32 = 2.0**-24  # of float32, rounded to nearest
@@ -33,6 +37,7 @@ U32 = 2.0**-24  # of float32, rounded to nearest
 TINY = 2.0**-860
 TINY32 = 2.0**-126  # what float32 may flush to zero
 MAX32 = 2.0**127
+MAX_ADDED = 2.0**120  # of what may be added to a sum that is below MAX32
 _RANGE = (2.0**-300, 2.0**128)  # of the absolute values of weights, but 0
 _MOST = 2**30  # products of a sum
 
@@ -50,11 +55,17 @@ class Box(NamedTuple):
     upper: Tensor
 
 
-class Chain(NamedTuple):
-    """Holds a model's layers, each with a sound rule; the last one is linear."""
+class Graph(NamedTuple):
+    """Holds the calls of a model's layers, each with a sound rule; the last one is linear."""
 
-    layers: list[nn.Module]
+    calls: list[Call]
     float32: bool  # whether bounds are those of its evaluations in float32
+    traced: bool  # whether a forward that is not torch's own calls them
+
+    @property
+    def layers(self) -> list[Any]:
+        """Returns the layers in the order of the calls."""
+        return [call.layer.module for call in self.calls]
 
 
 def up(x: Tensor) -> Tensor:
@@ -77,10 +88,10 @@ def double(values: Tensor) -> Tensor:
     return torch.where(subnormal, least.where(bits >= 0, -least), values.double())
 
 
-def chain(model: Any, float32: bool) -> Chain:
-    """Returns the layers of a network that has a sound rule for each.
+def graph(model: Any, float32: bool) -> Graph:
+    """Returns the calls of a network that has a sound rule for each of its layers.
 
-    Raises ValueError naming the first that has none.
+    Raises ValueError naming the first that has none, or what a trace of the forward would lose.
     """
     if type(model) is FusedNetwork:
         _refuse_changed("the fused network", model)
@@ -96,13 +107,58 @@ def chain(model: Any, float32: bool) -> Chain:
             f"every layer: {_INSTEAD}"
         )
     layers = list(_layers("", model))
-    for name, layer in layers:
-        _check(name, layer, float32)
-    if not layers or type(layers[-1][1]) not in _LINEARS:
+    traced = not all(map(_is_layer, (layer for _, layer in layers)))
+    if traced:
+        calls = _traced(model)
+    else:
+        calls = [Call(Layer(*layer), (place - 1,)) for place, layer in enumerate(layers)]
+    for call in calls:
+        _check(call.layer.name, call.layer.module, float32)
+    if not calls or type(calls[-1].layer.module) not in _LINEARS:
         raise ValueError(
             f"certify(sound=True) needs a network that ends in a linear layer: {_INSTEAD}"
         )
-    return Chain([layer for _, layer in layers], float32)
+    return Graph(calls, float32, traced)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Returns whether a module has a rule here or of its user, sound or not."""
+    return type(module) in _RULES or has_rule(type(module))
+
+
+def _traced(model: nn.Module) -> list[Call]:
+    for name, module in tree("", model):
+        _refuse_changed(name or "the model", module)
+    try:
+        calls = calls_in(model, _is_layer)
+    except ValueError as error:
+        raise ValueError(
+            f"certify(sound=True) takes a forward as fuse does, and {error}: {_INSTEAD}"
+        ) from error
+    _refuse_overwritten(calls)
+    return calls
+
+
+def _refuse_overwritten(calls: Sequence[Call]) -> None:
+    """Raises ValueError where a value is read that a layer has changed in place: boxes are not."""
+    memory = {-1: -1}  # results that may share it have the same
+    changed: dict[int, int] = {}  # memory -> the last call that wrote into it
+    for place, (layer, sources) in enumerate(calls):
+        for source in sources:
+            writer = changed.get(memory[source], source)
+            if writer > source:
+                raise ValueError(
+                    f"certify(sound=True) cannot take {calls[writer].layer.described}, which writes"
+                    f" into a value that {layer.described} reads: make it inplace=False, or an add "
+                    f"out of place; {_INSTEAD}"
+                )
+        writes = getattr(layer.module, "inplace", False) and not isinstance(layer.module, _MOVES)
+        own = type(layer.module) not in _RULES
+        memory[place] = place
+        if writes or own or isinstance(layer.module, _MOVES):
+            memory[place] = memory[sources[0]]
+        if writes:
+            changed[memory[place]] = place
 
 
 def _layers(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -118,7 +174,8 @@ def _layers(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _refuse_changed(name: str, module: nn.Module) -> None:
     own = vars(module).keys() & set(_METHODS)
     methods = _methods(type(module))
-    if any(hooks_of(module)) or own or methods != _ORIGINAL.get(type(module), methods):
+    original = _ORIGINAL.get(type(module), [*_ORIGINAL_CALLS, *methods[len(_CALLS) :]])
+    if any(hooks_of(module)) or own or methods != original:
         raise ValueError(
             f"certify(sound=True) cannot take {name}, which has hooks or a forward of its own: "
             f"{_INSTEAD}"
@@ -126,7 +183,8 @@ def _refuse_changed(name: str, module: nn.Module) -> None:
 
 
 # what runs where a layer is called
-_METHODS = ("__call__", "_call_impl", "forward", "_conv_forward", "_output_padding")
+_CALLS = ("__call__", "_call_impl")
+_METHODS = (*_CALLS, "forward", "_conv_forward", "_output_padding")
 
 
 def _methods(kind: type[nn.Module]) -> list[Any]:
@@ -134,11 +192,13 @@ def _methods(kind: type[nn.Module]) -> list[Any]:
 
 
 def _check(name: str, layer: nn.Module, float32: bool) -> None:
+    if type(layer) is Sum:
+        return
     why = ""
     plain = [value for value in vars(layer).values() if isinstance(value, Tensor)]
     tensors = [*layer.parameters(), *layer.buffers(), *plain]
     own = sound_rule(type(layer)) is not None
-    if type(layer) not in _RULES and type(layer) not in _LINEARS and not own:
+    if type(layer) not in _RULES and not own:
         why = "has no sound rule"
     elif own:
         why = "has no sound rule in float32, but its user's for exact arithmetic" if float32 else ""
@@ -197,14 +257,14 @@ def _in_range(divisors: Tensor) -> bool:
     return bool(((divisors >= 2.0**-100) & (divisors <= 2.0**100)).all())
 
 
-def check_input(chain: Chain, x: Tensor) -> None:
+def check_input(graph: Graph, x: Tensor) -> None:
     """Raises ValueError or TypeError where the layers do not take x as examples [N, ...]."""
-    for layer in chain.layers:
+    for layer in graph.layers:
         if isinstance(layer, nn.Flatten):
             break
         if isinstance(layer, _IMAGES) and x.dim() != 4:
             raise ValueError(f"x must be images [N, C, H, W], not {list(x.shape)}")
-    for layer in chain.layers:
+    for layer in graph.layers:
         if isinstance(layer, Normalize):  # which may change the dtype
             return
         for p in layer.parameters():
@@ -212,10 +272,26 @@ def check_input(chain: Chain, x: Tensor) -> None:
                 raise TypeError(f"x must be {p.dtype} like the model's parameters, not {x.dtype}")
 
 
-def margins(chain: Chain, lower: Tensor, upper: Tensor, y: Tensor) -> Tensor:
+def forward(graph: Graph, model: nn.Module, x: Tensor) -> Tensor:
+    """Returns model(x), and makes sure that it is what the layers' calls compute.
+
+    Raises ValueError where the forward does something else than at its tracing.
+    """
+    if not graph.traced:
+        with torch.no_grad():
+            return model(x.clone())  # which it may write into
+    try:
+        return checked_forward(model, graph.calls, x)
+    except ValueError as error:
+        raise ValueError(
+            f"certify(sound=True) cannot take the model: {error}; {_INSTEAD}"
+        ) from error
+
+
+def margins(graph: Graph, lower: Tensor, upper: Tensor, y: Tensor) -> Tensor:
     """Computes lower bounds of z_y - z_j over boxes, float64 [N, classes]: +inf at y.
 
-    They hold where they are finite, in the semantics of the chain; NaN says nothing.
+    They hold where they are finite, in the semantics of the graph; NaN says nothing.
 
     Args:
         lower, upper: [N, ...], the boxes, exactly as they are written.
@@ -223,16 +299,32 @@ def margins(chain: Chain, lower: Tensor, upper: Tensor, y: Tensor) -> Tensor:
     """
     box = Box(*(double(end.detach().cpu()) for end in (lower, upper)))
     with torch.no_grad(), _sums():
-        for layer in chain.layers[:-1]:
-            box = _RULES.get(type(layer), _own)(layer, box, chain.float32)
-        return _head(chain.layers[-1], box, y.cpu(), chain.float32).to(y.device)
+        *hidden, last = graph.calls  # which reads the last of them
+        box = run_calls(hidden, box, partial(_bounds, graph))
+        return _head(last.layer.module, box, y.cpu(), graph.float32).to(y.device)
 
 
-def fits_one_op(chain: Chain) -> bool:
+def _bounds(graph: Graph, call: Call, *boxes: Box) -> Box:
+    layer = call.layer.module
+    if type(layer) is not Sum:
+        return _RULES.get(type(layer), _own)(layer, boxes[0], graph.float32)
+    shapes = [list(box.lower.shape) for box in boxes]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"certify(sound=True) cannot take {call.layer.name}, which adds values of two "
+            f"shapes, {shapes[0]} and {shapes[1]}: {_INSTEAD}"
+        )
+    counts = [_products_before(graph, source) for source in call.sources]
+    return _sum(boxes[0], boxes[1], graph.float32, counts)
+
+
+def fits_one_op(graph: Graph) -> bool:
     """Returns whether rule G, one op of the kernels, takes the layers and the sizes of weights."""
     least, greatest = 2.0**-100, 2.0**20
     affine = 0
-    for at, layer in enumerate(chain.layers):
+    if graph.traced:
+        return False
+    for at, layer in enumerate(graph.layers):
         if isinstance(layer, Normalize) and at == 0:
             if not (layer.std >= 1 / greatest).all():
                 return False
@@ -249,7 +341,7 @@ def fits_one_op(chain: Chain) -> bool:
     return affine > 1  # what underflow takes is added behind a layer
 
 
-def doubt(chain: Chain, box: Box, y: Tensor, margins: Tensor) -> Tensor:
+def doubt(graph: Graph, box: Box, y: Tensor, margins: Tensor) -> Tensor:
     """Estimates by how much rule G's least margin of an example is too small, [N].
 
     If it is below 0 by no more than that, the one of float64 may be above 0. A layer of n products
@@ -260,7 +352,7 @@ def doubt(chain: Chain, box: Box, y: Tensor, margins: Tensor) -> Tensor:
 
     box: what the last layer reads, [N, features], by rule G. margins: [N, classes], of it.
     """
-    affine = [each for each in chain.layers if isinstance(each, nn.Conv2d | nn.Linear)]
+    affine = [each for each in graph.layers if isinstance(each, nn.Conv2d | nn.Linear)]
     units = torch.finfo(box.lower.dtype).eps / 2  # float64 gains nothing of what "float32" takes
     lost = units * (200 + sum(prod(each.weight.shape[1:]) for each in affine))  # 200: the box
     weight = affine[-1].weight.detach().double()
@@ -269,10 +361,10 @@ def doubt(chain: Chain, box: Box, y: Tensor, margins: Tensor) -> Tensor:
     return lost * (64 * reach + sizes.double() @ weight.abs().amax(0))
 
 
-def head(chain: Chain, box: Box, y: Tensor) -> Tensor:  # rule F
+def head(graph: Graph, box: Box, y: Tensor) -> Tensor:  # rule F
     """Computes `margins` from a box of what the last layer reads, [N, features]."""
     with torch.no_grad(), _sums():
-        return _head(chain.layers[-1], Box(*(double(end) for end in box)), y, chain.float32)
+        return _head(graph.layers[-1], Box(*(double(end) for end in box)), y, graph.float32)
 
 
 def _sums() -> AbstractContextManager[None]:
@@ -313,12 +405,17 @@ def _float32_error(  # rule B
     Infinite where it might overflow on the way.
     """
     n = count + 2
-    gamma = n * U32 / (1 - n * U32) * (1 + 2.0**-20) if n * U32 < 0.5 else torch.inf
+    gamma = _gamma(n)
     _, terms = products(torch.zeros_like(size), size + 2 * TINY32)
     terms = terms * (1 + 2.0**-20) + bias.abs()
     flushed = 4 * n * TINY32 * (1 + size.flatten(1).amax(1))
     error = gamma * terms + 4 * TINY32 * weights + flushed.view(-1, *[1] * (terms.dim() - 1))
     return error.where(terms < MAX32, torch.inf)
+
+
+def _gamma(n: int) -> float:
+    """Bounds what n roundings of float32 are off, relatively."""
+    return n * U32 / (1 - n * U32) * (1 + 2.0**-20) if n * U32 < 0.5 else torch.inf
 
 
 def _bias(layer: Any, dims: int) -> Tensor:
@@ -454,6 +551,32 @@ def _bent(layer: Any, box: Box, float32: bool) -> Box:  # rule H
     return Box(lower, upper)
 
 
+def _sum(a: Box, b: Box, float32: bool, counts: Sequence[int]) -> Box:  # rule J
+    """Bounds the sum of two values.
+
+    counts: of products in a sum of a and of b, to which the other may be added; 0: it is no sum.
+    """
+    lower, upper = down(a.lower + b.lower), up(a.upper + b.upper)
+    if float32:
+        sizes = [torch.maximum(*(end.abs() for end in box)) for box in (a, b)]
+        error = 2 * U32 * torch.maximum(lower.abs(), upper.abs())
+        for count, other in zip(counts, reversed(sizes), strict=True):
+            if count:
+                error = torch.maximum(error, _gamma(count + 2) * other)
+        error = up(error + 8 * TINY32)
+        error = error.where(torch.maximum(*sizes) < MAX_ADDED, torch.inf)
+        lower, upper = down(lower - error), up(upper + error)
+    return Box(lower, upper)
+
+
+def _products_before(graph: Graph, place: int) -> int:
+    """Returns the number of products in each sum that a call gives, moved or not; 0: in none."""
+    while place >= 0 and isinstance(graph.layers[place], _MOVES):
+        (place,) = graph.calls[place].sources
+    layer = graph.layers[place] if place >= 0 else None
+    return _terms(layer) if isinstance(layer, _AFFINE) else 0
+
+
 def slope_of(layer: Any, dims: int) -> Tensor:
     """Returns the factor of numbers below 0, float64, which broadcasts to [N, C, ...]."""
     if isinstance(layer, nn.LeakyReLU):
@@ -499,6 +622,7 @@ def _head(layer: Any, box: Box, y: Tensor, float32: bool) -> Tensor:  # rule F
 
 
 _LINEARS = (nn.Linear, IntervalLinear)
+_AFFINE = (*_LINEARS, nn.Conv2d, nn.ConvTranspose2d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 _IMAGES = (
     nn.Conv2d,
@@ -523,3 +647,4 @@ _RULES: dict[type[nn.Module], Callable[[Any, Box, bool], Box]] = {
 # their methods as they are now: one that is put in their place later is refused
 _KINDS: tuple[type[nn.Module], ...] = (FusedNetwork, nn.Sequential, *_RULES)
 _ORIGINAL = {kind: _methods(kind) for kind in _KINDS}
+_ORIGINAL_CALLS = _methods(nn.Module)[: len(_CALLS)]

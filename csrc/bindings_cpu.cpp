@@ -180,7 +180,7 @@ using Addresses = std::vector<int64_t>;
 template <class E>
 void graph_forward_py(const Graph<E>& graph, int threads,
                       const std::array<Addresses, 4>& parameters, const std::array<Tensor, 3>& in,
-                      bool mean, int64_t saved, const std::array<int64_t, 6>& out,
+                      bool mean, int64_t saved, const std::array<int64_t, 6>& out, int64_t moments,
                       const std::array<Addresses, 2>& statistics) {
   using T = Number<E>;
   graph.forward({threads, pointers<const T>(parameters[0]), pointers<const T>(parameters[1]),
@@ -188,14 +188,14 @@ void graph_forward_py(const Graph<E>& graph, int threads,
                  tensor4<T>(in[0]), tensor4<T>(in[1]), tensor4<T>(in[2]), mean,
                  pointer<std::byte>(saved), pointer<T>(out[0]), pointer<T>(out[1]),
                  pointer<T>(out[2]), pointer<T>(out[3]), pointer<T>(out[4]), pointer<T>(out[5]),
-                 pointers<T>(statistics[0]), pointers<T>(statistics[1])});
+                 pointer<double>(moments), pointers<T>(statistics[0]), pointers<T>(statistics[1])});
 }
 
 template <class E>
 void graph_backward_py(const Graph<E>& graph, int threads,
                        const std::array<Addresses, 3>& parameters, bool mean, int64_t saved,
                        const std::array<Addresses, 2>& statistics, const std::array<int64_t, 8>& in,
-                       const std::array<int64_t, 3>& out,
+                       int64_t grad_moments, const std::array<int64_t, 3>& out,
                        const std::array<Addresses, 4>& gradients) {
   using T = Number<E>;
   graph.backward({threads,
@@ -214,6 +214,7 @@ void graph_backward_py(const Graph<E>& graph, int threads,
                   pointer<const T>(in[5]),
                   pointer<const T>(in[6]),
                   pointer<const T>(in[7]),
+                  pointer<const double>(grad_moments),
                   pointer<T>(out[0]),
                   pointer<T>(out[1]),
                   pointer<T>(out[2]),
@@ -324,10 +325,19 @@ void define_shapes(py::module_& m) {
   py::enum_<NodeKind>(m, "NodeKind", py::module_local())
       .value("affine", NodeKind::kAffine)
       .value("pool", NodeKind::kPool)
-      .value("sum", NodeKind::kSum);
+      .value("sum", NodeKind::kSum)
+      .value("depthwise", NodeKind::kDepthwise);
+  py::enum_<Curve>(m, "Curve", py::module_local())
+      .value("leaky", Curve::kLeaky)
+      .value("hardtanh", Curve::kHardtanh)
+      .value("exponential", Curve::kExponential)
+      .value("sigmoid", Curve::kSigmoid)
+      .value("tanh", Curve::kTanh);
   py::class_<Edge>(m, "Edge", py::module_local())
-      .def(py::init([](int64_t value, double slope) { return Edge{value, slope}; }), py::kw_only(),
-           "value"_a, "slope"_a);
+      .def(py::init([](int64_t value, Curve curve, const std::array<double, 3>& numbers) {
+             return Edge{value, {curve, numbers[0], numbers[1], numbers[2]}};
+           }),
+           py::kw_only(), "value"_a, "curve"_a, "numbers"_a);
   py::class_<Node>(m, "Node", py::module_local())
       .def(py::init([](NodeKind kind, const Shape& shape, bool fast, const Edge& a, const Edge& b,
                        bool norm, bool fixed,

@@ -8,6 +8,7 @@ from math import isqrt
 from typing import Any
 
 import numpy as np
+from residuals import Block
 from torch import Tensor, nn
 
 import cibp_fast as cf
@@ -161,6 +162,15 @@ def bounds(layer: nn.Module, lower: Array, upper: Array) -> tuple[Array, Array]:
         roots = np.vectorize(_root, otypes=[object])(variance + Fraction(layer.eps))
         ends = [(end - mean) * weight / roots + bias for end in (lower, upper)]
         return np.minimum(*ends), np.maximum(*ends)
+    if isinstance(layer, nn.Identity):
+        return lower, upper
+    if isinstance(layer, nn.Sequential):
+        for each in layer:
+            lower, upper = bounds(each, lower, upper)
+        return lower, upper
+    if isinstance(layer, Block):
+        low, high = np.array([bounds(p, lower, upper) for p in (layer.body, layer.skip)]).sum(0)
+        return bounds(layer.after, low, high)
     raise AssertionError(layer)
 
 

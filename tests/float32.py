@@ -78,16 +78,27 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return total + a * b
 
 
-def sums(x: Tensor, weight: Tensor, bias: Tensor | None, arrange: Arrange, fused: bool) -> Tensor:
+def sums(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    arrange: Arrange,
+    fused: bool,
+    added: Tensor | None = None,
+) -> Tensor:
     """Computes weight [O, K] x + bias [O] in float32 for x [P, K]; the bias is the last term.
 
     fused: each product of a term is added by an FMA.
+    added: [P, O], one term more, behind the bias.
     """
     add = fma if fused else add_product
     columns, rows = [*x.t().contiguous()[:, :, None]], [*weight.t().contiguous()]
     if bias is not None:
         columns.append(torch.ones(1, 1))
         rows.append(bias)
+    if added is not None:
+        columns.append(added)
+        rows.append(torch.ones(1))
 
     def total(tree: Tree) -> Tensor:
         if not isinstance(tree, list):
@@ -111,7 +122,7 @@ def replay(model: nn.Sequential, x: Tensor, arrange: Arrange, fused: bool = Fals
     found = []
     with torch.no_grad():
         for layer in layers(model):
-            x = _replayed(layer, x, arrange, fused)
+            x = replayed_layer(layer, x, arrange, fused)
             found.append(x)
     return found
 
@@ -119,14 +130,20 @@ def replay(model: nn.Sequential, x: Tensor, arrange: Arrange, fused: bool = Fals
 _EXACT = (nn.ReLU, nn.Flatten, nn.Identity, nn.ZeroPad2d, cf.models.Normalize)
 
 
-def _replayed(layer: Any, x: Tensor, arrange: Arrange, fused: bool) -> Tensor:
+def replayed_layer(
+    layer: Any, x: Tensor, arrange: Arrange, fused: bool, added: Tensor | None = None
+) -> Tensor:
+    """Returns what a layer gives; of an affine one plus `added`, as one term more of its sums."""
     if isinstance(layer, nn.Linear):
-        return sums(x, layer.weight, layer.bias, arrange, fused)
+        return sums(x, layer.weight, layer.bias, arrange, fused, added)
     if isinstance(layer, nn.Conv2d):
         assert layer.groups == 1 and not isinstance(layer.padding, str)
         geometry = layer.kernel_size, layer.dilation, layer.padding, layer.stride
         patches = F.unfold(x, *geometry).transpose(1, 2)  # [N, pixels, K]
-        out = sums(patches.flatten(0, 1), layer.weight.flatten(1), layer.bias, arrange, fused)
+        if added is not None:
+            added = added.flatten(2).transpose(1, 2).flatten(0, 1)
+        weight = layer.weight.flatten(1)
+        out = sums(patches.flatten(0, 1), weight, layer.bias, arrange, fused, added)
         out = out.unflatten(0, patches.shape[:2]).transpose(1, 2)
         return out.reshape(len(x), *layer(x[:1]).shape[1:])
     if isinstance(layer, nn.AvgPool2d):

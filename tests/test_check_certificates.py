@@ -14,6 +14,9 @@ import pytest
 import test_soundness_fused
 import torch
 from certificate_folders import RELU, Net, chain, check, linear, write
+from residuals import Block
+from test_soundness_residual import absorbing, cancelling, residual
+from torch import nn
 
 import cibp_fast as cf
 from cibp_fast import check_certificates as checker
@@ -36,9 +39,19 @@ def judged(net: Net, x: np.ndarray, label: int, eps: Any, clip: Any, float32: bo
            for place in np.ndindex(*shape)}  # fmt: skip
     if clip:
         box = {p: (max(lo, clip[0]), min(up, clip[1])) for p, (lo, up) in box.items()}
+    # of the input and each layer: box, shape, and the roundings of a term of its sums, or 0
+    values = [(box, shape, 0)]
     for number, spec in enumerate(specs):
-        kind = spec["layer"]
-        if kind == "relu":
+        kind, sources = spec["layer"], spec.get("of", [number - 1])
+        box, shape, k = values[sources[0] + 1]
+        k = k if kind in ("flatten", "zero_pad2d") else 0
+        if kind == "add":
+            pair = [(values[source + 1][0], values[source + 1][2]) for source in sources]
+            box = {p: _added([(*each.get(p, (ZERO, ZERO)), k) for each, k in pair], float32)
+                   for p in np.ndindex(*shape)}  # fmt: skip
+            if None in box.values():
+                return None
+        elif kind == "relu":
             box = {p: (max(lo, ZERO), max(up, ZERO)) for p, (lo, up) in box.items()}
         elif kind == "flatten":
             box = {(i,): box[p] for i, p in enumerate(np.ndindex(*shape))}
@@ -58,8 +71,11 @@ def judged(net: Net, x: np.ndarray, label: int, eps: Any, clip: Any, float32: bo
             weight = tensors[spec["weight"]]
             bias = tensors[spec["bias"]] if spec["bias"] else None
             sums, shape = _sums(spec, weight, shape)
+            more = _is_added(specs, number)
+            k = len(next(iter(sums.values()))) + (bias is not None) + more
             limits = {p: _limits([(w, *box.get(at, (ZERO, ZERO))) for w, at in terms],
-                                 None if bias is None else Fraction(float(bias[p[0]])), float32)
+                                 None if bias is None else Fraction(float(bias[p[0]])), float32,
+                                 more)
                       for p, terms in sums.items()}  # fmt: skip
             if None in limits.values():
                 return None
@@ -67,7 +83,32 @@ def judged(net: Net, x: np.ndarray, label: int, eps: Any, clip: Any, float32: bo
                 return min(_difference(weight, bias, box, label, j, float32)
                            for j in range(len(weight)) if j != label)  # fmt: skip
             box = limits
+        values.append((box, shape, k))
     raise AssertionError("the last layer is not linear")
+
+
+def _is_added(specs: Any, number: int) -> bool:
+    """Returns whether a sum takes a layer's result, moved or not."""
+    for place, spec in enumerate(specs):
+        if number in spec.get("of", [place - 1]):
+            kind = spec["layer"]
+            if kind == "add" or (kind in ("flatten", "zero_pad2d") and _is_added(specs, place)):
+                return True
+    return False
+
+
+def _added(pair: Any, float32: bool) -> Any:
+    """Returns the bounds of a sum of two (lower, upper, k); None where it might overflow."""
+    (a, b, k), (c, d, n) = pair
+    if not float32:
+        return a + c, b + d
+    size, other = max(abs(a), abs(b)), max(abs(c), abs(d))
+    if max(size, other) >= 2**125:
+        return None
+    joined = max(_gamma(k) * other, _gamma(n) * size)
+    off = 4 * T * (1 + _gamma(max(k, n, 1)))
+    return (a + c - max(V / (1 - V) * abs(a + c), joined) - off,
+            b + d + max(V / (1 - V) * abs(b + d), joined) + off)  # fmt: skip
 
 
 def _sums(spec: Any, weight: np.ndarray, shape: Any) -> Any:
@@ -104,13 +145,13 @@ def _lost(lo: Fraction, up: Fraction) -> Fraction:
     return min(T, max(abs(lo), abs(up))) if lo < T and up > -T else ZERO
 
 
-def _limits(terms: Any, bias: Fraction | None, float32: bool) -> Any:
-    """Returns the bounds of a sum; None where it might overflow."""
+def _limits(terms: Any, bias: Fraction | None, float32: bool, more: bool) -> Any:
+    """Returns the bounds of a sum, which may have one term more; None where it might overflow."""
     b = bias or ZERO
     if not float32:
         return (b + sum(min(w * lo, w * up) for w, lo, up in terms),
                 b + sum(max(w * lo, w * up) for w, lo, up in terms))  # fmt: skip
-    n, known = len(terms), bias is not None
+    n, known = len(terms), (bias is not None) + more
     g = _gamma(n + known)
     off = (2 * n - 1 + known) * T * (1 + g) + (abs(b) if abs(b) < T else g * abs(b))
     total = (sum(abs(w) * max(abs(lo), abs(up)) for w, lo, up in terms) + abs(b)) * (1 + g)
@@ -159,9 +200,9 @@ def _difference(weight: Any, bias: Any, box: Any, y: int, j: int, float32: bool)
 def problem(net: Net, shape: Any, eps: Any, clip: Any, float32: bool, module: Any = checker) -> Any:
     """Returns what the checker makes of the network."""
     found = module.Problem(float32, Fraction(eps), [Fraction(each) for each in clip or ()])
-    grid = np.arange(int(np.prod(shape))).reshape(shape)
+    grids = [(0, np.arange(int(np.prod(shape))).reshape(shape))]
     for spec in net[0]:
-        grid = module.add(found, dict(spec), net[1], grid)
+        module.add(found, dict(spec), net[1], grids)
     return found
 
 
@@ -182,7 +223,10 @@ def wild(random: np.random.Generator, *shape: int) -> np.ndarray:
 
 def random_net(random: np.random.Generator) -> tuple[Net, tuple[int, ...]]:
     """Returns a small network with every kind of layer, or of linear layers, and its input."""
-    if random.integers(2):
+    kind = random.integers(3)
+    if kind == 0:
+        return residual_net(random)
+    if kind == 1:
         sizes = [int(size) for size in random.integers(1, 6, size=3)]
         biases = [wild(random, sizes[1]), wild(random, sizes[2]), None]
         weights = [wild(random, sizes[1], sizes[0]), wild(random, sizes[2], sizes[1])]
@@ -208,6 +252,27 @@ def random_net(random: np.random.Generator) -> tuple[Net, tuple[int, ...]]:
     net = [scale, pad, conv, {"layer": "relu"}, {"layer": "flatten"}], tensors
     last = linear(9, wild(random, 3, 2 * rows * columns), wild(random, 3))
     return chain(net, last), (2, 3, 4)
+
+
+def residual_net(random: np.random.Generator) -> tuple[Net, tuple[int, ...]]:
+    """Returns a small network with sums: of the input, of two layers, behind padding, x + x."""
+    conv = {
+        "layer": "conv2d", "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": 1
+    }  # fmt: skip
+    tensors = {"a.weight": wild(random, 2, 2, 3, 3), "b.weight": wild(random, 2, 2, 3, 3),
+               "a.bias": wild(random, 2)}  # fmt: skip
+    net: list[dict[str, Any]] = [
+        conv | {"weight": "a.weight", "bias": "a.bias"},
+        {"layer": "add", "of": [0, -1]},
+        {"layer": "relu"},
+        conv | {"weight": "b.weight", "bias": None},
+        {"layer": "zero_pad2d", "padding": [1, 0, 0, 0], "of": [3]},
+        {"layer": "zero_pad2d", "padding": [0, 1, 0, 0], "of": [2]},
+        {"layer": "add", "of": [4, 5]},
+        {"layer": "flatten"},
+        {"layer": "add", "of": [7, 7]},
+    ]
+    return chain((net, tensors), linear(9, wild(random, 3, 2 * 2 * 3), wild(random, 3))), (2, 2, 2)
 
 
 def cases(count: int) -> Iterator[Any]:
@@ -344,6 +409,44 @@ def test_no_margin_of_many_is_above_the_exact_one(monkeypatch, count, layered):
     assert finite > 0.99 * seen > 200 * count
 
 
+@pytest.mark.parametrize("semantics", ["real", "float32"])
+def test_margins_of_residual_networks_are_confirmed(tmp_path, semantics, capsys):
+    """Judges boxes of residual networks, and a folder of one, whose raised margin is refuted."""
+    for make, shape in ((residual, (2, 6, 6)), (cancelling, (2, 6, 6)), (absorbing, (100,))):
+        model, x, y = make(), torch.rand(40, *shape), torch.arange(40) % 2
+        for module in model.modules():  # this checker knows no pooling
+            if isinstance(module, Block) and module.in_place:
+                module.in_place = False
+        layers = [nn.Conv2d(6, 6, 3) if isinstance(p, nn.AvgPool2d) else p for p in model]
+        model = nn.Sequential(*layers)
+        weights = {name: value.numpy() for name, value in model.state_dict().items()}
+        net = certification.layers(model, semantics), weights
+        for eps in (0.0, 1e-7, 1e-3, 0.1):
+            found = cf.certify(model, x, y, eps, semantics=semantics).margin.numpy()
+            judge = problem(net, shape, eps, (0, 1), semantics == "float32")
+            right, slack, exact = checker.judge(judge, (x.flatten(1).numpy(), y.numpy(), found))
+            assert right.all() and np.isfinite(found).all()
+            assert exact.mean() < 0.5 and (slack < 0.1 * (1 + abs(found))).all()
+        rest = net, x[:3].numpy(), y[:3], 0.1, (0, 1), semantics
+        assert check(write(tmp_path / make.__name__, *rest, found[:3])) == 0
+        found[1] += 0.1 * abs(found[1])
+        assert check(write(tmp_path / f"{make.__name__}-wrong", *rest, found[:3])) == 1
+        assert "2 confirmed, 1 refuted" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("sources", "words"),
+    [([0, 2], "do not come before"), ([0], "wrong numbers"), ([0, -2], "wrong numbers")],
+)
+def test_sums_of_what_there_is_not(sources, words):
+    net = chain(linear(0, [[1.0]]), ([{"layer": "add", "of": sources}], {}))
+    with pytest.raises(ValueError, match=words):
+        problem(net, (1,), 0.0, None, False)
+    wide = chain(linear(0, [[1.0], [1.0]]), ([{"layer": "add", "of": [0, -1]}], {}))
+    with pytest.raises(ValueError, match=r"it adds \(2,\) and \(1,\)"):
+        problem(wide, (1,), 0.0, None, False)
+
+
 def down(value: Fraction) -> float:
     """Returns the largest float64 that is not above the value."""
     near = float(value)
@@ -413,6 +516,19 @@ def hard_cases() -> Iterator[tuple[Net, np.ndarray, Any, bool]]:
     yield equal, np.full((2, 1), 1e-39, np.float32), 0.0, True  # inputs that may be flushed
     small = linear(0, [[1e-39]], [0.0]), linear(1, [[1e38], [0.0]], [0.0, 0.5])  # weights
     yield chain(small[0], RELU, small[1]), np.full((2, 1), 1e15, np.float32), 0.0, True
+    plus = [{"layer": "add", "of": [0, -1]}], {}
+    yield chain(linear(0, [[a]], [b], np.float64), plus, last), x, eps, False
+    # o + s + s + ..., where s is just below half a unit in the last place of o = 1
+    sides = [{"layer": "zero_pad2d", "padding": each, "of": [-1]}
+             for each in ([0, 1, 0, 0], [1, 0, 0, 0])]  # fmt: skip
+    lost = [*sides, {"layer": "add", "of": [0, 1]}]
+    lost += [{"layer": "add", "of": [i + 1, 1]} for i in range(1, 40)]
+    small = np.array([[[[0.999 * 2.0**-53, 1.0]]]], np.float32)
+    head = linear(50, [[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    yield chain((lost, {}), ([{"layer": "flatten"}], {}), head), small, 0.0, False
+    pair = linear(0, [[1 + a]], [b], np.float64), linear(2, [[-1 - a]], [-b], np.float64)
+    pair[1][0][0]["of"], again = [-1], [{"layer": "add", "of": [0, 1]}]
+    yield chain(*pair, (again, {}), linear(3, [[2.0**60], [0.0]], None)), x, eps, False
     results = linear(0, [[3e-25]], [0.0]), linear(1, [[1e37], [0.0]])
     yield chain(results[0], RELU, results[1]), x[:2] * np.float32(1e-13), 0.0, True
 
@@ -429,7 +545,8 @@ def wrongs(module: Any) -> list[int]:
     for number, (net, x, eps, float32, margins) in enumerate(CASES):
         given = problem(net, x.shape[1:], eps, None, float32, module)
         with np.errstate(all="ignore"):
-            low, high = module.bounds(given, x, np.zeros(len(x), int), exact=False)
+            flat = x.reshape(len(x), -1)
+            low, high = module.bounds(given, flat, np.zeros(len(x), int), exact=False)
         ends = zip(low.tolist(), margins, high.tolist(), strict=True)
         if not all(low <= (-np.inf if m is None else m) <= high for low, m, high in ends):
             found.append(number)
@@ -441,6 +558,11 @@ def test_the_bounds_hold_where_rounding_is_worst():
 
 
 MUTATIONS = {
+    "no error of an operand": ("* error + 8 * U * size)", "* 0 * error + 8 * U * size)"),
+    "no rounding of a sum": (
+        "* error + 8 * U * size) + 8 * TINY\n    fits",
+        "* error) + 8 * TINY\n    fits",
+    ),
     "half the unit roundoff": ("ROOM = 2.0**-53", "ROOM = 2.0**-54"),
     "fewer roundings in a layer": ("(terms + 3 + 2 * float32)", "(0 * terms + 2 * float32)"),
     "fewer roundings at the end": ("(terms + 2 + 4 * float32)", "(0 * terms + 4 * float32)"),

@@ -470,7 +470,7 @@ def test_bounds_that_the_attack_refutes_are_one_line_and_the_result_is_saved(
     capsys, tmp_path, monkeypatch
 ):
     _verify_everything(monkeypatch)
-    monkeypatch.setattr(loop, "provable", lambda model: None)
+    monkeypatch.setattr(loop, "provable", lambda *_: None)
     line = error_line(capsys, *SHORT_TRAIN, "--lr", "0", "--run-dir", str(tmp_path))
     result = runs.read_result(tmp_path)
     count = result["contradictions"]

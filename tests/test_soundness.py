@@ -96,7 +96,7 @@ def judged(
     """Returns how many margins were looked at, are above the exact ones, and are not finite."""
     totals = np.zeros(3, int)
     for model, lower, upper, y in cases(count, seed, make):
-        found = module.margins(module.chain(model, False), lower, upper, y)
+        found = module.margins(module.graph(model, False), lower, upper, y)
         for n, label in enumerate(y.tolist()):
             right = exact.margins(model, lower[n], upper[n], label)
             totals += exact.compared(found[n], right)
@@ -217,8 +217,8 @@ def test_float32_in_any_order_is_inside(seed: int) -> None:
     x = torch.rand(1, 6)
     box = cf.Interval.ball(x, 1e-4, None)
     y = torch.tensor([0])
-    found = soundness.margins(soundness.chain(model, True), box.lower, box.upper, y)[0]
-    real = soundness.margins(soundness.chain(model, False), box.lower, box.upper, y)[0]
+    found = soundness.margins(soundness.graph(model, True), box.lower, box.upper, y)[0]
+    real = soundness.margins(soundness.graph(model, False), box.lower, box.upper, y)[0]
     assert (found <= real).all()
     for _ in range(60):
         point = torch.tensor(random.uniform(size=(1, 6))).float()
@@ -251,9 +251,9 @@ def test_a_detector_of_the_order_is_certified_in_exact_arithmetic_alone() -> Non
     wide = model.double()
     assert cf.certify(wide, x.double(), y, cf.Interval(x.double(), x.double())).verified.all()
     model.float()
-    margins = soundness.margins(soundness.chain(model, False), box.lower, box.upper, y)
+    margins = soundness.margins(soundness.graph(model, False), box.lower, box.upper, y)
     assert margins[0, 1] > 0.49
-    margins = soundness.margins(soundness.chain(model, True), box.lower, box.upper, y)
+    margins = soundness.margins(soundness.graph(model, True), box.lower, box.upper, y)
     assert margins[0, 1] < 0
 
 
@@ -374,7 +374,7 @@ def test_a_sum_that_overflows_before_it_is_divided_is_not_certified_in_float32()
     box = cf.Interval(x, x)
     assert model[0](x).isinf().all()
     found = (
-        soundness.margins(soundness.chain(model, float32), box.lower, box.upper, y)[0, 1]
+        soundness.margins(soundness.graph(model, float32), box.lower, box.upper, y)[0, 1]
         for float32 in (False, True)
     )
     assert [each.isfinite().item() for each in found] == [True, False]

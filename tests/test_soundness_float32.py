@@ -146,7 +146,7 @@ def bounded(module: Any, model: nn.Sequential, box: Any, label: int, float32: bo
     rules = dict(module._RULES)
     module._RULES.update({kind: recorded(rule) for kind, rule in rules.items()})
     try:
-        chain = module.chain(model, float32)
+        chain = module.graph(model, float32)
         margins = module.margins(chain, *box, torch.tensor([label]))[0]
     finally:
         module._RULES.update(rules)

@@ -87,7 +87,7 @@ def judged(count: int, seed: int, sound: bool = True) -> tuple[int, int, int]:
     """Returns how many margins were looked at, are above the exact ones, and are not finite."""
     totals = np.zeros(3, int)
     for model, x, y, eps, clip in cases(count, seed):
-        assert soundness.fits_one_op(soundness.chain(model, False))
+        assert soundness.fits_one_op(soundness.graph(model, False))
         found = cf.certify(model, x, y, eps, clip, sound=sound).margins
         for n, label in enumerate(y.tolist()):
             right = exact.margins(model, *exact.ball(x[n], eps, clip), label)
@@ -363,7 +363,7 @@ def test_what_is_almost_verified_is_bounded_in_float64(monkeypatch: Any) -> None
 
 def test_networks_and_settings_that_the_kernels_do_not_take() -> None:
     def fits(*layers: nn.Module) -> bool:
-        return soundness.fits_one_op(soundness.chain(nn.Sequential(*layers), False))
+        return soundness.fits_one_op(soundness.graph(nn.Sequential(*layers), False))
 
     last = nn.Linear(2, 2)
     assert fits(nn.Flatten(), nn.Linear(4, 2), last) and not fits(last)

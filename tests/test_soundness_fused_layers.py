@@ -83,7 +83,7 @@ def numbers(random: np.random.Generator, shape: tuple[int, ...], dtype: Any) -> 
 def problem(model: nn.Sequential, shape: tuple[int, ...], float32: bool, eps: float) -> Any:
     """Returns what the checker makes of the network; without clip."""
     found, tensors = checker.Problem(float32, Fraction(eps), []), {}
-    grid = np.arange(int(np.prod(shape))).reshape(shape)
+    grids = [(0, np.arange(int(np.prod(shape))).reshape(shape))]
     for place, layer in enumerate(model):
         names = {}
         for name in ("weight", "bias", "mean", "std"):
@@ -111,7 +111,7 @@ def problem(model: nn.Sequential, shape: tuple[int, ...], float32: bool, eps: fl
         else:
             specs = [{"layer": type(layer).__name__.lower(), **names}]
         for spec in specs:
-            grid = checker.add(found, spec, tensors, grid)
+            checker.add(found, spec, tensors, grids)
     return found
 
 
@@ -157,7 +157,7 @@ def cases(count: int, seed: int) -> Iterator[tuple[Any, ...]]:
         if random.integers(3) == 0:
             x = x[:1].expand(3, *shape)
         eps = float(random.choice([0.0, 1e-45, 1e-20, 1e-7, 1e-3, 0.4, 1e6]))
-        fits = soundness.fits_one_op(soundness.chain(model, float32)) and of_torch_alone(model, x)
+        fits = soundness.fits_one_op(soundness.graph(model, float32)) and of_torch_alone(model, x)
         if fits and problem(model, shape, float32, eps).products <= MOST:
             yield random, model, shape, float32, x, eps
 

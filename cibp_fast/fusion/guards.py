@@ -29,6 +29,9 @@ _HYPERPARAMETERS: dict[type[nn.Module], tuple[str, ...]] = {
     **dict.fromkeys(NORMS, ("eps",)),
     nn.ReLU: ("inplace",),
     nn.LeakyReLU: ("negative_slope", "inplace"),
+    **dict.fromkeys((nn.Hardtanh, nn.ReLU6), ("min_val", "max_val", "inplace")),
+    **dict.fromkeys((nn.ELU, nn.CELU), ("alpha", "inplace")),
+    nn.SELU: ("inplace",),
     nn.AvgPool2d: (
         *("kernel_size", "stride", "padding"),
         *("ceil_mode", "count_include_pad", "divisor_override"),

@@ -16,11 +16,20 @@ from torch import Tensor, nn
 
 from cibp_fast.fusion.guards import fingerprint
 from cibp_fast.fusion.nodes import Nodes, nodes_for
-from cibp_fast.fusion.program import CONVOLUTIONS, LINEARS, NORMS, Layer, Program, Sum
+from cibp_fast.fusion.program import (
+    ACTIVATIONS,
+    CONVOLUTIONS,
+    LINEARS,
+    NORMS,
+    Layer,
+    Program,
+    Sum,
+    is_grouped,
+)
 from cibp_fast.fusion.stages import folded, stages_for
 from cibp_fast.fusion.tracing import check_trace, trace
 from cibp_fast.interval import Interval, may_inspect
-from cibp_fast.layerwise import WIDTHS, Bounds, bounds, check_arguments
+from cibp_fast.layerwise import WIDTHS, Bounds, Moments, bounds, check_arguments
 from cibp_fast.models import Normalize
 from cibp_fast.ops import backends
 from cibp_fast.ops.graph import Code, Parameters, coded, graph
@@ -93,9 +102,16 @@ class FusedNetwork(nn.Module):
         return fuse, (self._model, self.precision, self.backend)
 
     def bounds(
-        self, x: Tensor, box: Interval, width: str = "post", reduction: str = "mean"
+        self,
+        x: Tensor,
+        box: Interval,
+        width: str = "post",
+        reduction: str = "mean",
+        *,
+        moments: bool = False,
     ) -> Bounds:
-        """Computes `cf.bounds(model, x, box, width, reduction)` in one op, with the same result.
+        """Computes `cf.bounds(model, x, box, width, reduction, moments=moments)` in one op, with
+        the same result.
 
         Where there are no kernels for x's device it is that call. Gradients reach the parameters,
         x and box, but there are no second ones. On the CPU, a box made by `Interval.ball(x, eps,
@@ -110,6 +126,7 @@ class FusedNetwork(nn.Module):
             box: Interval of x's shape.
             width: as for cf.bounds; on a GPU all but "post" go layer by layer.
             reduction: as for cf.bounds.
+            moments: as for cf.bounds; on a GPU with them it goes layer by layer.
 
         Raises:
             TypeError: x or box has the wrong type, or a parameter another dtype than x.
@@ -129,10 +146,10 @@ class FusedNetwork(nn.Module):
             )
         if torch.is_autocast_enabled(device.type):
             with torch.autocast(device.type, enabled=False):
-                return self.bounds(x, box, width, reduction)
+                return self.bounds(x, box, width, reduction, moments=moments)
         backend, why_not = self._selected(x)
         if backend == "torch":
-            return self._unfused(why_not, x, box, width, reduction)
+            return self._unfused(why_not, x, box, width, reduction, moments)
         program = self._current_program()
         fast = self.precision == "fast" and backend == "cpu"
         precision = self.precision
@@ -142,19 +159,21 @@ class FusedNetwork(nn.Module):
             if precision == "bf16" and x.dtype != torch.float32:
                 raise ValueError(f"precision='bf16' is for float32 tensors, and x is {x.dtype}")
         layer = needs_graph(program)
-        if layer is not None or width != "post":
+        if layer is not None or width != "post" or moments:
             if backend != "cpu" or not len(x):
-                what = f"width={width!r}" if layer is None else layer.described
+                what = layer.described if layer is not None else f"width={width!r}"
+                if layer is None and moments:
+                    what = "moments=True"
                 why = f"{what} has kernels on the CPU only"
                 if self.backend not in ("auto", "cpu"):
                     raise ValueError(f"backend={self.backend!r} cannot run here: {why}")
-                return self._unfused(why, x, box, width, reduction)
-            return self._graph_bounds(program, x, box, width, reduction == "mean", fast)
+                return self._unfused(why, x, box, width, reduction, moments)
+            return self._graph_bounds(program, x, box, width, reduction == "mean", fast, moments)
         plan, weights, biases = planned(program, x, fast)
         if backend != "cpu":
             precision = "tf32" if self.precision == "fast" else self.precision
             if why_not := self._unchecked(plan, biases, x, precision):
-                return self._unfused(why_not, x, box, width, reduction)
+                return self._unfused(why_not, x, box, width, reduction, moments)
         engine = _engine(backend, precision)
         lower, upper, nominal, ball = _inputs(program, plan, x, box, backend == "cpu")
         mean = reduction == "mean"
@@ -171,9 +190,16 @@ class FusedNetwork(nn.Module):
         return Bounds(Interval._make(lower, upper, logits), widths, head, self.backend)
 
     def _graph_bounds(
-        self, program: Program, x: Tensor, box: Interval, width: str, mean: bool, fast: bool
+        self,
+        program: Program,
+        x: Tensor,
+        box: Interval,
+        width: str,
+        mean: bool,
+        fast: bool,
+        moments: bool,
     ) -> Bounds:
-        """Computes the bounds of any network, and any widths, on the CPU."""
+        """Computes the bounds of any network, and any widths and moments, on the CPU."""
         plan, parameters = planned_graph(program, x, fast)
         streams: Any = box.lower, box.upper, x
         if program.normalize is not None:
@@ -183,17 +209,22 @@ class FusedNetwork(nn.Module):
         streams = [stream.reshape(len(x), *first[1:4]) for stream in streams]
         engine = _engine("cpu", self.precision)
         try:
-            lower, upper, logits, head_lower, head_upper, widths, weight, bias, statistics = graph(
+            results = graph(
                 *(streams[0], streams[1], streams[2], given_statistics(plan, x)),
                 *(plan.code, parameters, mean, engine),
+                moments=moments,
             )
         except RuntimeError:
             _refuse_freed(program)
             raise
+        lower, upper, logits, head_lower, head_upper, widths, weight, bias, *rest = results
+        statistics, means = rest
         update_running_statistics(plan, statistics, len(x))
         head = Head(head_lower, head_upper, weight, bias)
         widths = widths.flatten()[plan.made.counted(WIDTHS[width])]
-        return Bounds(Interval._make(lower, upper, logits), widths, head, self.backend)
+        found = Moments(*means[:, plan.made.bent]) if moments else None
+        box = Interval._make(lower, upper, logits)
+        return Bounds(box, widths, head, self.backend, moments=found)
 
     def _selected(self, x: Tensor) -> tuple[str, str]:
         """Returns the backend for x, and the reason."""
@@ -257,11 +288,13 @@ class FusedNetwork(nn.Module):
         has_bias = tuple(bias is not None for bias in biases)
         return failure("network", plan.numbers, has_bias, batch, precision, x.device)
 
-    def _unfused(self, why: str, x: Tensor, box: Interval, width: str, reduction: str) -> Bounds:
+    def _unfused(
+        self, why: str, x: Tensor, box: Interval, width: str, reduction: str, moments: bool
+    ) -> Bounds:
         """Computes the bounds layer by layer, since the kernels cannot run."""
         if self.precision != "float32":
             raise ValueError(f"precision={self.precision!r} cannot run here: {why}")
-        return bounds(self._model, x, box, width, reduction, backend=self.backend)
+        return bounds(self._model, x, box, width, reduction, backend=self.backend, moments=moments)
 
     def _current_program(self) -> Program:
         """Returns the program of the model as it is now, traced again where that has changed."""
@@ -316,8 +349,9 @@ class GraphPlan(NamedTuple):
 def needs_graph(program: Program) -> Layer | None:
     """Returns a layer for which the network needs the kernels of ops.graph; None: there is none."""
     if program.graph:
-        kinds = (Sum, nn.LeakyReLU)
-        return next(layer for layer, _ in program.calls if type(layer.module) in kinds)
+        kinds = (Sum, *set(ACTIVATIONS) - {nn.ReLU})
+        layers = (layer for layer, _ in program.calls)
+        return next(each for each in layers if type(each.module) in kinds or is_grouped(each))
     return next((norm for norm in program.norms if norm.module.training), None)
 
 
@@ -521,12 +555,15 @@ def fuse(model: nn.Module, precision: str = "float32", backend: str = "auto") ->
     torch's. torch.utils.checkpoint(use_reentrant=False) is taken, and saves nothing more here.
 
     Args:
-        model: Conv2d (groups=1, zero padding), Linear, ReLU, LeakyReLU, Flatten, AvgPool2d and
-            AdaptiveAvgPool2d, BatchNorm, ZeroPad2d, Identity and Dropout (in eval mode), and sums
-            of two values, optionally behind a cibp_fast.models.Normalize, that ends in Linear.
+        model: Conv2d (padded with zeros; in one group, or depthwise with as many outputs as
+            inputs), Linear, ReLU, LeakyReLU, ReLU6, Hardtanh, ELU, CELU, SELU, Sigmoid, Tanh,
+            Flatten, AvgPool2d and AdaptiveAvgPool2d, BatchNorm, ZeroPad2d, Identity and Dropout (in
+            eval mode), and sums of two values, optionally behind a cibp_fast.models.Normalize, that
+            ends in Linear.
             Batch norm in training mode takes the statistics of x, as cf.bounds does: gradients
-            reach x through them, and its running statistics follow. That, sums and LeakyReLU have
-            kernels on the CPU; on a GPU such a network runs layer by layer.
+            reach x through them, and its running statistics follow. That, sums,
+            depthwise convolutions and all activations but ReLU have kernels on the CPU; on a GPU
+            such a network runs layer by layer.
         precision: "float32", or "fast": Winograd convolutions of square kernels where they
             should be faster, with a few times the rounding (docs/training.md, "Precision"), and in
             float32 half the bytes saved for the backward pass, all but the network's input in

@@ -17,6 +17,7 @@ from cibp_fast.fusion.program import (
     Layer,
     Program,
     Sum,
+    is_grouped,
 )
 from cibp_fast.fusion.stages import (
     added_padding,
@@ -27,7 +28,7 @@ from cibp_fast.fusion.stages import (
 )
 from cibp_fast.kernels.shape import Shape
 from cibp_fast.models import Normalize
-from cibp_fast.ops.graph import Edge, Node
+from cibp_fast.ops.graph import NONE, Activation, Edge, Node
 
 NO_PADDING = (0, 0, 0, 0)  # left, right, top, bottom
 
@@ -40,7 +41,7 @@ class _Read(NamedTuple):
     image: tuple[int, ...]  # the same, before flattening
     memory: int  # results that share it have the same number: what changes one changes all
     normed: bool = False  # whether it is behind the value's batch norm
-    slope: float = 1.0
+    activation: Activation = NONE
     padding: tuple[int, ...] = NO_PADDING
 
 
@@ -50,6 +51,7 @@ class Nodes(NamedTuple):
     nodes: tuple[Node, ...]
     norms: list[Layer]  # of the nodes that have one, in their order
     layers: list[tuple[str, int]]  # in their order, kind and place in the widths of `ops.graph`
+    bent: list[int]  # the nodes that ReLU or leaky ReLU follow, in the order of these
 
     def counted(self, kinds: Sequence[str]) -> list[int]:
         """Returns the places in the flattened widths of the layers of these kinds, and the logits.
@@ -91,6 +93,7 @@ class _Builder:
         self.nodes: list[Node] = []
         self.norms: dict[int, Layer] = {}  # by node
         self.layers: list[tuple[str, int, int]] = []  # kind, row and node in the widths
+        self.bent: list[int] = []
 
     def build(self) -> Nodes:
         for call in self.program.calls:
@@ -100,8 +103,9 @@ class _Builder:
             if read.normed != (read.value - 1 in self.norms):
                 raise layer.error("it reads a layer before its batch norm, and others behind it")
         end, last = self.reads[-1], self.program.calls[-1].layer
-        plain = end.slope == 1 and end.value - 1 not in self.norms and end.padding == NO_PADDING
-        if type(last.module) not in LINEARS or not plain or self._is_read(end.value):
+        plain = end.activation == NONE and end.padding == NO_PADDING
+        used = end.value - 1 in self.norms or self._is_read(end.value)
+        if type(last.module) not in LINEARS or not plain or used:
             raise last.error("the network must end in Linear")
         first = [node for node in self.nodes if 0 in _values(node)]
         if len(first) != 1 or first[0].kind != "affine":
@@ -113,7 +117,7 @@ class _Builder:
         layers = [
             (k, row * count + node) for k, row, node in self.layers if (row, node) != (0, count - 1)
         ]
-        return Nodes(tuple(self.nodes), norms, layers)
+        return Nodes(tuple(self.nodes), norms, layers, self.bent)
 
     def _is_read(self, value: int) -> bool:
         return any(value in _values(node) for node in self.nodes)
@@ -121,7 +125,7 @@ class _Builder:
     def _current(self, read: _Read) -> _Read:
         """Returns a result as it is now, where a later call has changed it in place."""
         now = self.changed.get(read.memory, read)
-        return read._replace(value=now.value, normed=now.normed, slope=now.slope)
+        return read._replace(value=now.value, normed=now.normed, activation=now.activation)
 
     def _result(self, layer: Layer, source: _Read, *others: _Read) -> _Read:
         """Returns what a call makes of its sources, and notes where it changes one in place."""
@@ -164,25 +168,25 @@ class _Builder:
 
     def _edge(self, layer: Layer, read: _Read) -> Edge:
         self.uses.append((layer, read))
-        return Edge(read.value, read.slope)
+        return Edge(read.value, read.activation)
 
     def _activated(self, layer: Layer, source: _Read) -> _Read:
-        slope = float(getattr(layer.module, "negative_slope", 0.0))
-        if not 0 <= slope < 1:
-            raise layer.error(f"negative_slope must be at least 0 and below 1, got {slope}")
-        if source.value == 0 or source.slope != 1:
+        activation = activation_of(layer)
+        if source.value == 0 or source.activation != NONE:
             raise layer.error("it must follow a layer with a value of its own")
         noted = ("activation", 2, source.value - 1)
         if noted in self.layers:
             raise layer.error("another activation has the same input")
         self.layers.append(noted)
-        return source._replace(slope=slope)
+        if activation.curve == "leaky":
+            self.bent.append(source.value - 1)
+        return source._replace(activation=activation)
 
     def _normed(self, layer: Layer, source: _Read) -> _Read:
         node = source.value - 1
         if layer.module.running_mean is None:
             raise layer.misfit("it has no running statistics")
-        if node < 0 or source.slope != 1 or node in self.norms:
+        if node < 0 or source.activation != NONE or node in self.norms:
             raise layer.error("it must follow a layer, or a sum, that no other norm follows")
         channels = self.nodes[node].output[0]
         if len(layer.module.running_mean) != channels:
@@ -221,8 +225,45 @@ class _Builder:
         else:
             stage = convolution_stage(Affine(layer, []), source.image, weight, source.padding)
             shape, out = stage.shape, stage.output
+        kind = "affine"
+        if is_grouped(layer):
+            groups = layer.module.groups
+            if (source.image[0], len(weight)) != (groups, groups):
+                raise layer.misfit(f"weight {list(weight.shape)} does not fit its groups {groups}")
+            if source.value == 0:
+                raise layer.error("it is depthwise, and reads the network's input")
+            kind, shape = "depthwise", shape._replace(groups=groups)
         self.layers.append(("affine", 0, len(self.nodes)))
-        return self._add(Node("affine", shape, self._edge(layer, source), fast=self.fast), out)
+        return self._add(Node(kind, shape, self._edge(layer, source), fast=self.fast), out)
+
+
+def activation_of(layer: Layer) -> Activation:
+    """Returns what the kernels compute of an activation. Raises ValueError where it falls."""
+    module, kind = layer.module, type(layer.module)
+    if kind is nn.ReLU:
+        return Activation("leaky", 0.0)
+    if kind is nn.LeakyReLU:
+        slope = float(module.negative_slope)
+        if not 0 <= slope < 1:
+            raise layer.error(f"negative_slope must be at least 0 and below 1, got {slope}")
+        return Activation("leaky", slope)
+    if kind in (nn.Hardtanh, nn.ReLU6):
+        least, most = float(module.min_val), float(module.max_val)
+        if not least <= most:
+            raise layer.misfit(f"min_val must be at most max_val, got {least} and {most}")
+        return Activation("hardtanh", least, most)
+    if kind is nn.SELU:
+        return Activation("exponential", *_SELU)
+    if kind in (nn.ELU, nn.CELU):
+        alpha = float(module.alpha)
+        if not alpha > 0:
+            raise layer.error(f"alpha must be above 0, got {alpha}")
+        return Activation("exponential", alpha, 1 / alpha if kind is nn.CELU else 1.0, 1.0)
+    return Activation("sigmoid" if kind is nn.Sigmoid else "tanh", 0.0)
+
+
+_SCALE = 1.0507009873554804934193349852946  # torch's, of Klambauer et al. (2017)
+_SELU = (_SCALE * 1.6732632423543772848170429916717, 1.0, _SCALE)  # as in Activation
 
 
 def _values(node: Node) -> list[int]:

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,10 @@ from cibp_fast.nn import IntervalConv2d, IntervalLinear
 CONVOLUTIONS = (nn.Conv2d, IntervalConv2d)
 LINEARS = (nn.Linear, IntervalLinear)
 NORMS = {nn.BatchNorm1d: LINEARS, nn.BatchNorm2d: CONVOLUTIONS}  # and what they follow
-ACTIVATIONS = (nn.ReLU, nn.LeakyReLU)
+ACTIVATIONS = (
+    *(nn.ReLU, nn.LeakyReLU, nn.ReLU6, nn.Hardtanh),
+    *(nn.ELU, nn.CELU, nn.SELU, nn.Sigmoid, nn.Tanh),
+)
 POOLS = (nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d)
 
@@ -133,6 +136,24 @@ class Call(NamedTuple):
     sources: tuple[int, ...]  # -1: the model's input
 
 
+T = TypeVar("T")
+
+
+def run_calls(calls: Sequence[Call], given: T, function: Callable[..., T]) -> T:
+    """Returns the last result of `function(call, *results of its sources)`, which runs once a call.
+
+    given: the model's input. A result is kept until its last use.
+    """
+    last = {source: place for place, call in enumerate(calls) for source in call.sources}
+    results, made = {-1: given}, given
+    for place, call in enumerate(calls):
+        made = function(call, *[results[source] for source in call.sources])
+        for source in {each for each in call.sources if last[each] == place}:
+            del results[source]
+        results[place] = made
+    return made
+
+
 @dataclass
 class Affine:
     """Holds a convolution or linear layer, and the layers that go with it."""
@@ -175,11 +196,20 @@ class Program:
     plans: dict[tuple[Any, ...], Any] = field(default_factory=dict)  # what network.py makes of it
 
 
+def is_grouped(layer: Layer) -> bool:
+    """Returns whether it is a convolution of several groups."""
+    return type(layer.module) in CONVOLUTIONS and layer.module.groups != 1
+
+
 def check_plain(layer: Layer) -> None:
     """Raises ValueError where there are no kernels for a convolution of this kind."""
     module = layer.module
-    if module.groups != 1:
-        raise layer.error(f"groups must be 1, got {module.groups}")
+    groups, channels = module.groups, (module.in_channels, module.out_channels)
+    if groups != 1 and channels != (groups, groups):
+        raise layer.error(
+            f"groups must be 1, or as many as input and output channels, got {groups} for "
+            f"{channels[0]} and {channels[1]}"
+        )
     if module.padding_mode != "zeros":
         raise layer.error(f"padding_mode must be 'zeros', got {module.padding_mode!r}")
     if not isinstance(module.padding, str):

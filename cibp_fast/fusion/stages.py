@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cibp_fast.fusion.program import LINEARS, Affine, Layer, Program, check_plain
+from cibp_fast.fusion.program import LINEARS, Affine, Layer, Program, check_plain, is_grouped
 from cibp_fast.kernels.shape import Shape
 from cibp_fast.ops.network import Stage
 
@@ -121,7 +121,8 @@ def _output_size(pool: Layer, size: Sequence[int]) -> tuple[int, ...]:
 def check_fit(layer: Layer, shape: tuple[int, ...], weight: Tensor, bias: Tensor | None) -> None:
     """Raises ValueError where parameters do not fit each other or the layer's input."""
     dims = 1 if type(layer.module) in LINEARS else 3
-    fits = len(shape) == dims and weight.dim() == dims + 1 and weight.shape[1] == shape[0]
+    groups = layer.module.groups if is_grouped(layer) else 1
+    fits = len(shape) == dims and weight.dim() == dims + 1 and weight.shape[1] * groups == shape[0]
     if not fits or 0 in weight.shape:
         raise layer.misfit(f"weight {list(weight.shape)} does not fit inputs {['N', *shape]}")
     if bias is not None and bias.shape != weight.shape[:1]:

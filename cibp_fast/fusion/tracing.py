@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from numbers import Integral
@@ -41,6 +41,7 @@ from cibp_fast.fusion.program import (
     Sum,
     check_plain,
     elsewhere,
+    is_grouped,
 )
 from cibp_fast.interval import Interval
 from cibp_fast.models import Normalize
@@ -49,18 +50,29 @@ from cibp_fast.ops import backends
 _FUNCTIONS: dict[Any, str] = {
     **dict.fromkeys((F.relu, torch.relu, torch.relu_, "relu", "relu_"), "relu"),
     **dict.fromkeys((F.leaky_relu, F.leaky_relu_), "leaky_relu"),
+    F.relu6: "relu6",
+    **dict.fromkeys((F.hardtanh, F.hardtanh_), "hardtanh"),
+    **dict.fromkeys((F.elu, F.elu_), "elu"),
+    **dict.fromkeys((F.celu, torch.celu, F.celu_, torch.celu_), "celu"),
+    **dict.fromkeys((F.selu, torch.selu, F.selu_, torch.selu_), "selu"),
+    **dict.fromkeys((F.sigmoid, torch.sigmoid, "sigmoid"), "sigmoid"),
+    **dict.fromkeys((F.tanh, torch.tanh, "tanh"), "tanh"),
     **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), "add"),
     **dict.fromkeys((torch.flatten, "flatten"), "flatten"),
     **dict.fromkeys((torch.reshape, "reshape"), "reshape"),
     "view": "view",
 }
-_IN_PLACE = (torch.relu_, "relu_", F.leaky_relu_, operator.iadd, "add_")
+_IN_PLACE = (
+    *(torch.relu_, "relu_", operator.iadd, "add_", F.leaky_relu_, F.hardtanh_, F.elu_),
+    *(F.celu_, torch.celu_, F.selu_, torch.selu_),
+)
 _SIZES = {"reshape": "shape", "view": "size"}  # the names of their arguments
 
 _SUPPORTED = (
-    "supported are Conv2d (groups=1, padded with zeros), Linear, ReLU, LeakyReLU, Flatten, "
-    "AvgPool2d and AdaptiveAvgPool2d, BatchNorm, ZeroPad2d, Identity and Dropout, and sums of two, "
-    "behind a cibp_fast.models.Normalize or not, that end in Linear"
+    "supported are Conv2d (padded with zeros, in one group or depthwise), Linear, ReLU, LeakyReLU, "
+    "ReLU6, Hardtanh, ELU, CELU, SELU, Sigmoid, Tanh, Flatten, AvgPool2d and AdaptiveAvgPool2d, "
+    "BatchNorm, ZeroPad2d, Identity and Dropout, and sums of two, behind a "
+    "cibp_fast.models.Normalize or not, that end in Linear"
 )
 
 _LOCK = threading.RLock()  # what a tracing changes in nn.Module is the whole process's
@@ -72,7 +84,31 @@ def trace(model: nn.Module) -> Program:
         return _trace(model)
 
 
+@untraced
+def calls_in(model: nn.Module, is_layer: Callable[[nn.Module], bool]) -> list[Call]:
+    """Returns the calls of a model's forward in their order, of layers of any kind.
+
+    is_layer: says which modules are layers beside those of torch; the others' forwards are traced.
+
+    Raises ValueError where hooks or methods that were replaced would run, and where a trace loses
+    what the forward does; but for whether it does the same for tensors (`forwards.py`).
+    """
+    with _LOCK:
+        _refuse_changed(model)
+        return _calls(model, is_layer)
+
+
 def _trace(model: nn.Module) -> Program:
+    _refuse_changed(model)
+    seen = fingerprint(model)
+    program = _grouped(model, _calls(model))
+    program.fingerprint = seen
+    add_guards(model, program)
+    return program
+
+
+def _refuse_changed(model: nn.Module) -> None:
+    """Raises ValueError where something runs beside the modules' forwards, or in their place."""
     if any(global_hooks()):
         raise ValueError(
             "fuse cannot run global module hooks, and there are some (as "
@@ -91,11 +127,6 @@ def _trace(model: nn.Module) -> Program:
                 "its class has a __call__ or a forward that was put in place of torch's, which "
                 "fuse would not run; cf.bounds would"
             )
-    seen = fingerprint(model)
-    program = _grouped(model, _calls(model))
-    program.fingerprint = seen
-    add_guards(model, program)
-    return program
 
 
 _COMPARED = 4  # examples: layer by layer in torch they take as long as 50 in a fused call
@@ -154,12 +185,20 @@ def _close(a: Any, b: Any) -> bool:
     return torch.allclose(a, b, rtol=0.0, atol=scale, equal_nan=True)
 
 
+class _Proxy(fx.Proxy):
+    """Notes `a += b` as what changes a, which fx takes for `a = a + b`."""
+
+    def __iadd__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+
 class _Tracer(fx.Tracer):
     """Traces a forward, and notes what it does that a graph of its calls does not hold."""
 
-    def __init__(self, gradients: bool) -> None:
+    def __init__(self, gradients: bool, is_layer: Callable[[nn.Module], bool]) -> None:
         super().__init__()
         self.gradients = gradients  # whether they are enabled around the forward
+        self.is_layer = is_layer
         self.lost = ""
         self._modes = torch._C._len_torch_function_stack()
         self._saving = _saved_tensors_hooks()
@@ -170,6 +209,7 @@ class _Tracer(fx.Tracer):
         return (
             isinstance(module, known)
             or type(module) is Normalize
+            or self.is_layer(module)
             or super().is_leaf_module(module, module_qualified_name)
         )
 
@@ -178,6 +218,9 @@ class _Tracer(fx.Tracer):
         defaults.
         """
         return root_fn, [self.root, self.create_proxy("placeholder", "input", (), {})]
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def create_arg(self, a: Any) -> Any:
         plain = isinstance(a, Integral) and not isinstance(a, bool)  # of numpy as well
@@ -304,11 +347,15 @@ def _same(a: Any, b: Any) -> bool:
     return a is b or (type(a) is type(b) and isinstance(a, PLAIN) and a == b)
 
 
-def _calls(model: nn.Module) -> list[Call]:
+def _calls(
+    model: nn.Module, is_layer: Callable[[nn.Module], bool] = lambda module: False
+) -> list[Call]:
     """Returns the calls of the layers in the order of the pass."""
-    if _Tracer(True).is_leaf_module(model, "model"):
+    if _Tracer(True, is_layer).is_leaf_module(model, "model"):
         return [Call(Layer("the model", model), (-1,))]
-    calls, others = (_calls_of(model, _graph(model, gradients)) for gradients in (True, False))
+    calls, others = (
+        _calls_of(model, _graph(model, gradients, is_layer)) for gradients in (True, False)
+    )
     if [(*c.layer.identity, c.sources) for c in calls] != [
         (*c.layer.identity, c.sources) for c in others
     ]:
@@ -323,7 +370,7 @@ def _forward_error(model: nn.Module, why: str) -> ValueError:
     )
 
 
-def _graph(model: nn.Module, gradients: bool) -> fx.Graph:
+def _graph(model: nn.Module, gradients: bool, is_layer: Callable[[nn.Module], bool]) -> fx.Graph:
     """Returns the calls of a model's forward."""
     attributes, in_place = _Attributes(model), _InPlace()
     with ExitStack() as stack:
@@ -332,7 +379,7 @@ def _graph(model: nn.Module, gradients: bool) -> fx.Graph:
         stack.enter_context(torch.set_grad_enabled(gradients))
         for device in filter(torch.is_autocast_enabled, _AUTOCAST):
             stack.enter_context(torch.autocast(device, enabled=False))
-        tracer = _Tracer(gradients)
+        tracer = _Tracer(gradients, is_layer)
         stack.enter_context(in_place)
         stack.enter_context(_patched(tracer))
         failure: Exception | None = None
@@ -395,13 +442,13 @@ def _layer(model: nn.Module, node: fx.Node) -> tuple[Layer, list[Any]]:
         return layer, [source]
     name = _FUNCTIONS.get(node.target)
     inplace = bool(arguments.pop("inplace", node.target in _IN_PLACE))
-    if name == "relu" and len(others) <= 1 and not arguments:
-        inplace |= bool(others and others[0])
-        return Layer(f"the call of {name}", nn.ReLU(inplace)), [source]
-    if name == "leaky_relu" and len(others) <= 2 and arguments.keys() <= {"negative_slope"}:
-        slope = others[0] if others else arguments.get("negative_slope", 0.01)
-        inplace |= bool(others[1:] and others[1])
-        return Layer(f"the call of {name}", nn.LeakyReLU(slope, inplace)), [source]
+    if name in _OF_ACTIVATIONS:
+        kind, *names = _OF_ACTIVATIONS[name]
+        given = dict(zip((*names, "inplace"), others, strict=False))
+        if len(others) <= len(names) + 1 and arguments.keys() <= set(names) - given.keys():
+            if given.pop("inplace", False) or inplace:
+                arguments["inplace"] = True
+            return Layer(f"the call of {name}", kind(**given, **arguments)), [source]
     if name == "add":
         second = others[0] if others else arguments.pop("other", None)
         if len(others) <= 1 and not arguments and isinstance(second, fx.Node):
@@ -421,6 +468,20 @@ def _layer(model: nn.Module, node: fx.Node) -> tuple[Layer, list[Any]]:
                 layer = Layer(f"the call of {name}", nn.Flatten(), features if known else None)
                 return layer, [source]
     raise _not_taken(model, node)
+
+
+# of a function its layer, and the names of its arguments between the input and "inplace"
+_OF_ACTIVATIONS: dict[Any, Any] = {
+    "relu": (nn.ReLU,),
+    "leaky_relu": (nn.LeakyReLU, "negative_slope"),
+    "relu6": (nn.ReLU6,),
+    "hardtanh": (nn.Hardtanh, "min_val", "max_val"),
+    "elu": (nn.ELU, "alpha"),
+    "celu": (nn.CELU, "alpha"),
+    "selu": (nn.SELU,),
+    "sigmoid": (nn.Sigmoid,),
+    "tanh": (nn.Tanh,),
+}
 
 
 def _is_size(value: Any) -> bool:
@@ -457,7 +518,8 @@ def _grouped(model: nn.Module, calls: list[Call]) -> Program:
     program = Program(model, calls)
     chain = all(call.sources == (place - 1,) for place, call in enumerate(calls))
     activations = {type(call.layer.module) for call in calls} & set(ACTIVATIONS)
-    program.graph = not chain or nn.LeakyReLU in activations
+    grouped = any(is_grouped(call.layer) for call in calls)
+    program.graph = not chain or grouped or bool(activations - {nn.ReLU})
     if program.graph:
         _sort(program)
     else:

@@ -1,6 +1,7 @@
 """A network that is more than a chain as one torch op, on the CPU (csrc/cpu/network/graph.h).
 
-Batch norm in training mode, sums of two branches, leaky ReLU. As in network.py, the op names its
+Batch norm in training mode, sums of two branches, depthwise convolutions, activations that do not
+fall. As in network.py, the op names its
 engine, since what it saves is laid out for that.
 """
 
@@ -21,23 +22,44 @@ from cibp_fast.ops import backends
 from cibp_fast.ops.library import library
 from cibp_fast.ops.network import build_of, saved_bytes
 
-__all__ = ["Edge", "Node", "graph"]
+__all__ = ["NONE", "Activation", "Edge", "Node", "graph"]
 
-KINDS = ("affine", "pool", "sum")
+KINDS = ("affine", "pool", "sum", "depthwise")
+MOMENTS = 8  # as in csrc/cpu/network/moments.h
+
+
+CURVES = ("leaky", "hardtanh", "exponential", "sigmoid", "tanh")
+
+
+class Activation(NamedTuple):
+    """Names a function that does not fall: of one of CURVES, and what it depends on.
+
+    leaky: x where x > 0, a x elsewhere; a = 0 is ReLU, 1 none. hardtanh: x within [a, b], and the
+    nearer end elsewhere. exponential: c x where x > 0, a (exp(b x) - 1) elsewhere.
+    """
+
+    curve: str = "leaky"
+    a: float = 1.0
+    b: float = 0.0
+    c: float = 0.0
+
+
+NONE = Activation()
 
 
 class Edge(NamedTuple):
-    """Names what a node reads: a value behind an activation, x where x > 0 and slope x elsewhere.
+    """Names what a node reads: a value behind an activation.
 
-    value: 0 is what the network is given, k + 1 what node k makes. slope: 0 is ReLU, 1 none.
+    value: 0 is what the network is given, k + 1 what node k makes.
     """
 
     value: int
-    slope: float = 1.0
+    activation: Activation = NONE
 
 
 class Node(NamedTuple):
-    """Describes what makes a value of others: an affine layer, average pooling or a sum of two.
+    """Describes what makes a value of others: an affine layer, average pooling, a sum of two, or a
+    depthwise convolution, which has as many groups as channels.
 
     Batch norm may follow, with the statistics of the batch or, where it is fixed, with given ones.
     The layers are as in `Stage`.
@@ -54,7 +76,7 @@ class Node(NamedTuple):
 
     @property
     def weighted(self) -> bool:
-        return self.kind == "affine"
+        return self.kind in ("affine", "depthwise")
 
     @property
     def output(self) -> tuple[int, ...]:
@@ -71,25 +93,29 @@ def coded(nodes: Sequence[Node]) -> Code:
     for node in nodes:
         shape, b = node.shape, node.b or Edge(0)
         pairs = chain(shape.stride, shape.padding, shape.dilation)
-        flags = KINDS.index(node.kind), node.a.value, b.value, node.norm, node.fixed, node.fast
-        whole.append((*shape[1:9], *pairs, shape.groups, *map(int, flags)))
-        reals.append((node.a.slope, b.slope, node.eps))
+        flags = KINDS.index(node.kind), node.norm, node.fixed, node.fast
+        edges = [(each.value, CURVES.index(each.activation.curve)) for each in (node.a, b)]
+        whole.append((*shape[1:9], *pairs, shape.groups, *map(int, flags), *chain(*edges)))
+        reals.append((*node.a.activation[1:], *b.activation[1:], node.eps))
     return tuple(chain.from_iterable(whole)), tuple(chain.from_iterable(reals))
 
 
 @lru_cache(maxsize=256)
 def decoded(code: Code) -> tuple[Node, ...]:
     """Returns the nodes that `coded` was given."""
-    whole, reals, size = *code, 8 + 6 + 1 + 6
+    whole, reals, size = *code, 8 + 6 + 1 + 4 + 4
     nodes = []
     for number, at in enumerate(range(0, len(whole), size)):
         sizes, pairs = whole[at : at + 8], whole[at + 8 : at + 14]
-        groups, kind, a, b, norm, fixed, fast = whole[at + 14 : at + size]
-        slope_a, slope_b, eps = reals[3 * number : 3 * number + 3]
+        groups, kind, norm, fixed, fast, a, curve_a, b, curve_b = whole[at + 14 : at + size]
+        *numbers, eps = reals[7 * number : 7 * number + 7]
         shape = Shape(1, *sizes, pairs[:2], pairs[2:4], pairs[4:], groups)
-        second = Edge(b, slope_b) if KINDS[kind] == "sum" else None
+        first = Edge(a, Activation(CURVES[curve_a], *numbers[:3]))
+        second = Edge(b, Activation(CURVES[curve_b], *numbers[3:]))
         flags = bool(norm), bool(fixed), eps, bool(fast)
-        nodes.append(Node(KINDS[kind], shape, Edge(a, slope_a), second, *flags))
+        nodes.append(
+            Node(KINDS[kind], shape, first, second if KINDS[kind] == "sum" else None, *flags)
+        )
     return tuple(nodes)
 
 
@@ -111,6 +137,7 @@ def graph(
     parameters: Parameters,
     mean: bool,
     engine: str,
+    moments: bool = False,
 ) -> tuple[Any, ...]:
     """Runs all nodes, on tensors that the engine takes; nothing is checked.
 
@@ -122,17 +149,22 @@ def graph(
             has what else holds.
         mean: whether the widths are means over the units too, or over the batch only.
         engine: as of `ops.network`.
+        moments: whether they are wanted.
 
     Returns:
         lower', upper', nominal': [N, classes]; what the last node reads as lower, upper: [N,
         features]; [3, nodes], the mean or sum of (upper - lower)^2 over what each node makes (0 of
         pooling and sums), over its value, behind its norm, and over that behind the activation with
-        which it is read, or 0; copies of the last node's weight and bias; and the statistics with
-        those of the batch, variances biased, without a gradient.
+        which it is read, or 0; copies of the last node's weight and bias; the statistics with
+        those of the batch, variances biased, without a gradient; and [MOMENTS, nodes] float64, of
+        the box of each node's value, behind its norm, if it is read with an activation, else 0 (or
+        of no elements, if not wanted): with center c, radius r and bounds l, u the means over batch
+        and units of r, c, [l > 0], c [l > 0], c^2 [l > 0], [u < 0], c [u < 0] and c^2 [u < 0].
     """
     counts = len(parameters.weights), len(parameters.gammas)
     streams = lower, upper, nominal
-    return _Graph.apply(code, counts, mean, engine, statistics, *streams, *chain(*parameters))
+    options = mean, engine, moments
+    return _Graph.apply(code, counts, options, statistics, *streams, *chain(*parameters))
 
 
 class _Graph(torch.autograd.Function):
@@ -141,17 +173,16 @@ class _Graph(torch.autograd.Function):
         ctx: Any,
         code: Code,
         counts: tuple[int, int],
-        mean: bool,
-        engine: str,
+        options: tuple[bool, str, bool],
         given: Tensor,
         lower: Tensor,
         upper: Tensor,
         nominal: Tensor,
         *tensors: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        parameters = _divided(tensors, counts)
-        *outputs, statistics, packed = torch.ops.cibp_fast.graph_forward(
-            lower, upper, nominal, given, *parameters, *code, engine, mean
+        parameters, (mean, engine, wants_moments) = _divided(tensors, counts), options
+        *outputs, moments, statistics, packed = torch.ops.cibp_fast.graph_forward(
+            lower, upper, nominal, given, *parameters, *code, engine, mean, wants_moments
         )
         weights, _, gammas, betas = parameters
         saved = (*outputs[:2], statistics, packed, *weights, *gammas, *betas)
@@ -160,7 +191,8 @@ class _Graph(torch.autograd.Function):
         ctx.mark_non_differentiable(statistics)
         ctx.code, ctx.counts, ctx.mean, ctx.engine = code, counts, mean, engine
         weight, bias = weights[-1], parameters.biases[-1]
-        return *outputs, weight.clone(), None if bias is None else bias.clone(), statistics
+        bias = None if bias is None else bias.clone()
+        return *outputs, weight.clone(), bias, statistics, moments
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
@@ -169,10 +201,11 @@ class _Graph(torch.autograd.Function):
         lower_out, upper_out, statistics, packed, *tensors = ctx.saved_tensors
         count, norms = ctx.counts
         weights, gammas = tensors[:count], tensors[count : count + norms]
-        *of_outputs, head_weight, head_bias, _ = gradients
-        wanted = ctx.needs_input_grad[5:]
+        *of_outputs, head_weight, head_bias, _, of_moments = gradients
+        wanted = ctx.needs_input_grad[4:]
         inputs, found = torch.ops.cibp_fast.graph_backward(
             *of_outputs,
+            of_moments,
             lower_out,
             upper_out,
             statistics,
@@ -190,7 +223,7 @@ class _Graph(torch.autograd.Function):
             if gradient is not None and wanted[3:][place]:
                 found[place].add_(gradient)
         grads = (g if want else None for g, want in zip((*inputs, *found), wanted, strict=True))
-        return None, None, None, None, None, *grads
+        return None, None, None, None, *grads
 
 
 def _divided(tensors: Sequence[Any], counts: tuple[int, int]) -> Parameters:
@@ -211,14 +244,15 @@ def _divided(tensors: Sequence[Any], counts: tuple[int, int]) -> Parameters:
 library.define(
     "graph_forward(Tensor lower, Tensor upper, Tensor nominal, Tensor given, Tensor[] weights, "
     "Tensor?[] biases, Tensor?[] gammas, Tensor?[] betas, int[] whole, float[] reals, str engine, "
-    "bool mean=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "bool mean=False, bool moments=False) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 library.define(
     "graph_backward(Tensor? grad_lower, Tensor? grad_upper, Tensor? grad_nominal, "
-    "Tensor? grad_head_lower, Tensor? grad_head_upper, Tensor? grad_widths, Tensor lower_out, "
-    "Tensor upper_out, Tensor statistics, Tensor packed, Tensor[] weights, Tensor?[] gammas, "
-    "Tensor?[] betas, int[] whole, float[] reals, bool wants_input, bool[] wants_parameters, "
-    "str engine, bool mean=False) -> (Tensor[], Tensor[])"
+    "Tensor? grad_head_lower, Tensor? grad_head_upper, Tensor? grad_widths, Tensor? grad_moments, "
+    "Tensor lower_out, Tensor upper_out, Tensor statistics, Tensor packed, Tensor[] weights, "
+    "Tensor?[] gammas, Tensor?[] betas, int[] whole, float[] reals, bool wants_input, "
+    "bool[] wants_parameters, str engine, bool mean=False) -> (Tensor[], Tensor[])"
 )
 
 
@@ -253,7 +287,8 @@ def _plan(code: Code, batch: int, engine: str, dtype: torch.dtype) -> _Plan:
     nodes, (build, stored) = decoded(code), build_of(engine, dtype)
 
     def edge(given: Edge | None) -> Any:
-        return build.Edge(**(given or Edge(0))._asdict())
+        value, (curve, *numbers) = given or Edge(0)
+        return build.Edge(value=value, curve=getattr(build.Curve, curve), numbers=numbers)
 
     made = [
         build.Node(
@@ -271,11 +306,16 @@ def _plan(code: Code, batch: int, engine: str, dtype: torch.dtype) -> _Plan:
     return _Plan(nodes, getattr(build, f"Graph_{stored}")(made), build)
 
 
-def _forward_outputs(nominal: Tensor, nodes: Sequence[Node]) -> list[Tensor]:
+def _forward_outputs(nominal: Tensor, nodes: Sequence[Node], moments: bool) -> list[Tensor]:
     batch, last = nominal.shape[0], nodes[-1].shape
     classes, features = last.out_channels, prod(last[1:4])
     outputs = [nominal.new_empty(batch, size) for size in (classes,) * 3 + (features,) * 2]
-    return [*outputs, nominal.new_empty(3, len(nodes))]
+    sizes = (MOMENTS if moments else 0, len(nodes))
+    return [
+        *outputs,
+        nominal.new_empty(3, len(nodes)),
+        nominal.new_empty(sizes, dtype=torch.float64),
+    ]
 
 
 def _backward_outputs(
@@ -296,22 +336,24 @@ def _backward_outputs(
 
 @torch.library.register_fake("cibp_fast::graph_forward", lib=library)
 def _graph_forward_fake(  # type: ignore[no-untyped-def]
-    lower, upper, nominal, given, weights, biases, gammas, betas, whole, reals, engine, mean=False
-):
+    lower, upper, nominal, given, weights, biases, gammas, betas, whole, reals, engine, mean=False,
+    moments=False,
+):  # fmt: skip
     code, batch = (tuple(whole), tuple(reals)), nominal.shape[0]
     size = saved_bytes(_plan(code, 1, engine, nominal.dtype).network, batch)
-    outputs = _forward_outputs(nominal, decoded(code))
+    outputs = _forward_outputs(nominal, decoded(code), moments)
     return *outputs, torch.empty_like(given), nominal.new_empty(size, dtype=torch.uint8)
 
 
 @torch.library.impl(library, "graph_forward", "CPU")
 def _graph_forward_kernel(  # type: ignore[no-untyped-def]
-    lower, upper, nominal, given, weights, biases, gammas, betas, whole, reals, engine, mean=False
-):
+    lower, upper, nominal, given, weights, biases, gammas, betas, whole, reals, engine, mean=False,
+    moments=False,
+):  # fmt: skip
     streams = {"lower": lower, "upper": upper, "nominal": nominal}
     backends.refuse_freed("graph", **streams, weights=weights, biases=biases)
     plan = _plan((tuple(whole), tuple(reals)), len(nominal), engine, nominal.dtype)
-    outputs, statistics = _forward_outputs(nominal, plan.nodes), given.clone()
+    outputs, statistics = _forward_outputs(nominal, plan.nodes, moments), given.clone()
     kept = [[None if t is None else t.contiguous() for t in each]
             for each in (weights, biases, gammas, betas)]  # fmt: skip
     packed = torch.frombuffer(plan.build.Buffer(plan.network.saved_bytes), dtype=torch.uint8)
@@ -321,7 +363,8 @@ def _graph_forward_kernel(  # type: ignore[no-untyped-def]
         [(t.data_ptr(), *t.stride()) for t in (lower, upper, nominal)],
         mean,
         packed.data_ptr(),
-        [t.data_ptr() for t in outputs],
+        [t.data_ptr() for t in outputs[:-1]],
+        outputs[-1].data_ptr() if moments else 0,
         plan.statistics(statistics),
     )
     return *outputs, statistics, packed
@@ -329,9 +372,9 @@ def _graph_forward_kernel(  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("cibp_fast::graph_backward", lib=library)
 def _graph_backward_fake(  # type: ignore[no-untyped-def]
-    grad_lower, grad_upper, grad_nominal, head_lower, head_upper, grad_widths, lower_out, upper_out,
-    statistics, packed, weights, gammas, betas, whole, reals, wants_input, wants_parameters, engine,
-    mean=False,
+    grad_lower, grad_upper, grad_nominal, head_lower, head_upper, grad_widths, grad_moments,
+    lower_out, upper_out, statistics, packed, weights, gammas, betas, whole, reals, wants_input,
+    wants_parameters, engine, mean=False,
 ):  # fmt: skip
     nodes = decoded((tuple(whole), tuple(reals)))
     return _backward_outputs(lower_out, nodes, weights, wants_input, wants_parameters)
@@ -339,9 +382,9 @@ def _graph_backward_fake(  # type: ignore[no-untyped-def]
 
 @torch.library.impl(library, "graph_backward", "CPU")
 def _graph_backward_kernel(  # type: ignore[no-untyped-def]
-    grad_lower, grad_upper, grad_nominal, head_lower, head_upper, grad_widths, lower_out, upper_out,
-    statistics, packed, weights, gammas, betas, whole, reals, wants_input, wants_parameters, engine,
-    mean=False,
+    grad_lower, grad_upper, grad_nominal, head_lower, head_upper, grad_widths, grad_moments,
+    lower_out, upper_out, statistics, packed, weights, gammas, betas, whole, reals, wants_input,
+    wants_parameters, engine, mean=False,
 ):  # fmt: skip
     backends.refuse_freed("graph", lower=lower_out, upper=upper_out, weights=weights)
     batch = len(lower_out)
@@ -360,6 +403,8 @@ def _graph_backward_kernel(  # type: ignore[no-untyped-def]
         *(dense(g, features) if through_head else None for g in (head_lower, head_upper)),
         None if grad_widths is None else grad_widths.contiguous(),
     ]
+    if grad_moments is not None:
+        grad_moments = grad_moments.contiguous()
     kept = [[None if t is None else t.contiguous() for t in each]
             for each in (weights, gammas, betas)]  # fmt: skip
     targets = _divided(found, (len(weights), len(gammas)))
@@ -370,6 +415,7 @@ def _graph_backward_kernel(  # type: ignore[no-untyped-def]
         packed.data_ptr(),
         plan.statistics(statistics),
         [0 if t is None else t.data_ptr() for t in tensors],
+        0 if grad_moments is None else grad_moments.data_ptr(),
         [t.data_ptr() if wants_input else 0 for t in inputs],
         [*map(plan.weighted, targets[:2]), *map(plan.normed, targets[2:])],
     )

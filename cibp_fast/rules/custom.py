@@ -134,6 +134,11 @@ def sound_rule(kind: type[nn.Module]) -> Rule | None:
     return own.rule if own is not None and own.sound and kind.forward is own.forward else None
 
 
+def has_rule(kind: type[nn.Module]) -> bool:
+    """Returns whether a user registered a rule, sound or not, for a class of modules."""
+    return kind in _OWN
+
+
 def _targets(name: str, function: Callable[..., Any]) -> tuple[Callable[..., Any], ...]:
     """Returns the functions that torch asks with for the rule of a function."""
     named = tuple(dict.fromkeys(functions(getattr(function, "__name__", ""))))

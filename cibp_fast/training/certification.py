@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from cibp_fast._graphs import enough_memory
 from cibp_fast.certificates import Certificate, certify, evaluation
 from cibp_fast.environment import hardware, versions
+from cibp_fast.fusion.program import Sum
 from cibp_fast.models import Normalize
 from cibp_fast.ops import backends
-from cibp_fast.soundness import chain
+from cibp_fast.soundness import graph
 from cibp_fast.training import runs
 from cibp_fast.training.config import counted
 from cibp_fast.training.datasets import Split
@@ -111,14 +112,28 @@ def layers(model: nn.Module, semantics: str = "real") -> list[dict[str, Any]]:
     """Returns the layers of a network in their order, as result.json lists them.
 
     Each is {"layer": kind, ...}: names of its tensors in the model's state_dict, and its settings.
+    "of" has the places in the list, from 0, of those whose results it takes; -1: the input. Where
+    it is left out, that is the one before.
 
     Raises ValueError for a layer without a sound rule in these semantics (`certify`), or without a
     name in the format.
     """
     with evaluation(model):
-        found = chain(model, semantics == "float32").layers
+        calls = graph(model, semantics == "float32").calls
     names = {module: name for name, module in model.named_modules()}
-    return [each for layer in found for each in _layer(layer, names[layer])]
+    specs: list[dict[str, Any]] = []
+    places = {-1: -1}  # of the results of calls
+    for place, ((name, layer, _), sources) in enumerate(calls):
+        of = [places[source] for source in sources]
+        if isinstance(layer, Sum):
+            made: list[dict[str, Any]] = [{"layer": "add"}]
+        else:
+            made = _layer(layer, names.get(layer, name))
+        if made and of != [len(specs) - 1]:
+            made[0]["of"] = of
+        specs += made
+        places[place] = len(specs) - 1 if made else of[0]
+    return specs
 
 
 def _layer(layer: Any, name: str) -> list[dict[str, Any]]:

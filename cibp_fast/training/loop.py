@@ -221,7 +221,7 @@ def _trained(training: _Training, run_dir: Path) -> dict[str, Any]:
     training.install()
     processes.of_first(lambda: runs.write_model(run_dir, training.model))
     train_seconds = training.seconds
-    semantics = provable(training.model)
+    semantics = provable(training.model, training.dataset.test, config)
     try:
         errors = evaluate(
             training.model,

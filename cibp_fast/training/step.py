@@ -369,12 +369,14 @@ class Step:
             world_size=self.processes.size,
         )
         end = epoch * self.epoch_steps
-        self._following = zip(batches, range(end - self.epoch_steps + first, end), strict=True)
+        steps = range(end - self.epoch_steps + first, end)
+        self._following = zip(
+            batches, [(at, [each(at) for each in self.schedules]) for at in steps], strict=True
+        )
 
     def __call__(self) -> None:
         """Takes the step of the next batch."""
-        (pixels, y), at = next(self._following)
-        eps, kappa, lr = (each(at) for each in self.schedules)
+        (pixels, y), (at, (eps, kappa, lr)) = next(self._following)
         if isinstance(self.config, OwnConfig):
             self._seed(at)
         x, start = self.prepare(pixels), None

@@ -40,9 +40,9 @@ def test_the_table_of_the_epochs(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert printed.count("first epoch") == 2 and "loss" not in printed
 
 
-def _tiny(in_shape: tuple[int, ...], padding: str) -> nn.Sequential:
+def _tiny(in_shape: tuple[int, ...], classes: int, padding: str) -> nn.Sequential:
     convolution = nn.Conv2d(1, 3, 5, stride=4)
-    return nn.Sequential(convolution, nn.ReLU(), nn.Flatten(), nn.Linear(3 * 6 * 6, 10))
+    return nn.Sequential(convolution, nn.ReLU(), nn.Flatten(), nn.Linear(3 * 6 * 6, classes))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of Triton's interpreter")

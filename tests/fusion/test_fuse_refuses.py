@@ -106,9 +106,12 @@ FC, CONV = nn.Linear(8, 3), nn.Conv2d(2, 2, 1)
 MODES = {"padding_mode": "circular"}
 
 MODELS: dict[str, tuple[Callable[[], nn.Module] | tuple[nn.Module, ...], str]] = {
-    "activation": ((nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), r"1 \(Tanh\)"),
+    "activation": ((nn.Linear(4, 5), nn.SiLU(), nn.Linear(5, 3)), r"1 \(SiLU\)"),
     "nested": ((nn.Sequential(nn.MaxPool2d(2)), FC), r"0\.0 \(MaxPool2d\)"),
-    "groups": ((nn.Conv2d(2, 2, 1, groups=2), nn.Flatten(), FC), r"0 \(Conv2d\): groups"),
+    "groups": (
+        (nn.Conv2d(2, 6, 1), nn.ReLU(), nn.Conv2d(6, 2, 1, groups=2), nn.Flatten(), FC),
+        r"2 \(Conv2d\): groups must be 1, or as many as .* channels, got 2 for 6 and 2",
+    ),
     "mode": ((nn.Conv2d(2, 2, 1, **MODES), nn.Flatten(), FC), r"0 \(Conv2d\): padding_mode"),
     "subclass": ((OwnLinear(4, 3),), r"0 \(OwnLinear\)"),
     "parametrized": (

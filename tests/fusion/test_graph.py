@@ -20,10 +20,11 @@ import cibp_fast as cf
 from cibp_fast import Interval
 from cibp_fast.fusion.network import needs_graph
 from cibp_fast.kernels.shape import Shape
-from cibp_fast.ops.graph import Edge, Node, coded, decoded
+from cibp_fast.ops.graph import Activation, Edge, Node, coded, decoded
 from cibp_fast.ops.network import cpu_engine
 
 F32 = torch.float32
+RELU = Activation("leaky", 0.0)
 
 
 def close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
@@ -93,6 +94,26 @@ class PreActivation(nn.Module):
         return self.end(torch.flatten(x, 1))
 
 
+class Curves(nn.Module):
+    """Calls activations by torch's functions and methods."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(9))
+        self.end = nn.Linear(6, 3)
+
+    def forward(self, x: Any) -> Any:
+        x = self.layers[0](x).sigmoid()
+        x = torch.tanh(self.layers[1](x))
+        x = F.elu(self.layers[2](x), 0.5) + x
+        x = F.celu(self.layers[3](x), alpha=2.0, inplace=True)
+        x = torch.selu_(self.layers[4](x))
+        x = F.relu6(self.layers[5](x), True)
+        x = F.hardtanh(self.layers[6](x), -0.5, max_val=0.3)
+        x = F.leaky_relu(self.layers[7](x), negative_slope=0.3)
+        return self.end(F.elu_(self.layers[8](x)))
+
+
 def convolutional(*layers: nn.Module) -> nn.Module:
     """Returns the layers of images [2, 8, 7], a hidden linear one with a norm, and a last one."""
     features = nn.Sequential(*layers, nn.Flatten())
@@ -134,12 +155,26 @@ NETS: dict[str, Callable[[], nn.Module]] = {
         nn.AdaptiveAvgPool2d(1),
     ),
     "pre-activation": lambda: with_signs(PreActivation(5)),
+    "depthwise": lambda: convolutional(
+        *(nn.Conv2d(2, 19, 3), nn.BatchNorm2d(19), nn.ReLU()),
+        *(nn.Conv2d(19, 19, 3, 2, padding=1, groups=19, bias=False), nn.BatchNorm2d(19), nn.ReLU()),
+        *(nn.Conv2d(19, 7, 1), nn.BatchNorm2d(7), nn.LeakyReLU(0.1)),
+        *(nn.Conv2d(7, 7, (2, 3), padding=(2, 1), dilation=(2, 1), groups=7), nn.ReLU()),
+        *(nn.Conv2d(7, 7, 3, (3, 1), padding=2, groups=7), nn.AvgPool2d(2, 1)),
+    ),
+    # torch divides by alpha in float32 in CELU's gradient: here by a power of two
+    "curves": lambda: convolutional(
+        *(nn.Conv2d(2, 5, 3), nn.Sigmoid(), nn.Conv2d(5, 6, 1), nn.Tanh(), nn.Conv2d(6, 4, 2)),
+        *(nn.ELU(0.7), nn.Conv2d(4, 6, 1), nn.CELU(2.0), nn.Conv2d(6, 5, 2), nn.BatchNorm2d(5)),
+        *(nn.SELU(), nn.Conv2d(5, 4, 1), nn.ReLU6(), nn.Conv2d(4, 4, 1), nn.Hardtanh(-0.2, 0.6)),
+    ),
+    "curves of functions": lambda: with_signs(Curves()),
     "dense": lambda: with_signs(
         nn.Sequential(nn.Flatten(), nn.Linear(60, 40), nn.BatchNorm1d(40), nn.ReLU(),
                       nn.Linear(40, 7), nn.LeakyReLU(0.3), nn.Linear(7, 3))
     ).train(),
 }  # fmt: skip
-SHAPES = {"pre-activation": (2, 6, 5), "dense": (3, 5, 4)}
+SHAPES = {"curves of functions": (6,), "pre-activation": (2, 6, 5), "dense": (3, 5, 4)}
 
 
 def made(name: str) -> tuple[nn.Module, tuple[int, ...]]:
@@ -166,35 +201,86 @@ def test_networks(isa: str, name: str, training: bool) -> None:
         torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-12, atol=1e-13)
 
 
+def any_network(name: str) -> tuple[nn.Module, tuple[int, ...]]:
+    if name == "chain":
+        return small(), (2, 9, 7)
+    if name == "a norm of a sum":
+        model = with_signs(Two(lambda m, x: m.end(F.relu(m.norm(m.c(y := m.a(x)) + y)).flatten(1))))
+        del model.b
+        return model, (2, 8, 7)
+    return made(name)
+
+
+def check_alone(
+    model: nn.Module, shape: tuple[int, ...], read: Callable[..., Tensor], loss: Any
+) -> None:
+    """Checks what `read` makes of bounds, and gradients from it alone, against cf.bounds."""
+    leaves = [t.clone().requires_grad_() for t in inputs(4, *shape)]
+    box = Interval(*leaves[1:], validate=False)
+    found = []
+    for bounds in (cf.fuse(model).bounds, lambda *a, **k: cf.bounds(model, *a, **k)):
+        values = read(bounds, leaves[0], box)
+        wanted = [*leaves, *model.parameters()]
+        found.append([values.detach(), *torch.autograd.grad(loss(values), wanted, allow_unused=True,
+                                                            materialize_grads=True)])  # fmt: skip
+    least = max(float(g.abs().max()) for g in found[1][1:])
+    for one, other in zip(*found, strict=True):
+        scale = max(least, float(other.abs().max()))
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10 * scale)
+
+
 @pytest.mark.parametrize("width", ["pre", "all"])
 @pytest.mark.parametrize("name", [*NETS, "a norm of a sum", "chain"])
 def test_widths(name: str, width: str) -> None:
-    """Checks widths of all layers, and gradients that come from them alone, against cf.bounds."""
-    if name == "chain":
-        model, shape = small(), (2, 9, 7)
-    elif name == "a norm of a sum":
-        model = with_signs(Two(lambda m, x: m.end(F.relu(m.norm(m.c(y := m.a(x)) + y)).flatten(1))))
-        del model.b
-        shape = (2, 8, 7)
-    else:
-        model, shape = made(name)
+    """Checks widths of all layers."""
+    model, shape = any_network(name)
     for training in (True, False):
         model.train(training)
-        x, lower, upper = inputs(4, *shape)
         for reduction in ("mean", "sum"):
-            leaves = [t.clone().requires_grad_() for t in (x, lower, upper)]
-            box = Interval(*leaves[1:], validate=False)
-            found = []
-            for bounds in (cf.fuse(model).bounds, lambda *a: cf.bounds(model, *a)):
-                widths = bounds(leaves[0], box, width, reduction).widths
-                loss = (widths * torch.linspace(1, 2, len(widths), dtype=F64)).log().sum()
-                wanted = [*leaves, *model.parameters()]
-                found.append([widths, *torch.autograd.grad(loss, wanted, allow_unused=True,
-                                                           materialize_grads=True)])  # fmt: skip
-            least = max(float(g.abs().max()) for g in found[1][1:])
-            for one, other in zip(*found, strict=True):
-                scale = max(least, float(other.abs().max()))
-                torch.testing.assert_close(one, other, rtol=0, atol=1e-10 * scale)
+            check_alone(
+                model,
+                shape,
+                lambda bounds, x, box, r=reduction: bounds(x, box, width, r).widths,
+                lambda widths: (widths * torch.linspace(1, 2, len(widths), dtype=F64)).log().sum(),
+            )
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", [*NETS, "a norm of a sum", "chain"])
+def test_moments(isa: str, name: str, training: bool) -> None:
+    """Checks the means of the boxes that enter ReLUs, each by itself and beside the widths."""
+    model, shape = any_network(name)
+    model.train(training)
+
+    def read(bounds: Any, x: Tensor, box: Interval) -> Tensor:
+        out = bounds(x, box, "all", moments=True)
+        assert len(out.moments.radius) > 0 and out.moments.radius.dtype == F64
+        return torch.cat([*out.moments, out.widths])
+
+    def loss(values: Tensor) -> Tensor:
+        torch.manual_seed(2)
+        return values @ torch.randn(len(values), dtype=F64)
+
+    with poisoned_memory():
+        check_alone(model, shape, read, loss)
+    x, lower, upper = inputs(4, *shape)
+    fused, box = cf.fuse(model), Interval(lower, upper)
+    plain = fused.bounds(x, box)
+    torch.testing.assert_close(fused.bounds(x, box, moments=True).box.upper, plain.box.upper)
+    with pytest.raises(ValueError, match="moments must be asked for"):
+        _ = plain.moments
+
+
+def test_moments_of_masked_units(isa: str) -> None:
+    """Checks units that a bias of -infinity masks: cf.bounds counts them as 0, and inactive."""
+    model, shape = small(), (2, 9, 7)
+    with torch.no_grad():
+        model[0].bias[1] = -torch.inf
+
+    def read(bounds: Any, x: Tensor, box: Interval) -> Tensor:
+        return torch.stack(list(bounds(x, box, moments=True).moments)).flatten()
+
+    check_alone(model, shape, read, lambda values: values.square().sum())
 
 
 def test_plans_of_both_kinds_stay_apart() -> None:
@@ -233,15 +319,20 @@ def networks(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...]]:
     for _ in range(draw(st.integers(1, 4))):
         outputs, stride = draw(st.integers(1, 34)), draw(st.integers(1, 2))
         norm, slope = draw(st.booleans()), draw(st.sampled_from([0.0, 0.1, 0.9]))
+        curve = draw(st.sampled_from([nn.ReLU(), nn.LeakyReLU(slope), nn.Tanh(), nn.ELU()]))
         if layers and draw(st.booleans()):
             outputs = draw(st.sampled_from([channels, outputs]))
             block: list[nn.Module] = [Residual(channels, outputs, stride, norm, slope)]
         else:
             kernel, padding = draw(pairs(1, 3)), draw(pairs(0, 2))
-            bias = draw(st.booleans())
-            block = [nn.Conv2d(channels, outputs, kernel, stride, padding, bias=bias)]
+            bias, groups = draw(st.booleans()), 1
+            if layers and draw(st.booleans()):
+                outputs = groups = channels
+            block = [
+                nn.Conv2d(channels, outputs, kernel, stride, padding, groups=groups, bias=bias)
+            ]
             block += [nn.BatchNorm2d(outputs)] * norm
-            block += [draw(st.sampled_from([nn.ReLU(), nn.LeakyReLU(slope), nn.Identity()]))]
+            block += [draw(st.sampled_from([curve, nn.Identity()]))]
         try:
             image = nn.Sequential(*block).eval()(image)
         except RuntimeError:  # the kernel is larger than the image
@@ -582,6 +673,21 @@ REFUSED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
 }
 
 
+def test_depthwise_layers_that_do_not_fit() -> None:
+    def call(*layers: nn.Module) -> None:
+        x = torch.rand(3, 2, 4, 4)
+        cf.fuse(nn.Sequential(*layers, nn.Flatten(), nn.Linear(32, 3))).bounds(
+            x, Interval.ball(x, 0.1)
+        )
+
+    first, own = nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1, groups=2, bias=False)
+    with pytest.raises(ValueError, match="it is depthwise, and reads the network's input"):
+        call(own)
+    own.weight = nn.Parameter(torch.rand(4, 1, 1, 1))
+    with pytest.raises(ValueError, match=r"weight \[4, 1, 1, 1\] does not fit its groups 2"):
+        call(first, own)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_forwards(name: str) -> None:
     body, message = REFUSED[name]
@@ -624,8 +730,8 @@ def test_the_code_of_nodes() -> None:
     shape = Shape(1, 3, 9, 8, 5, 4, 4, 3, 2, (2, 1), (1, 0), (1, 2))
     nodes = (
         Node("affine", shape, Edge(0), norm=True, fixed=True, eps=1e-3, fast=True),
-        Node("sum", shape, Edge(1, 0.0), Edge(1, 0.25)),
-        Node("pool", shape._replace(groups=5), Edge(2)),
+        Node("sum", shape, Edge(1, RELU), Edge(1, Activation("leaky", 0.25))),
+        Node("pool", shape._replace(groups=5), Edge(2, Activation("exponential", 0.5, 2.0, 3.0))),
     )
     assert decoded(coded(nodes)) == nodes
 
@@ -634,7 +740,7 @@ def test_the_op_is_registered_as_it_runs() -> None:
     """Checks the fake op and the schema by torch's own test."""
     nodes = (
         Node("affine", Shape(1, 2, 5, 4, 3, 5, 4, 3, 3, padding=(1, 1)), Edge(0), norm=True),
-        Node("affine", Shape(1, 3, 5, 4, 2, 1, 1, 5, 4), Edge(1, 0.0)),
+        Node("affine", Shape(1, 3, 5, 4, 2, 1, 1, 5, 4), Edge(1, RELU)),
     )
     x, given = torch.rand(3, 2, 5, 4).double(), torch.zeros(2, 3).double()
     weights = [torch.rand(3, 2, 3, 3).double(), torch.rand(2, 60).double()]

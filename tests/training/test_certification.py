@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from digits import TOY_PRESET, colour, load_toy, toy_dataset
+from residuals import Block
 from torch import Tensor, nn
 
 import cibp_fast as cf
@@ -403,7 +404,10 @@ def test_two_processes_do_not_write_in_one_folder(tmp_path):
 
 def computed(layers: list[dict[str, Any]], state: dict[str, Tensor], x: Tensor) -> Tensor:
     """Computes a network from its description alone."""
-    for layer in layers:
+    results = [x]
+    for place, layer in enumerate(layers):
+        layer = dict(layer)
+        x, *others = (results[source + 1] for source in layer.pop("of", [place - 1]))
         kind = layer["layer"]
         named = {key: name for key, name in layer.items() if isinstance(name, str)}
         values = {key: state[name] for key, name in named.items() if name in state}
@@ -417,6 +421,8 @@ def computed(layers: list[dict[str, Any]], state: dict[str, Tensor], x: Tensor) 
                 x = F.linear(x, **{"bias": None} | values | settings)
             case "relu":
                 x = x.clamp(min=0)
+            case "add":
+                x = x + others[0]
             case "flatten":
                 x = x.flatten(1)
             case "zero_pad2d":
@@ -425,6 +431,7 @@ def computed(layers: list[dict[str, Any]], state: dict[str, Tensor], x: Tensor) 
                 x = F.batch_norm(x, **values, eps=float(Fraction(layer["eps"])))
             case _:
                 x = getattr(F, kind)(x, **settings)
+        results.append(x)
     return x
 
 
@@ -442,6 +449,25 @@ def test_layers_of_the_presets(name):
     found = computed(json.loads(json.dumps(layers)), model.state_dict(), x)
     assert torch.equal(found, model(x))
     assert certification.layers(model, "float32") == layers
+
+
+def test_layers_of_a_residual_network():
+    torch.manual_seed(0)
+    inner = Block(nn.Conv2d(2, 2, 3, padding=1), nn.Sequential(nn.Identity(), nn.Dropout()))
+    body = nn.Sequential(nn.Conv2d(2, 2, 4, padding="same"), nn.BatchNorm2d(2), nn.ReLU(), inner)
+    model = nn.Sequential(
+        *(Block(body, None, nn.ReLU(inplace=True), in_place=True), nn.Flatten()),
+        *(Block(nn.Identity(), nn.Linear(32, 32)), nn.Linear(32, 3)),
+    )
+    model.eval()
+    layers = json.loads(json.dumps(certification.layers(model)))
+    assert layers[1]["weight"] == "0.body.0.weight" and layers[5]["of"] == [3, 4]
+    assert [layer["layer"] for layer in layers] == [
+        *("zero_pad2d", "conv2d", "batch_norm", "relu", "conv2d", "add", "add", "relu"),
+        *("flatten", "linear", "add", "linear"),
+    ]
+    x = torch.rand(2, 2, 4, 4)
+    torch.testing.assert_close(computed(layers, model.state_dict(), x), model(x))
 
 
 def test_layers_of_other_networks():

@@ -106,7 +106,7 @@ def test_eps_by_channel_is_for_ordinary_bounds():
         ({"sound": False, "semantics": "float32"}, ValueError, "it needs sound=True"),
         ({"batch_size": 0}, ValueError, "batch_size must be a whole number, 1 or more, not 0"),
         ({"step": "newton"}, ValueError, "step must be one of sign, adam, not 'newton'"),
-        ({"model": Residual()}, ValueError, "sound"),
+        ({"model": nn.Sequential(nn.Tanh(), nn.Linear(1, 2))}, ValueError, "has no sound rule"),
         ({"clip": 5}, ValueError, r"clip must be \(least, greatest\) or None, got 5"),
         ({"seed": -1}, ValueError, r"seed must be from 0 to 2\*\*63 - 1, not -1"),
         ({"steps": 1.5}, TypeError, "^steps must be a whole number, not 1.5"),

@@ -12,13 +12,32 @@
 
 namespace cibp {
 
-// What a node reads: a value behind an activation, x where x > 0 and slope x elsewhere.
-struct Edge {
-  int64_t value = 0;  // 0: what the network is given; k + 1: that of node k
-  double slope = 1;   // at least 0; 0: ReLU, 1: none
+// An activation that does not fall.
+enum class Curve {
+  kLeaky,        // x where x > 0, a x elsewhere; a = 0: ReLU, a = 1: none
+  kHardtanh,     // x within [a, b], and the nearer end elsewhere
+  kExponential,  // c x where x > 0, a (exp(b x) - 1) elsewhere
+  kSigmoid,
+  kTanh,
 };
 
-enum class NodeKind { kAffine, kPool, kSum };
+template <class T>
+struct Activation {
+  Curve curve = Curve::kLeaky;
+  T a = 1, b = 0, c = 0;
+
+  bool none() const { return curve == Curve::kLeaky && a == 1; }
+  bool relu() const { return curve == Curve::kLeaky && a == 0; }
+};
+
+// What a node reads: a value behind an activation.
+struct Edge {
+  int64_t value = 0;  // 0: what the network is given; k + 1: that of node k
+  Activation<double> activation;
+};
+
+// A depthwise one has as many groups as channels, input and output.
+enum class NodeKind { kAffine, kPool, kSum, kDepthwise };
 
 // A node's value is what it makes of what it reads, behind its batch norm.
 struct Node {
@@ -45,6 +64,9 @@ struct GraphForward {
   // [3, nodes] of (upper - lower)^2: of what a node makes (0 of pooling and sums), of its value
   // behind its norm, and behind the (first) activation with which it is read, or 0; 0 at infinity
   T* widths;
+  // [kMoments, nodes], or null: means over batch and units of what moments.h sums up, of its value
+  // behind its norm, if it is read with an activation, or 0
+  double* moments;
   // [nodes] [out_channels], of norms: of the batch, biased; of fixed ones they are read
   std::vector<T*> means, variances;
 };
@@ -60,6 +82,7 @@ struct GraphBackward {
   const T *grad_lower, *grad_upper, *grad_nominal;  // [N, classes]
   const T *grad_head_lower, *grad_head_upper;       // [N, features], or null
   const T* grad_widths;                             // [3, nodes], or null
+  const double* grad_moments;                       // [kMoments, nodes], or null
   // outputs; null: not wanted
   T *grad_lower_in, *grad_upper_in, *grad_nominal_in;
   std::vector<T*> grad_weights, grad_biases, grad_gammas, grad_betas;  // [nodes]
@@ -73,7 +96,7 @@ template <class E>
 class Graph {
  public:
   // The batch is at least 1. The last node is affine and dense, without a norm, and nothing reads
-  // it; what is given is read by one node, which is affine.
+  // it; all others are read; what is given is read by one node, which is affine, not depthwise.
   explicit Graph(const std::vector<Node>& nodes);
 
   int64_t saved_bytes() const;

@@ -4,12 +4,14 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <type_traits>
 #include <vector>
 
 #include "../memory.h"
 #include "../parallel.h"
 #include "backward.h"
+#include "depthwise.h"
 #include "graph_forward.h"
 #include "graph_plan.h"
 #include "norm.h"
@@ -24,7 +26,11 @@ class GraphBackwardPass {
 
  public:
   GraphBackwardPass(const GraphPlan<E>& plan, const GraphBackward<T>& op)
-      : plan_(plan), op_(op), norms_(plan.nodes.size()), gradients_(plan.nodes.size()) {}
+      : plan_(plan),
+        op_(op),
+        norms_(plan.nodes.size()),
+        gradients_(plan.nodes.size()),
+        sums_(plan.nodes.size()) {}
 
   void run() {
     for (size_t i = 0; i < plan_.nodes.size(); ++i)
@@ -60,8 +66,27 @@ class GraphBackwardPass {
     if (!filled)
       gradients_[k] = std::make_unique<Memory>(
           static_cast<size_t>(plan_.batch) * static_cast<size_t>(node.place.in.size()) * sizeof(E));
-    return {view_of(plan_, edge, op_.saved, norms_), gradient(k), filled,
-            counted.normed ? of_width(1, k) : T{0}, counted.activated ? of_width(2, k) : T{0}};
+    ViewGradient<E> to{view_of(plan_, edge, op_.saved, norms_), gradient(k), filled};
+    if (counted.normed) to.normed = of_width(1, k);
+    if (counted.activated) {
+      to.activated = of_width(2, k);
+      if (op_.grad_moments)
+        to.moments.emplace(op_.grad_moments + k, static_cast<int64_t>(plan_.nodes.size()),
+                           node.units(), node.shape.out_channels, node.place.in.pitch);
+    }
+    // who reads a value first is the last to give it a gradient
+    if (counted.normed && node.norm)
+      sums_[k].assign(static_cast<size_t>(parts()), NormSums<T>(node.place.in.pitch));
+    return to;
+  }
+
+  int parts() const { return plan_.batch > 1 ? op_.threads : 1; }
+
+  // Where a part of the examples sums up the gradients by the norm of what an edge reads, or null.
+  NormSums<T>* sums_of(const Edge& edge, const Counted& counted, int part) {
+    std::vector<NormSums<T>>& sums =
+        sums_[static_cast<size_t>(std::max<int64_t>(edge.value, 1) - 1)];
+    return counted.normed && !sums.empty() ? &sums[static_cast<size_t>(part)] : nullptr;
   }
 
   // What r is multiplied by in the gradient of a width of node i; row: as in GraphForward.
@@ -73,9 +98,10 @@ class GraphBackwardPass {
 
   NormGradient<T> through_norm(size_t i) const {
     const NodePlan<E>& node = plan_.nodes[i];
-    NormGradient<T> by = norm_gradient<E>(node.place, plan_.batch, op_.threads, norms_[i], node.eps,
-                                          op_.variances[i], value(i), gradient(i),
-                                          op_.grad_gammas[i], op_.grad_betas[i]);
+    const int64_t channels = node.shape.out_channels;
+    NormGradient<T> by = norm_gradient(
+        channels, node.place.in.pitch, node.units() / static_cast<double>(channels), norms_[i],
+        node.eps, op_.variances[i], sums_[i], op_.grad_gammas[i], op_.grad_betas[i]);
     if (node.fixed) {
       std::fill(by.constant.begin(), by.constant.end(), T{0});
       std::fill(by.linear.begin(), by.linear.end(), T{0});
@@ -98,7 +124,7 @@ class GraphBackwardPass {
   const E* finished(size_t i) const {
     const NodePlan<E>& node = plan_.nodes[i];
     E* const all = gradient(i);
-    const T width = node.kind == NodeKind::kAffine ? of_width(0, i) : T{0};
+    const T width = node.weighted() ? of_width(0, i) : T{0};
     if (!node.norm && width == 0) return all;
     NormGradient<T> by;
     if (node.norm) by = through_norm(i);
@@ -158,8 +184,8 @@ class GraphBackwardPass {
       E* const images = scratch<E>(Slot::kStageEven, plan_.batch * layer.in.size());
       const View<E> view = view_of(plan_, node.a, op_.saved, norms_);
       parallel_for(op_.threads, plan_.batch, [&](int64_t n) {
-        Widths unused;
-        prepare(view, n, 1, layer, images + n * layer.in.size(), unused);
+        Totals unused;
+        prepare(view, n, 1, layer, images + n * layer.in.size(), false, unused);
       });
       in = images;
     }
@@ -185,14 +211,19 @@ class GraphBackwardPass {
     }
     const ViewGradient<E> to = target(node.a, node.counted_a);
     const Layer<E>& place = *to.view.place;
-    parallel_for(op_.threads, plan_.batch, [&](int64_t n) {
-      for_vectors(place, [&](int64_t from, int64_t pixel, int64_t channel) {
-        Vec<T> streams[S];
-        load_streams(
-            out + n * layer.in.size() + layer.in_offsets[static_cast<size_t>(pixel)] + channel,
-            layer.in.stream_stride(), streams);
-        take(to, n, from, channel, streams);
-      });
+    parallel(parts(), [&](int index, int of) {
+      NormSums<T>* const norm = sums_of(node.a, node.counted_a, index);
+      const Part part(plan_.batch, index, of);
+      for (int64_t n = part.begin; n < part.end; ++n) {
+        for_vectors(place, [&](int64_t from, int64_t pixel, int64_t channel) {
+          Vec<T> streams[S];
+          load_streams(
+              out + n * layer.in.size() + layer.in_offsets[static_cast<size_t>(pixel)] + channel,
+              layer.in.stream_stride(), streams);
+          take(to, n, from, channel, streams, norm);
+        });
+        if (norm) norm->add_up();
+      }
     });
   }
 
@@ -205,11 +236,19 @@ class GraphBackwardPass {
     const bool wants_input = !layer.first || op_.grad_nominal_in;
     const T* panels = nullptr;
     if (!layer.pool) panels = pack_weights(node.plan, op.weights, true, wants_input, op_.threads);
-    ParameterSums<E> sums(node.plan, op, plan_.batch > 1 ? op_.threads : 1);
+    ParameterSums<E> sums(node.plan, op, parts());
+    const bool alone = node.kind == NodeKind::kDepthwise;
+    std::optional<DepthwiseSums<E>> depthwise;
+    std::vector<T> panel;
+    if (alone) {
+      panel = depthwise_panel(layer, op_.weights[i]);
+      if (op_.grad_weights[i] || op_.grad_biases[i]) depthwise.emplace(layer, parts());
+    }
     ViewGradient<E> to{};
     if (!layer.first) to = target(node.a, node.counted_a);
     parallel(sums.parts(), [&](int index, int of) {
       sums.clear(index);
+      NormSums<T>* const norm = sums_of(node.a, node.counted_a, index);
       const Part part(plan_.batch, index, of);
       for (int64_t n = part.begin; n < part.end; n += layer.group) {
         const int64_t count = std::min(layer.group, part.end - n);
@@ -222,21 +261,31 @@ class GraphBackwardPass {
           continue;
         }
         const E* gradients = gradient_images<E>(i, by, n, count);
-        if (!layer.pool) {
+        if (!layer.pool || depthwise) {
           E* const images = scratch<E>(Slot::kStageOdd, layer.group * layer.in.size());
-          Widths unused;
-          prepare(to.view, n, count, layer, images, unused);
-          sums.add(index, 0, count, images, gradients);
+          Totals unused;
+          prepare(to.view, n, count, layer, images, false, unused);
+          if (depthwise)
+            depthwise->add(index, images, gradients);
+          else
+            sums.add(index, 0, count, images, gradients);
         }
-        input_gradient(layer, count, panels, gradients, node.plan.backward_max_pixels,
-                       [&](int64_t example, int64_t pixel, int64_t channel, Vec<T>* streams) {
-                         take(to, n + example,
-                              to.view.place->in_offsets[static_cast<size_t>(pixel)] + channel,
-                              channel, streams);
-                       });
+        const auto finish = [&](int64_t example, int64_t pixel, int64_t channel, Vec<T>* streams) {
+          take(to, n + example, to.view.place->in_offsets[static_cast<size_t>(pixel)] + channel,
+               channel, streams, norm);
+        };
+        if (alone)
+          depthwise_input_gradient(layer, panel.data(), gradients,
+                                   [&](int64_t pixel, int64_t channel, Vec<T>* streams) {
+                                     finish(0, pixel, channel, streams);
+                                   });
+        else
+          input_gradient(layer, count, panels, gradients, node.plan.backward_max_pixels, finish);
+        if (norm) norm->add_up();
       }
     });
     if (!layer.pool) sums.add_up();
+    if (depthwise) depthwise->add_up(op_.weights[i], op_.grad_weights[i], op_.grad_biases[i]);
   }
 
   // The gradients by what a convolution makes, its norm left behind, as its backward pass reads
@@ -247,7 +296,7 @@ class GraphBackwardPass {
     const Layer<E>& layer = node.layer();
     const Geometry& h = layer.gradient;
     const int64_t size = node.place.in.size(), stride = node.place.in.stream_stride();
-    const T width = node.kind == NodeKind::kAffine ? of_width(0, i) : T{0};
+    const T width = node.weighted() ? of_width(0, i) : T{0};
     G* const images = scratch<G>(Slot::kGradient, layer.group * h.size() + kBlock<E>);
     for (int64_t k = 0; k < count; ++k) {
       G* const image = images + k * h.size();
@@ -268,16 +317,25 @@ class GraphBackwardPass {
   void add(size_t i) {
     const NodePlan<E>& node = plan_.nodes[i];
     const E* const all = finished(i);
-    const ViewGradient<E> a = target(node.a, node.counted_a), b = target(node.b, node.counted_b);
-    parallel_for(op_.threads, plan_.batch, [&](int64_t n) {
-      for_vectors(node.place, [&](int64_t from, int64_t, int64_t channel) {
-        for (const ViewGradient<E>* to : {&a, &b}) {
-          Vec<T> streams[S];
-          load_streams(all + n * node.place.in.size() + from, node.place.in.stream_stride(),
-                       streams);
-          take(*to, n, from, channel, streams);
-        }
-      });
+    const ViewGradient<E> b = target(node.b, node.counted_b), a = target(node.a, node.counted_a);
+    parallel(parts(), [&](int index, int of) {
+      NormSums<T>* const norm_a = sums_of(node.a, node.counted_a, index);
+      NormSums<T>* const norm_b = sums_of(node.b, node.counted_b, index);
+      const Part part(plan_.batch, index, of);
+      for (int64_t n = part.begin; n < part.end; ++n) {
+        for_vectors(node.place, [&](int64_t from, int64_t, int64_t channel) {
+          const auto give = [&](const ViewGradient<E>& to, NormSums<T>* norm) {
+            Vec<T> streams[S];
+            load_streams(all + n * node.place.in.size() + from, node.place.in.stream_stride(),
+                         streams);
+            take(to, n, from, channel, streams, norm);
+          };
+          give(b, norm_b);  // a's value may be b's, too, and a reads it first
+          give(a, norm_a);
+        });
+        if (norm_a) norm_a->add_up();
+        if (norm_b) norm_b->add_up();
+      }
     });
   }
 
@@ -285,6 +343,7 @@ class GraphBackwardPass {
   const GraphBackward<T>& op_;
   std::vector<Norm<T>> norms_;
   std::vector<std::unique_ptr<Memory>> gradients_;  // by each node's value, behind its norm
+  std::vector<std::vector<NormSums<T>>> sums_;      // of each node's norm, of each part
 };
 
 template <class E>

@@ -7,6 +7,7 @@
 
 #include "../parallel.h"
 #include "dense.h"
+#include "depthwise.h"
 #include "forward.h"
 #include "graph_plan.h"
 #include "norm.h"
@@ -18,10 +19,14 @@ namespace cibp {
 template <class E>
 View<E> view_of(const GraphPlan<E>& plan, const Edge& edge, const std::byte* saved,
                 const std::vector<Norm<Number<E>>>& norms) {
+  using T = Number<E>;
   const auto k = static_cast<size_t>(edge.value - 1);
   const NodePlan<E>& node = plan.nodes[k];
-  return {reinterpret_cast<const E*>(saved + node.saved), &node.place,
-          node.norm ? &norms[k] : nullptr, static_cast<Number<E>>(edge.slope)};
+  return {reinterpret_cast<const E*>(saved + node.saved),
+          &node.place,
+          node.norm ? &norms[k] : nullptr,
+          {edge.activation.curve, static_cast<T>(edge.activation.a),
+           static_cast<T>(edge.activation.b), static_cast<T>(edge.activation.c)}};
 }
 
 template <class E>
@@ -30,7 +35,11 @@ class GraphForwardPass {
 
  public:
   GraphForwardPass(const GraphPlan<E>& plan, const GraphForward<T>& op)
-      : plan_(plan), op_(op), norms_(plan.nodes.size()), widths_(3 * plan.nodes.size()) {}
+      : plan_(plan),
+        op_(op),
+        norms_(plan.nodes.size()),
+        widths_(3 * plan.nodes.size()),
+        moments_(kMoments * plan.nodes.size()) {}
 
   void run() {
     for (size_t i = 0; i < plan_.nodes.size(); ++i) {
@@ -47,20 +56,27 @@ class GraphForwardPass {
     for (size_t i = 0; i < widths_.size(); ++i)
       op_.widths[i] = static_cast<T>(4 * widths_[i]) /
                       width_divisor(plan_.nodes[i % plan_.nodes.size()].place, op_.mean);
+    for (size_t i = 0; op_.moments && i < moments_.size(); ++i)
+      op_.moments[i] = moments_[i] / plan_.nodes[i % plan_.nodes.size()].units();
   }
 
  private:
-  // What a part of the examples adds to the widths: of what both edges read, and of what is made.
+  // What a part of the examples adds to widths and moments: of what both edges read, and of what is
+  // made.
   struct Sums {
-    Widths a, b;
+    Totals a, b;
     double made = 0;
   };
 
-  void count(const Edge& edge, const Counted& counted, const Widths& widths) {
+  void count(const Edge& edge, const Counted& counted, const Totals& totals) {
     const size_t nodes = plan_.nodes.size(), k = static_cast<size_t>(edge.value - 1);
-    if (counted.normed) widths_[nodes + k] += widths.normed;
-    if (counted.activated) widths_[2 * nodes + k] += widths.activated;
+    if (counted.normed) widths_[nodes + k] += totals.normed;
+    if (!counted.activated) return;
+    widths_[2 * nodes + k] += totals.activated;
+    for (size_t m = 0; m < kMoments; ++m) moments_[m * nodes + k] += totals.moments[m];
   }
+
+  bool wants_moments(const Counted& counted) const { return op_.moments && counted.activated; }
 
   // Calls body(n, count, sums) for groups of examples.
   template <class Body>
@@ -97,10 +113,13 @@ class GraphForwardPass {
     const T* panels = nullptr;
     T* bias = scratch<T>(Slot::kBias, node.plan.biases);
     std::fill_n(bias, node.plan.biases, T{0});
-    if (!layer.pool) {
+    if (node.weighted() && op_.biases[i])
+      std::copy_n(op_.biases[i], layer.shape.out_channels, bias);
+    std::vector<T> depthwise;
+    if (node.kind == NodeKind::kDepthwise)
+      depthwise = depthwise_panel(layer, op_.weights[i]);
+    else if (node.weighted())
       panels = pack_weights(node.plan, {op_.weights[i]}, false, true, op_.threads);
-      if (op_.biases[i]) std::copy_n(op_.biases[i], layer.shape.out_channels, bias);
-    }
     const int64_t most = node.plan.max_pixels, size = node.place.in.size();
     if (layer.first) {
       T* const input = reinterpret_cast<T*>(op_.saved + plan_.input);
@@ -111,17 +130,22 @@ class GraphForwardPass {
       });
     }
     const View<E> view = view_of(plan_, node.a, op_.saved, norms_);
+    const bool moments = wants_moments(node.counted_a);
     for_examples(i, layer.group, [&](int64_t n, int64_t count, Sums& sums) {
       E* const images = scratch<E>(Slot::kStageOdd, layer.group * layer.in.size());
-      prepare(view, n, count, layer, images, sums.a);
+      prepare(view, n, count, layer, images, moments, sums.a);
       double made = 0;
       if (layer.winograd.forward)
         made = winograd_forward(layer, count, panels, bias, images, node.place, out + n * size);
       else
-        for (int64_t k = 0; k < count; ++k)
-          made += forward_one(layer, panels, bias, bias, images + k * layer.in.size(), node.place,
-                              most, out + (n + k) * size);
-      if (!layer.pool) sums.made += made;
+        for (int64_t k = 0; k < count; ++k) {
+          const E* const image = images + k * layer.in.size();
+          E* const to = out + (n + k) * size;
+          made += node.kind == NodeKind::kDepthwise
+                      ? depthwise_forward(layer, depthwise.data(), bias, image, node.place, to)
+                      : forward_one(layer, panels, bias, bias, image, node.place, most, to);
+        }
+      if (node.weighted()) sums.made += made;
     });
   }
 
@@ -140,8 +164,9 @@ class GraphForwardPass {
     } else {
       in = scratch<E>(Slot::kStageEven, plan_.batch * layer.in.size());
       const View<E> view = view_of(plan_, node.a, op_.saved, norms_);
+      const bool moments = wants_moments(node.counted_a);
       for_examples(i, 1, [&](int64_t n, int64_t count, Sums& sums) {
-        prepare(view, n, count, layer, in + n * layer.in.size(), sums.a);
+        prepare(view, n, count, layer, in + n * layer.in.size(), moments, sums.a);
       });
     }
     T* bias = scratch<T>(Slot::kBias, node.plan.biases);
@@ -182,7 +207,7 @@ class GraphForwardPass {
                   b = view_of(plan_, node.b, op_.saved, norms_);
     for_examples(i, 1, [&](int64_t n, int64_t, Sums& sums) {
       const int64_t base = n * a.size();
-      Vec<T> of_a[2] = {}, of_b[2] = {};
+      Seen<T> of_a{wants_moments(node.counted_a)}, of_b{wants_moments(node.counted_b)};
       for_vectors(node.place, [&](int64_t at, int64_t, int64_t channel) {
         Vec<T> x[S], y[S];
         read(a, a.value + base + at, channel, x, of_a);
@@ -190,10 +215,8 @@ class GraphForwardPass {
         for (int k = 0; k < S; ++k) x[k] += y[k];
         store_streams(out + base + at, a.stride(), x);
       });
-      sums.a.normed += static_cast<double>(sum<T>(of_a[0]));
-      sums.a.activated += static_cast<double>(sum<T>(of_a[1]));
-      sums.b.normed += static_cast<double>(sum<T>(of_b[0]));
-      sums.b.activated += static_cast<double>(sum<T>(of_b[1]));
+      sums.a.add(of_a);
+      sums.b.add(of_b);
     });
   }
 
@@ -210,16 +233,16 @@ class GraphForwardPass {
     const NodePlan<E>& node = plan_.nodes[i];
     const int64_t pitch = node.place.in.pitch;
     const int parts = plan_.batch > 1 ? op_.threads : 1;
-    std::vector<Moments> moments(static_cast<size_t>(parts), Moments(pitch));
+    std::vector<Statistics> all_parts(static_cast<size_t>(parts), Statistics(pitch));
     parallel(parts, [&](int index, int of) {
-      Moments own(pitch);
+      Statistics own(pitch);
       const Part part(plan_.batch, index, of);
       for (int64_t n = part.begin; n < part.end; ++n)
         own.add(node.place, value + n * node.place.in.size());
-      moments[static_cast<size_t>(index)] = own;
+      all_parts[static_cast<size_t>(index)] = own;
     });
-    Moments all(pitch);
-    for (const Moments& own : moments) all.add(own);
+    Statistics all(pitch);
+    for (const Statistics& own : all_parts) all.add(own);
     for (int64_t c = 0; c < node.shape.out_channels; ++c) {
       op_.means[i][c] = static_cast<T>(all.mean(static_cast<size_t>(c)));
       op_.variances[i][c] = static_cast<T>(all.variance(static_cast<size_t>(c)));
@@ -231,7 +254,7 @@ class GraphForwardPass {
     const Layer<E>& layer = node.layer();
     const int64_t pixels = static_cast<int64_t>(layer.in_offsets.size());
     const int64_t channels = layer.shape.in_channels, stride = layer.in.stream_stride();
-    const bool relu = node.a.value > 0 && node.a.slope == 0;
+    const bool relu = node.a.value > 0 && node.a.activation.relu();
     parallel_for(op_.threads, plan_.batch, [&](int64_t n) {
       for (int64_t p = 0; p < pixels; ++p) {
         const E* from = in + n * layer.in.size() + layer.in_offsets[static_cast<size_t>(p)];
@@ -248,7 +271,7 @@ class GraphForwardPass {
   const GraphPlan<E>& plan_;
   const GraphForward<T>& op_;
   std::vector<Norm<T>> norms_;
-  std::vector<double> widths_;
+  std::vector<double> widths_, moments_;
 };
 
 template <class E>

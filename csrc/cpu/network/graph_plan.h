@@ -24,6 +24,11 @@ struct NodePlan : Node {
   Counted counted_a, counted_b;
 
   const Layer<E>& layer() const { return plan.layers[0]; }
+  bool weighted() const { return kind == NodeKind::kAffine || kind == NodeKind::kDepthwise; }
+  double units() const {  // of the whole batch
+    return static_cast<double>(shape.batch * shape.out_channels * shape.out_height *
+                               shape.out_width);
+  }
 };
 
 template <class E>
@@ -61,7 +66,7 @@ Graph<E>::Graph(const std::vector<Node>& nodes) {
   const auto count = [&](const Edge& edge) {  // the first time that a value is read so
     Counted& before = counted[static_cast<size_t>(edge.value)];
     const Counted own{edge.value > 0 && !before.normed,
-                      edge.value > 0 && edge.slope != 1 && !before.activated};
+                      edge.value > 0 && !edge.activation.none() && !before.activated};
     before.normed |= own.normed;
     before.activated |= own.activated;
     return own;
@@ -76,7 +81,8 @@ Graph<E>::Graph(const std::vector<Node>& nodes) {
     if (given.kind == NodeKind::kSum) {
       node.counted_b = count(given.b);
     } else {
-      const bool pool = given.kind == NodeKind::kPool, first = given.a.value == 0;
+      const bool pool = given.kind != NodeKind::kAffine;  // planned as one
+      const bool first = given.a.value == 0;
       Layer<E> layer =
           planned_layer<E>({given.shape, false, pool, given.fast}, first, Given::kBoxes);
       layer.rounded = false;

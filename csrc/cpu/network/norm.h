@@ -20,9 +20,9 @@
 namespace cibp {
 
 // Mean and sum of squared deviations of nominal points, by channel.
-class Moments {
+class Statistics {
  public:
-  explicit Moments(int64_t channels)
+  explicit Statistics(int64_t channels)
       : mean_(static_cast<size_t>(channels)), squares_(static_cast<size_t>(channels)) {}
 
   // Adds those of an example's value.
@@ -56,7 +56,7 @@ class Moments {
     count_ += pixels;
   }
 
-  void add(const Moments& other) {
+  void add(const Statistics& other) {
     if (other.count_ == 0) return;
     for (size_t c = 0; c < mean_.size(); ++c)
       join(c, other.count_, other.mean_[c], other.squares_[c]);
@@ -113,56 +113,21 @@ template <class T>
 }
 
 // The gradients of a norm's gamma and beta (null: not wanted), and by its input; variance: as in
-// norm_of. value and gradient: of the whole batch, as they lie.
-template <class E>
-NormGradient<Number<E>> norm_gradient(const Layer<E>& place, int64_t batch, int threads,
-                                      const Norm<Number<E>>& norm, double eps,
-                                      const Number<E>* variance, const E* value, const E* gradient,
-                                      Number<E>* grad_gamma, Number<E>* grad_beta) {
-  using T = Number<E>;
-  constexpr int L = kLanes<T>;
-  const Geometry& g = place.in;
-  const auto size = static_cast<size_t>(g.pitch);
-  struct Sums {
-    std::vector<double> ones, deviations, radii;
-  };
-  const int parts = batch > 1 ? threads : 1;
-  std::vector<Sums> all(static_cast<size_t>(parts));
-  parallel(parts, [&](int index, int of) {
-    Sums own{std::vector<double>(size), std::vector<double>(size), std::vector<double>(size)};
-    const Part part(batch, index, of);
-    for (int64_t n = part.begin; n < part.end; ++n)
-      for (int64_t y = 0; y < g.rows; ++y)
-        for (int64_t c = 0; c < g.pitch; c += L) {
-          const auto at = static_cast<size_t>(c);
-          const Vec<T> mean = load(&norm.mean[at]);
-          Vec<T> ones{}, deviations{}, radii{};
-          for (int64_t x = 0; x < g.columns; ++x) {
-            const int64_t place_of = n * g.size() + g.offset(y, x) + c;
-            Vec<T> v[S], d[S];
-            load_streams(value + place_of, g.stream_stride(), v);
-            load_streams(gradient + place_of, g.stream_stride(), d);
-            ones += d[0] + d[2];
-            deviations += d[0] * (v[0] - mean) + d[2] * (v[2] - mean);
-            radii += d[1] * v[1];
-          }
-          for (int i = 0; i < L; ++i) {
-            own.ones[at + static_cast<size_t>(i)] += static_cast<double>(ones[i]);
-            own.deviations[at + static_cast<size_t>(i)] += static_cast<double>(deviations[i]);
-            own.radii[at + static_cast<size_t>(i)] += static_cast<double>(radii[i]);
-          }
-        }
-    all[static_cast<size_t>(index)] = std::move(own);
-  });
-  const auto points = static_cast<double>(batch * g.rows * g.columns);
+// norm_of; parts: the sums of all parts of the batch; points: of a channel.
+template <class T>
+NormGradient<T> norm_gradient(int64_t channels, int64_t padded, double points, const Norm<T>& norm,
+                              double eps, const T* variance, const std::vector<NormSums<T>>& parts,
+                              T* grad_gamma, T* grad_beta) {
+  const auto size = static_cast<size_t>(padded);
   NormGradient<T> out{std::vector<T>(size), std::vector<T>(size)};
-  for (int64_t channel = 0; channel < place.shape.out_channels; ++channel) {
+  for (int64_t channel = 0; channel < channels; ++channel) {
     const auto c = static_cast<size_t>(channel);
     double ones = 0, whole = 0;
     const auto scale = static_cast<double>(norm.scale[c]);
-    for (const Sums& own : all) {
-      ones += own.ones[c];
-      whole += own.deviations[c] + (scale < 0 ? -own.radii[c] : scale > 0 ? own.radii[c] : 0);
+    for (const NormSums<T>& own : parts) {
+      const double radii = own.radii(channel);
+      ones += own.ones(channel);
+      whole += own.deviations(channel) + (scale < 0 ? -radii : scale > 0 ? radii : 0);
     }
     const double spread = static_cast<double>(variance[channel]) + eps;
     if (grad_gamma) grad_gamma[channel] = static_cast<T>(whole / std::sqrt(spread));

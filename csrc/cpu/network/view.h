@@ -6,10 +6,13 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "../vec.h"
+#include "activation.h"
 #include "layers.h"
+#include "moments.h"
 
 namespace cibp {
 
@@ -19,12 +22,49 @@ struct Norm {
   std::vector<T> mean, scale, shift;
 };
 
+// Sums over gradients by a norm's output, of each channel, that the gradient by its input needs:
+// of those by center and nominal point, of their products with the deviations from the mean, and of
+// those by the radius with it. They are added up in double from time to time.
+template <class T>
+class NormSums {
+ public:
+  explicit NormSums(int64_t padded)
+      : near_(static_cast<size_t>(kKinds * padded)),
+        all_(static_cast<size_t>(kKinds * padded)),
+        padded_(padded) {}
+
+  // value: of the norm's input.
+  [[gnu::always_inline]] void add(Vec<T> mean, int64_t channel, const Vec<T>* value,
+                                  const Vec<T>* gradient) {
+    T* const p = &near_[static_cast<size_t>(channel)];
+    const auto add_at = [](T* to, Vec<T> x) { store<T>(to, load(to) + x); };
+    add_at(p, gradient[0] + gradient[2]);
+    add_at(p + padded_, gradient[0] * (value[0] - mean) + gradient[2] * (value[2] - mean));
+    add_at(p + 2 * padded_, gradient[1] * value[1]);
+  }
+
+  void add_up() {
+    for (size_t i = 0; i < all_.size(); ++i) all_[i] += static_cast<double>(near_[i]);
+    std::fill(near_.begin(), near_.end(), T{0});
+  }
+
+  double ones(int64_t c) const { return all_[static_cast<size_t>(c)]; }
+  double deviations(int64_t c) const { return all_[static_cast<size_t>(padded_ + c)]; }
+  double radii(int64_t c) const { return all_[static_cast<size_t>(2 * padded_ + c)]; }
+
+ private:
+  static constexpr int64_t kKinds = 3;
+  std::vector<T> near_;
+  std::vector<double> all_;
+  int64_t padded_;
+};
+
 template <class E>
 struct View {
   const E* value;         // of the whole batch
   const Layer<E>* place;  // whose `in` is how it lies
   const Norm<Number<E>>* norm;
-  Number<E> slope;
+  Activation<Number<E>> activation;
 
   int64_t size() const { return place->in.size(); }
   int64_t stride() const { return place->in.stream_stride(); }
@@ -50,42 +90,6 @@ template <class E>
   if (view.norm) normalize<Number<E>>(*view.norm, channel, streams);
 }
 
-// The activation of one vector of streams, in place.
-template <class T>
-[[gnu::always_inline]] inline void bend(T slope, Vec<T>* streams) {
-  if (slope == 1) return;
-  const Vec<T> mu = streams[0], r = streams[1], upper = mu + r, half = Vec<T>{} + T(0.5);
-  if (slope == 0) {
-    const Vec<T> both = positive<T>(upper) * half;
-    streams[0] = mu > r ? mu : both;
-    streams[1] = mu > r ? r : both;
-    streams[2] = positive<T>(streams[2]);
-    return;
-  }
-  const Vec<T> low = (mu - r) * slope, high = upper <= 0 ? upper * slope : upper;
-  streams[0] = mu > r ? mu : (low + high) * half;
-  streams[1] = mu > r ? r : (high - low) * half;
-  streams[2] = streams[2] <= 0 ? streams[2] * slope : streams[2];
-}
-
-// The gradient by what `bend` makes of `before` -> that by `before`, in place.
-template <class T>
-[[gnu::always_inline]] inline void unbend(T slope, const Vec<T>* before, Vec<T>* gradient) {
-  if (slope == 1) return;
-  const Vec<T> mu = before[0], r = before[1], upper = mu + r, g = gradient[0], h = gradient[1];
-  const Vec<T> nothing = upper * T(0);  // NaN stays NaN
-  const T same = (1 + slope) / 2, other = (1 - slope) / 2;
-  const auto dead = upper <= 0;
-  const auto chosen = [&](Vec<T> active, Vec<T> unstable) {
-    const Vec<T> below = slope == 0 ? Vec<T>{} : active * slope;
-    return mu > r ? active : dead ? below : nothing + unstable;
-  };
-  gradient[0] = chosen(g, g * same + h * other);
-  gradient[1] = chosen(h, g * other + h * same);
-  const Vec<T> point = gradient[2], low = slope == 0 ? Vec<T>{} : point * slope;
-  gradient[2] = before[2] <= 0 ? low : point;
-}
-
 // body(place in the data of an example, pixel, channel) for each vector of a value's channels.
 template <class E, class Body>
 void for_vectors(const Layer<E>& place, const Body& body) {
@@ -94,39 +98,56 @@ void for_vectors(const Layer<E>& place, const Body& body) {
       body(place.in_offsets[p] + c, static_cast<int64_t>(p), c);
 }
 
-// Sums of r^2 of what is read.
-struct Widths {
-  double normed = 0, activated = 0;  // behind the norm, and behind the activation
+// Sums over what is read, of each lane; of the moments only where they are wanted.
+template <class T>
+struct Seen {
+  bool wants_moments;
+  Vec<T> normed{}, activated{};  // r^2 behind the norm, and behind the activation
+  Vec<T> moments[kMoments] = {};
 };
 
-// Reads one vector of an example's streams, behind norm and activation; adds r^2 of both.
+// The same of all lanes.
+struct Totals {
+  double normed = 0, activated = 0, moments[kMoments] = {};
+
+  template <class T>
+  void add(const Seen<T>& seen) {
+    normed += static_cast<double>(sum<T>(seen.normed));
+    activated += static_cast<double>(sum<T>(seen.activated));
+    for (int k = 0; seen.wants_moments && k < kMoments; ++k)
+      moments[k] += static_cast<double>(sum<T>(seen.moments[k]));
+  }
+};
+
+// Reads one vector of an example's streams, behind norm and activation.
 template <class E>
 [[gnu::always_inline]] inline void read(const View<E>& view, const E* from, int64_t channel,
-                                        Vec<Number<E>>* streams, Vec<Number<E>>* squares) {
+                                        Vec<Number<E>>* streams, Seen<Number<E>>& seen) {
+  using T = Number<E>;
   load_value(view, from, channel, streams);
-  squares[0] += streams[1] * streams[1];
-  bend<Number<E>>(view.slope, streams);
-  squares[1] += streams[1] * streams[1];
+  seen.normed += streams[1] * streams[1];
+  if (seen.wants_moments) add_moments<T>(streams, seen.moments);
+  bend<T>(view.activation, streams);
+  seen.activated += streams[1] * streams[1];
 }
 
 // The images that a layer reads, of `count` examples from n on.
 template <class E>
 void prepare(const View<E>& view, int64_t n, int64_t count, const Layer<E>& layer, E* images,
-             Widths& widths) {
+             bool wants_moments, Totals& totals) {
   using T = Number<E>;
   const Geometry& g = layer.in;
   for (int64_t k = 0; k < count; ++k, images += g.size()) {
     if (!layer.dense) clear_padding(g, layer.shape.in_height, layer.shape.in_width, images);
     const E* const value = view.value + (n + k) * view.size();
-    Vec<T> squares[2] = {};
+    Seen<T> seen{wants_moments};
     for_vectors(*view.place, [&](int64_t from, int64_t pixel, int64_t channel) {
       Vec<T> streams[S];
-      read(view, value + from, channel, streams, squares);
+      read(view, value + from, channel, streams, seen);
       store_streams(images + layer.in_offsets[static_cast<size_t>(pixel)] + channel,
                     g.stream_stride(), streams);
     });
-    widths.normed += static_cast<double>(sum<T>(squares[0]));
-    widths.activated += static_cast<double>(sum<T>(squares[1]));
+    totals.add(seen);
   }
 }
 
@@ -135,30 +156,41 @@ template <class E>
 struct ViewGradient {
   View<E> view;
   E* data;
-  bool filled;                  // whether there is something, to which this is added
-  Number<E> normed, activated;  // of r in the gradients of the widths behind norm and activation
+  bool filled;  // whether there is something, to which this is added
+  Number<E> normed{},
+      activated{};  // of r in the gradients of the widths behind norm and activation
+  std::optional<MomentGradient<Number<E>>> moments{};
 };
 
 // Takes the gradient of what was read, of one vector of example n; `from`: its place in the data.
+// sums: where those of a norm are added up, or null.
 template <class E>
 [[gnu::always_inline]] inline void take(const ViewGradient<E>& to, int64_t n, int64_t from,
-                                        int64_t channel, Vec<Number<E>>* gradient) {
+                                        int64_t channel, Vec<Number<E>>* gradient,
+                                        NormSums<Number<E>>* sums) {
   using T = Number<E>;
   const int64_t at = n * to.view.size() + from;
-  if (to.view.slope != 1 || to.normed != 0) {
+  if (!to.view.activation.none() || to.normed != 0) {
     Vec<T> before[S], after[S];
     load_value(to.view, to.view.value + at, channel, before);
     for (int k = 0; k < S; ++k) after[k] = before[k];
-    bend<T>(to.view.slope, after);
+    bend<T>(to.view.activation, after);
     gradient[1] += to.activated * after[1];
-    unbend<T>(to.view.slope, before, gradient);
+    unbend<T>(to.view.activation, before, gradient);
     gradient[1] += to.normed * before[1];
+    if (to.moments) to.moments->add_to(channel, before, gradient);
   }
   E* const out = to.data + at;
   for (int k = 0; k < S; ++k) {
     E* const p = out + k * to.view.stride();
     const E* const there = p;
-    store_numbers(p, to.filled ? numbers(there) + gradient[k] : gradient[k]);
+    if (to.filled) gradient[k] += numbers(there);
+    store_numbers(p, gradient[k]);
+  }
+  if (sums) {
+    Vec<T> value[S];
+    load_streams(to.view.value + at, to.view.stride(), value);
+    sums->add(load(&to.view.norm->mean[static_cast<size_t>(channel)]), channel, value, gradient);
   }
 }
 
