@@ -214,7 +214,6 @@ class Config(BaseModel):
         exact = self.precision == "float32"
         require("precision", exact or robust, "float32 for method nominal")
         require("precision", exact or self.width == "post", f"float32 for width {self.width}")
-        require("precision", exact or not self.regularizer, "float32 with a regularizer")
         require("regularizer", robust or not self.regularizer, "0 for method nominal (no bounds)")
         for name, (first, last) in (("eps_ramp", self.eps_ramp), ("kappa_ramp", self.kappa_ramp)):
             require(

@@ -184,8 +184,8 @@ class Objective(nn.Module):
     def _bounds(self, x: Tensor, box: Interval, moments: bool) -> Bounds:
         """Computes the bounds of the network around x [B, ...], by `fuse` where it takes them."""
         config, (own_loss,) = self.config, self.own_loss
-        if self.fused is not None and not moments:
-            return self.fused.bounds(x, box, config.width, config.width_reduction)
+        if self.fused is not None:
+            return self.fused.bounds(x, box, config.width, config.width_reduction, moments=moments)
         return bounds(
             self.model,
             x,

@@ -121,7 +121,6 @@ MTL = "mnist5k-cnn7-0.1-mtl"
         (MTL, {"net_width": -1}, "net_width must be a whole number from 0"),
         (MTL, {"average_from": 3000}, "average_from must be from 0 to 2999, not 3000"),
         (MTL, {"validation": -1}, "validation must be a whole number from 0"),
-        (MTL, {"precision": "fast"}, "precision must be float32 with a regularizer, not fast"),
         (MTL, {"method": "shi"}, "alpha must be 1.0 for method shi, not 0.5"),
         (MTL.replace("cnn7", "small"), {"net_width": 4}, "net_width must be 0 for net small"),
         (MTL.replace("cnn7", "small"), {"reestimate": True}, "reestimate must be False for net sm"),
