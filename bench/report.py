@@ -1,8 +1,8 @@
 """Writes the generated blocks of README.md, bench/README.md and docs from the results.
 
 A block stands between `<!-- NAME: ... -->` and `<!-- end NAME -->`, in any of these files.
-"quickstart", "table2", "claims" and "runs" are made from the runs in results, the others from the
-tables in bench/results; "gpu" takes what there is of gpu_*.csv.
+"quickstart", "table2", "claims" and "runs" are made from the runs in results, "recipes" from the
+presets, the others from the tables in bench/results; "gpu" takes what there is of gpu_*.csv.
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ from typing import Any
 import timing
 from claims import claims as claimed
 
-from cibp_fast.training import reproduction
+from cibp_fast.training import presets, reproduction
 from cibp_fast.training.files import write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-FILES = ("README.md", "bench/README.md", "docs/reproduction.md", "docs/soundness.md")
+FILES = (
+    *("README.md", "bench/README.md"),
+    *("docs/recipes.md", "docs/reproduction.md", "docs/soundness.md"),
+)
 
 QUICKSTART = {"IBP": "mnist5k-small-0.1-ibp", "constrained IBP": "mnist5k-small-0.1-cibp"}
 NO_DATA = ("svhn",)  # data sets that were never at hand
@@ -218,6 +221,45 @@ def runs() -> list[str]:
         f"Whole test sets; PGD with {' or '.join(steps)} steps. {' or '.join(cpus)}, torch "
         f"{' or '.join(versions)}.",
     ]
+
+
+def recipes() -> list[str]:
+    sources: list[str] = []
+    rows = []
+    for setting in presets.SETTINGS:
+        if setting.source not in sources:
+            sources.append(setting.source)
+        start, end = setting.warm_up, setting.warm_up + setting.growth
+        steps, size = setting.attack
+        for method, (l1, alpha) in setting.coefficients.items():
+            attacked = method in presets.ATTACKED
+            eps = "EPS" if setting.eps == "any" else setting.eps
+            attack = f"{steps} x {size:g}" + f", {setting.attack_ratio:g} x" * (
+                setting.attack_ratio != 1
+            )
+            rows.append(
+                [
+                    f"`{setting.dataset}-NET-{eps}-{method}`",
+                    f"{setting.epochs} of {setting.examples // setting.batch_size} x "
+                    f"{setting.batch_size}",
+                    f"{start}-{end}",
+                    " ".join(map(str, setting.decays)),
+                    f"{setting.train_ratio:g}",
+                    f"{alpha:g}" if attacked else "-",
+                    f"{l1:g}",
+                    f"{setting.regularizer:g}",
+                    attack if attacked else "-",
+                    setting.statistics if attacked else "clean",
+                    str(sources.index(setting.source) + 1),
+                ]
+            )
+    head = [
+        *("preset", "epochs of steps x examples", "eps grows in epochs", "lr / 5 after"),
+        *("`eps_train_ratio`", "`alpha`", "`l1`", "`regularizer`", "attack, radius"),
+        *("`statistics`", "source"),
+    ]
+    numbered = [f"{number}. {source}." for number, source in enumerate(sources, start=1)]
+    return [*table(head, rows), "Sources:", "", *numbered]
 
 
 # Blocks of tables
@@ -578,6 +620,7 @@ BLOCKS = [
     table2,
     claims,
     runs,
+    recipes,
     performance,
     steps,
     training,

@@ -273,7 +273,10 @@ def test_options_replace_the_preset(trained):
             "--width-weight must be 0 for method ibp, not 1.0 (of the preset): set",
         ),
         ("train --eps", "--eps needs a value; see cibp-fast train --help"),
-        ("train --net tiny", "--net must be 'small', 'medium' or 'large', not 'tiny'"),
+        (
+            "train --net tiny",
+            "--net must be 'small', 'medium', 'large', 'cnn7' or 'resnet', not 'tiny'",
+        ),
         ("train --seeds 0", "--seeds must be from 1 to 1000, not 0"),
         (f"train --seeds {10**13}", "--seeds must be from 1 to 1000, not 10000000000000"),
         (

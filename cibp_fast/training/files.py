@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
 
-def write_atomic(path: Path, content: bytes) -> None:
+def write_atomic(path: Path, content: bytes | Callable[[Any], None]) -> None:
     """Writes all of the file or nothing: what was there is whole until the new content is.
+
+    content: the bytes, or a function that writes them into a file.
 
     What was written before is on the disk before what is written after, even if the power fails.
     Raises OSError naming the path.
@@ -28,7 +30,10 @@ def write_atomic(path: Path, content: bytes) -> None:
     try:
         with naming("write", path):
             with temporary.open("wb") as file:
-                file.write(content)
+                if callable(content):
+                    content(file)
+                else:
+                    file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)

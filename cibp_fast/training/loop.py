@@ -7,8 +7,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, get_args
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from cibp_fast.environment import hardware, versions
 from cibp_fast.layerwise import Bounds
 from cibp_fast.ops import backends
-from cibp_fast.training import datasets, own, runs
+from cibp_fast.training import averaging, datasets, own, runs
+from cibp_fast.training.batches import epoch_batches
 from cibp_fast.training.config import Config, Dataset, Net, OwnConfig
 from cibp_fast.training.distributed import World, world
 from cibp_fast.training.evaluation import evaluate, provable
@@ -112,7 +113,7 @@ def train(
         if any(each is not None for each in (model, data, loss)):
             config = own.recorded(config, dataset, data is not None, model, loss)
         run_dir = default_run_dir(config) if run_dir is None else Path(run_dir)
-        dataset = dataset.to(processes.device)
+        dataset = dataset.held_out(config.validation).to(processes.device)
         _check(config, dataset, processes, backend)
         training = _Training(config, dataset, processes, backend, model, loss)
 
@@ -176,6 +177,16 @@ def _check(
             f"batch_size must be a multiple of the {processes.size} processes, "
             f"not {config.batch_size}"
         )
+    if processes.size > 1:
+        for what, found in (
+            ("method exp", config.method == "exp"),
+            ("regularizer", config.regularizer),
+        ):
+            if found:
+                raise ValueError(
+                    f"{what} must not be taken where {processes.size} processes train: it is of "
+                    "means of the whole batch, of which each has a part"
+                )
     name, why = backends.select(backend, processes.device, torch.float32)
     if config.precision != "float32" and name == "torch":
         raise ValueError(f"precision {config.precision!r} cannot run here: {why}")
@@ -207,6 +218,7 @@ def _trained(training: _Training, run_dir: Path) -> dict[str, Any]:
     """Trains to the last step, writes the network, and evaluates it."""
     config, processes = training.config, training.processes
     training.run(run_dir)
+    training.install()
     processes.of_first(lambda: runs.write_model(run_dir, training.model))
     train_seconds = training.seconds
     semantics = provable(training.model, training.dataset.test, config)
@@ -229,6 +241,7 @@ def _trained(training: _Training, run_dir: Path) -> dict[str, Any]:
         "method": config.method,
         "seed": config.seed,
         **errors,
+        "split": "validation" if config.validation else "test",
         "eps": config.eps,
         "eps_space": config.eps_space,
         "eps_pixel": config.eps_pixel,
@@ -259,6 +272,7 @@ class _Training:
         self.config, self.dataset, self.processes = config, dataset, processes
         self.step = Step(config, dataset.train, processes, backend, model, loss)
         self.model, self.loss = self.step.model, self.step.loss
+        self.average = averaging.Average(self.model, config.average_from)
         if isinstance(config, OwnConfig):
             own.check(self.model, config, processes)
             few = dataset.train[: min(config.batch_size, REHEARSED)]
@@ -281,6 +295,7 @@ class _Training:
             if checkpoint.step > self.config.steps:
                 raise ValueError(f"its step {checkpoint.step} is beyond {self.config.steps}")
             self.step.adam.load(checkpoint.optimizer)
+            self.average.load(checkpoint.average, checkpoint.step)
             self.model.load_state_dict(checkpoint.model)  # last: it may be the user's
         except (RuntimeError, ValueError, KeyError) as error:
             raise ValueError(
@@ -329,6 +344,7 @@ class _Training:
                     for _ in range(end - self.done):
                         step()
                         self.done += 1
+                        self.average.update(self.done)
                         progress.update()
                         if self.done < end:
                             self._save_or_stop(run_dir, signals)
@@ -347,9 +363,10 @@ class _Training:
                     "verified_error": None,
                 }
                 if epoch % config.eval_every == 0 or self.done == config.steps:
-                    record |= evaluate(
-                        self.model, self.dataset.test, config, processes, attack=False
-                    )
+                    with self._installed():
+                        record |= evaluate(
+                            self.model, self.dataset.test, config, processes, attack=False
+                        )
                 record["seconds"] = round(self.seconds, 3)
                 records.append(runs.as_json(record))
                 processes.of_first(lambda: runs.write_metrics(run_dir, records))
@@ -361,6 +378,28 @@ class _Training:
                 self.step.totals.zero_()
                 self.save(run_dir)
                 self._save_or_stop(run_dir, signals)
+
+    def install(self) -> None:
+        """Gives the network what it is evaluated with, after the steps that are done."""
+        config = self.config
+        if self.done == config.steps:
+            self.average.install()
+        if not config.reestimate and (self.done < config.steps or not config.average_from):
+            return
+        batches = epoch_batches(
+            self.dataset.train, config.batch_size, seed=config.seed, epoch=0
+        )  # those of training have other numbers
+        averaging.reestimate(self.model, (self.step.prepare(x) for x, _ in batches))
+
+    @contextmanager
+    def _installed(self) -> Iterator[None]:
+        """Does so inside the block: training goes on as if nothing had been evaluated."""
+        if not (self.config.reestimate or self.config.average_from):
+            yield
+            return
+        with averaging.restored(self.model):
+            self.install()
+            yield
 
     def save(self, run_dir: Path) -> None:
         """Writes the state, in the first process; all processes must call it."""
@@ -376,6 +415,7 @@ class _Training:
             totals=totals,
             model=self.model.state_dict(),
             optimizer=self.step.adam.state(),
+            average=self.average.means,
         )
         self.processes.of_first(lambda: runs.write_checkpoint(run_dir, checkpoint))
 

@@ -19,12 +19,12 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from cibp_fast.certificates import evaluation
 from cibp_fast.training.config import Config, OwnConfig, did_you_mean
-from cibp_fast.training.datasets import INPUT_SHAPES, Dataset, Split
+from cibp_fast.training.datasets import CLASSES, INPUT_SHAPES, Dataset, Split
 from cibp_fast.training.distributed import World
+from cibp_fast.training.presets import OF_ATTACK
 from cibp_fast.training.progress import bar
 
 Shape = Sequence[int]  # of an example
-CLASSES = 10  # of every data set that comes by name
 MOST = 4  # members of a tuple or list that an error names
 
 
@@ -312,6 +312,10 @@ def check(model: nn.Module, config: OwnConfig, processes: World) -> None:
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):
             raise ValueError(f"model must have tensors alone in its state_dict, and not {name}")
+
+
+def require_one_process(model: nn.Module, processes: World) -> None:
+    """Raises ValueError where several processes would train a batch norm."""
     if processes.size > 1 and changes(model):
         raise ValueError(
             "model must have no batch norm in training mode where several processes train, since "
@@ -327,8 +331,12 @@ def changes(model: nn.Module) -> bool:
 def on_data_set(config: Config, model: Any) -> OwnConfig:
     """Returns the config with an own network for its data set, which need not be there."""
     shape = INPUT_SHAPES[config.dataset]
-    fields = dict(config) | {"net": name_of(model), "input_shape": shape, "classes": CLASSES}
-    return OwnConfig(**fields)
+    fields = dict(config) | {
+        "net": name_of(model),
+        "input_shape": shape,
+        "classes": CLASSES[config.dataset],
+    }
+    return OwnConfig(**fields | {"init": "torch", "net_width": 0})  # its own affair
 
 
 def recorded(config: Config, examples: Dataset, own_data: bool, model: Any, loss: Any) -> OwnConfig:
@@ -338,13 +346,15 @@ def recorded(config: Config, examples: Dataset, own_data: bool, model: Any, loss
         fields["dataset"] = examples.name
         fields["data"] = (described(examples.train), described(examples.test))
     if model is not None:
-        fields["net"] = name_of(model)
+        fields |= {"net": name_of(model), "net_width": 0}
     if loss is not None:
         fields |= {"method": "own", "loss": name_of(loss), "width_weight": 0.0}
+        # of no effect then
+        fields |= {each: Config.model_fields[each].default for each in ("alpha", *OF_ATTACK)}
     fields["input_shape"] = tuple(examples.train.images.shape[1:])
     labels = (examples.train.labels, examples.test.labels)
     largest = max(int(each.max()) for each in labels)
-    fields["classes"] = max(largest + 1, 2) if own_data else CLASSES
+    fields["classes"] = max(largest + 1, 2) if own_data else CLASSES[config.dataset]
     return OwnConfig(**fields)
 
 

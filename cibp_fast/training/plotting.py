@@ -24,11 +24,18 @@ from cibp_fast.training import runs
 from cibp_fast.training.config import Config, in_255ths
 from cibp_fast.training.files import write_atomic
 
-METHOD_LABELS = {"nominal": "nominal", "ibp": "IBP", "cibp": "constrained IBP", "own": "own loss"}
+METHOD_LABELS = {
+    **{"nominal": "nominal", "ibp": "IBP", "cibp": "constrained IBP", "own": "own loss"},
+    **{"shi": "IBP (Shi et al.)", "cc": "CC-IBP", "mtl": "MTL-IBP", "exp": "Exp-IBP"},
+    "sabr": "SABR",
+}
 
-# A method has its colour in every figure: of Okabe and Ito's, which are told apart under every
-# common colour blindness. What is not a method's curve is grey.
-METHOD_COLOURS = {"cibp": "#0072B2", "ibp": "#D55E00", "nominal": "#009E73", "own": "#CC79A7"}
+# A method has its colour in every figure: of Okabe and Ito's, and two of Tol's, which are told
+# apart under every common colour blindness. What is not a method's curve is grey.
+METHOD_COLOURS = {
+    **{"cibp": "#0072B2", "ibp": "#D55E00", "nominal": "#009E73", "own": "#CC79A7"},
+    **{"shi": "#E69F00", "cc": "#56B4E9", "mtl": "#F0E442", "exp": "#882255", "sabr": "#44AA99"},
+}
 GREY = "#8C8C8C"
 SHADES = (0.5, 0.9, 0.15, 0.7, 0.3)  # of a method's runs, in turn: light is 0, itself 0.5, dark 1
 

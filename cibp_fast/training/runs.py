@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -21,6 +21,7 @@ from typing_extensions import NotRequired, TypedDict  # pydantic takes typing's 
 
 from cibp_fast.training import missing
 from cibp_fast.training.config import (
+    WIDE,
     Config,
     Count,
     Net,
@@ -88,6 +89,7 @@ class Checkpoint:
     totals: Tensor  # float64, what is logged of the unfinished epoch so far
     model: dict[str, Tensor]  # state_dict
     optimizer: dict[str, Tensor]  # "{number of the parameter}.{name}"
+    average: dict[str, Tensor] = field(default_factory=dict)  # of the weights so far, by name
 
 
 @dataclass(frozen=True)
@@ -213,8 +215,9 @@ def write_checkpoint(run_dir: Path, checkpoint: Checkpoint) -> None:
     import safetensors.torch
 
     tensors = {"totals": checkpoint.totals}
-    for kind, values in (("model", checkpoint.model), ("optimizer", checkpoint.optimizer)):
-        tensors |= {f"{kind}.{name}": value for name, value in _apart(values).items()}
+    for kind in ("model", "optimizer", "average"):
+        values = _apart(getattr(checkpoint, kind))
+        tensors |= {f"{kind}.{name}": value for name, value in values.items()}
     facts = {name: getattr(checkpoint, name) for name in FACTS}
     content = safetensors.torch.save(tensors, {"checkpoint": json.dumps(facts)})
     make_folder(run_dir / STATE)
@@ -242,6 +245,7 @@ def read_checkpoint(run_dir: Path) -> Checkpoint | None:
         totals=tensors["totals"],
         model=part("model."),
         optimizer=part("optimizer."),
+        average=part("average."),
     )
 
 
@@ -424,8 +428,8 @@ def build_model(config: Config, model: Any = None) -> nn.Module:
     """Builds the config's network with fresh weights, from torch's global random state.
 
     It has the shape of the data set, or of the user's data. It takes what `to_input` makes of
-    pixels: in eps_space pixel one of the paper's networks for
-    CIFAR-10 or SVHN begins by normalising them.
+    pixels: in eps_space pixel one of our networks for a data set of colour images begins by
+    normalising them.
 
     model: a user's own network, which is returned, or its factory, which is called. Raises
     ValueError where the config is of one and there is none, and as `own.build`.
@@ -434,13 +438,13 @@ def build_model(config: Config, model: Any = None) -> nn.Module:
 
     from cibp_fast import models
     from cibp_fast.training import own
-    from cibp_fast.training.datasets import CHANNEL_STATS, INPUT_SHAPES
+    from cibp_fast.training.datasets import CHANNEL_STATS, CLASSES, INPUT_SHAPES
 
     shape: Sequence[int]
     if isinstance(config, OwnConfig):
         shape, classes = config.input_shape, config.classes
     else:
-        shape, classes = INPUT_SHAPES[config.dataset], own.CLASSES
+        shape, classes = INPUT_SHAPES[config.dataset], CLASSES[config.dataset]
     if _is_own(config):
         if model is None:
             raise ValueError(
@@ -448,7 +452,10 @@ def build_model(config: Config, model: Any = None) -> nn.Module:
                 f"({config.net})"
             )
         return own.build(model, shape, classes)
-    model = models.NETS[config.net](shape, classes, padding=config.padding)
+    shaped: dict[str, Any] = {"padding": config.padding}
+    if config.net in WIDE:
+        shaped = {"width": config.net_width} if config.net_width else {}
+    model = models.NETS[config.net](shape, classes, **shaped)
     models.initialize(model, config.init)
     if config.dataset in CHANNEL_STATS and config.eps_space == "pixel":
         return nn.Sequential(models.Normalize(*CHANNEL_STATS[config.dataset]), *model)

@@ -6,27 +6,32 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.optim.adam import adam
 
 from cibp_fast import losses
 from cibp_fast._graphs import enough_memory
-from cibp_fast.certificates import certify
-from cibp_fast.fusion import FusedNetwork, fuse
+from cibp_fast.certificates import certify, evaluation
+from cibp_fast.fusion import FusedNetwork, fuse, of_torch_alone
 from cibp_fast.fusion.network import Runnable
 from cibp_fast.interval import Interval
-from cibp_fast.layerwise import bounds, predict
-from cibp_fast.training import runs
+from cibp_fast.layerwise import Bounds, bounds, predict
+from cibp_fast.models import Normalize
+from cibp_fast.training import field, own, runs
 from cibp_fast.training.batches import draw, epoch_batches, epoch_plan, pixel_table
 from cibp_fast.training.config import Config, OwnConfig
 from cibp_fast.training.datasets import Split
 from cibp_fast.training.distributed import World
+from cibp_fast.training.presets import ATTACKED, FIELD
 
 LOGGED = ("loss", "nominal", "robust", "width", "train_error")  # then come the K widths
+LEAST_EPS = 1e-6  # of the boxes that the regularizer looks at, as in Shi et al.'s code
 
 
 class Objective(nn.Module):
@@ -57,14 +62,23 @@ class Objective(nn.Module):
         else:
             net = fuse(model, config.precision, backend) if fused else None
         object.__setattr__(self, "fused", net)
+        self._points: tuple[Callable[[Tensor], Tensor], ...] = ()  # see _logits
 
-    def forward(self, x: Tensor, y: Tensor, eps: float, kappa: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, y: Tensor, eps: float, kappa: float, start: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Returns the loss, 0-dim, of x [B, C, H, W], y [B], and what is logged, float64 [5 + K].
 
         That is `LOGGED` and the K widths (mean or sum, as configured); for the nominal method
-        robust and width are NaN and there are no widths, since it computes no bounds.
+        robust and width are NaN and there are no widths, since it computes no bounds. Of the
+        methods that attack robust is their own loss.
+
+        start: as in `field.climb`, of a method that attacks.
         """
         config, (own_loss,) = self.config, self.own_loss
+        weight = self._regularizer_weight(eps)
+        if config.method in FIELD and eps == 0:
+            kappa = 1.0  # a warm-up
         if config.method == "nominal":
             logits = self.model(x)
             loss = losses.nominal_loss(logits, y)
@@ -72,23 +86,21 @@ class Objective(nn.Module):
             parts, widths = losses.Terms(loss, nothing, nothing), loss.new_empty(0)
         else:
             # pixels are in the clip (`loop._check`): to look would be to wait for a GPU
-            box = Interval.ball(x, eps, config.clip, validate=False)
-            if self.fused is not None:
-                out = self.fused.bounds(x, box, config.width, config.width_reduction)
-            else:
-                out = bounds(
-                    self.model,
-                    x,
-                    box,
-                    config.width,
-                    config.width_reduction,
-                    backend=self.backend,
-                    layers=own_loss is not None,  # which may want them
-                )
-            if own_loss is None:
+            radius = max(eps, LEAST_EPS) if weight else eps
+            box = Interval.ball(x, radius, config.clip, validate=False)
+            compute = partial(self._bounds, moments=weight > 0)
+            if config.method in ATTACKED and eps > 0:
+                assert start is not None
+                out, logits, parts, box = self._attacked(x, y, box, eps, kappa, start, compute)
+                loss = parts.total(kappa, config.width_weight)
+            elif own_loss is None:
+                out = compute(x, box)
+                logits = out.logits
                 parts = losses.terms(out, y, elide=config.elide)
                 loss = parts.total(kappa, config.width_weight)
             else:
+                out = compute(x, box)
+                logits = out.logits
                 loss = own_loss(out, y, kappa)
                 if not isinstance(loss, Tensor) or loss.dim() or not loss.is_floating_point():
                     found = type(loss).__name__
@@ -97,11 +109,116 @@ class Objective(nn.Module):
                     raise ValueError(f"loss must return a 0-dim tensor of floats, not {found}")
                 with torch.no_grad():  # to be logged
                     parts = losses.terms(out, y, elide=config.elide and out.elided)
-            logits, widths = out.logits, out.widths
+            widths = out.widths
+            if weight:
+                loss = loss + weight * losses.shi_regularizer(out, self._normalized(box))
+        if config.l1:
+            loss = loss + config.l1 * losses.l1(self.model)
         with torch.no_grad():
             error = (predict(logits) != y).mean(dtype=loss.dtype)
             logged = torch.cat([torch.stack([loss, *parts, error]), widths])
         return loss, logged.double()
+
+    def _attacked(
+        self,
+        x: Tensor,  # [B, ...]
+        y: Tensor,  # [B]
+        box: Interval,  # around x
+        eps: float,
+        kappa: float,
+        start: Tensor,  # [B, ...]
+        compute: Callable[..., Bounds],  # of (x, box)
+    ) -> tuple[Bounds, Tensor, losses.Terms, Interval]:
+        """Returns bounds, logits [B, classes] at x, the terms of the loss with the method's own one
+        as `robust`, and the box of the bounds, which of SABR is a small one.
+
+        A step is in the order of the expressive losses' code (De Palma et al., arXiv 2305.13991):
+        the batch goes through the network, which moves the running statistics of batch norms; the
+        attack sees these, in evaluation mode; then bounds and logits are computed with the attack's
+        points as the nominal ones, of which the norms take the statistics, and the running ones
+        move again. With statistics "clean" they are always those of the batch, as in SABR's own
+        code and in CTBench, and move after the attack.
+        """
+        config = self.config
+        adversarial = config.statistics == "adversarial"
+        if adversarial:
+            logits = self._passed(x, gradient=kappa > 0)
+        around = Interval.ball(x, eps * config.attack_ratio, config.clip, validate=False)
+        with evaluation(self.model):
+            point = field.climb(
+                self._logits(x),
+                around,
+                y,
+                start,
+                steps=config.attack_steps,
+                step_size=config.attack_step_size,
+            )
+        if config.method == "sabr":
+            box = losses.sabr_box(around, point, config.alpha)
+        out = compute(point if adversarial else x, box)
+        if not adversarial:
+            logits = out.logits
+        if config.method == "sabr":
+            loss = losses.terms(out, y, elide=config.elide).robust
+        else:
+            at_point = out.logits
+            if not adversarial:  # by the batch's statistics: as the bounds of a single point
+                at_point = self._bounds(x, Interval(point, point), moments=False).box.center
+            mixed = field.LOSSES[config.method]
+            loss = mixed(out, y, at_point, alpha=config.alpha, elide=config.elide)
+        return out, logits, losses.Terms(losses.nominal_loss(logits, y), loss, out.width), box
+
+    def _passed(self, x: Tensor, gradient: bool) -> Tensor:
+        """Returns the network's logits [B, classes] at x [B, ...], and moves running statistics."""
+        if not gradient:
+            with torch.no_grad():
+                return self.model(x)
+        # in copies: the backward pass of batch norm refuses statistics that later passes move
+        moved = {name: value.clone() for name, value in self.model.named_buffers()}
+        logits = functional_call(self.model, moved, (x,))
+        with torch.no_grad():
+            for name, value in self.model.named_buffers():
+                value.copy_(moved[name])
+        return logits
+
+    def _bounds(self, x: Tensor, box: Interval, moments: bool) -> Bounds:
+        """Computes the bounds of the network around x [B, ...], by `fuse` where it takes them."""
+        config, (own_loss,) = self.config, self.own_loss
+        if self.fused is not None:
+            return self.fused.bounds(x, box, config.width, config.width_reduction, moments=moments)
+        return bounds(
+            self.model,
+            x,
+            box,
+            config.width,
+            config.width_reduction,
+            backend=self.backend,
+            layers=own_loss is not None,  # which may want them
+            moments=moments,
+        )
+
+    def _logits(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """Returns the network as a function of points like x [B, ...], for evaluation mode.
+
+        A chain of torch's layers is one op on the CPU; it is traced once.
+        """
+        if not self._points:
+            own = isinstance(self.config, OwnConfig)
+            one_op = None if own else of_torch_alone(self.model, x)
+            self._points = (self.model if one_op is None else one_op._logits,)
+        return self._points[0]
+
+    def _regularizer_weight(self, eps: float) -> float:
+        """Returns the weight of the regularizer while eps grows."""
+        greatest = self.config.eps * self.config.eps_train_ratio
+        return self.config.regularizer * (1 - eps / greatest) if eps < greatest else 0.0
+
+    def _normalized(self, box: Interval) -> Interval:
+        """Returns the box as the first layer behind a normalization gets it."""
+        first = next(iter(self.model.children()), None)
+        if isinstance(self.model, nn.Sequential) and isinstance(first, Normalize):
+            return first(box)
+        return box
 
 
 def rehearse(objective: Objective, x: Tensor, y: Tensor) -> None:
@@ -124,12 +241,13 @@ def rehearse(objective: Objective, x: Tensor, y: Tensor) -> None:
 
     def attempt() -> None:
         # copies: a model or loss may write into what it is given, which is the user's
-        eps = config.eps * config.eps_train_ratio
-        loss, _ = objective(x.clone(), y.clone(), eps, config.kappa_end)
-        if not loss.requires_grad:
-            raise ValueError("the loss must have a gradient by the network's parameters")
-        wanted = [each for each in model.parameters() if each.requires_grad]
-        torch.autograd.grad(loss, wanted, allow_unused=True)
+        eps, start = config.eps * config.eps_train_ratio, torch.full_like(x, 0.5)
+        for radius in (0.5 * eps, eps) if config.regularizer else (eps,):
+            loss, _ = objective(x.clone(), y.clone(), radius, config.kappa_end, start)
+            if not loss.requires_grad:
+                raise ValueError("the loss must have a gradient by the network's parameters")
+            wanted = [each for each in model.parameters() if each.requires_grad]
+            torch.autograd.grad(loss, wanted, allow_unused=True)
 
     try:
         try:
@@ -166,8 +284,13 @@ class Adam:
             torch.zeros((), dtype=torch.float32, device=p.device) for p in self.parameters
         ]
 
-    def step(self, lr: float) -> None:
-        """Changes the parameters by their gradients, which it removes."""
+    def step(self, lr: float, clip_norm: float = 0.0) -> None:
+        """Changes the parameters by their gradients, which it removes.
+
+        clip_norm: the gradients' 2-norm, all of them together, is scaled down to it; 0: it is not.
+        """
+        if clip_norm:
+            nn.utils.clip_grad_norm_(self.parameters, clip_norm)
         gradients: list[Any] = [
             torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters
         ]
@@ -222,6 +345,7 @@ class Step:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.model = runs.build_model(config, model).to(processes.device)
+        own.require_one_process(self.model, processes)
         self.objective = Objective(self.model, config, backend, loss).to(processes.device)
         self.loss = processes.wrap(self.objective)
         self.adam = Adam(self.model)
@@ -255,9 +379,13 @@ class Step:
         (pixels, y), (at, (eps, kappa, lr)) = next(self._following)
         if isinstance(self.config, OwnConfig):
             self._seed(at)
-        loss, logged = self.loss(self.prepare(pixels), y, eps, kappa)
+        x, start = self.prepare(pixels), None
+        if self.config.method in ATTACKED:
+            ranks = self.processes.rank, self.processes.size
+            start = field.noise(self.config, at, x.shape, *ranks).to(x)
+        loss, logged = self.loss(x, y, eps, kappa, start)
         loss.backward()
-        self.adam.step(lr)
+        self.adam.step(lr, self.config.clip_norm)
         self.totals = self.totals + logged
 
     def _seed(self, at: int) -> None:
@@ -310,7 +438,9 @@ def fastest(step: Step, done: int) -> Step | KernelStep:
     images = step.examples.images
     if fused is None or not config.elide or step.processes.size > 1 or done >= config.steps:
         return step
-    if config.width != "post":
+    if config.width != "post" or config.augmentation == "shift-flip":
+        return step
+    if config.method in FIELD or config.regularizer or config.l1 or config.clip_norm:
         return step
     if isinstance(config, OwnConfig) and _not_by_kernels(step):
         return step

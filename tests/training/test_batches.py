@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from cibp_fast.training import datasets
 from cibp_fast.training.batches import AUGMENTATIONS, _crop_at_once, _crop_one_by_one, epoch_batches
@@ -123,5 +124,27 @@ def test_crops_one_by_one_are_those_at_once():
     padded = torch.randint(0, 256, (20, 3, 13, 15), dtype=torch.uint8)
     top, left = torch.randint(0, 9, (2, 20))
     flip = torch.rand(20) < 0.5
-    one, other = (crop(padded, top, left, flip) for crop in (_crop_one_by_one, _crop_at_once))
+    ways = (_crop_one_by_one, _crop_at_once)
+    one, other = (crop(padded, top, left, flip, 5, 7) for crop in ways)
     assert one.shape == (20, 3, 5, 7) and torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("size", "far"), [(32, 2), (64, 4), (8, 1)])
+def test_shift_flip_brings_in_copies_of_the_edge(size, far):
+    """Every image is one of the (2 far + 1)^2 shifts of itself, mirrored or not; all occur."""
+    images = torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8)
+    split = datasets.Split(
+        images.expand(600, -1, -1, -1).contiguous(), torch.zeros(600, dtype=torch.int64)
+    )
+    padded = F.pad(images.float(), [far] * 4, mode="replicate").byte()[0]
+    shifts = {}
+    for down in range(2 * far + 1):
+        for right in range(2 * far + 1):
+            shifted = padded[:, down : down + size, right : right + size]
+            shifts[shifted.numpy().tobytes()] = down, right, False
+            shifts[shifted.flip(2).numpy().tobytes()] = down, right, True
+    (batch,) = epoch_batches(split, 600, seed=3, epoch=1, augmentation="shift-flip")
+    found = [shifts[(255 * x).round().byte().numpy().tobytes()] for x in batch[0]]
+    assert set(found) == set(shifts.values()) or far == 4
+    assert {down for down, _, _ in found} == set(range(2 * far + 1))
+    assert 0.4 < sum(mirrored for *_, mirrored in found) / 600 < 0.6

@@ -33,6 +33,7 @@ COMPARED = {  # evaluated in one batch, in three with a short last one, in two
     "ibp": preset(PRESET + "ibp", **RECIPE | {"eval_batch_size": 15}),
     "cibp": AUGMENTED,
     "cifar10": preset("cifar10-small-2of255-cibp", **RECIPE),  # its network has buffers
+    "mtl": preset(PRESET + "mtl", **RECIPE, regularizer=0.0, attack_steps=2, average_from=6),
 }
 STOP_STEP = 8  # in the middle of the second epoch
 

@@ -615,7 +615,10 @@ def test_a_config_is_no_name(tmp_path):
         ({"eps": 0.1, "steps": 5, "learning_rate": 1}, "unknown field 'learning_rate'"),
         ({"eps": 0.1, "steps": 5, "loss": "x"}, "unknown field 'loss'"),
         ({"eps": 0.1, "steps": 5, "init": "orthogonal"}, "init must be torch for an own network"),
-        ({"eps": 0.1, "steps": 5, "method": "sabr"}, "method must be 'nominal', 'ibp' or 'cibp'"),
+        (
+            {"eps": 0.1, "steps": 5, "method": "trades"},
+            "method must be 'nominal', 'ibp', .* or 'sabr'",
+        ),
         ({"eps": 0.1, "steps": 5, "eps_space": "normalized"}, "eps_space must be pixel for own"),
     ],
 )
@@ -643,7 +646,7 @@ def test_load_wants_the_network(tmp_path, toy_run):
 def test_the_page_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     """Runs the page's script, on fewer images, and its loss."""
     monkeypatch.chdir(tmp_path)
-    script, loss = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    script, loss, _ = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert len([line for line in script.splitlines() if line]) == 25
     for large, small in (
         ("2400", "240"),
@@ -665,6 +668,21 @@ def test_the_page_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     own_loss = names["squared_margins"]
     result = cf.train(config, "runs/2", model=names["Residual"], data=data, loss=own_loss)
     assert result["method"] == "own"
+
+
+def test_the_pages_script_with_another_method(tmp_path, monkeypatch):
+    """As the page says: one line is another one, and it is MTL-IBP."""
+    monkeypatch.chdir(tmp_path)
+    text = PAGE.read_text()
+    script = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
+    line = "cf.config.own(eps=0.1, steps=400, batch_size=50)"
+    other = 'cf.config.own(0.1, 400, "mtl", batch_size=50)'
+    assert line in script and other in text
+    script = script.replace(line, other.replace("0.1, 400", "0.02, 120"))
+    script = script.replace("2400", "240").replace("2000", "200").replace("eps=0.1", "eps=0.02")
+    exec(compile(script, str(PAGE), "exec"), {"__name__": "script"})
+    result = runs.read_result(tmp_path / "runs" / "own")
+    assert result["method"] == "mtl" and result["verified_error"] < 0.2
 
 
 def test_presets_are_as_they_were(tmp_path, monkeypatch):

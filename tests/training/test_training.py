@@ -78,6 +78,7 @@ def test_the_fields_of_a_result(toy_run):
         "pgd_verified_restarts": 0,
         "pgd_step_size": 0.1,
         "examples": 40,
+        "split": "test",
         "contradictions": 0,
         "contradictions_of_rounding": 0,
         "eps": 0.001,
