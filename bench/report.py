@@ -383,6 +383,26 @@ def norms() -> list[str]:
     return block(about, head, body, rows, "norms")
 
 
+def recipe_steps() -> list[str]:
+    rows = read("recipe_steps")
+    ways = [
+        name for name in CONTENDERS if name != "fused" and name in {r["contender"] for r in rows}
+    ]
+    body = []
+    for (name, recipe), own in by(rows, "recipe").items():
+        errors = listed(own, ("fused", *ways), "gradient_error", "{:.1e}".format)
+        ratios = [cell(own[each], "fused_ratio") for each in ways]
+        body.append([f"{recipe}: {name}", cell(own["fused"], "ms", digits), *ratios, errors])
+    head = ["recipe: network, data, batch", "ms", *(CONTENDERS[each] for each in ways)]
+    head.append("worst gradient's error, in this order")
+    about = (
+        "A whole step of CNN7 of width 64 by the recipes of later papers, with Adam: Shi et al.'s "
+        "IBP with its regularizer, and MTL-IBP with one step of attack. The ms column is "
+        "`cibp-fast train` in float32, the others are factors of it:"
+    )
+    return block(about, head, body, rows, "recipe_steps")
+
+
 def batches() -> list[str]:
     rows = read("batch_*threads")
     sizes = sorted({int(row["batch"]) for row in rows})
@@ -632,6 +652,7 @@ BLOCKS = [
     loop,
     costs,
     norms,
+    recipe_steps,
     certificates,
     widths,
     audits,
