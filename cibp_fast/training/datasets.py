@@ -75,8 +75,8 @@ class Dataset:
     def held_out(self, count: int) -> Dataset:
         """Returns the data set with so many of the training examples in place of the test set.
 
-        They are always the same ones, drawn from all classes alike by chance, and no longer among
-        the training examples. With 0 it is the data set itself.
+        They are drawn by chance, but always the same ones, and no longer among the training
+        examples. With 0 it is the data set itself.
 
         Raises ValueError where no training example would be left.
         """

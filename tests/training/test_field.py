@@ -412,6 +412,31 @@ def test_what_is_averaged_is_saved_and_evaluated(tmp_path):
     torch.testing.assert_close(batches, first.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
 
 
+def test_steps_by_kernels_are_averaged_too(tmp_path):
+    """And go on bitwise: nothing but the last evaluation sees the means."""
+    fields = {"steps": 8, "batch_size": 16, "lr_decay_at": (), "eps_ramp": (0, 4), "pgd_steps": 2}
+    config = preset("mnist5k-small-0.01-ibp", **fields, kappa_ramp=(0, 8), pgd_step_size=None)
+    averaged = config.replace(average_from=4)
+    assert type(fastest(Step(config, toy_dataset().train, ALONE, "auto"), 0)).__name__ != "Step"
+    for name, each in (("last", config), ("mean", averaged)):
+        cf.train(each, tmp_path / name)
+    last, mean = (runs.read_metrics(tmp_path / name) for name in ("last", "mean"))
+    assert [record["loss"] for record in last] == [record["loss"] for record in mean]
+
+    step = Step(config, toy_dataset().train, ALONE, "auto")
+    means = {}
+    for epoch, count in ((1, 5), (2, 3)):
+        step.load(epoch, 0)
+        for k in range(count):
+            step()
+            if 5 * (epoch - 1) + k >= 4:
+                for name, parameter in step.model.named_parameters():
+                    means[name] = means.get(name, 0) + parameter.detach().double() / 4
+    model, _ = cf.load(tmp_path / "mean")
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.double(), means[name], rtol=1e-3, atol=1e-5)
+
+
 def test_a_checkpoint_without_its_averages_is_refused(tmp_path, monkeypatch):
     config = _config("shi", average_from=2)
     monkeypatch.setattr(loop, "evaluate", lambda *args, **kwargs: signal.raise_signal(2) or {})
