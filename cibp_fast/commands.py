@@ -180,6 +180,8 @@ class Train(OnData):
         print(f"\n{_table(results)}\n")
         if len(results) > 1:
             print(f"{_spread(list(results.values()), 'test', 'pgd', 'verified')}\n")
+        if config.validation:
+            print(f"The errors are of {counted(config.validation, 'held-out training example')}.")
         print("\n".join(f"The run is in {run_dir}" for run_dir in run_dirs))
 
 

@@ -18,6 +18,7 @@ import importlib.util
 import io
 import os
 import pickle
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -74,8 +75,8 @@ class Dataset:
     def held_out(self, count: int) -> Dataset:
         """Returns the data set with so many of the training examples in place of the test set.
 
-        They are always the same ones, drawn from all classes alike by chance, and no longer among
-        the training examples. With 0 it is the data set itself.
+        They are drawn by chance, but always the same ones, and no longer among the training
+        examples. With 0 it is the data set itself.
 
         Raises ValueError where no training example would be left.
         """
@@ -405,8 +406,6 @@ def _read_tiny_imagenet(folder: Path) -> dict[str, np.ndarray]:
             f"{folder.parent.absolute()}, from {DATASETS['tinyimagenet'].url}, or name another "
             "data folder with --data-root or CIBP_FAST_DATA"
         )
-    from cibp_fast.training.progress import bar
-
     try:
         image_module = importlib.import_module("PIL.Image")
     except ImportError as error:
@@ -417,12 +416,13 @@ def _read_tiny_imagenet(folder: Path) -> dict[str, np.ndarray]:
 
     def pixels(paths: list[Path]) -> np.ndarray:
         images = np.empty((len(paths), 3, 64, 64), np.uint8)
-        for image, path in zip(images, bar(paths, "reading tinyimagenet", "image"), strict=True):
+        for image, path in zip(images, paths, strict=True):
             with _damage(path), image_module.open(path) as file:
                 _require(file.size == (64, 64), f"it is of size {file.size}, expected (64, 64)")
                 image[:] = np.asarray(file.convert("RGB")).transpose(2, 0, 1)  # some are grey
         return images
 
+    print(f"Reading the images in {folder} one by one, for once.", file=sys.stderr)
     wnids = sorted(path.name for path in (folder / "train").iterdir() if path.is_dir())
     classes = {wnid: number for number, wnid in enumerate(wnids)}
     train = [sorted((folder / "train" / wnid / "images").glob("*.JPEG")) for wnid in wnids]

@@ -204,6 +204,9 @@ def plot_schedules(config: Config, output: str | Path, epoch_steps: int) -> None
     }
     # Between these steps all three are straight: where they bend, and just before, where they jump.
     bends = {config.steps, *config.eps_ramp, *config.kappa_ramp, *config.lr_decay_at}
+    if config.eps_growth == "smoothed":
+        first, last = config.eps_ramp
+        bends |= set(range(first, last, max(1, (last - first) // 200)))
     steps = sorted({0, *bends, *(step - 1 for step in bends if step)})
     with rc_context(STYLE):
         figure = Figure(figsize=(8, 6.5), layout="constrained")

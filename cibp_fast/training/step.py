@@ -91,7 +91,7 @@ class Objective(nn.Module):
             compute = partial(self._bounds, moments=weight > 0)
             if config.method in ATTACKED and eps > 0:
                 assert start is not None
-                out, logits, parts, box = self._attacked(x, y, box, eps, kappa, start, compute)
+                out, logits, parts, box = self._attacked(x, y, box, radius, kappa, start, compute)
                 loss = parts.total(kappa, config.width_weight)
             elif own_loss is None:
                 out = compute(x, box)
@@ -124,7 +124,7 @@ class Objective(nn.Module):
         x: Tensor,  # [B, ...]
         y: Tensor,  # [B]
         box: Interval,  # around x
-        eps: float,
+        radius: float,  # of the box
         kappa: float,
         start: Tensor,  # [B, ...]
         compute: Callable[..., Bounds],  # of (x, box)
@@ -143,7 +143,7 @@ class Objective(nn.Module):
         adversarial = config.statistics == "adversarial"
         if adversarial:
             logits = self._passed(x, gradient=kappa > 0)
-        around = Interval.ball(x, eps * config.attack_ratio, config.clip, validate=False)
+        around = Interval.ball(x, radius * config.attack_ratio, config.clip, validate=False)
         with evaluation(self.model):
             point = field.climb(
                 self._logits(x),

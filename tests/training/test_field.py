@@ -15,10 +15,11 @@ from digits import load_toy, toy_dataset
 from torch import nn
 
 import cibp_fast as cf
+from cibp_fast.certificates import evaluation
 from cibp_fast.models import Normalize
 from cibp_fast.training import averaging, datasets, field, loop, runs
 from cibp_fast.training.config import preset
-from cibp_fast.training.distributed import World
+from cibp_fast.training.distributed import ALONE, World
 from cibp_fast.training.presets import FIELD
 from cibp_fast.training.step import Adam, Objective, Step, fastest
 
@@ -230,6 +231,22 @@ def test_one_op_and_layer_by_layer_are_the_same_step(net):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * greatest)
 
 
+def test_the_attacks_network_is_the_one_of_the_moment():
+    """As one op, too, with the weights and running statistics of every step."""
+    step = Step(_config("mtl", eps_ramp=(0, 0)), toy_dataset().train, ALONE, "auto")
+    step.load(1, 0)
+    x = toy_dataset().test.pixels()
+    seen = []
+    for _ in range(3):
+        step()
+        (logits,) = step.objective._points
+        assert logits is not step.model
+        with evaluation(step.model), torch.no_grad():
+            seen.append(logits(x))
+            torch.testing.assert_close(seen[-1], step.model(x), rtol=1e-4, atol=1e-4)
+    assert not torch.equal(seen[0], seen[2])
+
+
 def test_clipped_gradients_as_torch_has_them():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -252,9 +269,9 @@ def test_no_kernels_of_whole_steps_where_they_would_leave_something_out():
     toy = toy_dataset()
     plain = preset("mnist5k-small-0.1-ibp", batch_size=16)
     for fields in ({}, {"l1": 1e-3}, {"clip_norm": 1.0}, {"regularizer": 0.5}):
-        step = Step(plain.replace(**fields), toy.train, World(0, 1, torch.device("cpu")), "auto")
+        step = Step(plain.replace(**fields), toy.train, ALONE, "auto")
         assert (fastest(step, 0) is step) == bool(fields), fields
-    step = Step(_config("shi", "small"), toy.train, World(0, 1, torch.device("cpu")), "auto")
+    step = Step(_config("shi", "small"), toy.train, ALONE, "auto")
     assert fastest(step, 0) is step
 
 
@@ -376,7 +393,7 @@ def test_what_is_averaged_is_saved_and_evaluated(tmp_path):
     plain_records, records = (runs.read_metrics(tmp_path / n) for n in ("plain", "averaged"))
     assert [r["loss"] for r in records] == [r["loss"] for r in plain_records]
     assert records[0]["test_error"] == plain_records[0]["test_error"]
-    step = Step(averaged, toy_dataset().train, World(0, 1, torch.device("cpu")), "auto")
+    step = Step(averaged, toy_dataset().train, ALONE, "auto")
     means = {}
     for epoch, count in ((1, 5), (2, 3)):
         step.load(epoch, 0)
@@ -393,6 +410,31 @@ def test_what_is_averaged_is_saved_and_evaluated(tmp_path):
     first = model[0](x)
     batches = model[1].running_mean
     torch.testing.assert_close(batches, first.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+
+
+def test_steps_by_kernels_are_averaged_too(tmp_path):
+    """And go on bitwise: nothing but the last evaluation sees the means."""
+    fields = {"steps": 8, "batch_size": 16, "lr_decay_at": (), "eps_ramp": (0, 4), "pgd_steps": 2}
+    config = preset("mnist5k-small-0.01-ibp", **fields, kappa_ramp=(0, 8), pgd_step_size=None)
+    averaged = config.replace(average_from=4)
+    assert type(fastest(Step(config, toy_dataset().train, ALONE, "auto"), 0)).__name__ != "Step"
+    for name, each in (("last", config), ("mean", averaged)):
+        cf.train(each, tmp_path / name)
+    last, mean = (runs.read_metrics(tmp_path / name) for name in ("last", "mean"))
+    assert [record["loss"] for record in last] == [record["loss"] for record in mean]
+
+    step = Step(config, toy_dataset().train, ALONE, "auto")
+    means = {}
+    for epoch, count in ((1, 5), (2, 3)):
+        step.load(epoch, 0)
+        for k in range(count):
+            step()
+            if 5 * (epoch - 1) + k >= 4:
+                for name, parameter in step.model.named_parameters():
+                    means[name] = means.get(name, 0) + parameter.detach().double() / 4
+    model, _ = cf.load(tmp_path / "mean")
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.double(), means[name], rtol=1e-3, atol=1e-5)
 
 
 def test_a_checkpoint_without_its_averages_is_refused(tmp_path, monkeypatch):

@@ -317,6 +317,16 @@ def test_schedules_are_drawn_as_they_are(figure_of, eps_ramp):
     assert epochs.get_xlim() == (0, 75)
 
 
+def test_a_smoothed_growth_is_drawn_as_it_is(figure_of):
+    config = preset("mnist5k-cnn7-0.1-mtl")
+    figure = figure_of(config, plotting.plot_schedules, epoch_steps=40)
+    (line,) = figure.axes[0].lines
+    every = range(config.steps + 1)
+    expected = [config.eps_schedule()(step) for step in every]
+    np.testing.assert_allclose(np.interp(every, *line.get_data()), expected, atol=1e-5)
+    assert max(np.diff(expected)) > 1.2 * 0.1 / 840  # no straight line would do
+
+
 @pytest.mark.parametrize(
     ("overrides", "scale"),
     [
