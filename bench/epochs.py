@@ -87,8 +87,8 @@ class Watch:
             self.step_began = perf_counter()
             yield batch
 
-    def adam_step(self, adam: steps.Adam, lr: float) -> None:
-        adam_step(adam, lr)
+    def adam_step(self, *given: Any) -> None:
+        adam_step(*given)
         self.parts["step"] += perf_counter() - self.step_began
 
     def write_metrics(self, *arguments: Any) -> None:
