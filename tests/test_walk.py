@@ -83,7 +83,7 @@ def test_a_batch_of_training(
     options = {"steps": 5, "pgd_steps": 1, "pgd_restarts": 0, "pgd_step_size": None}
     loop.train(preset("mnist5k-small-0.1-cibp", **options), tmp_path)
     files.names -= {"training/loop.py", "training/progress.py"}
-    assert len(calls) == 5 and len(files.names) <= most, sorted(files.names)
+    assert len(calls) == 5 and len(files.names) <= most, " ".join(sorted(files.names))
     text = (ROOT / "README.md").read_text().partition(begin)[2].partition("\n\n")[0]
     named = {name.removeprefix("cibp_fast/") for name in re.findall(r"`([\w/]+\.py)`", text)}
     assert len(named) == count and named <= files.names

@@ -29,7 +29,7 @@ class Average:
     @torch.no_grad()
     def update(self, done: int) -> None:
         """Counts the weights after `done` steps, which come in turn."""
-        if not self.begin or done <= self.begin:
+        if done <= self.begin:
             return
         for name, parameter in self.model.named_parameters():
             if done == self.begin + 1:

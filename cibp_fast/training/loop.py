@@ -344,7 +344,8 @@ class _Training:
                     for _ in range(end - self.done):
                         step()
                         self.done += 1
-                        self.average.update(self.done)
+                        if self.average.begin:
+                            self.average.update(self.done)
                         progress.update()
                         if self.done < end:
                             self._save_or_stop(run_dir, signals)
