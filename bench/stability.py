@@ -82,7 +82,9 @@ class PlainObjective(nn.Module):
         super().__init__()
         self.model, self.config = model, config
 
-    def forward(self, x: Tensor, y: Tensor, eps: float, kappa: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, y: Tensor, eps: float, kappa: float, start: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         config, widths = self.config, []
         lower, upper = x - eps, x + eps
         if config.clip is not None:

@@ -150,9 +150,17 @@ class NodeKind(Enum):
     affine = 0
     pool = 1
     sum = 2
+    depthwise = 3
+
+class Curve(Enum):
+    leaky = 0
+    hardtanh = 1
+    exponential = 2
+    sigmoid = 3
+    tanh = 4
 
 class Edge:
-    def __init__(self, *, value: int, slope: float) -> None: ...
+    def __init__(self, *, value: int, curve: Curve, numbers: Sequence[float]) -> None: ...
 
 class Node:
     def __init__(
@@ -184,6 +192,7 @@ class Graph_float32:
         mean: bool,
         saved: int,
         outputs: Sequence[int],  # 6
+        moments: int,  # 0: not wanted
         statistics: Sequence[Sequence[int]],  # means and variances of each node
         /,
     ) -> None: ...
@@ -195,6 +204,7 @@ class Graph_float32:
         saved: int,
         statistics: Sequence[Sequence[int]],
         inputs: Sequence[int],  # 8 data pointers
+        grad_moments: int,
         outputs: Sequence[int],  # 3
         gradients: Sequence[Sequence[int]],  # as the parameters of forward
         /,
