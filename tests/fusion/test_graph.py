@@ -283,6 +283,22 @@ def test_moments_of_masked_units(isa: str) -> None:
     check_alone(model, shape, read, lambda values: values.square().sum())
 
 
+@pytest.mark.parametrize("curve", [nn.Sigmoid(), nn.Hardtanh(0.2, 0.9), nn.Hardtanh(-0.9, -0.2)])
+def test_moments_behind_curves_that_move_0(isa: str, curve: nn.Module) -> None:
+    """Checks that moments count the channels of a value, not those that pad it."""
+    sums = with_signs(Two(lambda m, x: m.end(F.relu(m.relu(y := m.a(x)) + m.c(y)).flatten(1))))
+    sums.relu = curve
+    pooled = convolutional(nn.Conv2d(2, 3, 3), curve, nn.AvgPool2d(2), nn.LeakyReLU(0.2))
+    del sums.b, sums.norm
+    for model in (sums, pooled):
+        check_alone(
+            model,
+            (2, 8, 7),
+            lambda bounds, x, box: torch.cat(list(bounds(x, box, moments=True).moments)),
+            lambda values: values.square().sum(),
+        )
+
+
 def test_plans_of_both_kinds_stay_apart() -> None:
     """Checks a chain whose calls ask for other widths in turn, and its modes."""
     model = nn.Sequential(

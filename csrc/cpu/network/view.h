@@ -119,6 +119,13 @@ struct Totals {
   }
 };
 
+// Zeros from a lane on: the channels by which a value is padded stay 0.
+template <class T>
+[[gnu::always_inline]] inline void clear_from(int64_t count, Vec<T>* streams) {
+  for (int64_t i = std::max<int64_t>(count, 0); i < kLanes<T>; ++i)
+    for (int k = 0; k < S; ++k) streams[k][i] = 0;
+}
+
 // Reads one vector of an example's streams, behind norm and activation.
 template <class E>
 [[gnu::always_inline]] inline void read(const View<E>& view, const E* from, int64_t channel,
@@ -128,6 +135,8 @@ template <class E>
   seen.normed += streams[1] * streams[1];
   if (seen.wants_moments) add_moments<T>(streams, seen.moments);
   bend<T>(view.activation, streams);
+  if (!view.activation.keeps_zero())
+    clear_from<T>(view.place->shape.out_channels - channel, streams);
   seen.activated += streams[1] * streams[1];
 }
 
