@@ -29,7 +29,8 @@ RELU = Activation("leaky", 0.0)
 
 def close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
     """Checks all results; gradients relative to the largest: that of a bias before a norm is 0."""
-    least = max(float(v.abs().max()) for k, v in expected.items() if k.startswith("gradient"))
+    gradients_of = [v.nan_to_num() for k, v in expected.items() if k.startswith("gradient")]
+    least = max(float(v.abs().max()) for v in gradients_of)
     gradients = [
         {k: v for k, v in r.items() if k.startswith("gradient")} for r in (found, expected)
     ]
@@ -92,6 +93,21 @@ class PreActivation(nn.Module):
         x = self.a(self.relu(x)).add(x)
         x = torch.add(x, self.b(F.relu(x)))
         return self.end(torch.flatten(x, 1))
+
+
+class Two(nn.Module):
+    """Holds layers for the forwards of REFUSED."""
+
+    def __init__(self, body: Callable[[Any, Any], Any]) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(2, 3, 3, padding=1)
+        self.c, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.same, self.relu = nn.Identity(), nn.ReLU(inplace=True)
+        self.leaky = nn.LeakyReLU(0.1, inplace=True)
+        self.end, self.body = nn.Linear(3 * 8 * 7, 3), body
+
+    def forward(self, x: Any) -> Any:
+        return self.body(self, x)
 
 
 class Curves(nn.Module):
@@ -223,10 +239,10 @@ def check_alone(
         wanted = [*leaves, *model.parameters()]
         found.append([values.detach(), *torch.autograd.grad(loss(values), wanted, allow_unused=True,
                                                             materialize_grads=True)])  # fmt: skip
-    least = max(float(g.abs().max()) for g in found[1][1:])
-    for one, other in zip(*found, strict=True):
-        scale = max(least, float(other.abs().max()))
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-10 * scale)
+    largest = [float(g.nan_to_num().abs().max()) for g in found[1]]
+    for one, other, size in zip(*found, largest, strict=True):
+        scale = max(size, *largest[1:])
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10 * scale, equal_nan=True)
 
 
 @pytest.mark.parametrize("width", ["pre", "all"])
@@ -297,6 +313,63 @@ def test_moments_behind_curves_that_move_0(isa: str, curve: nn.Module) -> None:
             lambda bounds, x, box: torch.cat(list(bounds(x, box, moments=True).moments)),
             lambda values: values.square().sum(),
         )
+
+
+CURVES = {
+    **{kind.__name__: kind() for kind in (nn.ReLU, nn.ReLU6, nn.ELU, nn.SELU, nn.Sigmoid, nn.Tanh)},
+    "Hardtanh": nn.Hardtanh(-0.5, 0.2),
+    "CELU": nn.CELU(0.5),
+    "LeakyReLU": nn.LeakyReLU(0.2),
+}
+
+
+class Masked(Two):
+    """Adds what three activations read: a convolution, its norm, and the sum of both; of each the
+    first unit is masked.
+    """
+
+    def __init__(self, curve: nn.Module, by_norm: bool, fixed: bool) -> None:
+        super().__init__(lambda m, x: m.end(F.relu(m.sum(x)).flatten(1)))
+        self.curve = curve
+        del self.leaky, self.relu, self.b, self.c
+        with_signs(self)
+        self.norm.train(not fixed)
+        with torch.no_grad():
+            (self.norm if by_norm else self.a).bias[0] = -torch.inf
+            self.norm.weight[0].abs_()  # the unit stays at -infinity
+
+    def sum(self, x: Any) -> Any:
+        return self.curve(y := self.norm(self.a(x))) + y
+
+
+@pytest.mark.parametrize("by_norm, fixed", [(False, True), (True, True), (True, False)])
+@pytest.mark.parametrize("curve", CURVES)
+def test_masked_units(isa: str, curve: str, by_norm: bool, fixed: bool) -> None:
+    """Checks that units which a bias of -infinity masks have no width, and their gradients."""
+    model = Masked(CURVES[curve], by_norm, fixed)
+    for width in ("pre", "post", "all"):
+        check_alone(
+            model,
+            (2, 8, 7),
+            lambda bounds, x, box, w=width: torch.cat(
+                [*(out := bounds(x, box, w, moments=True)).moments, out.widths]
+            ),
+            lambda values: values.square().sum(),
+        )
+    expected, found = passes(model, *inputs(4, 2, 8, 7))
+    assert all(expected[key].isfinite().all() for key in ("logits", "lower", "widths"))
+    close(found, expected, 1e-11)
+
+
+def test_weights_of_masked_units_make_nan(isa: str) -> None:
+    """Checks that what cf.bounds does not know of infinite bounds is not known here either."""
+    layers = nn.Conv2d(2, 5, 3), nn.LeakyReLU(0.1), nn.Conv2d(5, 4, 1), nn.Sigmoid()
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * 7 * 5, 3)).double()
+    with torch.no_grad():
+        model[0].bias[1] = -torch.inf
+    found, expected = passes(model, *inputs(4, 2, 9, 7))
+    assert expected["lower"].isnan().all() and found["lower"].isnan().all()
+    torch.testing.assert_close(found["widths"], expected["widths"], equal_nan=True)
 
 
 def test_plans_of_both_kinds_stay_apart() -> None:
@@ -488,21 +561,6 @@ def test_no_examples() -> None:
     x = torch.zeros(0, *shape).double()
     out = cf.fuse(model.eval()).bounds(x, Interval(x, x))
     assert out.logits.shape == (0, 3)
-
-
-class Two(nn.Module):
-    """Holds layers for the forwards of REFUSED."""
-
-    def __init__(self, body: Callable[[Any, Any], Any]) -> None:
-        super().__init__()
-        self.a, self.b = nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(2, 3, 3, padding=1)
-        self.c, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
-        self.same, self.relu = nn.Identity(), nn.ReLU(inplace=True)
-        self.leaky = nn.LeakyReLU(0.1, inplace=True)
-        self.end, self.body = nn.Linear(3 * 8 * 7, 3), body
-
-    def forward(self, x: Any) -> Any:
-        return self.body(self, x)
 
 
 IN_PLACE: dict[str, Callable[[Any, Any], Any]] = {

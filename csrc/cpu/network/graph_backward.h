@@ -181,7 +181,7 @@ class GraphBackwardPass {
       const View<E> view = view_of(plan_, node.a, op_.saved, norms_);
       parallel_for(op_.threads, plan_.batch, [&](int64_t n) {
         Totals unused;
-        prepare(view, n, 1, layer, images + n * layer.in.size(), false, unused);
+        prepare(view, n, 1, node, images + n * layer.in.size(), false, unused);
       });
       in = images;
     }
@@ -260,7 +260,7 @@ class GraphBackwardPass {
         if (!layer.pool || depthwise) {
           E* const images = scratch<E>(Slot::kStageOdd, layer.group * layer.in.size());
           Totals unused;
-          prepare(to.view, n, count, layer, images, false, unused);
+          prepare(to.view, n, count, node, images, false, unused);
           if (depthwise)
             depthwise->add(index, images, gradients);
           else

@@ -4,10 +4,10 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <limits>
 #include <vector>
 
 #include "../vec.h"
+#include "layers.h"
 
 namespace cibp {
 
@@ -15,13 +15,6 @@ namespace cibp {
 // and of the same where c + r < 0 (inactive ones). A unit that a bias of -infinity masks is
 // inactive, and otherwise counts as 0.
 constexpr int kMoments = 8;
-
-// Whether both bounds are at the same infinity.
-template <class T>
-[[gnu::always_inline]] inline auto masked_units(const Vec<T>* streams) {
-  const Vec<T> all = Vec<T>{} + std::numeric_limits<T>::infinity();
-  return (absolute<T>(streams[0]) == all) & (streams[1] < all);
-}
 
 template <class T>
 [[gnu::always_inline]] inline void add_moments(const Vec<T>* streams, Vec<T>* sums) {

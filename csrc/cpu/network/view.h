@@ -11,6 +11,7 @@
 
 #include "../vec.h"
 #include "activation.h"
+#include "graph_plan.h"
 #include "layers.h"
 #include "moments.h"
 
@@ -80,6 +81,7 @@ template <class T>
   streams[0] = (streams[0] - mean) * scale + shift;
   streams[1] *= absolute<T>(scale);
   streams[2] = (streams[2] - mean) * scale + shift;
+  clear_masked<T>(streams);
 }
 
 // The streams of a value, at a place of its data, behind its norm.
@@ -140,11 +142,12 @@ template <class E>
   seen.activated += streams[1] * streams[1];
 }
 
-// The images that a layer reads, of `count` examples from n on.
+// The images that a node's layer reads, of `count` examples from n on.
 template <class E>
-void prepare(const View<E>& view, int64_t n, int64_t count, const Layer<E>& layer, E* images,
+void prepare(const View<E>& view, int64_t n, int64_t count, const NodePlan<E>& node, E* images,
              bool wants_moments, Totals& totals) {
   using T = Number<E>;
+  const Layer<E>& layer = node.layer();
   const Geometry& g = layer.in;
   for (int64_t k = 0; k < count; ++k, images += g.size()) {
     if (!layer.dense) clear_padding(g, layer.shape.in_height, layer.shape.in_width, images);
@@ -153,6 +156,8 @@ void prepare(const View<E>& view, int64_t n, int64_t count, const Layer<E>& laye
     for_vectors(*view.place, [&](int64_t from, int64_t pixel, int64_t channel) {
       Vec<T> streams[S];
       read(view, value + from, channel, streams, seen);
+      // what weights make of infinite bounds is not known
+      if (node.weighted()) streams[1] = masked_units<T>(streams) ? streams[0] * T(0) : streams[1];
       store_streams(images + layer.in_offsets[static_cast<size_t>(pixel)] + channel,
                     g.stream_stride(), streams);
     });
