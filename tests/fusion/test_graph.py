@@ -736,6 +736,26 @@ REFUSED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
         lambda m, x: m.end(F.leaky_relu(m.a(x), 1).flatten(1)),
         r"negative_slope must be at least 0 and below 1, got 1.0",
     ),
+    "limits in the wrong order": (
+        lambda m, x: m.end(F.hardtanh(m.a(x), 2.0, 1.0).flatten(1)),
+        r"the call of hardtanh \(Hardtanh\): min_val must be at most max_val, got 2.0 and 1.0",
+    ),
+    "a tensor as a limit": (
+        lambda m, x: m.end(F.hardtanh(m.a(x), m.end.bias).flatten(1)),
+        "fuse cannot take the function hardtanh",
+    ),
+    "a scaled ELU": (
+        lambda m, x: m.end(F.elu_(m.a(x), 1.0, 2.0).flatten(1)),
+        "fuse cannot take the function elu_",
+    ),
+    "an alpha whose inverse is infinite": (
+        lambda m, x: m.end(F.celu(m.a(x), 1e-310).flatten(1)),
+        r"alpha must be above 0, within \[1e-30, 1e30\], got 1e-310",
+    ),
+    "a number and a value": (
+        lambda m, x: m.end((1 + m.a(x)).flatten(1)),
+        "fuse cannot take the function add",
+    ),
     "a sum of two shapes": (
         lambda m, x: m.end((m.a(x) + m.a(x).flatten(1)).flatten(1)),
         "it adds",
@@ -745,6 +765,11 @@ REFUSED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
         "the network must end in Linear",
     ),
 }
+
+
+def test_limits_that_are_equal() -> None:
+    model = Two(lambda m, x: m.end((F.hardtanh(y := m.a(x), 0.5, 0.5) + m.c(y)).flatten(1)))
+    close(*passes(model.double(), *inputs(4, 2, 8, 7)), 1e-11)
 
 
 def test_depthwise_layers_that_do_not_fit() -> None:
