@@ -361,6 +361,17 @@ def test_masked_units(isa: str, curve: str, by_norm: bool, fixed: bool) -> None:
     close(found, expected, 1e-11)
 
 
+@pytest.mark.parametrize("curve", [nn.Tanh(), nn.Hardtanh(), nn.ReLU6(), nn.Sigmoid()])
+def test_infinite_points(isa: str, curve: nn.Module) -> None:
+    """Checks that curves bring infinite points back, as in torch."""
+    model = nn.Sequential(nn.Conv2d(2, 5, 3), curve, nn.Flatten(), nn.Linear(5 * 7 * 5, 3)).double()
+    x, lower, upper = inputs(4, 2, 9, 7)
+    x[1, 0, 3, 3] = torch.inf
+    logits = cf.fuse(model).bounds(x, Interval(lower, upper, validate=False)).logits
+    assert model(x).isfinite().all()
+    torch.testing.assert_close(logits, model(x), rtol=1e-11, atol=1e-11)
+
+
 def test_weights_of_masked_units_make_nan(isa: str) -> None:
     """Checks that what cf.bounds does not know of infinite bounds is not known here either."""
     layers = nn.Conv2d(2, 5, 3), nn.LeakyReLU(0.1), nn.Conv2d(5, 4, 1), nn.Sigmoid()

@@ -28,9 +28,6 @@ struct Activation {
 
   bool none() const { return curve == Curve::kLeaky && a == 1; }
   bool relu() const { return curve == Curve::kLeaky && a == 0; }
-  bool keeps_zero() const {
-    return curve != Curve::kSigmoid && (curve != Curve::kHardtanh || (a <= 0 && b >= 0));
-  }
 };
 
 // What a node reads: a value behind an activation.

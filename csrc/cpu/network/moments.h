@@ -20,7 +20,8 @@ template <class T>
 [[gnu::always_inline]] inline void add_moments(const Vec<T>* streams, Vec<T>* sums) {
   const auto masked = masked_units<T>(streams);
   const Vec<T> c = streams[0], r = streams[1], one = Vec<T>{} + T(1);
-  const Vec<T> center = masked ? Vec<T>{} : c, square = center * center;
+  // of infinite bounds that differ the center is not known
+  const Vec<T> center = masked ? Vec<T>{} : c + r * T(0), square = center * center;
   sums[0] += masked ? Vec<T>{} : r;
   sums[1] += center;
   const auto add_where = [&](auto where, Vec<T>* to) {

@@ -121,11 +121,15 @@ struct Totals {
   }
 };
 
-// Zeros from a lane on: the channels by which a value is padded stay 0.
+// Zeros from a lane on. The channels by which a value is padded need not be 0: some curves move 0,
+// and what is infinite makes NaN of the zeros that pad weights.
 template <class T>
 [[gnu::always_inline]] inline void clear_from(int64_t count, Vec<T>* streams) {
-  for (int64_t i = std::max<int64_t>(count, 0); i < kLanes<T>; ++i)
-    for (int k = 0; k < S; ++k) streams[k][i] = 0;
+  if (count >= kLanes<T>) return;
+  Vec<Bits<T>> lane;
+  for (int i = 0; i < kLanes<T>; ++i) lane[i] = i;
+  for (int k = 0; k < S; ++k)
+    streams[k] = lane < static_cast<Bits<T>>(count) ? streams[k] : Vec<T>{};
 }
 
 // Reads one vector of an example's streams, behind norm and activation.
@@ -137,8 +141,7 @@ template <class E>
   seen.normed += streams[1] * streams[1];
   if (seen.wants_moments) add_moments<T>(streams, seen.moments);
   bend<T>(view.activation, streams);
-  if (!view.activation.keeps_zero())
-    clear_from<T>(view.place->shape.out_channels - channel, streams);
+  clear_from<T>(view.place->shape.out_channels - channel, streams);
   seen.activated += streams[1] * streams[1];
 }
 
