@@ -256,12 +256,13 @@ def activation_of(layer: Layer) -> Activation:
         return Activation("exponential", *_SELU)
     if kind in (nn.ELU, nn.CELU):
         alpha = float(module.alpha)
-        if not alpha > 0:
-            raise layer.error(f"alpha must be above 0, got {alpha}")
+        if not _LEAST_ALPHA <= alpha <= 1 / _LEAST_ALPHA:  # it and its inverse are finite
+            raise layer.error(f"alpha must be above 0, within [1e-30, 1e30], got {alpha}")
         return Activation("exponential", alpha, 1 / alpha if kind is nn.CELU else 1.0, 1.0)
     return Activation("sigmoid" if kind is nn.Sigmoid else "tanh", 0.0)
 
 
+_LEAST_ALPHA = 1e-30
 _SCALE = 1.0507009873554804934193349852946  # torch's, of Klambauer et al. (2017)
 _SELU = (_SCALE * 1.6732632423543772848170429916717, 1.0, _SCALE)  # as in Activation
 

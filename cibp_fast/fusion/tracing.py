@@ -444,14 +444,21 @@ def _layer(model: nn.Module, node: fx.Node) -> tuple[Layer, list[Any]]:
     inplace = bool(arguments.pop("inplace", node.target in _IN_PLACE))
     if name in _OF_ACTIVATIONS:
         kind, *names = _OF_ACTIVATIONS[name]
-        given = dict(zip((*names, "inplace"), others, strict=False))
-        if len(others) <= len(names) + 1 and arguments.keys() <= set(names) - given.keys():
-            if given.pop("inplace", False) or inplace:
-                arguments["inplace"] = True
-            return Layer(f"the call of {name}", kind(**given, **arguments)), [source]
+        module = kind()
+        if hasattr(module, "inplace") and node.target not in _IN_PLACE:  # those take others there
+            names.append("inplace")
+        given = dict(zip(names, others, strict=False))
+        fits = len(others) <= len(names) and arguments.keys() <= set(names) - given.keys()
+        given |= arguments
+        if fits and not any(isinstance(value, fx.Node) for value in given.values()):
+            given["inplace"] = inplace or bool(given.get("inplace"))
+            for key, value in given.items():  # nodes.py checks them
+                setattr(module, key, value)
+            return Layer(f"the call of {name}", module), [source]
     if name == "add":
         second = others[0] if others else arguments.pop("other", None)
-        if len(others) <= 1 and not arguments and isinstance(second, fx.Node):
+        plain = len(others) <= 1 and not arguments
+        if plain and isinstance(source, fx.Node) and isinstance(second, fx.Node):
             return Layer("the call of add", Sum(inplace)), [source, second]
     if name == "flatten":
         dims = {"start_dim": 0, "end_dim": -1}

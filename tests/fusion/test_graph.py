@@ -29,7 +29,8 @@ RELU = Activation("leaky", 0.0)
 
 def close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
     """Checks all results; gradients relative to the largest: that of a bias before a norm is 0."""
-    least = max(float(v.abs().max()) for k, v in expected.items() if k.startswith("gradient"))
+    gradients_of = [v.nan_to_num() for k, v in expected.items() if k.startswith("gradient")]
+    least = max(float(v.abs().max()) for v in gradients_of)
     gradients = [
         {k: v for k, v in r.items() if k.startswith("gradient")} for r in (found, expected)
     ]
@@ -92,6 +93,21 @@ class PreActivation(nn.Module):
         x = self.a(self.relu(x)).add(x)
         x = torch.add(x, self.b(F.relu(x)))
         return self.end(torch.flatten(x, 1))
+
+
+class Two(nn.Module):
+    """Holds layers for the forwards of REFUSED."""
+
+    def __init__(self, body: Callable[[Any, Any], Any]) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(2, 3, 3, padding=1)
+        self.c, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.same, self.relu = nn.Identity(), nn.ReLU(inplace=True)
+        self.leaky = nn.LeakyReLU(0.1, inplace=True)
+        self.end, self.body = nn.Linear(3 * 8 * 7, 3), body
+
+    def forward(self, x: Any) -> Any:
+        return self.body(self, x)
 
 
 class Curves(nn.Module):
@@ -223,10 +239,10 @@ def check_alone(
         wanted = [*leaves, *model.parameters()]
         found.append([values.detach(), *torch.autograd.grad(loss(values), wanted, allow_unused=True,
                                                             materialize_grads=True)])  # fmt: skip
-    least = max(float(g.abs().max()) for g in found[1][1:])
-    for one, other in zip(*found, strict=True):
-        scale = max(least, float(other.abs().max()))
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-10 * scale)
+    largest = [float(g.nan_to_num().abs().max()) for g in found[1]]
+    for one, other, size in zip(*found, largest, strict=True):
+        scale = max(size, *largest[1:])
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10 * scale, equal_nan=True)
 
 
 @pytest.mark.parametrize("width", ["pre", "all"])
@@ -281,6 +297,90 @@ def test_moments_of_masked_units(isa: str) -> None:
         return torch.stack(list(bounds(x, box, moments=True).moments)).flatten()
 
     check_alone(model, shape, read, lambda values: values.square().sum())
+
+
+@pytest.mark.parametrize("curve", [nn.Sigmoid(), nn.Hardtanh(0.2, 0.9), nn.Hardtanh(-0.9, -0.2)])
+def test_moments_behind_curves_that_move_0(isa: str, curve: nn.Module) -> None:
+    """Checks that moments count the channels of a value, not those that pad it."""
+    sums = with_signs(Two(lambda m, x: m.end(F.relu(m.relu(y := m.a(x)) + m.c(y)).flatten(1))))
+    sums.relu = curve
+    pooled = convolutional(nn.Conv2d(2, 3, 3), curve, nn.AvgPool2d(2), nn.LeakyReLU(0.2))
+    del sums.b, sums.norm
+    for model in (sums, pooled):
+        check_alone(
+            model,
+            (2, 8, 7),
+            lambda bounds, x, box: torch.cat(list(bounds(x, box, moments=True).moments)),
+            lambda values: values.square().sum(),
+        )
+
+
+CURVES = {
+    **{kind.__name__: kind() for kind in (nn.ReLU, nn.ReLU6, nn.ELU, nn.SELU, nn.Sigmoid, nn.Tanh)},
+    "Hardtanh": nn.Hardtanh(-0.5, 0.2),
+    "CELU": nn.CELU(0.5),
+    "LeakyReLU": nn.LeakyReLU(0.2),
+}
+
+
+class Masked(Two):
+    """Adds what three activations read: a convolution, its norm, and the sum of both; of each the
+    first unit is masked.
+    """
+
+    def __init__(self, curve: nn.Module, by_norm: bool, fixed: bool) -> None:
+        super().__init__(lambda m, x: m.end(F.relu(m.sum(x)).flatten(1)))
+        self.curve = curve
+        del self.leaky, self.relu, self.b, self.c
+        with_signs(self)
+        self.norm.train(not fixed)
+        with torch.no_grad():
+            (self.norm if by_norm else self.a).bias[0] = -torch.inf
+            self.norm.weight[0].abs_()  # the unit stays at -infinity
+
+    def sum(self, x: Any) -> Any:
+        return self.curve(y := self.norm(self.a(x))) + y
+
+
+@pytest.mark.parametrize("by_norm, fixed", [(False, True), (True, True), (True, False)])
+@pytest.mark.parametrize("curve", CURVES)
+def test_masked_units(isa: str, curve: str, by_norm: bool, fixed: bool) -> None:
+    """Checks that units which a bias of -infinity masks have no width, and their gradients."""
+    model = Masked(CURVES[curve], by_norm, fixed)
+    for width in ("pre", "post", "all"):
+        check_alone(
+            model,
+            (2, 8, 7),
+            lambda bounds, x, box, w=width: torch.cat(
+                [*(out := bounds(x, box, w, moments=True)).moments, out.widths]
+            ),
+            lambda values: values.square().sum(),
+        )
+    expected, found = passes(model, *inputs(4, 2, 8, 7))
+    assert all(expected[key].isfinite().all() for key in ("logits", "lower", "widths"))
+    close(found, expected, 1e-11)
+
+
+@pytest.mark.parametrize("curve", [nn.Tanh(), nn.Hardtanh(), nn.ReLU6(), nn.Sigmoid()])
+def test_infinite_points(isa: str, curve: nn.Module) -> None:
+    """Checks that curves bring infinite points back, as in torch."""
+    model = nn.Sequential(nn.Conv2d(2, 5, 3), curve, nn.Flatten(), nn.Linear(5 * 7 * 5, 3)).double()
+    x, lower, upper = inputs(4, 2, 9, 7)
+    x[1, 0, 3, 3] = torch.inf
+    logits = cf.fuse(model).bounds(x, Interval(lower, upper, validate=False)).logits
+    assert model(x).isfinite().all()
+    torch.testing.assert_close(logits, model(x), rtol=1e-11, atol=1e-11)
+
+
+def test_weights_of_masked_units_make_nan(isa: str) -> None:
+    """Checks that what cf.bounds does not know of infinite bounds is not known here either."""
+    layers = nn.Conv2d(2, 5, 3), nn.LeakyReLU(0.1), nn.Conv2d(5, 4, 1), nn.Sigmoid()
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * 7 * 5, 3)).double()
+    with torch.no_grad():
+        model[0].bias[1] = -torch.inf
+    found, expected = passes(model, *inputs(4, 2, 9, 7))
+    assert expected["lower"].isnan().all() and found["lower"].isnan().all()
+    torch.testing.assert_close(found["widths"], expected["widths"], equal_nan=True)
 
 
 def test_plans_of_both_kinds_stay_apart() -> None:
@@ -474,21 +574,6 @@ def test_no_examples() -> None:
     assert out.logits.shape == (0, 3)
 
 
-class Two(nn.Module):
-    """Holds layers for the forwards of REFUSED."""
-
-    def __init__(self, body: Callable[[Any, Any], Any]) -> None:
-        super().__init__()
-        self.a, self.b = nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(2, 3, 3, padding=1)
-        self.c, self.norm = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
-        self.same, self.relu = nn.Identity(), nn.ReLU(inplace=True)
-        self.leaky = nn.LeakyReLU(0.1, inplace=True)
-        self.end, self.body = nn.Linear(3 * 8 * 7, 3), body
-
-    def forward(self, x: Any) -> Any:
-        return self.body(self, x)
-
-
 IN_PLACE: dict[str, Callable[[Any, Any], Any]] = {
     "module": lambda m, x: m.end((m.c(m.relu(y := m.a(x))) + y).flatten(1)),
     "leaky module": lambda m, x: m.end((m.c(m.leaky(y := m.a(x))) + y).flatten(1)),
@@ -662,6 +747,26 @@ REFUSED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
         lambda m, x: m.end(F.leaky_relu(m.a(x), 1).flatten(1)),
         r"negative_slope must be at least 0 and below 1, got 1.0",
     ),
+    "limits in the wrong order": (
+        lambda m, x: m.end(F.hardtanh(m.a(x), 2.0, 1.0).flatten(1)),
+        r"the call of hardtanh \(Hardtanh\): min_val must be at most max_val, got 2.0 and 1.0",
+    ),
+    "a tensor as a limit": (
+        lambda m, x: m.end(F.hardtanh(m.a(x), m.end.bias).flatten(1)),
+        "fuse cannot take the function hardtanh",
+    ),
+    "a scaled ELU": (
+        lambda m, x: m.end(F.elu_(m.a(x), 1.0, 2.0).flatten(1)),
+        "fuse cannot take the function elu_",
+    ),
+    "an alpha whose inverse is infinite": (
+        lambda m, x: m.end(F.celu(m.a(x), 1e-310).flatten(1)),
+        r"alpha must be above 0, within \[1e-30, 1e30\], got 1e-310",
+    ),
+    "a number and a value": (
+        lambda m, x: m.end((1 + m.a(x)).flatten(1)),
+        "fuse cannot take the function add",
+    ),
     "a sum of two shapes": (
         lambda m, x: m.end((m.a(x) + m.a(x).flatten(1)).flatten(1)),
         "it adds",
@@ -671,6 +776,11 @@ REFUSED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
         "the network must end in Linear",
     ),
 }
+
+
+def test_limits_that_are_equal() -> None:
+    model = Two(lambda m, x: m.end((F.hardtanh(y := m.a(x), 0.5, 0.5) + m.c(y)).flatten(1)))
+    close(*passes(model.double(), *inputs(4, 2, 8, 7)), 1e-11)
 
 
 def test_depthwise_layers_that_do_not_fit() -> None:

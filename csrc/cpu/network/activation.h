@@ -77,7 +77,7 @@ template <class T>
   curve_at<T>(f, streams[0] + streams[1], &high, &unused);
   curve_at<T>(f, Vec<T>(streams[2]), &streams[2], &unused);
   streams[0] = (low + high) * T(0.5);
-  streams[1] = positive<T>((high - low) * T(0.5));
+  streams[1] = low == high ? Vec<T>{} : positive<T>((high - low) * T(0.5));
 }
 
 template <class T>
@@ -95,7 +95,7 @@ template <class T>
   const T slope = f.a;
   const Vec<T> low = (mu - r) * slope, high = upper <= 0 ? upper * slope : upper;
   streams[0] = mu > r ? mu : (low + high) * half;
-  streams[1] = mu > r ? r : (high - low) * half;
+  streams[1] = mu > r ? r : low == high ? Vec<T>{} : (high - low) * half;  // masked: inf - inf
   streams[2] = streams[2] <= 0 ? streams[2] * slope : streams[2];
 }
 

@@ -99,14 +99,10 @@ class GraphBackwardPass {
   NormGradient<T> through_norm(size_t i) const {
     const NodePlan<E>& node = plan_.nodes[i];
     const int64_t channels = node.shape.out_channels;
-    NormGradient<T> by = norm_gradient(
+    const NormGradient<T> by = norm_gradient(
         channels, node.place.in.pitch, node.units() / static_cast<double>(channels), norms_[i],
         node.eps, op_.variances[i], sums_[i], op_.grad_gammas[i], op_.grad_betas[i]);
-    if (node.fixed) {
-      std::fill(by.constant.begin(), by.constant.end(), T{0});
-      std::fill(by.linear.begin(), by.linear.end(), T{0});
-    }
-    return by;
+    return node.fixed ? NormGradient<T>{} : by;
   }
 
   // The gradient by what a node makes, of one vector, from that by its value; in place.
@@ -185,7 +181,7 @@ class GraphBackwardPass {
       const View<E> view = view_of(plan_, node.a, op_.saved, norms_);
       parallel_for(op_.threads, plan_.batch, [&](int64_t n) {
         Totals unused;
-        prepare(view, n, 1, layer, images + n * layer.in.size(), false, unused);
+        prepare(view, n, 1, node, images + n * layer.in.size(), false, unused);
       });
       in = images;
     }
@@ -264,7 +260,7 @@ class GraphBackwardPass {
         if (!layer.pool || depthwise) {
           E* const images = scratch<E>(Slot::kStageOdd, layer.group * layer.in.size());
           Totals unused;
-          prepare(to.view, n, count, layer, images, false, unused);
+          prepare(to.view, n, count, node, images, false, unused);
           if (depthwise)
             depthwise->add(index, images, gradients);
           else

@@ -133,7 +133,7 @@ class GraphForwardPass {
     const bool moments = wants_moments(node.counted_a);
     for_examples(i, layer.group, [&](int64_t n, int64_t count, Sums& sums) {
       E* const images = scratch<E>(Slot::kStageOdd, layer.group * layer.in.size());
-      prepare(view, n, count, layer, images, moments, sums.a);
+      prepare(view, n, count, node, images, moments, sums.a);
       double made = 0;
       if (layer.winograd.forward)
         made = winograd_forward(layer, count, panels, bias, images, node.place, out + n * size);
@@ -166,7 +166,7 @@ class GraphForwardPass {
       const View<E> view = view_of(plan_, node.a, op_.saved, norms_);
       const bool moments = wants_moments(node.counted_a);
       for_examples(i, 1, [&](int64_t n, int64_t count, Sums& sums) {
-        prepare(view, n, count, layer, in + n * layer.in.size(), moments, sums.a);
+        prepare(view, n, count, node, in + n * layer.in.size(), moments, sums.a);
       });
     }
     T* bias = scratch<T>(Slot::kBias, node.plan.biases);
@@ -213,6 +213,7 @@ class GraphForwardPass {
         read(a, a.value + base + at, channel, x, of_a);
         read(b, b.value + base + at, channel, y, of_b);
         for (int k = 0; k < S; ++k) x[k] += y[k];
+        clear_masked<T>(x);
         store_streams(out + base + at, a.stride(), x);
       });
       sums.a.add(of_a);

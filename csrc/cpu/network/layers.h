@@ -22,6 +22,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -157,6 +158,19 @@ Vec<T> positive(Vec<T> x) {  // not max: NaN must stay NaN
   return x <= 0 ? Vec<T>{} : x;
 }
 
+// Whether both bounds are at the same infinity.
+template <class T>
+[[gnu::always_inline]] inline auto masked_units(const Vec<T>* streams) {
+  const Vec<T> all = Vec<T>{} + std::numeric_limits<T>::infinity();
+  return (absolute<T>(streams[0]) == all) & (streams[1] < all);
+}
+
+// Masked units have no width.
+template <class T>
+[[gnu::always_inline]] inline void clear_masked(Vec<T>* streams) {
+  streams[1] = masked_units<T>(streams) ? Vec<T>{} : streams[1];
+}
+
 // Bias and ReLU of one vector of (mu, radius, nominal), or of three points, in place.
 template <class E>
 [[gnu::always_inline]] inline void activate(const Layer<E>& layer, Vec<Number<E>> bias,
@@ -178,6 +192,7 @@ template <class E>
     streams[0] = mu;
     streams[1] = radius;
     streams[2] = nominal;
+    clear_masked<T>(streams);
   }
   if (layer.slack.wanted()) streams[1] = outward<T>(streams[0], streams[1], layer.slack.next);
 }

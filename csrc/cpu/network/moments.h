@@ -4,10 +4,10 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <limits>
 #include <vector>
 
 #include "../vec.h"
+#include "layers.h"
 
 namespace cibp {
 
@@ -16,18 +16,12 @@ namespace cibp {
 // inactive, and otherwise counts as 0.
 constexpr int kMoments = 8;
 
-// Whether both bounds are at the same infinity.
-template <class T>
-[[gnu::always_inline]] inline auto masked_units(const Vec<T>* streams) {
-  const Vec<T> all = Vec<T>{} + std::numeric_limits<T>::infinity();
-  return (absolute<T>(streams[0]) == all) & (streams[1] < all);
-}
-
 template <class T>
 [[gnu::always_inline]] inline void add_moments(const Vec<T>* streams, Vec<T>* sums) {
   const auto masked = masked_units<T>(streams);
   const Vec<T> c = streams[0], r = streams[1], one = Vec<T>{} + T(1);
-  const Vec<T> center = masked ? Vec<T>{} : c, square = center * center;
+  // of infinite bounds that differ the center is not known
+  const Vec<T> center = masked ? Vec<T>{} : c + r * T(0), square = center * center;
   sums[0] += masked ? Vec<T>{} : r;
   sums[1] += center;
   const auto add_where = [&](auto where, Vec<T>* to) {

@@ -96,7 +96,8 @@ Norm<T> norm_of(int64_t channels, int64_t padded, double eps, const T* mean, con
 // What turns the gradient by a norm's output into that by its input.
 template <class T>
 struct NormGradient {
-  std::vector<T> constant, linear;  // of the nominal points: + constant + linear (x - mean)
+  // of the nominal points: + constant + linear (x - mean); empty: nothing, of fixed statistics
+  std::vector<T> constant, linear;
 };
 
 // In place, of one vector; value: of the norm's input.
@@ -108,8 +109,9 @@ template <class T>
   const Vec<T> scale = load(&norm.scale[c]);
   gradient[0] *= scale;
   gradient[1] *= absolute<T>(scale);
-  gradient[2] = gradient[2] * scale + load(&by.constant[c]) +
-                load(&by.linear[c]) * (value[2] - load(&norm.mean[c]));
+  gradient[2] *= scale;
+  if (!by.linear.empty())
+    gradient[2] += load(&by.constant[c]) + load(&by.linear[c]) * (value[2] - load(&norm.mean[c]));
 }
 
 // The gradients of a norm's gamma and beta (null: not wanted), and by its input; variance: as in

@@ -11,6 +11,7 @@
 
 #include "../vec.h"
 #include "activation.h"
+#include "graph_plan.h"
 #include "layers.h"
 #include "moments.h"
 
@@ -80,6 +81,7 @@ template <class T>
   streams[0] = (streams[0] - mean) * scale + shift;
   streams[1] *= absolute<T>(scale);
   streams[2] = (streams[2] - mean) * scale + shift;
+  clear_masked<T>(streams);
 }
 
 // The streams of a value, at a place of its data, behind its norm.
@@ -119,6 +121,17 @@ struct Totals {
   }
 };
 
+// Zeros from a lane on. The channels by which a value is padded need not be 0: some curves move 0,
+// and what is infinite makes NaN of the zeros that pad weights.
+template <class T>
+[[gnu::always_inline]] inline void clear_from(int64_t count, Vec<T>* streams) {
+  if (count >= kLanes<T>) return;
+  Vec<Bits<T>> lane;
+  for (int i = 0; i < kLanes<T>; ++i) lane[i] = i;
+  for (int k = 0; k < S; ++k)
+    streams[k] = lane < static_cast<Bits<T>>(count) ? streams[k] : Vec<T>{};
+}
+
 // Reads one vector of an example's streams, behind norm and activation.
 template <class E>
 [[gnu::always_inline]] inline void read(const View<E>& view, const E* from, int64_t channel,
@@ -128,14 +141,16 @@ template <class E>
   seen.normed += streams[1] * streams[1];
   if (seen.wants_moments) add_moments<T>(streams, seen.moments);
   bend<T>(view.activation, streams);
+  clear_from<T>(view.place->shape.out_channels - channel, streams);
   seen.activated += streams[1] * streams[1];
 }
 
-// The images that a layer reads, of `count` examples from n on.
+// The images that a node's layer reads, of `count` examples from n on.
 template <class E>
-void prepare(const View<E>& view, int64_t n, int64_t count, const Layer<E>& layer, E* images,
+void prepare(const View<E>& view, int64_t n, int64_t count, const NodePlan<E>& node, E* images,
              bool wants_moments, Totals& totals) {
   using T = Number<E>;
+  const Layer<E>& layer = node.layer();
   const Geometry& g = layer.in;
   for (int64_t k = 0; k < count; ++k, images += g.size()) {
     if (!layer.dense) clear_padding(g, layer.shape.in_height, layer.shape.in_width, images);
@@ -144,6 +159,8 @@ void prepare(const View<E>& view, int64_t n, int64_t count, const Layer<E>& laye
     for_vectors(*view.place, [&](int64_t from, int64_t pixel, int64_t channel) {
       Vec<T> streams[S];
       read(view, value + from, channel, streams, seen);
+      // what weights make of infinite bounds is not known
+      if (node.weighted()) streams[1] = masked_units<T>(streams) ? streams[0] * T(0) : streams[1];
       store_streams(images + layer.in_offsets[static_cast<size_t>(pixel)] + channel,
                     g.stream_stride(), streams);
     });
