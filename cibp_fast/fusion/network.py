@@ -118,8 +118,8 @@ class FusedNetwork(nn.Module):
         clip=None)`, with eps a number or one per channel, of the same x costs less where the first
         layer is a convolution without padding. Units and classes that a bias of -infinity masks
         stay masked, and have no width, as in cf.bounds. Where hidden bounds overflow, NaN (which
-        verifies nothing) may stand for an infinite margin of cf.bounds: behind pooling and leaky
-        ReLU, in precision "fast", and on a GPU.
+        verifies nothing) may stand for an infinite margin of cf.bounds: behind pooling and all
+        activations but ReLU, in precision "fast", and on a GPU.
 
         Args:
             x: [N, ...], float32, or float64 on the CPU; the nominal point.
