@@ -373,4 +373,5 @@ def l1(model: nn.Module) -> Tensor:
     }
     if not weights:
         raise ValueError("model must have a convolution or linear layer, and this one has none")
-    return torch.stack([weight.abs().sum() for weight in weights.values()]).sum()
+    norms = [torch.linalg.vector_norm(weight, 1) for weight in weights.values()]
+    return torch.stack(norms).sum()

@@ -253,17 +253,18 @@ class FusedNetwork(nn.Module):
             return why_not
         return Runnable(normalize, plan, weights, biases, backend, precision)
 
-    def _logits(self, x: Tensor) -> Tensor:
+    def _logits(self, x: Tensor, precision: str = "float32") -> Tensor:
         """Computes the model's logits of points x, on the CPU; with a gradient by x alone.
 
-        What `of_torch_alone` refuses is not looked at again.
+        What `of_torch_alone` refuses is not looked at again. precision: of CPU_PRECISIONS, for
+        float32 points; "float32" is x's own.
         """
         program = self._current_program()
-        plan, weights, biases = planned(program, x)
+        plan, weights, biases = planned(program, x, precision == "fast")
         if program.normalize is not None:
             x = _normalized(program.normalize, x)
         x = x.reshape(len(x), *plan.stages[0].input)
-        return point_logits(x, plan.numbers, weights, biases, cpu_engine())
+        return point_logits(x, plan.numbers, weights, biases, _engine("cpu", precision))
 
     def _sound_features(
         self, semantics: str, x: Tensor, lower: Tensor, upper: Tensor

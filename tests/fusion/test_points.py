@@ -29,6 +29,11 @@ NETWORKS = {
         nn.Linear(600, 20),
     ),
     "one layer": nn.Sequential(nn.Flatten(), nn.LazyLinear(3)),
+    "Winograd": nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 48, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(48, 64, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1),
+        nn.ReLU(), nn.Flatten(), nn.LazyLinear(5),
+    ),
 }  # fmt: skip
 CHANNELS = {"one channel": 1, "convolutions": 2}
 
@@ -57,6 +62,22 @@ def test_float64(isa: str, name: str, count: int) -> None:
     torch.testing.assert_close(
         values(cf.fuse(model)._logits, x[:count]), values(model, x[:count]), rtol=1e-12, atol=1e-13
     )
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fast", 2e-6), ("bf16", 0.03)])
+@pytest.mark.parametrize("count", [1, 5, 8])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_precisions_of_training(
+    isa: str, name: str, count: int, precision: str, tolerance: float
+) -> None:
+    """Has the rounding of the precision, in each of the three points alike."""
+    exact = values(*(each[:count] if torch.is_tensor(each) else each for each in built(name)))
+    model, x = built(name, torch.float32)
+    net = cf.fuse(model)
+    found = values(lambda points: net._logits(points, precision), x[:count])
+    for one, right, several in zip(found, exact, (1, 6), strict=True):  # units at 0 fall apart
+        rows = [(each.double() - r).norm() / r.norm() for each, r in zip(one, right, strict=True)]
+        assert max(rows) <= several * tolerance
 
 
 @pytest.mark.parametrize("name", NETWORKS)

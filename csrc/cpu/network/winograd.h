@@ -319,10 +319,11 @@ template <class F, int VECTORS>
 }
 
 // Multiplies transformed tiles with a panel, [block of outputs][product][W, |W|][channel][lane];
-// finish(tile, channel of the vector, outputs), outputs being [stream][M][M].
+// finish(tile, channel of the vector, outputs), outputs being [stream][M][M]. points: all streams
+// are points, to be multiplied with W.
 template <class E, int M, class Finish>
 void multiply_tiles(const E* in, int64_t tiles, int64_t depth, const Number<E>* packed,
-                    int64_t outputs, Number<E>* products, const Finish& finish) {
+                    int64_t outputs, bool points, Number<E>* products, const Finish& finish) {
   using T = Number<E>;
   using F = Factor<E>;
   constexpr int kAll = kProducts<E>;
@@ -337,7 +338,8 @@ void multiply_tiles(const E* in, int64_t tiles, int64_t depth, const Number<E>* 
       const F* weights = panel + c * kAll * 2 * factors + 2 * i * factors * N;
       for (int64_t t = 0; t < tiles; t += P)
         multiply_points<F, V>(as_factors<E>(in + i * in_plane), t, tiles, factors, weights,
-                              weights + factors * N, products + i * plane + c * tiles * S);
+                              points ? weights : weights + factors * N,
+                              products + i * plane + c * tiles * S);
     });
   for_blocks<T>(outputs, [&](int64_t c, auto vectors) {
     constexpr int V = decltype(vectors)::value;
@@ -461,21 +463,22 @@ double winograd_forward(const Layer<E>& layer, int64_t images, const Number<E>* 
     for_tiles(w.out, images, [&](int64_t begin, int64_t end) {
       transform_inputs(layer, w, in, begin, end, depth, tiles_in);
       Vec<T> squares{};
-      multiply_tiles<E, M>(tiles_in, end - begin, depth, panels + layer.panel, layer.width(),
-                           products, [&](int64_t tile, int64_t channel, Vec<T>(*sums)[M* M]) {
-                             const int64_t t = begin + tile, y = w.out.top(t), x = w.out.left(t);
-                             E* image = out + w.out.image(t) * h.size() + channel;
-                             for (int64_t i = 0; i < M && y + i < s.out_height; ++i)
-                               for (int64_t j = 0; j < M && x + j < s.out_width; ++j) {
-                                 Vec<T> streams[S];
-                                 for (int k = 0; k < S; ++k) streams[k] = sums[k][M * i + j];
-                                 streams[1] = streams[1] < 0 ? Vec<T>{} : streams[1];  // rounding
-                                 activate<E>(layer, load(bias + channel), streams);
-                                 store_streams(image + h.offset(y + i, x + j), h.stream_stride(),
-                                               streams);
-                                 squares += streams[1] * streams[1];
-                               }
-                           });
+      multiply_tiles<E, M>(
+          tiles_in, end - begin, depth, panels + layer.panel, layer.width(), layer.points, products,
+          [&](int64_t tile, int64_t channel, Vec<T>(*sums)[M* M]) {
+            const int64_t t = begin + tile, y = w.out.top(t), x = w.out.left(t);
+            E* image = out + w.out.image(t) * h.size() + channel;
+            for (int64_t i = 0; i < M && y + i < s.out_height; ++i)
+              for (int64_t j = 0; j < M && x + j < s.out_width; ++j) {
+                Vec<T> streams[S];
+                for (int k = 0; k < S; ++k) streams[k] = sums[k][M * i + j];
+                if (!layer.points)  // rounding
+                  streams[1] = streams[1] < 0 ? Vec<T>{} : streams[1];
+                activate<E>(layer, load(bias + channel), streams);
+                store_streams(image + h.offset(y + i, x + j), h.stream_stride(), streams);
+                squares += streams[1] * streams[1];
+              }
+          });
       total += static_cast<double>(sum<T>(squares));
     });
   });
@@ -581,7 +584,7 @@ void winograd_input_gradient(const Layer<E>& layer, int64_t images, const Number
       transform_tiles<kPoints<E>>(gradient_phase(layer, gradient), source, begin, end, depth, 0,
                                   depth, transform_input_tile<T, kPoints<E>>, tiles_in);
       multiply_tiles<E, M>(
-          tiles_in, end - begin, depth, panels + layer.backward_panel, outs, products,
+          tiles_in, end - begin, depth, panels + layer.backward_panel, outs, layer.points, products,
           [&](int64_t tile, int64_t output, Vec<T>(*sums)[M* M]) {
             const int64_t t = begin + tile, phase = output / pitch;
             const int64_t y0 = w.in.top(t) * w.stride + phase / w.stride - s.padding_height;
