@@ -75,7 +75,7 @@ def test_precisions_of_training(
     model, x = built(name, torch.float32)
     net = cf.fuse(model)
     found = values(lambda points: net._logits(points, precision), x[:count])
-    for one, right, several in zip(found, exact, (1, 10), strict=True):  # units at 0 fall apart
+    for one, right, several in zip(found, exact, (1, 20), strict=True):  # units near 0 flip
         rows = [(each.double() - r).norm() / r.norm() for each, r in zip(one, right, strict=True)]
         assert max(rows) <= several * tolerance
 
