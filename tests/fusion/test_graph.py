@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import cibp_fast as cf
 from cibp_fast import Interval
-from cibp_fast.fusion.network import needs_graph
+from cibp_fast.fusion.network import folds_from, needs_graph
 from cibp_fast.kernels.shape import Shape
 from cibp_fast.ops.graph import Activation, Edge, Node, coded, decoded
 from cibp_fast.ops.network import cpu_engine
@@ -285,6 +285,18 @@ def test_moments(isa: str, name: str, training: bool) -> None:
     torch.testing.assert_close(fused.bounds(x, box, moments=True).box.upper, plain.box.upper)
     with pytest.raises(ValueError, match="moments must be asked for"):
         _ = plain.moments
+
+
+def test_large_weights_before_norms() -> None:
+    """Checks the way of few examples, and that of many, of weights that are long to change."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(600, 1800), nn.BatchNorm1d(1800), nn.ReLU())
+    model = with_signs(nn.Sequential(*model, nn.Linear(1800, 3))).eval()
+    limit = folds_from(cf.fuse(model)._program)
+    assert limit == 4
+    for count in (1, limit - 1, limit, limit + 1):
+        close(*passes(model, *inputs(count, 600)), 1e-11)
+    assert folds_from(cf.fuse(model[-1])._program) == 0
 
 
 def test_moments_of_masked_units(isa: str) -> None:
