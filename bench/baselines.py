@@ -85,31 +85,40 @@ def product(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
     return F.linear(x, weight, bias)
 
 
+def through_hidden(
+    model: nn.Sequential, streams: Any, affine: Any = two_passes
+) -> tuple[Any, list[tuple[Streams, Streams]]]:
+    """Sends lower, upper and nominal through all layers but the last, as one writes it in eager
+    PyTorch: bounds by `affine`. Returns them, and the bounds before and after each ReLU.
+    """
+    relus: list[tuple[Streams, Streams]] = []
+
+    def leaf(module: Any, streams: Any) -> Any:
+        lower, upper, nominal = streams
+        before = lower, upper
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            lower, upper = affine(module, lower, upper)
+        elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            lower, upper = normalized(module, lower, upper, nominal)
+        else:
+            lower, upper = module(lower), module(upper)
+        if isinstance(module, nn.ReLU):
+            relus.append((before, (lower, upper)))
+        return lower, upper, module(nominal)
+
+    return walk(nn.Sequential(*model[:-1]), streams, leaf), relus
+
+
 def naive(model: nn.Sequential, problem: Problem, affine: Any = two_passes) -> Step:
     """Computes the step as one writes it in eager PyTorch: bounds by `affine`."""
-    *layers, last = model
-    hidden = nn.Sequential(*layers)
+    last: Any = model[-1]
 
     def step(x: Tensor, y: Tensor) -> Terms:
-        width = x.new_zeros(())
-
-        def leaf(module: Any, streams: Any) -> Any:
-            nonlocal width
-            lower, upper, nominal = streams
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                lower, upper = affine(module, lower, upper)
-            elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
-                lower, upper = normalized(module, lower, upper, nominal)
-            else:
-                lower, upper = module(lower), module(upper)
-            if isinstance(module, nn.ReLU):
-                width = width + (upper - lower).square().mean()
-            return lower, upper, module(nominal)
-
-        lower, upper, nominal = walk(hidden, (*problem.streams(x), x), leaf)
+        (lower, upper, nominal), relus = through_hidden(model, (*problem.streams(x), x), affine)
         features = lower, upper
         lower, upper = affine(last, lower, upper)
-        width = width + (upper - lower).square().mean()
+        boxes = [*(after for _, after in relus), (lower, upper)]
+        width = torch.stack([(upper - lower).square().mean() for lower, upper in boxes]).sum()
         worst = worst_logits((lower + upper) / 2, features, last.weight, y)
         return Terms(cross_entropy(last(nominal), y), cross_entropy(worst, y), width)
 

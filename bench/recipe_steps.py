@@ -25,7 +25,7 @@ import problems
 import timing
 import torch
 import torch.nn.functional as F
-from baselines import autocast, normalized, two_passes, worst_logits
+from baselines import autocast, through_hidden, worst_logits
 from problems import PRECISIONS, Problem, affine_reference, relative_error, walk
 from timing import COLUMNS, Call, Row
 from torch import Tensor, nn
@@ -106,27 +106,13 @@ def weights(model: nn.Module) -> list[Tensor]:
 
 def two_pass(model: nn.Sequential) -> Compute:
     """Computes bounds and points together in eager PyTorch."""
-    *layers, last = model
-    hidden = nn.Sequential(*layers)
+    last: Any = model[-1]
 
     def compute(points: Tensor, lower: Tensor, upper: Tensor, y: Tensor) -> Parts:
-        found: list[tuple[Tensor, Tensor]] = []
-
-        def leaf(module: Any, streams: Any) -> Any:
-            lower, upper, nominal = streams
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                lower, upper = two_passes(module, lower, upper)
-            elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
-                lower, upper = normalized(module, lower, upper, nominal)
-            else:
-                if isinstance(module, nn.ReLU):
-                    found.append((lower, upper))
-                lower, upper = module(lower), module(upper)
-            return lower, upper, module(nominal)
-
-        lower, upper, nominal = walk(hidden, (lower, upper, points), leaf)
+        (lower, upper, nominal), relus = through_hidden(model, (lower, upper, points))
         center = last((lower + upper) / 2)
         worst = worst_logits(center, (lower, upper), last.weight, y)
+        found = [before for before, _ in relus]
         return cross_entropy(worst, y), cross_entropy(last(nominal), y), found
 
     return compute

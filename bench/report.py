@@ -359,11 +359,15 @@ def costs() -> list[str]:
     return block(about, head, body, rows, "costs")
 
 
+def others(rows: Iterable[Row]) -> list[str]:
+    """Returns the contenders that were timed beside `cf.fuse`, in the tables' order."""
+    found = {row["contender"] for row in rows}
+    return [name for name in CONTENDERS if name != "fused" and name in found]
+
+
 def norms() -> list[str]:
     rows = read("norms")
-    ways = [
-        name for name in CONTENDERS if name != "fused" and name in {r["contender"] for r in rows}
-    ]
+    ways = others(rows)
     body = []
     for (name,), own in by(rows).items():
         ours, every = own["fused"], ("fused", *ways)
@@ -385,9 +389,7 @@ def norms() -> list[str]:
 
 def recipe_steps() -> list[str]:
     rows = read("recipe_steps")
-    ways = [
-        name for name in CONTENDERS if name != "fused" and name in {r["contender"] for r in rows}
-    ]
+    ways = others(rows)
     body = []
     for (name, recipe), own in by(rows, "recipe").items():
         errors = listed(own, ("fused", *ways), "gradient_error", "{:.1e}".format)

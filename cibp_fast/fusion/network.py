@@ -162,9 +162,8 @@ class FusedNetwork(nn.Module):
         by_graph = layer is not None or width != "post" or moments
         if by_graph or (backend == "cpu" and 0 < len(x) < folds_from(program)):
             if backend != "cpu" or not len(x):
-                what = layer.described if layer is not None else f"width={width!r}"
-                if layer is None and moments:
-                    what = "moments=True"
+                what = "moments=True" if moments else f"width={width!r}"
+                what = what if layer is None else layer.described
                 why = f"{what} has kernels on the CPU only"
                 if self.backend not in ("auto", "cpu"):
                     raise ValueError(f"backend={self.backend!r} cannot run here: {why}")
@@ -366,9 +365,8 @@ def folds_from(program: Program) -> int:
     return sum(weight.numel() for weight in normed) // _WEIGHTS_AN_EXAMPLE
 
 
-# A step of CNN7, with 8.7 million weights before norms, took 259 ms with them put in and 142 ms
-# else for 8 examples, as long for 32, and 8 % less for 128 (one thread, AVX-512).
-_WEIGHTS_AN_EXAMPLE = 2**18
+# CNN7, with 17 million weights, took as long both ways for about 32 examples.
+_WEIGHTS_AN_EXAMPLE = 2**19
 
 
 def _engine(backend: str, precision: str) -> str:
@@ -577,9 +575,9 @@ def fuse(model: nn.Module, precision: str = "float32", backend: str = "auto") ->
             eval mode), and sums of two values, optionally behind a cibp_fast.models.Normalize, that
             ends in Linear.
             Batch norm in training mode takes the statistics of x, as cf.bounds does: gradients
-            reach x through them, and its running statistics follow. That, sums,
-            depthwise convolutions and all activations but ReLU have kernels on the CPU; on a GPU
-            such a network runs layer by layer.
+            reach x through them, and its running statistics follow. That, sums, depthwise
+            convolutions and all activations but ReLU have kernels on the CPU; on a GPU such a
+            network runs layer by layer.
         precision: "float32", or "fast": Winograd convolutions of square kernels where they
             should be faster, with a few times the rounding (docs/training.md, "Precision"), and in
             float32 half the bytes saved for the backward pass, all but the network's input in

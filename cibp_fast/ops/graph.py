@@ -1,8 +1,7 @@
 """A network that is more than a chain as one torch op, on the CPU (csrc/cpu/network/graph.h).
 
 Batch norm in training mode, sums of two branches, depthwise convolutions, activations that do not
-fall. As in network.py, the op names its
-engine, since what it saves is laid out for that.
+fall. As in network.py, the op names its engine, since what it saves is laid out for that.
 """
 
 from __future__ import annotations
@@ -26,8 +25,6 @@ __all__ = ["NONE", "Activation", "Edge", "Node", "graph"]
 
 KINDS = ("affine", "pool", "sum", "depthwise")
 MOMENTS = 8  # as in csrc/cpu/network/moments.h
-
-
 CURVES = ("leaky", "hardtanh", "exponential", "sigmoid", "tanh")
 
 
@@ -112,10 +109,8 @@ def decoded(code: Code) -> tuple[Node, ...]:
         shape = Shape(1, *sizes, pairs[:2], pairs[2:4], pairs[4:], groups)
         first = Edge(a, Activation(CURVES[curve_a], *numbers[:3]))
         second = Edge(b, Activation(CURVES[curve_b], *numbers[3:]))
-        flags = bool(norm), bool(fixed), eps, bool(fast)
-        nodes.append(
-            Node(KINDS[kind], shape, first, second if KINDS[kind] == "sum" else None, *flags)
-        )
+        edges = first, second if KINDS[kind] == "sum" else None
+        nodes.append(Node(KINDS[kind], shape, *edges, bool(norm), bool(fixed), eps, bool(fast)))
     return tuple(nodes)
 
 

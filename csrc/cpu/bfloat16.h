@@ -98,7 +98,8 @@ inline void store_streams(T* p, int64_t stride, const Factors<T>* streams) {
 inline void store_streams(BFloat16* p, int64_t stride, const Vec<float>* streams) {
   const Vec<uint32_t> center = bfloat16_bits(streams[0]), radius = bfloat16_bits(streams[1]);
   store_bits(p, center);
-  store_bits(p + stride, (streams[0] > streams[1]) & (center == radius) ? radius - 1 : radius);
+  const auto same = (streams[0] > streams[1]) & (streams[1] >= 0) & (center == radius);
+  store_bits(p + stride, same ? radius - 1 : radius);  // -0, which points may be, has none below
   store_bits(p + 2 * stride, bfloat16_bits(streams[2]));
 }
 

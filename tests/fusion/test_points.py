@@ -80,6 +80,19 @@ def test_precisions_of_training(
         assert max(rows) <= several * tolerance
 
 
+@pytest.mark.parametrize("precision", ["fast", "bf16"])
+def test_negative_numbers_that_round_to_0(isa: str, precision: str) -> None:
+    """Checks values below 0 that bfloat16 has not: as centre and radius they would tell a state."""
+    first, *layers = nn.Conv2d(1, 32, 1, bias=False), nn.AvgPool2d(2, 1), nn.Conv2d(32, 32, 3)
+    nn.init.ones_(first.weight)
+    model = nn.Sequential(first, *layers, nn.ReLU(), nn.Flatten(), nn.Linear(32 * 16, 3))
+    x = torch.zeros(3, 1, 7, 7)
+    x[0], x[1] = -1e-42, -2e-42
+    logits, gradient = values(lambda points: cf.fuse(model)._logits(points, precision), x)
+    torch.testing.assert_close(logits, model(x).detach(), rtol=0.03, atol=0.03)
+    assert gradient.isfinite().all()
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_float32(isa: str, name: str) -> None:
     """Is as near to float64 as torch is."""

@@ -94,7 +94,7 @@ def test_recipes(name):
 )
 @pytest.mark.parametrize("dataset", list(INPUT_SHAPES))
 def test_every_preset_is_a_config(dataset, suffix):
-    """Of the paper's methods; the others' are in test_recipes.py."""
+    """Checks those of the paper's methods; the others' are in test_recipes.py."""
     for net, method in product(choices("net"), ("nominal", "ibp", "cibp")):
         name = f"{dataset}-{net}-8of255-{method}{suffix}"
         if dataset == "tinyimagenet":

@@ -460,6 +460,20 @@ def shaken(out, y, kappa):
     return cf.losses.nominal_loss(out, y) * torch.rand(())
 
 
+def stop(monkeypatch, config, run_dir, **given):
+    """Trains until the state is saved for the first time, and stops there."""
+    save = loop._Training.save
+
+    def stopped(self, run_dir):
+        save(self, run_dir)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Training, "save", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            cf.train(config, run_dir, **given)
+
+
 @pytest.mark.parametrize("random", ["dropout", "loss"])
 def test_what_is_drawn_follows_from_the_step(tmp_path, monkeypatch, random):
     """Runs with dropout, or with a random loss, agree, also where one was stopped in between."""
@@ -467,16 +481,7 @@ def test_what_is_drawn_follows_from_the_step(tmp_path, monkeypatch, random):
     given["loss"] = None if random == "dropout" else shaken
     config = tiny(10, method="nominal")
     cf.train(config, tmp_path / "whole", **given)
-    save = loop._Training.save
-
-    def stopped(self, run_dir):
-        save(self, run_dir)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(loop._Training, "save", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        cf.train(config, tmp_path / "stopped", **given)
-    monkeypatch.undo()
+    stop(monkeypatch, config, tmp_path / "stopped", **given)
     state = torch.get_rng_state()
     torch.rand(7)
     now = torch.get_rng_state()
@@ -487,15 +492,7 @@ def test_what_is_drawn_follows_from_the_step(tmp_path, monkeypatch, random):
 
 
 def test_a_network_that_does_not_fit_a_stopped_run_stays_as_it_was(tmp_path, monkeypatch):
-    save = loop._Training.save
-
-    def stopped(self, run_dir):
-        save(self, run_dir)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(loop._Training, "save", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        cf.train(tiny(), tmp_path, model=chain((1, 8, 8), 3), data=DATA)
+    stop(monkeypatch, tiny(), tmp_path, model=chain((1, 8, 8), 3), data=DATA)
     model = chain((1, 8, 8), 4)  # which only the last layer shows
     before = [value.clone() for value in model.parameters()]
     with pytest.raises(ValueError, match=r"does not fit this run's network .*3.weight"):
@@ -644,9 +641,9 @@ def test_load_wants_the_network(tmp_path, toy_run):
 
 
 def test_the_page_runs_as_it_stands(tmp_path, monkeypatch, capsys):
-    """Runs the page's script, on fewer images, and its loss."""
+    """Runs the page's script, on fewer images, its loss, and its step of MTL-IBP."""
     monkeypatch.chdir(tmp_path)
-    script, loss, _ = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    script, loss, step = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert len([line for line in script.splitlines() if line]) == 25
     for large, small in (
         ("2400", "240"),
@@ -668,6 +665,10 @@ def test_the_page_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     own_loss = names["squared_margins"]
     result = cf.train(config, "runs/2", model=names["Residual"], data=data, loss=own_loss)
     assert result["method"] == "own"
+    names = {}
+    exec(compile(step, str(PAGE), "exec"), names)
+    assert names["loss"].isfinite() and names["eps"] > 0
+    assert all(each.grad.isfinite().all() for each in names["model"].parameters())
 
 
 def test_the_pages_script_with_another_method(tmp_path, monkeypatch):

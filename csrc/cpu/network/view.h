@@ -174,8 +174,8 @@ struct ViewGradient {
   View<E> view;
   E* data;
   bool filled;  // whether there is something, to which this is added
-  Number<E> normed{},
-      activated{};  // of r in the gradients of the widths behind norm and activation
+  // of r in the gradients of the widths behind norm and activation
+  Number<E> normed{}, activated{};
   std::optional<MomentGradient<Number<E>>> moments{};
 };
 
