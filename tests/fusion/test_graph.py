@@ -350,7 +350,7 @@ def test_evaluation_takes_running_statistics() -> None:
         torch.testing.assert_close(alone.lower, whole.lower[one], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["norms", "residual with norms", "dense"])
+@pytest.mark.parametrize("name", ["norms", "residual with norms", "depthwise", "dense"])
 def test_threads_repeat(name: str) -> None:
     """Checks that numbers are the same bit for bit with as many threads, and close with others."""
     model, shape = made(name)
