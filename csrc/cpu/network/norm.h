@@ -82,13 +82,15 @@ template <class T>
 Norm<T> norm_of(int64_t channels, int64_t padded, double eps, const T* mean, const T* variance,
                 const T* gamma, const T* beta) {
   const auto size = static_cast<size_t>(padded);
-  Norm<T> norm{std::vector<T>(size), std::vector<T>(size), std::vector<T>(size)};
+  Norm<T> norm{std::vector<T>(size), std::vector<T>(size), std::vector<T>(size),
+               std::vector<T>(size)};
   for (int64_t c = 0; c < channels; ++c) {
     const auto i = static_cast<size_t>(c);
     const double root = std::sqrt(static_cast<double>(variance[c]) + eps);
     norm.mean[i] = mean[c];
     norm.scale[i] = static_cast<T>((gamma ? static_cast<double>(gamma[c]) : 1.0) / root);
     norm.shift[i] = beta ? beta[c] : T{0};
+    norm.spread[i] = std::isinf(norm.shift[i]) ? T{0} : std::abs(norm.scale[i]);
   }
   return norm;
 }
@@ -108,7 +110,7 @@ template <class T>
   const auto c = static_cast<size_t>(channel);
   const Vec<T> scale = load(&norm.scale[c]);
   gradient[0] *= scale;
-  gradient[1] *= absolute<T>(scale);
+  gradient[1] *= load(&norm.spread[c]);
   gradient[2] *= scale;
   if (!by.linear.empty())
     gradient[2] += load(&by.constant[c]) + load(&by.linear[c]) * (value[2] - load(&norm.mean[c]));

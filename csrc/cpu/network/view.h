@@ -17,10 +17,11 @@
 
 namespace cibp {
 
-// What a batch norm makes of a value: (x - mean) scale + shift for each channel, padded by zeros.
+// What a batch norm makes of a value: (x - mean) scale + shift for each channel, padded by zeros. A
+// radius is multiplied by spread, |scale| or, of a channel that a shift of -infinity masks, 0.
 template <class T>
 struct Norm {
-  std::vector<T> mean, scale, shift;
+  std::vector<T> mean, scale, spread, shift;
 };
 
 // Sums over gradients by a norm's output, of each channel, that the gradient by its input needs:
@@ -79,9 +80,8 @@ template <class T>
                scale = load(&norm.scale[static_cast<size_t>(channel)]),
                shift = load(&norm.shift[static_cast<size_t>(channel)]);
   streams[0] = (streams[0] - mean) * scale + shift;
-  streams[1] *= absolute<T>(scale);
+  streams[1] *= load(&norm.spread[static_cast<size_t>(channel)]);
   streams[2] = (streams[2] - mean) * scale + shift;
-  clear_masked<T>(streams);
 }
 
 // The streams of a value, at a place of its data, behind its norm.
@@ -159,8 +159,8 @@ void prepare(const View<E>& view, int64_t n, int64_t count, const NodePlan<E>& n
     for_vectors(*view.place, [&](int64_t from, int64_t pixel, int64_t channel) {
       Vec<T> streams[S];
       read(view, value + from, channel, streams, seen);
-      // what weights make of infinite bounds is not known
-      if (node.weighted()) streams[1] = masked_units<T>(streams) ? streams[0] * T(0) : streams[1];
+      // what weights make of infinite bounds is not known: NaN
+      if (node.weighted()) streams[1] += streams[0] * T(0);
       store_streams(images + layer.in_offsets[static_cast<size_t>(pixel)] + channel,
                     g.stream_stride(), streams);
     });
