@@ -10,7 +10,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from cibp_fast.kernels import conv2d, pool, tiles, weights
+from cibp_fast.kernels import channelwise, conv2d, norm, tiles, weights
 from cibp_fast.kernels.precision import Precision
 from cibp_fast.kernels.shape import Shape
 from cibp_fast.kernels.tiles import TileConfig, Where, tiles_for
@@ -37,8 +37,9 @@ def large_tiles() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE == "cpu":
             patch.setattr(conv2d, "tiles_for", _large)
-            patch.setattr(pool, "PIXELS", 256)
-            patch.setattr(pool, "CHANNELS", 16)
+            patch.setattr(channelwise, "PIXELS", 256)
+            patch.setattr(channelwise, "CHANNELS", 16)
+            patch.setattr(norm, "PIXELS", 256)
             patch.setattr(weights, "TILE", (32, 64, 16))
             patch.setattr(weights, "FLAT", (128, 128, 1))
         yield

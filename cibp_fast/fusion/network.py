@@ -151,32 +151,39 @@ class FusedNetwork(nn.Module):
         if backend == "torch":
             return self._unfused(why_not, x, box, width, reduction, moments)
         program = self._current_program()
-        fast = self.precision == "fast" and backend == "cpu"
-        precision = self.precision
-        if backend == "cpu":
-            if precision not in CPU_PRECISIONS:
-                raise ValueError(f"precision={precision!r} is for a GPU, and x is on the CPU")
-            if precision == "bf16" and x.dtype != torch.float32:
-                raise ValueError(f"precision='bf16' is for float32 tensors, and x is {x.dtype}")
-        layer = needs_graph(program)
-        by_graph = layer is not None or width != "post" or moments
-        if by_graph or (backend == "cpu" and 0 < len(x) < folds_from(program)):
-            if backend != "cpu" or not len(x):
-                what = "moments=True" if moments else f"width={width!r}"
-                what = what if layer is None else layer.described
-                why = f"{what} has kernels on the CPU only"
-                if self.backend not in ("auto", "cpu"):
-                    raise ValueError(f"backend={self.backend!r} cannot run here: {why}")
-                return self._unfused(why, x, box, width, reduction, moments)
-            return self._graph_bounds(program, x, box, width, reduction == "mean", fast, moments)
-        plan, weights, biases = planned(program, x, fast)
+        precision = self._precision_on(backend, x.dtype)
+        by_graph = needs_graph(program) is not None or width != "post" or moments
+        by_graph = by_graph or (backend == "cpu" and 0 < len(x) < folds_from(program))
+        given, mean = (program, backend, precision, x, box), reduction == "mean"
+        if by_graph:
+            found = self._graph_bounds(*given, width, mean, moments)
+        else:
+            found = self._chain_bounds(*given, mean)
+        if isinstance(found, str):
+            return self._unfused(found, x, box, width, reduction, moments)
+        return found
+
+    def _precision_on(self, backend: str, dtype: torch.dtype) -> str:
+        """Returns the precision that the backend's kernels have for tensors of this dtype."""
         if backend != "cpu":
-            precision = "tf32" if self.precision == "fast" else self.precision
-            if why_not := self._unchecked(plan, biases, x, precision):
-                return self._unfused(why_not, x, box, width, reduction, moments)
+            return "tf32" if self.precision == "fast" else self.precision
+        if self.precision not in CPU_PRECISIONS:
+            raise ValueError(f"precision={self.precision!r} is for a GPU, and x is on the CPU")
+        if self.precision == "bf16" and dtype != torch.float32:
+            raise ValueError(f"precision='bf16' is for float32 tensors, and x is {dtype}")
+        return self.precision
+
+    def _chain_bounds(
+        self, program: Program, backend: str, precision: str, x: Tensor, box: Interval, mean: bool
+    ) -> Bounds | str:
+        """Computes the bounds of a chain of layers, or returns why the kernels must not."""
+        plan, weights, biases = planned(program, x, precision == "fast")
+        if backend != "cpu":
+            has_bias = tuple(bias is not None for bias in biases)
+            if why_not := self._unchecked("network", (plan.numbers, has_bias), x, precision):
+                return why_not
         engine = _engine(backend, precision)
         lower, upper, nominal, ball = _inputs(program, plan, x, box, backend == "cpu")
-        mean = reduction == "mean"
         try:
             lower, upper, logits, head_lower, head_upper, widths, weight, bias = network(
                 lower, upper, nominal, ball, plan.numbers, weights, biases, mean, engine
@@ -192,22 +199,31 @@ class FusedNetwork(nn.Module):
     def _graph_bounds(
         self,
         program: Program,
+        backend: str,
+        precision: str,
         x: Tensor,
         box: Interval,
         width: str,
         mean: bool,
-        fast: bool,
         moments: bool,
-    ) -> Bounds:
-        """Computes the bounds of any network, and any widths and moments, on the CPU."""
-        plan, parameters = planned_graph(program, x, fast)
+    ) -> Bounds | str:
+        """Computes the bounds of any network, any widths and moments, or returns why the kernels
+        must not.
+        """
+        if not len(x):
+            return "there are no examples"
+        plan, parameters = planned_graph(program, x, precision == "fast")
+        if backend != "cpu":
+            there = tuple(tuple(t is not None for t in each) for each in parameters[1:])
+            if why_not := self._unchecked("graph", (plan.code, there), x, precision):
+                return why_not
         streams: Any = box.lower, box.upper, x
         if program.normalize is not None:
             box = _normalized(program.normalize, Interval._make(*streams))
             streams = box.lower, box.upper, box.nominal
         first = plan.made.nodes[0].shape
         streams = [stream.reshape(len(x), *first[1:4]) for stream in streams]
-        engine = _engine("cpu", self.precision)
+        engine = _engine(backend, precision)
         try:
             results = graph(
                 *(streams[0], streams[1], streams[2], given_statistics(plan, x)),
@@ -249,8 +265,10 @@ class FusedNetwork(nn.Module):
             return "a layer is a normalization"
         plan, weights, biases = planned(program, x, self.precision == "fast" and backend == "cpu")
         precision = "tf32" if self.precision == "fast" and backend != "cpu" else self.precision
-        if backend != "cpu" and (why_not := self._unchecked(plan, biases, x, precision)):
-            return why_not
+        if backend != "cpu":
+            has_bias = tuple(bias is not None for bias in biases)
+            if why_not := self._unchecked("network", (plan.numbers, has_bias), x, precision):
+                return why_not
         return Runnable(normalize, plan, weights, biases, backend, precision)
 
     def _logits(self, x: Tensor, precision: str = "float32") -> Tensor:
@@ -281,18 +299,22 @@ class FusedNetwork(nn.Module):
             lower, upper, x, plan.numbers, weights, biases, cpu_engine(), semantics
         )
 
-    def _unchecked(self, plan: Plan, biases: list[Tensor | None], x: Tensor, precision: str) -> str:
-        """Returns why Triton's kernels must not be used; empty: they may, or were asked for."""
+    def _unchecked(self, kind: str, of: tuple[Any, ...], x: Tensor, precision: str) -> str:
+        """Returns why Triton's kernels must not be used; empty: they may, or were asked for.
+
+        kind, of: as of `ops.library.failure`.
+        """
         if self.backend != "auto" or not len(x):
             return ""
         batch = operator.index(len(x))  # not dynamo's symbol: tiles depend on it
-        has_bias = tuple(bias is not None for bias in biases)
-        return failure("network", plan.numbers, has_bias, batch, precision, x.device)
+        return failure(kind, *of, batch, precision, x.device)
 
     def _unfused(
         self, why: str, x: Tensor, box: Interval, width: str, reduction: str, moments: bool
     ) -> Bounds:
         """Computes the bounds layer by layer, since the kernels cannot run."""
+        if self.backend in ("triton", "cuda") and len(x):
+            raise ValueError(f"backend={self.backend!r} cannot run here: {why}")
         if self.precision != "float32":
             raise ValueError(f"precision={self.precision!r} cannot run here: {why}")
         return bounds(self._model, x, box, width, reduction, backend=self.backend, moments=moments)
@@ -471,7 +493,8 @@ def update_running_statistics(plan: GraphPlan, statistics: Tensor, examples: int
         for (norm, node), column in zip(normed, columns, strict=True)
         if not node.fixed
     ]
-    if not torch.compiler.is_compiling() and not bool(statistics.isfinite().all()):
+    looks = of_batch and not torch.compiler.is_compiling()
+    if looks and not bool(statistics.isfinite().all()):
         for norm, _, column in of_batch:
             if not bool(column.isfinite().all()):
                 raise FloatingPointError(
@@ -575,9 +598,7 @@ def fuse(model: nn.Module, precision: str = "float32", backend: str = "auto") ->
             eval mode), and sums of two values, optionally behind a cibp_fast.models.Normalize, that
             ends in Linear.
             Batch norm in training mode takes the statistics of x, as cf.bounds does: gradients
-            reach x through them, and its running statistics follow. That, sums, depthwise
-            convolutions and all activations but ReLU have kernels on the CPU; on a GPU such a
-            network runs layer by layer.
+            reach x through them, and its running statistics follow.
         precision: "float32", or "fast": Winograd convolutions of square kernels where they
             should be faster, with a few times the rounding (docs/training.md, "Precision"), and in
             float32 half the bytes saved for the backward pass, all but the network's input in

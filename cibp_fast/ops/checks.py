@@ -27,7 +27,9 @@ from cibp_fast.kernels.precision import PRECISIONS
 from cibp_fast.kernels.shape import Shape
 from cibp_fast.kernels.tiles import KERNELS, cache_folder, tiles_for, use_default_tiles
 from cibp_fast.ops.gpu_network import shape_of
-from cibp_fast.ops.network import stages_of
+from cibp_fast.ops.graph import Code, decoded
+from cibp_fast.ops.graph_numerics import graph_errors
+from cibp_fast.ops.network import Stage, stages_of
 from cibp_fast.ops.numerics import Errors, layer_errors, network_errors, relu_errors
 
 NO_MEMORY = "there is no memory to check its kernels"
@@ -63,6 +65,25 @@ def stages_failure(
     """Returns what `failure_reason` does, of what runs the stages of a network."""
     shapes = [shape_of(stage, batch) for stage in stages if not stage.pool]
     of = (*of, precision, batch, *biases, *(stage.numbers() for stage in stages))
+    return failure_reason(of, shapes, precision, device, check)
+
+
+def graph_failure(
+    code: Code,
+    there: tuple[tuple[bool, ...], ...],
+    batch: int,
+    precision: str,
+    device: torch.device,
+) -> str:
+    """Returns the same of a network that is more than a chain.
+
+    code: `ops.graph.coded` its nodes. there: as of `numerics.graph_errors`.
+    """
+    nodes = decoded(code)
+    affine = [node for node in nodes if node.kind == "affine"]
+    shapes = [shape_of(Stage(node.shape, False), batch) for node in affine]
+    check = partial(graph_errors, nodes, there, batch, precision, device)
+    of = "graph", precision, batch, there, code
     return failure_reason(of, shapes, precision, device, check)
 
 

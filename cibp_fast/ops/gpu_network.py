@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cibp_fast.kernels import conv2d, pack, pool
+from cibp_fast.kernels import channelwise, conv2d, pack
 from cibp_fast.kernels.precision import PRECISIONS
 from cibp_fast.kernels.shape import Shape
 from cibp_fast.kernels.weights import pack_weight, sum_partials
@@ -77,7 +77,7 @@ def run_stage(
     shape = shape_of(stage, x.shape[1])
     x, out = _inputs(x, shape), None if out is None else _outputs(out, shape)
     if weight is None:
-        return pool.forward(x, shape, precision, out)
+        return channelwise.forward(x, shape, precision, out)
     if cpp and out is not None and not stage.dense:
         widths = cuda.convolution(x, weight, bias, shape, precision, relu=stage.relu, out=out)
         if widths is not None:
@@ -130,12 +130,12 @@ def stage_input_gradient(
     gradient, x = _outputs(gradient, shape), _inputs(x, shape)
     before = {"relu": relu, "width": width}
     if transposed is None:
-        return pool.input_gradient(gradient, x, shape, precision, **before)
+        return channelwise.input_gradient(gradient, x, shape, precision, **before)
     return conv2d.input_gradient(gradient, transposed, shape, precision, x=x, head=head, **before)
 
 
 @lru_cache(maxsize=256)
-def _offsets(sizes: tuple[int, ...]) -> tuple[int, ...]:
+def offsets(sizes: tuple[int, ...]) -> tuple[int, ...]:
     """Returns where tensors of so many bytes begin in one buffer, and where it ends."""
     line = 128  # of the cache
     return tuple(accumulate((-(-size // line) * line for size in sizes), initial=0))
@@ -149,7 +149,7 @@ def _on(device: torch.device, numbers: tuple[int, ...]) -> Tensor:
 
 def saved_bytes(stages: Sequence[Any], batch: int, precision: str) -> int:
     """Returns how many bytes the forward pass saves."""
-    return _offsets(_sizes(stages, batch, precision))[-1]
+    return offsets(_sizes(stages, batch, precision))[-1]
 
 
 def _sizes(stages: Sequence[Any], batch: int, precision: str) -> tuple[int, ...]:
@@ -163,7 +163,7 @@ def saved_streams(
     """Returns the input of each stage, [3, N, H, W, C], in the buffer of all."""
     sizes, dtype = _sizes(stages, batch, precision), PRECISIONS[precision].dtype
     tensors = []
-    for stage, begin, size in zip(stages, _offsets(sizes), sizes, strict=False):
+    for stage, begin, size in zip(stages, offsets(sizes), sizes, strict=False):
         channels, height, width = stage.input
         flat = buffer[begin : begin + size].view(dtype)
         tensors.append(flat.view(3, batch, height, width, channels))
@@ -236,7 +236,7 @@ def backward(
         last = (of_squares[-1:], *logits[3:])
     gradient = pack.pack_gradient(*logits[:3], precision, last)
     streams = saved_streams(saved, stages, batch, precision)
-    head = _head_gradient(gradients[3:5], stages[-1], batch)
+    head = head_gradient(gradients[3:5], stages[-1], batch)
     count = len(weights)
     at = count  # counts down the stages that have weights
     for i in reversed(range(len(stages))):
@@ -267,7 +267,7 @@ def backward(
             out.copy_(each)
 
 
-def _head_gradient(gradients: Sequence[Tensor | None], stage: Any, batch: int) -> Tensor | None:
+def head_gradient(gradients: Sequence[Tensor | None], stage: Any, batch: int) -> Tensor | None:
     """Returns the further gradient of the last stage's (m, r), [2, N, 1, 1, features] float32."""
     given = [each for each in gradients if each is not None]
     if not given:

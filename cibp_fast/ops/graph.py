@@ -1,7 +1,8 @@
-"""A network that is more than a chain as one torch op, on the CPU (csrc/cpu/network/graph.h).
+"""A network that is more than a chain as one torch op.
 
 Batch norm in training mode, sums of two branches, depthwise convolutions, activations that do not
-fall. As in network.py, the op names its engine, since what it saves is laid out for that.
+fall. The kernels are those of csrc/cpu/network/graph.h, or what gpu_graph.py runs. As in
+network.py, the op names its engine, since what it saves is laid out for that.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from torch import Tensor
 
 from cibp_fast.kernels.shape import Shape
 from cibp_fast.ops import backends
-from cibp_fast.ops.library import library
-from cibp_fast.ops.network import build_of, saved_bytes
+from cibp_fast.ops.library import library, on_its_gpu
+from cibp_fast.ops.network import build_of, of_gpu, saved_bytes
 
 __all__ = ["NONE", "Activation", "Edge", "Node", "graph"]
 
@@ -335,11 +336,17 @@ def _graph_forward_fake(  # type: ignore[no-untyped-def]
     moments=False,
 ):  # fmt: skip
     code, batch = (tuple(whole), tuple(reals)), nominal.shape[0]
-    size = saved_bytes(_plan(code, 1, engine, nominal.dtype).network, batch)
+    if gpu := of_gpu(engine):
+        from cibp_fast.ops import gpu_graph
+
+        size = gpu_graph.saved_bytes(decoded(code), batch, gpu[0])
+    else:
+        size = saved_bytes(_plan(code, 1, engine, nominal.dtype).network, batch)
     outputs = _forward_outputs(nominal, decoded(code), moments)
     return *outputs, torch.empty_like(given), nominal.new_empty(size, dtype=torch.uint8)
 
 
+@on_its_gpu("graph_forward")
 @torch.library.impl(library, "graph_forward", "CPU")
 def _graph_forward_kernel(  # type: ignore[no-untyped-def]
     lower, upper, nominal, given, weights, biases, gammas, betas, whole, reals, engine, mean=False,
@@ -347,10 +354,16 @@ def _graph_forward_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     streams = {"lower": lower, "upper": upper, "nominal": nominal}
     backends.refuse_freed("graph", **streams, weights=weights, biases=biases)
-    plan = _plan((tuple(whole), tuple(reals)), len(nominal), engine, nominal.dtype)
-    outputs, statistics = _forward_outputs(nominal, plan.nodes, moments), given.clone()
+    code, statistics = (tuple(whole), tuple(reals)), given.clone()
     kept = [[None if t is None else t.contiguous() for t in each]
             for each in (weights, biases, gammas, betas)]  # fmt: skip
+    if gpu := of_gpu(engine):
+        from cibp_fast.ops import gpu_graph
+
+        options = (decoded(code), Parameters(*kept), mean, moments, gpu[0])
+        return gpu_graph.forward(lower, upper, nominal, statistics, *options, cpp=gpu[1])
+    plan = _plan(code, len(nominal), engine, nominal.dtype)
+    outputs = _forward_outputs(nominal, plan.nodes, moments)
     packed = torch.frombuffer(plan.build.Buffer(plan.network.saved_bytes), dtype=torch.uint8)
     plan.network.forward(
         backends.threads(),
@@ -375,6 +388,7 @@ def _graph_backward_fake(  # type: ignore[no-untyped-def]
     return _backward_outputs(lower_out, nodes, weights, wants_input, wants_parameters)
 
 
+@on_its_gpu("graph_backward")
 @torch.library.impl(library, "graph_backward", "CPU")
 def _graph_backward_kernel(  # type: ignore[no-untyped-def]
     grad_lower, grad_upper, grad_nominal, head_lower, head_upper, grad_widths, grad_moments,
@@ -382,10 +396,23 @@ def _graph_backward_kernel(  # type: ignore[no-untyped-def]
     wants_parameters, engine, mean=False,
 ):  # fmt: skip
     backends.refuse_freed("graph", lower=lower_out, upper=upper_out, weights=weights)
-    batch = len(lower_out)
-    plan = _plan((tuple(whole), tuple(reals)), batch, engine, lower_out.dtype)
-    nodes, last = plan.nodes, plan.nodes[-1].shape
+    batch, code = len(lower_out), (tuple(whole), tuple(reals))
+    nodes = decoded(code)
     inputs, found = _backward_outputs(lower_out, nodes, weights, wants_input, wants_parameters)
+    kept = [[None if t is None else t.contiguous() for t in each]
+            for each in (weights, gammas, betas)]  # fmt: skip
+    targets = _divided(found, (len(weights), len(gammas)))
+    if gpu := of_gpu(engine):
+        from cibp_fast.ops import gpu_graph
+
+        given = grad_lower, grad_upper, grad_nominal, head_lower, head_upper, grad_widths
+        parameters = Parameters(kept[0], len(weights) * [None], *kept[1:])
+        gpu_graph.backward(
+            (*given, grad_moments), (lower_out, upper_out), packed, statistics, nodes, parameters,
+            mean, gpu[0], wants_input, inputs, targets, cpp=gpu[1],
+        )  # fmt: skip
+        return inputs, found
+    plan, last = _plan(code, batch, engine, lower_out.dtype), nodes[-1].shape
 
     def dense(gradient: Tensor | None, size: int) -> Tensor:
         return lower_out.new_zeros(batch, size) if gradient is None else gradient.contiguous()
@@ -400,9 +427,6 @@ def _graph_backward_kernel(  # type: ignore[no-untyped-def]
     ]
     if grad_moments is not None:
         grad_moments = grad_moments.contiguous()
-    kept = [[None if t is None else t.contiguous() for t in each]
-            for each in (weights, gammas, betas)]  # fmt: skip
-    targets = _divided(found, (len(weights), len(gammas)))
     plan.network.backward(
         backends.threads(),
         [plan.weighted(kept[0]), *map(plan.normed, kept[1:])],

@@ -72,7 +72,7 @@ def forward_outputs(
 
 @constant  # it runs kernels of its own, while dynamo traces
 def failure(kind: str, *arguments: Any) -> str:
-    """Returns what `ops.checks` says of a "network", "affine" or "relu" of these arguments."""
+    """Returns what `ops.checks` says of a "network", "graph", "affine" or "relu"."""
     checks = importlib.import_module("cibp_fast.ops.checks")  # late, since it needs Triton
     why: str = getattr(checks, f"{kind}_failure")(*arguments)
     return why

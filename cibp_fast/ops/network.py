@@ -411,7 +411,7 @@ def _backward_outputs(
     ]
 
 
-def _of_gpu(engine: str) -> tuple[str, bool] | None:
+def of_gpu(engine: str) -> tuple[str, bool] | None:
     """Returns a GPU engine's precision and whether it runs CUDA kernels too; None: a CPU's."""
     name, _, precision = engine.partition("-")
     return (precision, name == "cuda") if precision else None
@@ -428,7 +428,7 @@ def _network_forward_fake(  # type: ignore[no-untyped-def]
 ):
     numbers, batch = tuple(numbers), nominal.shape[0]
     stages = stages_of(numbers)
-    if gpu := _of_gpu(engine):
+    if gpu := of_gpu(engine):
         from cibp_fast.ops import gpu_network
 
         size = gpu_network.saved_bytes(stages, batch, gpu[0])
@@ -455,7 +455,7 @@ def _network_forward_kernel(  # type: ignore[no-untyped-def]
         return *outputs, nominal.new_empty(0, dtype=torch.uint8)
     weights = [weight.contiguous() for weight in weights]
     biases = [None if bias is None else bias.contiguous() for bias in biases]
-    if gpu := _of_gpu(engine):
+    if gpu := of_gpu(engine):
         from cibp_fast.ops import gpu_network
 
         precision, cpp = gpu
@@ -509,7 +509,7 @@ def _network_backward_kernel(  # type: ignore[no-untyped-def]
             gradient.zero_()
         return inputs, parameters
     weights = [weight.contiguous() for weight in weights]
-    if gpu := _of_gpu(engine):
+    if gpu := of_gpu(engine):
         from cibp_fast.ops import gpu_network
 
         gpu_network.backward(

@@ -45,10 +45,16 @@ def relative(found: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
     return float(torch.stack(errors).detach().max())  # Python's max may drop NaN
 
 
-def deviation(found: Iterable[Tensor | None], expected: Iterable[Tensor | None]) -> float:
-    """Returns the larger of the relative 2-norm and maximum-norm errors of all that are there.
+def deviation(
+    found: Iterable[Tensor | None],
+    expected: Iterable[Tensor | None],
+    norms: Sequence[float] = (2, math.inf),
+    least: float = 1e-30,
+) -> float:
+    """Returns the largest of the relative errors, in these norms, of all that are there.
 
-    The latter shows a single wrong number. NaN is expected to be where it is, else that is NaN.
+    The maximum norm shows a single wrong number. NaN is expected to be where it is, else that is
+    NaN. least: an error is relative to no smaller norm.
     """
     errors = [torch.zeros((), dtype=torch.float64)]
     for a, b in zip(found, expected, strict=True):
@@ -58,8 +64,8 @@ def deviation(found: Iterable[Tensor | None], expected: Iterable[Tensor | None])
         if not torch.equal(a.isnan(), nan):
             return math.nan
         a, b = (each.detach().double().masked_fill(nan, 0.0).reshape(-1) for each in (a, b))
-        for order in (2, math.inf):
-            errors.append(((a - b).norm(order) / b.norm(order).clamp(min=1e-30)).cpu())
+        for order in norms:
+            errors.append(((a - b).norm(order) / b.norm(order).clamp(min=least)).cpu())
     return float(torch.stack(errors).max())
 
 
@@ -76,6 +82,7 @@ def affine(
 ) -> Tensor:
     """Returns a convolution of the streams x; average pooling where there is no weight."""
     channels, kernel = shape.in_channels, (shape.kernel_height, shape.kernel_width)
+    groups = channels if weight is None else channels // weight.shape[1]
     mean = x.new_full((channels, 1, *kernel), 1 / prod(kernel))
     weights = [mean] * 3 if weight is None else [weight, weight.abs(), weight]
     ends = [
@@ -86,7 +93,6 @@ def affine(
         )
     ]  # fmt: skip
     padded = F.pad(x, (shape.padding[1], ends[1], shape.padding[0], ends[0]))
-    groups = channels if weight is None else 1
     biases = [bias, None, bias]
     return torch.stack([
         F.conv2d(each, w, b, shape.stride, 0, shape.dilation, groups)

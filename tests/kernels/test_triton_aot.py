@@ -15,10 +15,11 @@ from aot import CAPABILITIES, SHARED, Binary, Job, compiled_apart
 from cibp_fast import models
 from cibp_fast.fusion.network import planned
 from cibp_fast.fusion.tracing import trace
-from cibp_fast.kernels import conv2d, layers, pack, pool, weights
+from cibp_fast.kernels import channelwise, conv2d, layers, norm, pack, weights
 from cibp_fast.kernels.adam import Adam, Parameter
 from cibp_fast.kernels.batch import make_batch
 from cibp_fast.kernels.loss import loss
+from cibp_fast.kernels.norm import Curve, Norm
 from cibp_fast.kernels.precision import PRECISIONS
 from cibp_fast.kernels.shape import Shape
 from cibp_fast.kernels.tiles import KERNELS, tiles_for
@@ -80,17 +81,42 @@ def layer(shape: Shape, precision: str, streams: int) -> None:
     conv2d.weight_gradient(gradient, x, weight, *of)
 
 
-def channelwise(precision: str) -> None:
+def by_channel(precision: str) -> None:
     """Launches the kernels that work on each channel by itself."""
     dtype = PRECISIONS[precision].dtype
     shape = Shape(BATCH, 64, 16, 16, 64, 8, 8, 2, 2, (2, 2))
     x = torch.zeros(3, BATCH, 16, 16, 64, dtype=dtype)
     out = torch.zeros(3, BATCH, 8, 8, 64, dtype=dtype)
-    pool.forward(x, shape, precision, out)
-    pool.input_gradient(out, x, shape, precision, relu=True, width=torch.zeros(1))
+    channelwise.forward(x, shape, precision, out)
+    channelwise.input_gradient(out, x, shape, precision, relu=True, width=torch.zeros(1))
     box, width = list(torch.zeros(3, BATCH, 64, 8, 8)), torch.zeros(())
     layers.relu_forward(box, (*box, width))
     layers.relu_backward(box, width, box, tuple(box))
+
+
+def normed(precision: str, curve: Curve) -> None:
+    """Launches those of kernels/norm.py, of all that a value may have, and of sums."""
+    x = torch.zeros(3, BATCH, 8, 8, 64, dtype=PRECISIONS[precision].dtype)
+    of = Norm(*torch.zeros(3, 64)), curve, precision
+    norm.forward(x, *of, value=x, out=x, sums=True, moments=True)
+    gradients = {"by_sums": torch.zeros(3), "by_moments": torch.zeros(8), "bent": x, "plain": x}
+    norm.norm_gradients(x, *of, **gradients)
+    norm.backward(x, *of, pull=torch.zeros(2, 64), **gradients)
+    norm.add(x, x, precision)
+
+
+def depthwise(precision: str) -> None:
+    """Launches those of a depthwise convolution."""
+    dtype, shape = (
+        PRECISIONS[precision].dtype,
+        Shape(BATCH, 64, 16, 16, 64, 16, 16, 3, 3, (1, 1), (1, 1)),
+    )
+    x = torch.zeros(3, BATCH, 16, 16, 64, dtype=dtype)
+    weight = channelwise.pack_depthwise(torch.zeros(64, 1, 3, 3), precision)
+    channelwise.forward(x, shape, precision, x, weight, torch.zeros(64))
+    before = {"relu": False, "width": None}
+    channelwise.input_gradient(x, x, shape, precision, **before, weight=weight)
+    channelwise.weight_gradient(x, x, weight, shape)
 
 
 def parameters(precision: str) -> None:
@@ -159,8 +185,11 @@ def test_some_layers_and_a_step(tmp_path: Path) -> None:
         job(90, convolution, large[1], "float32"),
         job(80, step, "small", "tf32"),
         job(100, layer, small[1], "bf16", 2),
-        job(90, channelwise, "bf16"),
+        job(90, by_channel, "bf16"),
         job(90, convolution, large[2], "tf32", True),
+        job(100, normed, "bf16", Curve("leaky", 0.0, 0.0, 0.0)),
+        job(80, normed, "tf32", Curve("tanh", 0.0, 0.0, 0.0)),
+        job(90, depthwise, "bf16"),
     ]
     found = compiled(jobs, tmp_path)
     whole = ["forward", "input_gradient", "weight_gradient"]
@@ -174,6 +203,8 @@ def test_some_layers_and_a_step(tmp_path: Path) -> None:
     assert len(found[3]) == 4
     assert kernels(found[4]) == whole
     assert all(binary.box_copies for binary in found[4][:2])
+    assert kernels(found[5]) == kernels(found[6]) == ["forward", *(2 * ["backward"]), "add"]
+    assert kernels(found[7]) == whole
 
 
 def test_what_moves_images_and_weights_moves_vectors(tmp_path: Path) -> None:
@@ -222,7 +253,7 @@ def test_networks(name: str, precision: str, capability: int, tmp_path: Path) ->
         job(capability, step, name, precision),
         job(capability, layer, first, precision, 3),
         job(capability, layer, second, precision, 2),
-        job(capability, channelwise, precision),
+        job(capability, by_channel, precision),
     ]
     assert all(len(each) >= 3 for each in compiled(jobs, tmp_path))
 

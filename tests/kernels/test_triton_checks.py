@@ -10,18 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from graphs import Two, with_signs
 from torch import Tensor, nn
 from tritons import DEVICE, PRECISIONS
 
 import cibp_fast as cf
 from cibp_fast import Interval, environment, ops
-from cibp_fast.fusion.network import planned
+from cibp_fast.fusion.network import planned, planned_graph
 from cibp_fast.fusion.tracing import trace
-from cibp_fast.kernels import conv2d, layers, pack, pool, precision, tiles
+from cibp_fast.kernels import channelwise, conv2d, layers, norm, pack, precision, tiles
 from cibp_fast.kernels.adam import Adam
 from cibp_fast.kernels.shape import Shape
 from cibp_fast.kernels.tiles import TileConfig, Where, tiles_for
-from cibp_fast.ops import backends, checks, gpu_network, library, numerics
+from cibp_fast.ops import backends, checks, gpu_network, graph_numerics, library, numerics
 from cibp_fast.training import gpu_step, gpu_step_check
 
 CONVOLUTION = Shape(2, 3, 7, 6, 5, 4, 3, 3, 3, (2, 2), (1, 1), (1, 1))
@@ -48,6 +49,21 @@ def test_fuse_compiles_as_one_graph(auto: dict[str, str]) -> None:
         torch.testing.assert_close(*values)
         for a, b in zip(*grads, strict=True):
             torch.testing.assert_close(a, b)
+
+
+def test_graphs_compile_as_one_graph(auto: dict[str, str]) -> None:
+    model = residual().to(DEVICE)
+    net = cf.fuse(model)
+
+    def loss(x: Tensor) -> Tensor:
+        out = net.bounds(x, Interval.ball(x, 0.1, None), "all", moments=True)
+        return out.width + out.box.lower.sum() + out.moments.radius.sum().float()
+
+    x = torch.randn(3, 2, 9, 8, device=DEVICE, requires_grad=True)
+    values = torch.compile(loss, fullgraph=True, backend="aot_eager")(x), loss(x)
+    assert len(auto) == 1 and not any(auto.values())
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*(torch.autograd.grad(value, x)[0] for value in values))
 
 
 def test_layers_compile_as_one_graph(auto: dict[str, str]) -> None:
@@ -80,6 +96,21 @@ def pooled(relu: bool = True) -> nn.Sequential:
     return nn.Sequential(*convolutions, end, nn.Flatten(), nn.Linear(6 * 2, 4))
 
 
+def residual() -> nn.Module:
+    """Returns all kinds of nodes, with norms and without, in training mode and in eval mode."""
+    model = Two(lambda m, x: m.end(m.leaky(m.norm(m.c(y := m.a(x)) + y)).flatten(1)))
+    first = (nn.Conv2d(2, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 5, 3, groups=5))
+    more = (nn.BatchNorm2d(5).eval(), nn.Sigmoid(), nn.AvgPool2d(2), nn.Conv2d(5, 2, 1))
+    model.end = nn.Linear(3 * 4, 3)
+    del model.b
+    return with_signs(nn.Sequential(*first, *more, model)).float()
+
+
+def graph_of(model: nn.Module) -> tuple[Any, list[list[bool]]]:
+    plan, parameters = planned_graph(trace(model), torch.zeros(3, 2, 9, 8), False)
+    return plan.made.nodes, [[t is not None for t in each] for each in parameters[1:]]
+
+
 def step_errors(model: nn.Module, precision: str) -> numerics.Errors:
     pixels = torch.linspace(-1, 1, 256).repeat(2, 1)
     return gpu_step_check.errors(
@@ -93,6 +124,7 @@ CHECKS: dict[str, Callable[[str], numerics.Errors]] = {
     "without ReLU": lambda p: numerics.network_errors(
         *stages_of(pooled(False), 2, 9, 7), 3, p, DEVICE
     ),
+    "graph": lambda p: graph_numerics.graph_errors(*graph_of(residual()), 3, p, DEVICE),
     "step": lambda p: step_errors(pooled(), p),
     "step without ReLU": lambda p: step_errors(pooled(False), p),
     "convolution": lambda p: numerics.layer_errors(CONVOLUTION, DEVICE),
@@ -102,7 +134,7 @@ CHECKS: dict[str, Callable[[str], numerics.Errors]] = {
     "linear": lambda p: numerics.layer_errors(LINEAR, DEVICE),
     "relu": lambda p: numerics.relu_errors(DEVICE),
 }
-OF_ALL_PRECISIONS = ("network", "without ReLU", "step", "step without ReLU")
+OF_ALL_PRECISIONS = ("network", "without ReLU", "graph", "step", "step without ReLU")
 
 
 @pytest.mark.parametrize(
@@ -161,6 +193,11 @@ def _where(is_wrong: Callable[[Any, Any], bool]) -> Callable[..., Any]:
     return change
 
 
+def _sums(row: int, factor: float) -> Callable[..., Any]:
+    """Changes a row of partial sums."""
+    return lambda result, *_: None if result is None else result[row].mul_(factor)
+
+
 # a wrong kernel of each kind: where it is, what is done to its results (which also knows arguments
 # and options of the call), the check, its words
 Fault = tuple[Any, str, Callable[..., Any], str, str]
@@ -171,9 +208,11 @@ FAULTS: dict[str, Fault] = {
         conv2d, "forward", lambda r, *_: r[0].nan_to_num_(), "network",
         "the forward of layer 1 with NaN",
     ),
-    "pooled": (pool, "forward", lambda r, *_: r.mul_(1.1), "network", "the forward of layer 2"),
+    "pooled": (
+        channelwise, "forward", lambda r, *_: r.mul_(1.1), "network", "the forward of layer 2",
+    ),
     "pooled gradient": (
-        pool, "input_gradient", _first_pixel, "network", "the gradient of weight 1",
+        channelwise, "input_gradient", _first_pixel, "network", "the gradient of weight 1",
     ),
     "summed": (gpu_network, "sum_partials", _first_pixel, "network", "the gradient of weight 3"),
     "packed gradient": (
@@ -184,6 +223,24 @@ FAULTS: dict[str, Fault] = {
     ),
     "nominal not active": (
         conv2d, "input_gradient", _not_active("nominal"), "network", "the gradient of weight 2 is",
+    ),
+    "normed": (norm, "forward", _sums(0, 1.5), "graph", "sums of nodes"),
+    "a width": (norm, "forward", _sums(1, 1.5), "graph", "sums of nodes"),
+    "a moment": (norm, "forward", _sums(9, 1.5), "graph", "sums of nodes"),
+    "added": (norm, "add", lambda r, *_: r.mul_(1.1), "graph", "the forward of node 6"),
+    "through the statistics": (
+        norm, "norm_gradients", lambda r, *_: r.mul_(1.5), "graph", "the gradient of the input",
+    ),
+    "before a norm": (
+        norm, "backward", lambda r, *_: r[2].mul_(1.5), "graph", "the gradient of the input",
+    ),
+    "depthwise": (
+        channelwise, "forward", lambda r, a, o: a[3].mul_(1.1 if len(a) > 4 else 1), "graph",
+        "the forward of node 1",
+    ),
+    "its gradients": (
+        channelwise, "weight_gradient", lambda r, *_: r[0].mul_(1.9), "graph",
+        "the gradient of parameters",
     ),
     "bounds": (
         layers.conv2d, "forward", lambda r, *_: r[1].mul_(1.1), "convolution", "a layer: forward",
@@ -229,7 +286,7 @@ WAYS: dict[str, Fault] = {
         "the gradient of weight 2",
     ),
     "no gradient of a width": (
-        pool, "input_gradient", _where(lambda a, o: o["width"] is None), "without ReLU",
+        channelwise, "input_gradient", _where(lambda a, o: o["width"] is None), "without ReLU",
         "the gradient of weight 1 from the logits",
     ),
     "a gradient of a head": (
@@ -259,7 +316,7 @@ def test_a_wrong_network_runs_layer_by_layer(
     auto: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, x = pooled().to(DEVICE), torch.randn(2, 2, 9, 7, device=DEVICE)
-    monkeypatch.setattr(pool, "forward", changed(pool.forward, lambda r: r.mul_(1.1)))
+    monkeypatch.setattr(channelwise, "forward", changed(channelwise.forward, lambda r: r.mul_(1.1)))
     box, part = Interval.ball(x, 0.1, None), "the forward of layer 2"
     with pytest.warns(RuntimeWarning, match=f"PyTorch runs what Triton's kernels should: {part}"):
         expected = cf.fuse(model).bounds(x, box), cf.bounds(model, x, box)
@@ -274,6 +331,19 @@ def test_a_wrong_network_runs_layer_by_layer(
     assert torch.equal(cf.fuse(model).bounds(x, box).widths, expected[1].widths) and not called
     cf.fuse(model, backend="triton").bounds(x, box)
     assert called
+
+
+def test_a_wrong_graph_runs_layer_by_layer(
+    auto: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = residual().to(DEVICE).eval(), torch.randn(2, 2, 9, 8, device=DEVICE)
+    monkeypatch.setattr(norm, "add", changed(norm.add, lambda r: r.mul_(1.1)))
+    box, part = Interval.ball(x, 0.1, None), "the forward of node 6"
+    with pytest.warns(RuntimeWarning, match=f"PyTorch runs what Triton's kernels should: {part}"):
+        out = cf.fuse(model).bounds(x, box)
+    torch.testing.assert_close(out.widths, cf.bounds(model, x, box).widths)
+    wrong = cf.fuse(model, backend="triton").bounds(x, box)
+    assert not torch.allclose(wrong.widths, out.widths)
 
 
 @pytest.mark.parametrize("size", [10, 10**6])
