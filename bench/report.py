@@ -262,6 +262,67 @@ def recipes() -> list[str]:
     return [*table(head, rows), "Sources:", "", *numbered]
 
 
+def recipe_runs() -> list[str]:
+    """Makes a table for each data set, radius and width that `cnn7` or `resnet` was trained for."""
+    groups: dict[tuple[str, ...], dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
+    for path in sorted((ROOT / "results").glob("*/result.json")):
+        config = json_of(path.parent / "config.json")
+        if config["net"] in ("cnn7", "resnet"):
+            group = config["dataset"], config["net"], f"{config['eps']:g}", str(config["net_width"])
+            method = config["method"]
+            if config["width_weight"] and method != "cibp":
+                method += f", `width_weight` {config['width_weight']:g}"
+            groups[group][method].append(path.parent)
+    lines: list[str] = []
+    for (dataset, net, eps, width), methods in groups.items():
+        lines += ["", f"`{dataset}`, `{net}` of width {width}, eps {eps}:", ""]
+        rows, verified = [], {}
+        for method, folders in methods.items():
+            results = [json_of(folder / "result.json") for folder in folders]
+            errors = [[100 * found[f"{each}_error"] for found in results] for each in ERRORS]
+            verified[method] = errors
+            minutes = statistics.median(found["train_seconds"] for found in results) / 60
+            last = json_of(folders[0] / "metrics.jsonl")
+            rows.append(
+                [
+                    method,
+                    " / ".join(map(spread, errors)),
+                    str(len(folders)),
+                    f"{last['step']:,} ({last['epoch']})",
+                    f"{minutes:.0f}",
+                ]
+            )
+        order = {name: place for place, name in enumerate(("ibp", "cibp", *presets.FIELD))}
+        rows.sort(key=lambda row: (order[row[0].partition(",")[0]], row[0]))
+        head = ["method", "test / PGD / verified error in %", "seeds", "steps (epochs)", "minutes"]
+        lines += table(head, rows)[:-1]
+        lines += width_term(verified)
+    examples = {json_of(path)["examples"] for path in (ROOT / "results").glob("*cnn7*/result.json")}
+    return [*lines[1:], "", f"Of {' or '.join(f'{n:,}' for n in sorted(examples))} test examples."]
+
+
+def width_term(errors: Mapping[str, Sequence[Sequence[float]]]) -> list[str]:
+    """Says what the width term adds to Shi's recipe, where both have run."""
+    both = [name for name in errors if name.partition(",")[0] == "shi"]
+    if len(both) != 2:
+        return []
+    plain, more = ([statistics.mean(each) for each in errors[name]] for name in sorted(both))
+    test, verified = more[0] - plain[0], more[2] - plain[2]
+    words = [
+        f"{abs(each):.2f} points {'more' if each > 0 else 'less'}" for each in (verified, test)
+    ]
+    return [
+        "",
+        f"With the width term Shi's recipe has {words[0]} verified and {words[1]} test error.",
+    ]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Returns the mean, and of several the standard deviation of the sample."""
+    mean = f"{statistics.mean(values):.2f}"
+    return f"{mean} +- {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
 # Blocks of tables
 
 
@@ -643,6 +704,7 @@ BLOCKS = [
     claims,
     runs,
     recipes,
+    recipe_runs,
     performance,
     steps,
     training,

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cibp_fast._graphs import capturing
 from cibp_fast.fusion.guards import fingerprint
 from cibp_fast.fusion.nodes import Nodes, nodes_for
 from cibp_fast.fusion.program import (
@@ -484,7 +485,8 @@ def given_statistics(plan: GraphPlan, x: Tensor) -> Tensor:
 def update_running_statistics(plan: GraphPlan, statistics: Tensor, examples: int) -> None:
     """Moves the running statistics as torch's batch norm does. statistics: of `ops.graph`.
 
-    Raises FloatingPointError where those of the batch are not finite, with nothing changed.
+    Raises FloatingPointError where those of the batch are not finite, with nothing changed; a graph
+    that is being captured cannot tell.
     """
     normed = plan.made.normed()
     columns = statistics.split([node.output[0] for _, node in normed], 1)
@@ -493,7 +495,7 @@ def update_running_statistics(plan: GraphPlan, statistics: Tensor, examples: int
         for (norm, node), column in zip(normed, columns, strict=True)
         if not node.fixed
     ]
-    looks = of_batch and not torch.compiler.is_compiling()
+    looks = of_batch and not torch.compiler.is_compiling() and not capturing()
     if looks and not bool(statistics.isfinite().all()):
         for norm, _, column in of_batch:
             if not bool(column.isfinite().all()):
