@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
 from cibp_fast.ops.affine import affine, check
@@ -44,7 +42,7 @@ def linear(
             f"lower is {tuple(lower.shape)}"
         )
     shape = (*lower.shape[:-1], weight.shape[0])
-    rows = math.prod(lower.shape[:-1])
+    rows = lower.shape[:-1].numel()
     flat = [None if t is None else t.reshape(rows, t.shape[-1]) for t in (lower, upper, nominal)]
     low, high = flat[:2]
     assert low is not None and high is not None

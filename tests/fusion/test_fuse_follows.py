@@ -517,3 +517,16 @@ def test_threads() -> None:
         thread.join()
     assert not errors, errors[0]
     assert methods == (nn.Module.__call__, nn.Module.__getattr__)
+
+
+def test_tracing_leaves_math_as_it_is() -> None:
+    """torch._dynamo, imported by a forward that is traced, would take what stands there for math's."""
+    seen = []
+
+    def forward(net: Any, x: Any) -> Any:
+        seen.append((math.prod, math.copysign))
+        return net.rest(net.first(x))
+
+    before = math.prod, math.copysign
+    cf.fuse(Net(forward))
+    assert seen and all(each == before for each in seen)

@@ -249,11 +249,3 @@ def test_refused_forwards(name: str) -> None:
     model = Two(body)
     with pytest.raises(ValueError, match=message):
         cf.fuse(model).bounds(x, Interval.ball(x, 0.1))
-
-
-def test_backends_without_kernels() -> None:
-    model, shape = made("norm")
-    x = torch.rand(3, *shape)
-    model.float()
-    with pytest.raises(ValueError, match=r"backend='triton'"):
-        cf.fuse(model, backend="triton").bounds(x, Interval.ball(x, 0.1))
