@@ -196,9 +196,9 @@ class _Tracer(fx.Tracer):
     """Traces a forward, and notes what it does that a graph of its calls does not hold."""
 
     def __init__(self, gradients: bool, is_layer: Callable[[nn.Module], bool]) -> None:
-        # by default it puts others in place of math's functions, for all threads, and torch._dynamo,
-        # where a forward imports it, takes those for math's
-        super().__init__(autowrap_modules=())
+        # by default it puts others in place of math's functions, for all threads, and torch._dynamo
+        # takes those for math's, where a forward imports it
+        super().__init__(autowrap_modules=())  # type: ignore[arg-type]
         self.gradients = gradients  # whether they are enabled around the forward
         self.is_layer = is_layer
         self.lost = ""

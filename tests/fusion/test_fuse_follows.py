@@ -520,7 +520,7 @@ def test_threads() -> None:
 
 
 def test_tracing_leaves_math_as_it_is() -> None:
-    """torch._dynamo, imported by a forward that is traced, would take what stands there for math's."""
+    """torch._dynamo, where a traced forward imports it, would take what stands there for math's."""
     seen = []
 
     def forward(net: Any, x: Any) -> Any:
