@@ -17,13 +17,15 @@ CPP_FILES := $(sort $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*/*.cpp csrc/*/*.c
 PACKAGE_FILES := pyproject.toml setup.py README.md LICENSE $(filter csrc/%,$(CPP_FILES)) \
   $(wildcard cibp_fast/*.py cibp_fast/*/*.py cibp_fast/*.pyi cibp_fast/py.typed kernels/*.py kernels/*.json)
 
-.PHONY: help quickstart test test-cpu test-gpu lint format sanitize bench clean
+.PHONY: help quickstart test test-cpu test-gpu lint format docs pictures sanitize bench clean
 
 help:
 	@echo 'make quickstart   train two networks on 5,000 digits and compare them (some minutes)'
 	@echo 'make test         lint, and the tests against the installed package'
 	@echo 'make lint         ruff, mypy, clang-format, and which module may import which'
 	@echo 'make format       let ruff and clang-format rewrite the sources'
+	@echo 'make docs         build the site into build/site'
+	@echo 'make pictures     draw the pictures of the site anew'
 	@echo 'make sanitize     the C++ kernels under ASan, UBSan and TSan'
 	@echo 'make bench        time steps, layers, epochs, a busy machine; renew the tables'
 	@echo 'make clean        remove .venv and everything built'
@@ -59,6 +61,14 @@ format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_FILES)
+
+# The reference and the command line's help come from the sources and the installed package.
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo 'Built build/site/index.html'
+
+pictures: $(VENV)/demo
+	$(BIN)/python docs/pictures.py
 
 bench: $(VENV)/dev
 	$(BIN)/python bench/step.py --rss --output bench/results/step.csv
@@ -112,6 +122,10 @@ $(VENV)/demo: build/wheel/stamp $(VENV)/libraries
 
 $(VENV)/dev: build/wheel/stamp $(VENV)/libraries
 	$(call install_wheel,dev)
+	@touch $(VENV)/demo $@
+
+$(VENV)/docs: build/wheel/stamp $(VENV)/libraries
+	$(call install_wheel,docs)
 	@touch $(VENV)/demo $@
 
 sanitize: $(VENV)/dev
