@@ -37,9 +37,10 @@ BETA1, BETA2, ADDED = 0.9, 0.999, 1e-8
 class Attack:
     """Holds what PGD found for N examples.
 
-    adversarial: [N, ...], a misclassified point of the box where one was found; else x, or, if
-        asked for, the point of the box with the largest loss.
-    found: [N] bool.
+    Attributes:
+        adversarial: [N, ...], a misclassified point of the box where one was found; else x, or, if
+            asked for, the point of the box with the largest loss.
+        found: [N] bool.
     """
 
     adversarial: Tensor
@@ -114,11 +115,18 @@ def pgd(
             among all that any start has visited, x among them: the cross-entropy if that is the
             loss, else max_t z_t - z_y of the wrong classes t. What is broken does not change.
 
-    Warns (RuntimeWarning) where the steps together are shorter than the box's greatest width, which
-    is 2 eps unless clip cuts it, or where the logits have no gradient by x.
+    Returns:
+        The attack: which examples are broken, and by which points.
 
-    Raises TypeError or ValueError for inputs that do not fit, or a box that is not finite,
-    RuntimeError inside a capture, and torch.OutOfMemoryError where a GPU's memory is too small.
+    Warns:
+        RuntimeWarning: the steps together are shorter than the box's greatest width, which is 2 eps
+            unless clip cuts it, or the logits have no gradient by x.
+
+    Raises:
+        TypeError: as `cf.certify` for inputs that do not fit.
+        ValueError: the same, or a box that is not finite.
+        RuntimeError: inside a capture.
+        torch.OutOfMemoryError: a GPU's memory is too small.
     """
     check_options(step, loss, step_size, seed, steps=steps, restarts=restarts)
     check_examples(x, y, batch_size)

@@ -107,7 +107,8 @@ def _help(words: list[str]) -> str:
     title = re.compile(r"^╭─ (.*?) ─*╮$", re.MULTILINE)
     text = title.sub(lambda found: f"{found[1]}:", done.stdout)
     text = re.sub(r"^╰─*╯$", "", text, flags=re.MULTILINE)
-    text = re.sub(r"^│ (─* *)(.*?) *│$", r"  \2", text, flags=re.MULTILINE)
+    text = re.sub(r"^│ ─+ │\n", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^│ (.*?) *│$", r"  \1", text, flags=re.MULTILINE)
     return re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE).strip()
 
 

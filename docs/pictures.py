@@ -40,11 +40,12 @@ class Style(NamedTuple):
     second: str  # what is bounded: boxes
     third: str
     quiet: str
+    band: str
 
 
 STYLES = {
-    "": Style("#24292f", "#ffffff", "#0072b2", "#d55e00", "#009e73", "#8c959f"),
-    "-dark": Style("#e6edf3", "none", "#56b4e9", "#f0a050", "#3fc79a", "#7d8590"),
+    "": Style("#24292f", "#ffffff", "#0072b2", "#d55e00", "#009e73", "#8c959f", "#dde1e6"),
+    "-dark": Style("#e6edf3", "none", "#56b4e9", "#f0a050", "#3fc79a", "#7d8590", "#3b404d"),
 }
 
 
@@ -96,7 +97,7 @@ def plane(axes: Axes, title: str, reach: float, style: Style) -> None:
 
 def propagation(style: Style) -> Figure:
     """A box of inputs, what an affine layer and a ReLU make of its points, and their boxes."""
-    figure, axes = plt.subplots(1, 3, figsize=(10.5, 4.1), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(8.4, 3.0), layout="constrained")
     steps = torch.linspace(-1, 1, 13)
     points = torch.cartesian_prod(steps, steps)
     weight, bias = torch.tensor([[0.9, 0.6], [-0.7, 0.8]]), torch.tensor([0.3, 0.4])
@@ -110,6 +111,7 @@ def propagation(style: Style) -> Figure:
     )
     for axis, (title, values, bounds) in zip(axes, stages, strict=True):
         plane(axis, title, 2.3, style)
+        axis.set_ylim(-1.6, 2.2)
         axis.scatter(*values.T, s=16, color=style.first, linewidth=0, zorder=2)
         frame(axis, bounds, style.second)
     return figure
@@ -117,7 +119,7 @@ def propagation(style: Style) -> Figure:
 
 def wrapping(style: Style) -> Figure:
     """Two turns by 45 degrees: the set stays as large, the boxes grow by sqrt(2) each time."""
-    figure, axes = plt.subplots(1, 3, figsize=(10.5, 4.1), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(8.4, 3.3), layout="constrained")
     turn = torch.tensor([[cos(pi / 4), -sin(pi / 4)], [sin(pi / 4), cos(pi / 4)]])
     box = cf.Interval(-torch.ones(1, 2), torch.ones(1, 2))
     exact = corners(box)
@@ -149,15 +151,15 @@ def elision(style: Style) -> Figure:
     margin = float(out.margins(torch.tensor([0]))[0, 1])
     by_box = float(logits.lower[0, 0] - logits.upper[0, 1])
     figure, (left, right) = plt.subplots(
-        1, 2, figsize=(10.5, 4.4), layout="constrained", width_ratios=(1.0, 1.15)
+        1, 2, figsize=(8.4, 4.2), layout="constrained", width_ratios=(1.0, 1.15)
     )
     left.scatter(*values.T, s=7, color=style.first, linewidth=0)
     frame(left, logits, style.second)
     ends = [-0.1, 2.9]
     left.plot(ends, ends, color=style.ink, linewidth=1.5, linestyle=(0, (4, 3)))
-    left.text(1.12, 1.74, "another class\nabove this line", ha="right", fontsize=14)
+    left.text(1.5, 1.95, "another class", ha="right")
     left.set(xlim=ends, ylim=(-0.1, 2.3), xlabel="logit of the label", ylabel="the other logit")
-    left.set(xticks=[0, 1, 2], yticks=[0, 1, 2])
+    left.set(xticks=[0, 1, 2], yticks=[0, 1])
     truth = float((values[:, 0] - values[:, 1]).min())
     rows = (
         ("least difference\nof the points", truth, style.first),
@@ -170,7 +172,7 @@ def elision(style: Style) -> Figure:
         right.text(beside, -place, f"{value:.2f}", va="center", ha="left" if value > 0 else "right")
     right.axvline(0, color=style.ink, linewidth=1.5)
     right.set_yticks([0, -1, -2], [row[0] for row in rows])
-    right.set(xlim=(min(by_box, 0) - 0.4, max(truth, 0) + 0.4), xlabel="lower bound of the margin")
+    right.set(xlim=(min(by_box, 0) - 0.7, max(truth, 0) + 0.5), xlabel="bound of the margin")
     right.spines["left"].set_visible(False)
     right.tick_params(axis="y", length=0)
     return figure
@@ -197,7 +199,7 @@ def metrics(run: str) -> list[dict[str, Any]]:
 
 def widths(style: Style) -> Figure:
     """The mean squared width of each layer of two trained networks, and one layer's by epoch."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 4.2), layout="constrained")
     names = ["ReLU 1", "ReLU 2", "ReLU 3", "logits"]
     for place, (label, run) in enumerate(RUNS.items()):
         colour = (style.second, style.first)[place]
@@ -222,7 +224,7 @@ def widths(style: Style) -> Figure:
 
 def streams(style: Style) -> Figure:
     """How a layer is computed: three streams, one read of W, |W| made on the way."""
-    figure, axes = plt.subplots(figsize=(10.5, 4.3), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8.4, 3.9), layout="constrained")
     axes.set(xlim=(0, 10.5), ylim=(0, 4.3))
     axes.axis("off")
 
@@ -252,9 +254,7 @@ def streams(style: Style) -> Figure:
     for y in (2.35, 0.95):  # both bounds need both
         arrow((6.62, 2.35), (7.98, y), style.first)
         arrow((6.62, 0.95), (7.98, y), style.second)
-    axes.add_patch(Rectangle((3.0, 0.45), 0.75, 3.75, facecolor=style.page, zorder=3, linewidth=0))
-    band = Rectangle((3.0, 0.45), 0.75, 3.75, alpha=0.35, color=style.quiet, zorder=4, linewidth=0)
-    axes.add_patch(band)
+    axes.add_patch(Rectangle((3.0, 0.45), 0.75, 3.75, color=style.band, zorder=4, linewidth=0))
     axes.text(3.375, 2.33, "weights: read once", rotation=90, ha="center", va="center", zorder=5)
     axes.text(1.1, 0.12, "saved or given", ha="center", va="center", fontsize=14)
     axes.text(5.6, 0.12, "one pass", ha="center", va="center", fontsize=14)
@@ -284,20 +284,17 @@ def rounding(style: Style) -> Figure:
     off = (sums.astype(np.float64) - exact) / unit
     reach = (np.array(ends["float32"]) - exact) / unit
     assert reach[0] <= off.min() and off.max() <= reach[1]
-    figure, (near, all_of_it) = plt.subplots(1, 2, figsize=(10.5, 4.2), layout="constrained")
-    near.hist(off, bins=50, color=style.first, label="float32, in\n4,000 orders")
+    figure, (near, all_of_it) = plt.subplots(1, 2, figsize=(8.4, 3.9), layout="constrained")
+    near.hist(off, bins=50, color=style.first)
+    near.set_title("float32, 4,000 orders")
     all_of_it.hist(off, bins=1, color=style.first)
+    all_of_it.set_title("and the bounds")
     for axis in (near, all_of_it):
-        axis.axvline(0, color=style.ink, linewidth=2, label="exact")
-        axis.set(xlabel="difference from exact, in millionths", yticks=[])
+        axis.axvline(0, color=style.ink, linewidth=2)
+        axis.set(xlabel="off by, in millionths", yticks=[])
         axis.spines["left"].set_visible(False)
-    for place, end in enumerate(reach):
-        label = None if place else "bounds for\nfloat32"
-        all_of_it.axvline(end, color=style.second, linewidth=3, label=label)
-    near.set_xlim(right=float(off.max()) * 2.4)
-    near.legend(loc="upper right")
-    handles, labels = all_of_it.get_legend_handles_labels()
-    all_of_it.legend(handles[1:], labels[1:], loc="upper left", bbox_to_anchor=(0.53, 1.0))
+    for end in reach:
+        all_of_it.axvline(end, color=style.second, linewidth=3)
     return figure
 
 
@@ -307,7 +304,7 @@ def splitting(style: Style) -> Figure:
     model = nn.Sequential(nn.Linear(1, 12), nn.Tanh(), nn.Linear(12, 1)).requires_grad_(False)
     model[0].weight.mul_(4.0)
     model[2].weight.mul_(3.0)
-    figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.9), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, 3, figsize=(8.4, 3.6), layout="constrained", sharey=True)
     x = torch.linspace(-1, 1, 401)[:, None]
     values = model(x)[:, 0]
     level = float(values.min() - 0.3 * (values.max() - values.min()))
