@@ -23,7 +23,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIES = "repository"  # where the site has files from outside docs/
-PAGES_OUTSIDE = ("bench/README.md",)  # in the navigation
+PAGES_OUTSIDE = {"bench/README.md": "benchmarks.md"}  # in the navigation, and where
 LINK = re.compile(r"(?P<before>\]\()(?P<to>[^)\s#:]+)(?P<rest>(?:#[^)\s]*)?\))")
 PICTURE = re.compile(r"!\[(?P<text>[^\]]*)\]\((?P<to>[^)\s:]+)\.svg\)")
 
@@ -31,21 +31,22 @@ PICTURE = re.compile(r"!\[(?P<text>[^\]]*)\]\((?P<to>[^)\s:]+)\.svg\)")
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the files outside docs/ to which pages link."""
     pages = [f"docs/{file.src_uri}" for file in files.documentation_pages()]
-    outside = dict.fromkeys(PAGES_OUTSIDE)
+    outside = dict.fromkeys(PAGES_OUTSIDE)  # in order, each once
     for page in (*pages, *PAGES_OUTSIDE):
         for link in LINK.finditer((ROOT / page).read_text()):
             target = _target(page, link["to"])
             if not target.startswith(("docs/", "..")) and (ROOT / target).is_file():
                 outside[target] = None
     for path in outside:
-        files.append(File.generated(config, f"{COPIES}/{path}", abs_src_path=str(ROOT / path)))
+        files.append(File.generated(config, _uri(path), abs_src_path=str(ROOT / path)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Writes what is generated into the page, and turns its links to where the site has files."""
     uri = page.file.src_uri
-    path = uri.removeprefix(f"{COPIES}/") if uri.startswith(f"{COPIES}/") else f"docs/{uri}"
+    places = {place: path for path, place in PAGES_OUTSIDE.items()}
+    path = places.get(uri, f"docs/{uri}")
 
     def turned(link: re.Match[str]) -> str:
         to = posixpath.relpath(_uri(_target(path, link["to"])), posixpath.dirname(uri))
@@ -77,7 +78,9 @@ def _target(page: str, link: str) -> str:
 
 def _uri(path: str) -> str:
     """Returns where the site has a file of the repository."""
-    return path.removeprefix("docs/") if path.startswith("docs/") else f"{COPIES}/{path}"
+    if path.startswith("docs/"):
+        return path.removeprefix("docs/")
+    return PAGES_OUTSIDE.get(path, f"{COPIES}/{path}")
 
 
 def _commands() -> str:
@@ -97,7 +100,7 @@ def _help(words: list[str]) -> str:
     import subprocess
     import sys
 
-    plain = {"COLUMNS": "96", "NO_COLOR": "1", "TERM": "dumb", "PYTHONIOENCODING": "utf-8"}
+    plain = {"COLUMNS": "92", "NO_COLOR": "1", "TERM": "dumb", "PYTHONIOENCODING": "utf-8"}
     command = [sys.executable, "-m", "cibp_fast", *words]
     done = subprocess.run(
         command, env=os.environ | plain, cwd=ROOT / "docs", capture_output=True, text=True

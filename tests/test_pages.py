@@ -86,8 +86,8 @@ def test_all_pages_are_in_the_navigation() -> None:
     nav = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]
     listed = re.findall(r"([\w/.]+\.md)\s*$", nav, re.MULTILINE)
     assert len(listed) == len(set(listed))
-    inside = {name for name in listed if not name.startswith("repository/")}
-    assert inside == {str(page.relative_to(DOCS)) for page in PAGES}
+    inside = {str(page.relative_to(DOCS)) for page in PAGES}
+    assert set(listed) - {"benchmarks.md"} == inside  # which is bench/README.md
 
 
 def documented() -> set[str]:
