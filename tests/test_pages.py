@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
+import itertools
 import re
 import subprocess
 import sys
@@ -28,9 +29,13 @@ def name_of(page: Path) -> str:
 
 
 def words(text: str) -> list[str]:
-    """Returns what another processor prints, too: no numbers, and no verdicts on examples."""
-    text = re.sub(r"True|False", "B", text)
-    return re.sub(r"-?\d[\d.,]*(e[+-]?\d+)?", "0", re.sub(r" +", " ", text)).split("\n")
+    """Returns what another processor prints, too: no numbers, and no verdicts on examples.
+
+    Lines that are then the same, one behind the other, are one.
+    """
+    text = re.sub(r"True|False", "B", re.sub(r" +", " ", text))
+    text = re.sub(r"-?0x[\da-f.]+p[+-]\d+|-?\d[\d.,]*(e[+-]?\d+)?", "0", text)
+    return [line for line, _ in itertools.groupby(text.split("\n"))]
 
 
 @pytest.fixture
