@@ -84,10 +84,18 @@ def _factor(
 
 
 def terms(out: Bounds, y: Tensor, *, elide: bool = True) -> Terms:
-    """Returns the unweighted terms for labels y [N], by the backend of `out`.
+    """Returns the unweighted terms, by the backend of `out`.
 
-    `elide` bounds z_j - z_y through the last linear layer, which is tighter; a model that does not
-    end in one needs elide=False. Raises as `Bounds.worst_logits`.
+    Args:
+        out: the bounds over the boxes.
+        y: labels, [N] int64.
+        elide: bound z_j - z_y through the last linear layer, which is tighter; a model that does
+            not end in one needs False.
+
+    Raises:
+        TypeError: y is not an int64 tensor.
+        ValueError: y has another shape or labels out of range, there are fewer than two classes,
+            or `elide` of a model that does not end in a linear layer.
     """
     return Terms(*_cross_entropies(out, out.logits, y, elide), out.width)
 
@@ -109,9 +117,14 @@ def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def nominal_loss(out: Bounds | Tensor, y: Tensor) -> Tensor:
-    """Returns CE(z, y), 0-dim; `out` is a Bounds or the nominal logits [N, classes], y [N].
+    """Returns CE(z, y), 0-dim.
 
-    Raises ValueError for fewer than two classes.
+    Args:
+        out: the bounds, or the nominal logits themselves, [N, classes].
+        y: labels, [N] int64.
+
+    Raises:
+        ValueError: there are fewer than two classes.
     """
     logits = out if isinstance(out, Tensor) else out.logits
     check_classes(logits.shape[1])
@@ -119,9 +132,18 @@ def nominal_loss(out: Bounds | Tensor, y: Tensor) -> Tensor:
 
 
 def ibp_loss(out: Bounds, y: Tensor, *, kappa: float | Tensor, elide: bool = True) -> Tensor:
-    """Returns kappa CE(z, y) + (1 - kappa) CE(zhat, y), 0-dim; y [N].
+    """Returns kappa CE(z, y) + (1 - kappa) CE(zhat, y), 0-dim: IBP of arXiv 1810.12715.
 
-    Raises as `terms` and `Terms.total`.
+    Args:
+        out: the bounds over the boxes.
+        y: labels, [N] int64.
+        kappa: weight of the nominal term, in [0, 1]; a number or a tensor of one element, which
+            gets its gradient.
+        elide: as for `terms`.
+
+    Raises:
+        TypeError: as `terms`, or kappa is neither a number nor a floating-point tensor.
+        ValueError: as `terms`, or kappa is outside [0, 1] or a tensor of several elements.
     """
     return terms(out, y, elide=elide).total(kappa)
 
@@ -134,10 +156,18 @@ def constrained_ibp_loss(
     width_weight: float | Tensor,
     elide: bool = True,
 ) -> Tensor:
-    """Returns the IBP loss plus width_weight times `out.width` (the sum over layers), 0-dim; y [N].
+    """Returns the IBP loss plus width_weight times `out.width`, the sum over layers, 0-dim.
 
-    The authors' code uses width_weight = 1 with `width="post"`, `reduction="mean"`. Raises as
-    `terms` and `Terms.total`.
+    It is constrained IBP of arXiv 1906.00628. The authors' code uses width_weight = 1 with
+    `width="post"`, `reduction="mean"`.
+
+    Args:
+        out, y, kappa, elide: as for `ibp_loss`.
+        width_weight: at least 0; a number or a tensor of one element, which gets its gradient.
+
+    Raises:
+        TypeError: as `ibp_loss`, for width_weight too.
+        ValueError: as `ibp_loss`, or width_weight is negative.
     """
     return terms(out, y, elide=elide).total(kappa, width_weight)
 
