@@ -8,6 +8,8 @@ the engine does not need the packages of the training layer (the extra `train`).
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cibp_fast._version import __version__
@@ -26,6 +28,13 @@ if TYPE_CHECKING:
     from cibp_fast.training.errors import Errors, evaluate
     from cibp_fast.training.loop import train
     from cibp_fast.training.runs import load
+
+if find_spec("cibp_fast.kernels") is None:  # the folder kernels/ of the sources is that, built
+    _sources = Path(__file__).resolve().parent.parent
+    raise ImportError(
+        f"cibp_fast was found in {_sources}, which holds its sources, not built: start Python in "
+        f"another folder; pip install {_sources} builds and installs them"
+    )
 
 # Each name's module; where the name is the whole module, as (module, None). An Interval comes with
 # the rules by which models take it.

@@ -64,6 +64,13 @@ def test_a_wrong_name_is_an_error_of_types(tmp_path: Path) -> None:
     assert len(lines) == 1 and "user.py:3: error:" in lines[0] and '"certfy"' in lines[0], done
 
 
+def test_sources_that_are_not_built_are_named() -> None:
+    """In the folder of the repository Python finds the sources first."""
+    result = run(sys.executable, "-c", "import cibp_fast", cwd=ROOT, check=False)
+    assert result.returncode == 1
+    assert f"cibp_fast was found in {ROOT}, which holds its sources, not built" in result.stderr
+
+
 def test_portable_kernels_are_built() -> None:
     portable = importlib.import_module("cibp_fast._cpu_portable")
     assert portable.vector_bytes == 16

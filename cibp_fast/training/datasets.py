@@ -48,6 +48,10 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __repr__(self) -> str:
+        shape, dtype = list(self.images.shape), self.images.dtype
+        return f"Split({len(self):,} examples, {shape} {dtype} on {self.images.device})"
+
     def __getitem__(self, chosen: slice) -> Split:
         return Split(self.images[chosen], self.labels[chosen])
 

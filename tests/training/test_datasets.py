@@ -31,6 +31,11 @@ def digits():
 
 
 @needs_digits
+def test_data_sets_print_short(digits):
+    train = "Split(4,000 examples, [4000, 1, 28, 28] torch.uint8 on cpu)"
+    assert repr(digits.train) == train and len(repr(digits)) < 200
+
+
 def test_split_is_stratified_and_disjoint(digits):
     assert digits.train.images.shape == (4000, 1, 28, 28)
     assert digits.test.images.shape == (1000, 1, 28, 28)
