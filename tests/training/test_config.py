@@ -123,6 +123,12 @@ def test_every_preset_is_a_config(dataset, suffix):
 
 
 RESULTS = Path(__file__).parents[2] / "results"
+OPTIONS = {
+    "-decay$": {"lr_decay_at": (15_000, 25_000)},
+    "-w16$": {"net_width": 16},
+    "(?<=-shi)-cibp$": {"width_weight": 1.0},
+    "(?<=-shi)-cibp0.1$": {"width_weight": 0.1},
+}
 FINISHED = sorted(path.parent.name for path in RESULTS.glob("*/result.json"))
 
 
@@ -132,8 +138,12 @@ def test_a_run_that_is_named_by_a_preset_is_of_its_config(folder):
     name, _, seed = folder.rpartition("-seed")
     there = read_config(RESULTS / folder)
     changes = {"seed": int(seed), "precision": there.precision}
-    if name.endswith("-decay"):  # no preset's
-        name, changes = name.removesuffix("-decay"), changes | {"lr_decay_at": (15_000, 25_000)}
+    for part, options in OPTIONS.items():  # no preset's
+        if re.search(part, name):
+            name = re.sub(part, "", name)
+            changes |= options
+    if changes.get("net_width"):
+        changes["steps"] = 12_000 if name.endswith("ibp") else 4_680  # 20 epochs
     assert there == preset(name, **changes)
 
 
