@@ -7,6 +7,7 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+import cuda_host
 import pytest
 import torch
 import torch.nn.functional as F
@@ -56,6 +57,19 @@ def test_networks_in_eval_mode(name: str) -> None:
     close(*both(model, *inputs(4, *shape)), 1e-5)
     for key, value in model.state_dict().items():
         torch.testing.assert_close(value.cpu(), before[key].to(value.dtype), rtol=0, atol=0)
+
+
+def test_kernels_of_cuda_for_the_layers_that_they_take(host_cuda: Any) -> None:
+    if DEVICE == "cuda":
+        pytest.skip("runs a build for the host")
+    model, shape = made("norms")
+    model = model.float()
+    streams = [each.float() for each in inputs(4, *shape)]
+    expected = passes(copy.deepcopy(model), *streams, backend="triton")[0]
+    with cuda_host.in_place(host_cuda):
+        found = passes(model, *streams, backend="cuda")[0]
+    close(found, expected, 1e-5)
+    assert any(not torch.equal(found[name], value) for name, value in expected.items())
 
 
 def fixed_behind_a_sum() -> nn.Module:
