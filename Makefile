@@ -17,7 +17,7 @@ CPP_FILES := $(sort $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*/*.cpp csrc/*/*.c
 PACKAGE_FILES := pyproject.toml setup.py README.md LICENSE $(filter csrc/%,$(CPP_FILES)) \
   $(wildcard cibp_fast/*.py cibp_fast/*/*.py cibp_fast/*.pyi cibp_fast/py.typed kernels/*.py kernels/*.json)
 
-.PHONY: help quickstart test test-cpu test-gpu lint format docs pictures sanitize bench clean
+.PHONY: help quickstart test test-most test-beside lint format docs pictures sanitize bench clean
 
 help:
 	@echo 'make quickstart   train two networks on 5,000 digits and compare them (some minutes)'
@@ -35,20 +35,21 @@ quickstart: $(VENV)/demo
 
 # lint-imports looks at the installed package, where the kernels are cibp_fast.kernels: so not here.
 # `pytest`, not `python -m pytest`: that would import the unbuilt tree instead of the package. The
-# GPU's kernels, in an interpreter or on the host, are tested beside the rest.
-GPU_TESTS := tests/kernels
+# GPU's kernels, in an interpreter or on the host, the pages and the examples are tested beside the
+# rest, so that both take about as long.
+BESIDE := tests/kernels tests/bench tests/test_pages.py tests/test_examples.py
 
-test: test-cpu test-gpu
+test: test-most test-beside
 
 # With arguments it may be that one of the two has no test to run, which pytest calls status 5.
 status = $(if $(PYTEST_ARGS),|| [ $$? -eq 5 ])
 
-test-cpu: lint
-	$(BIN)/pytest --ignore=$(GPU_TESTS) $(PYTEST_ARGS) $(status)
+test-most: lint
+	$(BIN)/pytest $(addprefix --ignore=,$(BESIDE)) $(PYTEST_ARGS) $(status)
 
-test-gpu: lint
-	@$(BIN)/pytest $(GPU_TESTS) $(PYTEST_ARGS) >build/test-gpu.log 2>&1 $(status); \
-	  status=$$?; cat build/test-gpu.log; exit $$status
+test-beside: lint
+	@$(BIN)/pytest $(BESIDE) $(PYTEST_ARGS) >build/test-beside.log 2>&1 $(status); \
+	  status=$$?; cat build/test-beside.log; exit $$status
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
