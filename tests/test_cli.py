@@ -638,6 +638,6 @@ print(main(["info"]))
 
 def test_python_dash_m_has_no_traceback(tmp_path):
     command = [sys.executable, "-m", "cibp_fast", "certify", str(tmp_path / "nowhere")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("cibp-fast: error: ") and done.stderr.count("\n") == 1
