@@ -1,15 +1,14 @@
 """Writes the generated blocks of README.md, bench/README.md and docs from the results.
 
 A block stands between `<!-- NAME: ... -->` and `<!-- end NAME -->`, in any of these files.
-"quickstart", "table2", "claims" and "runs" are made from the runs in results, "recipes" from the
-presets, the others from the tables in bench/results; "gpu" takes what there is of gpu_*.csv.
+Those of run_blocks.py are made from the runs in results and the presets, the others from the tables
+in bench/results; "gpu" takes what there is of gpu_*.csv.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import json
 import re
 import statistics
 import sys
@@ -19,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import timing
-from claims import claims as claimed
+from run_blocks import claims, quickstart, recipe_runs, recipes, runs, table2
+from tables import table
 
-from cibp_fast.training import presets, reproduction
 from cibp_fast.training.files import write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,9 +30,6 @@ FILES = (
     *("docs/recipes.md", "docs/reproduction.md", "docs/soundness.md"),
 )
 
-QUICKSTART = {"IBP": "mnist5k-small-0.1-ibp", "constrained IBP": "mnist5k-small-0.1-cibp"}
-NO_DATA = ("svhn",)  # data sets that were never at hand
-ERRORS = ("test", "pgd", "verified")
 STEP_TABLES = ("step", "step_avx512")  # each measured on another processor
 CONTENDERS = {
     "fused": "`cf.fuse`",
@@ -93,11 +89,6 @@ def by(rows: Iterable[Row], *names: str) -> dict[tuple[str, ...], dict[str, Row]
     return found
 
 
-def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
-    lines = [head, ["---"] * len(head), *body]
-    return [*(f"| {' | '.join(cells)} |" for cells in lines), ""]
-
-
 def block(
     about: str, head: Sequence[str], body: Iterable[Sequence[str]], rows: Sequence[Row], file: str
 ) -> list[str]:
@@ -154,179 +145,6 @@ def processor(row: Row) -> str:
     recorded = row["avx512_bf16"] or ("unknown" if row["isa"] == "avx512" else "False")
     known = {"True": "with AVX512_BF16", "False": "without AVX512_BF16"}
     return f"{row['isa']} kernels, {known.get(recorded, 'AVX512_BF16 unknown')}"
-
-
-def json_of(path: Path) -> dict[str, Any]:
-    text = path.read_text()
-    return json.loads(text.splitlines()[-1] if path.suffix == ".jsonl" else text)
-
-
-# Blocks of runs
-
-
-def quickstart() -> list[str]:
-    folder = ROOT / "results" / "quickstart"
-    results = {name: json_of(folder / run / "result.json") for name, run in QUICKSTART.items()}
-    first = results["IBP"]
-    machine = first["hardware"]
-    body = [
-        [
-            name,
-            *(f"{100 * found[f'{each}_error']:.1f} %" for each in ERRORS),
-            f"{found['seconds']:.0f} s",
-        ]
-        for name, found in results.items()
-    ]
-    pgd = f"PGD error ({first['pgd_steps']} steps)"
-    return [
-        "`make quickstart` trains the paper's small network on 4,000 digits and evaluates it on",
-        f"1,000 others, at radius eps {first['eps']:g} (seed {first['seed']}):",
-        "",
-        *table(["method", "test error", pgd, "verified error", "time"], body),
-        "![Errors and bound widths by epoch](results/quickstart/quickstart.png)",
-        "",
-        f"Measured on {machine['threads']} threads of an {machine['cpu']} ({machine['kernels']}), "
-        f"torch {first['versions']['torch']}; runs in `results/quickstart`.",
-    ]
-
-
-def table2() -> list[str]:
-    found = reproduction.look_all(reproduction.TABLE, 0, ROOT / "results")
-    return reproduction.table_markdown(reproduction.table_rows(found, NO_DATA))
-
-
-def claims() -> list[str]:
-    rows = claimed(ROOT / "results")
-    return table(["the paper's claim of constrained IBP", "measured", "verdict"], rows)[:-1]
-
-
-def runs() -> list[str]:
-    rows, used = [], []
-    for folder in sorted(path.parent for path in (ROOT / "results").glob("*/result.json")):
-        last, result = json_of(folder / "metrics.jsonl"), json_of(folder / "result.json")
-        errors = " / ".join(f"{100 * result[f'{each}_error']:.2f}" for each in ERRORS)
-        machine = result["hardware"]
-        where = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}, {machine['kernels']}"
-        time = f"{result['train_seconds'] / 60:.0f} min"
-        rows.append(
-            [f"`{folder.name}`", f"{last['step']:,} ({last['epoch']})", errors, time, where]
-        )
-        used.append((machine["cpu"], result["versions"]["torch"], result["pgd_steps"]))
-    cpus, versions, steps = (
-        sorted({str(each) for each in column}) for column in zip(*used, strict=True)
-    )
-    head = ["run", "steps (epochs)", "test / PGD / verified error in %", "training", "on"]
-    return [
-        *table(head, rows),
-        f"Whole test sets; PGD with {' or '.join(steps)} steps. {' or '.join(cpus)}, torch "
-        f"{' or '.join(versions)}.",
-    ]
-
-
-def recipes() -> list[str]:
-    sources: list[str] = []
-    rows = []
-    for setting in presets.SETTINGS:
-        if setting.source not in sources:
-            sources.append(setting.source)
-        start, end = setting.warm_up, setting.warm_up + setting.growth
-        steps, size = setting.attack
-        for method, (l1, alpha) in setting.coefficients.items():
-            attacked = method in presets.ATTACKED
-            eps = "EPS" if setting.eps == "any" else setting.eps
-            attack = f"{steps} x {size:g}" + f", {setting.attack_ratio:g} x" * (
-                setting.attack_ratio != 1
-            )
-            rows.append(
-                [
-                    f"`{setting.dataset}-NET-{eps}-{method}`",
-                    f"{setting.epochs} of {setting.examples // setting.batch_size} x "
-                    f"{setting.batch_size}",
-                    f"{start}-{end}",
-                    " ".join(map(str, setting.decays)),
-                    f"{setting.train_ratio:g}",
-                    f"{alpha:g}" if attacked else "-",
-                    f"{l1:g}",
-                    f"{setting.regularizer:g}",
-                    attack if attacked else "-",
-                    setting.statistics if attacked else "clean",
-                    str(sources.index(setting.source) + 1),
-                ]
-            )
-    head = [
-        *("preset", "epochs of steps x examples", "eps grows in epochs", "lr / 5 after"),
-        *("`eps_train_ratio`", "`alpha`", "`l1`", "`regularizer`", "attack, radius"),
-        *("`statistics`", "source"),
-    ]
-    numbered = [f"{number}. {source}." for number, source in enumerate(sources, start=1)]
-    return [*table(head, rows), "Sources:", "", *numbered]
-
-
-def recipe_runs() -> list[str]:
-    """Makes a table for each data set, radius and width that `cnn7` or `resnet` was trained for."""
-    groups: dict[tuple[str, ...], dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
-    for path in sorted((ROOT / "results").glob("*/result.json")):
-        config = json_of(path.parent / "config.json")
-        if config["net"] in ("cnn7", "resnet"):
-            group = config["dataset"], config["net"], f"{config['eps']:g}", str(config["net_width"])
-            method = config["method"]
-            if config["width_weight"] and method != "cibp":
-                method += f", `width_weight` {config['width_weight']:g}"
-            groups[group][method].append(path.parent)
-    lines: list[str] = []
-    for (dataset, net, eps, width), methods in groups.items():
-        lines += ["", f"`{dataset}`, `{net}` of width {width}, eps {eps}:", ""]
-        rows, verified = [], {}
-        for method, folders in methods.items():
-            results = [json_of(folder / "result.json") for folder in folders]
-            errors = [[100 * found[f"{each}_error"] for found in results] for each in ERRORS]
-            verified[method] = errors
-            minutes = min(found["train_seconds"] for found in results) / 60  # others ran beside
-            last = json_of(folders[0] / "metrics.jsonl")
-            rows.append(
-                [
-                    method,
-                    " / ".join(map(spread, errors)),
-                    str(len(folders)),
-                    f"{last['step']:,} ({last['epoch']})",
-                    f"{minutes:.0f}",
-                ]
-            )
-        order = {name: place for place, name in enumerate(("ibp", "cibp", *presets.FIELD))}
-        rows.sort(key=lambda row: (order[row[0].partition(",")[0]], row[0]))
-        head = [
-            "method",
-            "test / PGD / verified error in %",
-            "seeds",
-            "steps (epochs)",
-            "minutes, the fastest",
-        ]
-        lines += table(head, rows)[:-1]
-        lines += width_term(verified)
-    examples = {json_of(path)["examples"] for path in (ROOT / "results").glob("*cnn7*/result.json")}
-    return [*lines[1:], "", f"Of {' or '.join(f'{n:,}' for n in sorted(examples))} test examples."]
-
-
-def width_term(errors: Mapping[str, Sequence[Sequence[float]]]) -> list[str]:
-    """Says what the width term adds to Shi's recipe, where both have run."""
-    both = [name for name in errors if name.partition(",")[0] == "shi"]
-    if len(both) != 2:
-        return []
-    plain, more = ([statistics.mean(each) for each in errors[name]] for name in sorted(both))
-    test, verified = more[0] - plain[0], more[2] - plain[2]
-    words = [
-        f"{abs(each):.2f} points {'more' if each > 0 else 'less'}" for each in (verified, test)
-    ]
-    return [
-        "",
-        f"With the width term Shi's recipe has {words[0]} verified and {words[1]} test error.",
-    ]
-
-
-def spread(values: Sequence[float]) -> str:
-    """Returns the mean, and of several the standard deviation of the sample."""
-    mean = f"{statistics.mean(values):.2f}"
-    return f"{mean} +- {statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
 
 # Blocks of tables

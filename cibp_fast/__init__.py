@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from cibp_fast.training.loop import train
     from cibp_fast.training.runs import load
 
-if find_spec("cibp_fast.kernels") is None:  # the folder kernels/ of the sources is that, built
+if find_spec("cibp_fast.kernels") is None:  # only building the package puts them there
     _sources = Path(__file__).resolve().parent.parent
     raise ImportError(
         f"cibp_fast was found in {_sources}, which holds its sources, not built: start Python in "

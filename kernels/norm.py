@@ -40,6 +40,15 @@ class Curve(NamedTuple):
     c: float
 
 
+class Gradients(NamedTuple):
+    """Holds the gradients of what `forward` made of x; None of what has none."""
+
+    bent: Tensor | None = None  # of out, like x
+    plain: Tensor | None = None  # of value, like x
+    by_sums: Tensor | None = None  # [3], of the sums of squared widths: of x, value and out
+    by_moments: Tensor | None = None  # [8], of the sums that are moments
+
+
 @triton.jit
 def _value(x, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, CURVE: tl.constexpr):
     """Computes the function of x. NaN stays NaN."""
@@ -113,9 +122,24 @@ def _store(streams, at, known, m, r, z, DROPPED: tl.constexpr):
 
 
 @triton.jit
+def _norm_of(norm, channel, COUNT: tl.constexpr):
+    """Loads the scale, mean and shift of channels."""
+    there = channel < COUNT
+    scale = tl.load(norm[0] + channel, mask=there, other=0.0)
+    mean = tl.load(norm[1] + channel, mask=there, other=0.0)
+    return scale, mean, tl.load(norm[2] + channel, mask=there, other=0.0)
+
+
+@triton.jit
 def _normed(m, r, z, scale, mean, shift):
     """Computes the value behind a norm. Of a channel with scale 0 the radius is 0."""
     return scale * (m - mean) + shift, tl.abs(scale) * r, scale * (z - mean) + shift
+
+
+@triton.jit
+def _is_masked(lower, upper):
+    """Whether a unit is at -infinity, or infinity, for the whole box."""
+    return (lower == upper) & (tl.abs(upper) == float("inf"))
 
 
 @triton.jit
@@ -127,10 +151,7 @@ def _forward_kernel(
     channel, at, known = _tile(pixels, COUNT, PIXELS, CHANNELS)
     m, r, z = _load(x, at, known)
     if norm is not None:
-        there = channel < COUNT
-        scale = tl.load(norm[0] + channel, mask=there, other=0.0)
-        mean = tl.load(norm[1] + channel, mask=there, other=0.0)
-        shift = tl.load(norm[2] + channel, mask=there, other=0.0)
+        scale, mean, shift = _norm_of(norm, channel, COUNT)
         m, r, z = _normed(m, r, z, scale, mean, shift)
     if value is not None:
         _store(value, at, known, m, r, z, DROPPED)
@@ -147,7 +168,7 @@ def _forward_kernel(
             width = tl.where(known, 4.0 * radius * radius, 0.0)
             tl.store(sums_ptr + programs, tl.sum(width))
     if MOMENTS:
-        masked = (lower == upper) & (tl.abs(upper) == float("inf"))
+        masked = _is_masked(lower, upper)
         # of infinite bounds that differ the center is not known
         center, radius = tl.where(masked, 0.0, m + r * 0.0), tl.where(masked, 0.0, r)
         active, inactive = known & (m > r), known & (m + r < 0)
@@ -174,9 +195,7 @@ def _backward_kernel(
     x_m, x_r, x_z = _load(x, at, known)
     m, r, z = x_m, x_r, x_z
     if norm is not None:
-        scale = tl.load(norm[0] + channel, mask=there, other=0.0)
-        mean = tl.load(norm[1] + channel, mask=there, other=0.0)
-        shift = tl.load(norm[2] + channel, mask=there, other=0.0)
+        scale, mean, shift = _norm_of(norm, channel, COUNT)
         m, r, z = _normed(x_m, x_r, x_z, scale, mean, shift)
     lower, upper = m - r, m + r
     grad_m = tl.zeros((PIXELS, CHANNELS), tl.float32)
@@ -200,7 +219,7 @@ def _backward_kernel(
     if by_sums_ptr is not None:
         grad_r += tl.where(differ, 8.0 * tl.load(by_sums_ptr + 1) * r, 0.0)
     if moments_ptr is not None:
-        masked = (lower == upper) & (tl.abs(upper) == float("inf"))
+        masked = _is_masked(lower, upper)
         by_active = tl.load(moments_ptr + 3) + 2.0 * tl.load(moments_ptr + 4) * m
         by_inactive = tl.load(moments_ptr + 6) + 2.0 * tl.load(moments_ptr + 7) * m
         by_center = tl.where(m > r, by_active, 0.0) + tl.where(m + r < 0, by_inactive, 0.0)
@@ -280,16 +299,15 @@ def forward(
 
 
 def norm_gradients(
-    x: Tensor,
-    norm: Norm,
-    curve: Curve | None,
-    precision: str,
-    **gradients: Tensor | None,
+    x: Tensor, norm: Norm, curve: Curve | None, precision: str, gradients: Gradients
 ) -> Tensor:
-    """Returns the gradients of shift, and of scale, [2, C] float32; gradients: of `backward`."""
+    """Returns the gradients of shift, and of scale, [2, C] float32."""
     grid, sizes, tile = _programs(x)
     sums = x.new_empty(2, grid[0], sizes[1], dtype=torch.float32)
-    _launch_backward(x, norm, curve, precision, gradients, sums, None, None, grid, sizes, tile)
+    _backward_kernel[grid](
+        *_given(x, norm, *gradients[:2]), *gradients[2:], sums, None, None, *sizes,
+        **_curve(curve), DROPPED=PRECISIONS[precision].dropped, **tile,
+    )  # fmt: skip
     return sums.sum(1)
 
 
@@ -298,45 +316,21 @@ def backward(
     norm: Norm | None,
     curve: Curve | None,
     precision: str,
-    *,
+    gradients: Gradients,
     pull: Tensor | None = None,
-    **gradients: Tensor | None,
 ) -> Tensor:
     """Returns the gradient of x, like x.
 
-    Args:
-        pull: [2, C] float32, what the norm's statistics add to the gradient of the nominal stream:
-            a constant, and a factor of ``x - mean``.
-        bent, plain: the gradients of `forward`'s out and value, like x; None of what has none.
-        by_sums: [3] float32, the gradients of the sums of squared widths of x, of the value and of
-            the out, or None.
-        by_moments: [8] float32, the gradients of the sums that are moments, or None.
+    pull: [2, C] float32, what the norm's statistics add to the gradient of the nominal stream: a
+    constant, and a factor of ``x - mean``.
     """
     grid, sizes, tile = _programs(x)
     out = torch.empty_like(x)
-    _launch_backward(x, norm, curve, precision, gradients, None, pull, out, grid, sizes, tile)
-    return out
-
-
-def _launch_backward(
-    x: Tensor,
-    norm: Norm | None,
-    curve: Curve | None,
-    precision: str,
-    gradients: dict[str, Tensor | None],
-    sums: Tensor | None,
-    pull: Tensor | None,
-    out: Tensor | None,
-    grid: tuple[int, int],
-    sizes: tuple[int, int],
-    tile: dict[str, int],
-) -> None:
-    streams = x, norm, gradients.get("bent"), gradients.get("plain")
-    by = gradients.get("by_sums"), gradients.get("by_moments")
     _backward_kernel[grid](
-        *_given(*streams), *by, sums, pull, *_given(out), *sizes,
+        *_given(x, norm, *gradients[:2]), *gradients[2:], None, pull, *_given(out), *sizes,
         **_curve(curve), DROPPED=PRECISIONS[precision].dropped, **tile,
     )  # fmt: skip
+    return out
 
 
 def _given(*tensors: Tensor | Norm | None) -> list[tuple[Tensor, ...] | None]:

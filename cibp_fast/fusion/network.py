@@ -8,6 +8,7 @@ the parameters anew and runs all stages in one autograd node (ops/network.py).
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -179,10 +180,8 @@ class FusedNetwork(nn.Module):
     ) -> Bounds | str:
         """Computes the bounds of a chain of layers, or returns why the kernels must not."""
         plan, weights, biases = planned(program, x, precision == "fast")
-        if backend != "cpu":
-            has_bias = tuple(bias is not None for bias in biases)
-            if why_not := self._unchecked("network", (plan.numbers, has_bias), x, precision):
-                return why_not
+        if why_not := self._unchecked("network", plan.numbers, biases, backend, x, precision):
+            return why_not
         engine = _engine(backend, precision)
         lower, upper, nominal, ball = _inputs(program, plan, x, box, backend == "cpu")
         try:
@@ -214,10 +213,9 @@ class FusedNetwork(nn.Module):
         if not len(x):
             return "there are no examples"
         plan, parameters = planned_graph(program, x, precision == "fast")
-        if backend != "cpu":
-            there = tuple(tuple(t is not None for t in each) for each in parameters[1:])
-            if why_not := self._unchecked("graph", (plan.code, there), x, precision):
-                return why_not
+        optional = parameters[1:]
+        if why_not := self._unchecked("graph", plan.code, optional, backend, x, precision):
+            return why_not
         streams: Any = box.lower, box.upper, x
         if program.normalize is not None:
             box = _normalized(program.normalize, Interval._make(*streams))
@@ -264,12 +262,10 @@ class FusedNetwork(nn.Module):
             return f"{layer.described} is not for a step of kernels"
         if not plain or any(each.norm for each in program.affine):
             return "a layer is a normalization"
-        plan, weights, biases = planned(program, x, self.precision == "fast" and backend == "cpu")
-        precision = "tf32" if self.precision == "fast" and backend != "cpu" else self.precision
-        if backend != "cpu":
-            has_bias = tuple(bias is not None for bias in biases)
-            if why_not := self._unchecked("network", (plan.numbers, has_bias), x, precision):
-                return why_not
+        precision = self._precision_on(backend, x.dtype)
+        plan, weights, biases = planned(program, x, precision == "fast")
+        if why_not := self._unchecked("network", plan.numbers, biases, backend, x, precision):
+            return why_not
         return Runnable(normalize, plan, weights, biases, backend, precision)
 
     def _logits(self, x: Tensor, precision: str = "float32") -> Tensor:
@@ -300,25 +296,31 @@ class FusedNetwork(nn.Module):
             lower, upper, x, plan.numbers, weights, biases, cpu_engine(), semantics
         )
 
-    def _unchecked(self, kind: str, of: tuple[Any, ...], x: Tensor, precision: str) -> str:
+    def _unchecked(
+        self, kind: str, code: Any, optional: Sequence[Any], backend: str, x: Tensor, precision: str
+    ) -> str:
         """Returns why Triton's kernels must not be used; empty: they may, or were asked for.
 
-        kind, of: as of `ops.library.failure`.
+        kind, code: of `ops.library.failure`. optional: the parameters that a layer may lack, as
+        they are there, or lists of such.
         """
-        if self.backend != "auto" or not len(x):
+        if backend == "cpu" or self.backend != "auto" or not len(x):
             return ""
+
+        def there(each: Any) -> Any:
+            return tuple(map(there, each)) if isinstance(each, list) else each is not None
+
         batch = operator.index(len(x))  # not dynamo's symbol: tiles depend on it
-        return failure(kind, *of, batch, precision, x.device)
+        return failure(kind, code, tuple(map(there, optional)), batch, precision, x.device)
 
     def _unfused(
         self, why: str, x: Tensor, box: Interval, width: str, reduction: str, moments: bool
     ) -> Bounds:
         """Computes the bounds layer by layer, since the kernels cannot run."""
-        if self.backend in ("triton", "cuda") and len(x):
-            raise ValueError(f"backend={self.backend!r} cannot run here: {why}")
-        if self.precision != "float32":
+        if self.precision != "float32" and len(x):
             raise ValueError(f"precision={self.precision!r} cannot run here: {why}")
-        return bounds(self._model, x, box, width, reduction, backend=self.backend, moments=moments)
+        backend = self.backend if len(x) else "torch"  # "cuda" has no kernels of single layers
+        return bounds(self._model, x, box, width, reduction, backend=backend, moments=moments)
 
     def _current_program(self) -> Program:
         """Returns the program of the model as it is now, traced again where that has changed."""

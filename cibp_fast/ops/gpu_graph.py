@@ -253,31 +253,30 @@ class Graph:
         )
 
     def value_gradient(
-        self, k: int, gradients: dict[str, Tensor | None], targets: Sequence[Tensor | None]
+        self, k: int, gradients: norm.Gradients, targets: Sequence[Tensor | None]
     ) -> Tensor:
         """Returns the gradient of what node k makes, and writes those of its norm's parameters.
 
-        gradients: of its reads and sums, see `norm.backward`. targets: as of `input_gradient`.
+        gradients: of its reads and sums. targets: as of `input_gradient`.
         """
         raw, of, curve = self.raw[k + 1], self.norms[k], self.values[k + 1].curve
         if curve is None:
-            gradients = gradients | {"by_moments": None}
+            gradients = gradients._replace(by_moments=None)
         given = (raw, of, curve, self.precision)
         if of is None:
-            plain = gradients["plain"]
-            if curve is None and gradients["by_sums"] is None and plain is not None:
-                return plain
-            return norm.backward(*given, **gradients)
+            if curve is None and gradients.by_sums is None and gradients.plain is not None:
+                return gradients.plain
+            return norm.backward(*given, gradients)
         node, variance = self.nodes[k], self.columns[k][1]
-        by_shift, by_scale = norm.norm_gradients(raw, of, curve, self.precision, **gradients)
+        by_shift, by_scale = norm.norm_gradients(raw, of, curve, self.precision, gradients)
         inverse = torch.rsqrt(variance + node.eps)
         _write(targets, inverse * by_scale, by_shift)
         if node.fixed:
-            return norm.backward(*given, **gradients)
+            return norm.backward(*given, gradients)
         points = self.batch * prod(node.output[1:])
         constant, slope = -of.scale * by_shift, -of.scale * inverse.square() * by_scale
         pull = torch.stack([constant, slope]) / points
-        return norm.backward(*given, pull=pull, **gradients)
+        return norm.backward(*given, gradients, pull)
 
 
 def by_node(nodes: Sequence[Any], parameters: Any) -> list[list[Any]]:
@@ -399,12 +398,12 @@ def backward(
     for k in reversed(range(len(nodes))):
         node = nodes[k]
         if k + 1 < len(nodes):
-            of_value = {
-                "bent": of_reads.pop((k + 1, True), None),
-                "plain": of_reads.pop((k + 1, False), None),
-                "by_sums": None if by_sums is None else by_sums[k],
-                "by_moments": None if by_moments is None else by_moments[k],
-            }
+            of_value = norm.Gradients(
+                of_reads.pop((k + 1, True), None),
+                of_reads.pop((k + 1, False), None),
+                None if by_sums is None else by_sums[k],
+                None if by_moments is None else by_moments[k],
+            )
             gradient = graph.value_gradient(k, of_value, (gammas[k], betas[k]))
         if node.kind == "sum":
             hand_on(node.a, gradient)

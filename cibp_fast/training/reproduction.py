@@ -280,7 +280,7 @@ def table_rows(found: dict[Cell, list[Run]], absent: Collection[str] = ()) -> li
         }
         if finished:
             row |= {
-                "ours": {error: _spread(results, error) for error in ERRORS},
+                "ours": {error: mean_and_spread(results, error) for error in ERRORS},
                 "examples": sorted({result["examples"] for result in results}),
                 "sound": all(result.get("sound") is True for result in results),
                 "precision": sorted({run.config.precision for run in finished}),
@@ -292,7 +292,12 @@ def table_rows(found: dict[Cell, list[Run]], absent: Collection[str] = ()) -> li
     return rows
 
 
-def _spread(results: Sequence[dict[str, Any]], error: str) -> dict[str, Any]:
+def mean_and_spread(results: Sequence[dict[str, Any]], error: str) -> dict[str, Any]:
+    """Returns an error of runs, in %: the mean, the standard deviation of the sample (None of one
+    run), and each run's.
+
+    error: of ERRORS.
+    """
     values = [100 * result[f"{error}_error"] for result in results]
     spread = stdev(values) if len(values) > 1 else None
     return {"mean": fmean(values), "spread": spread, "values": values}
@@ -325,7 +330,7 @@ def table_markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
             difference = row.get("difference")
             texts = (f"{difference[error]:+.2f}" for error in ERRORS) if difference else "-"
             other = ", ".join(each for each in row["precision"] if each != "float32")
-            ours = " / ".join(_mean(row["ours"][error]) for error in ERRORS)
+            ours = " / ".join(as_text(row["ours"][error]) for error in ERRORS)
             cells += [
                 ours + ("" if row["sound"] else " †"),
                 " / ".join(texts),
@@ -348,7 +353,8 @@ def table_markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [*lines, "", about]
 
 
-def _mean(error: dict[str, Any]) -> str:
+def as_text(error: dict[str, Any]) -> str:
+    """Returns what `mean_and_spread` found as the tables write it."""
     spread = "" if error["spread"] is None else f" +- {error['spread']:.2f}"
     return f"{error['mean']:.2f}{spread}"
 

@@ -193,8 +193,10 @@ def test_no_examples() -> None:
     model, shape = made("norm")
     model = model.float().to(DEVICE).eval()
     x = torch.zeros(0, *shape, device=DEVICE)
-    out = cf.fuse(model, backend="triton").bounds(x, Interval(x, x), "all")
-    assert out.logits.shape == (0, 3)
+    for precision, backend in (("float32", "triton"), ("float32", "cuda"), ("bf16", "triton")):
+        if backend == "triton" or DEVICE == "cuda":
+            out = cf.fuse(model, precision, backend).bounds(x, Interval(x, x), "all")
+            assert out.logits.shape == (0, 3) and out.margins(torch.zeros(0).long()).shape == (0, 3)
 
 
 def test_only_what_is_wanted() -> None:
@@ -211,7 +213,7 @@ def test_only_what_is_wanted() -> None:
 
 
 def test_saved_bytes() -> None:
-    """What nodes make is saved, and nothing of norms and activations."""
+    """Saves what nodes make, and nothing of norms and activations."""
     model = convolutional(nn.Conv2d(2, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 2))
     x = torch.rand(4, 2, 8, 7, device=DEVICE)
     elements = 3 * 4 * (2 * 8 * 7 + 16 * 6 * 5 + 8 * 5 * 4 + 9)
@@ -252,7 +254,9 @@ def test_curves_at_their_corners(curve: str) -> None:
     norm.forward(x, None, given, "float32", out=out)
     exact = points.double().requires_grad_()
     (slope,) = torch.autograd.grad(function(exact).sum(), exact)
-    found = norm.backward(x, None, given, "float32", bent=ones)[2].flatten().cpu().double()
+    found = (
+        norm.backward(x, None, given, "float32", norm.Gradients(ones))[2].flatten().cpu().double()
+    )
     value = out[2].flatten().cpu().double()
     torch.testing.assert_close(
         value, function(exact).detach(), rtol=1e-6, atol=1e-7, equal_nan=True

@@ -99,9 +99,9 @@ def normed(precision: str, curve: Curve) -> None:
     x = torch.zeros(3, BATCH, 8, 8, 64, dtype=PRECISIONS[precision].dtype)
     of = Norm(*torch.zeros(3, 64)), curve, precision
     norm.forward(x, *of, value=x, out=x, sums=True, moments=True)
-    gradients = {"by_sums": torch.zeros(3), "by_moments": torch.zeros(8), "bent": x, "plain": x}
-    norm.norm_gradients(x, *of, **gradients)
-    norm.backward(x, *of, pull=torch.zeros(2, 64), **gradients)
+    gradients = norm.Gradients(x, x, torch.zeros(3), torch.zeros(8))
+    norm.norm_gradients(x, *of, gradients)
+    norm.backward(x, *of, gradients, torch.zeros(2, 64))
     norm.add(x, x, precision)
 
 
