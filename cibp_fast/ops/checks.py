@@ -77,7 +77,7 @@ def graph_failure(
 ) -> str:
     """Returns the same of a network that is more than a chain.
 
-    code: `ops.graph.coded` its nodes. there: as of `numerics.graph_errors`.
+    code: `ops.graph.coded` its nodes. there: as of `graph_errors`.
     """
     nodes = decoded(code)
     affine = [node for node in nodes if node.kind == "affine"]
