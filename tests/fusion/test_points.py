@@ -70,14 +70,14 @@ def test_float64(isa: str, name: str, count: int) -> None:
 def test_precisions_of_training(
     isa: str, name: str, count: int, precision: str, tolerance: float
 ) -> None:
-    """Has the rounding of the precision, in each of the three points alike."""
+    """Has the rounding of the precision in each point, by the largest row: few logits may cancel."""
     exact = values(*(each[:count] if torch.is_tensor(each) else each for each in built(name)))
     model, x = built(name, torch.float32)
     net = cf.fuse(model)
     found = values(lambda points: net._logits(points, precision), x[:count])
     for one, right, several in zip(found, exact, (1, 20), strict=True):  # units near 0 flip
-        rows = [(each.double() - r).norm() / r.norm() for each, r in zip(one, right, strict=True)]
-        assert max(rows) <= several * tolerance
+        rows = (one.double() - right).flatten(1).norm(dim=1)
+        assert rows.max() <= several * tolerance * right.flatten(1).norm(dim=1).max()
 
 
 @pytest.mark.parametrize("precision", ["fast", "bf16"])
