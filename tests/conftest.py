@@ -33,7 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collectstart() -> None:
-    """Gives what a file makes when it is imported the same numbers, whatever was imported before."""
+    """Gives what a file makes on import the same numbers, whatever was imported before it."""
     torch.manual_seed(0)
 
 

@@ -70,7 +70,7 @@ def test_float64(isa: str, name: str, count: int) -> None:
 def test_precisions_of_training(
     isa: str, name: str, count: int, precision: str, tolerance: float
 ) -> None:
-    """Has the rounding of the precision in each point, by the largest row: few logits may cancel."""
+    """Has the precision's rounding in each point, by the largest row: few logits may cancel."""
     exact = values(*(each[:count] if torch.is_tensor(each) else each for each in built(name)))
     model, x = built(name, torch.float32)
     net = cf.fuse(model)
