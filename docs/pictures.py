@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 import torch
+from cycler import cycler
 from torch import Tensor, nn
 
 import cibp_fast as cf
@@ -29,6 +30,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Polygon, Rectang
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs" / "pictures"
+METADATA = {"Date": None, "Creator": None}  # the same numbers are the same file
 
 
 class Style(NamedTuple):
@@ -65,6 +67,7 @@ def settings(style: Style) -> dict[str, Any]:
         "axes.facecolor": "none",
         "figure.facecolor": style.page,
         "savefig.facecolor": style.page,
+        "axes.prop_cycle": cycler(color=[style.first, style.second, style.third, style.quiet]),
         "axes.spines.top": False,
         "axes.spines.right": False,
         "lines.linewidth": 2.5,
@@ -347,7 +350,7 @@ def draw(folder: Path, names: list[str] | None = None) -> list[Path]:
             with matplotlib.rc_context(settings(style)):
                 figure = PICTURES[name](style)
                 files.append(folder / f"{name}{suffix}.svg")
-                figure.savefig(files[-1], metadata={"Date": None, "Creator": None})
+                figure.savefig(files[-1], metadata=METADATA)
                 plt.close(figure)
     return files
 

@@ -1,7 +1,10 @@
-"""The Python of the site's pages: finds it, runs it, and keeps what it prints.
+"""The Python of the site's pages: finds it, runs it, and keeps what it prints and draws.
 
 The blocks of a page share their names. A block of `text` with the title "prints", right behind a
-block of Python, is what that prints: `python tests/pages.py docs/start.md` writes it anew.
+block of Python, is what that prints. A block that calls `savefig("name.svg")` runs twice, in the
+style of light pages and in that of dark ones, for docs/pictures/name.svg and name-dark.svg.
+`python tests/pages.py docs/start.md` makes both anew. A page that trains for minutes says so, as in
+`<!-- on demand: 5 minutes -->`: the tests run it with --slow alone.
 """
 
 from __future__ import annotations
@@ -10,11 +13,13 @@ import contextlib
 import io
 import os
 import re
+import shutil
 import sys
 import tempfile
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -50,6 +55,33 @@ def blocks(page: Path) -> list[Block]:
     ]
 
 
+def on_demand(page: Path) -> bool:
+    """Returns whether a page says that it takes minutes."""
+    return "<!-- on demand: " in page.read_text()
+
+
+def draw(code: Any, names: dict[str, Any]) -> None:
+    """Runs a block that draws, once in each of the site's styles."""
+    sys.path.insert(0, str(DOCS))
+    try:
+        import pictures
+    finally:
+        sys.path.remove(str(DOCS))
+    from matplotlib import pyplot, rc_context
+    from matplotlib.figure import Figure
+
+    savefig = Figure.savefig
+    for suffix, style in pictures.STYLES.items():
+
+        def save(figure: Figure, path: str, suffix: str = suffix) -> None:
+            where = Path(path).with_stem(Path(path).stem + suffix)
+            savefig(figure, where, metadata=pictures.METADATA)
+
+        with rc_context(pictures.settings(style)), mock.patch.object(Figure, "savefig", save):
+            exec(code, names)
+        pyplot.close("all")
+
+
 def run(page: Path) -> list[str]:
     """Runs a page's blocks one after another in the present folder; returns what each prints."""
     module = ModuleType("__main__")  # where pickle looks for the classes of a script
@@ -58,8 +90,9 @@ def run(page: Path) -> list[str]:
     try:
         for block in blocks(page):
             code = compile("\n" * block.line + block.code, str(page), "exec")  # its lines
+            how = draw if "savefig(" in block.code else exec
             with contextlib.redirect_stdout(io.StringIO()) as output:
-                exec(code, vars(module))
+                how(code, vars(module))
             printed.append(output.getvalue())
     finally:
         sys.modules["__main__"] = before
@@ -78,12 +111,14 @@ def shown(output: str) -> str:
 
 
 def write(page: Path) -> None:
-    """Runs a page and writes what it prints behind each block that prints anything."""
+    """Runs a page, writes what each block prints behind it, and keeps the pictures."""
     here = Path.cwd()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         try:
             printed = iter(run(page))
+            for picture in Path().glob("*.svg"):
+                shutil.copy(picture, DOCS / "pictures")
         finally:
             os.chdir(here)
 

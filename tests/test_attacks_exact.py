@@ -16,7 +16,7 @@ from torch import Tensor
 import cibp_fast as cf
 from cibp_fast.attacks import pgd
 
-COUNT = 50  # networks of a kind and range: 200 in all
+COUNT = 25  # networks of a kind and range: 100 in all
 DRAWN = 100
 SCALES = 10.0 ** (torch.arange(DRAWN, dtype=torch.float64) % 25 / 4 - 3)  # of the logits
 

@@ -56,12 +56,26 @@ def untouched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         cf.unregister_rule(function)
 
 
-@pytest.mark.parametrize("page", pages.runnable(), ids=name_of)
+def drawn_by(page: Path) -> set[str]:
+    """Returns the pictures that a page's Python draws, in both styles."""
+    found = re.findall(r"savefig\(\"([\w-]+)\.svg\"\)", page.read_text())
+    return {f"{name}{style}.svg" for name in found for style in ("", "-dark")}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] if pages.on_demand(page) else [])
+        for page in pages.runnable()
+    ],
+    ids=name_of,
+)
 def test_python_runs_and_prints_what_the_page_says(page: Path, untouched: None) -> None:
     printed = pages.run(page)
     for block, output in zip(pages.blocks(page), printed, strict=True):
         where = f"{name_of(page)}, line {block.line}: python tests/pages.py renews it"
         assert words(pages.shown(output)) == words(block.prints or ""), where
+    assert {path.name for path in Path().glob("*.svg")} == drawn_by(page)
 
 
 def test_every_page_with_python_is_run() -> None:
@@ -139,7 +153,9 @@ def test_pictures_are_what_the_code_draws(tmp_path: Path) -> None:
         {path.name: path.read_text() for path in folder.glob("*.svg")}
         for folder in (tmp_path, DOCS / "pictures")
     )
-    assert drawn.keys() == kept.keys() and len(drawn) >= 14
+    by_pages = set().union(*(drawn_by(page) for page in pages.runnable()))
+    assert drawn.keys() | by_pages == kept.keys() and len(drawn) >= 14
+    assert not drawn.keys() & by_pages
     for page in PAGES:
         for picture in re.findall(r"pictures/([\w-]+)\.svg", page.read_text()):
             assert {f"{picture}.svg", f"{picture}-dark.svg"} <= kept.keys()

@@ -116,6 +116,7 @@ def test_the_table_of_the_numerics(
     assert next(csv.DictReader(output.open()))["note"] == "RuntimeError: a process ended"
 
 
+@pytest.mark.slow
 def test_the_cuda_kernels_are_checked(
     host_cuda: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

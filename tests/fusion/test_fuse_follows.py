@@ -407,7 +407,7 @@ class ByClass(Mixin, Net):
         return self.rest(x) if self.deep or self.ways["relu"] else self.tail(x)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "change",
     [

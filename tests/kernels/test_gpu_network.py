@@ -89,7 +89,7 @@ def test_inputs_in_any_layout_and_sums_of_widths(layout: str, backend: str) -> N
     [
         ("small", (1, 12, 12), "valid"),
         ("medium", (3, 16, 16), "valid"),
-        ("large", (3, 8, 8), "same"),
+        pytest.param("large", (3, 8, 8), "same", marks=pytest.mark.slow),
     ],
     ids=["small", "medium", "large"],
 )
@@ -165,13 +165,13 @@ def test_only_what_is_wanted(backend: str) -> None:
 
 
 def test_saved_bytes() -> None:
-    x = torch.rand(2, 1, 28, 28, device=DEVICE)
-    model = models.small((1, 28, 28)).to(DEVICE)
+    x = torch.rand(2, 1, 12, 12, device=DEVICE)
+    model = models.small((1, 12, 12)).to(DEVICE)
     sizes = []
     for precision in ("float32", "bf16"):
         out = cf.fuse(model, precision, "triton").bounds(x, Interval.ball(x, 0.1))
         sizes.append(out.box.lower.grad_fn.saved_tensors[3].numel())  # type: ignore[union-attr]
-    elements = 3 * 2 * (28 * 28 + 16 * 13 * 13 + 32 * 10 * 10 + 100)
+    elements = 3 * 2 * (12 * 12 + 16 * 5 * 5 + 32 * 2 * 2 + 100)
     assert elements * 4 <= sizes[0] <= 4 * elements + 4 * 128
     assert elements * 2 <= sizes[1] <= 2 * elements + 4 * 128
 

@@ -179,46 +179,55 @@ def kernels(found: list[Binary]) -> list[str]:
     return [binary.kernel.removesuffix("_kernel").lstrip("_") for binary in found]
 
 
-def test_some_layers_and_a_step(tmp_path: Path) -> None:
-    small, large = convolutions("small"), convolutions("large")
+WHOLE = ["forward", "input_gradient", "weight_gradient"]
+
+
+def test_some_layers(tmp_path: Path) -> None:
     jobs = [
-        job(90, convolution, large[1], "float32"),
-        job(80, step, "small", "tf32"),
-        job(100, layer, small[1], "bf16", 2),
+        job(100, layer, convolutions("small")[1], "bf16", 2),
         job(90, by_channel, "bf16"),
-        job(90, convolution, large[2], "tf32", True),
-        job(100, normed, "bf16", Curve("leaky", 0.0, 0.0, 0.0)),
         job(80, normed, "tf32", Curve("tanh", 0.0, 0.0, 0.0)),
         job(90, depthwise, "bf16"),
     ]
     found = compiled(jobs, tmp_path)
-    whole = ["forward", "input_gradient", "weight_gradient"]
-    assert kernels(found[0]) == kernels(found[2]) == whole
+    assert kernels(found[0]) == kernels(found[3]) == WHOLE
+    assert len(found[1]) == 4
+    assert kernels(found[2]) == ["forward", *(2 * ["backward"]), "add"]
+
+
+@pytest.mark.slow
+def test_wide_layers_and_a_step(tmp_path: Path) -> None:
+    large = convolutions("large")
+    jobs = [
+        job(90, convolution, large[1], "float32"),
+        job(80, step, "small", "tf32"),
+        job(90, convolution, large[2], "tf32", True),
+        job(100, normed, "bf16", Curve("leaky", 0.0, 0.0, 0.0)),
+    ]
+    found = compiled(jobs, tmp_path)
+    assert kernels(found[0]) == kernels(found[2]) == WHOLE
     assert all(binary.warpgroup for binary in found[0])  # the weight gradient's, too
     assert kernels(found[1]) == [
         *(4 * ["pack"]),
         *("batch", *(3 * ["forward"]), "forward_sum", "one_launch"),  # the last one in parts
         *(*(2 * ["weight_gradient", "input_gradient"]), "weight_gradient", "adam", "figures"),
     ]
-    assert len(found[3]) == 4
-    assert kernels(found[4]) == whole
-    assert all(binary.box_copies for binary in found[4][:2])
-    assert kernels(found[5]) == kernels(found[6]) == ["forward", *(2 * ["backward"]), "add"]
-    assert kernels(found[7]) == whole
+    assert all(binary.box_copies for binary in found[2][:2])
+    assert kernels(found[3]) == ["forward", *(2 * ["backward"]), "add"]
 
 
-def test_what_moves_images_and_weights_moves_vectors(tmp_path: Path) -> None:
-    jobs = [
-        job(capability, launch, "bf16")
-        for capability in CAPABILITIES
-        for launch in (parameters, batches)
-    ]
+@pytest.mark.parametrize(
+    "capability",
+    [each if each == 90 else pytest.param(each, marks=pytest.mark.slow) for each in CAPABILITIES],
+)
+def test_what_moves_images_and_weights_moves_vectors(capability: int, tmp_path: Path) -> None:
+    jobs = [job(capability, launch, "bf16") for launch in (parameters, batches)]
     found = compiled(jobs, tmp_path)
     for each in found:
         for binary in each:
             if binary.kernel != "_batch_kernel":  # which looks pixels up, one by one
                 assert binary.wide_loads > 0 and binary.wide_stores > 0, binary
-    assert [len(each) for each in found] == [3, 4] * len(CAPABILITIES)
+    assert [len(each) for each in found] == [3, 4]
 
 
 # precision, N, classes, features: some for one launch, some for three

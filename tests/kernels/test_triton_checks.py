@@ -296,7 +296,16 @@ WAYS: dict[str, Fault] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", [*FAULTS, *WAYS])
+LONG = ("packed weight", "a NaN dropped", "pooled", "pooled gradient", "packed gradient")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(fault, marks=[pytest.mark.slow] if fault in LONG else [])
+        for fault in (*FAULTS, *WAYS)
+    ],
+)
 def test_faults_are_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Finds faults in the precision of the widest tolerances, but for the ways of a network."""
     module, name, change, check, part = (FAULTS | WAYS)[fault]
