@@ -497,7 +497,8 @@ def run(words: Sequence[str]) -> int:
     count, some = len(data[1]), SAMPLE if problem.products > MOST_PRODUCTS else 0
     some = some if given.sample is None else given.sample
     if some < 0 or given.jobs < 1:
-        raise BadInput(f"--sample {some} or --jobs {given.jobs} is too small")
+        least, what = (0, f"sample {some}") if some < 0 else (1, f"jobs {given.jobs}")
+        raise BadInput(f"--{what} is too small: it must be {least} or more")
     ranks = [hashlib.sha256(f"{hashes} {i}".encode()).digest() for i in range(count)]
     chosen = np.sort(sorted(range(count), key=ranks.__getitem__)[: some or None])
     parts = np.split(chosen, range(step := max(1, BATCH_CELLS // problem.cells), len(chosen), step))

@@ -7,6 +7,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache, partial
 from typing import Any
 
@@ -27,7 +28,8 @@ USER_ERRORS = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code.
 
-    0, or 2 for bad input (with one line on stderr), or 130 for Ctrl-C.
+    0, or 2 for bad input (with one line on stderr), or 130 for Ctrl-C, or 141 where what reads the
+    output has closed it, as `| head` does. Help ends in SystemExit: 2 without words, else 0.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
     if words[:1] == ["--version"]:
@@ -50,6 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             spelled = partial(parsing.spelled, words[:1] == ["attack"])
             parsing.run(words)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            with suppress(OSError):  # what is left to print goes nowhere, without an error at exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
         except KeyboardInterrupt as interrupt:
             again = "the same command" + " without --overwrite" * ("--overwrite" in words)
             goes_on = f": {again} goes on" if interrupt.args else ""  # after a training has saved

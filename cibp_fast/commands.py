@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cibp_fast.options import (
     DEFAULT_PRESET,
+    DEVICE,
     DIR,
     MOST_THREADS,
     Changes,
     Command,
-    FlagCreatePairsOff,
+    Flag,
     Model,
     N,
     OnData,
@@ -29,6 +30,7 @@ from cibp_fast.options import (
     Radius,
     Recipe,
     arg,
+    own_first,
     word,
 )
 from cibp_fast.training.config import (
@@ -51,7 +53,11 @@ MOST_SEEDS = 1000
 
 @dataclass(kw_only=True)
 class Info(Command):
-    """Show versions, the processor, and which kernel runs where and why."""
+    """Show versions, the processor, and which kernel runs where and why.
+
+    example:
+      cibp-fast info
+    """
 
     def run(self) -> None:
         from cibp_fast import environment
@@ -66,12 +72,16 @@ class Info(Command):
 class Quickstart(Command):
     """Train the small network on 5,000 digits with IBP and with constrained IBP, and compare.
 
-    Needs the extra demo. The same command goes on with a quickstart that was stopped; one that has
-    finished, or has another seed, is replaced.
+    It needs the extra demo. The same command goes on with a quickstart that was stopped. It
+    replaces one that has finished, or that has another seed.
+
+    examples:
+      cibp-fast quickstart
+      cibp-fast quickstart --output runs/quickstart --seed 1
 
     Attributes:
         output: folder of the two runs and the picture
-        seed: of both runs
+        seed: seed of both runs
     """
 
     output: Annotated[Path, DIR] = Path("quickstart")
@@ -115,21 +125,21 @@ class Train(OnData):
     examples:
       cibp-fast train --preset mnist5k-small-0.1-cibp --run-dir runs/first
       cibp-fast train --preset mnist5k-medium-0.2-ibp --seed 1
-      cibp-fast train --steps 400 --lr-decay-at none --eps-ramp 0,150 --kappa-ramp 30,400
-      cibp-fast train --epochs 10 --eps 8/255
-      cibp-fast train --preset cifar10-small-2/255-cibp --model nets:residual --run-dir runs/own
+      cibp-fast train --epochs 10 --eps 8/255 --lr-decay-at none
+      cibp-fast train --steps 400 --eps-ramp 0,150 --kappa-ramp 30,400
+      cibp-fast train --model package.module:factory --run-dir runs/own
 
     Attributes:
         run_dir: run folder
         overwrite: replace the run that the folder holds, finished or not
-        device: cpu or cuda
-        seeds: N runs, of --seed and the seeds after it, each in its own folder
-        backend: of the bounds: the device's kernels where they can run (auto), those of the CPU
-            (cpu), Triton's (triton), those with CUDA C++ kernels where there are any (cuda), or
-            none (torch)
-        epochs: training epochs, in place of --steps
-        model: package.module:factory of an own network, in place of the preset's: a function of
-            (input_shape, classes), or of nothing, that returns a torch.nn.Module of pixels
+        device: device to train on
+        seeds: train N runs, of --seed and the seeds after it, each in its own folder
+        backend: kernels of the bounds: the device's where they can run (auto), those of the CPU
+            alone (cpu), Triton's (triton), those with CUDA C++ where there are any (cuda), or plain
+            PyTorch (torch)
+        epochs: number of training epochs, in place of --steps
+        model: own network in place of the preset's: a function that takes either (input_shape,
+            classes) or nothing, and returns a torch.nn.Module of pixels
         recipe: Each replaces what the preset says; in brackets, what the default preset does.
     """
 
@@ -137,8 +147,8 @@ class Train(OnData):
     run_dir: Annotated[
         Path | None, DIR, arg(help_behavior_hint="(default: in runs, named by what is trained)")
     ] = None
-    overwrite: FlagCreatePairsOff[bool] = False
-    device: str = "cpu"
+    overwrite: Flag = False
+    device: Annotated[str, DEVICE] = "cpu"
     seeds: Annotated[int, N] = 1
     backend: Literal["auto", "torch", "cpu", "triton", "cuda"] = "auto"
     epochs: Annotated[int | None, N, arg(help_behavior_hint="")] = None
@@ -155,7 +165,7 @@ class Train(OnData):
 
         factory = own_factory(self.model)
         if factory is not None and self.run_dir is None:
-            raise ValueError("run_dir must be given where --model is")
+            raise ValueError("run_dir must be given where --model is: the folder of the run")
         if factory is not None and self.seeds > 1:
             own.require_new(factory, own.on_data_set(config, factory))
         run_dirs = [loop.default_run_dir(config) for config in configs]
@@ -187,13 +197,13 @@ class Train(OnData):
 
 @dataclass(kw_only=True)
 class Reproduce(OnData):
-    """Make the paper's Table 2 and Figures 3 to 7 of runs, and train those that are not there.
+    """Make the paper's Table 2 and Figures 3 to 7 of runs, and train the runs that are missing.
 
-    First it prints what has finished, what has begun and what lacks, and how long the rest takes.
+    First it prints what has finished, what has begun, what is missing, and how long the rest takes.
     Finished runs are never touched, stopped ones go on, and a folder of another config is left
-    alone. It writes table2.md, table2.json and fig3.png to fig7.png, and in the folder of the runs
-    manifest.json, the SHA-256 of their files, by which it sees what has changed. The exit code is 2
-    where anything is wrong with a run.
+    alone. It writes table2.md, table2.json and fig3.png to fig7.png. In the folder of the runs it
+    writes manifest.json, the SHA-256 of their files, by which it sees what has changed. The exit
+    code is 2 where anything is wrong with a run.
 
     examples:
       cibp-fast reproduce all --plan
@@ -203,14 +213,14 @@ class Reproduce(OnData):
     Attributes:
         target: table2, fig3, fig4, fig5, fig6, fig7 or all
         only: train only runs whose preset has PATTERN in its name; * stands for anything
-        seeds: N runs of each, of seed 0 and those after it
+        seeds: train N runs of each preset, of seed 0 and those after it
         results: folder of the runs
         output: folder of the table and the figures
         plan: print what is to be trained, and stop
         report: train nothing: make the table and the figures of what is there
         budget: after so many hours save the state of what trains, and stop
-        jobs: N runs at a time, which share the threads, each with its output in train.log
-        device: cpu or cuda
+        jobs: train N runs at a time; they share the threads, and each has its output in train.log
+        device: device to train on
     """
 
     target: Annotated[Positional[str], arg(metavar="TARGET", help_behavior_hint="")]
@@ -220,18 +230,19 @@ class Reproduce(OnData):
     output: Annotated[
         Path | None, DIR, arg(help_behavior_hint="(default: figures, in that of the runs)")
     ] = None
-    plan: FlagCreatePairsOff[bool] = False
-    report: FlagCreatePairsOff[bool] = False
+    plan: Flag = False
+    report: Flag = False
     budget: Annotated[float | None, word("HOURS", float), arg(help_behavior_hint="")] = None
     jobs: Annotated[int, N] = 1
-    device: str = "cpu"
+    device: Annotated[str, DEVICE] = "cpu"
 
     def run(self) -> None:
         from cibp_fast.training import reproduction
 
         targets = ("table2", *reproduction.FIGURES, "all")
         if self.target not in targets:
-            raise ValueError(f"the target must be {', '.join(targets)}, not {self.target!r}")
+            allowed = f"{', '.join(targets[:-1])} or {targets[-1]}"
+            raise ValueError(f"TARGET must be {allowed}, not {self.target!r}")
         for name, most in (("seeds", MOST_SEEDS), ("jobs", MOST_THREADS)):
             if not 1 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} must be from 1 to {most}, not {getattr(self, name)}")
@@ -274,12 +285,11 @@ class OnNetworks(OnData):
     """Holds what the commands take that look at trained networks.
 
     Attributes:
-        run_dir: folder that `cibp-fast train` wrote, after --seeds a run's or that of all; or with
-            --preset a file of weights
-        preset: RUN_DIR is a file of weights, .safetensors, .pt, .pth or .ckpt, of the network that
-            this preset trains; of another program, too
-        model: package.module:factory of the own network that was trained, or whose weights these
-            are
+        run_dir: folder that `cibp-fast train` wrote, of one run or of all runs of --seeds; or a
+            file of weights, with --preset
+        preset: preset of the network whose weights the file RUN_DIR holds, .safetensors, .pt, .pth
+            or .ckpt; another program may have written it
+        model: own network that was trained, or whose weights these are
     """
 
     run_dir: Annotated[Positional[Path], arg(metavar="RUN_DIR", help_behavior_hint="")]
@@ -340,13 +350,13 @@ class Evaluation(OnNetworks):
     """Holds what the commands take that find an error of trained networks.
 
     Attributes:
-        device: cpu or cuda
-        examples: only the first N held-out examples
+        device: device to compute on
+        examples: take the first N held-out examples only
     """
 
-    device: str = "cpu"
+    device: Annotated[str, DEVICE] = "cpu"
     examples: Annotated[int | None, N, arg(help_behavior_hint="(default: all)")] = None
-    changes: Changes = field(default_factory=dict)
+    changes: Annotated[Changes, arg(name="")] = field(default_factory=dict)
 
     def report(
         self,
@@ -382,8 +392,8 @@ class Evaluation(OnNetworks):
 class Certify(Evaluation):
     """Bound a trained network on its held-out examples: the verified error.
 
-    With --output also write all that another program needs to check it: the weights, the inputs and
-    a line for each example. The same command goes on with a certification that was stopped.
+    With --output it also writes all that another program needs to check it: the weights, the inputs
+    and a line for each example. The same command goes on with a certification that was stopped.
 
     examples:
       cibp-fast certify runs/first --eps 0.05
@@ -391,15 +401,16 @@ class Certify(Evaluation):
       cibp-fast certify weights.pt --preset mnist-small-0.4-cibp
 
     Attributes:
-        semantics: what is proven: of the stored weights in exact arithmetic (real), or of every
-            float32 evaluation (float32); none: ordinary bounds, in rounded arithmetic, no proof
+        semantics: what is proven: the network with the stored weights in exact arithmetic (real),
+            or every float32 evaluation of it (float32); none: ordinary bounds, in rounded
+            arithmetic, which are no proof
         output: folder of the certificates
         overwrite: replace the certificates that the folder holds, finished or not
     """
 
     semantics: Literal["real", "float32", "none"] = "real"
     output: Annotated[Path | None, DIR, arg(help_behavior_hint="")] = None
-    overwrite: FlagCreatePairsOff[bool] = False
+    overwrite: Flag = False
 
     def run(self) -> None:
         if self.output is None and self.overwrite:
@@ -436,17 +447,19 @@ class Certify(Evaluation):
 
 @dataclass(kw_only=True)
 class Audit(Command):
-    """Check a folder of certificates by another program, which has a proof of its own.
+    """Check a folder of certificates with another program, which has a proof of its own.
 
     It computes the bounds anew, from the files alone, in a process that imports neither torch nor
-    the rest of cibp_fast. cibp_fast/check_certificates.py is all of it, and runs elsewhere too.
+    the rest of cibp_fast. That program is one file, cibp_fast/check_certificates.py, which also
+    runs elsewhere.
 
-    example:
+    examples:
       cibp-fast audit certificates/first
+      cibp-fast audit certificates/first --sample 0 --threads 2
 
     Attributes:
         folder: folder that `cibp-fast certify --output` wrote
-        threads: processes at a time, of one thread each
+        threads: number of processes at a time, of one thread each
         weights: safetensors file in place of the folder's; it must be the same
         inputs: npz file in place of the folder's; it must hold the same
         sample: check N examples only, drawn by the hashes of the files; 0: all
@@ -463,6 +476,12 @@ class Audit(Command):
     def run(self) -> None:
         import subprocess
 
+        if not (self.folder / "result.json").is_file():
+            raise FileNotFoundError(
+                f"{self.folder} is not a folder of certificates: result.json is missing"
+            )
+        if self.sample is not None and self.sample < 0:
+            raise ValueError(f"sample must be 0 or more, not {self.sample}")
         checker = Path(__file__).with_name("check_certificates.py")
         given = (
             ("weights", self.weights),
@@ -496,10 +515,10 @@ class Attack(Evaluation):
             of the strongest, and of one class in each third start (auto); that of the strongest
             wrong class alone (margin); or the cross-entropy, usual in papers, whose gradient is 0
             in float32 where the network is very sure (cross_entropy)
-        steps: of each start
-        restarts: random starts
-        step_size: or none: 2.5 eps / steps
-        seed: of the random starts
+        steps: number of steps of each start
+        restarts: number of random starts, besides the example itself
+        step_size: size of a step, in the units of eps; none: 2.5 eps / steps
+        seed: seed of the random starts
     """
 
     step: Literal["sign", "adam"] = "sign"
@@ -541,26 +560,27 @@ class Attack(Evaluation):
 class Export(OnNetworks):
     """Write a trained network and its properties for other verifiers: ONNX and VNN-LIB.
 
-    Needs the extra export. Each example-<index>.vnnlib asks for a point of the example's box that
-    is classified otherwise; instances.csv lists them as VNN-COMP does.
+    It needs the extra export. Each example-<index>.vnnlib asks for a point of the example's box
+    that is classified otherwise; instances.csv lists them as VNN-COMP does.
 
-    example:
-      cibp-fast export runs/first --eps 0.05 --output exported
+    examples:
+      cibp-fast export runs/first
+      cibp-fast export runs/first --eps 0.05 --examples 20 --output exported
 
     Attributes:
         output: folder of network.onnx, the properties and instances.csv
         overwrite: replace what an earlier export wrote there
-        examples: the first N held-out examples, whatever the network says of them
-        timeout: seconds for an example, in instances.csv
+        examples: take the first N held-out examples, whatever the network says of them
+        timeout: number of seconds for an example, in instances.csv
     """
 
     output: Annotated[
         Path | None, DIR, arg(help_behavior_hint="(default: in export, named as the run)")
     ] = None
-    overwrite: FlagCreatePairsOff[bool] = False
+    overwrite: Flag = False
     examples: Annotated[int, N] = 100
     timeout: Annotated[int, N] = 100
-    changes: Radius = field(default_factory=dict)
+    changes: Annotated[Radius, arg(name="")] = field(default_factory=dict)
 
     def run(self) -> None:
         from cibp_fast.training import export
@@ -581,16 +601,16 @@ class Plot(Command):
 
     Runs of one config that differ in their seed become one curve, their mean, in a band from the
     least to the greatest. Runs that cannot be compared, since their data set, radius or clipping
-    differs, have axes of their own; so have other networks' widths.
+    differs, have axes of their own; so have other networks' widths. It needs the extra plot.
 
     examples:
       cibp-fast plot runs/ibp runs/cibp -o curves.png
-      cibp-fast plot --preset cifar10-large-8of255-cibp-normalized -o schedules.png
+      cibp-fast plot --preset mnist-large-0.3-cibp -o schedules.png
 
     Attributes:
-        run_dirs: folders that `cibp-fast train` wrote; after --seeds, a run's or that of all
-        preset: draw this recipe's eps, kappa and lr
-        output: .png, .pdf or .svg
+        run_dirs: folders that `cibp-fast train` wrote, each of one run or of all runs of --seeds
+        preset: draw eps, kappa and the learning rate of this preset, in place of runs
+        output: file of the picture, .png, .pdf or .svg
     """
 
     run_dirs: Annotated[
@@ -615,7 +635,9 @@ class Plot(Command):
 
 COMMANDS: dict[str, type[Command]] = {
     kind.__name__.lower(): kind
-    for kind in (Info, Quickstart, Train, Reproduce, Certify, Audit, Attack, Export, Plot)
+    for kind in map(
+        own_first, (Info, Quickstart, Train, Reproduce, Certify, Audit, Attack, Export, Plot)
+    )
 }
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import Field, dataclass
 from functools import partial
+from inspect import get_annotations
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict, TypeVar
 
 from cibp_fast.training import missing
 from cibp_fast.training.config import Config, as_text, choices, parse, preset
@@ -21,11 +22,12 @@ except ImportError as error:
 # what is imported here is tyro's too, so that only this module must say that it is missing
 __all__ = [
     "DEFAULT_PRESET",
+    "DEVICE",
     "DIR",
     "MOST_THREADS",
     "Changes",
     "Command",
-    "FlagCreatePairsOff",
+    "Flag",
     "Model",
     "N",
     "OnData",
@@ -33,6 +35,7 @@ __all__ = [
     "Radius",
     "Recipe",
     "arg",
+    "own_first",
     "subcommand",
     "tyro",
     "word",
@@ -53,10 +56,20 @@ def word(metavar: str, read: Callable[[str], Any]) -> PrimitiveConstructorSpec[A
     )
 
 
-N, DIR = word("N", int), word("DIR", Path)
+N, DIR, DEVICE = word("N", int), word("DIR", Path), word("cpu|cuda", str)
+Flag = Annotated[FlagCreatePairsOff[bool], arg(help_behavior_hint="")]
 Model = Annotated[
     str | None, word("MODULE:FACTORY", str), arg(metavar="MODULE:FACTORY", help_behavior_hint="")
 ]
+
+
+FORMS = {"clip": "LOW,HIGH", "lr_decay_at": "A,B,...", "eps_ramp": "A,B", "kappa_ramp": "A,B"}
+
+
+def _form(name: str) -> str:
+    """Returns what the help shows in place of a value of this field of the Config."""
+    number = "N" if Config.model_fields[name].annotation is int else "X"
+    return "|".join(choices(name)) or FORMS.get(name, number)
 
 
 def _changes(hints: Mapping[str, str]) -> Any:
@@ -67,8 +80,9 @@ def _changes(hints: Mapping[str, str]) -> Any:
     options: dict[str, Any] = {}
     for name, hint in hints.items():
         option = Config.model_fields[name]
-        about = arg(help=option.description, help_behavior_hint=hint)
-        form = word("|".join(choices(name)) or "VALUE", partial(parse, name))
+        # in one line: tyro keeps some line breaks
+        about = arg(help=" ".join((option.description or "").split()), help_behavior_hint=hint)
+        form = word(_form(name), partial(parse, name))
         options[name] = (
             Annotated[bool, about] if option.annotation is bool else Annotated[Any, form, about]
         )
@@ -90,7 +104,7 @@ class Command:
     """Holds what all commands take.
 
     Attributes:
-        threads: processor threads
+        threads: number of processor threads
     """
 
     threads: Annotated[int | None, N, arg(help_behavior_hint="(default: torch's choice)")] = None
@@ -104,11 +118,22 @@ class OnData(Command):
     """Holds what the commands take that read a data set.
 
     Attributes:
-        data_root: folder of the data sets; mnist5k needs none, and warns of one
+        data_root: folder of the data sets; mnist5k is in a package and needs none
         unverified_data: only warn of data files that are not the official ones
     """
 
     data_root: Annotated[
         Path | None, DIR, arg(help_behavior_hint="(default: $CIBP_FAST_DATA, or data)")
     ] = None
-    unverified_data: FlagCreatePairsOff[bool] = False
+    unverified_data: Flag = False
+
+
+CommandT = TypeVar("CommandT", bound=type[Command])
+
+
+def own_first(kind: CommandT) -> CommandT:
+    """Orders a command's options for its help: its own come before those that others have too."""
+    fields: dict[str, Field[Any]] = kind.__dataclass_fields__
+    names = [name for each in kind.__mro__ for name in get_annotations(each)]
+    kind.__dataclass_fields__ = {name: fields[name] for name in names if name in fields}
+    return kind

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+import re
 import shutil
 import signal
 import subprocess
@@ -203,10 +205,57 @@ def test_training_does_not_import_the_compiler(tmp_path):
     assert printed.endswith("0\n['numpy', 'torch']\n")
 
 
-def test_help_of_every_command(capsys):
-    for command in commands.COMMANDS:
-        assert f"usage: cibp-fast {command} " in _help(capsys, command)
-        assert command in _help(capsys)
+@pytest.mark.parametrize("command", commands.COMMANDS)
+def test_help_of_every_command(capsys, command):
+    about, *paragraphs = (commands.COMMANDS[command].__doc__ or "").split("\n\n")
+    shown = _help(capsys, command)
+    assert f"usage: cibp-fast {command} " in shown and about in shown
+    assert f"{command} {about}" in _help(capsys)
+    example = re.search(rf"examples?: cibp-fast {command}(?= )", shown)
+    assert example and not {"VALUE", "STR", "(default: False)"} & set(shown.split())
+    if len(paragraphs) > 2:  # what comes before examples and attributes
+        assert " ".join(paragraphs[0].split()) in shown and paragraphs[0] not in _help(capsys)
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_help_fits_the_terminal(monkeypatch, columns, terminal, encoding):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+    for words in ([], *([command] for command in commands.COMMANDS)):
+        stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(stdout, "isatty", lambda: terminal, raising=False)
+        monkeypatch.setattr(sys, "stdout", stdout)
+        with pytest.raises(SystemExit):
+            cli.main([*words, "--help"])
+        printed = stdout.buffer.getvalue().decode(encoding)
+        assert ("\x1b[" in printed) == terminal and ("│" in printed) == (encoding == "utf-8")
+        lines = re.sub(r"\x1b\[[\d;]*m", "", printed).splitlines()
+        assert len(lines) > 5 and max(map(len, lines)) <= columns, words
+        assert not any(re.fullmatch(r"│\s*│", line) for line in lines), words  # a hint alone
+
+
+def test_without_a_command_it_shows_the_help(capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["--help"])
+    assert exit.value.code == 0
+    shown = capsys.readouterr().out
+    with pytest.raises(SystemExit) as exit:
+        cli.main([])
+    assert exit.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err == shown
+
+
+@pytest.mark.parametrize("words", ["info", "train --help"])
+def test_a_closed_pipe_is_no_error(words):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "cibp_fast", *words.split()]
+    done = subprocess.run(command, cwd="/", stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == 141 and done.stderr == ""
 
 
 @pytest.fixture
@@ -286,7 +335,10 @@ def test_options_replace_the_preset(trained):
         ("train --threads 0", "--threads must be from 1 to 1024, not 0"),
         ("info --threads 1025", "--threads must be from 1 to 1024, not 1025"),
         ("train --threads two", "--threads must be a whole number, not 'two'; see cibp"),
-        ("train --backend cpp", "invalid choice 'cpp' for argument '--backend'"),
+        (
+            "train --backend cpp",
+            "--backend must be auto, torch, cpu, triton or cuda, not 'cpp'; see",
+        ),
         ("train --batch-size 16 --run-dir /proc/cibp_fast", "make the folder /proc/cibp_fast: "),
         (
             "train --batch-size 16 --backend cuda",
@@ -304,15 +356,16 @@ def test_options_replace_the_preset(trained):
         ("quickstart --steps 3", "quickstart does not take '--steps'"),
         ("quickstart --output A_FILE", "A_FILE: it is a file, not a folder"),
         ("info --device cuda", "info does not take '--device'; see cibp-fast info --help"),
-        ("certify A_FILE", "A_FILE is not a run folder: config.json is missing"),
-        ("certify steps=4", "error: steps=4 is not a run folder: config.json is missing"),
+        ("certify A_FILE", "A_FILE is not a run folder: it is a file"),
+        ("certify steps=4", "error: steps=4 is not a run folder: there is no such"),
         ("certify RUN steps=4", "certify does not take 'steps=4'; see cibp-fast certify --help"),
         ("certify RUN --seed 3", "certify does not take '--seed'; see cibp-fast certify --help"),
         ("certify --data-root=", "a word is empty: cibp-fast certify --data-root="),
-        ("certify nowhere", "nowhere is not a run folder: config.json is missing"),
+        ("certify nowhere", "nowhere is not a run folder: there is no such folder"),
+        ("certify .", "error: . is not a run folder: config.json is missing"),
         (f"certify {'x' * 300}", f"cannot read {'x' * 300}/config.json: File name too long"),
         ("certify a\0b", "a\0b/config.json is damaged (embedded null byte)"),
-        ("certify", "Missing from cibp-fast certify: RUN_DIR"),
+        ("certify", "certify needs RUN_DIR: folder that `cibp-fast train` wrote, of"),
         ("certify RUN --examples 0", "--examples must be from 1 to the 40 of the test set, not 0"),
         (
             "certify RUN --examples 41",
@@ -321,19 +374,25 @@ def test_options_replace_the_preset(trained):
         ("attack RUN --seed 1.5", "--seed must be a whole number, not '1.5'; see cibp-fast attack"),
         ("attack RUN --device x", "--device must be cpu or cuda, not 'x'"),
         ("attack RUN --steps -1", "--steps must be a whole number from 0 to 2**63 - 1, not -1"),
-        ("attack RUN --step sgd", "invalid choice 'sgd' for argument '--step'. Expected one of"),
-        ("attack RUN --loss both", "invalid choice 'both' for argument '--loss'. Expected one of"),
+        ("attack RUN --step sgd", "--step must be sign or adam, not 'sgd'; see cibp-fast attack"),
+        ("attack RUN --loss both", "--loss must be auto, cross_entropy or margin, not 'both'"),
         ("attack RUN --step-size 0", "--step-size must be a number above 0, or none, not 0"),
         ("plot RUN -o missing/a.png", "missing is not a folder: make it, or plot elsewhere"),
         ("plot nowhere -o a.png", "nowhere is not a run folder"),
         ("plot -o a.png", "plot takes either run folders or --preset NAME"),
         ("plot nowhere --preset x -o a.png", "plot takes either run folders or --preset NAME"),
         ("plot --preset x -o a.png", "unknown preset 'x'"),
-        ("plot nowhere", "Missing from cibp-fast plot: -o FILE, --output FILE"),
+        ("plot nowhere", "plot needs --output FILE: file of the picture, .png, .pdf or .svg; see"),
+        ("audit nowhere", "nowhere is not a folder of certificates: result.json is missing"),
+        ("audit RUN --sample -1", "--sample must be 0 or more, not -1"),
         (
-            "",
-            "The commands are info, quickstart, train, reproduce, certify, audit, attack, export, "
-            "plot; see",
+            "reproduce fig2",
+            "TARGET must be table2, fig3, fig4, fig5, fig6, fig7 or all, not 'fig2'",
+        ),
+        (
+            "--verbose",
+            "unknown option '--verbose'. The commands are info, quickstart, train, reproduce, "
+            "certify, audit, attack, export, plot; see",
         ),
         ("trian", "unknown command 'trian': did you mean 'train'? The commands are info, quick"),
     ],
@@ -381,8 +440,11 @@ def test_bad_options_are_one_line_everywhere(capsys, monkeypatch, encoding, term
     for words, problem in (
         (["train", "--stpes", "5"], "train does not take '--stpes': did you mean '--steps'?; see"),
         (["train", "--threads", "x"], "--threads must be a whole number, not 'x'; see"),
-        (["train", "--backend", "x"], "invalid choice 'x' for argument '--backend'. Expected one"),
-        (["plot", "a"], "Missing from cibp-fast plot: -o FILE, --output FILE .png, .pdf or .svg"),
+        (
+            ["train", "--backend", "x"],
+            "--backend must be auto, torch, cpu, triton or cuda, not 'x'",
+        ),
+        (["plot", "a"], "plot needs --output FILE: file of the picture, .png, .pdf or .svg"),
     ):
         line = error_line(capsys, *words)
         assert line.startswith(f"cibp-fast: error: {problem}")

@@ -486,13 +486,16 @@ def _reading(path: Path, problem: str = " is damaged") -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, NotADirectoryError):
-        what, hint = "not a run folder", ""
-        if (path.parent / "result.json").exists():
+        folder, what, hint = path.parent, "not a run folder", ""
+        why = f"{path.name} is missing"
+        if not folder.is_dir():
+            why = "it is a file" if folder.exists() else "there is no such folder"
+        elif (folder / "result.json").exists():
             what, hint = "a finished run", f"; {ANEW}"
-        elif (path.parent / "config.json").exists():
+        elif (folder / "config.json").exists():
             what = "a run that has not finished"
             hint = "; where it was stopped, the same train command goes on"
-        raise FileNotFoundError(f"{path.parent} is {what}: {path.name} is missing{hint}") from None
+        raise FileNotFoundError(f"{folder} is {what}: {why}{hint}") from None
     except OSError as error:
         raise OSError(f"cannot read {path}: {error.strerror or error}") from error
     except (SafetensorError, RuntimeError, ValueError) as error:  # a ValidationError is one

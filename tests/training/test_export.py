@@ -261,7 +261,7 @@ def test_an_export_that_is_stopped_has_no_instances(tmp_path, monkeypatch):
         ("RUN --examples 41", "--examples must be from 1 to the 40 of the test set, not 41"),
         ("RUN --timeout 0 --examples 1", "--timeout must be 1 second or more, not 0"),
         ("RUN --eps -1", "--eps must be a number from 0 to 1e18, as 0.1 or 8/255, not -1"),
-        ("nowhere", "nowhere is not a run folder: config.json is missing"),
+        ("nowhere", "nowhere is not a run folder: there is no such folder"),
         ("RUN --output FILE --examples 1", "config.json: it is a file, not a folder"),
         ("RUN --eval-batch-size 3", "export does not take '--eval-batch-size'"),
         ("RUN --device cuda", "export does not take '--device'"),

@@ -321,7 +321,7 @@ def test_a_changed_file_of_a_finished_run_is_told(capsys, results, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ("fig2", "the target must be table2, fig3, fig4, fig5, fig6, fig7, all, not 'fig2'"),
+        ("fig2", "TARGET must be table2, fig3, fig4, fig5, fig6, fig7 or all, not 'fig2'"),
         (
             "fig5 --only cifar",
             "--only must be in the name of a preset of fig5, as mnist-small-0.4-ibp-fast-ramp, not "

@@ -377,11 +377,17 @@ READERS = {
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path):
+    (tmp_path / "a_file").touch()
     for file in ("config.json", "metrics.jsonl"):
-        for folder in (tmp_path, tmp_path / "nowhere"):
-            message = f"^{folder} is not a run folder: {file} is missing$"
+        for folder, why in (
+            (tmp_path, f"{file} is missing"),
+            (tmp_path / "nowhere", "there is no such folder"),
+            (tmp_path / "a_file", "it is a file"),
+        ):
+            message = f"^{folder} is not a run folder: {why}$"
             with pytest.raises(FileNotFoundError, match=message):
                 READERS[file](folder)
+    (tmp_path / "a_file").unlink()
     runs.claim(tmp_path, CONFIG)
     message = f"^{tmp_path} is a run that has not finished: .* the same train command goes on$"
     for read in (runs.read_model, runs.read_metrics):
