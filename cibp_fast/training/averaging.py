@@ -43,7 +43,8 @@ class Average:
             return
         for name, parameter in self.model.named_parameters():
             if means[name].shape != parameter.shape:
-                raise ValueError(f"average.{name} must be {list(parameter.shape)}")
+                shapes = list(parameter.shape), list(means[name].shape)
+                raise ValueError(f"average.{name} must be {shapes[0]}, not {shapes[1]}")
             self.means[name] = means[name].to(parameter)
 
     @torch.no_grad()

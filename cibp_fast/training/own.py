@@ -307,7 +307,7 @@ def check(model: nn.Module, config: OwnConfig, processes: World) -> None:
     if classes < config.classes:
         raise ValueError(
             f"the labels must be from 0 to {classes - 1}, the network's {classes} classes, and "
-            f"there is a {config.classes - 1}"
+            f"there is a label {config.classes - 1}"
         )
     for name, value in model.state_dict().items():
         if not isinstance(value, Tensor):

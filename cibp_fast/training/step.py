@@ -320,7 +320,8 @@ class Adam:
         """Takes the state. Raises KeyError for what is missing, ValueError for another shape."""
         for name, value in self.state().items():
             if state[name].shape != value.shape:
-                raise ValueError(f"optimizer.{name} must be {list(value.shape)}")
+                shapes = list(value.shape), list(state[name].shape)
+                raise ValueError(f"optimizer.{name} must be {shapes[0]}, not {shapes[1]}")
             value.copy_(state[name])
 
 

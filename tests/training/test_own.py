@@ -549,7 +549,11 @@ class Squared(nn.Module):
         ({"model": nn.Flatten}, ValueError, "fails on 4 examples .* elide=True needs a model"),
         ({"model": nn.Identity}, ValueError, r"to logits \[1, classes\], two or more, not to \[1"),
         ({"model": nn.Linear(7, 3)}, ValueError, "must take examples .*, and it failed: RuntimeEr"),
-        ({"model": chain((1, 8, 8), 2)}, ValueError, "labels must be from 0 to 1.*there is a 2"),
+        (
+            {"model": chain((1, 8, 8), 2)},
+            ValueError,
+            "labels must be from 0 to 1.*there is a label 2",
+        ),
         (
             {"model": lambda: nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(64, 3))},
             ValueError,
