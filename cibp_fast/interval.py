@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.utils import _pytree
 
 from cibp_fast._autograd import backward_pass, function_around, inside_function
@@ -347,6 +348,21 @@ class Interval:
     def __array__(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError(f"an Interval cannot become a numpy array; {_TWO_TENSORS}")
 
+    def __array_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Lets numpy's functions try the methods of an Interval, as np.shape does."""
+        try:
+            return func._implementation(*args, **kwargs)  # type: ignore[attr-defined]
+        except (TypeError, AttributeError) as error:
+            name = f"{func.__module__}.{func.__name__}"
+            why = f"an Interval is no numpy array; {_TWO_TENSORS}"
+            raise UnsupportedOpError(name, why) from error
+
     def __dlpack__(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError(f"an Interval cannot become a tensor; {_TWO_TENSORS}")
 
@@ -459,6 +475,8 @@ _BINARY = {
 for _method, _symbol in {
     **{"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "contains": "in"},
     **{"invert": "~", "pos": "unary +", "round": "round", "rpow": "**"},
+    **{"float": "float()", "int": "int()", "complex": "complex()", "index": "operator.index"},
+    **{name: f"math.{name}" for name in ("trunc", "floor", "ceil")},
     **_BINARY,
     **{f"r{method}": symbol for method, symbol in _BINARY.items()},
 }.items():
@@ -469,6 +487,8 @@ _TWO_TENSORS = "take its two tensors, box.lower and box.upper"
 
 
 def _name(function: Callable[..., Any]) -> str:
+    if isinstance(function, OpOverload | OpOverloadPacket):
+        return f"torch.ops.{function}"  # torch.ops.aten.relu, which is not F.relu
     return str(getattr(function, "__name__", function))
 
 
@@ -482,7 +502,7 @@ def _refuse_write(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[st
     into_box = bool(args) and isinstance(args[0], Interval)
     if not out and (into_box or (func in RULES and func not in IN_PLACE)):
         return
-    name = _name(func).split(".")[0]  # of an OpOverload: add_.Tensor
+    name = str(getattr(func, "__name__", func)).split(".")[0]  # of an OpOverload: add_.Tensor
     if out or name in _WRITES or re.fullmatch(r".*[^_]_", name):
         raise RuntimeError(
             f"{name}{' with out=' if out else ''}: a tensor cannot hold an Interval; use an op "
@@ -626,7 +646,10 @@ def refuse_cut(values: Sequence[Any]) -> None:
     """
     if torch.compiler.is_compiling():
         if inside_function() and _wants_gradient(values):
-            raise RuntimeError("a torch.autograd.Function would cut the gradients of an Interval")
+            raise RuntimeError(
+                "a torch.autograd.Function would cut the gradients of an Interval; cf.register_rule"
+                " takes a rule for a function around its apply"
+            )
         return
     found, recorder = function_around(), ACTIVE.recorder
     if found is None or (recorder is not None and not recorder.gradients):
@@ -640,9 +663,9 @@ def refuse_cut(values: Sequence[Any]) -> None:
         + (
             "use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
             if function.__module__ == torch.utils.checkpoint.__name__
-            else "apply it to tensors (box.lower, box.upper and box.nominal), or use torch's own "
-            "functions for Intervals. If no gradients are wanted, call cibp_fast.bounds under "
-            "torch.no_grad()"
+            else "cf.register_rule takes a rule for a function around its apply; or apply it to "
+            "tensors (box.lower, box.upper and box.nominal), or use torch's own functions for "
+            "Intervals. If no gradients are wanted, call cf.bounds under torch.no_grad()"
         )
     )
 

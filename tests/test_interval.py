@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import operator
 import pickle
 import re
@@ -154,6 +155,15 @@ def test_operators_without_a_rule(name: str, other) -> None:
         "round": round,
         "==": lambda box: box == random_box(2, 3),
         "//": lambda box: operator.ifloordiv(box, 2),
+        "float()": float,
+        "int()": int,
+        "complex()": complex,
+        "operator.index": lambda box: [1, 2][box],
+        "math.trunc": math.trunc,
+        "math.floor": math.floor,
+        "math.ceil": math.ceil,
+        "numpy.sum": np.sum,
+        "numpy.concatenate": lambda box: np.concatenate([box, box]),
     }.items(),
 )
 def test_other_operators_without_a_rule(name: str, call) -> None:

@@ -104,6 +104,11 @@ def test_custom_ops() -> None:
     def doubled(x: Tensor) -> Tensor:
         return 2 * x
 
+    with pytest.raises(
+        cf.UnsupportedOpError,
+        match=r"^torch\.ops\.cibp_fast_test\.doubled\.default has no .* cf\.register_rule takes",
+    ):
+        doubled(random_box(2, 3))
     cf.register_rule(doubled, lambda x: 2 * x)
     for function in (doubled, torch.ops.cibp_fast_test.doubled):
         assert_bounds(function, random_box(2, 3))

@@ -425,7 +425,7 @@ def test_nominal_is_carried_where_all_operands_have_one() -> None:
         "pow with a Tensor": lambda x: x ** torch.tensor(2.0),
         "pow has no interval rule: only its input": lambda x: x**x,
         r"\*\* has": lambda x: 2**x,
-        "where with a Interval": lambda x: torch.where(x, 1, x),
+        "where with a condition of type Interval": lambda x: torch.where(x, 1, x),
         "einsum with a list": lambda x: torch.einsum("", x, [0, 1, 2, 3], [0]),
         "dropout_p > 0": lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.5),
         "enable_gqa": lambda x: F.scaled_dot_product_attention(x, x, x, enable_gqa=True),

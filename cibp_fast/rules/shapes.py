@@ -80,7 +80,7 @@ def _masked_fill(input: Interval, mask: Tensor, value: Any) -> Interval:
 
 def _where(condition: Any, input: Any, other: Any) -> Interval:
     if not isinstance(condition, Tensor):
-        raise UnsupportedOpError(f"where with a {type(condition).__name__} as condition")
+        raise UnsupportedOpError(f"where with a condition of type {type(condition).__name__}")
     return joined("where", lambda a, b: torch.where(condition, a, b), (input, other))
 
 
