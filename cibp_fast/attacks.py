@@ -127,6 +127,13 @@ def pgd(
         ValueError: the same, or a box that is not finite.
         RuntimeError: inside a capture.
         torch.OutOfMemoryError: a GPU's memory is too small.
+
+    Examples:
+        >>> model = nn.Linear(2, 2)  # of logits (x_0, x_1)
+        >>> _ = model.load_state_dict({"weight": torch.eye(2), "bias": torch.zeros(2)})
+        >>> x, y = torch.tensor([[0.75, 0.25]]), torch.tensor([0])
+        >>> [cf.attacks.pgd(model, x, y, eps, steps=10).found.item() for eps in (0.2, 0.3)]
+        [False, True]
     """
     check_options(step, loss, step_size, seed, steps=steps, restarts=restarts)
     check_examples(x, y, batch_size)

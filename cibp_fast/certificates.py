@@ -112,6 +112,13 @@ def certify(
             forward does something that its trace does not show.
         RuntimeError: the model switches autocast on.
         torch.OutOfMemoryError: a GPU's memory is too small.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> x = torch.rand(5, 2)
+        >>> certificate = cf.certify(model, x, model(x).argmax(1), eps=0.0)
+        >>> certificate.sound, certificate.verified.shape
+        (True, torch.Size([5]))
     """
     if semantics not in SEMANTICS:
         raise ValueError(f"semantics must be one of {', '.join(SEMANTICS)}, not {semantics!r}")
@@ -177,6 +184,13 @@ def certified_radius(
 
     Raises:
         ValueError: greatest is not above 0 and finite, or steps is below 1; and as `certify` does.
+
+    Examples:
+        >>> model = nn.Linear(2, 2)  # of logits (x_0, x_1)
+        >>> _ = model.load_state_dict({"weight": torch.eye(2), "bias": torch.zeros(2)})
+        >>> radius = cf.certified_radius(model, torch.tensor([[0.75, 0.25]]), torch.tensor([0]))
+        >>> 0.2499 < radius.item() <= 0.25
+        True
     """
     if not 0 < greatest < float("inf"):
         raise ValueError(f"greatest must be above 0 and finite, not {greatest}")

@@ -8,8 +8,7 @@ An affine map sends a box of center c and radius r to one of center `W c + b` an
     interval_linear(box, W, b).upper == F.linear(box.center, W, b) + F.linear(box.radius, W.abs())
 
 `backend` chooses the kernel of the Interval op as in `cibp_fast.ops`: "auto", or one that must run;
-for a plain Tensor "auto" is the only one. All raise ValueError where box does not fit weight or
-backend cannot run, and TypeError where dtypes differ.
+for a plain Tensor "auto" is the only one.
 """
 
 from __future__ import annotations
@@ -39,7 +38,31 @@ def interval_conv1d(
     *,
     backend: str = "auto",
 ) -> Box:  # [N, K, L'] or [K, L']
-    """Bounds `F.conv1d(x, weight, bias, ...)` over all x of the box."""
+    """Bounds `F.conv1d(x, weight, bias, ...)` over all x of the box.
+
+    Equals `F.conv1d(box.center, weight, bias, ...)` -+ `F.conv1d(box.radius, weight.abs(), ...)`
+    (section 3 of the paper); a Tensor in place of the box gives the plain result.
+
+    Args:
+        box: Interval or Tensor, [N, C, L] or [C, L].
+        weight: [K, C / groups, R].
+        bias: [K], or None.
+        stride, padding, dilation, groups: as in `F.conv1d`.
+        backend: "auto"; "torch"; or kernels that must run, "cpu" or "triton". For a plain Tensor
+            "auto" is the only one.
+
+    Returns:
+        An Interval [N, K, L'] or [K, L']; a Tensor where box is one.
+
+    Raises:
+        TypeError: box, weight and bias differ in dtype.
+        ValueError: box does not fit weight, or backend cannot run or is none of these.
+
+    Examples:
+        >>> box = cf.Interval(torch.zeros(1, 1, 3), torch.ones(1, 1, 3))
+        >>> cf.functional.interval_conv1d(box, torch.tensor([[[1.0, -2.0]]])).lower
+        tensor([[[-2., -2.]]])
+    """
     arguments = (weight, bias, stride, padding, dilation, groups)
     return _run(rules.conv1d, F.conv1d, backend, box, *arguments)
 
@@ -55,7 +78,31 @@ def interval_conv2d(
     *,
     backend: str = "auto",
 ) -> Box:  # [N, K, H', W'] or [K, H', W']
-    """Bounds `F.conv2d(x, weight, bias, ...)` over all x of the box."""
+    """Bounds `F.conv2d(x, weight, bias, ...)` over all x of the box.
+
+    Equals `F.conv2d(box.center, weight, bias, ...)` -+ `F.conv2d(box.radius, weight.abs(), ...)`
+    (section 3 of the paper); a Tensor in place of the box gives the plain result.
+
+    Args:
+        box: Interval or Tensor, [N, C, H, W] or [C, H, W].
+        weight: [K, C / groups, R, S].
+        bias: [K], or None.
+        stride, padding, dilation, groups: as in `F.conv2d`.
+        backend: "auto"; "torch"; or kernels that must run, "cpu" or "triton". For a plain Tensor
+            "auto" is the only one.
+
+    Returns:
+        An Interval [N, K, H', W'] or [K, H', W']; a Tensor where box is one.
+
+    Raises:
+        TypeError: box, weight and bias differ in dtype.
+        ValueError: box does not fit weight, or backend cannot run or is none of these.
+
+    Examples:
+        >>> box = cf.Interval(torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2))
+        >>> cf.functional.interval_conv2d(box, torch.ones(1, 1, 2, 2)).upper
+        tensor([[[[4.]]]])
+    """
     arguments = (weight, bias, stride, padding, dilation, groups)
     return _run(rules.conv2d, F.conv2d, backend, box, *arguments)
 
@@ -67,7 +114,31 @@ def interval_linear(
     *,
     backend: str = "auto",
 ) -> Box:  # [..., out_features]
-    """Bounds `F.linear(x, weight, bias)` over all x of the box."""
+    """Bounds `F.linear(x, weight, bias)` over all x of the box.
+
+    Equals `F.linear(box.center, weight, bias)` -+ `F.linear(box.radius, weight.abs())` (section 3
+    of the paper); a Tensor in place of the box gives the plain result.
+
+    Args:
+        box: Interval or Tensor, [..., in_features].
+        weight: [out_features, in_features].
+        bias: [out_features], or None.
+        backend: "auto"; "torch"; or kernels that must run, "cpu" or "triton". For a plain Tensor
+            "auto" is the only one.
+
+    Returns:
+        An Interval [..., out_features]; a Tensor where box is one.
+
+    Raises:
+        TypeError: box, weight and bias differ in dtype.
+        ValueError: box does not fit weight, or backend cannot run or is none of these.
+
+    Examples:
+        >>> box = cf.Interval(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 3.0]))
+        >>> out = cf.functional.interval_linear(box, torch.tensor([[1.0, -2.0]]))
+        >>> out.lower, out.upper
+        (tensor([-6.]), tensor([-1.]))
+    """
     return _run(rules.linear, F.linear, backend, box, weight, bias)
 
 

@@ -48,6 +48,14 @@ class UnsupportedOpError(TypeError, AttributeError):
     """Says that an operation has no interval rule.
 
     It is an AttributeError too, so that `hasattr` answers for missing methods.
+
+    Examples:
+        >>> box = cf.Interval.ball(torch.rand(3), 0.1)
+        >>> try:
+        ...     torch.special.erfcx(box)
+        ... except cf.UnsupportedOpError as error:
+        ...     print(str(error).partition(";")[0])
+        special_erfcx has no interval rule
     """
 
     def __init__(self, name: str, why: str = "") -> None:
@@ -102,6 +110,13 @@ class Interval:
     Raises:
         TypeError: an argument is no tensor, or dtypes differ or are not floating point.
         ValueError: shapes or devices differ; with validate, NaN or wrongly ordered values.
+
+    Examples:
+        >>> box = cf.Interval(torch.tensor([-1.0, 0.0]), torch.tensor([1.0, 2.0]))
+        >>> torch.relu(2 * box + 1).upper
+        tensor([3., 5.])
+        >>> box
+        Interval(lower, upper: [2] torch.float32 on cpu; in [-1, 2], width mean 2 max 2)
     """
 
     __array_ufunc__ = None  # so that numpy scalars leave arithmetic to __radd__ and friends
@@ -181,6 +196,11 @@ class Interval:
             TypeError: x is not a floating-point tensor, or eps not of real numbers.
             ValueError: eps is negative, infinite, NaN or of another shape, clip is no pair of
                 numbers or tensors in order, or x has values outside it.
+
+        Examples:
+            >>> box = cf.Interval.ball(torch.tensor([0.25, 1.0]), 0.5)
+            >>> box.lower, box.upper
+            (tensor([0.0000, 0.5000]), tensor([0.7500, 1.0000]))
         """
         if not isinstance(x, Tensor) or not x.is_floating_point():
             got = x.dtype if isinstance(x, Tensor) else type(x).__name__

@@ -34,8 +34,8 @@ class Bounds:
         widths: [K], the width of each layer in the order of the pass, the logits' last.
         elided: whether `margins` looks through the last layer (the model ends in a linear one).
         backend: the backend that was asked for; margins and losses obey it too.
-        layers: the box of each layer that `widths` counts, in its order, by name, where `cf.bounds`
-            was asked to keep them.
+        layers: the box of each layer that `widths` counts, in its order, by name (`cf.bounds` says
+            how layers are named), where `cf.bounds` was asked to keep them.
         moments: means of the boxes that enter the ReLUs, where they were asked for.
     """
 
@@ -73,6 +73,11 @@ class Bounds:
 
     @property
     def layers(self) -> Mapping[str, Interval]:
+        """Returns the box of each layer that counts, by name.
+
+        Raises:
+            ValueError: `cf.bounds` was not asked to keep them.
+        """
         if self._layers is None:
             raise ValueError(
                 "layers must be asked for, as cf.bounds(model, x, box, layers=True): no box of a "
@@ -82,6 +87,11 @@ class Bounds:
 
     @property
     def moments(self) -> Moments:
+        """Returns means of the boxes that enter the ReLUs.
+
+        Raises:
+            ValueError: `cf.bounds` was not asked to compute them.
+        """
         if self._moments is None:
             raise ValueError(
                 "moments must be asked for, as cf.bounds(model, x, box, moments=True): none were "
@@ -96,6 +106,7 @@ class Bounds:
 
     @property
     def elided(self) -> bool:
+        """Returns whether `margins` looks through the last layer."""
         return self._head is not None
 
     def margins(self, y: Tensor) -> Tensor:
@@ -120,8 +131,10 @@ class Bounds:
     def worst_logits(self, y: Tensor, elide: bool = True) -> Tensor:
         """Computes logits [N, classes] whose cross-entropy bounds that of every x in the box.
 
-        With `elide`: `-margins(y)`, the upper bounds of `z_j - z_y`, and 0 at y. Without: the
-        logits' lower bound at y and the upper bounds elsewhere.
+        Args:
+            y: class labels, [N] int64.
+            elide: True: `-margins(y)`, the upper bounds of `z_j - z_y`, and 0 at y. False: the
+                logits' lower bound at y and the upper bounds elsewhere.
 
         Raises:
             TypeError: y is not an int64 tensor.
@@ -288,7 +301,8 @@ def bounds(
             the layer's name to an Interval. A module is named as in `model.named_modules()`, such
             as "features.3"; what a module computes beside its own modules, such as F.relu, by that
             module and its kind, such as "block.activation"; one that comes again has "#2", "#3",
-            ... at its end. The last is "logits".
+            ... at its end. So "2.activation#2" is the second activation in the forward of module 2.
+            The last is "logits".
         moments: compute means of the boxes that enter each ReLU and leaky ReLU, for
             `losses.shi_regularizer`: `Bounds.moments`, a `Moments` of float64 tensors [R].
 
@@ -297,6 +311,13 @@ def bounds(
         ValueError: x and box differ in shape, dtype or device, the logits are not [N, classes],
             width, reduction or backend is none of the allowed, or the backend cannot run.
         RuntimeError: a layer cannot run on this box, or the model switches autocast on.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> x, y = torch.rand(5, 2), torch.tensor([0, 1, 0, 1, 0])
+        >>> out = cf.bounds(model, x, cf.Interval.ball(x, eps=0.1), layers=True)
+        >>> out.margins(y).shape, list(out.layers)
+        (torch.Size([5, 2]), ['1', 'logits'])
     """
     check_arguments(x, box, width, reduction)
     backends.select_layer(backend, x.device, x.dtype)

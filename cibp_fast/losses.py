@@ -43,7 +43,10 @@ class Terms(NamedTuple):
     def total(self, kappa: float | Tensor, width_weight: float | Tensor = 0.0) -> Tensor:
         """Returns kappa * nominal + (1 - kappa) * robust + width_weight * width, 0-dim.
 
-        A factor that is a tensor, of one element, gets its gradient.
+        Args:
+            kappa: weight of the nominal term, in [0, 1].
+            width_weight: weight of the width, at least 0. Both are numbers or tensors of one
+                element, which get their gradient.
 
         Raises:
             TypeError: a factor is neither a number nor a floating-point tensor.
@@ -96,6 +99,12 @@ def terms(out: Bounds, y: Tensor, *, elide: bool = True) -> Terms:
         TypeError: y is not an int64 tensor.
         ValueError: y has another shape or labels out of range, there are fewer than two classes,
             or `elide` of a model that does not end in a linear layer.
+
+    Examples:
+        >>> x, y = torch.rand(5, 2), torch.tensor([0, 1, 0, 1, 0])
+        >>> out = cf.bounds(nn.Linear(2, 2), x, cf.Interval.ball(x, 0.1))
+        >>> cf.losses.terms(out, y).robust.shape
+        torch.Size([])
     """
     return Terms(*_cross_entropies(out, out.logits, y, elide), out.width)
 
@@ -119,12 +128,18 @@ def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 def nominal_loss(out: Bounds | Tensor, y: Tensor) -> Tensor:
     """Returns CE(z, y), 0-dim.
 
+    Equals `F.cross_entropy(out.logits, y)`.
+
     Args:
         out: the bounds, or the nominal logits themselves, [N, classes].
         y: labels, [N] int64.
 
     Raises:
         ValueError: there are fewer than two classes.
+
+    Examples:
+        >>> cf.losses.nominal_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([1]))
+        tensor(0.6931)
     """
     logits = out if isinstance(out, Tensor) else out.logits
     check_classes(logits.shape[1])
@@ -133,6 +148,9 @@ def nominal_loss(out: Bounds | Tensor, y: Tensor) -> Tensor:
 
 def ibp_loss(out: Bounds, y: Tensor, *, kappa: float | Tensor, elide: bool = True) -> Tensor:
     """Returns kappa CE(z, y) + (1 - kappa) CE(zhat, y), 0-dim: IBP of arXiv 1810.12715.
+
+    Equals `kappa * F.cross_entropy(out.logits, y) + (1 - kappa) *
+    F.cross_entropy(out.worst_logits(y), y)`.
 
     Args:
         out: the bounds over the boxes.
@@ -144,6 +162,12 @@ def ibp_loss(out: Bounds, y: Tensor, *, kappa: float | Tensor, elide: bool = Tru
     Raises:
         TypeError: as `terms`, or kappa is neither a number nor a floating-point tensor.
         ValueError: as `terms`, or kappa is outside [0, 1] or a tensor of several elements.
+
+    Examples:
+        >>> x, y = torch.rand(5, 2), torch.tensor([0, 1, 0, 1, 0])
+        >>> out = cf.bounds(nn.Linear(2, 2), x, cf.Interval.ball(x, 0.1))
+        >>> cf.losses.ibp_loss(out, y, kappa=0.5).shape
+        torch.Size([])
     """
     return terms(out, y, elide=elide).total(kappa)
 
@@ -168,6 +192,12 @@ def constrained_ibp_loss(
     Raises:
         TypeError: as `ibp_loss`, for width_weight too.
         ValueError: as `ibp_loss`, or width_weight is negative.
+
+    Examples:
+        >>> x, y = torch.rand(5, 2), torch.tensor([0, 1, 0, 1, 0])
+        >>> out = cf.bounds(nn.Linear(2, 2), x, cf.Interval.ball(x, 0.1))
+        >>> cf.losses.constrained_ibp_loss(out, y, kappa=0.5, width_weight=1.0).shape
+        torch.Size([])
     """
     return terms(out, y, elide=elide).total(kappa, width_weight)
 
@@ -192,6 +222,12 @@ def cc_ibp_loss(
             floating-point tensor.
         ValueError: adversarial is of another shape or on another device than out.logits, or alpha
             is outside [0, 1]; and as `Bounds.worst_logits`.
+
+    Examples:
+        >>> x, y = torch.rand(5, 2), torch.tensor([0, 1, 0, 1, 0])
+        >>> out = cf.bounds(nn.Linear(2, 2), x, cf.Interval.ball(x, 0.1))
+        >>> cf.losses.cc_ibp_loss(out, y, out.logits, alpha=0.5).shape
+        torch.Size([])
     """
     alpha = _adversarial(out, adversarial, alpha)
     worst = out.worst_logits(y, elide=elide)
@@ -203,7 +239,21 @@ def mtl_ibp_loss(
 ) -> Tensor:
     """Returns alpha CE(zhat, y) + (1 - alpha) CE(z', y), 0-dim: MTL-IBP of arXiv 2305.13991.
 
-    Arguments and errors are those of `cc_ibp_loss`.
+    Equals `alpha * F.cross_entropy(out.worst_logits(y), y) + (1 - alpha) *
+    F.cross_entropy(adversarial, y)`.
+
+    Args:
+        out, y, adversarial, alpha, elide: as for `cc_ibp_loss`.
+
+    Raises:
+        TypeError: as `cc_ibp_loss`.
+        ValueError: as `cc_ibp_loss`.
+
+    Examples:
+        >>> x, y = torch.rand(5, 2), torch.tensor([0, 1, 0, 1, 0])
+        >>> out = cf.bounds(nn.Linear(2, 2), x, cf.Interval.ball(x, 0.1))
+        >>> cf.losses.mtl_ibp_loss(out, y, out.logits, alpha=0.5).shape
+        torch.Size([])
     """
     alpha = _adversarial(out, adversarial, alpha)
     attacked, robust = _cross_entropies(out, adversarial, y, elide)
@@ -216,8 +266,20 @@ def exp_ibp_loss(
     """Returns CE(zhat, y)^alpha CE(z', y)^(1 - alpha), 0-dim: Exp-IBP of arXiv 2305.13991.
 
     Both are means over the batch. Where one is 0, or less than the least normal number of its
-    dtype, so is the loss, and no gradient goes through that one. Arguments and errors are those of
-    `cc_ibp_loss`.
+    dtype, so is the loss, and no gradient goes through that one.
+
+    Args:
+        out, y, adversarial, alpha, elide: as for `cc_ibp_loss`.
+
+    Raises:
+        TypeError: as `cc_ibp_loss`.
+        ValueError: as `cc_ibp_loss`.
+
+    Examples:
+        >>> x, y = torch.rand(5, 2), torch.tensor([0, 1, 0, 1, 0])
+        >>> out = cf.bounds(nn.Linear(2, 2), x, cf.Interval.ball(x, 0.1))
+        >>> cf.losses.exp_ibp_loss(out, y, out.logits, alpha=0.5).shape
+        torch.Size([])
     """
     alpha = _adversarial(out, adversarial, alpha)
     attacked, robust = _cross_entropies(out, adversarial, y, elide)
@@ -287,6 +349,12 @@ def sabr_box(box: Interval, adversarial: Tensor, ratio: float | Tensor) -> Inter
             nor a floating-point tensor.
         ValueError: adversarial has another shape or device than the box, or ratio is outside
             [0, 1].
+
+    Examples:
+        >>> box = cf.Interval(torch.tensor([0.0]), torch.tensor([1.0]))
+        >>> small = cf.losses.sabr_box(box, torch.tensor([0.75]), ratio=0.25)
+        >>> small.lower, small.upper
+        (tensor([0.6250]), tensor([0.8750]))
     """
     if not isinstance(box, Interval):
         raise TypeError(f"box must be an Interval, got {type(box).__name__}")
@@ -337,6 +405,13 @@ def shi_regularizer(out: Bounds, box: Interval, *, tolerance: float = 0.5) -> Te
     Raises:
         TypeError: box is no Interval, or tolerance no number.
         ValueError: out has no moments or the model no ReLU, or tolerance is outside (0, 1].
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> x = torch.rand(5, 2)
+        >>> box = cf.Interval.ball(x, 0.1)
+        >>> cf.losses.shi_regularizer(cf.bounds(model, x, box, moments=True), box).shape
+        torch.Size([])
     """
     if not isinstance(box, Interval):
         raise TypeError(f"box must be an Interval, got {type(box).__name__}")
@@ -390,9 +465,19 @@ def l1(model: nn.Module) -> Tensor:
 
     Biases and norms do not count; a weight that several layers share counts once.
 
+    Args:
+        model: the network.
+
     Raises:
         TypeError: model is no module.
         ValueError: it has no such layer.
+
+    Examples:
+        >>> layer = nn.Linear(2, 2)
+        >>> nn.init.constant_(layer.weight, -0.5) is layer.weight
+        True
+        >>> cf.losses.l1(layer).item()
+        2.0
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

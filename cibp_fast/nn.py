@@ -20,7 +20,15 @@ Box = TypeVar("Box", Interval, Tensor)
 
 
 class IntervalConv2d(nn.Conv2d):
-    """Maps a Tensor [N, C, H, W] to a Tensor as `nn.Conv2d`, an Interval to an Interval."""
+    """Maps a Tensor [N, C, H, W] to a Tensor as `nn.Conv2d`, an Interval to an Interval.
+
+    Arguments are those of `nn.Conv2d`. Its forward raises TypeError for anything else.
+
+    Examples:
+        >>> layer = cf.IntervalConv2d(1, 4, kernel_size=3)
+        >>> layer(cf.Interval.ball(torch.rand(2, 1, 5, 5), 0.1)).shape
+        torch.Size([2, 4, 3, 3])
+    """
 
     def forward(self, input: Box) -> Box:
         out: Any = super().forward(_checked("IntervalConv2d", input))
@@ -31,7 +39,15 @@ class IntervalConv2d(nn.Conv2d):
 
 
 class IntervalLinear(nn.Linear):
-    """Maps a Tensor [..., in_features] to a Tensor as `nn.Linear`, an Interval to an Interval."""
+    """Maps a Tensor [..., in_features] to a Tensor as `nn.Linear`, an Interval to an Interval.
+
+    Arguments are those of `nn.Linear`. Its forward raises TypeError for anything else.
+
+    Examples:
+        >>> layer = cf.IntervalLinear(3, 4)
+        >>> layer(cf.Interval.ball(torch.rand(2, 3), 0.1)).shape
+        torch.Size([2, 4])
+    """
 
     def forward(self, input: Box) -> Box:
         out: Any = super().forward(_checked("IntervalLinear", input))

@@ -24,7 +24,11 @@ StreamsAndWidth = tuple[Tensor, Tensor, Tensor | None, Tensor]
 
 
 def center_radius(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns ``(lower + upper) / 2, (upper - lower) / 2``; halved first, nothing overflows."""
+    """Returns ``(lower + upper) / 2, (upper - lower) / 2``; halved first, nothing overflows.
+
+    Args:
+        lower, upper: tensors of one shape, as both results.
+    """
     return 0.5 * lower + 0.5 * upper, 0.5 * upper - 0.5 * lower
 
 
@@ -43,6 +47,15 @@ def conv2d(
 
     Equals ``c, r = F.conv2d((l + u) / 2, W, b), F.conv2d((u - l) / 2, W.abs())``, then
     ``c - r, c + r, F.conv2d(z, W, b), (2 * r).square().sum()``.
+
+    Args:
+        lower, upper, nominal: [N, C, H, W]; nominal may be None.
+        weight: [K, C / groups, R, S].
+        bias: [K], or None.
+        stride, padding, dilation, groups: as in ``F.conv2d``, the first three as pairs.
+
+    Returns:
+        Lower, upper and nominal [N, K, H', W'], and the 0-dim width.
     """
 
     def apply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -62,6 +75,19 @@ def linear(
 
     Equals ``c, r = F.linear((l + u) / 2, W, b), F.linear((u - l) / 2, W.abs())``, then
     ``c - r, c + r, F.linear(z, W, b), (2 * r).square().sum()``.
+
+    Args:
+        lower, upper, nominal: [..., I]; nominal may be None.
+        weight: [O, I].
+        bias: [O], or None.
+
+    Returns:
+        Lower, upper and nominal [..., O], and the 0-dim width.
+
+    Examples:
+        >>> lower, upper = torch.tensor([[-1.0, 0.0]]), torch.tensor([[1.0, 2.0]])
+        >>> reference.linear(lower, upper, None, torch.tensor([[1.0, -1.0]]), None)
+        (tensor([[-3.]]), tensor([[1.]]), None, tensor(16.))
     """
     return _affine(F.linear, (lower, upper, nominal), weight, bias)
 
@@ -86,12 +112,21 @@ def _affine(
 def activation(
     function: Callable[[Tensor], Tensor], lower: Tensor, upper: Tensor, nominal: Tensor | None
 ) -> Streams:
-    """Applies a non-decreasing ``function``, such as ``torch.relu``, to each stream."""
+    """Applies a non-decreasing ``function``, such as ``torch.relu``, to each stream.
+
+    Args:
+        function: from a tensor to a tensor.
+        lower, upper, nominal: tensors of one shape; nominal may be None.
+    """
     return function(lower), function(upper), None if nominal is None else function(nominal)
 
 
 def relu(lower: Tensor, upper: Tensor, nominal: Tensor | None) -> StreamsAndWidth:
-    """Returns ReLU of each stream, and the 0-dim sum of ``(upper' - lower') ** 2``."""
+    """Returns ReLU of each stream, and the 0-dim sum of ``(upper' - lower') ** 2``.
+
+    Args:
+        lower, upper, nominal: tensors of one shape; nominal may be None.
+    """
     lower, upper, nominal = activation(torch.relu, lower, upper, nominal)
     return lower, upper, nominal, (upper - lower).square().sum()
 
@@ -112,6 +147,11 @@ def batch_norm(
 
     With ``training`` the statistics are the nominal batch's, so that gradients of the box reach
     ``nominal``, and the running ones are updated from them; else they are the running ones.
+
+    Args:
+        lower, upper, nominal: [N, C, ...]; nominal may be None.
+        running_mean, running_var, weight, bias: [C], or None.
+        training, momentum, eps: as in ``F.batch_norm``.
 
     Raises:
         RuntimeError: ``training`` without a nominal stream.
@@ -145,8 +185,13 @@ def batch_norm(
 def width(lower: Tensor, upper: Tensor, reduction: str = "mean") -> Tensor:
     """Returns the squared width of a layer's box [N, ...], 0-dim, the mean over the batch.
 
-    ``"mean"``: ``(upper - lower).square().mean()``, as in the authors' code; ``"sum"``: the same
-    summed over the units, the ``||u_k - l_k||^2`` of the paper.
+    Args:
+        lower, upper: [N, ...].
+        reduction: ``"mean"``: ``(upper - lower).square().mean()``, as in the authors' code;
+            ``"sum"``: the same summed over the units, the ``||u_k - l_k||^2`` of the paper.
+
+    Raises:
+        ValueError: reduction is none of these.
     """
     squares = (upper - lower).where(upper != lower, 0.0).square()  # 0 at infinity too
     if reduction == "mean":
@@ -166,6 +211,15 @@ def elided_margins(
     """Returns lower bounds of ``z_y - z_j`` by the one affine map ``W_y - W_j``; +inf at ``y``.
 
     This elides the last layer: never looser than ``lower_y - upper_j`` of its bounds.
+
+    Args:
+        lower, upper: [N, I], the input of the last layer.
+        weight: [C, I], the last layer's.
+        bias: [C], or None.
+        y: [N] int64.
+
+    Returns:
+        [N, C].
     """
     center, radius = center_radius(lower, upper)
     difference = weight[y].unsqueeze(1) - weight  # [N, C, I]
@@ -176,7 +230,12 @@ def elided_margins(
 
 
 def elided_worst_logits(margins: Tensor, y: Tensor) -> Tensor:
-    """Returns the worst-case ``z_j - z_y`` of margins [N, C]: ``-margins``, and 0 at ``y``."""
+    """Returns the worst-case ``z_j - z_y`` of margins [N, C]: ``-margins``, and 0 at ``y``.
+
+    Args:
+        margins: [N, C], as `elided_margins` gives them.
+        y: [N] int64.
+    """
     return (-margins).masked_fill(_one_hot(y, margins), 0.0)
 
 
@@ -189,7 +248,12 @@ def constrained_ibp_loss(
 ) -> Tensor:
     """Returns ``kappa CE(logits, y) + (1 - kappa) CE(worst, y) + width_weight width``, 0-dim.
 
-    logits and worst are [N, C], width is the 0-dim sum of widths.
+    Args:
+        logits, worst: [N, C].
+        y: [N] int64.
+        width: 0-dim, the sum of the widths.
+        kappa: in [0, 1].
+        width_weight: 0 or more.
     """
     robust = (1 - kappa) * F.cross_entropy(worst, y)
     return kappa * F.cross_entropy(logits, y) + robust + width_weight * width

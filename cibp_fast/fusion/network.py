@@ -56,6 +56,11 @@ class FusedNetwork(nn.Module):
     """Computes a model's bounds as one op; made by `fuse`.
 
     Parameters, buffers and submodules are the model's own, under the same names.
+
+    Examples:
+        >>> net = cf.fuse(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(18, 3)))
+        >>> list(net.state_dict())
+        ['0.weight', '0.bias', '2.weight', '2.bias']
     """
 
     _model: nn.Module
@@ -629,6 +634,12 @@ def fuse(model: nn.Module, precision: str = "float32", backend: str = "auto") ->
         ValueError: an unknown precision or backend, or the model has a layer, named in the
             message, that cannot be fused. Where cf.bounds is known to take that layer, the message
             says so.
+
+    Examples:
+        >>> net = cf.fuse(cf.models.small((1, 28, 28)))
+        >>> x = torch.rand(2, 1, 28, 28)
+        >>> net.bounds(x, cf.Interval.ball(x, eps=0.1)).margins(torch.tensor([3, 7])).shape
+        torch.Size([2, 10])
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

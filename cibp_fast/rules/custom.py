@@ -48,11 +48,7 @@ def register_rule(
     From then on an `Interval` runs through it, in `cf.bounds` and everywhere else. The rule is
     called as the function is, with an Interval where that had a tensor; of a class of modules as
     `rule(module, input, ...)`, in place of forward. It returns bounds of all that the function
-    gives for points of the box::
-
-        @cf.register_rule(torch.sinc)
-        def sinc(input):
-            return lower, upper
+    gives for points of the box.
 
     Args:
         function: a function of torch, with which its method and the function of the same name in
@@ -76,6 +72,15 @@ def register_rule(
         ValueError: function has a rule already or works in place, counts is none of these, or
             `sound` of a function.
             The rule itself raises, when it runs, where it returns anything else.
+
+    Examples:
+        >>> @cf.register_rule(torch.special.erfcx)  # which falls everywhere
+        ... def erfcx(x):
+        ...     return torch.special.erfcx(x.upper), torch.special.erfcx(x.lower)
+        >>> box = cf.Interval(torch.zeros(2), torch.ones(2))
+        >>> torch.special.erfcx(box).upper
+        tensor([1., 1.])
+        >>> cf.unregister_rule(torch.special.erfcx)
     """
     if counts not in _KINDS:
         allowed = ", ".join(map(repr, _KINDS))
@@ -110,8 +115,15 @@ def register_rule(
 def unregister_rule(function: Any) -> None:
     """Removes the rule of a function or class of modules that `register_rule` registered.
 
+    Args:
+        function: what `register_rule` was given.
+
     Raises:
         ValueError: it has no such rule.
+
+    Examples:
+        >>> _ = cf.register_rule(torch.sgn, lambda x: (x.lower.sgn(), x.upper.sgn()))
+        >>> cf.unregister_rule(torch.sgn)
     """
     own = _OWN.pop(function, None)
     if own is None:

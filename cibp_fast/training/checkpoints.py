@@ -53,6 +53,13 @@ def load_weights(model: nn.Module, path: str | Path, key: str | None = None) -> 
         ValueError: it is damaged, or holds more than tensors and plain values; there are no tensors
             there; or they do not fit, with the names that lack or are too many, the nearest name of
             each, and the shapes; or model has lazy layers that have no weights yet.
+
+    Examples:
+        >>> model = nn.Linear(2, 2)
+        >>> state = {"net.weight": torch.eye(2), "net.bias": torch.ones(2)}
+        >>> torch.save({"state_dict": state}, "a.pt")
+        >>> cf.load_weights(model, "a.pt").bias.tolist()
+        [1.0, 1.0]
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not a {type(model).__name__}")

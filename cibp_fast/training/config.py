@@ -53,8 +53,11 @@ StepSize = Annotated[float | None, Field(gt=0, le=GREATEST, title="a number abov
 class Config(BaseModel):
     """Holds all that decides a run's numbers, besides the machine and its number of threads.
 
-    Every field is checked, and is an option of `cibp-fast train` under the same name. Raises
-    ValueError naming the field, its value and what is allowed.
+    Every field is checked, and is an option of `cibp-fast train` under the same name.
+
+    Raises:
+        ValueError: a field is unknown, missing or bad; it is named, with its value and what is
+            allowed.
     """
 
     model_config = ConfigDict(
@@ -226,7 +229,14 @@ class Config(BaseModel):
         return self
 
     def replace(self, **changes: Any) -> Config:
-        """Returns the Config with these fields changed. Raises ValueError as the constructor."""
+        """Returns the Config with these fields changed.
+
+        Args:
+            changes: new values of fields, such as seed=1.
+
+        Raises:
+            ValueError: as `Config`.
+        """
         return type(self)(**dict(self) | changes)
 
     def differences(self, other: Config) -> list[str]:
@@ -309,7 +319,14 @@ class Config(BaseModel):
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Config:
-        """Returns the Config of a JSON text. Raises ValueError for no, a bad or a newer one."""
+        """Returns the Config of a JSON text.
+
+        Args:
+            text: what `to_json` gave.
+
+        Raises:
+            ValueError: the text holds no config, a bad one or one of a newer format.
+        """
         values = from_json(text)
         if not isinstance(values, dict):
             raise ValueError(f"a config must be a JSON object, not {values!r}")
@@ -387,6 +404,11 @@ def own(eps: float | str, steps: int, method: str = "cibp", **fields: Any) -> Ow
 
     Raises:
         ValueError: an unknown field, or a bad value.
+
+    Examples:
+        >>> config = cf.config.own(eps="8/255", steps=300, method="ibp", batch_size=50)
+        >>> config.steps, config.method, config.kappa_end
+        (300, 'ibp', 0.5)
     """
     if type(steps) is not int or steps < 1:
         raise ValueError(f"steps must be a whole number, 1 or more, not {steps!r}")
@@ -418,9 +440,19 @@ def preset(name: str, **overrides: Any) -> Config:
     do for CIFAR-10 and SVHN. The methods shi, cc, mtl, exp and sabr have the recipes of their
     papers, for the data sets and radii of docs/recipes.md.
 
-    overrides replace fields of the Config; `steps` also scales the preset's schedules, those that
-    are not overridden too, and so does `epochs`, in its place. Raises ValueError that lists what is
-    allowed for an unknown name or field, or a field's bad value.
+    Args:
+        name: `dataset-net-eps-method[-gowal][-fast-ramp][-same][-normalized]`.
+        overrides: fields of the Config, in place of the preset's; `steps` also scales the preset's
+            schedules, those that are not overridden, and so does `epochs`, in its place.
+
+    Raises:
+        ValueError: the name or a field is unknown, or a field's value is bad; what is allowed is
+            listed.
+
+    Examples:
+        >>> config = cf.config.preset("mnist-small-0.4-cibp", seed=1)
+        >>> config.net, config.eps, config.seed
+        ('small', 0.4, 1)
     """
     match = re.fullmatch(_GRAMMAR, name)
     if match is None:

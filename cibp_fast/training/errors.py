@@ -114,6 +114,13 @@ def evaluate(
             argument is none of the allowed.
         Contradiction: a sound certificate is refuted.
         torch.OutOfMemoryError: a GPU's memory is too small.
+
+    Examples:
+        >>> model = nn.Linear(2, 2)  # of logits (x_0, x_1)
+        >>> _ = model.load_state_dict({"weight": torch.eye(2), "bias": torch.zeros(2)})
+        >>> data = torch.tensor([[0.75, 0.25], [0.25, 0.75]]), torch.tensor([0, 0])
+        >>> cf.evaluate(model, data, eps=0.2, steps=10).pgd_error
+        0.5
     """
     if semantics not in SEMANTICS:
         raise ValueError(f"semantics must be one of {', '.join(SEMANTICS)}, not {semantics!r}")

@@ -90,6 +90,16 @@ def train(
         FloatingPointError: the loss is no longer finite (the metrics are kept), or the attack
             breaks an example that ordinary bounds verify (the result is kept).
         Contradiction: it refutes a sound certificate (the network and the evidence are kept).
+
+    Examples:
+        >>> images, labels = torch.rand(60, 1, 8, 8), torch.randint(2, (60,))
+        >>> network = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+        >>> config = cf.config.own(eps=0.05, steps=4, batch_size=30)
+        >>> data = (images[:30], labels[:30]), (images[30:], labels[30:])
+        >>> result = cf.train(config, "runs/own", model=network, data=data)
+        own-...
+        >>> result["test_error"] <= result["pgd_error"] <= result["verified_error"]
+        True
     """
     if not isinstance(config, Config):
         raise TypeError(

@@ -334,6 +334,15 @@ def load(run_dir: str | Path, model: Any = None) -> tuple[nn.Module, Config]:
         ValueError: a file is damaged, the run is of one's own network and model is None, or model
             is another network, of whose tensors the names or shapes are named.
         TypeError: model is neither a network nor a factory.
+
+    Examples:
+        >>> short = {"steps": 2, "pgd_steps": 1, "pgd_step_size": None}
+        >>> config = cf.config.preset("mnist5k-small-0.1-ibp", **short)
+        >>> result = cf.train(config, "runs/two_steps")
+        mnist5k...
+        >>> model, config = cf.load("runs/two_steps")
+        >>> model.training, config.steps
+        (False, 2)
     """
     network = read_network(Path(run_dir), model)
     return network.model.eval(), network.config

@@ -11,6 +11,18 @@ class LinearRamp:
     """Stays `from_value` up to step `start`, goes linearly to `to_value` at step `end`, and stays.
 
     start == end is a jump: `to_value` from that step on.
+
+    Args:
+        start, end: steps, 0 <= start <= end.
+        from_value, to_value: finite numbers.
+
+    Raises:
+        ValueError: a step is negative, end comes before start, or a number is not finite.
+
+    Examples:
+        >>> kappa = cf.schedules.LinearRamp(start=100, end=200, from_value=1.0, to_value=0.5)
+        >>> kappa(0), kappa(150), kappa(300)
+        (1.0, 0.75, 0.5)
     """
 
     start: int
@@ -39,6 +51,20 @@ class SmoothedRamp:
     The power (step - start) ** exponent holds up to `middle`, a share of the steps, rounded down;
     the line goes on with its slope there. auto_LiRPA's SmoothedScheduler, in steps from 0.
     start == end is a jump: `to_value` from that step on.
+
+    Args:
+        start, end: steps, 0 <= start <= end.
+        to_value: finite number.
+        middle: in [0, 1].
+        exponent: 1 or more.
+
+    Raises:
+        ValueError: a step is negative, end comes before start, or a number is none of these.
+
+    Examples:
+        >>> eps = cf.schedules.SmoothedRamp(start=0, end=100, to_value=0.25)
+        >>> eps(0), eps(100), eps(200)
+        (0.0, 0.25, 0.25)
     """
 
     start: int
@@ -74,7 +100,21 @@ class SmoothedRamp:
 
 @dataclass(frozen=True)
 class StepDecay:
-    """Starts at `value`, and multiplies by `factor` at each step in `at` (from that step on)."""
+    """Starts at `value`, and multiplies by `factor` at each step in `at` (from that step on).
+
+    Args:
+        value: finite number.
+        at: increasing steps, each 0 or more.
+        factor: finite number.
+
+    Raises:
+        ValueError: an argument is none of these.
+
+    Examples:
+        >>> lr = cf.schedules.StepDecay(1.0, at=(10, 20), factor=0.5)
+        >>> lr(0), lr(10), lr(30)
+        (1.0, 0.5, 0.25)
+    """
 
     value: float
     at: tuple[int, ...] = ()
