@@ -21,7 +21,7 @@ from digits import SHORT, load_toy
 from digits import TOY_PRESET as PRESET
 from processes import python
 
-from cibp_fast import __version__, attacks, certificates, cli, commands, options
+from cibp_fast import __version__, attacks, certificates, cli, commands, options, parsing
 from cibp_fast.certificates import Certificate
 from cibp_fast.training import datasets, evaluation, loop, runs
 from cibp_fast.training.config import Config, as_text, preset
@@ -217,6 +217,36 @@ def test_help_of_every_command(capsys, command):
         assert " ".join(paragraphs[0].split()) in shown and paragraphs[0] not in _help(capsys)
 
 
+@pytest.fixture
+def trained(monkeypatch):
+    """Collects what `loop.train` is called with, in place of training."""
+    calls = []
+
+    def train(config, run_dir, **options):
+        calls.append((config, run_dir, options))
+        return {}
+
+    monkeypatch.setattr(loop, "train", train)
+    monkeypatch.setattr(commands, "_table", lambda results: "")
+    return calls
+
+
+@pytest.mark.parametrize("command", commands.COMMANDS)
+def test_examples_of_the_help_are_right(monkeypatch, tmp_path, trained, command):
+    """Runs those of `train`; of the others, which need runs, only the words are read."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(commands, "own_factory", lambda text: None)
+    found = re.findall(r"^ +cibp-fast (.*)$", commands.COMMANDS[command].__doc__, re.MULTILINE)
+    assert found
+    for example in found:
+        name, *words = example.split()
+        assert name == command
+        read = parsing.tyro.cli(commands.COMMANDS[name], args=words)
+        if command == "train":
+            read.run()
+    assert len(trained) == (len(found) if command == "train" else 0)
+
+
 @pytest.mark.parametrize("columns", [80, 120])
 @pytest.mark.parametrize("terminal", [True, False])
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
@@ -256,20 +286,6 @@ def test_a_closed_pipe_is_no_error(words):
     done = subprocess.run(command, cwd="/", stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert done.returncode == 141 and done.stderr == ""
-
-
-@pytest.fixture
-def trained(monkeypatch):
-    """Collects what `loop.train` is called with, in place of training."""
-    calls = []
-
-    def train(config, run_dir, **options):
-        calls.append((config, run_dir, options))
-        return {}
-
-    monkeypatch.setattr(loop, "train", train)
-    monkeypatch.setattr(commands, "_table", lambda results: "")
-    return calls
 
 
 def test_the_spelling_that_long_runs_use(trained):
