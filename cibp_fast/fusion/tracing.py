@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import threading
 from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from numbers import Integral
 from typing import Any
@@ -203,7 +203,8 @@ class _Tracer(fx.Tracer):
         self.is_layer = is_layer
         self.lost = ""
         self._modes = torch._C._len_torch_function_stack()
-        self._saving = _saved_tensors_hooks()
+        self.entered: list[Any] = []  # hooks on saved tensors, where torch does not tell
+        self._saving = self._saved_tensors_hooks()
 
     def is_leaf_module(self, module: nn.Module, module_qualified_name: str) -> bool:
         # subclasses too, so that an error can name them
@@ -248,10 +249,16 @@ class _Tracer(fx.Tracer):
             return "under torch.autocast (bounds are computed in the dtype of the tensors)"
         if torch._C._len_torch_function_stack() > self._modes:
             return "under a torch function mode"
-        hooks = _saved_tensors_hooks()
+        hooks = self._saved_tensors_hooks()
         if hooks != self._saving and hooks[0].__module__ != "torch.utils.checkpoint":
             return "under torch.autograd.graph.saved_tensors_hooks"
         return ""
+
+    def _saved_tensors_hooks(self) -> Any:
+        """Returns the innermost hooks on saved tensors, (pack, unpack) or None."""
+        if _TOP_HOOKS is not None:
+            return _TOP_HOOKS(False)
+        return self.entered[-1] if self.entered else None
 
 
 @contextmanager
@@ -277,17 +284,39 @@ def _patched(tracer: _Tracer) -> Iterator[None]:
         setattr(method, "__fx_already_patched", True)
     try:
         nn.Module.__call__, nn.Module.__getattr__ = traced_call, traced_attribute  # type: ignore
-        yield
+        with nullcontext() if _TOP_HOOKS is not None else _noted_hooks(tracer):
+            yield
     finally:
         nn.Module.__call__, nn.Module.__getattr__ = call, attribute  # type: ignore
 
 
+@contextmanager
+def _noted_hooks(tracer: _Tracer) -> Iterator[None]:
+    """Notes which hooks on saved tensors this thread enters and leaves."""
+    here, hooks = threading.get_ident(), torch.autograd.graph.saved_tensors_hooks
+    enter, leave = hooks.__enter__, hooks.__exit__
+
+    def noted_enter(self: Any) -> None:
+        enter(self)
+        if threading.get_ident() == here:
+            tracer.entered.append((self.pack_hook, self.unpack_hook))
+
+    def noted_leave(self: Any, *error: object) -> None:
+        leave(self, *error)
+        if threading.get_ident() == here and tracer.entered:
+            tracer.entered.pop()
+
+    try:
+        hooks.__enter__, hooks.__exit__ = noted_enter, noted_leave  # type: ignore[method-assign]
+        yield
+    finally:
+        hooks.__enter__, hooks.__exit__ = enter, leave  # type: ignore[method-assign]
+
+
 _AUTOCAST = ("cpu", "cuda")  # the devices that fused networks run on
 
-
-def _saved_tensors_hooks() -> Any:
-    """Returns the innermost hooks on saved tensors, (pack, unpack) or None."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+# torch 2.6 cannot be asked for the innermost hooks on saved tensors.
+_TOP_HOOKS = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
 class _InPlace(TorchDispatchMode):

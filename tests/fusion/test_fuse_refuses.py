@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 import cibp_fast as cf
 from cibp_fast import Interval, models
-from cibp_fast.fusion import program
+from cibp_fast.fusion import program, tracing
 
 Body = Callable[[Any, Any], Any]  # a forward of the module and x
 
@@ -488,6 +488,19 @@ TAKEN: dict[str, Callable[[], nn.Module]] = {
 def test_taken(name: str) -> None:
     x, lower, upper = inputs(3, 4)
     compare(*of_box(TAKEN[name](), x, Interval(lower, upper)))
+
+
+def test_where_torch_does_not_tell_the_hooks_on_saved_tensors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Checks what torch 2.6 runs, which cannot be asked for them."""
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    before = hooks.__enter__, hooks.__exit__
+    monkeypatch.setattr(tracing, "_TOP_HOOKS", None)
+    test_what_a_trace_loses("saved tensors")
+    test_taken("checkpoint")
+    test_what_is_so_around_fuse_does_not_matter(saving)
+    assert (hooks.__enter__, hooks.__exit__) == before
 
 
 @pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, autocast, Mode, saving])
