@@ -5,6 +5,7 @@ a link that leaves docs/ goes to a copy of that file under repository/.
 
 `<!-- site: commands -->` and its like stand for text that is generated at each build (GENERATED).
 `![...](x.svg)` becomes two pictures where there is x-dark.svg: one for light pages, one for dark.
+llms.txt links to the pages of the site.
 """
 
 from __future__ import annotations
@@ -39,7 +40,22 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
                 outside[target] = None
     for path in outside:
         files.append(File.generated(config, _uri(path), abs_src_path=str(ROOT / path)))
+    if (overview := files.get_file_from_path("llms.txt")) is not None:
+        files.remove(overview)
+        files.append(File.generated(config, "llms.txt", content=_overview(files)))
     return files
+
+
+def _overview(files: Files) -> str:
+    """Returns llms.txt with links to the pages as the site has them, https://llmstxt.org."""
+
+    def turned(link: re.Match[str]) -> str:
+        page = files.get_file_from_path(_uri(_target("docs/llms.txt", link["to"])))
+        if page is None:
+            raise PluginError(f"docs/llms.txt: there is no {link['to']}")
+        return f"{link['before']}{page.url}{link['rest']}"
+
+    return LINK.sub(turned, (ROOT / "docs/llms.txt").read_text())
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:

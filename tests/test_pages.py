@@ -109,6 +109,24 @@ def test_all_pages_are_in_the_navigation() -> None:
     assert set(listed) - {"benchmarks.md"} == inside  # which is bench/README.md
 
 
+def test_llms_txt_lists_the_navigation() -> None:
+    """Compares sections, titles and pages, in their order; a page of the nav may have no title."""
+    nav = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]
+    lines = re.findall(r'^ *- (?:"?(.+?)"?: ?)?([\w/]+\.md)?$', nav, re.MULTILINE)
+    text = (DOCS / "llms.txt").read_text()
+    assert re.match(r"# cibp_fast\n\n> .+", text)
+    found = re.findall(r"^## (.+)()$|^- \[(.+)\]\((.+\.md)\)", text, re.MULTILINE)
+    listed = [(section or title, page) for section, _, title, page in found]
+    expected = []
+    for title, page in lines:
+        if title in ("Home", "FAQ"):  # which have no section in the navigation
+            expected.append((title, ""))
+        expected.append((title or expected[-1][0], page))
+    places = {"benchmarks.md": "../bench/README.md"}
+    assert listed == [(title, places.get(page, page)) for title, page in expected]
+    assert all((DOCS / page).is_file() for _, page in listed if page)
+
+
 def documented() -> set[str]:
     text = "\n".join(page.read_text() for page in (DOCS / "reference").glob("*.md"))
     return set(re.findall(r"^::: cibp_fast\.([\w.]+)$", text, re.MULTILINE))
