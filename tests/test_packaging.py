@@ -198,6 +198,12 @@ def test_versions_in_pre_commit_are_the_constraints() -> None:
     assert set(hooks) <= constraints
 
 
+def test_make_dist_repairs_wheels_as_cibuildwheel_does() -> None:
+    repair = re.search(r'repair-wheel-command = "(.+) -w', (ROOT / "pyproject.toml").read_text())
+    assert repair is not None and "--exclude libgomp.so.1" in repair[1]
+    assert f"{repair[1]} -w dist" in (ROOT / "Makefile").read_text()
+
+
 def test_readme_training_loop() -> None:
     """Runs README's loop as it is printed, and checks that it changes the weights."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
