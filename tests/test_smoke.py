@@ -145,10 +145,9 @@ def test_drop_ins_share_the_state_dict_of_torch_s_layers() -> None:
         torch.fft.fft(box)
 
 
-def test_the_command_line_answers() -> None:
+def test_the_command_line_answers(tmp_path: Path) -> None:
     """Checks that it starts, and that what `cibp-fast info` prints is there without its extra."""
-    done = subprocess.run(
-        [sys.executable, "-m", "cibp_fast", "--version"], capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "cibp_fast", "--version"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout == f"cibp-fast {cf.__version__}\n", done
     assert dict(environment.describe())["CPU kernels portable"].startswith("built")
