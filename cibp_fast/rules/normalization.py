@@ -79,6 +79,13 @@ def _layer_norm(
     return _scaled(_standardized(input, dims, eps), weight, bias, nominal)
 
 
+# Whether rms_norm of half precision takes that one's eps by default, and not float32's: torch 2.6
+# does. The eps of bfloat16 makes 0.01 of 0.001, float32's nearly 1.
+_EPS_OF_HALF = bool(
+    F.rms_norm(torch.full((1,), 0.001, dtype=torch.bfloat16, device="cpu"), (1,)) < 0.5
+)
+
+
 @rule("rms_norm", of=(F,))
 def _rms_norm(
     input: Interval,  # [..., *normalized_shape]
@@ -91,7 +98,8 @@ def _rms_norm(
     nominal = input.nominal
     if nominal is not None:
         nominal = F.rms_norm(nominal, normalized_shape, weight, eps)
-    eps = torch.finfo(_computed_in(input)).eps if eps is None else eps
+    if eps is None:
+        eps = torch.finfo(input.dtype if _EPS_OF_HALF else _computed_in(input)).eps
     return _scaled(_standardized(input, dims, eps, centered=False), weight, None, nominal)
 
 
