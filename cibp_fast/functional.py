@@ -40,7 +40,7 @@ def interval_conv1d(
 ) -> Box:  # [N, K, L'] or [K, L']
     """Bounds `F.conv1d(x, weight, bias, ...)` over all x of the box.
 
-    Equals `F.conv1d(box.center, weight, bias, ...)` -+ `F.conv1d(box.radius, weight.abs(), ...)`
+    Equals `F.conv1d(box.center, weight, bias, ...)` +- `F.conv1d(box.radius, weight.abs(), ...)`
     (section 3 of the paper); a Tensor in place of the box gives the plain result.
 
     Args:
@@ -80,7 +80,7 @@ def interval_conv2d(
 ) -> Box:  # [N, K, H', W'] or [K, H', W']
     """Bounds `F.conv2d(x, weight, bias, ...)` over all x of the box.
 
-    Equals `F.conv2d(box.center, weight, bias, ...)` -+ `F.conv2d(box.radius, weight.abs(), ...)`
+    Equals `F.conv2d(box.center, weight, bias, ...)` +- `F.conv2d(box.radius, weight.abs(), ...)`
     (section 3 of the paper); a Tensor in place of the box gives the plain result.
 
     Args:
@@ -116,7 +116,7 @@ def interval_linear(
 ) -> Box:  # [..., out_features]
     """Bounds `F.linear(x, weight, bias)` over all x of the box.
 
-    Equals `F.linear(box.center, weight, bias)` -+ `F.linear(box.radius, weight.abs())` (section 3
+    Equals `F.linear(box.center, weight, bias)` +- `F.linear(box.radius, weight.abs())` (section 3
     of the paper); a Tensor in place of the box gives the plain result.
 
     Args:

@@ -34,7 +34,13 @@ from cibp_fast.ops.backends import no_autocast
 
 
 class Terms(NamedTuple):
-    """Holds the unweighted terms of the constrained IBP loss, each 0-dim."""
+    """Holds the unweighted terms of the constrained IBP loss, each 0-dim.
+
+    Attributes:
+        nominal: the cross-entropy of the nominal logits.
+        robust: the cross-entropy of the worst-case logits.
+        width: the layers' mean squared widths, summed over the layers.
+    """
 
     nominal: Tensor
     robust: Tensor

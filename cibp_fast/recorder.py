@@ -60,16 +60,26 @@ class Moments(NamedTuple):
     leaky ReLUs in the order of the pass. [.] is 1 where it holds, and 0. Where both bounds are the
     same infinity, as in a unit that a bias of -infinity masks, c = r = 0. Gradients reach l and u
     through c and r.
+
+    Attributes:
+        radius: mean r.
+        center: mean c.
+        active: mean [l > 0].
+        active_center: mean c [l > 0].
+        active_square: mean c^2 [l > 0].
+        inactive: mean [u < 0].
+        inactive_center: mean c [u < 0].
+        inactive_square: mean c^2 [u < 0].
     """
 
-    radius: Tensor  # mean r
-    center: Tensor  # mean c
-    active: Tensor  # mean [l > 0]
-    active_center: Tensor  # mean c [l > 0]
-    active_square: Tensor  # mean c^2 [l > 0]
-    inactive: Tensor  # mean [u < 0]
-    inactive_center: Tensor  # mean c [u < 0]
-    inactive_square: Tensor  # mean c^2 [u < 0]
+    radius: Tensor
+    center: Tensor
+    active: Tensor
+    active_center: Tensor
+    active_square: Tensor
+    inactive: Tensor
+    inactive_center: Tensor
+    inactive_square: Tensor
 
 
 class Recorder:

@@ -5,6 +5,7 @@ a link that leaves docs/ goes to a copy of that file under repository/.
 
 `<!-- site: commands -->` and its like stand for text that is generated at each build (GENERATED).
 `![...](x.svg)` becomes two pictures where there is x-dark.svg: one for light pages, one for dark.
+`![...](x.png)` links to the file, which a narrow page shows too small to read.
 llms.txt links to the pages of the site.
 """
 
@@ -27,6 +28,7 @@ COPIES = "repository"  # where the site has files from outside docs/
 PAGES_OUTSIDE = {"bench/README.md": "benchmarks.md"}  # in the navigation, and where
 LINK = re.compile(r"(?P<before>\]\()(?P<to>[^)\s#:]+)(?P<rest>(?:#[^)\s]*)?\))")
 PICTURE = re.compile(r"!\[(?P<text>[^\]]*)\]\((?P<to>[^)\s:]+)\.svg\)")
+WIDE = re.compile(r"!\[[^\]]*\]\((?P<to>[^)\s:]+\.png)\)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -70,6 +72,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
     def in_two(picture: re.Match[str]) -> str:
         dark = f"{picture['to']}-dark.svg"
+        if not (ROOT / _target(path, f"{picture['to']}.svg")).is_file():
+            raise PluginError(f"{path}: there is no {picture['to']}.svg")
         if not (ROOT / _target(path, dark)).is_file():
             return picture[0]
         text = picture["text"]
@@ -82,7 +86,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
     parts = re.split(r"(^```.*?^```)", markdown, flags=re.DOTALL | re.MULTILINE)
     for place in range(0, len(parts), 2):  # between blocks of code
-        parts[place] = LINK.sub(turned, PICTURE.sub(in_two, parts[place]))
+        parts[place] = LINK.sub(
+            turned, WIDE.sub(r"[\g<0>](\g<to>)", PICTURE.sub(in_two, parts[place]))
+        )
         parts[place] = re.sub(r"<!-- site: (\w+) -->", generated, parts[place])
     return "".join(parts)
 
@@ -135,12 +141,12 @@ def _fields() -> str:
     """Returns the table of what a run's config has."""
     from cibp_fast.training.config import Config, as_text, choices
 
-    rows = ["| field | default | values | what it is |", "|---|---|---|---|"]
+    rows = ["| field | what it is | default | values |", "|---|---|---|---|"]
     for name, field in Config.model_fields.items():
         default = "" if field.is_required() else f"`{as_text(field.get_default())}`"
         values = ", ".join(f"`{choice}`" for choice in choices(name))
         about = " ".join((field.description or "").split()).replace("|", "\\|")
-        rows.append(f"| `{name}` | {default} | {values} | {about} |")
+        rows.append(f"| `{name}` | {about} | {default} | {values} |")
     return "\n".join(rows)
 
 

@@ -101,6 +101,12 @@ def test_links_inside_hold(page: Path) -> None:
             assert link["anchor"] in anchors(target), f"{name_of(page)}: {link[0]}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_no_formula_is_taken_for_a_list(page: Path) -> None:
+    """Refuses lines that go on with a plus, of which Markdown makes the item of a list."""
+    assert not re.findall(r"^ *\+ .*", FENCED.sub("", page.read_text()), re.MULTILINE)
+
+
 def test_all_pages_are_in_the_navigation() -> None:
     nav = (ROOT / "mkdocs.yml").read_text().partition("\nnav:")[2]
     listed = re.findall(r"([\w/.]+\.md)\s*$", nav, re.MULTILINE)

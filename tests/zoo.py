@@ -253,12 +253,12 @@ def refused(call: Callable[[], Any]) -> str:
         return f"no: `{str(error).partition(' has no interval rule')[0]}`"
     except ValueError as error:
         found = re.match(
-            r"fuse cannot (?:take|trace) (?:\S+ \((\w+)\)|the function (\w+)|(the forward of \w+))",
+            r"fuse cannot (?:take|trace) (?:\S+ \((\w+)\)|the function (\w+)|the forward of \w+)",
             str(error),
         )
         if found is None:
             raise
-        return f"no: `{found[1] or found[2]}`" if found[1] or found[2] else f"no: {found[3]}"
+        return f"no: `{found[1] or found[2]}`" if found[1] or found[2] else "no: its forward"
     return "yes"
 
 
