@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from cibp_fast.training import datasets as data
     from cibp_fast.training.checkpoints import load_weights
     from cibp_fast.training.errors import Errors, evaluate
+    from cibp_fast.training.export import export
     from cibp_fast.training.loop import train
     from cibp_fast.training.runs import load
 
@@ -53,6 +54,7 @@ _HOMES: dict[str, tuple[str, str | None]] = {
     "config": ("training.config", None),
     "data": ("training.datasets", None),
     "evaluate": ("training.errors", "evaluate"),
+    "export": ("training.export", "export"),
     "functional": ("functional", None),
     "fuse": ("fusion", "fuse"),
     "load": ("training.runs", "load"),
@@ -81,6 +83,7 @@ __all__ = [
     "config",
     "data",
     "evaluate",
+    "export",
     "functional",
     "fuse",
     "load",

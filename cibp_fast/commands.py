@@ -333,7 +333,7 @@ class OnNetworks(OnData):
         if config.dataset not in datasets.DATASETS:
             raise ValueError(
                 f"{self.run_dir} is a run of data that only Python has: take cf.load and "
-                "cf.evaluate, cf.certify or cf.attacks.pgd there"
+                "cf.evaluate, cf.certify, cf.attacks.pgd or cf.export there"
             )
         where, verify = available(device), not self.unverified_data
         split = datasets.load(config.dataset, self.data_root, verify=verify).test
@@ -590,7 +590,7 @@ class Export(OnNetworks):
         network = replace(network, config=network.config.replace(**self.changes))
         split = self.test_examples(network.config, self.examples, "cpu")
         folder = Path("export") / network.name if self.output is None else self.output
-        export.export(folder, network, split, timeout=self.timeout, overwrite=self.overwrite)
+        export.export_run(folder, network, split, timeout=self.timeout, overwrite=self.overwrite)
         count = counted(len(split), "example")
         print(f"wrote {folder}: network.onnx, instances.csv and the properties of {count}")
 

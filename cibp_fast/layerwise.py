@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -369,7 +369,9 @@ def _of_pass(
             for layer in layers
         ]
     )
-    boxes = None if recorder.outputs is None else _by_name(recorder.outputs) | {"logits": out}
+    boxes = None if recorder.outputs is None else _by_name(recorder.outputs)
+    if boxes is not None:
+        boxes["logits"] = out
     return Bounds(out, widths, head, backend, recorder.half, boxes, _moments(recorder, x))
 
 
@@ -381,9 +383,19 @@ def _moments(recorder: Recorder, x: Tensor) -> Moments | None:
     return Moments(*torch.stack(recorder.moments, 1))
 
 
+class _Boxes(dict[str, Interval]):
+    """Boxes by the names of their layers."""
+
+    def __missing__(self, name: str) -> NoReturn:
+        raise KeyError(
+            f"no box of {name!r} was kept, only of {', '.join(self)}; cf.bounds(..., width='all') "
+            "keeps those of convolutions, linear layers and norms, too"
+        )
+
+
 def _by_name(outputs: Sequence[Output]) -> dict[str, Interval]:
     """Returns the boxes of layers by names of which there are no two."""
-    boxes: dict[str, Interval] = {}
+    boxes = _Boxes()
     for name, lower, upper, nominal in outputs:
         count, unique = 1, name
         while unique in boxes or unique == "logits":

@@ -133,7 +133,9 @@ def _traced(model: nn.Module) -> list[Call]:
         calls = calls_in(model, _is_layer)
     except ValueError as error:
         raise ValueError(
-            f"certify(sound=True) takes a forward as fuse does, and {error}: {_INSTEAD}"
+            f"certify(sound=True) cannot trace the forward ({error}). It may call modules that "
+            "have a sound rule (pooling only as modules, as nn.AdaptiveAvgPool2d), relu, "
+            f"leaky_relu, flatten, and add two values of one shape; {_INSTEAD}"
         ) from error
     _refuse_overwritten(calls)
     return calls
@@ -211,7 +213,10 @@ def _check(name: str, layer: nn.Module, float32: bool) -> None:
     elif isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
         why = f"has padding_mode={layer.padding_mode!r}"
     elif isinstance(layer, _NORMS) and float32:
-        why = "has no sound rule in float32, whose batch norm has many formulas"
+        why = (
+            "is computed by different formulas in float32 (torch.nn.utils.fuse_conv_bn_eval makes "
+            "it a part of the convolution before it, and so another network)"
+        )
     elif isinstance(layer, _NORMS) and (layer.training or layer.running_mean is None):
         why = "takes the statistics of the batch"
     elif isinstance(layer, _NORMS) and not _in_range(_variance(layer)):

@@ -348,3 +348,12 @@ def test_what_bounds_print() -> None:
     out = cf.bounds(model, torch.full((3, 2), 0.5), cf.Interval.ball(torch.full((3, 2), 0.5), 0.25))
     text = "Bounds(logits: [3, 2] torch.float32 on cpu; 2 widths: 0.25, 0.25; sum 0.5)"
     assert repr(out) == text
+
+
+def test_a_layer_without_a_box_is_named() -> None:
+    model, x = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)), torch.rand(1, 2)
+    layers = cf.bounds(model, x, cf.Interval.ball(x, 0.1), layers=True).layers
+    with pytest.raises(KeyError, match=r"no box of '0' was kept, only of 1, logits; .*width='all'"):
+        layers["0"]
+    assert layers.get("0") is None and "0" not in layers
+    assert "0" in cf.bounds(model, x, cf.Interval.ball(x, 0.1), width="all", layers=True).layers

@@ -105,7 +105,7 @@ for name in {OPTIONAL!r}:
 import cibp_fast as cf
 assert "torch" not in sys.modules
 import torch
-training = {{"config", "Errors", "evaluate", "load", "train"}}
+training = {{"config", "Errors", "evaluate", "export", "load", "train"}}
 for name in set(cf.__all__) - training:
     getattr(cf, name)
 for name in training:

@@ -477,7 +477,11 @@ def test_layers_in_a_block_are_refused_by_name() -> None:
 
     refused(nn.Tanh(), r"cannot take 1\.body \(Tanh\), which has no sound rule")
     norm = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
-    refused(norm, r"1\.body\.1 \(BatchNorm1d\), which has no sound rule in", semantics="float32")
+    refused(
+        norm,
+        r"1\.body\.1 \(BatchNorm1d\), which is computed by different formulas",
+        semantics="float32",
+    )
     hooked = nn.Linear(4, 4)
     hooked.register_forward_hook(lambda *_: None)
     refused(hooked, r"cannot take 1\.body, which has hooks or a forward of its own")
@@ -550,3 +554,29 @@ def test_evaluate_gives_a_proof() -> None:
     verified = cf.certify(model, x, y, 0.002).verified
     assert found.sound and found.semantics == "real" and verified.any()
     assert found.verified_error == pytest.approx(1 - verified.double().mean().item())
+
+
+@pytest.mark.parametrize(
+    "flat",
+    [
+        lambda x: x.view(x.size(0), -1),
+        lambda x: x.view(-1, 8),
+        lambda x: x.reshape(x.shape[0], -1),
+        lambda x: torch.flatten(x, 1),
+    ],
+)
+def test_flattening_in_any_words(flat: Any) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.last = nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(8, 3)
+
+        def forward(self, x: Any) -> Any:
+            return self.last(flat(self.norm(self.conv(x)).relu()))
+
+    torch.manual_seed(0)
+    net, x = Net().eval(), torch.rand(5, 1, 4, 4)
+    y = net(x).argmax(1)
+    plain = nn.Sequential(net.conv, net.norm, nn.ReLU(), nn.Flatten(), net.last)
+    found, expected = (cf.certify(each, x, y, 1e-4).margin for each in (net, plain))
+    assert torch.equal(found, expected) and (found > 0).any()

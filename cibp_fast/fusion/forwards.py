@@ -127,6 +127,8 @@ class _Ops(TorchDispatchMode):
         if func is torch.ops.aten.view.default and out.shape == args[0].shape:
             self.notes.rename(out, args[0])  # as flattening does nothing there
             return out
+        if func is torch.ops.aten.view.default:
+            args = args[0], tuple(out.shape)  # however the sizes were said, -1 or counted
         self.notes.note(func, args, kwargs or {})
         tree_map(lambda each: self.notes.name(each) if isinstance(each, Tensor) else None, out)
         return out

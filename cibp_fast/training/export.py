@@ -6,21 +6,25 @@ verifies the example.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from fractions import Fraction
 from functools import cache
+from numbers import Real
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from cibp_fast import exact
-from cibp_fast.certificates import evaluation
+from cibp_fast.certificates import CLIP, check_examples, evaluation
+from cibp_fast.interval import Interval
+from cibp_fast.layerwise import check_labels
 from cibp_fast.training import runs
 from cibp_fast.training.datasets import Split
 from cibp_fast.training.files import make_folder, naming, write_atomic
@@ -44,6 +48,63 @@ def require_onnx() -> None:
 
 
 def export(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    eps: float,
+    folder: str | Path,
+    *,
+    clip: Sequence[float] | None = CLIP,
+    timeout: int = 100,
+    overwrite: bool = False,
+) -> None:
+    """Writes network.onnx, example-<index>.vnnlib for each example, and instances.csv.
+
+    The network takes `input` [N, ...] float32, for any N, and gives `logits` [N, classes]. The
+    boxes are those of `certify(model, x, y, eps, clip)`; a bound is a decimal number that is on or
+    outside of the exact one, by less than two units in the last place of a float64, and so is the
+    float64 nearest to it. Each property asks for a point of the box that is classified otherwise (a
+    tie counts): `unsat` verifies the example. instances.csv comes last: a folder without it is not
+    whole. It needs the extra `export`.
+
+    Args:
+        model: from [N, ...] to logits [N, classes]; it is exported in evaluation mode.
+        x: [N, ...] float32, the examples.
+        y: [N] int64, their labels.
+        eps: the radius, at least 0: one number.
+        folder: is made where it is not there.
+        clip: (least, greatest) value of the data, or None.
+        timeout: seconds for an example, in instances.csv.
+        overwrite: replace what an earlier export wrote into the folder.
+
+    Raises:
+        TypeError: x or y is no tensor of the kind above.
+        ValueError: shapes or labels do not fit, eps is negative or not finite, clip is no pair in
+            order, or timeout is below 1.
+        FileExistsError: the folder holds an export and not overwrite, or other files.
+        ImportError: onnx or onnxscript is missing.
+        OSError: the folder cannot be written.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(9, 2))
+        >>> x, y = torch.rand(2, 1, 3, 3), torch.tensor([0, 1])
+        >>> cf.export(model, x, y, 0.1, "exported")
+        >>> print(open("exported/instances.csv").readline().strip())
+        network.onnx,example-0.vnnlib,100
+    """
+    check_examples(x, y, 1)
+    if x.dtype != torch.float32:
+        raise TypeError(f"x must be float32, as ONNX has it, not {x.dtype}")
+    if isinstance(eps, bool) or not isinstance(eps, Real):
+        raise TypeError(f"eps must be one number, not {type(eps).__name__}")
+    ends = None if clip is None else tuple(float(end) for end in clip)
+    Interval.ball(x, float(eps), ends)  # says what is wrong with eps or clip
+    if x.device.type != "cpu":
+        model, x, y = copy.deepcopy(model).cpu(), x.cpu(), y.cpu()
+    _write(Path(folder), model, x, y, float(eps), ends, "x", timeout, overwrite)
+
+
+def export_run(
     folder: Path,
     network: runs.Network,
     split: Split,
@@ -51,41 +112,43 @@ def export(
     timeout: int = 100,
     overwrite: bool = False,
 ) -> None:
-    """Writes network.onnx, example-<index>.vnnlib for each example, and instances.csv.
-
-    The network takes `input` [N, C, H, W] float32, for any N, and gives `logits` [N, classes]. The
-    boxes are those of the config; a bound is a decimal number that is on or outside of the exact
-    one, by less than two units in the last place of a float64, and so is the float64 nearest to it.
-    instances.csv comes last: a folder without it is not whole.
-
-    Args:
-        folder: is made where it is not there.
-        network: on the CPU.
-        split: the examples, on the CPU.
-        timeout: seconds for an example, in instances.csv.
-        overwrite: replace what an earlier export wrote into the folder.
+    """Exports a trained network, on the CPU, and the boxes of its config around the examples.
 
     Raises:
-        ValueError: timeout is below 1.
-        FileExistsError: the folder holds an export and not overwrite, or other files.
-        ImportError: onnx or onnxscript is missing.
-        OSError: the folder cannot be written.
+        ValueError, FileExistsError, ImportError, OSError: as `export`.
     """
+    config = network.config
+    x = runs.to_input(config)(split.pixels())
+    space = "; X is normalised by channel" if config.eps_space == "normalized" else ""
+    about = f"{config.dataset}'s test set; network: {network.name}{space}"
+    eps, clip = config.eps, config.clip
+    _write(folder, network.model, x, split.labels, eps, clip, about, timeout, overwrite)
+
+
+def _write(
+    folder: Path,
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    eps: float,
+    clip: tuple[float, ...] | None,
+    about: str,
+    timeout: int,
+    overwrite: bool,
+) -> None:
     if timeout < 1:
         raise ValueError(f"timeout must be 1 second or more, not {timeout}")
     require_onnx()
+    with torch.no_grad(), evaluation(model):
+        logits = model(x[:1])
+        network = to_onnx(model, x.shape[1:])
+    check_labels(y, logits.shape[1])
     _claim(folder, overwrite)
-    config = network.config
-    x = runs.to_input(config)(split.pixels())
-    write_atomic(folder / NETWORK, to_onnx(network.model, x.shape[1:]))
-    with torch.no_grad(), evaluation(network.model):
-        classes = network.model(x[:1]).shape[1]
-    space = "; X is normalised by channel" if config.eps_space == "normalized" else ""
+    write_atomic(folder / NETWORK, network)
     rows = []
-    for index, (point, label) in enumerate(zip(x, split.labels.tolist(), strict=True)):
+    for index, (point, label) in enumerate(zip(x, y.tolist(), strict=True)):
         name = f"example-{index}.vnnlib"
-        about = f"Example {index} of {config.dataset}'s test set and {network.name}{space}"
-        content = vnnlib(point, label, classes, config.eps, config.clip, about)
+        content = vnnlib(point, label, logits.shape[1], eps, clip, f"Example {index} of {about}")
         write_atomic(folder / name, content.encode())
         rows.append(f"{NETWORK},{name},{timeout}\n")
     write_atomic(folder / INSTANCES, "".join(rows).encode())

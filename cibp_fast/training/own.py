@@ -239,6 +239,8 @@ def _made(model: Any, shape: Shape, classes: int) -> nn.Module:
     try:
         needed = inspect.signature(model)
         try:
+            if {"input_shape", "classes"} <= set(needed.parameters):
+                raise TypeError  # defaults are for other data
             needed.bind()
         except TypeError:
             arguments = tuple(shape), classes

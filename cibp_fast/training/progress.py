@@ -58,7 +58,7 @@ class Progress(tqdm):
         """Shows a record of metrics.jsonl."""
         if not self.shown:
             return
-        errors = "  ".join(
+        errors = "errors: " + "  ".join(
             f"{name} {_percent(record[f'{name}_error'])}" for name in ("train", "test", "verified")
         )
         if not self.disable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
 from fractions import Fraction
@@ -14,7 +15,9 @@ import pytest
 import safetensors.torch
 import torch
 from digits import TOY_PRESET, colour, load_toy, toy_dataset
+from torch import nn
 
+import cibp_fast as cf
 from cibp_fast import cli
 from cibp_fast.training import datasets, export, runs
 from cibp_fast.training.config import preset
@@ -232,7 +235,7 @@ def test_inputs_are_what_the_network_is_given(tmp_path):
     pytest.importorskip("onnxscript")  # which brings onnx
     found = network("cifar10-small-8of255-ibp-normalized", eps=0.25)
     split = examples("cifar10")[:2]
-    export.export(tmp_path, found, split)
+    export.export_run(tmp_path, found, split)
     assert "; X is normalised by channel\n" in (tmp_path / "example-1.vnnlib").read_text()
     mean, std = (torch.tensor(each)[:, None, None] for each in datasets.CHANNEL_STATS["cifar10"])
     x = ((split.pixels() - mean) / std)[1].flatten().double()
@@ -243,15 +246,20 @@ def test_inputs_are_what_the_network_is_given(tmp_path):
 def test_an_export_that_is_stopped_has_no_instances(tmp_path, monkeypatch):
     pytest.importorskip("onnxscript")  # which brings onnx
     found, split = network("mnist5k-small-0.1-ibp"), toy_dataset().test[:3]
-    export.export(tmp_path, found, split)
+    export.export_run(tmp_path, found, split)
 
     def stopped(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(export, "to_onnx", stopped)
+    before = sorted(tmp_path.iterdir())
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(export, "to_onnx", stopped)
+        export.export_run(tmp_path, found, split, overwrite=True)
+    assert sorted(tmp_path.iterdir()) == before  # nothing was removed yet
+    monkeypatch.setattr(export, "vnnlib", stopped)
     with pytest.raises(KeyboardInterrupt):
-        export.export(tmp_path, found, split, overwrite=True)
-    assert list(tmp_path.iterdir()) == []
+        export.export_run(tmp_path, found, split, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == [export.NETWORK]
 
 
 @pytest.mark.parametrize(
@@ -286,3 +294,33 @@ def test_a_missing_extra_is_named(tmp_path, capsys, monkeypatch, toy_data, toy_r
     problem = f"needs the package {package}, which is not installed: pip install 'cibp-fast[export]"
     assert problem in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_examples_and_a_network_of_ones_own(tmp_path: Path) -> None:
+    """Exports what cf.certify was asked, and leaves the network as it was; names what is wrong."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(9, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).train()
+    x, y = torch.rand(2, 1, 3, 3), torch.tensor([2, 0])
+    before = copy.deepcopy(model.state_dict())
+    cf.export(model, x, y, 0.25, tmp_path / "some", clip=None, timeout=7)
+    assert model.training and all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    names = sorted(path.name for path in (tmp_path / "some").iterdir())
+    assert names == ["example-0.vnnlib", "example-1.vnnlib", "instances.csv", "network.onnx"]
+    assert (tmp_path / "some/instances.csv").read_text().splitlines()[1] == (
+        "network.onnx,example-1.vnnlib,7"
+    )
+    asked = (tmp_path / "some/example-0.vnnlib").read_text()
+    assert asked == export.vnnlib(x[0], 2, 3, 0.25, None, "Example 0 of x")
+    for wrong, options, message in (
+        ((model, x.double(), y, 0.1), {}, "x must be float32"),
+        ((model, x, y + 1, 0.1), {}, "label"),
+        ((model, x, y, -0.1), {}, "eps"),
+        ((model, x, y, torch.tensor(0.1)), {}, "eps must be one number"),
+        ((model, x, y, 0.1), {"clip": (1, 0)}, "clip"),
+        ((model, x, y, 0.1), {"timeout": 0}, "timeout must be 1"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            cf.export(*wrong, tmp_path / "wrong", **options)
+    assert not (tmp_path / "wrong").exists()
+    with pytest.raises(FileExistsError, match="holds an export"):
+        cf.export(model, x, y, 0.1, tmp_path / "some")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import re
@@ -227,7 +228,7 @@ def test_a_loss_of_layers(tmp_path):
 
     cf.train(tiny(2, width="all"), tmp_path / "all", model=chain, data=DATA, loss=crossing)
     assert seen == [["0", "1", "logits"]] * 3  # once to try it
-    with pytest.raises(ValueError, match=r"model, or loss, fails .*KeyError: '0'"):
+    with pytest.raises(ValueError, match=r"model, or loss, fails .*KeyError: .no box of"):
         cf.train(tiny(2), tmp_path / "post", model=chain, data=DATA, loss=crossing)
     assert seen[-1] == ["1", "logits"]
 
@@ -283,6 +284,7 @@ def test_batch_norm_and_sums_are_one_op_with_the_same_numbers(tmp_path):
         records.append(runs.read_metrics(tmp_path / way)[-1])
     one, other = (record["widths"] + [record["loss"]] for record in records)
     assert one == pytest.approx(other, rel=1e-3) and one != other
+    config = runs.read_config(tmp_path / "auto")  # which knows the data
     step = Step(config, own.dataset(DATA).train, loop.world("cpu"), "auto", Ordered)
     assert step.objective.fused is not None and isinstance(fastest(step, 0), Step)
 
@@ -702,3 +704,20 @@ def test_presets_are_as_they_were(tmp_path, monkeypatch):
     assert len(files) == 1
     assert isinstance(runs.read_config(folders[0]), Config)
     assert not isinstance(runs.read_config(folders[0]), OwnConfig)
+
+
+def test_defaults_of_a_factory_are_not_taken_for_the_data(tmp_path):
+    class Net(nn.Sequential):
+        def __init__(self, input_shape=(3, 32, 32), classes=10, hidden=5):
+            super().__init__(
+                nn.Flatten(), nn.Linear(math.prod(input_shape), hidden), nn.ReLU(),
+                nn.Linear(hidden, classes),
+            )  # fmt: skip
+
+    data = (
+        (torch.rand(20, 1, 4, 4), torch.arange(20) % 3),
+        (torch.rand(5, 1, 4, 4), torch.ones(5).long()),
+    )
+    cf.train(cf.config.own(0.01, 2, batch_size=10), tmp_path / "run", model=Net, data=data)
+    model, _ = cf.load(tmp_path / "run", Net)
+    assert model[1].in_features == 16 and model[3].out_features == 3 and model[1].out_features == 5
