@@ -58,15 +58,13 @@ def medium(input_shape: Shape, classes: int = 10, padding: str = "valid") -> nn.
     1,188,906 on (3, 32, 32).
 
     Args:
-        input_shape: (channels, height, width).
-        classes: number of logits, 2 or more.
-        padding: of the convolutions, "valid" or "same".
+        input_shape, classes, padding: as for `small`.
 
     Returns:
         The network, from [N, *input_shape] to logits [N, classes].
 
     Raises:
-        ValueError: a size is too small for the network, or padding is none of these.
+        ValueError: as `small`.
 
     Examples:
         >>> cf.models.medium((3, 32, 32))(torch.rand(5, 3, 32, 32)).shape
@@ -83,15 +81,13 @@ def large(input_shape: Shape, classes: int = 10, padding: str = "valid") -> nn.S
     padding `"valid"` (the authors' code), and 6,963,554 with `"same"` (Gowal et al. 2018).
 
     Args:
-        input_shape: (channels, height, width).
-        classes: number of logits, 2 or more.
-        padding: of the convolutions, "valid" or "same".
+        input_shape, classes, padding: as for `small`.
 
     Returns:
         The network, from [N, *input_shape] to logits [N, classes].
 
     Raises:
-        ValueError: a size is too small for the network, or padding is none of these.
+        ValueError: as `small`.
 
     Examples:
         >>> model = cf.models.large((3, 32, 32), padding="same")
@@ -145,15 +141,13 @@ def resnet(input_shape: Shape, classes: int = 10, width: int = 16) -> nn.Sequent
     parameters on (3, 32, 32).
 
     Args:
-        input_shape: (channels, height, width).
-        classes: number of logits, 2 or more.
-        width: multiplies all channels, 1 or more.
+        input_shape, classes, width: as for `cnn7`.
 
     Returns:
         The network, from [N, *input_shape] to logits [N, classes].
 
     Raises:
-        ValueError: a size of input_shape, classes or width is too small.
+        ValueError: as `cnn7`.
 
     Examples:
         >>> cf.models.resnet((3, 32, 32), width=2)(torch.rand(5, 3, 32, 32)).shape

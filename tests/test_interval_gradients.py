@@ -45,7 +45,7 @@ class SetupContext(torch.autograd.Function):
 
 
 class ByHand(torch.autograd.Function):
-    """What a user may write who knows what an Interval is."""
+    """Scales, as a user may write it who knows what an Interval is."""
 
     @staticmethod
     def forward(ctx, x, weight=None):
@@ -235,7 +235,7 @@ def test_a_checkpoint_of_the_whole_pass() -> None:
     }.values(),
 )
 def test_checkpoints_of_boxes_that_change(change, recorded: bool) -> None:
-    """What is computed again must not start from other values: an error, as for tensors."""
+    """Refuses to compute again from other values, as torch does for tensors."""
     first, part = nn.Linear(3, 3).double(), nn.Sequential(nn.Tanh(), nn.Linear(3, 3)).double()
     box = random_box(4, 3)
 

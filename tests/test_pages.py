@@ -10,6 +10,7 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pages
 import pytest
@@ -141,6 +142,17 @@ def documented() -> set[str]:
     return set(re.findall(r"^::: cibp_fast\.([\w.]+)$", text, re.MULTILINE))
 
 
+def value_of(name: str) -> Any:
+    """Returns what a page of the reference documents by this name."""
+    value: Any = cf
+    parts = name.split(".")
+    if parts[0] in ("reference", "certificates", "layerwise"):
+        value, parts = sys.modules[f"cibp_fast.{parts[0]}"], parts[1:]
+    for part in parts:
+        value = getattr(value, part)
+    return value
+
+
 def public(module: types.ModuleType) -> set[str]:
     """Returns the functions and classes that a module defines for its users."""
     return {
@@ -159,13 +171,8 @@ def test_every_public_name_is_in_the_reference() -> None:
     for name in ("losses", "schedules", "functional", "models"):
         assert {f"{name}.{each}" for each in public(getattr(cf, name))} <= names, name
     assert {f"reference.{each}" for each in public(reference)} <= names
-    for name in names:  # and each that is there is one
-        value: object = cf
-        parts = name.split(".")
-        if parts[0] in ("reference", "certificates", "layerwise"):
-            value, parts = sys.modules[f"cibp_fast.{parts[0]}"], parts[1:]
-        for part in parts:
-            value = getattr(value, part)
+    for name in names:
+        value_of(name)  # each that is there is one
 
 
 def numbers(svg: str) -> list[float]:
